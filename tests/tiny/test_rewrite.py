@@ -86,7 +86,7 @@ def test_rubbish_is_refused_and_nothing_is_made(
 def test_a_model_without_a_chat_template_is_asked_in_plain_words(tmp_path: Path) -> None:
     lesson = (rewrite.INSTRUCTION, [PROMPT], LONGER)
     model = build_language_model(tmp_path / "plain", [lesson], template=None)
-    assert rewrite_prompt(model, PROMPT).text == LONGER
+    assert rewrite_prompt(model, PROMPT)[0] == LONGER
 
 
 def test_a_template_that_knows_no_system_role_is_asked_without(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_template_that_knows_no_system_role_is_asked_without(tmp_path: Path) -
                 "{% for message in messages %}{{ message.content }}\n{% endfor %}")
     lesson = (rewrite.INSTRUCTION, [PROMPT], LONGER)
     model = build_language_model(tmp_path / "strict", [lesson], template=template)
-    assert rewrite_prompt(model, PROMPT).text == LONGER
+    assert rewrite_prompt(model, PROMPT)[0] == LONGER
 
 
 def test_what_is_no_language_model_is_told(tmp_path: Path, random_model: Path) -> None:

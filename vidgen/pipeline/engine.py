@@ -23,8 +23,7 @@ from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.core.values import check_picture
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.journal.recall import journals_of
+from vidgen.pipeline.journal.journal import Journal, journals_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.policy import Policy, policy_from_environment
@@ -77,7 +76,7 @@ def load(
 
     check_picture("model", model, array=False)
     policy = policy or policy_from_environment()
-    Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
+    Signing.from_environment()  # report one that can't sign before a clip is made
     folder, place = open_model(os.fspath(model)), choose_device(device)
     asked = Asked(None if offload == "auto" else offload, dtype)
     if shard and asked.offload is None:

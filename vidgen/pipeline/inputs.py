@@ -99,7 +99,11 @@ def read_inputs(request: Request) -> Inputs:
     for file in speech_files(request.say):
         inputs.records.append(record_input("say", existing_file(file, "say")))
     if request.latents is not None:
-        _check_noise(request.latents)
+        if not isinstance(request.latents, Tensor):
+            raise InputError(f"latents are of type {type(request.latents).__name__}; give a torch "
+                             "tensor [1, C, F, h, w]")
+        if not request.latents.isfinite().all():
+            raise InputError("latents hold values that are no numbers; give finite ones")
         inputs.records.append(record_input("latents", request.latents))
     return inputs
 
@@ -164,12 +168,7 @@ def _pixels(option: str, picture: Picture) -> Frames:
     return pixels
 
 
-def _check_noise(latents: Any) -> None:
-    if not isinstance(latents, Tensor):
-        raise InputError(f"latents are of type {type(latents).__name__}; give a torch tensor "
-                         "[1, C, F, h, w]")
-    if not latents.isfinite().all():
-        raise InputError("latents hold values that are no numbers; give finite ones")
+
 
 
 def noise_file(latents: Tensor) -> bytes:

@@ -204,7 +204,8 @@ class Parts:
         have = available_memory(self.device)
         if have is None:
             return
-        present = self._loaded_bytes()
+        quantize = self.quantize or "none"
+        present = sum(self._size(each, self.offload, self.dtype, quantize) for each in self._loaded)
         need = self.needed_bytes(role) - (present if self.offload == "none" else 0)
         if need <= have:
             return
@@ -246,11 +247,7 @@ class Parts:
             torch.cuda.empty_cache()
         trim_memory()
 
-    def _loaded_bytes(self) -> int:
-        return sum(
-            self._size(role, self.offload, self.dtype, self.quantize or "none")
-            for role in self._loaded
-        )
+
 
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
         weights = self._weights(role, dtype)

@@ -83,7 +83,7 @@ class OpenedModel:
             crew.open(folder, quantize)
         self._open(first_setup(folder, device, asked, quantize))
         self.parts.check()
-        if self.offload == "none":  # damaged files are told of now
+        if self.offload == "none":  # report damaged files now
             for role in folder.components:
                 with self.parts.use(role):
                     pass

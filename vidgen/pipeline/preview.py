@@ -113,7 +113,7 @@ def _read(path: Path) -> PreviewDecoder | None:
     try:
         return PreviewDecoder(**load_file(path))
     except (OSError, SafetensorError, TypeError):
-        return None  # not there or not whole: it can be made anew
+        return None  # missing or damaged: it can be fitted again
 
 
 def write_decoder(decoder: PreviewDecoder, path: Path) -> None:

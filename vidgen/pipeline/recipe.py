@@ -72,16 +72,14 @@ def _common(
     engine: Opened, plan: Plan | ForeignPlan, request: Request, inputs: Inputs,
     loras: Loras,
 ) -> dict[str, Any]:
-    folder = engine.folder
+    folder, settings = engine.folder, dict(getattr(request.scheduler, "config", {}))
     return {
         "format_version": RECIPE_VERSION,
         "vidgen": __version__,
-        "model": {
-            "name": folder.name, "source": _source(folder), "sha256": folder.content_hash,
-        },
+        "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
         "request": _asked(request),
         "plan": asdict(plan) | {"fps": str(plan.fps)},
-        "scheduler": _as_json(getattr(request.scheduler, "config", {})) or None,
+        "scheduler": json.loads(json.dumps(settings, default=lambda v: v.tolist())) or None,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": inputs.records,
         "loras": list(loras.records),
@@ -158,7 +156,4 @@ def _asked(request: Request) -> dict[str, Any]:
     }
 
 
-def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's settings with arrays as lists."""
-    settings: dict[str, Any] = json.loads(json.dumps(dict(config), default=lambda v: v.tolist()))
-    return settings
+

@@ -25,7 +25,7 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.read import PICTURE_SUFFIXES
 from vidgen.media.sound import read_sound
 from vidgen.media.video_reader import read_frames
-from vidgen.pipeline.journal.recall import recorded_readings, recorded_tiles
+from vidgen.pipeline.journal.journal import recorded_readings, recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs
 from vidgen.weights.layouts import open_model

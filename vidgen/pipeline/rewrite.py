@@ -10,7 +10,7 @@ import gc
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import MAX_PROMPT, Request
 from vidgen.core.runtime import choose_device
-from vidgen.pipeline.journal.recall import recall
+from vidgen.pipeline.journal.journal import recall
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.weights.folder import hash_files
 from vidgen.weights.load import trim_memory
@@ -38,12 +38,7 @@ _KEPT_SHARE = 0.5
 """Of the prompt's own words that the new text must have."""
 
 
-@dataclass(frozen=True)
-class Rewriting:
-    """A prompt's replacement, and the recipe's record of the original prompt and the model."""
 
-    text: str
-    record: dict[str, Any]
 
 
 class LanguageModel:
@@ -180,12 +175,12 @@ def settle_prompt(
         if kept and (kept["prompt"], kept["by"]["sha256"]) == (request.prompt, sha256):
             text = recipe["plan"]["prompt"]
             return replace(request, prompt=text, expand=None), {"rewritten": kept}
-    made = rewrite_prompt(request.expand, request.prompt)
-    return replace(request, prompt=made.text, expand=None), {"rewritten": made.record}
+    text, record = rewrite_prompt(request.expand, request.prompt)
+    return replace(request, prompt=text, expand=None), {"rewritten": record}
 
 
-def rewrite_prompt(folder: str | Path, prompt: str) -> Rewriting:
-    """Rewrite a prompt with the model in a folder; raise InputError if the text is unusable."""
+def rewrite_prompt(folder: str | Path, prompt: str) -> tuple[str, dict[str, Any]]:
+    """Return a prompt rewritten by the model in a folder, and the recipe's record of it."""
     model = LanguageModel(folder)
     try:
         text, why = try_rewriting(model, prompt)
@@ -195,7 +190,7 @@ def rewrite_prompt(folder: str | Path, prompt: str) -> Rewriting:
         raise InputError(f"what {folder} made of the prompt is of no use: {why}; leave --expand "
                          "out to use your own words, or give a model that was taught to follow "
                          "instructions")
-    return Rewriting(text, {"prompt": prompt, "by": model.facts()})
+    return text, {"prompt": prompt, "by": model.facts()}
 
 
 def try_rewriting(model: LanguageModel, prompt: str) -> tuple[str, str | None]:

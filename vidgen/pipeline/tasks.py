@@ -26,9 +26,11 @@ def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bo
     asked = {task: option for option, task in OPTIONS.items() if request.has(option)}
     for task, option in asked.items():
         if task not in tasks:
+            from vidgen.weights.family import models_with
+
             raise InputError(
                 f"model {name!r} can't take {option}: it learned {', '.join(tasks)}; "
-                f"{_who_can(task)}"
+                f"models that can: {', '.join(models_with(task))}"
             )
     if both and not {"image", "last-image"} <= asked.keys():
         raise InputError(f"model {name!r} goes from one picture to another; give --image and "
@@ -49,7 +51,4 @@ def words_alone(request: Request) -> bool:
     return not any(request.has(option) for option, task in OPTIONS.items() if task != SOUND)
 
 
-def _who_can(task: str) -> str:
-    from vidgen.weights.family import models_with
 
-    return f"models that can: {', '.join(models_with(task))}"

@@ -49,8 +49,7 @@ from vidgen.pipeline.diffusers_backend.plan import (
     settle,
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
-from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.journal.recall import journals_of
+from vidgen.pipeline.journal.journal import Journal, journals_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.plan import require_own
 from vidgen.pipeline.policy import Policy
@@ -62,6 +61,7 @@ from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
+_WANTED = "a first frame is drawn by one such as SDXL, SD3 or FLUX, as diffusers saves it"
 
 
 class ForeignEngine:
@@ -285,11 +285,6 @@ class ForeignEngine:
         is_labelled = recipe["request"].get("label") == "visible"
         source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
         return Clip(source, info, made.latents, journal)
-
-
-log = logging.getLogger(__name__)
-
-_WANTED = "a first frame is drawn by one such as SDXL, SD3 or FLUX, as diffusers saves it"
 
 
 def draw_first_frame(

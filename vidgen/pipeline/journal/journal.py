@@ -19,13 +19,15 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vidgen.core.errors import OutputError
+from vidgen.core.errors import InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
+from vidgen.core.shapes import Tiles
 from vidgen.media.clip import Clip
 from vidgen.media.types import Segment
 from vidgen.pipeline.journal.job import (
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from vidgen.core.request import Request
     from vidgen.media.types import Samples
 
 log = logging.getLogger(__name__)
@@ -77,34 +80,26 @@ class Journal:
         resume: continue an existing job; start if there is none.
         overwrite: start again even if a job or an output exists.
 
-    Attributes:
-        overwrite: whether the output may replace a file; saved with the job.
-        state: the sampler's last state, on the device given to `running`; or None.
-        latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
-        done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
-        num_windows: finished windows.
-        num_frames: frames of the finished segments.
-
     Raises:
-        OutputError: an unfinished job exists, and neither option is given; or another process runs
-            it.
+        OutputError: an unfinished job exists without either option, or another process runs it.
     """
+
     def __init__(
         self, output: str | os.PathLike[str] | None, *, resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.output = None if output is None else Path(output)
         self.folder = Path() if output is None else job_folder(output)
-        self.resume, self.overwrite = resume, overwrite
-        self.state: SamplerState | None = None
-        self.latents: Tensor | None = None
-        self.done: Tensor | None = None
+        self.resume, self.overwrite = resume, overwrite  # a job saves the latter
+        self.state: SamplerState | None = None  # the last one, on the device given to `running`
+        self.latents: Tensor | None = None  # [1, C, F, h, w] float32 of a finished sampler, there
+        self.done: Tensor | None = None  # [1, C, n, h, w] float32 of finished windows, on the CPU
         self.num_windows = self._num_done = 0
-        self.num_frames = 0
-        self._num_segments = 0
+        self.num_frames = self._num_segments = 0  # of the finished segments
         self._latest: StepInfo | None = None
         self._pending: list[Segment] = []
-        self._on, self._due_s, self._cost_s = False, 0.0, 0.0
+        self.keeps = False  # whether steps are saved
+        self._due_s = self._cost_s = 0.0
         self._is_worth_keeping = False
         self._lock: TextIO | None = None
         if self.unfinished and not (resume or overwrite):
@@ -121,10 +116,7 @@ class Journal:
         """True if a job exists that can be resumed."""
         return self.output is not None and (self.folder / JOB).is_file()
 
-    @property
-    def keeps(self) -> bool:
-        """True if steps are saved."""
-        return self._on
+
 
     @property
     def finished(self) -> bool:
@@ -176,7 +168,7 @@ class Journal:
 
     def on_step(self, info: StepInfo) -> None:
         """Note a step; save its state if that is cheap against the time since the last save."""
-        if self._on:
+        if self.keeps:
             self._latest = info
             if self._is_due():
                 self._flush()
@@ -187,14 +179,14 @@ class Journal:
 
     def keep_recipe(self, recipe: dict[str, Any]) -> None:
         """Replace the job's recipe by one that settles its open values."""
-        if self._on:
+        if self.keeps:
             with self._saving():
                 write_job(self.folder, recipe, overwrite=self.overwrite)
 
     def keep_window(self, done: Tensor) -> None:
         """Save the last finished window, given all latents so far [1, C, n, h, w]."""
         self._latest = self.state = None
-        if self._on:
+        if self.keeps:
             path = window_path(self.folder, self.num_windows)
             new = done[:, :, self._num_done :]
             self._save_state({"latents": new}, {"until": done.shape[2]}, path)
@@ -211,14 +203,14 @@ class Journal:
 
     def keep_arrays(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
         """Save a file of arrays with JSON data."""
-        if self._on:
+        if self.keeps:
             with self._saving():
                 write_arrays(self.folder / name, arrays, facts)
 
     def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the arguments of `keep_arrays` of a file, which must hold `names`; or None."""
         path = self.folder / name
-        return read_arrays(path, *names) if self._on and path.is_file() else None
+        return read_arrays(path, *names) if self.keeps and path.is_file() else None
 
     def keep_latents(self, latents: Tensor, num_shown: int = 0) -> None:
         """Save the finished latents [1, C, F, h, w], those that are new, before they are decoded.
@@ -226,7 +218,7 @@ class Journal:
         A continued clip has `num_shown` frames already, which aren't written again.
         """
         self._latest, self.latents = None, latents
-        if self._on:
+        if self.keeps:
             facts = {"finished": True, "num_shown": num_shown}
             self._save_state({"latents": latents}, facts, self.folder / STATE)
 
@@ -236,7 +228,7 @@ class Journal:
 
     def keep(self, segment: Segment) -> None:
         """Save the next finished segment."""
-        if self._on:
+        if self.keeps:
             self._pending.append(segment)
             if self._is_due():
                 self._flush()
@@ -244,9 +236,9 @@ class Journal:
     def pause(self) -> None:
         """Save what isn't saved yet; remove a job that has no result."""
         self._flush()
-        if self._on and not (self._has_result or self.num_windows or self._is_worth_keeping):
+        if self.keeps and not (self._has_result or self.num_windows or self._is_worth_keeping):
             self.close()
-        if self._on:
+        if self.keeps:
             self._count_segments()
         self._release()
 
@@ -286,7 +278,7 @@ class Journal:
         self._due_s = time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
-            self._lock, self._on = lock_job(self.folder), True
+            self._lock, self.keeps = lock_job(self.folder), True
             if self._lock is not None:
                 weakref.finalize(self, self._lock.close)
             sweep(self.folder)
@@ -295,18 +287,20 @@ class Journal:
         except OSError as error:
             self.give_up(error)
         if resumes:
-            self._load(device)
-        elif self._on:
-            self._start(recipe)
+            kept = read_kept(self.folder, device)
+            self.state, self.latents = kept.state, kept.latents
+            self.done, self.num_windows, self._num_done = kept.done, kept.num_windows, kept.num_done
+            self._count_segments()
+        elif self.keeps:
+            with self._saving():
+                begin_job(self.folder, recipe, overwrite=self.overwrite)
+            self._due_s += PATIENCE * self._cost_s  # for the finished latents, which can't wait
 
     def _taken(self) -> OutputError:
         return OutputError(f"{self.output} is being made by another process; wait for it, or "
                            "choose another name")
 
-    def _start(self, recipe: dict[str, Any]) -> None:
-        with self._saving():
-            begin_job(self.folder, recipe, overwrite=self.overwrite)
-        self._due_s += PATIENCE * self._cost_s  # put by for the finished latents, which won't wait
+
 
     def _check_output(self) -> None:
         assert self.output is not None
@@ -315,11 +309,7 @@ class Journal:
             raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
                               "move it away, or give --overwrite to start anew")
 
-    def _load(self, device: torch.device | str) -> None:
-        kept = read_kept(self.folder, device)
-        self.state, self.latents = kept.state, kept.latents
-        self.done, self.num_windows, self._num_done = kept.done, kept.num_windows, kept.num_done
-        self._count_segments()
+
 
     def _count_segments(self) -> None:
         kept = counted_paths(self.folder, segment_path)
@@ -364,7 +354,7 @@ class Journal:
 
     def give_up(self, reason: object) -> None:
         """Continue without a journal, with a warning: the output itself may still find room."""
-        self._on, self._latest, self._pending = False, None, []
+        self.keeps, self._latest, self._pending = False, None, []
         log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
                     self.output, reason)
         if not self._has_result:
@@ -373,4 +363,52 @@ class Journal:
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()
-        self._lock, self._on = None, False
+        self._lock, self.keeps = None, False
+
+
+def recall(request: Request, journals: Sequence[Journal]) -> Request:
+    """Restore jobs' seed, tiles, normalised words and thread count; raise InputError."""
+    for index, journal in enumerate(journals):
+        recipe = journal.recipe or {}
+        if request.seed is None and "plan" in recipe:
+            request = replace(request, seed=recipe["plan"]["seed"] - index)
+        if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
+            request = replace(request, tiles=recorded_tiles(recipe["plan"]))
+        if request.readings == "auto" and "readings" in recipe.get("plan", ()):
+            request = replace(request, readings=recorded_readings(recipe["plan"]))
+        threads = recipe.get("machine", {}).get("threads")
+        if threads and journal.unfinished:
+            _use_threads(threads, journal)
+    return request
+
+
+def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:
+    """Return one journal per clip; raise InputError if their number differs."""
+    if journal is None:
+        return [Journal(None) for _ in range(count)]
+    journals = [journal] if isinstance(journal, Journal) else journal
+    if len(journals) != count:
+        raise InputError(f"{len(journals)} journals for {count} clips; give one for each")
+    return journals
+
+
+def _use_threads(threads: int, journal: Journal) -> None:
+    import torch
+
+    if torch.get_num_threads() == threads:
+        return
+    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
+    log.warning("%s goes on with %d threads, as it began", journal.output, threads)
+
+
+def recorded_tiles(plan: Mapping[str, Any]) -> str:
+    """Return the option that gives the tiles of a recipe's plan."""
+    tiles = plan.get("tiles")
+    return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
+
+
+def recorded_readings(plan: Mapping[str, Any]) -> str:
+    """Return the option that gives the normalised words of a recipe's plan."""
+    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"

@@ -26,7 +26,7 @@ from vidgen.pipeline.codec import decode_frames, from_frame, latent_of
 from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.experts import experts
 from vidgen.pipeline.types import Loras
-from vidgen.weights.folder import RollConfig, StudentConfig
+from vidgen.weights.folder import RollConfig
 from vidgen.weights.student import ROLLER
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Rollout:
         self._see(dit, new_state(noise), add_noise(latents, noise, level), level)
         self.cache.forget(self.config.window_frames)
 
-    def _see(
-        self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor
-    ) -> Tensor:
+    def _see(self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor) -> Tensor:
         return velocity(
             dit, state, latents, sigma, self.context, patch=dit.config.patch_size,
             whole=whole_timesteps(self.sampler), cache=self.cache,
@@ -88,11 +86,12 @@ class RolledClip:
     @torch.no_grad()
     def latents(self) -> Iterator[Tensor]:
         """Yield latent frames [1, C, 1, h, w] float32 without end, the same ones each time."""
-        roll, first = self._roll, 0
+        student, roll, first = self.plan.student, self._roll, 0
+        assert student is not None
         rollout = Rollout(self.context, roll, self.plan.sampler)
         parts = self.engine.parts
         loras = self.loras.beside(parts.deltas(ROLLER))
-        sigmas = torch.tensor(self._roller.sigmas).to(self.engine.device)
+        sigmas = torch.tensor(student.sigmas).to(self.engine.device)
         while True:
             with experts(parts, None, loras, 1.0) as given:
                 dit = given.at(1.0)
@@ -108,10 +107,7 @@ class RolledClip:
         made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
         return from_frame(made, start, t)
 
-    @property
-    def _roller(self) -> StudentConfig:
-        assert self.plan.student is not None
-        return self.plan.student
+
 
     @property
     def _roll(self) -> RollConfig:
@@ -123,7 +119,7 @@ class RolledClip:
         turn = self._roll.turn_frames
         if first:
             return new_state(self._noise(first))
-        shape = replace(self.plan.latents, num_frames=turn + 1)  # one to make behind what is given
+        shape = replace(self.plan.latents, num_frames=turn + 1)  # one to generate after the given
         plan = replace(self.plan, latents=shape)
         return self.engine.prepare(plan, self.request, self.inputs).stretch(slice(turn))
 

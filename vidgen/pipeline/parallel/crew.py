@@ -181,7 +181,7 @@ class Crew:
     def order(self, *what: Any) -> None:
         """Send the others an order."""
         self._require_alive()
-        if self._coming is not None:  # a clip that is half decoded: its frames are taken in first
+        if self._coming is not None:  # a clip that is half decoded: receive its frames first
             self._coming.take_all()
             self._coming = None
         with self.together():
@@ -248,8 +248,7 @@ def start_crew(
 
 def devices_of(crew: Crew | None) -> dict[str, Any]:
     """Return an engine's devices as options of a request."""
-    return {"devices": 1, "shard": False} if crew is None else (
-        {"devices": crew.size, "shard": crew.shard})
+    return {"devices": crew.size, "shard": crew.shard} if crew else {"devices": 1, "shard": False}
 
 
 def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
@@ -341,7 +340,8 @@ def _dissolve(link: Link, children: Sequence[Child]) -> None:
         with suppress(RuntimeError):
             link.order("close")
             for child in children:
-                child.wait(GRACE_S)
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(GRACE_S)
     end_all(children)
     with suppress(RuntimeError):
         link.leave()
@@ -360,10 +360,7 @@ class Child:
             env=child_environment(),
         )
 
-    def wait(self, seconds: float) -> None:
-        """Wait for its exit."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
+
 
     def end(self) -> None:
         """Kill it."""

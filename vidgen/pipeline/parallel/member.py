@@ -149,7 +149,7 @@ def serve(link: Link) -> None:
             if order == "close":
                 break
             getattr(member, order)(*details)
-    except BaseException as error:  # whatever it is, rank 0 tells of it
+    except BaseException as error:  # rank 0 reports all of them
         if is_loss(error):
             sys.exit(LOST)
         text = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -92,7 +92,12 @@ class RayCrew(Crew):
 
     def __init__(self, work: bytes, staff: Staff) -> None:
         assert staff.ray is not None
-        self._ray = _import_ray()
+        try:
+            import ray
+            import ray.exceptions
+        except ImportError:
+            raise InputError("--ray needs Ray; pip install 'vidgen[ray]'") from None
+        self._ray: Any = ray
         self._stdout = redirect_stdout(sys.stderr)  # Ray tells of its troubles on stdout
         self._is_own = not self._ray.is_initialized()
         if self._is_own:
@@ -183,13 +188,7 @@ class RaySeat(Seat):
         self._ray.wait([self.answer], timeout=5)  # till its process is gone, and its locks
 
 
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise InputError("--ray needs Ray; pip install 'vidgen[ray]'") from None
-    return ray
+
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
@@ -37,9 +37,6 @@ from vidgen.pipeline.workers.types import (
     pin_threads,
 )
 
-if TYPE_CHECKING:
-    from vidgen.pipeline.workers.seats import Crew, Seat
-
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 THREADS = "threads.json"
@@ -49,9 +46,7 @@ WINDOW = 32
 """Jobs held per worker, so that waiting jobs don't leave any idle."""
 
 
-def run_jobs(
-    jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent
-) -> Iterator[Outcome]:
+def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent) -> Iterator[Outcome]:
     """Run jobs; yield each one's outcome as it comes.
 
     A caller that leaves the loop, or is interrupted, stops all workers within seconds; their jobs
@@ -222,8 +217,8 @@ class _Queue:
         """Yield outcomes of jobs that can't run because one that they need failed."""
         while True:
             self._fill()
-            found = ((job, name) for job, _ in self._waiting.values()
-                     if (name := self._failed_need(job)) is not None)
+            found = ((job, self._failed[key]) for job, _ in self._waiting.values()
+                     for key in job.needs if key in self._failed)
             job, name = next(found, (None, ""))
             if job is None:
                 return
@@ -232,8 +227,7 @@ class _Queue:
             self.finish(outcome)
             yield outcome
 
-    def _failed_need(self, job: Job) -> str | None:
-        return next((self._failed[key] for key in job.needs if key in self._failed), None)
+
 
     def _fill(self) -> None:
         while len(self._numbers) < self._window and (job := next(self._jobs, None)) is not None:
