@@ -102,7 +102,7 @@ def build_wide(folder: Path) -> Path:
     write_model_info(
         folder, name="wide", family="wan2.1", license_name="Apache-2.0", tasks=("text", "image"),
         defaults=ModelDefaults(num_steps=4, shift=3.0, guidance_scale=3.0, fps=16.0, num_frames=5,
-                               height=160, width=160), world_version=None,
+                               height=160, width=160),
     )  # fmt: skip
     return folder
 

@@ -52,7 +52,7 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
     write_model_info(
         folder, name=folder.name, family="toybox", license_name="Apache-2.0",
         tasks=(*TASKS, "sound") if sound else TASKS,
-        defaults=DEFAULTS, world_version=1,
+        defaults=DEFAULTS,
     )
     return folder
 
@@ -66,7 +66,6 @@ def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -
     write_model_info(
         folder, name=told.name, family=told.family, license_name=told.license, tasks=told.tasks,
         defaults=replace(told.defaults, boundary=boundary, oversampling=oversampling),
-        world_version=told.world_version,
     )
     return folder
 

@@ -81,6 +81,6 @@ def released(
         assert load_program("train/toybox/release.py").main() == 0
     info = json.loads((folder / "model.json").read_text())
     write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=tuple(info["tasks"]), world_version=1, defaults=replace(
+                     tasks=tuple(info["tasks"]), defaults=replace(
                          DEFAULTS, boundary=boundary, oversampling=oversampling))
     return folder

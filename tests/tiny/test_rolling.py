@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_student(adapter, StudentConfig("euler", SIGMAS, 3.0, roll=roll), folder)
     info = json.loads((folder / "model.json").read_text())
     write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=tuple(info["tasks"]), defaults=DEFAULTS, world_version=1)
+                     tasks=tuple(info["tasks"]), defaults=DEFAULTS)
     return folder
 
 

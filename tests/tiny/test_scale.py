@@ -70,7 +70,6 @@ def test_results_say_what_was_made_and_by_what(root: Path, results: dict[str, An
     assert (folder["fps"], folder["sizes"]) == (["12"], [[32, 32]])
     assert folder["missing_prompts"] == []
     assert folder["models"][0]["seeds"] == [0, 1] * 3
-    assert folder["models"][0]["world_version"] == 1
     assert {clip["prompt"] for clip in folder["clips"]} == set(PROMPTS)
     assert [clip["name"] for clip in folder["clips"]] == sorted(
         f"{prompt.replace('/', '_')}-{n}" for prompt in PROMPTS for n in (0, 1))

@@ -200,7 +200,7 @@ def test_a_clip_is_rolled_out_without_previews(tmp_path):
     student = StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0, roll=roll)
     write_student(make_adapter(make_dit(DIT_PRESETS["tiny"])), student, model)
     write_model_info(model, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
-                     defaults=DEFAULTS, world_version=1)
+                     defaults=DEFAULTS)
     spec = {"options": {"prompt": "a red car", "roll": True, "frames": 21, "seed": 1}}
     assert Checker(str(model), Limits()).clip(str(tmp_path), spec)["num_frames"] == 21
     shown, told = [], []

@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     good, bad = root / "good", root / "bad"
     good.mkdir()
     bad.mkdir()
-    recipe = {"model": {"name": "toybox", "sha256": "ab" * 32, "world_version": 1},
+    recipe = {"model": {"name": "toybox", "sha256": "ab" * 32},
               "plan": {"prompt": "a pan, camera pans right", "seed": 7}, "vidgen": "0.1.0"}
     for seed in range(6):
         save(good / f"prompt {seed}-0.mp4", pan(seed), recipe if seed == 0 else None)
@@ -64,8 +64,8 @@ def test_results_say_what_shaped_them(results: Path) -> None:
     good = told["folders"][0]
     assert good["fps"] == ["12"]
     assert good["sizes"] == [[SIZE, SIZE]]
-    assert good["models"] == [{"model": "toybox", "model_sha256": "ab" * 32, "world_version": 1,
-                               "vidgen": "0.1.0", "seeds": [7]}]  # fmt: skip
+    assert good["models"] == [{"model": "toybox", "model_sha256": "ab" * 32, "vidgen": "0.1.0",
+                               "seeds": [7]}]  # fmt: skip
     assert told["machine"]["opencv"]
     assert told["augmentation"] == "none"
     assert told["prompt_suite"] is None

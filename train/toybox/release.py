@@ -41,7 +41,7 @@ from train.toybox.tasks.toybox_data import CacheConfig, encoder_hash
 from train.toybox.tasks.verifier_data import COLOURS, LABELS
 from train.toybox.world.captions import caption
 from train.toybox.world.render import render
-from train.toybox.world.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
+from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from train.toybox.world.sound import synthesize
 from train.toybox.world.synonyms import grammar_synonyms
 from train.toybox.world.thesaurus import loose_vocabulary
@@ -419,7 +419,6 @@ def main() -> int:
                                  oversampling=oversampling_of(*told),
                                  **(VERIFIED if (options.out / VERIFIER).is_dir() else {}),
                                  **(LOOKING if (options.out / ONSET_DETECTOR).is_dir() else {})),
-                world_version=WORLD_VERSION,
             )
 
     return exit_code(work)

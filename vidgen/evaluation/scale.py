@@ -124,8 +124,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     measured["name"] = folder.name
     measured["failed"] |= {f"{name}.mp4": why for name, why in failed.items()}
     result["generation"] = {
-        "model": {"name": folder.name, "sha256": folder.content_hash,
-                  "world_version": getattr(folder, "world_version", None)},
+        "model": {"name": folder.name, "sha256": folder.content_hash},
         "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": dtype,
         "settings": {k: v if isinstance(v, int | float) else str(v)
                      for k, v in run.settings.items()},

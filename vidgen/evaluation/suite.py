@@ -30,7 +30,7 @@ class Item:
         path: of the file.
         name: without its suffix; clips of the same name in several folders are pairs.
         prompt: by its recipe, else by its name.
-        origin: `model`, `seed` and `world_version` by its recipe, or None without one.
+        origin: `model`, `model_sha256`, `seed` and `vidgen` by its recipe, or None without one.
     """
 
     path: Path
@@ -166,7 +166,7 @@ def _item(path: Path) -> Item:
         return Item(path, path.stem, prompt_of(path.stem), None)
     origin = {
         "model": model.get("name"), "model_sha256": model.get("sha256"), "seed": plan.get("seed"),
-        "world_version": model.get("world_version"), "vidgen": recipe.get("vidgen"),
+        "vidgen": recipe.get("vidgen"),
     }  # fmt: skip
     return Item(path, path.stem, str(plan.get("prompt") or prompt_of(path.stem)), origin)
 

@@ -48,7 +48,6 @@ def make_recipe(
 ) -> dict[str, Any]:
     """Return the recipe of a clip that our own networks make."""
     recipe = _common(engine, plan, request, inputs, loras)
-    recipe["model"]["world_version"] = engine.folder.world_version
     recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
     if engine.device.type == "cpu":
         recipe["kernels"] = "compiled" if native.why_not() is None else "none"

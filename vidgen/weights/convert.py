@@ -218,7 +218,7 @@ def _finish_vidgen(folder: Path, source: ModelFolder) -> None:
     _write_processor(folder, source)
     write_model_info(
         folder, name=source.name, family=source.family, license_name=source.license,
-        tasks=source.tasks, defaults=source.defaults, world_version=source.world_version,
+        tasks=source.tasks, defaults=source.defaults,
         variant=source.variant,
     )
 
@@ -299,7 +299,7 @@ def _write_note(folder: Path, source: ModelFolder) -> None:
     write_json(folder / NOTE, {
         "name": source.name, "family": source.family, "variant": source.variant,
         "license": source.license, "tasks": list(source.tasks),
-        "world_version": source.world_version, "defaults": asdict(source.defaults),
+        "defaults": asdict(source.defaults),
         "configs": {role: dump(part.config) for role, part in source.components.items()
                     if role not in OWN_ROLES},
     })  # fmt: skip

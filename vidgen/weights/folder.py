@@ -156,7 +156,6 @@ class ModelFolder(Files):
     license: str
     tasks: tuple[str, ...]
     defaults: ModelDefaults
-    world_version: int | None
     layout: Spelling
     components: Components = field(repr=False)
     tokenizer: Path
@@ -256,7 +255,7 @@ def list_embedded() -> list[str]:
 
 def write_model_info(
     path: Path, *, name: str, family: str, license_name: str, tasks: tuple[str, ...],
-    defaults: ModelDefaults, world_version: int | None, variant: str | None = None,
+    defaults: ModelDefaults, variant: str | None = None,
 ) -> None:
     """Write `model.json` over whatever component files lie in `path` now."""
     names = sorted(
@@ -267,7 +266,7 @@ def write_model_info(
     info = {
         "format": "vidgen", "format_version": FORMAT_VERSION, "name": name, "family": family,
         "variant": variant, "license": license_name, "tasks": list(tasks),
-        "world_version": world_version, "defaults": asdict(defaults),
+        "defaults": asdict(defaults),
     }
     _write_info(path, info, names)
 

@@ -429,8 +429,7 @@ def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
     try:
         return {
             "name": info["name"], "family": info["family"], "license": info["license"],
-            "tasks": tuple(info["tasks"]), "world_version": info.get("world_version"),
-            "variant": info.get("variant"),
+            "tasks": tuple(info["tasks"]), "variant": info.get("variant"),
             "defaults": build(ModelDefaults, info["defaults"], str(where)),
         }
     except KeyError as error:
@@ -452,7 +451,7 @@ def _recognised(
     return {
         "name": name, "family": variant.family, "license": card_license(path) or LICENSE,
         "tasks": variant.tasks, "defaults": build(ModelDefaults, defaults, str(path)),
-        "world_version": None, "variant": variant.name,
+        "variant": variant.name,
     }
 
 

@@ -141,7 +141,7 @@ def published(model: str) -> ModelFolder | None:
         configs["image_encoder"] = IMAGE_PRESETS["clip-vit-h"]
     return ModelFolder(
         path=Path(model), files={}, name=Path(model).name, family=variant.family,
-        license="Apache-2.0", tasks=variant.tasks, defaults=variant.defaults, world_version=None,
+        license="Apache-2.0", tasks=variant.tasks, defaults=variant.defaults,
         layout="diffusers", tokenizer=Path(), variant=variant.name, given=model,
         components=Components({role: _component(role, config) for role, config in configs.items()}),
     )
