@@ -4,7 +4,7 @@
 
 Renders Toybox clips, plants faults of five grades in each, takes all measures of
 `vidgen eval temporal` and correlates mean measure and grade (Spearman); of late sound those of
-`evaluation.rulers.sync`, on clips of bouncing sprites. From 0.9 on, the right way
+`eval.toybox.rulers.sync`, on clips of bouncing sprites. From 0.9 on, the right way
 round, a measure ranks the fault; all others are shown as not ranking it. With --decoded the clips
 go through H.264 first. About 15 s a clip of 33 frames of 128x128 on one core.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from eval.toybox.judge import embedded_judge
 from eval.toybox.rulers.bounces import bounce_times
@@ -36,7 +38,6 @@ from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
 from vidgen.evaluation.metrics.registry import MEASURES
-from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.temporal.report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
@@ -177,6 +178,20 @@ def take(shown: Shown, frames: Any, decode: bool) -> dict[str, float | None]:
     """All figures of frames [T, H, W, 3] that were to begin as the clip does."""
     frames = encoded(frames) if decode else frames
     return measure_clip(iter(frames), FPS, image=shown.frames[0]).figures
+
+
+def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
+    """Rank correlation (Spearman 1904), ties by mean rank; None where one side is constant."""
+    a, b = (_mean_ranks(np.asarray(side, dtype=np.float64)) for side in (values, others))
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else None
+
+
+def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    below = (values[:, None] > values).sum(axis=1)
+    alike = (values[:, None] == values).sum(axis=1)
+    return below + (alike - 1) / 2
 
 
 def measure(clips: int, num_frames: int, side: int, decode: bool) -> dict[str, Any]:

@@ -30,12 +30,12 @@ from typing import Any
 from PIL import Image
 
 from eval.toybox.judge import Judge, embedded_judge
+from eval.toybox.rates import Rate
 from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES
 from train.toybox.world.render import render
 from train.toybox.world.scenes import Actor, Scene, is_held_out, times_in
 from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
-from vidgen.evaluation.statistics import Rate
 from vidgen.media.clip import Clip
 from vidgen.pipeline.codec import as_video, to_frames
 from vidgen.pipeline.engine import load

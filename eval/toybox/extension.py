@@ -38,11 +38,12 @@ from PIL import Image, ImageDraw
 
 from eval.toybox.chains import TRUTH, WAYS, ChainJob, ChainSettings, ChainWork, windows_of
 from eval.toybox.judge import embedded_judge
+from eval.toybox.rates import Rate
 from eval.toybox.rulers.drift import LOOKS
 from eval.toybox.suite.items import endless_prompts
 from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
-from vidgen.evaluation.statistics import Rate, mean_interval
+from vidgen.evaluation.statistics import mean_interval
 from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.long.extend import COLOUR_HOLD

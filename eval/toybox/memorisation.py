@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.toybox.generation import generate_batch, round_trip
+from eval.toybox.rates import Rate
 from train.toybox.tasks.toybox_data import CacheConfig
 from train.toybox.world.captions import caption
 from train.toybox.world.render import render
@@ -43,7 +44,7 @@ from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError, exit_code
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
-from vidgen.evaluation.statistics import Rate, mean_interval, paired_interval
+from vidgen.evaluation.statistics import mean_interval, paired_interval
 from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs

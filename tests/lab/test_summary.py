@@ -2,12 +2,12 @@
 
 import pytest
 
+from eval.toybox.rates import Rate
 from eval.toybox.suite.run import _split
 from eval.toybox.suite.summary import reached, summarise, truth
 from eval.toybox.suite.table import table
 from eval.toybox.suite.work import SHEET_FRAMES
 from train.toybox.world.scenes import Actor, Scene
-from vidgen.evaluation.statistics import Rate
 
 SCENES = [
     Scene(1, (Actor("cat", "rises"),), place="city"),

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from vidgen.evaluation.statistics import (
-    Rate,
-    guess_rate,
     mean_interval,
-    median_interval,
     paired_interval,
     rate_interval,
     wilson_interval,
@@ -40,17 +37,6 @@ def test_wilson_interval_is_symmetric_and_covers_all_of_nothing():
     assert wilson_interval(14, 17) == pytest.approx((1 - high, 1 - low))
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(9, 9)[1] == 1.0
-
-
-def test_a_rate_counts():
-    rate = Rate.of([True, False, True, True])
-    assert (rate.correct, rate.total, rate.rate) == (3, 4, 0.75)
-    assert math.isnan(Rate(0, 0).rate)
-
-
-def test_the_best_guess_is_the_commonest_label():
-    assert guess_rate(["still", "pan", "still", "zoom"]) == 0.5
-    assert math.isnan(guess_rate([]))
 
 
 def test_mean_interval_of_a_known_sample():
@@ -96,15 +82,6 @@ def test_a_weighted_mean_has_the_interval_of_its_weights():
     ones, others = [1.0, 2.0, 3.0] * 4, [0.0, 1.0, 1.0] * 4
     plain = paired_interval(ones, others)
     assert paired_interval(ones, others, weights=([2] * 12, [5] * 12)) == pytest.approx(plain)
-
-
-def test_a_median_of_groups_has_the_interval_of_their_number():
-    values = [float(v) for v in range(100)]
-    low, high = median_interval(values)
-    assert (low, high) == (40.0, 60.0)
-    wide = median_interval(values, [v // 4 for v in range(100)])
-    assert wide == (30.0, 70.0)
-    assert median_interval([3.0]) == (3.0, 3.0)
 
 
 def test_a_paired_interval_knows_what_pairs_have_in_common():

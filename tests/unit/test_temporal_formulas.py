@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from eval.faults import spearman
 from tests.textures import texture
 from vidgen.core.errors import InputError
 from vidgen.evaluation.metrics.appearance import (
@@ -44,7 +45,6 @@ from vidgen.evaluation.metrics.vbench import (
     temporal_subtotal,
     top_speed,
 )
-from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.temporal.comparison import frechet_distance, kernel_distance
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -13,30 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How many of how many."""
-
-    correct: int
-    total: int
-
-    @classmethod
-    def of(cls, outcomes: Iterable[bool]) -> Rate:
-        """Count outcomes."""
-        known = list(outcomes)
-        return cls(sum(known), len(known))
-
-    @property
-    def rate(self) -> float:
-        """The share that is correct; NaN of nothing."""
-        return self.correct / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its 95% interval."""
-        return wilson_interval(self.correct, self.total)
 
 
 def wilson_interval(
@@ -119,21 +93,6 @@ def _mean_error(
     return math.sqrt(squares) / sum(weights)
 
 
-def median_interval(
-    values: Sequence[float], groups: Sequence[Hashable] | None = None
-) -> tuple[float, float]:
-    """95% interval of a median by order statistics, the quantiles 1 / 2 +- 1.96 / (2 sqrt(n)).
-
-    Args:
-        values: of which the median is taken.
-        groups: of each, as in `mean_interval`; n is then how many there are.
-    """
-    ranked, count = sorted(values), len(values)
-    half = 1.96 / (2 * math.sqrt(len(set(groups)) if groups else count))
-    low, high = math.floor(count * (0.5 - half)), math.ceil(count * (0.5 + half))
-    return ranked[max(0, low)], ranked[min(count - 1, high)]
-
-
 def paired_interval(
     values: Sequence[float], others: Sequence[float], confidence: float = CONFIDENCE, *,
     groups: Sequence[Hashable] | None = None, draws: int = 2000, seed: int = 0,
@@ -168,24 +127,3 @@ def paired_interval(
         means = drawn(values, weights[0]) - drawn(others, weights[1])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def guess_rate(labels: Iterable[Hashable]) -> float:
-    """The best score of an answer that is always the same: chance level, fair to uneven classes."""
-    counts = Counter(labels)
-    return max(counts.values()) / counts.total() if counts else math.nan
-
-
-def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
-    """Rank correlation (Spearman 1904), ties by mean rank; None where one side is constant."""
-    a, b = (_mean_ranks(np.asarray(side, dtype=np.float64)) for side in (values, others))
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale else None
-
-
-def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    below = (values[:, None] > values).sum(axis=1)
-    alike = (values[:, None] == values).sum(axis=1)
-    ranks: NDArray[np.float64] = below + (alike - 1) / 2
-    return ranks

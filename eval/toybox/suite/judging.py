@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from eval.toybox.judge import NOTHING, Judge, Verdict, sample_frames
+from eval.toybox.rates import Rate
 from train.toybox.world.render import render
 from train.toybox.world.scenes import Scene, sample_scenes
-from vidgen.evaluation.statistics import Rate
 
 TASKS = ("sprite", "motion", "place", "camera")
 BATCH = 8

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from eval.toybox.judge import NOTHING
+from eval.toybox.rates import Rate
 from eval.toybox.sound_judge import Heard, SoundJudge
 from train.toybox.world.ambience import ambience_of
 from train.toybox.world.scenes import Scene, sample_scenes
 from train.toybox.world.sound import synthesize
-from vidgen.evaluation.statistics import Rate
 
 BATCH = 16
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 
 from eval.toybox.judge import Judge
+from eval.toybox.rates import Rate
 from eval.toybox.suite.judging import grade
 from train.toybox.world.captions import prompts
 from train.toybox.world.scenes import Scene
 from train.toybox.world.subject import Subject
 from vidgen.core.protocols import OnEvent
-from vidgen.evaluation.statistics import Rate, paired_interval
+from vidgen.evaluation.statistics import paired_interval
 from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.engine import Engine

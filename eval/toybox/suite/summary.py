@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from eval.toybox.rates import Rate, guess_rate, median_interval
 from eval.toybox.rulers.drift import LOOKS
 from eval.toybox.rulers.identity import DISTANCES, stranger_overlap
 from eval.toybox.rulers.paths import path_of
@@ -19,14 +20,7 @@ from eval.toybox.suite.judging import answer_counts
 from eval.toybox.suite.weak_spots import weak_spots
 from train.toybox.world.ambience import ambience_of
 from train.toybox.world.scenes import Scene
-from vidgen.evaluation.statistics import (
-    Rate,
-    guess_rate,
-    mean_interval,
-    median_interval,
-    paired_interval,
-    rate_interval,
-)
+from vidgen.evaluation.statistics import mean_interval, paired_interval, rate_interval
 
 Row = Mapping[str, Any]
 Figure = dict[str, Any]
