@@ -252,8 +252,8 @@ class OpenedModel:
                     state: LatentState, sigmas: Tensor, on_step: OnStep | None,
                     resume: SamplerState | None,
                 ) -> Tensor:
-                    return self.sample(plan, state, contexts, on_step, resume=resume,
-                                       sigmas=sigmas, **rest)
+                    return OpenedModel.sample(self, plan, state, contexts, on_step,
+                                              resume=resume, sigmas=sigmas, **rest)
 
                 return sample_finer(
                     part, state, sigmas, split_of(plan, sigmas, self.folder), plan.oversampling,
