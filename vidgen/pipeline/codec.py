@@ -149,6 +149,19 @@ def as_video(frames: Frames) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
+def shown_frames(videos: Iterable[Tensor], count: int) -> Iterator[Frames]:
+    """Yield the first `count` frames of videos [1, 3, n, H, W] as uint8 [t, H, W, 3]."""
+    if count <= 0:
+        return
+    for video in videos:
+        frames: Frames = to_frames(video[0])[:count].numpy()
+        count -= len(frames)
+        if len(frames):
+            yield frames
+        if count <= 0:
+            return
+
+
 def to_frames(video: Tensor) -> Tensor:
     """Convert [3, T, H, W] in [-1, 1] to uint8 [T, H, W, 3] on the CPU."""
     scaled = (video.float().clamp(-1, 1) + 1) * 127.5

@@ -44,14 +44,8 @@ class Encoder:
 
 
 def write_conditions(
-    state: LatentState,
-    plan: Plan,
-    request: Request,
-    inputs: Inputs,
-    model: Encoder,
-    start_sigma: float,
-    *,
-    settles: bool,
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder,
+    start_sigma: float, *, settles: bool,
 ) -> LatentState:
     """Write every condition of a request into a state of fresh noise.
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
 def load(
     model: str | os.PathLike[str] = "toybox", *, device: str = "auto", dtype: str | None = None,
     offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
@@ -111,14 +112,9 @@ class Engine(OpenedModel):
     """A model ready to generate."""
 
     def generate(
-        self,
-        prompt: str | Request,
-        *,
-        on_event: Callable[[Progress], None] | None = None,
-        on_estimate: Callable[[Estimate], None] | None = None,
-        on_preview: OnPreview | None = None,
-        journal: Journal | Sequence[Journal] | None = None,
-        **options: Any,
+        self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
+        on_estimate: Callable[[Estimate], None] | None = None, on_preview: OnPreview | None = None,
+        journal: Journal | Sequence[Journal] | None = None, **options: Any,
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1.
 

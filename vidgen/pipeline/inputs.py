@@ -168,9 +168,6 @@ def _pixels(option: str, picture: Picture) -> Frames:
     return pixels
 
 
-
-
-
 def noise_file(latents: Tensor) -> bytes:
     """Return given noise as a safetensors file; equal numbers and shape give equal bytes."""
     content: bytes = save({"latents": latents.detach().cpu().contiguous()})

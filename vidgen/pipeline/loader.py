@@ -63,12 +63,8 @@ class Parts:
     """
 
     def __init__(
-        self,
-        folder: ModelFolder,
-        device: torch.device,
-        dtype: torch.dtype,
-        offload: Offload = "none",
-        quantize: Quantization | None = None,
+        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype,
+        offload: Offload = "none", quantize: Quantization | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
         if offload not in get_args(Offload):
@@ -172,12 +168,8 @@ class Parts:
         return dtype or self.dtype
 
     def needed_bytes(
-        self,
-        role: Role | None = None,
-        *,
-        offload: Offload | None = None,
-        dtype: torch.dtype | None = None,
-        quantize: Quantization | Literal["none"] | None = None,
+        self, role: Role | None = None, *, offload: Offload | None = None,
+        dtype: torch.dtype | None = None, quantize: Quantization | Literal["none"] | None = None,
     ) -> int:
         """Return the bytes of weights in memory while a network, or the largest, works.
 
@@ -246,8 +238,6 @@ class Parts:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         trim_memory()
-
-
 
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
         weights = self._weights(role, dtype)

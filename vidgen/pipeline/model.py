@@ -34,7 +34,7 @@ from vidgen.pipeline.codec import (
     from_frame,
     latent_of,
     refine_first,
-    to_frames,
+    shown_frames,
 )
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import settles, sigmas_of, split_of
@@ -215,18 +215,9 @@ class OpenedModel:
 
     @torch.no_grad()
     def sample(
-        self,
-        plan: Plan,
-        state: LatentState,
-        contexts: Contexts,
-        on_step: OnStep | None = None,
-        scheduler: Any = None,
-        loras: Loras = NO_LORAS,
-        resume: SamplerState | None = None,
-        *,
-        remember: bool = True,
-        told: Bound | None = None,
-        sigmas: Tensor | None = None,
+        self, plan: Plan, state: LatentState, contexts: Contexts, on_step: OnStep | None = None,
+        scheduler: Any = None, loras: Loras = NO_LORAS, resume: SamplerState | None = None, *,
+        remember: bool = True, told: Bound | None = None, sigmas: Tensor | None = None,
     ) -> Tensor:
         """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
@@ -304,14 +295,7 @@ class OpenedModel:
         from vidgen.media.label import with_label
 
         def chunks(start: int = 0) -> Iterator[Any]:
-            left = plan.kept_frames - start
-            for video in videos(start):
-                frames = to_frames(video[0])[:left]
-                left -= len(frames)
-                if len(frames):
-                    yield frames.numpy()
-                if not left:
-                    return
+            return shown_frames(videos(start), plan.kept_frames - start)
 
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,

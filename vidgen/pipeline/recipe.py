@@ -153,6 +153,3 @@ def _asked(request: Request) -> dict[str, Any]:
         name: str(value) if isinstance(value, Fraction) else value for name, value in given.items()
         if value != _DEFAULTS[name] and not (name == "sampler" and request.scheduler is not None)
     }
-
-
-

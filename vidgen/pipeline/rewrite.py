@@ -38,9 +38,6 @@ _KEPT_SHARE = 0.5
 """Of the prompt's own words that the new text must have."""
 
 
-
-
-
 class LanguageModel:
     """A causal language model of transformers, from a folder; nothing is fetched or run from it.
 

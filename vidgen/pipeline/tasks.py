@@ -49,6 +49,3 @@ def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
 def words_alone(request: Request) -> bool:
     """Return whether the prompt alone defines a clip: no picture, and no other clip."""
     return not any(request.has(option) for option, task in OPTIONS.items() if task != SOUND)
-
-
-

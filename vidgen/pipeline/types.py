@@ -43,17 +43,12 @@ Report = Callable[[Stage, int, int], None]
 class Opened(Protocol):
     """An opened model, run by our networks or by diffusers' pipelines."""
 
+    device: torch.device
+    dtype: str  # of its weights: "fp32", "bf16" or "fp16"
+
     @property
     def folder(self) -> ModelFolder | ForeignFolder:
         """The model's files."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of its networks."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of its weights: "fp32", "bf16" or "fp16"."""
 
     @property
     def offload(self) -> str:

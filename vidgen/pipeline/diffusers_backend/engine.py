@@ -87,13 +87,9 @@ class ForeignEngine:
         self.pipe = ForeignPipe(folder, device, DTYPES[dtype], offload, loader)
 
     def generate(
-        self,
-        prompt: str | Request,
-        *,
-        on_event: Callable[[Progress], None] | None = None,
+        self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
         on_estimate: Callable[[Any], None] | None = None,  # noqa: ARG002  nothing is known
-        on_preview: OnPreview | None = None,
-        journal: Journal | Sequence[Journal] | None = None,
+        on_preview: OnPreview | None = None, journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
@@ -288,18 +284,9 @@ class ForeignEngine:
 
 
 def draw_first_frame(
-    folder: str | Path,
-    prompt: str,
-    negative: str | None,
-    seed: int,
-    width: int,
-    height: int,
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str = "fp32",
-    on_event: Callable[[Progress], None] | None = None,
+    folder: str | Path, prompt: str, negative: str | None, seed: int, width: int, height: int, *,
+    steps: int | None = None, guidance: float | None = None, device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "fp32", on_event: Callable[[Progress], None] | None = None,
 ) -> tuple[Frames, dict[str, Any]]:
     """Draw a picture with a text-to-image model, which is freed afterwards.
 

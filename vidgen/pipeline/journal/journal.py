@@ -116,8 +116,6 @@ class Journal:
         """True if a job exists that can be resumed."""
         return self.output is not None and (self.folder / JOB).is_file()
 
-
-
     @property
     def finished(self) -> bool:
         """True if resuming finds the finished output."""
@@ -300,16 +298,12 @@ class Journal:
         return OutputError(f"{self.output} is being made by another process; wait for it, or "
                            "choose another name")
 
-
-
     def _check_output(self) -> None:
         assert self.output is not None
         self.overwrite |= read_job(self.folder)["overwrite"]
         if self.output.exists() and not self.overwrite:
             raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
                               "move it away, or give --overwrite to start anew")
-
-
 
     def _count_segments(self) -> None:
         kept = counted_paths(self.folder, segment_path)

@@ -37,7 +37,7 @@ from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo
-from vidgen.pipeline.codec import room_for, to_frames
+from vidgen.pipeline.codec import room_for, shown_frames
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long.tail import (
     OVERLAP,
@@ -134,9 +134,7 @@ class LongClip:
         return split_windows(given, total, size, min(overlap, given or overlap))
 
     def sample(
-        self,
-        sample: Sample,
-        done: Tensor | None = None,
+        self, sample: Sample, done: Tensor | None = None,
         keep: Callable[[Tensor], None] | None = None,
         beside: Callable[[LatentState, int, int], LatentState] | None = None,
     ) -> Tensor:
@@ -206,8 +204,9 @@ class LongClip:
         skipped = 1 + (self.pace.finer(self._num_given) - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
-            end = skipped + plan.kept_frames - begun.num_frames
-            return _frames(self.engine, plan, latents, skipped + start, end)
+            videos = self.engine.decode_video(
+                latents, skipped + start, plan.tiles, plan.oversampling)
+            return shown_frames(videos, plan.kept_frames - begun.num_frames - start)
 
         def whole(start: int = 0) -> Iterator[Frames]:
             earlier = earlier_frames(plan, self.request, self.inputs)
@@ -374,21 +373,6 @@ def _room_for(shape: LatentShape) -> Tensor:
     _, C, F, h, w = shape.dims
     flat = room_for(4 * F * C * h * w).view(torch.float32)
     return flat.view(F, C, h, w).transpose(0, 1)[None]
-
-
-def _frames(
-    engine: OpenedModel, plan: Plan, latents: Tensor, start: int, end: int
-) -> Iterator[Frames]:
-    """Yield frames `start` to `end` of a clip's latents, uint8 [t, H, W, 3]."""
-    if start >= end:
-        return
-    for video in engine.decode_video(latents, start, plan.tiles, plan.oversampling):
-        frames = to_frames(video[0])[: end - start].numpy()
-        start += len(frames)
-        if len(frames):
-            yield frames
-        if start >= end:
-            return
 
 
 def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:

@@ -107,8 +107,6 @@ class RolledClip:
         made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
         return from_frame(made, start, t)
 
-
-
     @property
     def _roll(self) -> RollConfig:
         assert self.plan.roll is not None

@@ -360,8 +360,6 @@ class Child:
             env=child_environment(),
         )
 
-
-
     def end(self) -> None:
         """Kill it."""
         self.process.kill()

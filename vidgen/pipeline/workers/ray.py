@@ -188,9 +188,6 @@ class RaySeat(Seat):
         self._ray.wait([self.answer], timeout=5)  # till its process is gone, and its locks
 
 
-
-
-
 def _connect(ray: Any, address: str) -> None:
     """Join a cluster, or start one on this machine; raise InputError if it can't be reached."""
     own = {"include_dashboard": False} if address == "local" else {}

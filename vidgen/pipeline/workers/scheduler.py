@@ -227,8 +227,6 @@ class _Queue:
             self.finish(outcome)
             yield outcome
 
-
-
     def _fill(self) -> None:
         while len(self._numbers) < self._window and (job := next(self._jobs, None)) is not None:
             assert job.key not in self._numbers, job.key
