@@ -149,7 +149,7 @@ def as_video(frames: Frames) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
-def shown_frames(videos: Iterable[Tensor], count: int) -> Iterator[Frames]:
+def first_frames(videos: Iterable[Tensor], count: int) -> Iterator[Frames]:
     """Yield the first `count` frames of videos [1, 3, n, H, W] as uint8 [t, H, W, 3]."""
     if count <= 0:
         return

@@ -60,13 +60,9 @@ def write_conditions(
             state = condition.video_at_strength(state, model.encode(clip), start_sigma)
         if finer > 1:
             state = replace(state, video_finer=model.encode(clip, oversampling=finer))
-    if model.conditioning == "tokens":
-        return _in_place(state, plan, request, inputs, model)
-    if model.conditioning == "channels":
-        return _stacked(state, plan, request, inputs, model)
-    if model.conditioning == "control":
-        return _controlled(state, plan, request, inputs, model)
-    return state
+    ways = {"tokens": _in_place, "channels": _stacked, "control": _controlled}
+    write = ways.get(model.conditioning)
+    return state if write is None else write(state, plan, request, inputs, model)
 
 
 def _in_place(

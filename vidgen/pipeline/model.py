@@ -31,10 +31,10 @@ from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.codec import (
     decode_latents,
     encode_pixels,
+    first_frames,
     from_frame,
     latent_of,
     refine_first,
-    shown_frames,
 )
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import settles, sigmas_of, split_of
@@ -110,13 +110,13 @@ class OpenedModel:
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
         """Settle all that the request left open; refuse what this model can't do."""
-        from vidgen.pipeline.parallel.crew import devices_of
         from vidgen.pipeline.plan import require_own, settled
 
+        devices, shard = (self.crew.size, self.crew.shard) if self.crew else (1, False)
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
-               "quantize": self.quantize, **devices_of(self.crew)}
+               "quantize": self.quantize, "devices": devices, "shard": shard}
         require_own(request, self.folder, own)
-        request = replace(request, devices=own["devices"])
+        request = replace(request, devices=devices)
         plan = settled(request, self.folder, inputs, self.tokenizer)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):
@@ -295,7 +295,7 @@ class OpenedModel:
         from vidgen.media.label import with_label
 
         def chunks(start: int = 0) -> Iterator[Any]:
-            return shown_frames(videos(start), plan.kept_frames - start)
+            return first_frames(videos(start), plan.kept_frames - start)
 
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,

@@ -126,18 +126,14 @@ class PromptEncoder:
         known = {prompt: context for prompt, context in asked.items() if context is not None}
         unknown = [prompt for prompt in asked if prompt not in known]
         if unknown:
-            known |= self._learn(self._cache, unknown)
+            with self._parts.use("text_encoder"):
+                for prompt in unknown:  # each alone, so that its context depends on nothing else
+                    known[prompt] = self._run([prompt])[0][0]
+                    self._cache.put(prompt, known[prompt])
         rows = [known[prompt].to(self._parts.device) for prompt in prompts]
         return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
-    def _learn(self, cache: PromptCache, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode prompts one by one, so that a cached context depends on nothing else."""
-        made = {}
-        with self._parts.use("text_encoder"):
-            for prompt in prompts:
-                made[prompt] = self._run([prompt])[0][0]
-                cache.put(prompt, made[prompt])
-        return made
+
 
     def _run(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING

@@ -18,7 +18,7 @@ from vidgen.pipeline.diffusers_backend.decode import (
     prepare_vae,
     shown_frames,
 )
-from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
+from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, ForeignPlan, check_sides
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.quantize import quiet_torchao
 
@@ -110,7 +110,7 @@ class ForeignPipe:
         except ValueError as error:
             rule = re.search(r"divisible by (\d+)", str(error))
             if rule is not None:
-                check_multiple(plan, int(rule[1]))
+                check_sides(plan.width, plan.height, int(rule[1]))
             raise InputError(f"{plan.pipeline} refuses this: {error}") from error
         except torch.OutOfMemoryError as error:
             raise ModelError(f"{plan.pipeline} ran out of memory at {plan.width}x{plan.height}; "

@@ -313,9 +313,9 @@ def make_scheduler(own: Any, request: Request) -> Any:
     )
 
 
-def check_multiple(plan: ForeignPlan, multiple: int) -> None:
+def check_sides(width: int | None, height: int | None, multiple: int) -> None:
     """Refuse sides that are no multiple of a token's, naming the nearest that are."""
-    for name, side in (("width", plan.width), ("height", plan.height)):
+    for name, side in (("width", width), ("height", height)):
         if side is not None:
             check_size(name, side, multiple)
 
@@ -350,8 +350,7 @@ def _length(
 def _size(request: Request, inputs: Inputs, able: Abilities) -> tuple[int | None, int | None]:
     own, picture = able.default_size(), inputs.picture_size
     if request.size is not None:
-        for name, side in zip(("width", "height"), request.size, strict=True):
-            check_size(name, side, able.multiple)
+        check_sides(*request.size, able.multiple)
         return request.size
     if "height" not in able.defaults:
         return None, None

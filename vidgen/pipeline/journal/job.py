@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -369,8 +369,9 @@ def read_kept(folder: Path, device: torch.device | str) -> Kept:
     """Read a job's latents, `state` and `latents` onto a device; raise InputError if damaged."""
     import torch
 
-    windows = counted_paths(folder, window_path)
-    kept = Kept(len(windows), read_windows(windows))
+    windows = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"])
+               for path in counted_paths(folder, window_path)]
+    kept = Kept(len(windows), torch.cat(windows, dim=2) if windows else None)
     if (path := folder / STATE).is_file():
         arrays, facts = read_arrays(path, "latents")
         tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
@@ -403,9 +404,4 @@ def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
     return SamplerState(step, tensors["latents"], history, cache)
 
 
-def read_windows(paths: Sequence[Path]) -> Tensor | None:
-    """Return a job's finished windows, joined: latents [B, C, n, h, w], or None without any."""
-    import torch
 
-    found = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"]) for path in paths]
-    return torch.cat(found, dim=2) if found else None

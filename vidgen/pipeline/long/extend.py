@@ -37,7 +37,7 @@ from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo
-from vidgen.pipeline.codec import room_for, shown_frames
+from vidgen.pipeline.codec import first_frames, room_for
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long.tail import (
     OVERLAP,
@@ -206,7 +206,7 @@ class LongClip:
         def added(start: int) -> Iterator[Frames]:
             videos = self.engine.decode_video(
                 latents, skipped + start, plan.tiles, plan.oversampling)
-            return shown_frames(videos, plan.kept_frames - begun.num_frames - start)
+            return first_frames(videos, plan.kept_frames - begun.num_frames - start)
 
         def whole(start: int = 0) -> Iterator[Frames]:
             earlier = earlier_frames(plan, self.request, self.inputs)
@@ -390,7 +390,11 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
         begun = _encode_end(engine, plan, request, inputs)
     elif begun.frames_ahead:
         _check_ahead(begun, plan, request)
-    return _at_rate_of(engine, plan, begun)
+    had, wanted = begun.pace.factor, plan.oversampling
+    if had == wanted:
+        return begun
+    latents = at_rate(engine, begun.latents, had, wanted, plan.tiles, plan.encode_passes)
+    return replace(begun, latents=latents, pace=Pace(wanted))
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
@@ -408,12 +412,7 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
                     "ones, and no prompt has a part in them", request.prefix, ahead)
 
 
-def _at_rate_of(engine: OpenedModel, plan: Plan, begun: Beginning) -> Beginning:
-    had, wanted = begun.pace.factor, plan.oversampling
-    if had == wanted:
-        return begun
-    latents = at_rate(engine, begun.latents, had, wanted, plan.tiles, plan.encode_passes)
-    return replace(begun, latents=latents, pace=Pace(wanted))
+
 
 
 def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:

@@ -246,9 +246,7 @@ def start_crew(
     return Crew(Link(*torchrun_place(), device, local=False), (), shard=shard)
 
 
-def devices_of(crew: Crew | None) -> dict[str, Any]:
-    """Return an engine's devices as options of a request."""
-    return {"devices": crew.size, "shard": crew.shard} if crew else {"devices": 1, "shard": False}
+
 
 
 def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
