@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 SPAN = {"bytes": (0.95, 1.40), "seconds": (1 / 1.5, 1.5)}
 """Predicted by real, at least and at most."""
 # as many are drawn as are counted: how many more it takes is chance
-SILENT = {"model": "toybox", "candidates": 1, "audio": "none"}
-EMBEDDED = {"model": "toybox", "candidates": 1, "audio_candidates": 4}
+SILENT = {"model": "toybox", "settings": {"candidates": 1}, "audio": "none"}
+EMBEDDED = {"model": "toybox", "settings": {"candidates": 1, "audio_candidates": 4}}
 CLIPS: dict[str, dict[str, Any]] = {
     "embedded": EMBEDDED,
     "embedded, large": {**SILENT, "size": "256x256", "steps": 4},

@@ -65,7 +65,10 @@ def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -
     save_module(dit.state_dict(), dit.config, folder / "transformer_2", torch.float32, 256)
     write_model_info(
         folder, name=told.name, family=told.family, license_name=told.license, tasks=told.tasks,
-        defaults=replace(told.defaults, boundary=boundary, oversampling=oversampling),
+        defaults=replace(
+            told.defaults, boundary=boundary,
+            settings={**told.defaults.settings, "oversampling": oversampling},
+        ),
     )
     return folder
 

@@ -44,27 +44,30 @@ COMMANDS: dict[str, str] = {
     "euler": f"generate {CAR} --frames 13 --steps 6 --sampler euler --shift 4 --guidance 3 "
              "--guidance-interval 0.2 0.9 --guidance-rescale 0.3 --negative 'a cat' --seed 7 "
              "--fps 10 --size 96x96 -o clip.mp4",
-    "unipc": f"generate {CAR} --frames 13 --steps 6 --sampler unipc --oversampling 1 "
-             "--candidates 1 --binding 0 --seed 7 -o clip.mp4",
+    "unipc": f"generate {CAR} --frames 13 --steps 6 --sampler unipc --set oversampling=1 "
+             "--set candidates=1 --set binding=0 --seed 7 -o clip.mp4",
     "unknown-words": f"generate 'a crimson automobile hops in the sahara' {FEW}",
     "first-frame": f"generate {CAR} {FEW} --image %first.png",
     "first-and-last": f"generate {CAR} {FEW} --image %first.png --last-image %last.png",
     "middle-frame": f"generate {CAR} {FEW} --frame 0.5=%middle.png",
-    "guided-frame": f"generate {CAR} --frames 13 --steps 6 --seed 7 --image %first.png --refine 2 "
-                    "--encode-passes 2 --image-guidance 2 --image-guidance-reach 2 -o clip.mp4",
-    "reference": f"generate {CAR} {FEW} --reference %reference.png --reference-guidance 2",
+    "guided-frame": f"generate {CAR} --frames 13 --steps 6 --seed 7 --image %first.png "
+                    "--set refine=2 --set encode_passes=2 --set image_guidance=2 "
+                    "--set image_guidance_reach=2 -o clip.mp4",
+    "reference": f"generate {CAR} {FEW} --reference %reference.png "
+                 "--set reference_guidance=2",
     "mask": f"generate {CAR} {FEW} --video %clip.mkv --mask %mask.png",
     "re-imagined": f"generate {CAR} {FEW} --video %clip.mkv --strength 0.6",
     "extended": f"generate {CAR} {FEW}\n"
                 f"extend clip.mp4 --seconds 2 --steps 4 {WINDOWS} -o longer.mp4",
     "goes-on": f"extend %clip.mkv --prompt {CAR} --seconds 1 --seed 7 --steps 4 "
-               "--no-anchor -o longer.mp4",
+               "--set anchor=false -o longer.mp4",
     "windows": f"generate {CAR} --frames 49 --steps 4 --seed 7 -o clip.mp4",
-    "two-subjects": f"generate {TWO} --frames 13 --steps 6 --candidates 2 --seed 7 -o clip.mp4",
+    "two-subjects": f"generate {TWO} --frames 13 --steps 6 --set candidates=2 --seed 7 "
+                    "-o clip.mp4",
     "roll": f"generate {CAR} --frames 25 --roll --seed 7 -o clip.mp4",
     "no-sound": f"generate {CAR} {FEW} --audio none",
-    "own-sound": f"generate {CAR} {FEW} --audio generate --audio-steps 3 --audio-candidates 2 "
-                 "--audio-delay 0.05",
+    "own-sound": f"generate {CAR} {FEW} --audio generate --set audio_steps=3 "
+                 "--set audio_candidates=2 --set audio_delay=0.05",
     "given-sound": f"generate {CAR} --frames 33 --steps 4 --seed 7 --audio %knocks.wav "
                    "--audio-loop -o clip.mp4",
     "sound-followed": f"generate {CAR} {FEW} --audio %knocks.wav --follow-audio",
@@ -213,7 +216,8 @@ def python(_materials: Materials) -> None:
     told: list[Any] = []
     previews: list[Any] = []
     request = vidgen.Request(
-        prompt="a red car bounces across the desert", frames=13, steps=6, seed=7, candidates=2,
+        prompt="a red car bounces across the desert", frames=13, steps=6, seed=7,
+        settings={"candidates": 2},
         tiles="none", image=np.asarray(_first_picture()),
     )
     clip = engine.generate(request, on_event=lambda event: told.append(vars(event)),

@@ -6,8 +6,8 @@ Each seed is a benchmark prompt of the Toybox world whose motion and camera can 
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
 five ways:
     pixels   each window begins with the last frames of the one before, decoded and encoded again
-    latents  windows hand over latents (`vidgen extend` with --colour-hold 0 --no-anchor)
-    held     the same, colours held to the first window's (--no-anchor)
+    latents  windows hand over latents (`vidgen extend` with --colour-hold 0 --set anchor=false)
+    held     the same, colours held to the first window's (--set anchor=false)
     anchored the same, and each window is shown the clip's first frame (as by default, in models
              that were taught to keep to it)
     rolled   the model's roller, turn by turn, beside them

@@ -19,9 +19,11 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.candidates import sample_best
+from vidgen.pipeline.codec import encode_passes_of
 from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.levels import finer_rate
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
@@ -124,11 +126,11 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
 
     As a clip is that is given to be edited: at the rate that the model draws at.
     """
-    own = engine.folder.defaults
+    rate = finer_rate(engine.folder)
     latents = engine.encode_video(
-        video, passes=own.encode_passes, oversampling=own.oversampling
+        video, passes=encode_passes_of(engine.folder), oversampling=rate
     )
-    return pixels(engine, latents, own.oversampling)
+    return pixels(engine, latents, rate)
 
 
 def pixels(engine: Engine, latents: Tensor, oversampling: int = 1) -> Tensor:

@@ -45,7 +45,7 @@ def test_every_option_of_generate_is_a_field_of_the_request():
     options = {action.dest for action in verb_parser("generate")[1]._actions} - {"help"}
     only_python = {"latents", "model", "dtype", "offload", "quantize", "prefix"}
     only_python |= {"devices", "shard"}
-    only_python |= {"overlap", "colour_hold", "anchor"}  # and `vidgen extend`
+    only_python |= {"overlap", "colour_hold"}  # and `vidgen extend`
     assert options - _NOT_OF_REQUEST == {f.name for f in fields(Request)} - only_python
 
 

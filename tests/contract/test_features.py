@@ -18,6 +18,7 @@ import yaml
 
 from vidgen.cli.main import VERBS, verb_parser
 from vidgen.core.request import Request
+from vidgen.pipeline.settings import SETTINGS
 from vidgen.server import schema
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,7 @@ def names_there() -> Iterator[str]:
     for verb in MAKING:
         yield from (f"{verb}.{option}" for option in options[verb] - options["generate"])
     yield from (f"verb {verb}" for verb in VERBS)
+    yield from (f"setting {name}" for name in SETTINGS)
     script = json.loads((ROOT / "docs/script.schema.json").read_text())
     yield from (f"script.{key}" for key in script["properties"])
     defaults = keys_of(script["$defs"].pop("Defaults"))

@@ -82,5 +82,5 @@ def released(
     info = json.loads((folder / "model.json").read_text())
     write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
                      tasks=tuple(info["tasks"]), defaults=replace(
-                         DEFAULTS, boundary=boundary, oversampling=oversampling))
+                         DEFAULTS, boundary=boundary, settings={"oversampling": oversampling}))
     return folder

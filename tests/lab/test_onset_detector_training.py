@@ -123,7 +123,7 @@ def test_a_detector_is_taught_released_and_listens(
     assert isinstance(engine, Engine)
     assert engine.folder.components["onset_detector"].config.time_dim == 16
     clip = engine.generate("a cat bounces", seed=1, frames=9, size="32x32", steps=2,
-                           audio_candidates=3)
+                           settings={"audio_candidates": 3})
     assert not isinstance(clip, list)
     assert clip.sound is not None
 

@@ -34,7 +34,7 @@ from vidgen.pipeline.setups import preflight
 from vidgen.weights.folder import RollConfig, StudentConfig
 
 TWO, ONE = "a red car chases the cat", "a red car bounces"
-OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 4, "binding": 1.0}
+OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 4, "settings": {"binding": 1.0}}
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,11 @@ def latents_of(engine: Engine, prompt: str, **options: Any) -> Tensor:
 
 
 def test_only_what_names_several_things_is_bound(engine: Engine) -> None:
-    bound, free = latents_of(engine, TWO), latents_of(engine, TWO, binding=0)
+    bound, free = latents_of(engine, TWO), latents_of(engine, TWO, settings={"binding": 0})
     assert not torch.equal(bound, free)
-    assert torch.equal(latents_of(engine, ONE), latents_of(engine, ONE, binding=0))
-    assert torch.equal(free, latents_of(engine, TWO, binding=None))  # models that don't say
-    half = latents_of(engine, TWO, binding=0.5)
+    assert torch.equal(latents_of(engine, ONE), latents_of(engine, ONE, settings={"binding": 0}))
+    assert torch.equal(free, latents_of(engine, TWO, settings={}))  # models that don't say
+    half = latents_of(engine, TWO, settings={"binding": 0.5})
     assert 0 < float((half - free).norm()) < float((bound - free).norm())
 
 
@@ -136,7 +136,7 @@ def test_how_things_look_is_told_where_it_is_settled(engine: Engine) -> None:
 def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None:
     picture = np.full((64, 64, 3), 90, np.uint8)
     for known in ({"image": picture}, {"frame": [(0.5, picture)]}):
-        free = latents_of(engine, TWO, **known, binding=0)
+        free = latents_of(engine, TWO, **known, settings={"binding": 0})
         assert torch.equal(latents_of(engine, TWO, **known), free)
 
 
@@ -151,7 +151,7 @@ def test_it_goes_with_guidance_off_with_step_caches_and_in_windows(engine: Engin
     for options in ({"guidance": 1.0}, {"cache": "forecast:0.9", "steps": 8}, {"frames": 33}):
         bound = latents_of(engine, TWO, **options)
         assert torch.equal(bound, latents_of(engine, TWO, **options))
-        assert not torch.equal(bound, latents_of(engine, TWO, **options, binding=0))
+        assert not torch.equal(bound, latents_of(engine, TWO, **options, settings={"binding": 0}))
 
 
 def test_clips_of_a_batch_are_bound_as_they_are_alone(engine: Engine) -> None:
@@ -168,7 +168,8 @@ def test_clips_of_a_batch_are_bound_as_they_are_alone(engine: Engine) -> None:
 
 def test_each_candidate_is_bound(engine: Engine) -> None:
     """None shows both for certain, so the second is as likely to be kept."""
-    plan = engine.plan(Request.of(TWO, OPTIONS | {"candidates": 2}), Inputs())
+    asked = Request.of(TWO, OPTIONS | {"settings": {"binding": 1.0, "candidates": 2}})
+    plan = engine.plan(asked, Inputs())
     with seeing_two(engine) as guesses:
         generate_batch(engine, plan, [TWO], [3])
     legible = sum(sigma < 0.85 for sigma in _sigmas(plan))
@@ -194,19 +195,19 @@ def test_stopped_anywhere_it_goes_on_bound(
 
 
 def test_the_recipe_tells_and_replays_as_it_was(engine: Engine, tmp_path: Path) -> None:
-    with own_defaults(engine, binding=0.75):
-        clip = engine.generate(TWO, **OPTIONS | {"binding": None})
+    with own_defaults(engine, settings={"binding": 0.75}):
+        clip = engine.generate(TWO, **OPTIONS | {"settings": {}})
         asked = engine.generate(TWO, **OPTIONS)
         assert not isinstance(clip, list)
         assert not isinstance(asked, list)
         again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
     assert clip.recipe["plan"]["binding"] == 0.75
     assert torch.equal(again.latents, clip.latents)
-    assert own_options(asked.recipe)["binding"] == 1.0
-    assert "binding" not in own_options(clip.recipe)
+    assert own_options(asked.recipe)["settings"]["binding"] == 1.0
+    assert "binding" not in own_options(clip.recipe)["settings"]
     old = asked.recipe
     del old["plan"]["binding"]  # as recipes were before there was any
-    assert request_from_recipe(old, tmp_path).binding == 0
+    assert request_from_recipe(old, tmp_path).settings["binding"] == 0
 
 
 def test_what_it_takes_is_foreseen(engine: Engine) -> None:
@@ -216,7 +217,7 @@ def test_what_it_takes_is_foreseen(engine: Engine) -> None:
         stages = preflight(engine.parts, plan, request, engine.asked).stages
         return next(stage.seconds for stage in stages if stage.name == "denoise")
 
-    free, one, two = seconds(TWO, binding=0), seconds(ONE), seconds(TWO)
+    free, one, two = seconds(TWO, settings={"binding": 0}), seconds(ONE), seconds(TWO)
     assert one == pytest.approx(free, rel=0.1), "but for the length of the prompts"
     plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
     passes = [2 if plan.guidance.scale_at(s) != 1 else 1 for s in _sigmas(plan)]
@@ -237,7 +238,7 @@ def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
         request = Request.of(TWO, OPTIONS | asked)
         with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):
             with_verifier(replace(plan, **changed), request, engine.folder)
-        request = replace(request, binding=None)
+        request = replace(request, settings={})
         assert with_verifier(replace(plan, **changed), request, engine.folder).binding == 0
     with pytest.raises(InputError, match="binding is 2; give a number from 0 to 1"):
-        engine.generate(TWO, **OPTIONS | {"binding": 2})
+        engine.generate(TWO, **OPTIONS | {"settings": {"binding": 2}})

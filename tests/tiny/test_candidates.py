@@ -80,9 +80,10 @@ def best_of(verifier: Verifier, made: list[Tensor]) -> Tensor:
 def test_the_first_candidate_is_the_clip_as_it_is(engine: Engine) -> None:
     alone = engine.generate(PROMPT, **OPTIONS).latents
     with content_from(engine, ALWAYS):
-        assert torch.equal(engine.generate(PROMPT, **OPTIONS, candidates=5).latents, alone)
+        assert torch.equal(engine.generate(PROMPT, **OPTIONS,
+                                           settings={"candidates": 5}).latents, alone)
     with content_from(engine, NEVER):
-        nameless = engine.generate("a thing bounces", **OPTIONS, candidates=5)
+        nameless = engine.generate("a thing bounces", **OPTIONS, settings={"candidates": 5})
         other = engine.generate("a thing bounces", **OPTIONS)
     assert torch.equal(nameless.latents, other.latents)
 
@@ -94,7 +95,8 @@ def test_of_all_that_do_not_satisfy_the_best_is_kept(
     assert all(not torch.equal(made[0], other) for other in made[1:])
     told: list[tuple[int, int]] = []
     with content_from(engine, NEVER) as verifier:
-        clip = engine.generate(PROMPT, **OPTIONS, candidates=4, on_event=lambda p: told.append(
+        clip = engine.generate(PROMPT, **OPTIONS,
+                               settings={"candidates": 4}, on_event=lambda p: told.append(
             (p.done, p.total)) if p.stage == "sample" else None)
         best = best_of(verifier, made)
     assert torch.equal(clip.latents, best)
@@ -113,7 +115,8 @@ def test_drawing_ends_with_the_first_that_satisfies(engine: Engine) -> None:
     first = next(number for number, each in enumerate(scores) if each >= enough)
     steps: list[int] = []
     with content_from(engine, enough):
-        clip = engine.generate(PROMPT, **OPTIONS, candidates=4, on_event=noting(steps))
+        clip = engine.generate(PROMPT, **OPTIONS,
+                               settings={"candidates": 4}, on_event=noting(steps))
     assert torch.equal(clip.latents, made[first])
     assert len(steps) == 3 * (first + 1)
 
@@ -144,7 +147,7 @@ def test_stopped_anywhere_it_goes_on_with_the_candidates_left(
 ) -> None:
     """With patience the journal saves a state only when it is stopped, else after each step."""
     monkeypatch.setattr(journal, "PATIENCE", patience)
-    options = OPTIONS | {"frames": frames, "candidates": 2}
+    options = OPTIONS | {"frames": frames, "settings": {"candidates": 2}}
     all_steps, steps = list[int](), list[int]()
     with content_from(engine, NEVER):
         whole = engine.generate(PROMPT, **options, on_event=noting(all_steps))
@@ -165,17 +168,19 @@ def test_a_candidate_that_was_given_up_is_not_gone_on_with(
     kept = Journal(tmp_path / "x.mp4")
     steps: list[int] = []
     with content_from(engine, NEVER):
-        whole = engine.generate(PROMPT, **OPTIONS, candidates=2)
+        whole = engine.generate(PROMPT, **OPTIONS, settings={"candidates": 2})
         with pytest.raises(Cancelled):
-            engine.generate(PROMPT, **OPTIONS, candidates=2, journal=kept, on_event=stop_after(3))
+            engine.generate(PROMPT, **OPTIONS,
+                            settings={"candidates": 2}, journal=kept, on_event=stop_after(3))
         state = (job_folder(kept.output) / "state.safetensors").read_bytes()
         resumed = Journal(tmp_path / "x.mp4", resume=True)
         with pytest.raises(Cancelled):
-            engine.generate(PROMPT, **OPTIONS, candidates=2, journal=resumed,
+            engine.generate(PROMPT, **OPTIONS, settings={"candidates": 2}, journal=resumed,
                             on_event=stop_after(1))
         assert (job_folder(kept.output) / TRIED).is_file()
         (job_folder(kept.output) / "state.safetensors").write_bytes(state)
-        again = engine.generate(PROMPT, **OPTIONS, candidates=2, on_event=noting(steps),
+        again = engine.generate(PROMPT, **OPTIONS,
+                                settings={"candidates": 2}, on_event=noting(steps),
                                 journal=Journal(tmp_path / "x.mp4", resume=True))
     assert steps == [4, 5, 6]
     assert torch.equal(again.latents, whole.latents)
@@ -215,31 +220,32 @@ def test_what_goes_on_has_to_show_what_its_beginning_shows() -> None:
 def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path) -> None:
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match=r"candidates is 2, but tiny has no verifier"):
-        plain.generate(PROMPT, **OPTIONS, candidates=2)
+        plain.generate(PROMPT, **OPTIONS, settings={"candidates": 2})
     roller = StudentConfig("euler", (1.0, 0.0), 3.0, RollConfig())
     for changed, why in (({"strength": 0.5}, "begins from another"),
                          ({"student": roller}, "rolled out")):
         plan = replace(engine.plan(Request.of(PROMPT, OPTIONS), Inputs()), **changed)
         with pytest.raises(InputError, match=f"candidates is 2, but .*{why}"):
-            with_verifier(plan, Request.of(PROMPT, {"candidates": 2}), engine.folder)
+            with_verifier(plan, Request.of(PROMPT, {"settings": {"candidates": 2}}), engine.folder)
         assert with_verifier(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
-    assert plain.generate(PROMPT, **OPTIONS, candidates=1).recipe["plan"]["candidates"] == 1
+    assert plain.generate(PROMPT, **OPTIONS,
+                          settings={"candidates": 1}).recipe["plan"]["candidates"] == 1
     with pytest.raises(InputError, match="candidates is 0; give a whole number from 1 to 64"):
-        engine.generate(PROMPT, **OPTIONS, candidates=0)
+        engine.generate(PROMPT, **OPTIONS, settings={"candidates": 0})
 
 
 def test_a_model_may_draw_some_by_itself(engine: Engine, tmp_path: Path) -> None:
-    with own_defaults(engine, candidates=3), content_from(engine, NEVER):
+    with own_defaults(engine, settings={"candidates": 3}), content_from(engine, NEVER):
         clip = engine.generate(PROMPT, **OPTIONS)
-        one = engine.generate(PROMPT, **OPTIONS, candidates=1)
+        one = engine.generate(PROMPT, **OPTIONS, settings={"candidates": 1})
         again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
     assert clip.recipe["plan"]["candidates"] == 3
     assert torch.equal(again.latents, clip.latents)
-    assert own_options(one.recipe)["candidates"] == 1
-    assert "candidates" not in own_options(clip.recipe)
+    assert own_options(one.recipe)["settings"]["candidates"] == 1
+    assert "candidates" not in own_options(clip.recipe)["settings"]
     old = one.recipe
     del old["plan"]["candidates"]  # as recipes were before there were any
-    assert request_from_recipe(old, tmp_path).candidates == 1
+    assert request_from_recipe(old, tmp_path).settings["candidates"] == 1
 
 
 def test_a_verifier_stays_as_it_is_in_every_layout(folder: Path, tmp_path: Path) -> None:

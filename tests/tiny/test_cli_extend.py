@@ -56,21 +56,21 @@ def test_a_clip_goes_on_and_on_by_its_own_recipe(short, tmp_path):
 
 def test_guidance_towards_given_frames_goes_on_too(short):
     recipe = read_recipe(short)
-    assert "image_guidance" not in own_options(recipe)
+    assert "image_guidance" not in own_options(recipe)["settings"]
     recipe["plan"]["guidance"] |= {"scale": 4.0, "known_scale": 3.0, "reach": 5}
     options = own_options(recipe)
-    assert (options["guidance"], options["image_guidance"]) == (4.0, 3.0)
-    assert options["image_guidance_reach"] == 5
-    assert "reference_guidance" not in options
+    assert (options["guidance"], options["settings"]["image_guidance"]) == (4.0, 3.0)
+    assert options["settings"]["image_guidance_reach"] == 5
+    assert "reference_guidance" not in options["settings"]
     recipe["plan"]["guidance"]["reference_scale"] = 2.0
-    assert own_options(recipe)["reference_guidance"] == 2.0
+    assert own_options(recipe)["settings"]["reference_guidance"] == 2.0
 
 
 def test_a_rate_that_was_asked_for_goes_on(short):
     recipe = read_recipe(short)
-    assert "oversampling" not in own_options(recipe)
-    recipe["request"]["oversampling"] = 1
-    assert own_options(recipe)["oversampling"] == 1
+    assert "oversampling" not in own_options(recipe)["settings"]
+    recipe["request"]["settings"] = {"oversampling": 1}
+    assert own_options(recipe)["settings"]["oversampling"] == 1
 
 
 def test_the_same_command_gives_the_same_file_but_for_its_marks(short, tmp_path):

@@ -43,7 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "first and last frame": ("--image a.png --last-image b.png",
                              {"image": "a.png", "last_image": "b.png"}),
     "frame": ("--frame 0.25=a.png", {"frame": [(0.25, "a.png")]}),
-    "encode passes": ("--image a.png --encode-passes 2", {"image": "a.png", "encode_passes": 2}),
+    "encode passes": ("--image a.png --set encode_passes=2",
+                      {"image": "a.png", "settings": {"encode_passes": 2}}),
     "references": ("--reference a.png --reference b.png", {"reference": ["a.png", "b.png"]}),
     "mask": ("--video clip.mkv --mask mask.png", {"video": "clip.mkv", "mask": "mask.png"}),
     "strength": ("--video clip.mkv --strength 0.6", {"video": "clip.mkv", "strength": 0.6}),
@@ -59,23 +60,23 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
                 {"size": (32, 32), "frames": 5, "control": "clip.mkv", "control_scale": 0.5}),
     "guidance of two experts": ("t2v-a14b", "--size 32x32 --frames 5 --guidance 3 --guidance-low 1",
                                 {"size": (32, 32), "frames": 5, "guidance": 3, "guidance_low": 1}),
-    "candidates": ("sure", "--candidates 2", {"candidates": 2}),
-    "own sound": ("sound", "--audio generate --audio-steps 1 --audio-candidates 2 "
-                  "--audio-delay 0.1",
-                  {"audio": "generate", "audio_steps": 1, "audio_candidates": 2,
-                   "audio_delay": 0.1}),
+    "candidates": ("sure", "--set candidates=2", {"settings": {"candidates": 2}}),
+    "own sound": ("sound", "--audio generate --set audio_steps=1 --set audio_candidates=2 "
+                  "--set audio-delay=0.1",
+                  {"audio": "generate",
+                   "settings": {"audio_steps": 1, "audio_candidates": 2, "audio_delay": 0.1}}),
     "sound followed": ("sound", "--audio bed.wav --follow-audio",
                        {"audio": "bed.wav", "follow_audio": True}),
     "first frame drawn": ("tiny", "--first-frame-model sdxl", {"first_frame_model": "sdxl"}),
 }
 
 WORDS = {
-    "--image-guidance 2 --image-guidance-reach 3 --reference-guidance 1.5":
-        {"image_guidance": 2, "image_guidance_reach": 3, "reference_guidance": 1.5},
-    "--image a.png --refine 4 --encode-passes 2":
-        {"image": "a.png", "refine": 4, "encode_passes": 2},
-    "--oversampling 2 --candidates 3 --binding 0.5":
-        {"oversampling": 2, "candidates": 3, "binding": 0.5},
+    "--set image_guidance=2 --set image_guidance_reach=3 --set reference_guidance=1.5":
+        {"settings": {"image_guidance": 2, "image_guidance_reach": 3, "reference_guidance": 1.5}},
+    "--image a.png --set refine=4 --set encode_passes=2":
+        {"image": "a.png", "settings": {"refine": 4, "encode_passes": 2}},
+    "--set oversampling=2 --set candidates=3 --set binding=0.5 --set anchor=false":
+        {"settings": {"oversampling": 2, "candidates": 3, "binding": 0.5, "anchor": False}},
     "--readings crimson=red": {"readings": "crimson=red"},
     "--expand writer": {"expand": "writer"},
     "--roll": {"roll": True},

@@ -287,7 +287,7 @@ def test_later_windows_are_shown_the_first_frame(anchored, engine):
         assert state.keys.positions.tolist() == [[-4.0]]
         assert torch.equal(state.keys.latents, latents[:, :, :1])
     still = np.full((32, 32, 3), 90, np.uint8)
-    for options in ({"anchor": False}, {"reference": [still]}):
+    for options in ({"settings": {"anchor": False}}, {"reference": [still]}):
         _, seen = denoise(anchored, begin(anchored, frames=41, overlap=2, **options))
         shown = [references(w["state"]).shape[2] for w in seen]
         assert shown == [len(options.get("reference", []))] * 3

@@ -129,7 +129,7 @@ def test_caches_know_their_rates(model: Path, clips: Path, tmp_path: Path) -> No
     cached, anew = (open_dataset(each, folder).item_batch([1])
                     for each in (config, replace(config, cache="none")))
     torch.testing.assert_close(cached["finer"], anew["finer"], rtol=1e-2, atol=1e-2)
-    one_rate = replace(folder, defaults=replace(folder.defaults, oversampling=1))
+    one_rate = replace(folder, defaults=replace(folder.defaults, settings={}))
     with pytest.raises(InputError, match="oversampling"):
         open_dataset(config, one_rate)
 

@@ -54,7 +54,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def finer(folder: Path) -> Engine:
     engine = load(str(folder), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
-    defaults = replace(engine.folder.defaults, oversampling=2, num_steps=4)
+    defaults = replace(engine.folder.defaults, settings={"oversampling": 2}, num_steps=4)
     engine.folder = replace(engine.folder, defaults=defaults)
     return engine
 
@@ -168,7 +168,7 @@ def test_steps_count_through_and_go_on_from_any() -> None:
 
 
 def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
-    clip, plain = made(engine), made(engine, oversampling=1)
+    clip, plain = made(engine), made(engine, settings={"oversampling": 1})
     assert clip.latents is not None
     assert clip.latents.shape[2] == 2 * plain.latents.shape[2] - 1
     assert clip.frames.shape == plain.frames.shape
@@ -182,7 +182,7 @@ def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
 
 def test_given_frames_are_kept(engine: Engine) -> None:
     clip = made(engine, image=GIVEN, last_image=GIVEN)
-    plain = made(engine, image=GIVEN, last_image=GIVEN, oversampling=1)
+    plain = made(engine, image=GIVEN, last_image=GIVEN, settings={"oversampling": 1})
     assert clip.recipe["plan"]["oversampling"] == 2
     assert (clip.frames[0] == plain.frames[0]).all()
 
@@ -226,7 +226,7 @@ def test_a_clip_to_edit_is_given_at_the_rate_that_is_drawn(engine: Engine, tmp_p
     video = torch.from_numpy(Clip.from_file(given).frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
     encoded = engine.encode_video(video, oversampling=2)
     torch.testing.assert_close(untouched.latents, encoded.cpu(), rtol=0, atol=1e-4)
-    plain = made(engine, video=given, strength=0.0, oversampling=1)
+    plain = made(engine, video=given, strength=0.0, settings={"oversampling": 1})
     assert plain.latents is not None
     assert plain.latents.shape[2] == 5
     changed = [made(engine, video=given, strength=s).latents for s in (0.25, 0.75, 1.0)]
@@ -318,7 +318,7 @@ def test_a_long_clip_is_drawn_finer_window_by_window(
     assert whole.latents is not None
     assert whole.latents.shape[2] == 21
     assert whole.frames.shape[0] == 41
-    plain = made(engine, frames=41, oversampling=1)
+    plain = made(engine, frames=41, settings={"oversampling": 1})
     assert (whole.frames[1:] != plain.frames[1:]).any()
 
     out = tmp_path / "x.mp4"
@@ -357,11 +357,12 @@ def test_windows_are_shown_what_was_made_at_both_rates(
 def test_a_clip_goes_on_from_one_of_any_rate(
     engine: Engine, tmp_path: Path, first: int | None, then: int, hand_over: str
 ) -> None:
-    begin = made(engine, frames=17, oversampling=first or 1, audio="generate")
+    begin = made(engine, frames=17, settings={"oversampling": first or 1}, audio="generate")
     if first is None:
         begin.info = replace(begin.info, recipe=None)
     begin.save(tmp_path / "a.mp4")
-    clip = made(engine, prefix=tmp_path / "a.mp4", frames=33, oversampling=then, audio="generate")
+    clip = made(engine, prefix=tmp_path / "a.mp4", frames=33,
+                settings={"oversampling": then}, audio="generate")
     assert clip.recipe["hand_over"] == hand_over
     assert clip.recipe["plan"]["oversampling"] == then
     clip.save(tmp_path / "b.mp4")
@@ -370,7 +371,7 @@ def test_a_clip_goes_on_from_one_of_any_rate(
     assert (frames[:17] == Clip.from_file(tmp_path / "a.mp4").frames).all()
     assert clip.sound is not None
     assert len(clip.sound) == round(33 / 12 * clip.sound_rate)
-    again = made(engine, prefix=tmp_path / "b.mp4", frames=41, oversampling=then)
+    again = made(engine, prefix=tmp_path / "b.mp4", frames=41, settings={"oversampling": then})
     again.save(tmp_path / "c.mp4")
     assert Clip.from_file(tmp_path / "c.mp4").num_frames == 41
 
@@ -379,7 +380,8 @@ def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
     setup, stages = Setup(torch.device("cpu"), "fp32"), []
     for oversampling in (1, 2):
         request = Request.of(PROMPT, {"seed": 1, "audio": "none", "last_image": GIVEN,
-                                      "oversampling": oversampling, "cache": "first-block"})
+                                      "settings": {"oversampling": oversampling},
+                                      "cache": "first-block"})
         plan = settle(engine.folder, request)
         made = estimate(engine.folder, plan, request, setup)
         stages.append({stage.name: stage for stage in made.stages})
@@ -402,7 +404,7 @@ def test_what_cannot_be_drawn_finer_is_drawn_as_it_is(
 ) -> None:
     assert made(engine, **options).recipe["plan"]["oversampling"] == 1
     with pytest.raises(InputError, match=f"oversampling is 2, but this clip {why}"):
-        made(engine, **options, oversampling=2)
+        made(engine, **options, settings={"oversampling": 2})
 
 
 def test_a_rate_that_a_model_does_not_draw_at_is_refused(
@@ -410,9 +412,9 @@ def test_a_rate_that_a_model_does_not_draw_at_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="oversampling is 3; finer draws at most 2 latent frames "
                                          "for one, give 1 or 2"):
-        made(engine, oversampling=3)
+        made(engine, settings={"oversampling": 3})
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match="draws each latent frame once; leave it out"):
-        plain.generate(PROMPT, oversampling=2)
+        plain.generate(PROMPT, settings={"oversampling": 2})
     with pytest.raises(InputError, match="oversampling is 0; give a whole number from 1 to 16"):
-        Request.of(PROMPT, {"oversampling": 0})
+        made(engine, settings={"oversampling": 0})

@@ -118,7 +118,7 @@ def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monk
         with monkeypatch.context() as patched:
             patched.setattr(SpacetimeDiT, "forward", see)
             patched.setattr(candidates, "most_agreed", choose)
-            clip = engine.generate("a cat", **WORDS, guidance=3.0, audio_candidates=3)
+            clip = engine.generate("a cat", **WORDS, guidance=3.0, settings={"audio_candidates": 3})
         [(sounds, rate)] = told
         assert (len(sounds), rate) == (3, 16_000)
         assert sum(passes) == 1  # the picture's, for all of them
@@ -152,7 +152,8 @@ def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch)
         monkeypatch.setattr(OnsetDetector, "expected", lambda _detector, _latents: odds)
         config = looking.folder.components["onset_detector"].config
         monkeypatch.setitem(config.__dict__, "enough", enough)
-        clip = looking.generate("a cat", **WORDS, audio_candidates=10, audio_delay=0.05,
+        clip = looking.generate("a cat", **WORDS,
+                                settings={"audio_candidates": 10, "audio_delay": 0.05},
                                 on_event=lambda p: progress.append((p.done, p.total))
                                 if p.stage == "sound" else None)
         return clip.sound[:, 0], torch.cat(rounds)
@@ -185,7 +186,8 @@ def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch
         return candidates.Kept(made[0])
 
     monkeypatch.setattr(own_sounds, "best_heard", see)
-    looking.generate("a cat", **WORDS | {"frames": 33, "audio_candidates": 2, "audio_delay": 0})
+    settings = {"audio_candidates": 2, "audio_delay": 0}
+    looking.generate("a cat", **WORDS | {"frames": 33, "settings": settings})
     assert len(told) > 1
     for times, seconds in told:
         assert -4 / 12 <= times[0] < 1 / 12
@@ -194,7 +196,7 @@ def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch
 
 def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine):
     steps, states = [], []
-    plan = engine.plan(Request.of("a cat", WORDS | {"audio_delay": 0.02}), Inputs())
+    plan = engine.plan(Request.of("a cat", WORDS | {"settings": {"audio_delay": 0.02}}), Inputs())
     at_once = engine.plan(Request.of("a cat", WORDS), Inputs())
     for each in (plan, at_once):
         prepared = engine.prepare(each, Request.of("a cat", WORDS), Inputs())
@@ -203,7 +205,8 @@ def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine)
     late, sharp = states
     assert sharp.start_s - late.start_s == pytest.approx(0.02)
     assert torch.equal(late.latents, sharp.latents)
-    engine.generate("a cat", **WORDS, audio_steps=5, audio_candidates=2, on_event=lambda p:
+    engine.generate("a cat", **WORDS,
+                    settings={"audio_steps": 5, "audio_candidates": 2}, on_event=lambda p:
                     steps.append((p.done, p.total)) if p.stage == "sound" else None)
     assert steps == [(i, 5) for i in range(1, 6)]
 
@@ -214,25 +217,26 @@ def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine)
 def test_what_is_of_a_sound_that_is_not_made_is_refused(engine, tiny_model, name, value):
     message = f"{name} is {value}, but it is of the sound that a model makes"
     with pytest.raises(InputError, match=message):
-        engine.generate("a cat", **WORDS, audio="none", **{name: value})
+        engine.generate("a cat", **WORDS, audio="none", settings={name: value})
     with pytest.raises(InputError, match=message):
-        load(tiny_model, dtype="fp32").generate("a cat", **WORDS, **{name: value})
+        load(tiny_model, dtype="fp32").generate("a cat", **WORDS, settings={name: value})
 
 
 def test_a_recipe_tells_how_its_sound_was_made(engine, tmp_path):
-    clip = engine.generate("a cat", **WORDS, audio_steps=3, audio_candidates=2, audio_delay=0.02)
+    clip = engine.generate("a cat", **WORDS,
+                           settings={"audio_steps": 3, "audio_candidates": 2, "audio_delay": 0.02})
     recipe = clip.recipe
     again = request_from_recipe(recipe, tmp_path)
     assert np.array_equal(engine.generate(again).sound, clip.sound)
     for name in ("sound_steps", "sound_candidates", "sound_delay_s"):
         del recipe["plan"][name]  # as recipes were before there was a choice
     early = request_from_recipe(recipe, tmp_path)
-    assert (early.audio_steps, early.audio_candidates, early.audio_delay) == (2, 1, 0)
+    assert early.settings.items() >= {"audio_candidates": 1, "audio_delay": 0}.items()
     assert np.array_equal(engine.generate(early).sound, engine.generate("a cat", **WORDS).sound)
     silent = engine.generate("a cat", **WORDS, audio="none")
     assert engine.generate(request_from_recipe(silent.recipe, tmp_path)).sound is None
-    assert own_options(clip.recipe)["audio_delay"] == 0.02
-    assert "audio_delay" not in own_options(clip.recipe, audio="none")
+    assert own_options(clip.recipe)["settings"]["audio_delay"] == 0.02
+    assert "audio_delay" not in own_options(clip.recipe, audio="none").get("settings", {})
 
 
 def test_the_picture_is_the_same_without_sound_and_no_track_is_written(engine, tmp_path):
@@ -287,7 +291,7 @@ def moved_by(monkeypatch):
 @pytest.mark.parametrize("model", ["engine", "looking"])
 def test_sound_goes_on_through_windows_and_through_kills(model, request, tmp_path, monkeypatch):
     engine, moved = request.getfixturevalue(model), moved_by(monkeypatch)
-    words = WORDS | {"frames": 33, "audio_candidates": 2}
+    words = WORDS | {"frames": 33, "settings": {"audio_candidates": 2}}
     if model == "looking":  # in every window something else is seen
         monkeypatch.setattr(OnsetDetector, "expected", lambda _, latents: (
             torch.zeros(1, latents.shape[2], 8).index_fill_(2, torch.tensor([3]), 1)

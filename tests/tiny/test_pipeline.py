@@ -76,49 +76,51 @@ def test_guidance_one_is_the_conditional_pass(engine: Engine) -> None:
 def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
     engine: Engine, tiny_model: Path, picture: np.ndarray
 ) -> None:
-    other = taught(tiny_model, image_guidance_scale=3.0)
+    other = taught(tiny_model, settings={"image_guidance": 3.0})
     plain, pulled = (latents(made, image=picture) for made in (engine, other))
     assert torch.equal(plain[:, :, :1], pulled[:, :, :1])
     assert not torch.equal(plain, pulled)
-    assert torch.equal(latents(other, image=picture, image_guidance=3.0), pulled)
+    assert torch.equal(latents(other, image=picture, settings={"image_guidance": 3.0}), pulled)
     assert not torch.equal(latents(other, image=picture, guidance=5.0), pulled)
-    assert torch.equal(latents(other, image=picture, image_guidance=1.0),
+    assert torch.equal(latents(other, image=picture, settings={"image_guidance": 1.0}),
                        latents(engine, image=picture, guidance=1.0))
     ends = {"last_image": picture}
     assert not torch.equal(latents(other, **ends), latents(engine, **ends, guidance=3.0))
-    assert torch.equal(latents(other, **ends, image_guidance=1.0),
+    assert torch.equal(latents(other, **ends, settings={"image_guidance": 1.0}),
                        latents(engine, **ends, guidance=1.0))
     assert torch.equal(latents(other), latents(engine))
-    assert torch.equal(latents(other, image_guidance=9.0), latents(engine))
+    assert torch.equal(latents(other, settings={"image_guidance": 9.0}), latents(engine))
     with pytest.raises(InputError, match=r"image_guidance is 2\.0, but this model sees given"):
-        latents(engine, image=picture, image_guidance=2.0)
+        latents(engine, image=picture, settings={"image_guidance": 2.0})
 
 
 def test_guidance_towards_given_frames_may_grow_with_the_distance_from_them(
     engine: Engine, tiny_model: Path, picture: np.ndarray
 ) -> None:
-    at_once = taught(tiny_model, image_guidance_scale=3.0)
-    grows = taught(tiny_model, image_guidance_scale=3.0, image_guidance_reach=2)
+    at_once = taught(tiny_model, settings={"image_guidance": 3.0})
+    grows = taught(tiny_model, settings={"image_guidance": 3.0, "image_guidance_reach": 2})
     full, rising = (latents(made, image=picture) for made in (at_once, grows))
     assert not torch.equal(full, rising)
-    assert torch.equal(latents(at_once, image=picture, image_guidance_reach=2), rising)
-    assert torch.equal(latents(grows, image=picture, image_guidance_reach=0), full)
+    assert torch.equal(latents(at_once, image=picture,
+                               settings={"image_guidance_reach": 2}), rising)
+    assert torch.equal(latents(grows, image=picture, settings={"image_guidance_reach": 0}), full)
     assert torch.equal(latents(grows), latents(at_once))
     recipe = grows.generate(PROMPT, seed=1, image=picture).recipe
     assert recipe["plan"]["guidance"]["reach"] == 2
-    assert latents(engine, image=picture, image_guidance_reach=0) is not None
+    assert latents(engine, image=picture, settings={"image_guidance_reach": 0}) is not None
     with pytest.raises(InputError, match="image_guidance_reach is 2, but this model"):
-        latents(engine, image=picture, image_guidance_reach=2)
+        latents(engine, image=picture, settings={"image_guidance_reach": 2})
 
 
 def test_guidance_may_pull_further_towards_references(
     engine: Engine, tiny_model: Path, picture: np.ndarray
 ) -> None:
-    other = taught(tiny_model, reference_guidance_scale=2.0)
+    other = taught(tiny_model, settings={"reference_guidance": 2.0})
     plain, pulled = (latents(made, reference=[picture]) for made in (engine, other))
     assert not torch.equal(plain, pulled)
-    assert torch.equal(latents(other, reference=[picture], reference_guidance=0), plain)
-    less = latents(other, reference=[picture], reference_guidance=1.0)
+    assert torch.equal(latents(other, reference=[picture],
+                               settings={"reference_guidance": 0}), plain)
+    less = latents(other, reference=[picture], settings={"reference_guidance": 1.0})
     assert not torch.equal(less, pulled)
     # by these alone: the prompt's own scale is as before
     alone = latents(other, reference=[picture], guidance=1.0)
@@ -127,20 +129,20 @@ def test_guidance_may_pull_further_towards_references(
     assert torch.equal(latents(other), latents(engine))
     both = {"reference": [picture], "image": picture}
     assert torch.equal(latents(other, **both), latents(engine, **both))
-    assert torch.equal(latents(other, reference_guidance=3.0), latents(engine))
+    assert torch.equal(latents(other, settings={"reference_guidance": 3.0}), latents(engine))
     with pytest.raises(InputError, match=r"reference_guidance is 2\.0, but this model isn't"):
-        latents(engine, reference=[picture], reference_guidance=2.0)
+        latents(engine, reference=[picture], settings={"reference_guidance": 2.0})
     shared = Request(prompt=PROMPT, reference=(picture,), devices=2)
     assert make_plan(shared, other.folder).guidance.reference_scale == 0
     with pytest.raises(InputError, match=r"reference_guidance is 1\.0, but several devices"):
-        make_plan(replace(shared, reference_guidance=1.0), other.folder)
+        make_plan(replace(shared, settings={"reference_guidance": 1.0}), other.folder)
 
 
 def test_references_that_show_the_same_as_the_prompt_alone_pull_nowhere(
     tiny_model: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = taught(tiny_model, reference_guidance_scale=2.0)
-    plain = latents(other, reference=[picture], reference_guidance=0)
+    other = taught(tiny_model, settings={"reference_guidance": 2.0})
+    plain = latents(other, reference=[picture], settings={"reference_guidance": 0})
     monkeypatch.setattr("vidgen.pipeline.denoise.unshown", lambda state: state)
     assert torch.equal(latents(other, reference=[picture]), plain)
 
@@ -148,7 +150,7 @@ def test_references_that_show_the_same_as_the_prompt_alone_pull_nowhere(
 def test_a_step_cache_spares_the_pass_without_references_too(
     tiny_model: Path, picture: np.ndarray
 ) -> None:
-    other = taught(tiny_model, reference_guidance_scale=2.0)
+    other = taught(tiny_model, settings={"reference_guidance": 2.0})
     options = {"reference": [picture], "steps": 8}
     plain = latents(other, **options)
     spared = latents(other, **options, cache="first-block:10")
@@ -168,10 +170,10 @@ def test_a_model_may_have_an_interval_of_guidance_of_its_own(
 def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     engine: Engine, tiny_model: Path, picture: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = taught(tiny_model, refine_steps=8)
+    other = taught(tiny_model, settings={"refine": 8})
     plain, nearer = (latents(made, image=picture) for made in (engine, other))
     assert not torch.equal(plain[:, :, :1], nearer[:, :, :1])
-    assert torch.equal(latents(other, image=picture, refine=0), plain)
+    assert torch.equal(latents(other, image=picture, settings={"refine": 0}), plain)
     assert torch.equal(latents(other, frame=[(0, picture)]), nearer)
     ends = {"last_image": picture, "reference": [picture]}
     assert torch.equal(latents(other, **ends), latents(engine, **ends)), "no first frame"
@@ -179,7 +181,7 @@ def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
                        latents(engine, image=picture, tiles="2x2"))
     assert [r.message for r in caplog.records if "tiles isn't refined" in r.message]
     with pytest.raises(InputError, match="refine is 3, but this model takes first frames as they"):
-        latents(engine, image=picture, refine=3)
+        latents(engine, image=picture, settings={"refine": 3})
 
 
 def test_what_is_given_may_be_encoded_in_several_passes(
@@ -195,19 +197,20 @@ def test_what_is_given_may_be_encoded_in_several_passes(
     torch.testing.assert_close(engine.encode_video(video, passes=3), wanted, atol=1e-4, rtol=1e-4)
     whole, cut = (engine.encode_video(video, tiles, passes=2) for tiles in (None, Tiles(1, 1)))
     torch.testing.assert_close(whole, cut, atol=1e-4, rtol=1e-4)
-    other = taught(tiny_model, encode_passes=2)
+    other = taught(tiny_model, settings={"encode_passes": 2})
     for given in ({"image": picture}, {"last_image": picture}, {"reference": [picture]}):
         assert not torch.equal(latents(other, **given), latents(engine, **given))
-        assert torch.equal(latents(other, **given), latents(engine, **given, encode_passes=2))
+        assert torch.equal(latents(other, **given), latents(engine, **given,
+                                                            settings={"encode_passes": 2}))
     assert torch.equal(latents(other), latents(engine))
-    assert torch.equal(latents(other, image=picture, encode_passes=1),
+    assert torch.equal(latents(other, image=picture, settings={"encode_passes": 1}),
                        latents(engine, image=picture))
-    refined = {"encode_passes": 2, "refine_steps": 4}
-    assert torch.equal(latents(taught(tiny_model, **refined), image=picture),
-                       latents(taught(tiny_model, refine_steps=4), image=picture))
+    refined = {"encode_passes": 2, "refine": 4}
+    assert torch.equal(latents(taught(tiny_model, settings=refined), image=picture),
+                       latents(taught(tiny_model, settings={"refine": 4}), image=picture))
     assert other.generate(PROMPT, seed=1, image=picture).recipe["plan"]["encode_passes"] == 2
     with pytest.raises(InputError, match="encode_passes is 0; give a whole number from 1 to 100"):
-        latents(engine, image=picture, encode_passes=0)
+        latents(engine, image=picture, settings={"encode_passes": 0})
 
 
 def test_each_picture_of_a_batch_comes_nearer_by_itself(engine: Engine) -> None:

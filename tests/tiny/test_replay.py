@@ -279,22 +279,25 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
     recipe["plan"]["guidance"] |= {"known_scale": 3.0, "low_scale": 2.0}
     kept = request_from_recipe(recipe, tmp_path, changes={"steps": 3})
-    assert (kept.image_guidance, kept.guidance_low, kept.image_guidance_reach) == (3.0, 2.0, 0)
+    assert kept.guidance_low == 2.0
+    assert kept.settings.items() >= {"image_guidance": 3.0, "image_guidance_reach": 0}.items()
     recipe["plan"]["guidance"]["reach"] = 5
-    assert request_from_recipe(recipe, tmp_path).image_guidance_reach == 5
+    assert request_from_recipe(recipe, tmp_path).settings["image_guidance_reach"] == 5
     del recipe["plan"]["guidance"]["reach"]  # as recipes were before there was one
-    assert request_from_recipe(recipe, tmp_path).image_guidance_reach == 0
-    assert request_from_recipe(recipe, tmp_path).reference_guidance == 0
+    assert request_from_recipe(recipe, tmp_path).settings["image_guidance_reach"] == 0
+    assert request_from_recipe(recipe, tmp_path).settings["reference_guidance"] == 0
     del recipe["plan"]["guidance"]["reference_scale"]  # nor this
-    assert request_from_recipe(recipe, tmp_path).reference_guidance == 0
+    assert request_from_recipe(recipe, tmp_path).settings["reference_guidance"] == 0
     recipe["plan"]["guidance"]["reference_scale"] = 2.0
     other = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0})
-    assert other.reference_guidance == 2.0
+    assert other.settings["reference_guidance"] == 2.0
     shown = request_from_recipe(recipe, tmp_path, changes={"reference": [PICTURE]})
-    assert shown.reference_guidance is None
-    assert (other.guidance, other.image_guidance, other.guidance_low) == (6.0, None, None)
-    both = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0, "image_guidance": 2.0})
-    assert (both.image_guidance, both.guidance_low) == (2.0, None)
+    assert "reference_guidance" not in shown.settings
+    assert (other.guidance, other.guidance_low) == (6.0, None)
+    assert "image_guidance" not in other.settings
+    changes = {"guidance": 6.0, "settings": {"image_guidance": 2.0}}
+    both = request_from_recipe(recipe, tmp_path, changes=changes)
+    assert (both.settings["image_guidance"], both.guidance_low) == (2.0, None)
 
 
 def test_what_was_left_to_a_model_is_left_to_the_one_that_takes_its_place(
@@ -307,23 +310,23 @@ def test_what_was_left_to_a_model_is_left_to_the_one_that_takes_its_place(
         engine.generate(request_from_recipe(recipe, tmp_path))
     other = request_from_recipe(recipe, tmp_path, changes={"model": str(tiny_model)})
     assert (other.prompt, other.seed, other.steps, other.fps) == (PROMPT, 5, 3, 10)
-    assert (other.candidates, other.binding, other.size, other.shift) == (None, None, None, None)
+    assert (other.settings, other.size, other.shift) == ({}, None, None)
     assert other.negative is None
     assert engine.generate(other).recipe["plan"]["num_steps"] == 3
     recipe["model"]["sha256"] = engine.folder.content_hash  # the same in another place
     same = request_from_recipe(recipe, tmp_path, changes={"model": str(tiny_model)})
-    assert (same.candidates, same.negative) == (4, "a cat")
+    assert (same.settings["candidates"], same.negative) == (4, "a cat")
 
 
 def test_a_first_frame_is_taken_as_it_was(engine: Engine, tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
     for option, name, plain in (("refine", "refine_steps", 0),
                                 ("encode_passes", "encode_passes", 1)):
-        assert getattr(request_from_recipe(recipe, tmp_path), option) == plain
+        assert request_from_recipe(recipe, tmp_path).settings[option] == plain
         recipe["plan"][name] = 9
-        assert getattr(request_from_recipe(recipe, tmp_path), option) == 9
+        assert request_from_recipe(recipe, tmp_path).settings[option] == 9
         del recipe["plan"][name]  # as recipes were before there was a choice
-        assert getattr(request_from_recipe(recipe, tmp_path), option) == plain
+        assert request_from_recipe(recipe, tmp_path).settings[option] == plain
 
 
 def test_another_model_is_refused_unless_it_will_do(

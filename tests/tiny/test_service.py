@@ -13,6 +13,7 @@ import pytest
 from tests.lora_models import make_adapter, make_dit
 from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.services import wait_for
+from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.engine import load
 from vidgen.server import guard, scheduler
@@ -192,6 +193,18 @@ def test_what_the_service_refuses_names_its_own_fields(service):
         require_completed(service.jobs.get(gone.id))
     with pytest.raises(ApiError, match="has failed; give one that is completed"):
         service.edit({"prompt": "x", "video": {"id": gone.id}}, ANN)
+
+
+def test_a_service_takes_less_of_some_settings(tmp_path, tiny_model):
+    checker = Checker(str(tiny_model), Limits())
+    options = {"prompt": "a red car", "frames": 9, "seed": 1}
+    spec = {"options": {**options, "settings": {"encode_passes": 10}}}
+    assert checker.clip(str(tmp_path), spec)["num_frames"] == 9
+    for passes, told in ((11, "11 encode_passes are asked for; this service takes 10"),
+                         (101, "encode_passes is 101; give a whole number from 1 to 100")):
+        spec["options"]["settings"] = {"encode_passes": passes}
+        with pytest.raises(InputError, match=told):
+            checker.clip(str(tmp_path), spec)
 
 
 def test_a_clip_is_rolled_out_without_previews(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.textures import texture
 from vidgen.cli.main import main
 from vidgen.cli.report import Report
 from vidgen.cli.sweep import read_axis
@@ -71,6 +72,25 @@ def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(
     assert read_recipe("s.mp4")["sweep"]["over"] == {
         "prompt:car": ["car", "cat"], "guidance": ["1", "3"]
     }
+
+
+def test_a_setting_of_the_model_varies_and_is_replayed_otherwise(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(texture(40, 48, 0)).save("a.png")
+    code, result, _ = sweep("a red car", "--seed", 7, "--image", "a.png", "--size", "32x32",
+                            "--set", "encode_passes=3", "--over", "encode-passes=1,2", "-o",
+                            "s.png")
+    assert code == 0
+    once, twice = (cell["path"] for cell in result["cells"])
+    assert [cell["label"] for cell in result["cells"]] == ["encode_passes 1", "encode_passes 2"]
+    assert read_recipe(twice)["request"]["settings"] == {"encode_passes": 2}
+    assert not np.array_equal(Clip.from_file(once).frames, Clip.from_file(twice).frames)
+    assert main(["replay", twice, "-o", "again.mp4", "--set", "encode_passes=1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] == ["encode_passes"]
+    assert np.array_equal(Clip.from_file("again.mp4").frames, Clip.from_file(once).frames)
+    assert main(["replay", twice, "-o", "more.mp4", "--set", "encode_pass=1"]) == 2
+    assert "unknown option 'encode_pass'; did you mean 'encode_passes'" in capsys.readouterr().err
 
 
 def test_each_clip_has_an_estimate_of_its_own(

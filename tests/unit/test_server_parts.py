@@ -190,11 +190,12 @@ def test_fields_are_options_of_a_request(tmp_path):
     (tmp_path / "style.safetensors").touch()
     extra = {
         "sampler": "euler", "cache": "forecast", "fit": "pad", "guidance_low": 2.0,
-        "image_guidance": 1.5, "image_guidance_reach": 2, "reference_guidance": 0.5,
-        "guidance_rescale": 0.3, "refine": 3, "encode_passes": 2, "oversampling": 2,
-        "candidates": 3, "binding": 0.5, "audio_steps": 4, "audio_candidates": 2,
-        "audio_delay": 0.1, "overlap": 2, "colour_hold": 0.5, "anchor": False, "roll": False,
-        "label": "visible", "readings": "crimson=red",
+        "guidance_rescale": 0.3, "overlap": 2, "colour_hold": 0.5, "roll": False,
+        "label": "visible", "readings": "crimson=red", "settings": {
+            "image_guidance": 1.5, "image_guidance_reach": 2, "reference_guidance": 0.5,
+            "refine": 3, "encode_passes": 2, "oversampling": 2, "candidates": 3, "binding": 0.5,
+            "audio_steps": 4, "audio_candidates": 2, "audio_delay": 0.1, "anchor": False,
+        },
     }
     assert extra.keys() == ExtraParams.model_fields.keys()
     places = ("image_reference", "last_image_reference", "video_reference", "audio_reference")
@@ -222,6 +223,7 @@ def test_fields_are_options_of_a_request(tmp_path):
         ask = parse(VideoAsk, {"prompt": "x", "generate_sound": asked, "seconds": 1})
         assert translator.options(ask).items() >= {"audio": audio, "seconds": 1}.items()
     request = Request.of(options.pop("prompt"), options)
+    assert request.settings == extra["settings"]
     assert (request.size, request.say) == ((64, 32), ((None, "Hi"), (1.5, "ho")))
 
 
@@ -246,7 +248,7 @@ def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param,
 def test_unknown_fields_within_others_are_named_with_the_nearest():
     for fields, told in (({"extra_params": {"smapler": "x"}}, "did you mean 'sampler'"),
                          ({"extra_params": {"q": 1}},
-                          "known: anchor, audio_candidates, audio_delay, audio_steps, binding"),
+                          "known: cache, colour_hold, fit, guidance_low, guidance_rescale"),
                          ({"lora": [{"name": "a", "scael": 1}]}, "did you mean 'scale'")):
         with pytest.raises(ApiError, match=told) as error:
             parse(VideoAsk, {"prompt": "x", **fields})

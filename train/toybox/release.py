@@ -72,17 +72,20 @@ from vidgen.weights.student import STUDENT, STUDENTS, open_students, write_stude
 DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
     sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
-    guidance_interval=(0.32, 1.0), image_guidance_scale=3.0, image_guidance_reach=3,
-    reference_guidance_scale=1.0, refine_steps=12, encode_passes=2,
-    sound_steps=6, sound_candidates=6, sound_delay_s=0.015,  # "somebody looks who listens" there
+    guidance_interval=(0.32, 1.0),
+    settings={
+        "image_guidance": 3.0, "image_guidance_reach": 3, "reference_guidance": 1.0, "refine": 12,
+        "encode_passes": 2,
+        "audio_steps": 6, "audio_candidates": 6, "audio_delay": 0.015,  # docs/lab/experiments.md
+    },
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/lab/experiments.md)
 INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
 SMALL_INT8_FROM = 1 << 13  # of small networks, which are off by as much as by bf16
-VERIFIED: dict[str, Any] = {"candidates": 4, "binding": 1.0}
+VERIFIED: dict[str, float] = {"candidates": 4, "binding": 1.0}
 """What a model draws by that has a verifier (docs/lab/experiments.md, "a verifier")."""
-LOOKING: dict[str, Any] = {"sound_candidates": 12}
+LOOKING: dict[str, float] = {"audio_candidates": 12}
 """And that has an onset detector ("somebody looks who listens")."""
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
@@ -355,7 +358,8 @@ def oversampling_of(out: Path, part: str, run: Path | None) -> int:
     if part == "dit" and _is_low(settings):
         finest = max(cache.get("fps", CacheConfig.fps) for cache in settings["caches"])
         return int(finest // settings.get("fps", DiTData.fps))
-    before = int(_described(out).get("defaults", {}).get("oversampling", 1))
+    settings = _described(out).get("defaults", {}).get("settings", {})
+    before = int(settings.get("oversampling", 1))
     return before if (out / LOW).is_dir() else 1
 
 
@@ -411,14 +415,14 @@ def main() -> int:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
             told = options.out, options.part, options.run
+            own = {**DEFAULTS.settings, "oversampling": oversampling_of(*told)}
+            own |= VERIFIED if (options.out / VERIFIER).is_dir() else {}
+            own |= LOOKING if (options.out / ONSET_DETECTOR).is_dir() else {}
             write_model_info(
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
                 tasks=tasks_of(*told),
                 defaults=replace(DEFAULTS, history_noise=history_noise_of(*told),
-                                 boundary=boundary_of(*told),
-                                 oversampling=oversampling_of(*told),
-                                 **(VERIFIED if (options.out / VERIFIER).is_dir() else {}),
-                                 **(LOOKING if (options.out / ONSET_DETECTOR).is_dir() else {})),
+                                 boundary=boundary_of(*told), settings=own),
             )
 
     return exit_code(work)

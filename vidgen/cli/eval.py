@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidgen.cli.options import Parser, add_workers
+from vidgen.cli.options import Parser, add_settings, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError, nearest
+from vidgen.core.values import parse_settings
 
 DESCRIPTION = "Score a model or clips. A killed run goes on where it stopped when called again."
 SUFFIXES = (".txt", ".json")
 """Of lists of prompts."""
-_SETTINGS = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
+_SETTINGS = ("steps", "guidance", "shift", "sampler", "settings", "frames", "size")
 _SHARED = {"benchmark", "output", "overwrite", "json", "events"}
 _OF_TEMPORAL = {
     "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "ray",
@@ -50,8 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--shift", type=float, metavar="X",
         help="prompts: of the noise schedule towards high noise")
     add("--sampler", metavar="NAME", help="prompts: euler, unipc or ancestral")
-    add("--candidates", type=int, metavar="N", help="prompts: most that are drawn of each clip")
-    add("--binding", type=float, metavar="X", help="prompts: how strongly things are told apart")
+    add_settings(parser, "prompts: ")
     add("--frames", type=int, metavar="N", help="prompts: length of the clips")
     add("--size", metavar="WxH", help="prompts: width and height in pixels")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="prompts: of the computation")
@@ -169,6 +169,7 @@ def _run_prompts(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.workers.types import Staff
 
     settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    settings["settings"] = parse_settings(args.settings)
     run_of = SuiteRun(
         args.benchmark, args.model, args.seeds, args.seed, settings, args.dtype,
         tuple(args.network), args.first_images, args.augmentation,

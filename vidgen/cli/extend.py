@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.generate import add_sound, judged
-from vidgen.cli.options import add_devices, add_tiles, choose_devices, share_threads
+from vidgen.cli.options import add_devices, add_settings, add_tiles, choose_devices, share_threads
 from vidgen.cli.outputs import (
     add_resume,
     as_it_began,
@@ -20,7 +20,8 @@ from vidgen.cli.outputs import (
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, Request
+from vidgen.core.request import LOADING, Request, silenced
+from vidgen.core.values import parse_settings
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
@@ -54,12 +55,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--overlap", type=int, metavar="N", help="latent frames that windows share; default 3")
     add("--colour-hold", type=float, metavar="X",
         help="0 to 1, how far colours are brought back to the clip's; default 0.5")
-    add("--no-anchor", dest="anchor", action="store_const", const=False,
-        help="don't show later windows the clip's first frame")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; default the clip's; may be repeated")
     add_sound(add, goes_on=True)
     add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the clip's, else toybox")
+    add_settings(parser)
     add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
         help="as in generate")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
@@ -74,7 +74,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    from vidgen.core.request import SILENT
     from vidgen.core.runtime import check_output
     from vidgen.media.ending import read_ending
     from vidgen.media.write import CONTAINERS, check_format, require_sound
@@ -83,6 +82,7 @@ def run(args: Namespace, report: Report) -> int:
         made_of_clips,
         own_options,
         rate_of_still,
+        with_own_options,
     )
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
@@ -108,11 +108,12 @@ def run(args: Namespace, report: Report) -> int:
         recipe = None  # it goes on as any other clip does
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     given = {name: value for name, value in options.items() if value not in (None, [])}
+    given["settings"] = parse_settings(args.settings)
     loading = {name: getattr(args, name) for name in LOADING}
     loading |= choose_devices(args.devices, args.shard, [journal])
     if recipe is not None:
         try:
-            given = own_options(recipe, args.model, args.audio) | given
+            given = with_own_options(given, own_options(recipe, args.model, args.audio))
             model = recipe["model"].get("source") or recipe["model"]["name"]
         except InputError as error:
             raise InputError(f"{args.clip}: {error}") from None
@@ -121,7 +122,7 @@ def run(args: Namespace, report: Report) -> int:
         loading["dtype"] = args.dtype or recipe.get("dtype")
     loading["model"] = loading["model"] or "toybox"
     if suffix not in CONTAINERS:
-        given |= SILENT  # none is made for nobody to hear
+        given |= silenced(given["settings"])  # none is made for nobody to hear
     if "prompt" not in given:
         raise InputError(f"{args.clip} doesn't tell its prompt; give --prompt")
     if "seed" not in given:

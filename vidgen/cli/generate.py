@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.options import add_devices, add_tiles, choose_devices, share_threads
+from vidgen.cli.options import add_devices, add_settings, add_tiles, choose_devices, share_threads
 from vidgen.cli.outputs import (
     add_resume,
     as_it_began,
@@ -24,7 +24,7 @@ from vidgen.cli.outputs import (
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, SILENT, Request
+from vidgen.core.request import LOADING, Request, silenced
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
@@ -49,6 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "default prompt-slug-seed.mp4; - with --roll: stdout, for a player"))
     add_resume(parser)
     add("--model", default="toybox", metavar="NAME|FOLDER|HUB_ID", help="default %(default)s")
+    add_settings(parser)
     add("--negative", metavar="TEXT", help="what is not to be seen")
     add("--seed", type=int, metavar="N", help="same seed, same clip; drawn and printed if left out")
     add("--count", type=int, default=1, metavar="N", help="clips to make, of seeds N, N+1, ...")
@@ -61,12 +62,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
     add("--guidance-low", type=float, metavar="G",
         help="for the low-noise expert of a model that has two")
-    add("--image-guidance", type=float, metavar="G",
-        help="how strongly given frames are followed")
-    add("--image-guidance-reach", type=int, metavar="N",
-        help="latent frames from a first frame to where that is full; 0: everywhere")
-    add("--reference-guidance", type=float, metavar="G",
-        help="how much further --reference is followed; 0 is off")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")
@@ -77,17 +72,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--image", metavar="IMAGE", help="the first frame")
-    add("--refine", type=int, metavar="N",
-        help="gradient steps that bring its latents nearer to it; 0 is off")
-    add("--encode-passes", type=int, metavar="N",
-        help="how often the VAE encodes what is given, nearer to it each time; 1 is as usual")
-    add("--oversampling", type=int, metavar="N",
-        help="latent frames drawn for each one of the clip's, once it is settled how that moves; 1 "
-             "is fastest")
-    add("--candidates", type=int, metavar="N",
-        help="most that are drawn of the clip until the model's verifier sees what PROMPT names")
-    add("--binding", type=float, metavar="X",
-        help="0 to 1: how strongly each thing that PROMPT names is told apart from the others")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
         help="a known frame at any time; may be repeated")
@@ -140,11 +124,6 @@ def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
             "that of a file; default the model's own if it makes any")
         add("--follow-audio", action="store_true", default=None,
             help="make the picture go with --audio FILE, by a model that makes sound")
-        add("--audio-steps", type=int, metavar="N",
-            help="denoising steps of the sound that the model makes for its picture")
-        add("--audio-candidates", type=int, metavar="N",
-            help="how many such sounds are made, of which one is kept")
-        add("--audio-delay", type=float, metavar="S", help="by which it follows its picture")
         add("--audio-model", metavar="FOLDER", help="a text-to-audio model makes the sound")
         add("--audio-prompt", metavar="TEXT", help="what it is to make; default PROMPT")
     add("--audio-loop", action="store_true", default=None,
@@ -165,7 +144,7 @@ def run(args: Namespace, report: Report) -> int:
         request = replace(request, seed=choose_seed(args, request, report))
     paths = output_names(args.output, request)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
-        request = replace(request, **SILENT)  # none is made for nobody to hear
+        request = replace(request, **silenced(request.settings))  # none is made for nobody to hear
     journals = journals_of_outputs(paths, args, report, request.prompt)
 
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,7 @@ def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
 def _describe(model: str, path: Path) -> dict[str, Any]:
     """Return a model's facts, or why it can't be used."""
     from vidgen.core.config import dump
+    from vidgen.pipeline.settings import settings_of
     from vidgen.weights.folder import ForeignFolder
     from vidgen.weights.layouts import card_license, open_folder
 
@@ -82,10 +84,12 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
             **facts, "layout": "diffusers", "pipeline": folder.class_name,
             "license": card_license(path),
         }
+    defaults = dump(folder.defaults)
+    del defaults["settings"]
     return {
         **facts, "family": folder.family, "variant": folder.variant, "layout": folder.layout,
-        "license": folder.license, "tasks": list(folder.tasks), "defaults": dump(folder.defaults),
-        "components": list(folder.components),
+        "license": folder.license, "tasks": list(folder.tasks), "defaults": defaults,
+        "settings": settings_of(folder), "components": list(folder.components),
     }
 
 
@@ -102,4 +106,6 @@ def _line(facts: dict[str, Any], width: int) -> str:
     if "transformer_2" in facts["components"]:
         kind += " of two experts"
     clip = f"{d['width']}x{d['height']}, {d['num_frames']} frames at {d['fps']:g} fps"
-    return f"{head}  {kind}, {clip}, {facts['license']}; {', '.join(facts['tasks'])}"
+    line = f"{head}  {kind}, {clip}, {facts['license']}; {', '.join(facts['tasks'])}"
+    own = ", ".join(f"{name}={json.dumps(value)}" for name, value in facts["settings"].items())
+    return f"{line}\n{'':{width}}  --set {own}" if own else line

@@ -43,10 +43,18 @@ class Parser(argparse.ArgumentParser):
         if rest:
             word = rest[0].partition("=")[0]
             if word.startswith("-"):
-                hint = nearest(word, self.options(), _CALLED)
-                raise InputError(f"unknown option {word}; {hint}")
+                raise InputError(f"unknown option {word}; {self._hint(word)}")
             raise InputError(f"too many arguments: {word!r}; put text with spaces in quotes")
         return parsed
+
+    def _hint(self, word: str) -> str:
+        """Return the words that name the option meant by an unknown one."""
+        from vidgen.pipeline.settings import SETTINGS
+
+        name = word.removeprefix("--").replace("-", "_")
+        if name in SETTINGS and "--set" in self.options():
+            return f"it is a setting of a model: --set {name}=VALUE"
+        return nearest(word, self.options(), _CALLED)
 
     def options(self) -> list[str]:
         """Return all long options."""
@@ -67,6 +75,13 @@ def add_tiles(parser: ArgumentParser) -> None:
     parser.add_argument("--tiles", default="auto", metavar="auto|none|RxC",
         help="rows x columns that the VAE takes a picture in; auto, the default: where the whole "
         "doesn't fit the memory")
+
+
+def add_settings(parser: ArgumentParser, what: str = "", dest: str = "settings") -> None:
+    """Declare the option by which a model's own settings are given."""
+    parser.add_argument("--set", dest=dest, action="append", default=[], metavar="KEY=VALUE",
+        help=f"{what}what this model alone can do, by a number, true or false; vidgen models lists "
+        "the settings of each with their defaults; may be repeated")
 
 
 def add_workers(parser: ArgumentParser, what: str) -> None:

@@ -9,13 +9,12 @@ import secrets
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.request import Request
+from vidgen.core.request import DEFAULTS, Request
 from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
@@ -127,9 +126,8 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
 
 def _given(request: Request) -> dict[str, Any]:
     """Return the given options but for files, as a recipe holds them."""
-    given = {each.name: (getattr(request, each.name), each.default) for each in fields(request)
-             if each.name not in _APART}
-    told = {name: value for name, (value, default) in given.items() if value != default}
+    told = {name: value for name, default in DEFAULTS.items()
+            if name not in _APART and (value := getattr(request, name)) != default}
     plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
     return plain
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
 
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
-_NOT_SET = ("count", "retry", "strict")
+_NOT_SET = ("count", "retry", "strict", "settings")
 _PLAIN = ("prompt", "prefix")
 """Options that generate's command line has no flag for; they are text as it stands."""
 
@@ -81,26 +80,33 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
     Args:
         pairs: (key, value); lists are given by repeating the key, pairs of numbers with a comma;
-            an empty value is the option left out.
+            an empty value is the option left out. Keys that are settings of a model are collected
+            in `settings`, None for one that is left out.
 
     Raises:
         InputError: a key that is no such option, with the nearest; a value that can't be read.
     """
-    from vidgen.core.request import CALLED, Request
+    from vidgen.core.request import CALLED, DEFAULTS
+    from vidgen.core.values import parse_settings
+    from vidgen.pipeline.settings import SETTINGS
 
     parser = Parser(prog="vidgen generate", description="")
     generate.add_arguments(parser)
     actions = {action.dest: action for action in parser._actions}
     defaults = {
-        each.name: each.default for each in fields(Request)
-        if each.name in (*actions, *_PLAIN) and each.name not in _NOT_SET
+        name: default for name, default in DEFAULTS.items()
+        if name in (*actions, *_PLAIN) and name not in _NOT_SET
     }
-    options: dict[str, Any] = {}
+    options, settings = dict[str, Any](), dict[str, Any]()
     words = ["-"]
     for key, value in pairs:
         name = key.replace("-", "_")
+        if name in SETTINGS:
+            settings |= parse_settings(f"{name}={value}") if value else {name: None}
+            continue
         if name not in defaults:
-            raise InputError(f"unknown option {key!r}; {nearest(name, defaults, CALLED)}")
+            known = (*defaults, *SETTINGS)
+            raise InputError(f"unknown option {key!r}; {nearest(name, known, CALLED)}")
         if name not in _PLAIN and value:
             flag = "--" + name.replace("_", "-")
             is_pair = actions[name].nargs == 2
@@ -108,7 +114,8 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         options[name] = value if name == "prompt" or value else defaults[name]
     parsed = vars(parser.parse(words))
     given = [name for name, value in options.items() if value and name not in _PLAIN]
-    return options | {name: parsed[name] for name in given}
+    options |= {name: parsed[name] for name in given}
+    return options | ({"settings": settings} if settings else {})
 
 
 def _again(file: str) -> str:
@@ -151,16 +158,17 @@ def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) ->
     from vidgen.pipeline.replay import compare
 
     made = compare(output, file)
+    changed = sorted({*changes, *changes.get("settings", {})} - {"settings"})
     differing = differences(read_recipe(file) or {}, read_recipe(output) or {})
     data = {
-        "path": output, "changed": sorted(changes), "identical": made.identical,
+        "path": output, "changed": changed, "identical": made.identical,
         "psnr_db": made.psnr_db,
         "differences": {k: {"recorded": old, "now": new} for k, (old, new) in differing.items()},
     }
     lines = [f"{output}: {made.text}"]
     lines += [f"  {name}: {new}, recorded {old}" for name, (old, new) in differing.items()]
     if changes:
-        lines.append(f"  changed by --set: {', '.join(sorted(changes))}")
+        lines.append(f"  changed by --set: {', '.join(changed)}")
     elif not (made.identical or differing):
         lines.append(f"  no recorded fact differs; {file} may have been changed since it was made")
     report.result(data, "\n".join(lines))

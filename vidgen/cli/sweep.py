@@ -197,6 +197,7 @@ def _earlier_seed(args: Namespace) -> int | None:
 def _cells(args: Namespace, stem: str) -> list[Cell]:
     """Return every setting, checked, in the order of the sheet: row by row."""
     from vidgen.core.request import Request
+    from vidgen.core.values import parse_settings
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
     count = math.prod(len(axis.values) for axis in args.over)
@@ -204,6 +205,7 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
         raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
     names = {each.name for each in fields(Request)}
     base = {name: value for name, value in vars(args).items() if name in names}
+    base["settings"] = parse_settings(args.settings)
     cells = [
         _cell(base, list(zip(args.over, values, strict=True)), stem)
         for values in product(*(axis.values for axis in args.over))
@@ -220,7 +222,9 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
     options, label = dict(base), []
     for axis, value in chosen:
         if axis.word is None:
-            options |= typed_options([(axis.key, value)])
+            typed = typed_options([(axis.key, value)])
+            settings = {**options["settings"], **typed.get("settings", {})}
+            options |= typed | {"settings": settings}
             label.append(value if axis.key == "prompt" else f"{axis.key} {value}")
         else:
             options["prompt"] = _replaced(options["prompt"], axis.word, value)

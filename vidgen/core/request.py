@@ -30,6 +30,7 @@ from vidgen.core.values import (
     parse_pictures,
     parse_readings,
     parse_said,
+    parse_settings,
     parse_size,
     plain,
     plain_picture,
@@ -48,22 +49,17 @@ _TEXTS = {
     "audio_model": 4096, "voice": 4096, "expand": 4096, "model": 4096, "first_frame_model": 4096,
 }
 """The most characters of each."""
-_NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache")
+_NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache", "settings")
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
-    "retry": (0, 100), "refine": (0, 1000), "encode_passes": (1, 100), "overlap": (1, 1000),
-    "oversampling": (1, 16), "candidates": (1, 64), "devices": (1, MAX_DEVICES),
-    "audio_steps": (1, 1000), "audio_candidates": (1, 16), "image_guidance_reach": (0, 1000),
+    "retry": (0, 100), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
 }
 _NUMBER = {
-    "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
-    "reference_guidance": (0, 100),
-    "guidance_rescale": (0, 1), "strength": (0, 1),
-    "control_scale": (0, 10), "colour_hold": (0, 1), "fps": (1, 240),
-    "audio_delay": (0, 1), "binding": (0, 1),
+    "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1),
+    "strength": (0, 1), "control_scale": (0, 10), "colour_hold": (0, 1), "fps": (1, 240),
 }
 _ABOVE_ZERO = {"seconds": MAX_SECONDS, "shift": 100}
-_FLAGS = ("roll", "anchor", "audio_loop", "follow_audio", "strict", "shard")
+_FLAGS = ("roll", "audio_loop", "follow_audio", "strict", "shard")
 _ARRAYS = {"image": True, "last_image": True, "mask": True, "video": False, "prefix": False,
            "control": False}
 """Options that take one picture or clip, and whether pixels will do for it."""
@@ -75,7 +71,7 @@ _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
     "audio_loop": ("audio", "audio_model"), "follow_audio": ("audio",),
-    "audio_prompt": ("audio_model",), "voice": ("say",), "refine": ("image", "first_frame_model"),
+    "audio_prompt": ("audio_model",), "voice": ("say",),
 }
 _ELSEWHERE = {
     "output": "save the clip: clip.save(PATH)",
@@ -100,10 +96,8 @@ CALLED = {
 """What other programs call some options."""
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
-OF_OWN_SOUND = ("audio_steps", "audio_candidates", "audio_delay")
-"""Options of the sound that a model makes for its picture."""
-SILENT: dict[str, Any] = {"audio": NO_AUDIO, **dict.fromkeys(OF_OWN_SOUND)}
-"""Options of a clip whose sound nobody would hear."""
+_OF_SOUND = "audio_"
+"""What names of settings begin with that shape a model's own sound."""
 OWN_FILE = "@"
 """What a text of `say` begins with that names a sound file."""
 LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
@@ -128,13 +122,6 @@ class Request:
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
         guidance_low: guidance of the low-noise expert, for models that have two.
-        image_guidance: guidance where frames are given, which it then pulls towards, for models
-            that were taught to do without (toybox).
-        image_guidance_reach: latent frames from a first frame on at which that is full; it rises
-            from 1 there. 0: full everywhere.
-        reference_guidance: how much further clips are pulled towards `reference` by a pass without
-            it, where no frames are given; 0 spares the pass. For models that take references as
-            stills (toybox).
         guidance_interval: (low, high) in sigma within which guidance acts; None is the model's own.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.
@@ -144,17 +131,6 @@ class Request:
         shift: of the noise schedule towards high noise, above 0.
         image: the first frame, a path, a picture of Pillow or uint8 [H, W, 3].
         last_image: the last frame.
-        refine: gradient steps that bring a given first frame's latents nearer to it, through the
-            VAE's decoder; 0 takes them as they are encoded. For models that have a number of their
-            own (toybox).
-        encode_passes: how often the VAE encodes what is given: behind the first pass, what the
-            latents lack of it by the VAE's own decoder is added to them by half.
-        oversampling: latent frames that are drawn for each one of the clip's, once it is settled
-            how that moves; 1 is fastest. For models that draw so (toybox).
-        candidates: most that are drawn of a clip, or of each window of a long one, until the
-            model's verifier sees what the prompt names; for models that have one (toybox).
-        binding: how strongly each of several things that the prompt names is drawn by its own words
-            where the verifier sees it, 0 to 1; 0 leaves them to the model.
         frame: (seconds, picture) pairs, known frames at any time.
         reference: pictures of subjects that are to appear.
         mask: picture or video, white where new content is wanted; needs `video` or `image`.
@@ -165,8 +141,6 @@ class Request:
             roller; see docs/stream.md.
         overlap: latent frames that the windows of a long clip share; see docs/extend.md.
         colour_hold: 0 to 1, how far a window's colours are brought back to the clip's.
-        anchor: whether the windows of a long clip are shown its first frame as a reference, in
-            models that were taught to keep to it; None: yes, unless `reference` is given.
         control: a clip whose depth, pose or edges to follow, for models that can (Wan VACE).
         control_scale: how strongly conditions act in such a model, 1 as trained.
         first_frame_model: folder of a text-to-image model that draws the first frame.
@@ -177,15 +151,13 @@ class Request:
         audio_loop: whether sound that is shorter than the clip starts again.
         follow_audio: whether the picture is made to go with the sound of the file in `audio`, for
             models that make sound.
-        audio_steps: denoising steps of the sound that the model makes for its picture.
-        audio_candidates: how many such sounds are made; the one is kept that goes best with what
-            the model's onset detector sees, or that the others bear out.
-        audio_delay: seconds by which that sound follows its picture.
         audio_model: folder of a text-to-audio model of diffusers that makes the sound.
         audio_prompt: what it is to make; None: `prompt`.
         say: (seconds, text) pairs that are spoken, or texts that follow each other; `@FILE` is
             speech in a file.
         voice: one of espeak-ng's, such as "en-gb", or the file of a Kokoro voice.
+        settings: values of what one model alone can do, by name, each a number, True or False, or
+            texts KEY=VALUE; `vidgen models` lists a model's own with their defaults.
         strict: refuse a clip that its checks find faulty, and an attention back end that was
             asked for but can't be used.
         retry: how many further seeds to try while the checks find faults.
@@ -219,20 +191,12 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     guidance_low: float | None = None
-    image_guidance: float | None = None
-    image_guidance_reach: int | None = None
-    reference_guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     cache: str = "none"
     sampler: Any = None
     shift: float | None = None
     image: Picture | None = None
-    refine: int | None = None
-    encode_passes: int | None = None
-    oversampling: int | None = None
-    candidates: int | None = None
-    binding: float | None = None
     last_image: Picture | None = None
     frame: tuple[tuple[float, Picture], ...] = ()
     reference: tuple[Picture, ...] = ()
@@ -243,7 +207,6 @@ class Request:
     roll: bool | None = None
     overlap: int | None = None
     colour_hold: float | None = None
-    anchor: bool | None = None
     control: str | os.PathLike[str] | None = None
     control_scale: float | None = None
     first_frame_model: str | None = None
@@ -252,13 +215,11 @@ class Request:
     audio: str | os.PathLike[str] | None = None
     audio_loop: bool | None = None
     follow_audio: bool | None = None
-    audio_steps: int | None = None
-    audio_candidates: int | None = None
-    audio_delay: float | None = None
     audio_model: str | None = None
     audio_prompt: str | None = None
     say: tuple[tuple[float | None, str], ...] = ()
     voice: str | None = None
+    settings: Mapping[str, int | float | bool] = field(default_factory=dict)
     strict: bool = False
     retry: int = 0
     label: str = "none"
@@ -279,7 +240,7 @@ class Request:
             **{name: plain_picture for name, array in _ARRAYS.items() if array},
             "fps": parse_fps, "size": parse_size, "guidance_interval": parse_interval,
             "frame": parse_frames, "reference": parse_pictures, "lora": parse_loras,
-            "say": parse_said,
+            "say": parse_said, "settings": parse_settings,
         }
         if self.offload == "auto":  # as the command line says it
             object.__setattr__(self, "offload", None)
@@ -309,7 +270,7 @@ class Request:
     def has(self, option: str) -> bool:
         """Whether an option was given."""
         value = getattr(self, option)
-        return value is not None and not (isinstance(value, tuple) and not value)
+        return value is not None and not (isinstance(value, tuple | dict) and not value)
 
     @property
     def begins_with_image(self) -> bool:
@@ -402,3 +363,15 @@ class Request:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"say holds {text!r}; give the text that is to be spoken")
             check_text("say", text, MAX_PROMPT)
+
+
+DEFAULTS: Mapping[str, Any] = {
+    each.name: {} if each.name == "settings" else each.default for each in fields(Request)
+}
+"""Values of the options that a request leaves out."""
+
+
+def silenced(settings: Mapping[str, int | float | bool]) -> dict[str, Any]:
+    """Return the options of a clip whose output can't hold sound, in place of its `settings`."""
+    kept = {name: value for name, value in settings.items() if not name.startswith(_OF_SOUND)}
+    return {"audio": NO_AUDIO, "settings": kept}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -229,6 +229,44 @@ def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
         else:
             raise InputError(f"say holds {each!r}; give {what}")
     return tuple(pairs)
+
+
+def parse_settings(value: Any) -> dict[str, int | float | bool]:
+    """Settings of a model by name: a mapping, or texts KEY=VALUE; None leaves one out.
+
+    Raises:
+        InputError: other than that, or a value that is neither a number nor true or false.
+    """
+    pairs = list(value.items()) if isinstance(value, Mapping) else []
+    if not isinstance(value, Mapping):
+        for text in (value,) if isinstance(value, str) else _listed("settings", value, "KEY=VALUE"):
+            key, equals, given = text.partition("=") if isinstance(text, str) else ("", "", "")
+            if not (key and equals and given):
+                raise InputError(f"settings holds {_shown(text)}; give KEY=VALUE, a number, true "
+                                 "or false")
+            pairs.append((key.replace("-", "_"), given))
+    settings = {}
+    for name, given in pairs:
+        if not isinstance(name, str):
+            raise InputError(f"settings names {_shown(name)}; give a setting's name as text")
+        number = plain(_number(given) if isinstance(given, str) else given)
+        if not isinstance(number, int | float | None):
+            raise InputError(f"{name} is {_shown(given)}; give a number, true or false")
+        if number is not None:
+            settings[name] = number
+    return settings
+
+
+def _number(text: str) -> Any:
+    """A number, true or false in words; other text as it is."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def parse_pictures(value: Any) -> tuple[Picture, ...]:

@@ -126,11 +126,17 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     result["generation"] = {
         "model": {"name": folder.name, "sha256": folder.content_hash},
         "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": dtype,
-        "settings": {k: v if isinstance(v, int | float) else str(v)
-                     for k, v in run.settings.items()},
+        "settings": _recorded(run.settings),
         "threads": staff.threads, "clips": len(clips),
     }  # fmt: skip
     return result
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that all clips share as JSON data, with those of the model alone among them."""
+    plain = {name: value for name, value in options.items() if name != "settings"}
+    return {name: value if isinstance(value, int | float) else str(value)
+            for name, value in {**plain, **options.get("settings", {})}.items()}
 
 
 def _check_place(place: Path) -> None:

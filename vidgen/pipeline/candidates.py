@@ -20,8 +20,8 @@ from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED, as_array
+from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.tasks import words_alone
-from vidgen.pipeline.types import asked_or_own
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -86,12 +86,10 @@ def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
         why = "what a clip that begins from another one shows is that one's"
     shared = "several devices that share a clip don't tell things apart"
     alone = why or (shared if (request.devices or 1) > 1 else None)
-    own = folder.defaults
-    binding = asked_or_own("binding", request.binding, own.binding, alone, off=0)
+    binding = settled_value("binding", request, folder, alone)
     return replace(
-        plan,
-        candidates=asked_or_own("candidates", request.candidates, own.candidates, why, off=1),
-        binding=binding if words_alone(request) else 0,
+        plan, candidates=int(settled_value("candidates", request, folder, why)),
+        binding=binding if words_alone(request) else 0.0,
     )
 
 

@@ -12,6 +12,7 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.samplers import SAMPLERS, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.pipeline.experts import boundary_of
+from vidgen.pipeline.settings import own_value
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -53,13 +54,18 @@ def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
     return plan.oversampling == 1 or split_of(plan, sigmas, folder) > 0
 
 
+def finer_rate(folder: ModelFolder) -> int:
+    """Return how many latent frames a model draws below its boundary for each one above it."""
+    return int(own_value("oversampling", folder))
+
+
 def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     """The plan at the frame rate that the model draws at below its boundary.
 
     Raises:
         InputError: a rate that the model doesn't draw at, or that this clip can't have.
     """
-    own, asked = folder.defaults.oversampling, request.oversampling
+    own, asked = finer_rate(folder), request.settings.get("oversampling")
     if asked not in (None, 1, own):
         draws = ("each latent frame once; leave it out" if own == 1 else
                  f"at most {own} latent frames for one, give 1 or {own}")

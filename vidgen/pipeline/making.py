@@ -188,7 +188,7 @@ class Windows:
 
     def _doubt(self, names: str) -> None:
         log.warning("none of %d candidates shows %s for certain, the surest is kept; give another "
-                    "seed, other words or more --candidates", self.making.plan.candidates, names)
+                    "seed, other words or more candidates", self.making.plan.candidates, names)
 
 
 def _counted_on(info: StepInfo, candidate: int) -> StepInfo:

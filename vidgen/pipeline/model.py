@@ -149,7 +149,8 @@ class OpenedModel:
         if num_steps and tiles is None:
             return refine_first(self.parts, picture, self.encode_video(picture), num_steps)
         if num_steps:
-            log.warning("a first frame that is taken in tiles isn't refined; refine 0 says so")
+            log.warning("a first frame that is taken in tiles isn't refined; leave refinement out, "
+                        "or give --tiles none")
         return self.encode_video(picture, tiles, passes)
 
     @torch.no_grad()

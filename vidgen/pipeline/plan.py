@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import MAX_SECONDS, OF_OWN_SOUND, Request
+from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.shapes import (
     LatentShape,
     Strides,
@@ -27,14 +27,17 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import open_voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.pipeline.candidates import with_verifier
+from vidgen.pipeline.codec import encoding_of
 from vidgen.pipeline.experts import boundary_of, read_loras
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.levels import with_oversampling
 from vidgen.pipeline.rewrite import LanguageModel
+from vidgen.pipeline.settings import check_settings, settled_value
+from vidgen.pipeline.sound.own_sound import sound_of
 from vidgen.pipeline.step_caches import settle_cache
-from vidgen.pipeline.tasks import check_tasks, makes_sound
-from vidgen.pipeline.types import Plan, asked_or_own, draw_seed
+from vidgen.pipeline.tasks import check_tasks
+from vidgen.pipeline.types import Plan, draw_seed
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
@@ -56,8 +59,9 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
             no others; None: it has none, or size and length are given.
 
     Raises:
-        InputError: a size, count or sampler that can't be had; names the nearest that can.
+        InputError: a size, count, sampler or setting that can't be had; names the nearest that can.
     """
+    check_settings(request, folder)
     defaults, vae = folder.defaults, folder.components["vae"].config
     patch, strides = folder.components["transformer"].config.patch_size, vae.strides
     sampler = request.sampler or defaults.sampler
@@ -84,7 +88,7 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
                          f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
                          f"{MAX_SECONDS} at most")
     _warn_unseen(defaults, width, height)
-    guidance = _guidance(request, defaults)
+    guidance = _guidance(request, folder)
     if request.video is not None and request.strength is None and request.mask is None:
         raise InputError("a video was given without strength or mask; give strength from 0 to 1 to "
                          "re-imagine it, or a mask to repaint a part")
@@ -98,9 +102,7 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
         fit=request.fit, latents=shape, tiles=_tiles(request, shape),
-        refine_steps=_refine_steps(request, defaults),
-        encode_passes=request.encode_passes or defaults.encode_passes,
-        **_own_sound(request, folder),
+        **encoding_of(request, folder), **sound_of(request, folder),
     )
 
 
@@ -128,64 +130,43 @@ def _tiles(request: Request, latents: LatentShape) -> Tiles | None:
     return Tiles(rows, columns) if rows * columns > 1 else None
 
 
-def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
+def _guidance(request: Request, folder: ModelFolder) -> Guidance:
     """Guidance of a request; --guidance, given alone, holds for other experts and images, too."""
+    defaults = folder.defaults
     low = defaults.guidance_scale_2 if request.guidance is None else None
     if request.guidance_low is not None:
         if defaults.boundary is None:
             raise InputError(f"guidance_low is {request.guidance_low}, but this model has no "
                              "low-noise expert; leave it out")
         low = float(request.guidance_low)
-    known = defaults.image_guidance_scale
-    if known is None and request.image_guidance is not None:
-        raise InputError(f"image_guidance is {request.image_guidance}, but this model sees given "
-                         "frames with and without the prompt; leave it out")
+    known = defaults.settings.get("image_guidance")
+    of_images = request.settings.get("image_guidance")
+    if known is None and of_images is not None:
+        raise InputError(f"image_guidance is {of_images}, but this model sees given frames with "
+                         "and without the prompt; leave it out")
     why = None if known is not None else "this model has no guidance of its own for given frames"
-    reach = asked_or_own("image_guidance_reach", request.image_guidance_reach,
-                         defaults.image_guidance_reach, why, off=0)
+    reach = int(settled_value("image_guidance_reach", request, folder, why))
     if known is not None:
-        asked = (request.image_guidance, request.guidance, known)
+        asked = (of_images, request.guidance, known)
         known = float(next(scale for scale in asked if scale is not None))
     return Guidance(
         scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
         interval=request.guidance_interval or defaults.guidance_interval,
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
-        reference_scale=_reference_scale(request, defaults),
+        reference_scale=_reference_scale(request, folder),
         reach=reach,
     )
 
 
-def _reference_scale(request: Request, defaults: ModelDefaults) -> float:
-    own, why = defaults.reference_guidance_scale, None
-    if own is None:
+def _reference_scale(request: Request, folder: ModelFolder) -> float:
+    why = None
+    if "reference_guidance" not in folder.defaults.settings:
         why = "this model isn't guided by references alone"
     elif (request.devices or 1) > 1:
         why = "several devices that share a clip aren't guided by references alone"
-    scale = asked_or_own("reference_guidance", request.reference_guidance, own or 0.0, why, off=0.0)
-    return float(scale) if request.reference else 0.0
-
-
-def _refine_steps(request: Request, defaults: ModelDefaults) -> int:
-    own = defaults.refine_steps
-    why = "this model takes first frames as they are encoded" if own is None else None
-    return asked_or_own("refine", request.refine, own or 0, why, off=0)
-
-
-def _own_sound(request: Request, folder: ModelFolder) -> dict[str, Any]:
-    """How the model's own sound is made, where it makes any."""
-    if not makes_sound(request, folder.tasks):
-        for name, plain in zip(OF_OWN_SOUND, (request.steps, 1, 0), strict=True):
-            if (value := getattr(request, name)) not in (None, plain):
-                raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
-                                 "for its picture, and none is made here; leave it out")
-        return {}
-    defaults, delay = folder.defaults, request.audio_delay
-    return {
-        "sound_steps": request.audio_steps or defaults.sound_steps or 0,
-        "sound_candidates": request.audio_candidates or defaults.sound_candidates,
-        "sound_delay_s": defaults.sound_delay_s if delay is None else float(delay),
-    }
+    scale = settled_value("reference_guidance", request, folder, why)
+    return scale if request.reference else 0.0
 
 
 def _length(

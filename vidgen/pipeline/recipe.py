@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.config import flattened
-from vidgen.core.request import Request
+from vidgen.core.request import DEFAULTS, Request
 from vidgen.core.runtime import fingerprint
 from vidgen.ops import native
 from vidgen.ops.attention import asked_backend, used_backend
@@ -40,7 +40,6 @@ FACTS = (
 """Entries that frames or sound depend on; others differ from run to run or repeat these."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
               "control", "latents", "lora", "tiles", "audio"}  # fmt: skip
-_DEFAULTS = {each.name: each.default for each in fields(Request)}
 
 
 def make_recipe(
@@ -151,5 +150,5 @@ def _asked(request: Request) -> dict[str, Any]:
         given["audio_model"] = str(Path(request.audio_model).resolve())
     return {
         name: str(value) if isinstance(value, Fraction) else value for name, value in given.items()
-        if value != _DEFAULTS[name] and not (name == "sampler" and request.scheduler is not None)
+        if value != DEFAULTS[name] and not (name == "sampler" and request.scheduler is not None)
     }

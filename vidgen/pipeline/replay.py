@@ -28,6 +28,7 @@ from vidgen.media.video_reader import read_frames
 from vidgen.pipeline.journal.journal import recorded_readings, recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs
+from vidgen.pipeline.settings import replayed_settings, without_followers
 from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def request_from_recipe(
         recipe: as `read_recipe` gives it.
         folder: where embedded inputs are laid down; it must last until the clip is made.
         given: where inputs lie that are no longer in their place.
-        changes: options to take instead of the recorded ones, as `Request` has them.
+        changes: options to take instead of the recorded ones, as `Request` has them; of `settings`
+            those that are named, None drops one.
 
     Raises:
         InputError: inputs missing or changed, by option and SHA-256; changes that don't suit; a
@@ -55,13 +57,12 @@ def request_from_recipe(
     """
     model = (changes or {}).get("model")
     changes = {name: v for name, v in (changes or {}).items() if name not in LOADING}
+    changed = changes.pop("settings", {})
     replaced = set(changes)
     if replaced & {"prompt", "negative"}:
         replaced.add("readings")  # of the words that were there
     if "guidance" in replaced:
-        replaced.update(("guidance_low", "image_guidance"))  # which follow it
-    if "reference" in replaced:
-        replaced.add("reference_guidance")  # of those that were there, if any
+        replaced.add("guidance_low")  # which follows it
     for pair in _RIVALS:
         if replaced.intersection(pair):
             replaced.update(pair)
@@ -69,7 +70,9 @@ def request_from_recipe(
         is_its_own = model is None or open_model(model).content_hash == recipe["model"]["sha256"]
         options = _settled(recipe) if is_its_own else _asked(recipe)
         options |= restore_inputs(recipe, folder, given, replaced)
+        recorded = without_followers(options.pop("settings", {}), replaced)
         options = {name: v for name, v in options.items() if name not in replaced} | changes
+        options["settings"] = {**recorded, **changed}
         return Request.of(options.pop("prompt"), options)
 
 
@@ -186,8 +189,8 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
         options = {name: v for name, v in options.items() if name != "seconds"} | _pinned(plan)
-        if all(record["option"] != "image" for record in recipe["inputs"]):
-            options.pop("refine")  # of nothing
+        given = frozenset(record["option"] for record in recipe["inputs"])
+        options["settings"] = replayed_settings(plan, options.get("settings", {}), given)
     if recipe["scheduler"]:
         options["sampler"] = _scheduler(plan["sampler"], recipe["scheduler"])
         options.pop("shift", None)
@@ -200,35 +203,18 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
         "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
-        "refine": plan.get("refine_steps", 0), "encode_passes": plan.get("encode_passes", 1),
-        "oversampling": plan.get("oversampling", 1), "candidates": plan.get("candidates", 1),
-        "binding": plan.get("binding", 0.0),
-    } | _pinned_sound(plan)
+    }
     if plan.get("student") is None:
         options |= {
             "shift": plan["shift"], "guidance": guidance["scale"],
             "guidance_interval": tuple(guidance["interval"]),
             "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
-            "image_guidance": guidance.get("known_scale"),
-            "image_guidance_reach": guidance.get("reach", 0),
-            "reference_guidance": guidance.get("reference_scale", 0.0),
         }
         if plan["sampler"] in SAMPLERS:
             options["sampler"] = plan["sampler"]
     if kept == plan["num_frames"]:
         return options | {"frames": kept}
     return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed
-
-
-def _pinned_sound(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """How a model's own sound was made; before recipes told, once and as its picture's noise was.
-
-    The only student of those days sounded by the 12 steps of its model.
-    """
-    steps = 12 if plan.get("student") else plan["num_steps"]
-    return {"audio_steps": plan.get("sound_steps", steps) or None,
-            "audio_candidates": plan.get("sound_candidates", 1),
-            "audio_delay": plan.get("sound_delay_s", 0.0)}
 
 
 def _scheduler(name: str, config: Mapping[str, Any]) -> Any:

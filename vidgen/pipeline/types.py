@@ -6,9 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
-
-from vidgen.core.errors import InputError
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ForeignFolder, ModelFolder, RollConfig, StudentConfig
     from vidgen.weights.quantize import Quantization
-
-Number = TypeVar("Number", int, float)
 
 Offload = Literal["none", "stage", "block"]
 """Share of a model in memory at once: all, the running stage's networks, or two blocks."""
@@ -273,23 +269,6 @@ class Estimate:
             "threads": torch.get_num_threads(),
             "notes": list(self.notes), "choice": self.choice,
         }
-
-
-def asked_or_own(
-    name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
-) -> Number:
-    """Return an option's requested value, else the model's own; `off` where it isn't available.
-
-    `why` is the reason why it isn't available, or None; `off` is the value that disables it.
-
-    Raises:
-        InputError: requested but not available.
-    """
-    if why is None:
-        return own if asked is None else asked
-    if asked not in (None, off):
-        raise InputError(f"{name} is {asked}, but {why}; leave it out")
-    return off
 
 
 def draw_seed() -> int:

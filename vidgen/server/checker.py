@@ -72,6 +72,7 @@ class Checker:
             InputError: a request that can't be made, a bad file, or more than the limits.
         """
         from vidgen.pipeline.plan import settle
+        from vidgen.pipeline.settings import served_limits
         from vidgen.pipeline.setups import choose
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
         from vidgen.pipeline.tasks import SOUND
@@ -82,6 +83,8 @@ class Checker:
         self._enforce(request)
         plan = settle(self.folder, request)
         self._check_plan(plan)
+        for name, limit in served_limits(request).items():
+            self._at_most(name, request.settings[name], limit)
         has_sound = SOUND in self.folder.tasks
         make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
         made = choose(self.folder, plan, request, self.device, None, dtype=self.dtype)

@@ -35,7 +35,13 @@ from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options, rate_of_still
+from vidgen.pipeline.long.continuation import (
+    at_own_size,
+    lengthened,
+    own_options,
+    rate_of_still,
+    with_own_options,
+)
 from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
 
 if TYPE_CHECKING:
@@ -182,7 +188,7 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
         fps = rate_of_still(recipe, model)
     own = {} if recipe is None else own_options(recipe, model.name, options.get("audio"))
     own.pop("lora", None)  # a recipe that came from outside names no files of ours
-    options = own | options | lengthened(clip, num_frames, fps, added_s)
+    options = with_own_options(options, own) | lengthened(clip, num_frames, fps, added_s)
     return at_own_size(Request.of(options.pop("prompt"), options), size, model)
 
 

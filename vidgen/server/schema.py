@@ -108,6 +108,7 @@ Rate = Annotated[str, PlainValidator(_rate), WithJsonSchema({"anyOf": [
     {"type": "number", "minimum": 1, "maximum": MAX_FPS},
     {"type": "string", "pattern": f"^{_FRACTION}$"},
 ]})]
+SettingName = Annotated[str, Field(min_length=1, max_length=40)]
 Prompt = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 
@@ -131,24 +132,13 @@ class ExtraParams(Strict):
     cache: str | None = Field(None, max_length=40)
     fit: Literal["crop", "pad"] | None = None
     guidance_low: Number | None = Field(None, ge=0, le=20)
-    image_guidance: Number | None = Field(None, ge=0, le=20)
-    image_guidance_reach: Whole | None = Field(None, ge=0, le=1000)
-    reference_guidance: Number | None = Field(None, ge=0, le=20)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
-    refine: Whole | None = Field(None, ge=0, le=100)
-    encode_passes: Whole | None = Field(None, ge=1, le=10)
-    oversampling: Whole | None = Field(None, ge=1, le=16)
-    candidates: Whole | None = Field(None, ge=1, le=16)
-    binding: Number | None = Field(None, ge=0, le=1)
-    audio_steps: Whole | None = Field(None, ge=1, le=200)
-    audio_candidates: Whole | None = Field(None, ge=1, le=16)
-    audio_delay: Number | None = Field(None, ge=0, le=1)
     overlap: Whole | None = Field(None, ge=1, le=1000)
     colour_hold: Number | None = Field(None, ge=0, le=1)
-    anchor: bool | None = None
     roll: bool | None = None
     label: Literal["none", "visible"] | None = None
     readings: str | None = Field(None, max_length=2000)
+    settings: dict[SettingName, bool | int | float] | None = Field(None, max_length=40)
 
 
 class Shape(Strict):

@@ -13,13 +13,13 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import LOADING, Request
+from vidgen.core.request import DEFAULTS, LOADING, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
@@ -50,7 +50,7 @@ ADDRESS_VERSION = 1
 DRAFT_ASPECT = 0.1
 """How far the aspect of a draft may be from the film's, as a logarithm."""
 _HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix", *LOADING})
-_DEFAULTS = {each.name: each.default for each in fields(Request) if each.name not in _HASHED}
+_DEFAULTS = {name: default for name, default in DEFAULTS.items() if name not in _HASHED}
 
 
 def plan_film(

@@ -7,6 +7,7 @@ Figures are those of the published programs (Wan-Video/Wan2.1 and Wan2.2, `gener
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -40,21 +41,8 @@ class ModelDefaults:
         guidance_scale: of a model with two experts, the high-noise one's.
         guidance_scale_2: the low-noise expert's; None: the same.
         guidance_interval: (lowest, highest) sigma at which guidance applies.
-        image_guidance_scale: where frames are given; see `Guidance.known_scale`.
-        image_guidance_reach: see `Guidance.reach`.
-        reference_guidance_scale: see `Guidance.reference_scale`; None: of a model that doesn't take
-            reference images as stills, which can be left out.
-        refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
-            a model that takes them as its VAE encodes them.
-        candidates: most that are drawn of a clip, or of each window of a long one, until the
-            model's verifier accepts one.
-        binding: weight by which the verifier keeps the prompt's subjects apart, 0 to 1.
-        encode_passes: by which its VAE encodes given frames; see `encode_pixels`.
-        sound_steps: of a model's own sound; None: as many as its picture takes.
-        sound_candidates: sounds that a model makes for a clip, of which one is kept.
-        sound_delay_s: by which its sound follows its picture, in seconds.
-        oversampling: latent frames that the low-noise expert draws for each one that the other
-            has settled; see `vidgen.diffusion.oversampling`.
+        settings: what this model can do and others can't, by name; see
+            `vidgen.pipeline.settings`. Without a name the model lacks that feature.
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
@@ -77,17 +65,7 @@ class ModelDefaults:
     boundary: float | None = None
     history_noise: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    image_guidance_scale: float | None = None
-    image_guidance_reach: int = 0
-    reference_guidance_scale: float | None = None
-    refine_steps: int | None = None
-    candidates: int = 1
-    binding: float = 0.0
-    encode_passes: int = 1
-    sound_steps: int | None = None
-    sound_candidates: int = 1
-    sound_delay_s: float = 0.0
-    oversampling: int = 1
+    settings: Mapping[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ generator behind it can reach).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from train.toybox.world.scenes import (
     sample_scenes,
 )
 from vidgen.core.errors import InputError
+from vidgen.core.values import parse_settings
 
 Suite = Literal[
     "all", "text", "image", "vae", "judge", "triples", "phrasings", "extend", "sound", "full"
@@ -150,8 +152,7 @@ class Benchmark:
     guidance: float | None = None
     shift: float | None = None
     sampler: str | None = None
-    candidates: int | None = None
-    binding: float | None = None
+    own_settings: Mapping[str, float] = field(default_factory=dict)
     frames: int | None = None
     size: str | None = None
     dtype: str | None = None
@@ -159,6 +160,7 @@ class Benchmark:
     sound_judge: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "own_settings", parse_settings(self.own_settings))
         counts = ("held_out", "images", "reserved", "two", "pairs", "phrasings", "extensions",
                   "sounds")
         least = dict.fromkeys(counts, 0) | {"prompts": 1, "batch": 1, "windows": 2, "seeds": 1}
@@ -171,8 +173,8 @@ class Benchmark:
     @property
     def settings(self) -> dict[str, Any]:
         """How clips are generated, as options of a request."""
-        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
-        return {name: getattr(self, name) for name in names}
+        names = ("steps", "guidance", "shift", "sampler", "frames", "size")
+        return {**{name: getattr(self, name) for name in names}, "settings": self.own_settings}
 
 
 def items_of(bench: Benchmark, source: str) -> list[Item]:

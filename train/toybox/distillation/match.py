@@ -34,6 +34,7 @@ from vidgen.diffusion.oversampling import Pace, finer_state
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.state import LatentState
+from vidgen.pipeline.levels import finer_rate
 from vidgen.pipeline.loader import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
@@ -80,7 +81,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         self.follower.load_state_dict(self.delta.state_dict())
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
         folder = self.shards.folder
-        self.rate = folder.defaults.oversampling if config.delta.part == LOW else 1
+        self.rate = finer_rate(folder) if config.delta.part == LOW else 1
         self.stride_t = folder.components["vae"].config.strides.t
 
     def _check_levels(self) -> None:

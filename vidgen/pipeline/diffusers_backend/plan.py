@@ -9,12 +9,12 @@ import inspect
 import logging
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import Request
+from vidgen.core.request import DEFAULTS, Request
 from vidgen.core.shapes import (
     Strides,
     check_num_frames,
@@ -173,15 +173,16 @@ class Abilities:
 
     def refuse(self, request: Request) -> None:
         """Raise InputError for the first option that can't be honoured, naming those that can."""
-        for field in fields(Request):
-            value, own = getattr(request, field.name), field.default
+        for name, own in DEFAULTS.items():
+            value = getattr(request, name)
             is_set = type(value) is not type(own) or value != own  # arrays are never compared
-            if is_set and field.name not in self.options:
+            if is_set and name not in self.options:
                 reason = ""
-                if field.name == "negative" and self.is_distilled:
+                if name == "negative" and self.is_distilled:
                     reason = " (its guidance is distilled)"
+                asked = next(iter(request.settings)) if name == "settings" else name
                 can = ", ".join(sorted(self.options - _ALWAYS))
-                raise InputError(f"{field.name} can't be honoured by {self.name}{reason}; "
+                raise InputError(f"{asked} can't be honoured by {self.name}{reason}; "
                                  f"leave it out. It takes {can}")
         for option, kind in (("image", "Image"), ("video", "Video")):
             is_needed = self.defaults.get(option) is inspect.Parameter.empty or (

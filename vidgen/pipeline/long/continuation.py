@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import MAX_SECONDS, OF_OWN_SOUND, Request
+from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.pipeline.few_steps import SAMPLING
+from vidgen.pipeline.settings import settings_to_go_on
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -79,26 +80,26 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
         "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
         "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "image_guidance": guidance.get("known_scale"),
-        "image_guidance_reach": guidance.get("reach", 0),
-        "reference_guidance": guidance.get("reference_scale") or None,  # without references 0
         "cache": asked.get("cache"), "readings": asked.get("readings"),
-        "oversampling": asked.get("oversampling"), "candidates": asked.get("candidates"),
-        "binding": asked.get("binding"),
+        "settings": settings_to_go_on(plan, asked.get("settings", {}), sound=audio is None),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())
         ],
     }
-    if audio is None:
-        own |= {name: asked[name] for name in OF_OWN_SOUND if name in asked}
     if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
         own |= {"sampler": None, "shift": None}
     if plan.get("student") is not None:  # which is taken by its steps, when these are silent
         own |= dict.fromkeys(SAMPLING)
         if plan["student"].get("roll"):  # its steps are of no other
             own["steps"] = None
-    return {name: value for name, value in own.items() if value not in (None, [])}
+    return {name: value for name, value in own.items() if value not in (None, [], {})}
+
+
+def with_own_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a clip that goes on: those given, else its own, setting by setting."""
+    settings = {**own.get("settings", {}), **given.get("settings", {})}
+    return {**own, **given, "settings": settings}
 
 
 def rate_of_still(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Fraction:

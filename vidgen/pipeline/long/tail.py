@@ -67,7 +67,8 @@ class Stretch(NamedTuple):
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
     """Return whether later windows get a clip's first frame as a reference."""
-    return ANCHOR_TASK in folder.tasks and request.anchor is not False and not request.reference
+    return (ANCHOR_TASK in folder.tasks and request.settings.get("anchor") is not False
+            and not request.reference)
 
 
 def window_size(folder: ModelFolder, strides: Strides) -> int:

@@ -14,12 +14,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vidgen.core.errors import InputError
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.oversampling import Pace, finished_finer
@@ -28,6 +29,7 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
+from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.sound.candidates import (
     ON_TIME,
     Kept,
@@ -36,6 +38,7 @@ from vidgen.pipeline.sound.candidates import (
     drawn_at_once,
     impacts_seen,
 )
+from vidgen.pipeline.tasks import makes_sound
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.long.tail import Stretch
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
+    from vidgen.weights.folder import ModelFolder
 
 AT_ONCE = 256
 """Latents that are decoded at a time."""
@@ -268,6 +272,26 @@ def own_sound(
     return own
 
 
+def sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
+    """Return the fields of a plan that say how the model's own sound is made, if it makes any.
+
+    Raises:
+        InputError: a setting of such a sound where none is made.
+    """
+    if not makes_sound(request, folder.tasks):
+        for name, plain in (("audio_steps", request.steps), ("audio_candidates", 1),
+                            ("audio_delay", 0)):
+            if (value := request.settings.get(name)) not in (None, plain):
+                raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
+                                 "for its picture, and none is made here; leave it out")
+        return {}
+    return {
+        "sound_steps": int(settled_value("audio_steps", request, folder)),
+        "sound_candidates": int(settled_value("audio_candidates", request, folder)),
+        "sound_delay_s": settled_value("audio_delay", request, folder),
+    }
+
+
 def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
     """How the sound of a plan's clip is denoised: from noise alone, by the model itself.
 
@@ -278,7 +302,7 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
         plan = replace(
             plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
             shift=defaults.shift, guidance=Guidance(
-                defaults.guidance_scale, known_scale=defaults.image_guidance_scale
+                defaults.guidance_scale, known_scale=defaults.settings.get("image_guidance")
             ),
         )
     return replace(plan, strength=1.0, cache=None, oversampling=1,

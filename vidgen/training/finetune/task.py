@@ -22,6 +22,7 @@ from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
+from vidgen.pipeline.levels import finer_rate
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import Phase
@@ -292,7 +293,7 @@ class FinetuneTask:
 
     def _oversampling(self, role: str) -> int:
         """Latent frames for each of a clip's that a transformer draws, where it may be finer."""
-        return self.folder.defaults.oversampling if role == EXPERTS[1] else 1
+        return finer_rate(self.folder) if role == EXPERTS[1] else 1
 
     @property
     def _boundary(self) -> float:

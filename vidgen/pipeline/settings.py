@@ -1,0 +1,228 @@
+"""Settings: what one model can do that others can't, by name, with limits and defaults.
+
+A model's own values are `defaults.settings` of its `model.json`; a request gives others in
+`settings`. Each feature's file reads its own settings by name; all that else needs to be known of a
+setting is a row of the table here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vidgen.core.errors import InputError, ModelError, nearest
+from vidgen.core.values import check_flag, check_number, check_whole
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.weights.folder import ModelFolder
+
+Value = int | float | bool
+Topic = Literal["sampling", "frames", "drawing", "windows", "sound"]
+"""Guidance; pictures that are given; what is drawn of a clip; long clips; a model's own sound."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table.
+
+    Attributes:
+        name: its key.
+        topic: what it is about.
+        kind: type of its values.
+        help: in one line.
+        low: least value.
+        high: greatest value.
+        served: the greatest that a service takes; None: `high`.
+        off: value of a model that has no such feature; None: such a model has no value for it.
+        recorded: where a recipe's plan has it, dotted; empty: only the recipe's request has it.
+        needs: options of a request, one of which goes with it; empty: it needs none.
+        follows: option of a request; one that changes leaves the setting open again.
+        task: that a model with this setting was taught; empty: the model's defaults name it.
+    """
+
+    name: str
+    topic: Topic
+    kind: type[Value]
+    help: str
+    low: float = 0
+    high: float = 1
+    served: float | None = None
+    off: Value | None = None
+    recorded: str = ""
+    needs: tuple[str, ...] = ()
+    follows: str = ""
+    task: str = ""
+
+
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
+    Setting("image_guidance", "sampling", float, "how strongly given frames are followed",
+            high=100, served=20, recorded="guidance.known_scale", follows="guidance"),
+    Setting("image_guidance_reach", "sampling", int,
+            "latent frames from a first frame to where that is full; 0: everywhere",
+            high=1000, off=0, recorded="guidance.reach"),
+    Setting("reference_guidance", "sampling", float,
+            "how much further references are followed, where no frames are given; 0 spares a pass",
+            high=100, served=20, off=0.0, recorded="guidance.reference_scale", follows="reference"),
+    Setting("refine", "frames", int,
+            "gradient steps that bring a first frame's latents nearer to it; 0 is off",
+            high=1000, served=100, off=0, recorded="refine_steps",
+            needs=("image", "first_frame_model")),
+    Setting("encode_passes", "frames", int,
+            "how often the VAE encodes what is given, nearer to it each time; 1 is as usual",
+            low=1, high=100, served=10, off=1, recorded="encode_passes"),
+    Setting("oversampling", "drawing", int,
+            "latent frames drawn for each one of the clip's, once its motion is settled; 1 is "
+            "fastest", low=1, high=16, off=1, recorded="oversampling"),
+    Setting("candidates", "drawing", int,
+            "most that are drawn of a clip until the verifier sees what the prompt names",
+            low=1, high=64, served=16, off=1, recorded="candidates"),
+    Setting("binding", "drawing", float,
+            "how strongly each thing that the prompt names is drawn by its own words; 0 is off",
+            off=0.0, recorded="binding"),
+    Setting("anchor", "windows", bool,
+            "whether later windows of a long clip are shown its first frame", task="anchor"),
+    Setting("audio_steps", "sound", int, "denoising steps of the model's own sound",
+            low=1, high=1000, served=200, recorded="sound_steps"),
+    Setting("audio_candidates", "sound", int, "how many such sounds are made, of which one is kept",
+            low=1, high=16, off=1, recorded="sound_candidates"),
+    Setting("audio_delay", "sound", float, "seconds by which that sound follows its picture",
+            off=0.0, recorded="sound_delay_s"),
+)}  # fmt: skip
+
+
+def settings_of(folder: ModelFolder) -> dict[str, Value]:
+    """Return a model's settings with their defaults."""
+    taught = {each.name: True for each in SETTINGS.values() if each.task in folder.tasks}
+    return dict(sorted({**folder.defaults.settings, **taught}.items()))
+
+
+def check_settings(request: Request, folder: ModelFolder) -> None:
+    """Refuse settings that don't exist, values out of their limits, and what lacks its option.
+
+    Raises:
+        InputError: the setting, its limits, and what to do.
+        ModelError: the model's own defaults are wrong.
+    """
+    for name, value in folder.defaults.settings.items():
+        if name not in SETTINGS:
+            raise ModelError(f"{folder.name}: model.json gives a setting {name!r}; "
+                             f"{nearest(name, SETTINGS)}")
+        try:
+            _check(SETTINGS[name], value)
+        except InputError as error:
+            raise ModelError(f"{folder.name}: model.json: {error}") from None
+    for name, value in request.settings.items():
+        if name not in SETTINGS:
+            raise InputError(f"{folder.name} has no setting {name!r}; "
+                             f"{nearest(name, settings_of(folder))}")
+        _check(SETTINGS[name], value)
+        needs = SETTINGS[name].needs
+        if needs and not any(request.has(option) for option in needs):
+            raise InputError(f"{name} needs {' or '.join(needs)}; add it or leave this out")
+
+
+def _check(setting: Setting, value: Value) -> None:
+    if setting.kind is bool:
+        check_flag(setting.name, value)
+    elif setting.kind is int:
+        check_whole(setting.name, value, int(setting.low), int(setting.high))
+    else:
+        check_number(setting.name, value, setting.low, setting.high)
+
+
+def own_value(name: str, folder: ModelFolder) -> float:
+    """Return a model's own value of a setting, or the one that stands for none."""
+    value = folder.defaults.settings.get(name, SETTINGS[name].off)
+    return SETTINGS[name].kind(value or 0)
+
+
+def settled_value(
+    name: str, request: Request, folder: ModelFolder, why: str | None = None
+) -> float:
+    """Return a setting as it is asked for, or the model's own.
+
+    Args:
+        name: of the setting.
+        request: that may ask for it.
+        folder: the model.
+        why: it can't be had, or None.
+
+    Raises:
+        InputError: it is asked for where it can't be had.
+    """
+    asked, off = request.settings.get(name), SETTINGS[name].off
+    if why is None:
+        return own_value(name, folder) if asked is None else SETTINGS[name].kind(asked)
+    if asked not in (None, off):
+        raise InputError(f"{name} is {asked}, but {why}; leave it out")
+    return SETTINGS[name].kind(off or 0)
+
+
+def asked_about(request: Request, *topics: Topic) -> list[str]:
+    """Return the names of a request's settings about any of some topics."""
+    return [name for name in request.settings
+            if name in SETTINGS and SETTINGS[name].topic in topics]
+
+
+def served_limits(request: Request) -> dict[str, float]:
+    """Return the greatest values that a service takes of the settings of a request."""
+    return {name: limit for name in request.settings
+            if (limit := SETTINGS[name].served) is not None}
+
+
+def replayed_settings(
+    plan: Mapping[str, Any], asked: Mapping[str, Value], options: frozenset[str]
+) -> dict[str, Value]:
+    """Return the settings that make a recipe's clip again.
+
+    Args:
+        plan: of the recipe.
+        asked: settings of the recipe's request; what the plan settled takes their place.
+        options: that the clip's inputs were given by; settings that need others are left out.
+    """
+    kept = {name: value for name, value in asked.items()
+            if name not in SETTINGS or not SETTINGS[name].recorded}
+    return kept | {name: value for name, value in _recorded(plan).items()
+                   if not SETTINGS[name].needs or not options.isdisjoint(SETTINGS[name].needs)}
+
+
+def _recorded(plan: Mapping[str, Any]) -> dict[str, Value]:
+    """Return the settings that a plan holds, without sampling that a student settled."""
+    found = dict[str, Value]()
+    for setting in SETTINGS.values():
+        is_students = setting.topic == "sampling" and plan.get("student") is not None
+        if not setting.recorded or is_students:
+            continue
+        holder, *inner = setting.recorded.split(".")
+        value = plan[holder].get(inner[0], setting.off) if inner else plan.get(holder, setting.off)
+        if value is not None and value >= setting.low:  # 0 steps of sound: as many as the picture's
+            found[setting.name] = value
+    return found
+
+
+def settings_to_go_on(
+    plan: Mapping[str, Any], asked: Mapping[str, Value], *, sound: bool
+) -> dict[str, Value]:
+    """Return the settings of a clip that goes on: guidance as it was settled, others as asked for.
+
+    Args:
+        plan: of the clip's recipe.
+        asked: settings of the recipe's request.
+        sound: whether the model goes on making its sound.
+    """
+    own = {name: value for name, value in _recorded(plan).items()
+           if SETTINGS[name].topic == "sampling"
+           and not (SETTINGS[name].follows and value == SETTINGS[name].off)}
+    topics = ("drawing", "sound") if sound else ("drawing",)
+    return own | {name: value for name, value in asked.items()
+                  if name in SETTINGS and SETTINGS[name].topic in topics}
+
+
+def without_followers(
+    settings: Mapping[str, Value], changed: set[str]
+) -> dict[str, Value]:
+    """Return recorded settings without those that follow an option that changed."""
+    return {name: value for name, value in settings.items()
+            if name not in SETTINGS or SETTINGS[name].follows not in changed}
