@@ -187,7 +187,7 @@ class Parts:
         """Bytes of weights that other devices hold of what one alone would have at once."""
         if self.mesh is None:
             return 0
-        sizes = [self._elsewhere(self._weights(role, self.dtype))
+        sizes = [self._elsewhere(self.weights(role, self.dtype))
                  for role in EXPERTS if role in self.folder.components]
         return sum(sizes) if self.offload == "none" else max(sizes)
 
@@ -240,7 +240,7 @@ class Parts:
         trim_memory()
 
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
-        weights = self._weights(role, dtype)
+        weights = self.weights(role, dtype)
         if offload == "block" and role in STREAMED:
             blocks = blocks_of(weights.names).values()
             resident = weights.num_bytes(name for name in weights.names if not block_of(name))
@@ -252,7 +252,8 @@ class Parts:
             total -= sum(_saved(weights, name) for name in weights.names)
         return total
 
-    def _weights(self, role: Role, dtype: torch.dtype) -> Weights:
+    def weights(self, role: Role, dtype: torch.dtype) -> Weights:
+        """A network's weights as the files have them, in the dtype that they are used in."""
         component, dtype = self.folder.components[role], self.dtype_of(role, dtype)
         return Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
 

@@ -1,4 +1,4 @@
-"""The only estimate: what a generation holds and how long it takes, and in which setup it fits.
+"""The only estimate: what a generation holds in memory and how long it takes, stage by stage.
 
 Weights are counted from the files' headers, activations from the architectures: the tensors that
 are alive at a stage's fullest moment. See `passes` for what a clip takes, `timing` for how long.
@@ -37,6 +37,7 @@ from vidgen.pipeline.tasks import makes_sound
 from vidgen.pipeline.timing import (
     LOAD_BYTES_PER_S,
     NOMINAL,
+    WRITE_PIXELS_PER_S,
     Rates,
     VAEPart,
     known_rates,
@@ -46,16 +47,16 @@ from vidgen.pipeline.timing import (
     vae_ops,
     vae_parts,
 )
-from vidgen.pipeline.types import Estimate, Plan, Setup, StageEstimate
+from vidgen.pipeline.types import Estimate, Offload, Plan, Setup, StageEstimate
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.weights.component import Role
     from vidgen.weights.folder import ModelFolder
 
-KERNELS_BYTES = 70_000_000
+KERNELS_BYTES = 76_000_000
 """What torch's kernels, thread pools and allocator take on a CPU once they have been used."""
-HOLES, MOST_KEPT = 0.5, 150_000_000
+HOLES, MOST_KEPT = 0.8, 200_000_000
 """On a CPU glibc keeps what earlier stages have freed, and holes between blocks, as a share of
 what is live; pieces from 32 MB on it gives back at once, so that both stop growing."""
 ENCODER_BYTES, ENCODER_BYTES_PER_PIXEL = 6_000_000, 200
@@ -66,8 +67,6 @@ BUILDING_S = 0.4
 """To make the networks' modules, empty, and what Python imports on the way."""
 REFINE_PASSES = 2.5
 """Of the decoder, that a step of `refine_first` takes the time of."""
-SPARE = 0.25
-"""Of the free memory, that is left for activations when a model is loaded."""
 
 
 def transformer_bytes(
@@ -116,8 +115,9 @@ def vae_bytes(
     def live(part: VAEPart) -> int:
         # a block's input, what is normed, what the kernel is given behind two frames of history,
         # what it makes
-        frames = (5 if fused else 7) * (part.frames if whole else 1) + 4
-        return max(part.width, *part.inputs) * part.pixels * frames
+        frames, widest = part.frames if whole else 1, max(part.inputs)
+        read = widest * (frames * (3 if fused else 5) + 4)
+        return part.pixels * (read + 2 * frames * part.width)
 
     middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles,
                               oversampling=oversampling)
@@ -137,13 +137,11 @@ def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> i
 
 def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
     """Count the most that the sound's decoder holds of so many latents that it takes at a time."""
-    block = (3 + 2 * config.expansion) * config.decoder_dim * itemsize
-    # what it says, in float32; phases in float64, complex spectra twice, windows of samples twice;
-    # with gains spectra of tones and of noise, and three of their windows
-    spectra, windows = (4, 6) if config.gains_per_frame else (2, 2)
-    render = config.num_bins * (3 * 4 + 2 * 8 + spectra * 8) + windows * 4 * config.window
-    frames = latents * config.frames_per_token
-    return frames * max(block, render) + 8 * NOISE_FRAMES * config.num_bins
+    # what it says and spectra of it, in float32 and float64, and windows of samples; twice with
+    # gains, of tones and of noise
+    each = config.num_bins * 28 + (2 if config.gains_per_frame else 1) * 20 * config.window
+    each = max(each, 7 * config.decoder_dim * itemsize)
+    return latents * config.frames_per_token * each + 8 * NOISE_FRAMES * config.num_bins
 
 
 def estimate(
@@ -316,7 +314,7 @@ class _Job:
         live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
         live += ENCODER_BYTES + ENCODER_BYTES_PER_PIXEL * self.pixels if self.on_cpu else 0
         self.add("decode", decode_s, live, "vae")
-        work, cores = kept * self.pixels / self.rates.rate("write"), os.cpu_count() or 1
+        work, cores = kept * self.pixels / WRITE_PIXELS_PER_S, os.cpu_count() or 1
         shared = decode_s * torch.get_num_threads() if self.on_cpu else 0.0
         wall = max(decode_s, work / min(4, cores), (shared + work) / cores)
         # the last frames come when nothing is left to decode
@@ -338,21 +336,30 @@ class _Job:
 
     def add(self, name: str, seconds: float, live: int, *roles: Role) -> None:
         """Add a stage: seconds of one clip, and what is live while `roles` work in turns."""
-        setup, present = self.setup, [role for role in roles if role in self.folder.components]
-        quantize = setup.quantize or "none"
-        if setup.offload == "none":
-            held = sum(self.parts.needed_bytes(role, offload="stage", quantize=quantize)
-                       for role in self.folder.components)
+        if self.setup.offload == "none":
+            held = sum(map(self.weight_bytes, self.folder.components))
         else:
+            present = [role for role in roles if role in self.folder.components]
             seconds += sum(map(self.load_s, present))
-            held = max((self.parts.needed_bytes(role, offload=setup.offload, quantize=quantize)
-                        for role in present), default=0)
+            held = max(map(self.weight_bytes, present), default=0)
         if self.on_cpu:
             kept = int(self.freed + HOLES * (self.freed + live))
             held += KERNELS_BYTES + min(kept, MOST_KEPT)
             self.freed += live
         count = 1 if name in ("load", "text") else self.request.count
         self.stages.append(StageEstimate(name, count * seconds, held + live))
+
+    def weight_bytes(self, role: Role) -> int:
+        """Count a network's weights, but for those that nothing reads where a file is mapped."""
+        offload: Offload = "block" if self.setup.offload == "block" else "stage"
+        size = self.parts.needed_bytes(
+            role, offload=offload, quantize=self.setup.quantize or "none")
+        idle = {"text_encoder": "shared.", "vae": "-" if self.passes.encoded else "encoder."}
+        weights = self.parts.weights(role, self.dtype)
+        if role not in idle or not self.on_cpu or self.setup.quantize or not weights.stay_mapped:
+            return size
+        return size - weights.num_bytes(name for name in weights.names
+                                        if name.startswith(idle[role]))
 
     def load_s(self, role: Role) -> float:
         """Count a network's weights into memory; blocks come with each pass."""

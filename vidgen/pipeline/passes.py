@@ -77,21 +77,13 @@ class Passes:
 
 
 class _Given(NamedTuple):
-    """The clip that a request goes on from.
-
-    Attributes:
-        num_frames: its frames.
-        at_hand: latent frames of it that are at hand.
-        gone: latent frames before those.
-        ahead: frames that the latents stand for beyond its own.
-        is_encoded: whether the latents come from its last frames.
-    """
+    """The clip that a request goes on from."""
 
     num_frames: int = 0
-    at_hand: int = 0
-    gone: int = 0
-    ahead: int = 0
-    is_encoded: bool = False
+    at_hand: int = 0  # latent frames of it
+    gone: int = 0  # latent frames before those
+    ahead: int = 0  # frames that the latents stand for beyond its own
+    is_encoded: bool = False  # whether the latents come from its last frames
 
 
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:

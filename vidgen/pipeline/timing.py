@@ -12,24 +12,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, cache_folder, fingerprint, reuse_freed_memory
 from vidgen.core.shapes import Tiles
-from vidgen.media.types import ClipInfo
-from vidgen.media.write import write_clip
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
@@ -43,6 +38,10 @@ from vidgen.weights.component import Component
 FORMAT = 12
 LOAD_BYTES_PER_S = 3e9
 """From files that lie in the system's memory."""
+IN_A_RUN = 1.15
+"""Time in a generation by that of a network alone, which finds its data in the caches."""
+WRITE_PIXELS_PER_S = 2e7
+"""Of a video encoder on one core."""
 _BUDGET_S, _LONG_S = 0.12, 1.0
 _TEXT = 16
 # what is measured: heads and tokens of attention; networks, latent frames and the side of each
@@ -102,7 +101,10 @@ def listening_ops(
     """Count a pass of so many sound tokens of each take, each of which attends to `keys`."""
     width = config.hidden_dim
     ops = _block_ops(width, audio.ffn_dim, tokens, keys, context, takes * config.num_layers)
-    return [*ops, Op("linear", width, 4 * width * takes * tokens * audio.channels)]
+    ends = 2.0 * takes * tokens * audio.channels
+    if takes > 1:  # each take's copy of the keys costs about what their projection does
+        ends += takes * keys * width * config.num_layers
+    return [*ops, Op("linear", width, 2 * width * ends)]
 
 
 def _block_ops(
@@ -198,8 +200,7 @@ class Rates:
     """A machine's rates in one dtype.
 
     Attributes:
-        points: by kind of `Op`, (width, FLOPs a second) in rising width; by "write", (1, pixels a
-            second of the video encoder on one core).
+        points: by kind of `Op`, (width, FLOPs a second) in rising width.
         measured: False for a machine that nobody measured: then times only weigh stages against
             each other.
     """
@@ -207,8 +208,8 @@ class Rates:
     points: Mapping[str, Sequence[tuple[float, float]]]
     measured: bool = True
 
-    def rate(self, kind: str, width: float = 1) -> float:
-        """Amount a second, interpolated in logarithms and constant beyond the measured widths."""
+    def rate(self, kind: str, width: float) -> float:
+        """FLOPs a second, interpolated in logarithms and constant beyond the measured widths."""
         points = self.points[kind]
         for (low, slow), (high, fast) in pairwise(points):
             if width <= high:
@@ -219,11 +220,11 @@ class Rates:
 
     def seconds(self, ops: Sequence[Op]) -> float:
         """Time of work that is done one after the other."""
-        return sum(op.flops / self.rate(op.kind, op.width) for op in ops)
+        return IN_A_RUN * sum(op.flops / self.rate(op.kind, op.width) for op in ops)
 
 
-NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 60e9)],
-                 "write": [(1, 1e7)]}, measured=False)
+NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 60e9)]},
+                measured=False)
 """An ordinary core, for weighing stages where nothing was measured."""
 
 
@@ -278,7 +279,7 @@ def _entries() -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
-    """Measure a narrow and a wide network, whole, and attention and encoders by themselves."""
+    """Measure a narrow and a wide network, whole, and attention by itself."""
     if device.type == "cpu":
         reuse_freed_memory()  # as `Parts` does
 
@@ -301,7 +302,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
                  torch.tensor([500.0], device=device), randn(1, _TEXT, config.text_dim))
         taken = _seconds(lambda: network(*given), device)
         ops = transformer_ops(config, frames, side**2 // config.patch_size**2, _TEXT)
-        scores = Rates(points).seconds([op for op in ops if op.kind == "attention"])
+        scores = sum(op.flops for op in ops if op.kind == "attention") / points["attention"][0][1]
         return [op for op in ops if op.kind == "linear"], max(taken - scores, 0.3 * taken)
 
     def vae(config: VAEConfig, frames: int, side: int) -> tuple[list[Op], float]:
@@ -312,7 +313,6 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
 
     points["linear"] = _points(transformer, _TRANSFORMERS)
     points["conv"] = _points(vae, _VAES)
-    points["write"] = [(1.0, _write_rate())]
     return points
 
 
@@ -352,17 +352,3 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
         if not gpu and times[0] > _LONG_S:
             return times[0]
     return max(sorted(times[1:])[len(times) // (4 if several else 2) - 1], 1e-7)
-
-
-def _write_rate() -> float:
-    """Measure pixels a second of the video encoder on one core, of a picture that drifts."""
-    count, side = 24, 256
-    y, x = np.mgrid[:side, :side] / side * 2 * np.pi
-    grain = np.random.default_rng(0).normal(0, 2, (side, side, 3))
-    waves = np.stack([80 * np.sin(k * x) * np.cos((4 - k) * y) for k in (1, 2, 3)], -1)
-    picture = np.clip(128 + waves + grain, 0, 255).astype(np.uint8)
-    frames = np.stack([np.roll(picture, 2 * t, 1) for t in range(count)])
-    info, start = ClipInfo(Fraction(12), (side, side), count), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        write_clip(f"{folder}/x.mp4", iter([frames]), info)
-    return count * side**2 / max(time.process_time() - start, 1e-4)
