@@ -1,22 +1,24 @@
-"""Answers that routes share: jobs queued, listed, shown, ended, their files and their events."""
+"""Routes and answers that clips and films share: jobs, their files and their events."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
-from fastapi import Request, Response
+from fastapi import Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
-from vidgen.server.access import service_of
+from vidgen.server.access import Owner, Router, service_of
 from vidgen.server.errors import ApiError
 from vidgen.server.files import JobFile
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of
+from vidgen.server.responses import Deleted
 from vidgen.server.service import Service
 from vidgen.server.types import Job, Kind
 
@@ -39,41 +41,68 @@ async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
     return await run_in_threadpool(service_of(request).scheduler.view, job)
 
 
-def page(
-    request: Request, kind: Kind, owner: str, after: str | None, limit: int, order: str
-) -> dict[str, Any]:
-    """Return some of an owner's jobs."""
-    service = service_of(request)
-    jobs, has_more = service.jobs.page(kind, owner, after=after, limit=limit,
-                                       newest_first=order == "desc")
-    ids = [job.id for job in jobs]
-    return {"data": service.scheduler.views(jobs), "has_more": has_more,
-            "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+def add_job_routes(
+    router: Router, kind: Kind, find: Callable[..., Job], answer: type[BaseModel],
+    pages: type[BaseModel], descriptions: Mapping[str, str],
+) -> None:
+    """Add the routes that list, show, delete, cancel, preview and follow jobs of a kind.
 
-
-def shown(request: Request, response: Response, job: Job) -> dict[str, Any]:
-    """Return a job, and tell clients when to ask again."""
-    if not job.is_finished:
-        response.headers["openai-poll-after-ms"] = str(POLL_MS)
-    return service_of(request).scheduler.view(job)
-
-
-def deleted(request: Request, job: Job) -> dict[str, Any]:
-    """Delete a job."""
-    service_of(request).scheduler.delete(job)
-    return {"id": job.id, "object": f"{job.kind}.deleted"}
-
-
-def cancelled(request: Request, job: Job) -> dict[str, Any]:
-    """Cancel a job.
-
-    Raises:
-        ApiError: it is finished.
+    Args:
+        router: whose prefix is the jobs' path.
+        kind: of the jobs.
+        find: the dependency that returns the job of a path.
+        answer: a job as clients see it.
+        pages: some jobs as clients see them.
+        descriptions: of each route, for the OpenAPI document.
     """
-    if job.is_finished:
-        raise ApiError(409, "already_finished", f"the {job.kind} {job.stands} already")
-    scheduler = service_of(request).scheduler
-    return scheduler.view(scheduler.cancel(job))
+    place, found = f"/{{{kind}_id}}", Depends(find)
+
+    def named(verb: str, noun: str = kind) -> dict[str, Any]:
+        return {"name": f"{verb}_{noun}", "description": descriptions[verb]}
+
+    @router.get("", response_model=pages, **named("list", f"{kind}s"))
+    def list_jobs(
+        request: Request, owner: Owner, after: str | None = Query(None, max_length=100),
+        limit: int = Query(20, ge=0, le=MAX_PAGE), order: Literal["asc", "desc"] = "desc",
+    ) -> Any:
+        service = service_of(request)
+        jobs, has_more = service.jobs.page(kind, owner, after=after, limit=limit,
+                                           newest_first=order == "desc")
+        ids = [job.id for job in jobs]
+        return {"data": service.scheduler.views(jobs), "has_more": has_more,
+                "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+
+    @router.get(place, response_model=answer, **named("retrieve"))
+    def retrieve(request: Request, response: Response, job: Job = found) -> Any:
+        if not job.is_finished:
+            response.headers["openai-poll-after-ms"] = str(POLL_MS)
+        return service_of(request).scheduler.view(job)
+
+    @router.delete(place, response_model=Deleted, **named("delete"))
+    def delete(request: Request, job: Job = found) -> Any:
+        service_of(request).scheduler.delete(job)
+        return {"id": job.id, "object": f"{kind}.deleted"}
+
+    @router.post(f"{place}/cancel", response_model=answer, **named("cancel"))
+    def cancel(request: Request, job: Job = found) -> Any:
+        if job.is_finished:
+            raise ApiError(409, "already_finished", f"the {kind} {job.stands} already")
+        scheduler = service_of(request).scheduler
+        return scheduler.view(scheduler.cancel(job))
+
+    @router.get(f"{place}/preview", response_class=Response, responses={
+        200: {"content": {"image/webp": {}}}}, **named("preview"))
+    def preview(request: Request, job: Job = found) -> Response:
+        latest = service_of(request).scheduler.preview(job)
+        if latest is None:
+            raise ApiError(404, "no_preview", f"there is no preview; the {kind} {job.stands}")
+        image = base64.b64decode(latest["image"].partition(",")[2])
+        return Response(image, media_type="image/webp")
+
+    @router.get(f"{place}/events", response_class=StreamingResponse, responses={
+        200: {"content": {"text/event-stream": {}}}}, **named("events_of"))
+    async def events(request: Request, owner: Owner, job: Job = found) -> Response:
+        return event_stream(service_of(request), owner, job)
 
 
 def require_completed(job: Job) -> None:
@@ -103,19 +132,6 @@ def content(request: Request, job: Job, variant: str, *, download: bool) -> Resp
     path, media = found
     name = f"{job.id}{path.suffix}" if variant == "video" else f"{job.id}-{variant}{path.suffix}"
     return JobFile(path, media, name, download=download)
-
-
-def preview(request: Request, job: Job) -> Response:
-    """Return the latest preview of a running job.
-
-    Raises:
-        ApiError: there is none.
-    """
-    found = service_of(request).scheduler.preview(job)
-    if found is None:
-        raise ApiError(404, "no_preview", f"there is no preview; the {job.kind} {job.stands}")
-    content = base64.b64decode(found["image"].partition(",")[2])
-    return Response(content, media_type="image/webp")
 
 
 def event_stream(service: Service, owner: str, job: Job | None) -> StreamingResponse:

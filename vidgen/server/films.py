@@ -6,25 +6,14 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
 
-from vidgen.server.access import Caller, Fields, FilmJob, Owner, Router, service_of
-from vidgen.server.answers import (
-    MAX_PAGE,
-    cancelled,
-    content,
-    deleted,
-    event_stream,
-    judged,
-    page,
-    preview,
-    queued,
-    shown,
-)
+from vidgen.server.access import Caller, Fields, FilmJob, Router, film_of, service_of
+from vidgen.server.answers import add_job_routes, content, judged, queued
 from vidgen.server.errors import ApiError
 from vidgen.server.files import FILE_ANSWERS, JobFile
 from vidgen.server.layout import shot_file
-from vidgen.server.responses import ERRORS, Deleted, Film, FilmCheck, FilmPage
+from vidgen.server.responses import ERRORS, Film, FilmCheck, FilmPage
 from vidgen.server.schema import FilmAsk, body_schema
 
 router = Router(prefix="/v1/films", tags=["films"], responses=ERRORS)
@@ -44,31 +33,14 @@ async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     return await judged(request, partial(service_of(request).check_film, fields, call))
 
 
-@router.get("", response_model=FilmPage)
-def list_films(
-    request: Request, owner: Owner, after: str | None = Query(None, max_length=100),
-    limit: int = Query(20, ge=0, le=MAX_PAGE), order: Literal["asc", "desc"] = "desc",
-) -> Any:
-    """Films, the newest first."""
-    return page(request, "film", owner, after, limit, order)
-
-
-@router.get("/{film_id}", response_model=Film)
-def retrieve_film(request: Request, response: Response, film: FilmJob) -> Any:
-    """A film as it stands."""
-    return shown(request, response, film)
-
-
-@router.delete("/{film_id}", response_model=Deleted)
-def delete_film(request: Request, film: FilmJob) -> Any:
-    """Take a film out of the world; one that is being made stops within a step."""
-    return deleted(request, film)
-
-
-@router.post("/{film_id}/cancel", response_model=Film)
-def cancel_film(request: Request, film: FilmJob) -> Any:
-    """End a film that isn't finished; shots that are there can be taken over by the next."""
-    return cancelled(request, film)
+add_job_routes(router, "film", film_of, Film, FilmPage, {
+    "list": "Films, the newest first.",
+    "retrieve": "A film as it stands.",
+    "delete": "Take a film out of the world; one that is being made stops within a step.",
+    "cancel": "End a film that isn't finished; shots that are there can be taken over by the next.",
+    "preview": "How the shot at work looks while it forms.",
+    "events_of": "What happens to a film, as it happens.",
+})
 
 
 @router.get("/{film_id}/content", response_class=FileResponse, responses={
@@ -108,17 +80,3 @@ def download_shot(
     suffix, media = _SHOT[variant]
     file = path.with_suffix(suffix)
     return JobFile(file, media, file.name)
-
-
-@router.get("/{film_id}/preview", response_class=Response, responses={
-    200: {"content": {"image/webp": {}}}})
-def preview_film(request: Request, film: FilmJob) -> Response:
-    """How the shot at work looks while it forms."""
-    return preview(request, film)
-
-
-@router.get("/{film_id}/events", response_class=StreamingResponse, responses={
-    200: {"content": {"text/event-stream": {}}}})
-async def events_of_film(request: Request, owner: Owner, film: FilmJob) -> Response:
-    """What happens to a film, as it happens."""
-    return event_stream(service_of(request), owner, film)
