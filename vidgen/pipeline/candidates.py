@@ -9,8 +9,10 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,7 @@ from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.tasks import words_alone
 
 if TYPE_CHECKING:
+    from vidgen.core.protocols import SamplerState, StepInfo
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.models.verifier import Verifier
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.loader import Parts
     from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
+
+log = logging.getLogger(__name__)
 
 CANDIDATE_NOISE = -2
 """A step that no sampler takes, by which `shuffled` draws the noise of the second candidate; that
@@ -180,6 +185,43 @@ def sample_best(
     return torch.stack([best[row][1] for row in range(len(prompts))])
 
 
+def best_of_window(
+    parts: Parts, plan: Plan, state: LatentState, prompt: str, sample: Callable[..., Tensor],
+    on_step: Callable[..., None], journal: Journal, window: int, *, num_steps: int,
+) -> tuple[Tensor, int]:
+    """Draw candidates of one window of a clip; the journal keeps the best so far.
+
+    Args:
+        parts: the networks.
+        plan: of the window.
+        state: where its first candidate begins.
+        prompt: as the model reads it.
+        sample: denoises a state, given `on_step` and `resume`.
+        on_step: called after each step, with the candidate's number.
+        journal: of the clip.
+        window: number of the window.
+        num_steps: of one candidate.
+
+    Returns:
+        The best candidate as samplers give it, and how many were rejected.
+    """
+    tried = kept_tried(journal, window, state.latents.device)
+    rejected = tried.count if tried else 0
+
+    def draw(state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
+        nonlocal rejected
+        rejected = candidate
+        resume = _of_candidate(journal.take_state(), candidate, num_steps)
+        return sample(state, on_step=partial(on_step, candidate=candidate), resume=resume)
+
+    def doubt(names: str) -> None:
+        log.warning("none of %d candidates shows %s for certain, the surest is kept; give another "
+                    "seed, other words or more candidates", plan.candidates, names)
+
+    keep = partial(keep_tried, journal, window)
+    return sample_best(parts, plan, state, [prompt], draw, tried, keep, doubt), rejected
+
+
 @torch.no_grad()
 def verify_video(parts: Parts, video: Iterable[Tensor], prompt: str) -> Verified | None:
     """Score a finished clip against a prompt with the model's verifier, in bounded memory.
@@ -216,3 +258,19 @@ def kept_tried(journal: Journal, window: int, device: torch.device) -> Tried | N
         return None
     latents = torch.from_numpy(arrays["latents"]).to(device)
     return Tried(facts["count"], facts["score"], latents)
+
+
+def counted_on(info: StepInfo, candidate: int) -> StepInfo:
+    """Count a candidate's steps after those of the candidates before it."""
+    before = candidate * info.num_steps
+    state = replace(info.state, step=before + info.state.step)
+    return replace(info, num_steps=before + info.num_steps, state=state)
+
+
+def _of_candidate(
+    state: SamplerState | None, candidate: int, num_steps: int
+) -> SamplerState | None:
+    """Return a state with its candidate's own step count; None if it is another candidate's."""
+    if state is None or (state.step - 1) // num_steps != candidate:
+        return None
+    return replace(state, step=state.step - candidate * num_steps)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.media.read import fit
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.candidates import Tried, keep_tried, kept_tried, sample_best
+from vidgen.pipeline.candidates import best_of_window, counted_on
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.long.rolling import RolledClip
@@ -22,7 +22,7 @@ from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_pla
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vidgen.core.protocols import SamplerState, StepInfo
+    from vidgen.core.protocols import StepInfo
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
@@ -144,12 +144,13 @@ class Windows:
         num_steps = len(sigmas_of(plan, making.request.scheduler)) - 1
 
         def on_step(info: StepInfo, candidate: int = 0) -> None:
-            making.kept.on_step(_counted_on(info, candidate))
+            making.kept.on_step(counted_on(info, candidate))
             seen = state.apart(info.denoised)[0]
             apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
             shown = replace(info, denoised=seen[:, :, ::apart])
             self.glimpses.on_step(shown, state.num_references)
-            done, total = self.number + self.others, self.num_windows + self.others
+            others = self.others + candidate
+            done, total = self.number + others, self.num_windows + others
             making.report("sample", done * num_steps + info.step, total * num_steps)
 
         sample = partial(
@@ -160,48 +161,10 @@ class Windows:
         if plan.candidates == 1:
             made = sample(state, on_step=on_step, resume=making.kept.take_state())
         else:
-            made = self._best(plan, state, sample, on_step, num_steps)
+            made, rejected = best_of_window(
+                making.model.parts, plan, state, making.prompt, sample, on_step, making.kept,
+                self.number, num_steps=num_steps,
+            )
+            self.others += rejected
         self.number += 1
         return made
-
-    def _best(
-        self, plan: Plan, state: LatentState, sample: Callable[..., Tensor],
-        on_step: Callable[..., None], num_steps: int,
-    ) -> Tensor:
-        making = self.making
-        tried = kept_tried(making.kept, self.number, making.model.device)
-        self.others += tried.count if tried else 0
-
-        def draw(state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
-            return sample(
-                state, on_step=partial(on_step, candidate=candidate),
-                resume=_of_candidate(making.kept.take_state(), candidate, num_steps),
-            )
-
-        return sample_best(
-            making.model.parts, plan, state, [making.prompt], draw, tried, self._keep, self._doubt
-        )
-
-    def _keep(self, tried: Tried) -> None:
-        self.others += 1
-        keep_tried(self.making.kept, self.number, tried)
-
-    def _doubt(self, names: str) -> None:
-        log.warning("none of %d candidates shows %s for certain, the surest is kept; give another "
-                    "seed, other words or more candidates", self.making.plan.candidates, names)
-
-
-def _counted_on(info: StepInfo, candidate: int) -> StepInfo:
-    """Count a candidate's steps after those of the candidates before it."""
-    before = candidate * info.num_steps
-    state = replace(info.state, step=before + info.state.step)
-    return replace(info, num_steps=before + info.num_steps, state=state)
-
-
-def _of_candidate(
-    state: SamplerState | None, candidate: int, num_steps: int
-) -> SamplerState | None:
-    """Return a state with its candidate's own step count; None if it is another candidate's."""
-    if state is None or (state.step - 1) // num_steps != candidate:
-        return None
-    return replace(state, step=state.step - candidate * num_steps)
