@@ -192,7 +192,7 @@ def test_models_lists_what_is_shipped(cli):
 def test_models_tells_of_a_second_expert(cli, tiny_model, tiny_experts):
     code, out, _ = cli("models", str(tiny_model), str(tiny_experts))
     assert code == 0
-    one, two = out.splitlines()[-2:]
+    one, two = [line for line in out.splitlines() if not line.startswith(" ")][-2:]
     assert ("two experts" in one, "two experts" in two) == (False, True)
     _, out, _ = cli("models", str(tiny_experts), "--json")
     assert {"transformer", "transformer_2"} <= set(json.loads(out)[-1]["components"])

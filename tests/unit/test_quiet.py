@@ -24,10 +24,10 @@ for number in range(100_000):
 def checkout(tmp_path):
     """A checkout with one training that counts in a process group of its own."""
     (tmp_path / "scripts").mkdir()
-    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "toybox").mkdir(parents=True)
     (tmp_path / "runs" / "dit").mkdir(parents=True)
     shutil.copy(SCRIPT, tmp_path / "scripts" / "quiet")
-    (tmp_path / "train" / "dit.py").write_text(COUNTER)
+    (tmp_path / "train" / "toybox" / "dit.py").write_text(COUNTER)
     training = subprocess.Popen(
         [sys.executable, "train/toybox/dit.py", "count"], cwd=tmp_path, start_new_session=True
     )
