@@ -48,7 +48,7 @@ from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import noise_file, read_mask
 from vidgen.pipeline.journal.job import job_facts, read_arrays, read_job, read_segment, segment_path
 from vidgen.pipeline.policy import WordList
-from vidgen.pipeline.restore import restore_inputs
+from vidgen.pipeline.replay import restore_inputs
 from vidgen.training.config import RunConfig
 from vidgen.training.data import texts
 from vidgen.training.data.probe import probe_file

@@ -37,8 +37,8 @@ from vidgen.pipeline.replay import (
     loading_from_recipe,
     recorded_threads,
     request_from_recipe,
+    restore_inputs,
 )
-from vidgen.pipeline.restore import restore_inputs
 from vidgen.weights.lora import write_lora
 
 PROMPT = "a red car bounces across the desert"

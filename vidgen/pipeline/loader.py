@@ -253,7 +253,7 @@ class Parts:
         return total
 
     def weights(self, role: Role, dtype: torch.dtype) -> Weights:
-        """A network's weights as the files have them, in the dtype that they are used in."""
+        """Return a network's weights as stored, in the dtype in which they are used."""
         component, dtype = self.folder.components[role], self.dtype_of(role, dtype)
         return Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
 

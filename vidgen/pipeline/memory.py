@@ -1,7 +1,7 @@
-"""The only estimate: what a generation holds in memory and how long it takes, stage by stage.
+"""The only estimate of a generation: its memory and time, stage by stage.
 
-Weights are counted from the files' headers, activations from the architectures: the tensors that
-are alive at a stage's fullest moment. See `passes` for what a clip takes, `timing` for how long.
+Weights are counted from the files' headers, activations from the architectures: the tensors alive
+at a stage's peak. See `passes` for a clip's work, `timing` for its time.
 
 Axes: L tokens, D width.
 """
@@ -55,31 +55,28 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 KERNELS_BYTES = 76_000_000
-"""What torch's kernels, thread pools and allocator take on a CPU once they have been used."""
+"""Torch's kernels, thread pools and allocator on a CPU after their first use."""
 HOLES, MOST_KEPT = 0.8, 200_000_000
-"""On a CPU glibc keeps what earlier stages have freed, and holes between blocks, as a share of
-what is live; pieces from 32 MB on it gives back at once, so that both stop growing."""
+"""On a CPU glibc keeps freed memory and holes between blocks, as a share of the live bytes; it
+returns pieces from 32 MB on at once, so that both stop growing.
+"""
 ENCODER_BYTES, ENCODER_BYTES_PER_PIXEL = 6_000_000, 200
 """Of a video encoder: x264 holds some dozens of planes."""
 STATE_TENSORS = 4
-"""Of a window's latents that a sampler goes on from, at most."""
+"""Of a window's latents in a sampler's state, at most."""
 BUILDING_S = 0.4
-"""To make the networks' modules, empty, and what Python imports on the way."""
+"""To create the networks' empty modules, and for Python's imports on the way."""
 REFINE_PASSES = 2.5
-"""Of the decoder, that a step of `refine_first` takes the time of."""
+"""Time of a step of `refine_first`, in passes of the decoder."""
 
 
 def transformer_bytes(
     config: DiTConfig, tokens: int, itemsize: int, *, blocked: bool, timed_tokens: bool = False
 ) -> int:
-    """Count the most that one forward pass holds besides the weights.
+    """Count the peak of one forward pass over L tokens, without the weights.
 
-    Args:
-        config: the transformer's.
-        tokens: L.
-        itemsize: bytes of an element.
-        blocked: whether attention holds the scores of a block of queries, see `ops.attention`.
-        timed_tokens: whether tokens of a frame differ in time, so that each has its own modulation.
+    `blocked` attention holds the scores of a block of queries, see `ops.attention`; with
+    `timed_tokens` each token has its own modulation.
     """
     width = config.hidden_dim
     # tokens before all blocks and before this one, normed, mixed, crossed, summed, normed again;
@@ -95,18 +92,10 @@ def vae_bytes(
     config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True,
     fused: bool = False, tiles: Tiles | None = None, oversampling: int = 1,
 ) -> int:
-    """Count the most that the decoder or encoder holds in a stream; see `vae_parts`.
+    """Count the peak of the decoder or encoder in a stream; see `vae_parts`.
 
-    Args:
-        config: the VAE's.
-        rows: of latents.
-        columns: of latents.
-        itemsize: bytes of an element.
-        decode: which of the two.
-        whole: False for a single frame.
-        fused: whether norms write straight into what a convolution reads, see `ops.native`.
-        tiles: that the picture is cut into; what they keep between their turns lies elsewhere.
-        oversampling: see `CausalVAE.encode_moments`.
+    A single frame isn't `whole`. `fused` norms write straight into a convolution's input, see
+    `ops.native`. Memory that tiles keep between their turns isn't included.
     """
 
     def kept(part: VAEPart) -> int:
@@ -130,13 +119,13 @@ def vae_bytes(
 
 
 def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> int:
-    """Count what gradients through the decoder of one frame need: inputs, twice with norms."""
+    """Count the peak of gradients through the decoder of one frame: inputs, twice with norms."""
     middle, parts = vae_parts(config, rows, columns, decode=True)
     return itemsize * sum(3 * sum(part.inputs) * part.pixels for part in (middle, *parts))
 
 
 def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
-    """Count the most that the sound's decoder holds of so many latents that it takes at a time."""
+    """Count the peak of the sound's decoder for as many latents as it takes at a time."""
     # what it says and spectra of it, in float32 and float64, and windows of samples; twice with
     # gains, of tones and of noise
     each = config.num_bins * 28 + (2 if config.gains_per_frame else 1) * 20 * config.window
@@ -148,15 +137,9 @@ def estimate(
     folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *,
     rates: Mapping[torch.dtype, Rates] | None = None,
 ) -> Estimate:
-    """Estimate what a generation takes, from a model's headers alone.
+    """Estimate a generation from a model's headers alone.
 
-    Args:
-        folder: the model.
-        plan: of the clip.
-        request: whose conditions and count are meant.
-        setup: where and how it runs.
-        rates: the machine's, by dtype; where one is missing, those of an earlier measurement, else
-            an ordinary machine's.
+    A dtype that `rates` lacks takes those measured earlier, else an ordinary machine's.
     """
     job = _Job(folder, plan, request, setup, rates or {})
     job.load()
@@ -182,7 +165,7 @@ def estimate(
 
 
 class _Job:
-    """One generation, taken apart into stages; arguments as in `estimate`."""
+    """One generation, divided into stages; arguments as in `estimate`."""
 
     def __init__(
         self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
@@ -221,7 +204,7 @@ class _Job:
         self.remembered = branches * cached * self.tokens * self.dit.hidden_dim
 
     def load(self) -> None:
-        """Add the modules, and all weights unless they come when they are used."""
+        """Add the modules, and all weights unless they are loaded when used."""
         all_s = sum(map(self.load_s, self.folder.components))
         self.add("load", BUILDING_S + all_s * (self.setup.offload == "none"), 0)
 
@@ -236,7 +219,7 @@ class _Job:
                  wide + 8 * config.num_heads * tokens**2, "text_encoder")
 
     def prepare(self) -> None:
-        """Add what is given: encoded, some of it in several passes, and refined."""
+        """Add the given pictures: encoded, some of them in several passes, and refined."""
         steps, left = self.plan.refine_steps, self.passes.refined
         left = 0 if self.setup.tiles or not steps else left
         seconds, live = left * (1 + REFINE_PASSES * steps) * self.vae_s(1, 1), 0
@@ -275,7 +258,7 @@ class _Job:
         self.add("denoise", seconds, live, *EXPERTS[: 1 if alone else 2] * len(windows))
 
     def sound(self) -> None:
-        """Add the model's own sound: as many takes as are drawn at once, of which one is kept.
+        """Add the model's own sound: all takes that are drawn at once, of which one is kept.
 
         Each window's picture passes once, its sounds at every step.
         """
@@ -306,7 +289,7 @@ class _Job:
                  "sound_vae")
 
     def decode(self) -> float:
-        """Add decoding, and writing as far as it takes longer; return the encoder's work."""
+        """Add decoding, and writing as far as it takes longer; return the encoder's seconds."""
         plan, kept = self.plan, self.passes.kept
         decode_s = self.vae_s(Pace(plan.oversampling).finer(self.passes.decoded), plan.oversampling)
         live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
@@ -323,10 +306,10 @@ class _Job:
         return work
 
     def disk(self) -> int:
-        """Count the file and its journal at most, all but sound.
+        """Count the file and its journal at most, without sound.
 
         The journal keeps the film in segments, float32 latents by windows and as a whole, and the
-        sampler's state, of which a new one lies beside the old until it is whole.
+        sampler's state, whose next version is written before the old one is removed.
         """
         film = self.pixels * self.passes.kept // PIXELS_PER_BYTE
         frames = self.plan.latents.num_frames
@@ -335,7 +318,7 @@ class _Job:
         return 2 * (film + 4 * (whole // frames + state + self.remembered))
 
     def add(self, name: str, seconds: float, live: int, *roles: Role) -> None:
-        """Add a stage: seconds of one clip, and what is live while `roles` work in turns."""
+        """Add a stage: seconds of one clip, and live bytes while `roles` work in turn."""
         if self.setup.offload == "none":
             held = sum(map(self.weight_bytes, self.folder.components))
         else:
@@ -350,7 +333,7 @@ class _Job:
         self.stages.append(StageEstimate(name, count * seconds, held + live))
 
     def weight_bytes(self, role: Role) -> int:
-        """Count a network's weights, but for those that nothing reads where a file is mapped."""
+        """Count a network's weights, without those of a mapped file that nothing reads."""
         offload: Offload = "block" if self.setup.offload == "block" else "stage"
         size = self.parts.needed_bytes(
             role, offload=offload, quantize=self.setup.quantize or "none")
@@ -362,12 +345,12 @@ class _Job:
                                         if name.startswith(idle[role]))
 
     def load_s(self, role: Role) -> float:
-        """Count a network's weights into memory; blocks come with each pass."""
+        """Count the loading of a network's weights; blocks come with each pass."""
         streamed = self.setup.offload == "block" and role in STREAMED
         return 0.0 if streamed else self.folder.components[role].store.num_bytes / LOAD_BYTES_PER_S
 
     def pass_s(self, frames: int) -> float:
-        """Count a forward pass over so many latent frames, stills included."""
+        """Count a forward pass over latent frames, stills included."""
         seconds = self.rates.seconds(transformer_ops(
             self.dit, frames, self.frame_tokens, self.text_tokens,
             controlled=bool(self.dit.control_layers), image_tokens=self.image_tokens,
@@ -379,26 +362,26 @@ class _Job:
         return seconds + read_s if self.setup.quantize else seconds  # weights are widened
 
     def pass_bytes(self, tokens: int, *, timed_tokens: bool = False) -> int:
-        """Count what a forward pass over so many tokens holds."""
+        """Count the peak of a forward pass over tokens."""
         blocked = used_backend("auto", self.setup.device, self.dtype) == "blocked"
         return transformer_bytes(self.dit, tokens, self.dtype.itemsize, blocked=blocked,
                                  timed_tokens=timed_tokens)
 
     def vae_s(self, frames: int, oversampling: int, *, decode: bool = True) -> float:
-        """Count so many latent frames through the VAE."""
+        """Count latent frames through the VAE."""
         return self.vae_rates.seconds(vae_ops(
             self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles,
             oversampling=oversampling))
 
     def vae_bytes(self, oversampling: int, *, decode: bool, whole: bool) -> int:
-        """Count what the VAE holds."""
+        """Count the VAE's peak."""
         fused = self.on_cpu and self.vae_dtype in native.known_dtypes()
         return vae_bytes(
             self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole, fused=fused,
             tiles=self.setup.tiles, oversampling=oversampling)
 
     def sound_latents(self, frames: int) -> int:
-        """Count the sound latents of so many latent frames of the picture."""
+        """Count the sound latents of the picture's latent frames."""
         if "sound_vae" not in self.folder.components:
             return 0
         rate = self.folder.components["sound_vae"].config.tokens_per_s

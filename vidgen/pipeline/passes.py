@@ -1,7 +1,7 @@
-"""What goes through a model for one clip, counted from its plan and request alone.
+"""Work of a model for one clip, counted from its plan and request alone.
 
-The windows that the transformer denoises, and what the VAE reads and makes, as `extend` and
-`prepare` go about it.
+The windows that the transformer denoises, and the frames that the VAE encodes and decodes, as in
+`extend` and `prepare`.
 """
 
 from __future__ import annotations
@@ -31,25 +31,17 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """A run of the sampler.
+    """A run of the sampler."""
 
-    Attributes:
-        frames: latent frames that the transformer reads, stills included.
-        drawn: those that it reads below the boundary, which are more under oversampling.
-        above: forward passes over `frames`.
-        below: forward passes over `drawn`.
-        has_given: whether frames are given, as guidance counts them.
-    """
-
-    frames: int
-    drawn: int
-    above: int
-    below: int
-    has_given: bool
+    frames: int  # latent frames that the transformer reads, stills included
+    drawn: int  # those that it reads below the boundary
+    above: int  # forward passes over `frames`
+    below: int  # forward passes over `drawn`
+    has_given: bool  # whether frames are given, as guidance counts them
 
 
 class Encoded(NamedTuple):
-    """A video of so many frames, and the oversampling that it is encoded at."""
+    """A video's number of frames, and the oversampling of its encoding."""
 
     frames: int
     oversampling: int = 1
@@ -57,27 +49,18 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Passes:
-    """The work of one clip.
-
-    Attributes:
-        windows: in order.
-        encoded: each video or still that the VAE's encoder reads, for all windows.
-        refined: first frames whose latents are brought nearer to them.
-        decoded: latent frames that are decoded, but for `shown`.
-        shown: latent frames that later windows decode, to be shown what came before.
-        kept: frames that are written.
-    """
+    """The work of one clip."""
 
     windows: tuple[Window, ...]
-    encoded: tuple[Encoded, ...]
-    refined: int
-    decoded: int
-    shown: int
-    kept: int
+    encoded: tuple[Encoded, ...]  # each video or still that the VAE encodes, of all windows
+    refined: int  # first frames whose latents are refined
+    decoded: int  # latent frames, without `shown`
+    shown: int  # latent frames that later windows decode to continue from
+    kept: int  # frames that are written
 
 
 class _Given(NamedTuple):
-    """The clip that a request goes on from."""
+    """The clip that a request continues."""
 
     num_frames: int = 0
     at_hand: int = 0  # latent frames of it
@@ -87,11 +70,7 @@ class _Given(NamedTuple):
 
 
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
-    """Count what a clip takes.
-
-    Raises:
-        InputError: the clip that it goes on from is missing or no video.
-    """
+    """Count a clip's work; raise InputError if the clip that it continues is missing."""
     if plan.roll is not None:
         return _rolled(folder, plan, plan.roll, request)
     strides = folder.components["vae"].config.strides
@@ -148,7 +127,7 @@ def _rolled(folder: ModelFolder, plan: Plan, roll: RollConfig, request: Request)
 
 
 def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[int, int]:
-    """Count forward passes of all steps of a window: at the clip's rate, and at a finer one."""
+    """Count forward passes of a window: at the clip's rate, and at a finer one."""
     guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
     sigmas, told, legible = sigmas_of(plan), 0, 0.0
     if plan.binding and not has_given:
@@ -164,7 +143,7 @@ def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[in
 def _pictures(
     plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
 ) -> tuple[int, int]:
-    """Count given frames of a window: those in place, at its beginning, and later ones."""
+    """Count given frames of a window: one in place, at its beginning, and later ones."""
     moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
     inside = [moment for moment in moments if moment in new]
     first = begins and (request.begins_with_image or bool(request.first_frame_model))
@@ -176,7 +155,7 @@ def _pictures(
 def _conditions(
     folder: ModelFolder, plan: Plan, request: Request, frames: int, in_place: int, stills: int
 ) -> tuple[int, list[Encoded]]:
-    """Count latent frames that join a window as stills, and list what is encoded for it."""
+    """Count latent frames added to a window as stills, and list what is encoded for it."""
     references, still, once = len(request.reference), Encoded(1), Encoded(frames)
     each = [once] if plan.oversampling == 1 else [once, Encoded(frames, plan.oversampling)]
     whole = list[Encoded]()

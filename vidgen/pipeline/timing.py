@@ -1,8 +1,8 @@
-"""How long work takes: FLOPs counted from the architectures, by rates measured on the machine.
+"""Time of work: FLOPs counted from the architectures, by rates measured on the machine.
 
 A machine is measured once for each dtype and number of threads, in some seconds. On a CPU the clock
-is the time that the computing thread was given, so that other programs don't count; where several
-threads compute, it is the wall's.
+is the computing thread's own time, so that other programs don't count; with several threads it is
+the wall's.
 
 Axes: L tokens, S text tokens, D width, F latent frames.
 """
@@ -37,9 +37,9 @@ from vidgen.weights.component import Component
 
 FORMAT = 12
 LOAD_BYTES_PER_S = 3e9
-"""From files that lie in the system's memory."""
+"""From files in the system's memory."""
 IN_A_RUN = 1.15
-"""Time in a generation by that of a network alone, which finds its data in the caches."""
+"""Time in a generation by that of a network alone, whose data are in the caches."""
 WRITE_PIXELS_PER_S = 2e7
 """Of a video encoder on one core."""
 _BUDGET_S, _LONG_S = 0.12, 1.0
@@ -52,16 +52,10 @@ _VAES = ((VAE_PRESETS["toybox"], 3, 16), (VAEConfig(16, 1, 192, (1,), 1, ()), 3,
 
 
 class Op(NamedTuple):
-    """Work of one kind: FLOPs, with the norms and activations that come with them.
+    """Work of one kind, with the norms and activations that come with it."""
 
-    Attributes:
-        kind: what its rate is measured for.
-        width: of the tokens, or channels, on which the rate depends.
-        flops: how much.
-    """
-
-    kind: Literal["linear", "attention", "conv"]
-    width: float
+    kind: Literal["linear", "attention", "conv"]  # selects the rate
+    width: float  # of the tokens, or channels; the rate depends on it
     flops: float
 
 
@@ -69,17 +63,7 @@ def transformer_ops(
     config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
     controlled: bool = False, sound_tokens: int = 0,
 ) -> list[Op]:
-    """Count one forward pass.
-
-    Args:
-        config: the transformer's.
-        frames: latent frames, stills that join as tokens included.
-        frame_tokens: tokens of each.
-        text_tokens: S, at most the model's own.
-        image_tokens: rows of image features.
-        controlled: whether control blocks run.
-        sound_tokens: sound latents in the same pass, each a token.
-    """
+    """Count one forward pass; `frames` includes stills, `sound_tokens` are sound latents in it."""
     width, tokens = config.hidden_dim, frames * frame_tokens
     keys = float(tokens + sound_tokens)
     if config.pattern == "factorised":
@@ -98,7 +82,7 @@ def transformer_ops(
 def listening_ops(
     config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int, takes: int = 1
 ) -> list[Op]:
-    """Count a pass of so many sound tokens of each take, each of which attends to `keys`."""
+    """Count a pass of the sound tokens of all takes, each of which attends to `keys`."""
     width = config.hidden_dim
     ops = _block_ops(width, audio.ffn_dim, tokens, keys, context, takes * config.num_layers)
     ends = 2.0 * takes * tokens * audio.channels
@@ -118,26 +102,19 @@ def _block_ops(
 
 def network_ops(component: Component[Any], width: int, positions: int, without: str = "-"
                 ) -> list[Op]:
-    """Count a pass of another network: each weight, but those whose names begin so, a position."""
+    """Count a pass of another network, without weights whose names begin with `without`."""
     weights = sum(math.prod(component.store.shape(name)) for name in component.store.names
                   if not component.names.get(name, name).startswith(without))
     return [Op("linear", width, 2 * weights * positions)]
 
 
 class VAEPart(NamedTuple):
-    """3x3x3 convolutions of the VAE that work at one resolution.
+    """3x3x3 convolutions of the VAE at one resolution."""
 
-    Attributes:
-        inputs: channels that each of them reads, two frames of which are remembered.
-        width: channels that each of them makes.
-        frames: for each latent frame.
-        pixels: of a frame.
-    """
-
-    inputs: tuple[int, ...]
-    width: int
-    frames: int
-    pixels: int
+    inputs: tuple[int, ...]  # channels that each of them reads, with two frames of history
+    width: int  # channels that each of them makes
+    frames: int  # for each latent frame
+    pixels: int  # of a frame
 
 
 def vae_parts(
@@ -146,14 +123,8 @@ def vae_parts(
 ) -> tuple[VAEPart, list[VAEPart]]:
     """Return the middle of the decoder or encoder, which is never cut, and the rest in order.
 
-    Args:
-        config: the VAE's.
-        rows: of latents.
-        columns: of latents.
-        decode: which of the two.
-        tiles: that the picture is cut into.
-        every_tile: whether pixels are those of all tiles together, or of the largest.
-        oversampling: see `CausalVAE.encode_moments`.
+    `rows` and `columns` are of latents. Pixels are those of the largest of the `tiles`, or with
+    `every_tile` of all together.
     """
     scales = [4 ** min(i, config.num_stages - 1) for i in range(config.num_stages + 1)]
     areas = [rows * columns * scale for scale in (scales if decode else scales[::-1])]
@@ -185,7 +156,7 @@ def vae_ops(
     config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
     tiles: Tiles | None = None, oversampling: int = 1,
 ) -> list[Op]:
-    """Count a clip of so many latent frames of rows x columns through the decoder or encoder.
+    """Count a clip of latent frames of rows x columns through the decoder or encoder.
 
     The first latent frame gives one frame, which only the last of three taps see.
     """
@@ -197,19 +168,14 @@ def vae_ops(
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine's rates in one dtype.
+    """A machine's rates in one dtype."""
 
-    Attributes:
-        points: by kind of `Op`, (width, FLOPs a second) in rising width.
-        measured: False for a machine that nobody measured: then times only weigh stages against
-            each other.
-    """
-
+    # by kind of `Op`, (width, FLOPs per second) in rising width
     points: Mapping[str, Sequence[tuple[float, float]]]
-    measured: bool = True
+    measured: bool = True  # False: times only weigh stages against each other
 
     def rate(self, kind: str, width: float) -> float:
-        """FLOPs a second, interpolated in logarithms and constant beyond the measured widths."""
+        """Return FLOPs per second, interpolated in logarithms between measured widths."""
         points = self.points[kind]
         for (low, slow), (high, fast) in pairwise(points):
             if width <= high:
@@ -219,17 +185,17 @@ class Rates:
         return points[-1][1]
 
     def seconds(self, ops: Sequence[Op]) -> float:
-        """Time of work that is done one after the other."""
+        """Return the time of work that is done one after the other."""
         return IN_A_RUN * sum(op.flops / self.rate(op.kind, op.width) for op in ops)
 
 
 NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 60e9)]},
                 measured=False)
-"""An ordinary core, for weighing stages where nothing was measured."""
+"""An ordinary core, to weigh stages if nothing was measured."""
 
 
 def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """Return this machine's rates if it was measured before; a damaged file counts as none."""
+    """Return this machine's rates if it was measured; a damaged file counts as none."""
     try:
         entry = _entries()[_machine(device, dtype)]
         points = {kind: [(float(width), float(rate)) for width, rate in each]
@@ -242,10 +208,7 @@ def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure this machine, for some seconds, and keep the result for the next time.
-
-    A file that can't be written isn't written.
-    """
+    """Measure this machine for some seconds and save the result, if possible."""
     points = {kind: sorted(each) for kind, each in _measure(device, dtype).items()}
     try:
         _place().parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +220,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _machine(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what rates depend on, as text."""
+    """Return the facts that rates depend on, as text."""
     facts = fingerprint()
     names = ("vidgen", "cpu", "cpu_capability", "torch", "libavcodec", "threads", "gpu")
     kernels = device.type == "cpu" and dtype in native.known_dtypes()
@@ -319,9 +282,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
 def _points(
     run: Callable[..., tuple[list[Op], float]], cases: Sequence[tuple[Any, int, int]]
 ) -> list[tuple[float, float]]:
-    """Return (mean width, FLOPs a second) of cases, the smallest first.
+    """Return (mean width, FLOPs per second) of cases, the smallest first.
 
-    In a dtype that the processor only imitates the first takes long, and the next is left out.
+    In a dtype that the processor only emulates the first is slow, and the next is left out.
     """
     points: list[tuple[float, float]] = []
     for case in cases:
@@ -334,10 +297,10 @@ def _points(
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the median of several runs after one that warms up, or that one if it took long.
+    """Return the median of several runs after a warm-up, or the warm-up's time if it was long.
 
-    Of several threads the lower quartile of the wall's time: one that waits for a core holds up
-    the others, and how long these sleep meanwhile is in no thread's time.
+    With several threads it is the lower quartile of the wall's time: one that waits for a core
+    holds up the others, and their sleep is in no thread's time.
     """
     gpu = device.type == "cuda"
     several = not gpu and torch.get_num_threads() > 1

@@ -139,60 +139,40 @@ class CacheChoice:
 
 @dataclass(frozen=True)
 class Plan:
-    """One clip, with nothing left to choose.
-
-    Attributes:
-        sampler: its name; a scheduler object's class.
-        num_frames: frames to generate, 1 mod the temporal stride.
-        kept_frames: frames of the clip, the first of those generated.
-        readings: words of prompt and negative, each with what the model is given instead.
-        cache: what spares steps, or None.
-        tiles: that the VAE takes a picture in; None: the whole.
-        refine_steps: that bring a given first frame's latents nearer to it.
-        encode_passes: by which the VAE encodes what is given; see `encode_pixels`.
-        sound_steps: of the model's own sound; 0: as many as its picture takes.
-        sound_candidates: sounds that the model makes for its picture, of which one is kept.
-        sound_delay_s: by which that sound follows it, in seconds.
-        num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
-        student: what denoises instead of the model itself, or None.
-        oversampling: latent frames below the model's boundary for each one above it, of which
-            every so-manyth frame is shown.
-        candidates: most that are drawn of the clip, or of each window, of which one is kept.
-        binding: how strongly what the prompt names is told apart, see `vidgen.diffusion.binding`.
-    """
+    """One clip, with nothing left to choose."""
 
     prompt: str
     negative: str
     seed: int
     width: int
     height: int
-    num_frames: int
-    kept_frames: int
+    num_frames: int  # to generate, 1 mod the temporal stride
+    kept_frames: int  # of the clip, the first of those generated
     fps: Fraction
-    num_steps: int
+    num_steps: int  # of a run from pure noise, of which `strength` takes its share
     shift: float
-    sampler: str
+    sampler: str  # its name; a scheduler object's class
     guidance: Guidance
     strength: float
     control_scale: float
     fit: Fit
     latents: LatentShape
-    readings: tuple[tuple[str, str], ...] = ()
+    readings: tuple[tuple[str, str], ...] = ()  # words and their replacements
     cache: CacheChoice | None = None
-    tiles: Tiles | None = None
-    refine_steps: int = 0
-    encode_passes: int = 1
-    sound_steps: int = 0
-    sound_candidates: int = 1
-    sound_delay_s: float = 0.0
-    student: StudentConfig | None = None
-    oversampling: int = 1
-    candidates: int = 1
-    binding: float = 0.0
+    tiles: Tiles | None = None  # of the VAE's pictures; None: the whole
+    refine_steps: int = 0  # of a given first frame's latents
+    encode_passes: int = 1  # see `encode_pixels`
+    sound_steps: int = 0  # of the model's own sound; 0: as many as the picture's
+    sound_candidates: int = 1  # sounds, of which the best is kept
+    sound_delay_s: float = 0.0  # of the sound after the picture
+    student: StudentConfig | None = None  # distilled model that denoises, if any
+    oversampling: int = 1  # latent frames below the model's boundary for each above
+    candidates: int = 1  # of the clip, or of each window, at most
+    binding: float = 0.0  # of regional prompts, see `vidgen.diffusion.binding`
 
     @property
     def roll(self) -> RollConfig | None:
-        """How the clip is rolled out, or None where it is made in windows."""
+        """Settings of the roll-out; None if the clip is made in windows."""
         return None if self.student is None else self.student.roll
 
 
@@ -205,7 +185,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a model runs; `tiles` of the VAE's pictures, None for the whole."""
+    """Settings under which a model runs; `tiles` of the VAE's pictures, None for the whole."""
 
     device: torch.device
     dtype: str
