@@ -35,7 +35,7 @@ from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.training.config import OptimConfig, Phase, RunConfig
+from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import join_ranks
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers
@@ -73,7 +73,7 @@ class Random:
         """AdamW, as on the other side."""
         return build_optimizers(self.modules, OPTIM)
 
-    def batch(self, _phase: Phase, step: int, micro: int) -> tuple[Tensor, ...]:
+    def batch(self, step: int, micro: int) -> tuple[Tensor, ...]:
         """The same numbers on both sides."""
         return batch_of(self.config, self.shape, 2 * step + micro)
 
@@ -93,7 +93,7 @@ def ours(config: DiTConfig, shape: tuple[int, int, int], steps: int) -> float:
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunConfig(
-            folder=folder, phases=(Phase(steps, 1, 1),), optim=OPTIM, device="cpu", dtype=DTYPE,
+            folder=folder, steps=steps, optim=OPTIM, device="cpu", dtype=DTYPE,
             log_every=steps // 2, validate_every=10 * steps,
         )
         with join_ranks(run) as place:

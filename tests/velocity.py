@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.training.config import EngineConfig, OptimConfig, Phase, RunConfig
+from vidgen.training.config import EngineConfig, OptimConfig, RunConfig
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.loop import TrainResult, train
 from vidgen.training.optim import build_optimizers
@@ -62,11 +62,11 @@ class Velocity:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.modules, self.run.optim, use_muon=lambda n, _: "ffn" in n)
 
-    def batch(self, phase: Phase, step: int, micro: int) -> tuple[Tensor, ...]:
+    def batch(self, step: int, micro: int) -> tuple[Tensor, ...]:
         draw = torch.Generator().manual_seed(1000 * step + micro)
-        clean, noise = torch.randn(2, phase.batch_size, 4, 2, 4, 4, generator=draw)
-        context = torch.randn(phase.batch_size, 3, 16, generator=draw)
-        sigma = torch.rand(phase.batch_size, generator=draw)
+        clean, noise = torch.randn(2, self.run.batch_size, 4, 2, 4, 4, generator=draw)
+        context = torch.randn(self.run.batch_size, 3, 16, generator=draw)
+        sigma = torch.rand(self.run.batch_size, generator=draw)
         return clean.cumsum(2), noise, sigma, context
 
     def loss(self, batch: tuple[Tensor, ...], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,7 +85,7 @@ class Velocity:
         return [f"clip-{float(batch[0].sum()):.2f}.mp4"]
 
     def validate(self, _step: int, folder: Path) -> dict[str, float]:
-        clean, noise, sigma, context = self.batch(self.run.phases[0], 10_000, 0)
+        clean, noise, sigma, context = self.batch(10_000, 0)
         noisy = add_noise(clean, noise, sigma)
         velocity = self.dit(noisy, to_timestep(sigma), context, ranks=current_place().ranks)
         (folder / "sheet.txt").write_text("seen")
@@ -96,7 +96,7 @@ def make_run(folder: Path, *, accumulate: int = 1, **changes: Any) -> RunConfig:
     """Six steps in float32, each told in the curve; changes are fields of `RunConfig`."""
     engine = EngineConfig(changes.pop("deepspeed", None), changes.pop("sequence", 1))
     run = RunConfig(
-        folder=str(folder), phases=(Phase(6, 5, 2, accumulate=accumulate),), device="cpu",
+        folder=str(folder), steps=6, batch_size=2, accumulate=accumulate, device="cpu",
         optim=OptimConfig(lr=1e-2, warmup_steps=2, grad_clip=0.5), dtype="fp32", log_every=1,
         validate_every=100, ema_decay=0.7, engine=engine,
     )

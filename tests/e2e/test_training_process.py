@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.lab.test_phases import TINY_VAE
 from tests.ranks import Launch
-from tests.tiny.test_training import TINY_VAE
 from tests.velocity import join_and_follow, make_run
 from vidgen.core.errors import OutputError
 from vidgen.training import loop

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.redrawing import Redrawer
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_data import Batch, ClipDraws
@@ -29,7 +30,6 @@ from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.diffusion.state import are_references
-from vidgen.training.config import Phase, RunConfig
 
 PHASE = Phase(steps=40, num_frames=33, batch_size=8)
 REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)
@@ -43,7 +43,7 @@ def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DiTData
     )
     ToyboxCache(cache).make(0, load_vae(cache.vae, torch.device("cpu")), torch.device("cpu"))
     return DiTData(
-        run=RunConfig(str(folder / "run"), (PHASE,)), caches=(cache,),
+        run=PhasedRun(str(folder / "run"), phases=(PHASE,)), caches=(cache,),
         tokenizer=str(tiny_model / "tokenizer"), shifts=(1.0,), still_share=1.0,
         still_conditions=REFERENCES, caption_dropout=0.0, validation_clips=2,
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.faults import ForkServer
 from tests.programs import run_program
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.sound_vae import load_sound_vae
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_data import ClipDraws
@@ -28,7 +29,6 @@ from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder
-from vidgen.training.config import Phase, RunConfig
 from vidgen.weights.load import save_module
 
 
@@ -150,7 +150,7 @@ def test_clips_in_which_something_is_hit_are_drawn_more_often(
 
     def shown(share: float) -> list[torch.Tensor]:
         data = DiTData(
-            run=RunConfig(str(tmp_path / "run"), (phase,)), caches=(config,), shifts=(1.0,),
+            run=PhasedRun(str(tmp_path / "run"), phases=(phase,)), caches=(config,), shifts=(1.0,),
             tokenizer=str(tiny_model / "tokenizer"), validation_clips=2,
             sound=replace(mix, struck=share),
         )  # fmt: skip

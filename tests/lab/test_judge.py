@@ -25,6 +25,7 @@ from eval.toybox.judge import (
 from eval.toybox.quality import psnr
 from eval.toybox.suite.judging import gibberish, grade, judge_renders
 from tests.programs import load_program
+from train.toybox.phases import PhasedRun, train
 from train.toybox.tasks.judge_data import (
     Batch,
     PoolConfig,
@@ -42,8 +43,6 @@ from train.toybox.world.render import render
 from train.toybox.world.scenes import Actor, Scene
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
-from vidgen.training.config import RunConfig
-from vidgen.training.loop import train
 from vidgen.weights.load import save_module
 
 TINY = JudgeConfig(
@@ -245,7 +244,7 @@ def test_a_judge_of_another_world_is_refused(judge: Judge, tmp_path: Path) -> No
         JudgeFolder(tmp_path).load()
 
 
-def make_task(folder: Path, **more: object) -> tuple[Any, RunConfig]:
+def make_task(folder: Path, **more: object) -> tuple[Any, PhasedRun]:
     """The program's task, from settings as YAML would give them."""
     program = load_program("train/toybox/judge.py")
     pool = {"num_frames": 9, "height": 64, "width": 64, "clips": 12, "first": 8, "fresh": 0.5}

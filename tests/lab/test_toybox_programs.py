@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.faults import ForkServer
 from tests.programs import ROOT, Ended, load_program, run_program
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.tasks.latents import LatentShards
 from train.toybox.tasks.toybox_data import (
     CacheConfig,
@@ -32,7 +33,6 @@ from train.toybox.world.scenes import is_held_out, sample_scenes
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.words import read_synonyms
 from vidgen.pipeline.engine import load
-from vidgen.training.config import Phase, RunConfig
 from vidgen.weights.folder import StudentConfig
 from vidgen.weights.layouts import open_model
 
@@ -286,7 +286,7 @@ def test_a_wider_encoder_begins_as_the_one_there_is(
 def test_clips_at_a_finer_rate_are_shown_as_any(tiny_model: Path) -> None:
     """Those that are drawn so are rendered with frames between."""
     vae, phase = load_program("train/toybox/vae.py"), Phase(1, 5, 2)
-    run = RunConfig("run", (phase,), device="cpu", dtype="fp32")
+    run = PhasedRun("run", phases=(phase,), device="cpu", dtype="fp32")
     tasks = [
         vae.VAETask(vae.VAERun(run, "tiny", height=32, width=32, oversampling=rate,
                                init=str(tiny_model / "vae")))
@@ -306,7 +306,7 @@ def test_clips_at_a_finer_rate_are_shown_as_any(tiny_model: Path) -> None:
 
 def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
     vae = load_program("train/toybox/vae.py")
-    run = RunConfig("run", (Phase(1, 5, 1),), device="cpu")
+    run = PhasedRun("run", phases=(Phase(1, 5, 1),), device="cpu")
 
     def drift_loss(keep: float, by: float) -> float:
         loss = vae.VAELoss(kl=0.0, keep=keep, equivariance_share=0.0)
@@ -329,7 +329,7 @@ def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
 )
 def test_a_part_that_goes_on_needs_what_was_released(settings: dict[str, object]) -> None:
     vae = load_program("train/toybox/vae.py")
-    run = RunConfig("run", (Phase(1, 9, 1),))
+    run = PhasedRun("run", phases=(Phase(1, 9, 1),))
     loss = vae.VAELoss(keep=settings.pop("keep", 0.0))
     with pytest.raises(InputError, match="needs init: the folder of the released VAE"):
         vae.VAERun(run, loss=loss, **settings)
@@ -362,7 +362,7 @@ def test_squares_are_cut_around_what_moves() -> None:
 @pytest.mark.parametrize("crop", [-8, 0, 60, 136])
 def test_a_crop_that_cannot_be_is_refused(crop: int) -> None:
     vae = load_program("train/toybox/vae.py")
-    run = RunConfig("run", (Phase(1, 9, 1),))
+    run = PhasedRun("run", phases=(Phase(1, 9, 1),))
     with pytest.raises(InputError, match=f"crop is {crop}; give a multiple of 8 up to 128"):
         vae.VAERun(run, crop=crop)
     with pytest.raises(InputError, match="validation_clips is 0"):

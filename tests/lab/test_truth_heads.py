@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_data import Batch, ClipDraws
 from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache, load_vae
 from train.toybox.tasks.truth_heads import SHOWN, TruthHeads
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.training.config import Phase, RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def batch(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     cache = CacheConfig(str(folder / "latents"), str(tiny_model / "vae"), 1, shard_size=8,
                         height=64, width=64)
     ToyboxCache(cache).make(0, load_vae(cache.vae, torch.device("cpu")), torch.device("cpu"))
-    data = DiTData(run=RunConfig(str(folder / "run"), (phase,)), caches=(cache,), shifts=(1.0,),
+    run = PhasedRun(str(folder / "run"), phases=(phase,))
+    data = DiTData(run=run, caches=(cache,), shifts=(1.0,),
                    tokenizer=str(tiny_model / "tokenizer"), validation_clips=2)
     return ClipDraws(data, torch.device("cpu"), patch=2).batch(phase, 0, 0)
 

@@ -18,7 +18,7 @@ from tests.velocity import Velocity, follow, make_run
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_averages
-from vidgen.training.config import OptimConfig, Phase
+from vidgen.training.config import OptimConfig
 from vidgen.training.engines import engine as torch_engine
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.engines.zero import share_out
@@ -29,7 +29,7 @@ if importlib.util.find_spec("deepspeed") is None:
 
 ENGINES = {"shared": None, "ddp": None, "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 OFFLOADED = {"zero2-offload": "zero2_offload", "zero3-offload": "zero3_offload"}
-SHORT = (Phase(3, 5, 2),)
+SHORT = 3
 KINDS = {"full": {}, "lora": {"lora": True}}
 
 
@@ -111,8 +111,8 @@ def rolled_back(run: Any) -> list[float]:
 def resumed(folder: Path, straight: Any, name: str) -> list[float]:
     """Losses of a run of three steps that goes on to six."""
     run = replace(straight, folder=str(folder / f"{name}-resumed"))
-    first = losses(follow(replace(run, phases=SHORT), dropout=0.3)[1])
-    follow(replace(run, phases=SHORT, folder=str(folder / f"{name}-half")))
+    first = losses(follow(replace(run, steps=SHORT), dropout=0.3)[1])
+    follow(replace(run, steps=SHORT, folder=str(folder / f"{name}-half")))
     return first[:3] + losses(follow(run, resume=True, dropout=0.3)[1])[:3]
 
 

@@ -62,14 +62,14 @@ def test_each_expert_learns_at_the_rate_it_draws_at(
     task = FinetuneTask(config, folder, open_dataset(config.data, folder, batch_size=2))
     shapes: dict[str, set[tuple[int, float]]] = {HIGH: set(), LOW: set()}
     for step in range(60):
-        batch = task.batch(task.config.run.phases[0], step, 0)
+        batch = task.batch(step, 0)
         state = batch.state
         assert batch.noise.shape == state.clean.shape
         shapes[batch.role].add((state.clean.shape[2], state.spacing))
     assert shapes == {HIGH: {(3, 1.0)}, LOW: {(3, 1.0), (5, 0.5)}}
     monkeypatch.setattr(finetuning, "SHOWN_SHARE", 0.0)
     low = [batch for step in range(12)
-           if (batch := task.batch(task.config.run.phases[0], step, 0)).role == LOW]
+           if (batch := task.batch(step, 0)).role == LOW]
     assert {batch.state.clean.shape[2] for batch in low} == {5}
     held = [task._held_out(0, sigma, role) for sigma, role in ((0.95, HIGH), (0.3, LOW))]
     assert [batch.state.spacing for batch in held] == [1.0, 0.5]

@@ -161,14 +161,14 @@ def test_each_expert_learns_its_noise_levels_as_often_as_they_come(wan, clips, t
     config = make_config(folder.path, clips, tmp_path, noise={"shift": 6.0})
     dataset = open_dataset(config.data, folder, device="cpu", batch_size=2)
     task = FinetuneTask(config, folder, dataset)
-    phase, boundary = config.run.phases[0], folder.defaults.boundary
+    boundary = folder.defaults.boundary
     roles = []
     for step in range(24):
-        batch = task.batch(phase, step, 0)
+        batch = task.batch(step, 0)
         high = batch.sigma >= boundary - 1e-6
         assert bool((high if batch.role == EXPERTS[0] else ~high).all())
         roles.append(batch.role)
-    again = task.batch(phase, step, 0)
+    again = task.batch(step, 0)
     assert torch.equal(batch.noise, again.noise)
     assert torch.equal(batch.sigma, again.sigma)
     assert abs(roles.count(EXPERTS[1]) / 24 - share_below(boundary, shift=6.0)) < 0.25
@@ -187,7 +187,7 @@ def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, k
     folder = open_model(str(tiny_model))
     dataset = open_dataset(config.data, folder, device="cpu", batch_size=2, with_context=False)
     task = FinetuneTask(config, folder, dataset)
-    others = task.batch(config.run.phases[0], 0, 0)
+    others = task.batch(0, 0)
     assert not (others.ids == task.subject.token.index).any()
     assert (task.loss(others, 0)[0].item() < 1e-9) == bool(keep)  # nothing differs yet
     [dit] = task.transformers.values()
@@ -213,7 +213,7 @@ def test_a_token_learns_through_the_text_encoder_alone(tiny_model, clips, tmp_pa
     folder = open_model(str(tiny_model))
     dataset = open_dataset(config.data, folder, device="cpu", batch_size=2, with_context=False)
     task = FinetuneTask(config, folder, dataset)
-    task.loss(task.batch(config.run.phases[0], 0, 0), 0)[0].backward()
+    task.loss(task.batch(0, 0), 0)[0].backward()
     assert float(task.subject.token.row.grad.norm()) > 0
     assert all(p.grad is None for p in task.subject.encoder.parameters())
     groups = [group for each in task.optimizers() for group in each.param_groups]
@@ -230,7 +230,7 @@ def test_checkpointed_blocks_learn_the_same(tiny_model, clips, tmp_path):
     found = []
     for each in (config, replace(config, checkpointing=True)):
         task = FinetuneTask(each, folder, dataset)
-        task.loss(task.batch(config.run.phases[0], 0, 0), 0)[0].backward()
+        task.loss(task.batch(0, 0), 0)[0].backward()
         found.append({n: p.grad for n, p in task.transformers["transformer"].named_parameters()})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

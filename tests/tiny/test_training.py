@@ -1,4 +1,4 @@
-"""The training loop: exact resume, schedule, averages, refusals; and a program killed for real."""
+"""The training loop: exact resume, schedule, averages, refusals."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.faults import ForkServer
-from tests.programs import run_program
-from train.toybox.tasks.latents import LatentShards
 from vidgen.core.config import build
-from vidgen.core.errors import InputError, ModelError, OutputError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.training import config as training_config
 from vidgen.training import loop
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
-from vidgen.training.config import OptimConfig, Phase, RunConfig
+from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import Place
 from vidgen.training.finetune.card import read_curve
 from vidgen.training.loop import train
-from vidgen.training.optim import build_optimizers, lr_scale, orthogonalized
+from vidgen.training.optim import build_optimizers, orthogonalized
 from vidgen.training.task import Batches
 
 ROOT = Path(__file__).parents[2]
@@ -45,18 +39,18 @@ class Regression:
         self.run, self.stop_at, self.poison = run, stop_at, poison
         self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 4))
         self.modules = {"net": self.net}
-        self.phases: list[int] = []
+        self.begun: list[int] = []
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.modules, self.run.optim, use_muon=lambda name, _: "0." in name)
 
-    def start_phase(self, index: int, _phase: Phase) -> bool:
-        self.phases.append(index)
+    def begin_step(self, step: int) -> bool:
+        self.begun.append(step)
         return False
 
-    def batch(self, phase: Phase, step: int, micro: int) -> Tensor:
+    def batch(self, step: int, micro: int) -> Tensor:
         draw = torch.Generator().manual_seed(step * 100 + micro)
-        x = torch.randn(phase.batch_size, 4, generator=draw)
+        x = torch.randn(self.run.batch_size, 4, generator=draw)
         return x * math.nan if step in self.poison else x
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,7 +66,7 @@ class Regression:
 
 def make_run(folder: Path, **changes: object) -> RunConfig:
     run = RunConfig(
-        folder=str(folder), phases=(Phase(6, 1, 8), Phase(6, 9, 4, accumulate=2)),
+        folder=str(folder), steps=12, batch_size=4, accumulate=2,
         optim=OptimConfig(lr=1e-2, muon_lr=1e-2, warmup_steps=3), device="cpu", dtype="fp32",
         log_every=2, validate_every=4, ema_decay=0.9,
     )
@@ -107,12 +101,12 @@ def learned(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_short_run_has_a_curve_and_a_torn_line_is_mended(tmp_path: Path) -> None:
-    short = make_run(tmp_path, log_every=50, phases=(Phase(3, 1, 8),))
+    short = make_run(tmp_path, log_every=50, steps=3)
     train(Regression(short), short)
     assert [line["step"] for line in learned(tmp_path) if "loss" in line] == [3]
     with (tmp_path / "curve.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    longer = make_run(tmp_path, log_every=2, phases=(Phase(6, 1, 8),))
+    longer = make_run(tmp_path, log_every=2, steps=6)
     train(Regression(longer), longer, resume=True)
     assert [line["step"] for line in learned(tmp_path) if "loss" in line] == [3, 4, 6]
 
@@ -137,25 +131,19 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     ({"optim": {"lr": 1e-3, "weight_decay": -0.1}}, "optim.weight_decay is -0.1"),
     ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is \[0.9, 1.0\]; give two shares below 1"),
     ({"optim": {"grad_clip": -1.0}}, "optim.grad_clip is -1.0"),
-    ({"phases": [{"steps": 1, "num_frames": 1, "batch_size": 1, "lr_scale": math.inf}]},
-     "phase.lr_scale is inf"),
+    ({"steps": 0}, "run.steps is 0; it must be at least 1"),
 ])
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
-    phases = [{"steps": 1, "num_frames": 1, "batch_size": 1}]
     with pytest.raises(InputError, match=message):
-        build(RunConfig, {"folder": "unused", "phases": phases, **settings}, "run.yaml")
+        build(RunConfig, {"folder": "unused", **settings}, "run.yaml")
 
 
-@pytest.mark.parametrize("in_processes", [False, True])
-def test_batches_made_ahead_are_the_same_in_the_same_order(
-    tmp_path: Path, in_processes: bool
-) -> None:
+def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     task = Regression(run)
-    task.makes_on_cpu = in_processes
     ahead, plain = (Batches(task, run, Place(), ahead=flag) for flag in (True, False))
-    for step in [0, 1, 2, *range(1, run.num_steps)]:  # rolled back behind the third
-        for micro in range(run.phase_at(step)[1].accumulate):
+    for step in [0, 1, 2, *range(1, run.steps)]:  # rolled back behind the third
+        for micro in range(run.accumulate):
             assert torch.equal(ahead.get(step, micro), plain.get(step, micro))
 
 
@@ -184,22 +172,21 @@ def test_a_branch_starts_from_the_trunk_in_full_and_decays(tmp_path: Path) -> No
     train(Regression(trunk), trunk)
     decay = replace(trunk.optim, decay_from=12, decay_steps=4)
     branch = make_run(
-        tmp_path / "branch", branch_from=str(tmp_path / "trunk"), optim=decay,
-        phases=(*trunk.phases, Phase(4, 1, 8)),
+        tmp_path / "branch", branch_from=str(tmp_path / "trunk"), optim=decay, steps=16,
     )
     task = Regression(branch)
     assert train(task, branch).step == 16
-    assert task.phases == [2]
+    assert task.begun == [12, 13, 14, 15]
     curve = [json.loads(line) for line in (tmp_path / "branch" / "curve.jsonl").open()]
     assert min(record["step"] for record in curve) > 12
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:
     config = OptimConfig(warmup_steps=10, decay_from=100, decay_steps=16)
-    assert lr_scale(config, 0) == pytest.approx(0.1)
-    assert lr_scale(config, 50) == 1.0
-    assert lr_scale(config, 103) == pytest.approx(1 - math.sqrt(4 / 16))
-    assert lr_scale(config, 115) == 0.0
+    assert config.scale_at(0) == pytest.approx(0.1)
+    assert config.scale_at(50) == 1.0
+    assert config.scale_at(103) == pytest.approx(1 - math.sqrt(4 / 16))
+    assert config.scale_at(115) == 0.0
 
 
 def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
@@ -209,7 +196,7 @@ def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
     means = [line["loss"] for line in learned(tmp_path / "skip") if "lr_scale" in line]
     assert len(means) == 6
     assert all(math.isfinite(loss) for loss in means)
-    run = make_run(tmp_path / "stop", phases=(Phase(30, 1, 8),), checkpoint_minutes=0)
+    run = make_run(tmp_path / "stop", steps=30, checkpoint_minutes=0)
     with pytest.raises(InputError, match="not usable for 10 steps"):
         train(Regression(run, poison=frozenset(range(4, 30))), run)
     assert latest_checkpoint(tmp_path / "stop").name == "step-00000004"
@@ -218,7 +205,7 @@ def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
 def test_an_imitated_dtype_is_warned_of_once(tmp_path: Path, monkeypatch, capsys) -> None:
     for best, dtype, times in (("fp32", "bf16", 1), ("fp32", "fp32", 0), ("bf16", "bf16", 0)):
         monkeypatch.setattr(loop, "best_dtype", lambda _device, best=best: best)
-        run = make_run(tmp_path / f"{best}-{dtype}", dtype=dtype, phases=(Phase(2, 1, 4),))
+        run = make_run(tmp_path / f"{best}-{dtype}", dtype=dtype, steps=2)
         train(Regression(run), run)
         assert capsys.readouterr().err.count("--set run.dtype=auto") == times
 
@@ -262,8 +249,8 @@ def test_checkpoints_that_latest_doesnt_name_are_not_begun_over(tmp_path: Path) 
     assert latest_checkpoint(tmp_path / "run") == target
     with pytest.raises(InputError, match="holds a run already; add --resume"):
         train(Regression(run), run)
-    longer = make_run(tmp_path / "run", phases=(*run.phases, Phase(1, 9, 4)))
-    assert train(Regression(longer), longer, resume=True).step == run.num_steps + 1
+    longer = make_run(tmp_path / "run", steps=run.steps + 1)
+    assert train(Regression(longer), longer, resume=True).step == longer.steps
     target = latest_checkpoint(tmp_path / "run")
     for content in (b"\xff\xfe", b"\0", b"", b"step-99999999", b".."):
         (tmp_path / "run" / "latest").write_bytes(content)
@@ -280,73 +267,3 @@ def test_resuming_what_never_began_begins_and_says_so(tmp_path: Path, capsys) ->
     run = make_run(tmp_path / "run")
     assert train(Regression(run), run, resume=True).finished
     assert "run has no checkpoint to go on from: the run begins" in capsys.readouterr().err
-
-
-def test_cached_latents_of_another_kind_are_refused(tmp_path: Path) -> None:
-    shards = LatentShards(tmp_path, {"encoder": "a"})
-    for index in range(2):
-        shards.write(index, {"clips": torch.full((2, 3), float(index))})
-    assert shards.load(2)["clips"][:, 0].tolist() == [0, 0, 1, 1]
-    with pytest.raises(InputError, match="2 of the 3 shards"):
-        shards.load(3)
-    with pytest.raises(InputError, match="encoder is 'a' there, 'b' here"):
-        LatentShards(tmp_path, {"encoder": "b"})
-    with pytest.raises(OutputError, match="can't be written"):
-        LatentShards(shards.path(0), {"encoder": "a"})
-
-
-TINY_VAE = """
-preset: tiny
-height: 32
-width: 32
-validation_clips: 2
-run:
-  folder: {folder}
-  phases: [{{steps: 3, num_frames: 1, batch_size: 2}}, {{steps: 5, num_frames: 9, batch_size: 1}}]
-  device: cpu
-  checkpoint_minutes: 0
-  validate_every: 100
-  log_every: 1
-"""
-
-
-def start_vae(config: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "train.toybox.vae", "-c", str(config)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def test_a_killed_program_goes_on_bit_for_bit(server: ForkServer, tmp_path: Path) -> None:
-    configs = []
-    for name in ("straight", "killed"):
-        configs.append(tmp_path / f"{name}.yaml")
-        configs[-1].write_text(TINY_VAE.format(folder=tmp_path / name))
-    killed = start_vae(configs[1])
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "step-00000004").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.kill()
-    killed.communicate()
-    for words in ([configs[0]], [configs[1], "--resume"]):
-        ended = run_program(server, "train/toybox/vae.py", "-c", *map(str, words))
-        assert ended.returncode == 0, ended.stderr
-    a, b = everything(tmp_path / "straight"), everything(tmp_path / "killed")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert json.loads((tmp_path / "killed" / "task.json").read_text())["preset"] == "tiny"
-
-
-def test_a_bad_run_file_names_the_key(server: ForkServer, tmp_path: Path) -> None:
-    config = tmp_path / "bad.yaml"
-    config.write_text(TINY_VAE.format(folder=tmp_path / "run").replace("height", "hieght"))
-    ended = run_program(server, "train/toybox/vae.py", "-c", str(config))
-    assert ended.returncode == 2
-    assert "height" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_phase_has_its_own_rate_and_warm_up() -> None:
-    phases = (Phase(2, 1, 1), Phase(10, 5, 1, warmup_steps=4, lr_scale=0.5))
-    run = RunConfig(folder="unused", phases=phases)
-    assert [run.phase_rate(step) for step in range(7)] == [1, 1, 0.125, 0.25, 0.375, 0.5, 0.5]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
-from vidgen.training.config import Phase, RunConfig
+from vidgen.training.config import RunConfig
 from vidgen.training.engines import engine as torch_engine
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.engines.engine import open_shared_mean
@@ -37,7 +37,7 @@ def parameters(rank: int) -> list[nn.Parameter]:
 def on_each(folder: Path, shared: Path) -> bool:
     """Leaves what a rank got in a file; whether there was shared memory."""
     torch_engine.SHARED_FOLDER = shared
-    run = RunConfig(folder=str(folder), phases=(Phase(1, 1, 1),), device="cpu")
+    run = RunConfig(folder=str(folder), device="cpu")
     with join_ranks(run):
         rank, mean = current_place().rank, open_shared_mean(current_place())
         if mean is None:

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from train.toybox.phases import Phase
 from train.toybox.program import run_program
 from train.toybox.tasks.channel_weights import channel_weights
 from train.toybox.tasks.dit_config import DiTData
@@ -38,7 +39,6 @@ from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.norm import fusing
 from vidgen.pipeline.denoise import velocity
-from vidgen.training.config import Phase
 from vidgen.training.optim import build_optimizers, named_parameters
 from vidgen.weights.component import Role
 from vidgen.weights.load import load_module

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from eval.toybox.judge import FrameLogits, Judge, JudgeConfig, JudgeFolder, to_motion_size
 from eval.toybox.suite.judging import judge_renders
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.judge_data import (
     IGNORE,
@@ -32,7 +33,6 @@ from train.toybox.tasks.judge_data import (
 from train.toybox.world.scenes import SEED_RANGES
 from vidgen.core.runtime import choose_device
 from vidgen.media.grid import contact_sheet
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import seed_of
 from vidgen.weights.load import save_module
@@ -60,7 +60,7 @@ class JudgeRun:
         validation_clips: fresh renders to validate on.
     """
 
-    run: RunConfig
+    run: PhasedRun
     pools: tuple[PoolConfig, ...] = (PoolConfig(),)
     model: JudgeConfig = field(default_factory=JudgeConfig)
     part: Literal["all", "frames"] = "all"

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.onset_data import Followed, followed, varied
 from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache
@@ -25,7 +26,6 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.pipeline.sound.candidates import ONSET_DETECTOR
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of
 
@@ -41,7 +41,7 @@ class OnsetDetectorRun:
         validation_clips: of each cache, never trained on.
     """
 
-    run: RunConfig
+    run: PhasedRun
     caches: tuple[CacheConfig, ...]
     model: OnsetDetectorConfig = field(default_factory=OnsetDetectorConfig)
     noise: float = 0.6

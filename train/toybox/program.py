@@ -7,17 +7,16 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from train.toybox.phases import PhasedTask, train
 from vidgen.core.config import build, dump
 from vidgen.core.config_file import load_run
 from vidgen.core.errors import exit_code
 from vidgen.training.engines.distributed import join_ranks
-from vidgen.training.loop import train
-from vidgen.training.task import Task
 
 Run = TypeVar("Run", bound=Any)
 
 
-def run_program(doc: str, run_type: type[Run], make_task: Callable[[Run], Task]) -> int:
+def run_program(doc: str, run_type: type[Run], make_task: Callable[[Run], PhasedTask]) -> int:
     """Read `-c RUN.yaml` as `run_type` (which has a field `run`), train, print scores as JSON.
 
     Returns:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eval.toybox.rulers.fidelity import measure_fidelity
 from eval.toybox.rulers.sync import bouncing_scenes
 from train.toybox.mel import log_mel, spectrogram
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.sound_vae import load_sound_vae
 from train.toybox.tasks.sound_parts import attacks, controls_distance, take_apart
@@ -36,7 +37,6 @@ from vidgen.media.onsets import flux
 from vidgen.media.types import Frames
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 
 _FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1
@@ -84,7 +84,7 @@ class SoundRun:
         init: component folder of a released sound VAE to start from, and to take the config of.
     """
 
-    run: RunConfig
+    run: PhasedRun
     preset: str = "toybox"
     part: Literal["all", "decoder"] = "all"
     init: str | None = None

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from eval.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 from eval.toybox.suite.listening import judge_sounds
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.judge_data import judge_scene
 from train.toybox.tasks.sound_data import SoundBatch, damage_sound, hollow_out, label_sounds
 from train.toybox.world.scenes import SEED_RANGES
 from train.toybox.world.sound import synthesize
 from vidgen.core.runtime import choose_device
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.weights.load import save_module
 
@@ -42,7 +42,7 @@ class SoundJudgeRun:
         validation_clips: fresh sounds to validate on.
     """
 
-    run: RunConfig
+    run: PhasedRun
     model: SoundJudgeConfig = field(default_factory=SoundJudgeConfig)
     clip_frames: tuple[int, ...] = (33, 33, 17, 33, 9, 49)
     empty: float = 0.06

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.toybox_data import cut_around, fresh_seed, load_vae
 from train.toybox.tasks.wider import with_wider_encoder
@@ -35,7 +36,6 @@ from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_blocks import Downsample, Upsample
 from vidgen.ops.conv import CausalConv3d
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 
 
@@ -88,7 +88,7 @@ class VAERun:
             released to go on from.
     """
 
-    run: RunConfig
+    run: PhasedRun
     preset: str = "toybox"
     part: Literal["all", "decoder", "encoder"] = "all"
     clip_frames: tuple[int, ...] = (33, 33, 33, 17)

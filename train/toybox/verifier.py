@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache
 from train.toybox.tasks.verifier_data import (
@@ -35,7 +36,6 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion.flow import add_noise
 from vidgen.models.verifier import Verifier, VerifierConfig
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of
 from vidgen.weights.store import TensorStore, find_files
@@ -58,7 +58,7 @@ class VerifierRun:
         validation_frames: of the first cache, never trained on.
     """
 
-    run: RunConfig
+    run: PhasedRun
     caches: tuple[CacheConfig, ...]
     model: VerifierConfig = field(default_factory=VerifierConfig)
     noise: float = 0.7

@@ -27,34 +27,6 @@ def check_number(
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A stretch of a run with one data shape.
-
-    Args:
-        steps: optimiser steps in this phase.
-        num_frames: pixel frames of each sample (1 mod the VAE's temporal stride).
-        batch_size: samples a micro-batch, on each rank.
-        accumulate: micro-batches a step.
-        warmup_steps: the rate rises anew over so many steps, where the data change much.
-        lr_scale: factor of the rates in this phase.
-    """
-
-    steps: int
-    num_frames: int
-    batch_size: int
-    accumulate: int = 1
-    warmup_steps: int = 0
-    lr_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "num_frames", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"phase.{name} is {getattr(self, name)}; it must be at least 1")
-        check_number("phase.warmup_steps", self.warmup_steps)
-        check_number("phase.lr_scale", self.lr_scale, most=MAX_RATE)
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """Optimiser and learning-rate schedule.
 
@@ -91,6 +63,14 @@ class OptimConfig:
                 "give both, the step at which the decay begins and its length, or neither"
             )
 
+    def scale_at(self, step: int) -> float:
+        """Factor of the peak rates at `step`: linear warm-up, constant trunk, 1 - sqrt decay."""
+        scale = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.decay_from is not None and step >= self.decay_from:
+            progress = (step - self.decay_from + 1) / max(1, self.decay_steps)
+            scale *= max(0.0, 1.0 - min(1.0, progress) ** 0.5)
+        return scale
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -116,6 +96,9 @@ class RunConfig:
 
     Args:
         folder: run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`.
+        steps: optimiser steps.
+        batch_size: samples a micro-batch, on each rank.
+        accumulate: micro-batches a step.
         branch_from: another run's folder whose newest checkpoint this one starts from, in full.
         minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
         keep: newest checkpoints that are kept.
@@ -129,7 +112,9 @@ class RunConfig:
     """
 
     folder: str
-    phases: tuple[Phase, ...]
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0
     device: str = "auto"
@@ -147,11 +132,9 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        if not self.phases:
-            raise InputError("phases is empty; a run needs at least one phase")
-        for name in ("keep", "log_every", "validate_every"):
+        for name in ("steps", "batch_size", "accumulate", "keep", "log_every", "validate_every"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise InputError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
         check_number("seed", self.seed, most=MAX_SEED)
         check_number("checkpoint_minutes", self.checkpoint_minutes)
         for name, least in (("minutes", 0), ("spike_factor", 1)):
@@ -168,24 +151,13 @@ class RunConfig:
             return "bf16"
         return best_dtype(choose_device(self.device))
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of all phases together."""
-        return sum(phase.steps for phase in self.phases)
+    def micro_batches(self, _step: int) -> tuple[int, int]:
+        """Return how many micro-batches a rank takes at a step, and how many samples each has."""
+        return self.accumulate, self.batch_size
 
-    def phase_at(self, step: int) -> tuple[int, Phase]:
-        """Index and phase to which optimiser step `step` (from 0) belongs."""
-        for index, phase in enumerate(self.phases):
-            if step < phase.steps:
-                return index, phase
-            step -= phase.steps
-        return len(self.phases) - 1, self.phases[-1]
-
-    def phase_rate(self, step: int) -> float:
-        """Factor of the rates at `step` that its phase asks for."""
-        index, phase = self.phase_at(step)
-        inside = step - sum(earlier.steps for earlier in self.phases[:index])
-        return phase.lr_scale * min(1.0, (inside + 1) / max(1, phase.warmup_steps))
+    def lr_scale(self, step: int) -> float:
+        """Return the factor of the peak rates at `step`."""
+        return self.optim.scale_at(step)
 
 
 _FREE = ("run.folder", "run.minutes", "run.log_every", "run.validate_every", "run.best",
@@ -196,8 +168,6 @@ _FREE = ("run.folder", "run.minutes", "run.log_every", "run.validate_every", "ru
 
 def refuse_changes(path: Path, record: dict[str, Any]) -> None:
     """Refuse to go on under another config than the one that a run began with.
-
-    The length of the last phase may change: a run may go on for longer.
 
     Args:
         path: `task.json` of the run's folder.
@@ -212,11 +182,10 @@ def refuse_changes(path: Path, record: dict[str, Any]) -> None:
         raise InputError(f"{path}, the config that the run began with, can't be read: {error}; put "
                          "it back, or confirm with --accept-changes") from None
     before, now = flattened(began), flattened(record)
-    free = (*_FREE, f"run.phases.{len(record['run'].get('phases', ())) - 1}.steps")
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(free)
+        if before.get(key) != now.get(key) and not key.startswith(_FREE)
     ]
     if changed:
         raise InputError(

@@ -1,7 +1,7 @@
-"""The one training loop: phases, health, schedule, averages, exact resume, curves.
+"""The one training loop: steps, health, schedule, averages, exact resume, curves.
 
 A task owns modules and says what a batch and its loss are; an engine computes on one rank or many.
-Batches are pure functions of (phase, step, micro), so the data position *is* the step, and a
+Batches are pure functions of (step, micro), so the data position *is* the step, and a
 resumed run sees what the straight run would have seen.
 """
 
@@ -44,10 +44,9 @@ from vidgen.training.checkpoint import (
     write_pid,
     written_together,
 )
-from vidgen.training.config import Phase, RunConfig, refuse_changes
+from vidgen.training.config import RunConfig, refuse_changes
 from vidgen.training.engines.distributed import Place, current_place
 from vidgen.training.engines.engine import Engine, open_engine
-from vidgen.training.optim import lr_scale
 from vidgen.training.task import Batches, Task
 
 OnRecord = Callable[[dict[str, Any]], None]
@@ -79,7 +78,7 @@ def train(
     task: Task, run: RunConfig, *, resume: bool = False, record: dict[str, Any] | None = None,
     accept_changes: bool = True, on_record: OnRecord | None = None,
 ) -> TrainResult:
-    """Run `task` to the end of its phases, its minutes, or an interrupt.
+    """Run `task` to the end of its steps, its minutes, or an interrupt.
 
     Args:
         task: what is trained.
@@ -245,29 +244,25 @@ class _Loop:
     def run_from(self, step: int) -> TrainResult:
         """Train from a step on to the end, a limit or a signal."""
         run, start = self.run, time.monotonic()
-        last_save, phase_index = start, None
+        last_save = start
         limit = math.inf if run.minutes is None else run.minutes * 60
         interrupted = False
         with _stop_signals() as stopped:
-            while step < run.num_steps:
-                index, phase = run.phase_at(step)
-                if index != phase_index:
-                    entered = step == sum(p.steps for p in run.phases[:index])
-                    change = getattr(self.task, "start_phase", None)
-                    if entered and change is not None and change(index, phase):
-                        self.engine.ema.restart()
-                    phase_index = index
+            while step < run.steps:
+                begin = getattr(self.task, "begin_step", None)
+                if begin is not None and begin(step):
+                    self.engine.ema.restart()
                 if step not in self.state.left_out:
-                    numbers, usable = self._step(phase, step)
+                    numbers, usable = self._step(step)
                     if usable:
-                        self.state.window.add(
-                            numbers, phase.batch_size * phase.accumulate * self.place.data_size)
+                        count, samples = run.micro_batches(step)
+                        self.state.window.add(numbers, count * samples * self.place.data_size)
                     elif run.on_bad == "rollback":
                         step = self._roll_back(step)
                         continue
                 step += 1
                 if step % run.log_every == 0 and self.state.window.count:
-                    self._log(step, index)
+                    self._log(step)
                 if step % run.validate_every == 0:
                     self._validate(step)
                 now = time.monotonic()
@@ -280,34 +275,34 @@ class _Loop:
                 if due:
                     self._save(step)
                     last_save = now
-        finished = step >= run.num_steps
+        finished = step >= run.steps
         if finished and self.state.window.count:
-            self._log(step, run.phase_at(step - 1)[0])
+            self._log(step)
         if finished and self.state.validated != step:
             self._validate(step)
         self._save(step)
         return TrainResult(step, finished, self.state.metrics, interrupted and not finished)
 
-    def _step(self, phase: Phase, step: int) -> tuple[dict[str, float], bool]:
+    def _step(self, step: int) -> tuple[dict[str, float], bool]:
         """One optimiser step: the numbers of the curve, and whether it was usable."""
         for module in self.task.modules.values():
             module.train()
-        scale = lr_scale(self.run.optim, step) * self.run.phase_rate(step)
+        scale, (accumulate, _) = self.run.lr_scale(step), self.run.micro_batches(step)
         sums: dict[str, torch.Tensor] = {}
         made = []
-        for micro in range(phase.accumulate):
+        for micro in range(accumulate):
             batch = self.batches.get(step, micro)
             made.append(batch)
-            last = micro + 1 == phase.accumulate
+            last = micro + 1 == accumulate
             loss, named = self.engine.loss(batch, step, last=last)
             for name, value in {"loss": loss.detach(), **named}.items():
                 sums[name] = sums[name] + value if name in sums else value
             if not last:
-                self.engine.backward(loss / phase.accumulate)
-        means = self.place.mean({name: each / phase.accumulate for name, each in sums.items()})
+                self.engine.backward(loss / accumulate)
+        means = self.place.mean({name: each / accumulate for name, each in sums.items()})
         norm = math.nan
         if self._is_usable(means["loss"]):
-            self.engine.backward(loss / phase.accumulate)
+            self.engine.backward(loss / accumulate)
             norm = self.engine.update(scale)
         else:
             self.engine.discard(loss)
@@ -360,13 +355,12 @@ class _Loop:
         self.state.left_out, self.bad_in_a_row = left_out, bad_in_a_row
         return step
 
-    def _log(self, step: int, phase: int) -> None:
-        record = {"step": step, "phase": phase, **self.state.window.means(),
-                  "memory_mb": memory_mb(self.device)}
+    def _log(self, step: int) -> None:
+        record = {"step": step, **self.state.window.means(), "memory_mb": memory_mb(self.device)}
         self.state.window = Window()
         self._record(record)
-        left = (self.run.num_steps - step) * record["seconds_per_step"] / 60
-        self._say(f"step {step}/{self.run.num_steps} loss {record['loss']:.4f} "
+        left = (self.run.steps - step) * record["seconds_per_step"] / 60
+        self._say(f"step {step}/{self.run.steps} loss {record['loss']:.4f} "
                   f"{record['samples_per_s']:.1f} samples/s, {left:.0f} min left")
 
     def _validate(self, step: int) -> None:

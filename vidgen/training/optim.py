@@ -12,15 +12,6 @@ from vidgen.core.runtime import best_dtype
 from vidgen.training.config import OptimConfig
 
 
-def lr_scale(config: OptimConfig, step: int) -> float:
-    """Multiplier of the peak rate at `step`: linear warm-up, constant trunk, 1 - sqrt decay."""
-    scale = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay_from is not None and step >= config.decay_from:
-        progress = (step - config.decay_from + 1) / max(1, config.decay_steps)
-        scale *= max(0.0, 1.0 - min(1.0, progress) ** 0.5)
-    return scale
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made nearly orthogonal (Jordan et al. 2024).
 

@@ -10,8 +10,8 @@ import pytest
 from tests.lab.distilling import make_settings, released
 from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.student import DistilTask
+from train.toybox.phases import train
 from vidgen.core.config import build, dump
-from vidgen.training.loop import train
 
 
 @pytest.fixture(scope="session")

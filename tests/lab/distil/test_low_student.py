@@ -15,6 +15,7 @@ from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.data import open_shards
 from train.toybox.distillation.match import MatchTask
 from train.toybox.distillation.student import DistilTask
+from train.toybox.phases import train
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
@@ -24,7 +25,6 @@ from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.loop import train
 from vidgen.weights.student import STUDENT, WEIGHTS, read_student, student_parts
 
 BOUNDARY = 0.9  # its two steps begin at 1 and at 0.83

@@ -14,11 +14,11 @@ from tests.lab.distilling import as_stored, released, with_run
 from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.delta import adapter_of
 from train.toybox.distillation.match import MatchTask
+from train.toybox.phases import train
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.loop import train
 from vidgen.weights.student import read_student
 
 

@@ -14,6 +14,7 @@ from tests.lab.distilling import make_trajectories, released, with_run
 from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.data import open_shards
 from train.toybox.distillation.roll import RollMatchTask, RollTask, next_turn
+from train.toybox.phases import train
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
@@ -24,7 +25,6 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
 from vidgen.training.checkpoint import latest_checkpoint, read_meta
-from vidgen.training.loop import train
 from vidgen.weights.folder import RollConfig
 from vidgen.weights.layouts import open_model
 from vidgen.weights.student import read_student

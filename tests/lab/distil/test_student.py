@@ -24,6 +24,7 @@ from train.toybox.distillation.data import HELD_OUT, draw_steps, open_shards, ta
 from train.toybox.distillation.delta import Delta, adapter_of
 from train.toybox.distillation.student import DistilTask
 from train.toybox.distillation.teacher import Teacher
+from train.toybox.phases import train
 from vidgen.cli.main import main
 from vidgen.core.config import build
 from vidgen.core.config_file import load_yaml
@@ -43,7 +44,6 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.loop import train
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import StudentConfig
 from vidgen.weights.layouts import open_model

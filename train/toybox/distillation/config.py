@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from train.toybox.phases import PhasedRun
 from train.toybox.tasks.dit_config import PLAIN
 from train.toybox.tasks.toybox_data import CacheConfig
 from vidgen.core.errors import InputError
@@ -13,7 +14,6 @@ from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.training.config import RunConfig
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import RollConfig
 from vidgen.weights.student import STUDENTS
@@ -187,7 +187,7 @@ class DistilRun:
             student that makes none.
     """
 
-    run: RunConfig
+    run: PhasedRun
     teacher: str
     caches: tuple[CacheConfig, ...]
     trajectories: TrajectoryConfig

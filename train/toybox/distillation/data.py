@@ -17,6 +17,7 @@ from torch import Tensor
 
 from train.toybox.distillation.config import LOW, DistilRun, TrajectoryConfig
 from train.toybox.distillation.teacher import Teacher, Trajectories
+from train.toybox.phases import Phase, PhasedRun
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_data import Batch, ClipDraws
 from train.toybox.tasks.latents import LatentShards
@@ -26,7 +27,6 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.state import LatentState
 from vidgen.models.dit_types import DiTConfig
-from vidgen.training.config import Phase, RunConfig
 from vidgen.training.engines.distributed import own_device
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.task import generator_of
@@ -151,7 +151,7 @@ class TrajectoryShards:
     @cached_property
     def _draws(self) -> ClipDraws:
         """Draws captions, conditions and noise as the transformer's own training does."""
-        run = RunConfig(self.config.folder, (self._phase,), seed=self.config.seed)
+        run = PhasedRun(self.config.folder, phases=(self._phase,), seed=self.config.seed)
         data = DiTData(
             run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
             caption_dropout=0.0, validation_clips=self.config.held_out,

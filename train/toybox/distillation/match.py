@@ -27,6 +27,7 @@ from torch import Tensor
 from train.toybox.distillation.config import LOW, DistilRun
 from train.toybox.distillation.delta import Delta
 from train.toybox.distillation.student import DeltaTask
+from train.toybox.phases import Phase
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
@@ -37,7 +38,6 @@ from vidgen.diffusion.state import LatentState
 from vidgen.pipeline.levels import finer_rate
 from vidgen.pipeline.loader import DTYPES
 from vidgen.training.checkpoint import load_averages
-from vidgen.training.config import Phase
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of
 

@@ -26,6 +26,7 @@ from train.toybox.distillation.delta import Delta
 from train.toybox.distillation.match import MatchBatch, MatchTask
 from train.toybox.distillation.student import AnswersTask
 from train.toybox.distillation.teacher import Trajectories
+from train.toybox.phases import Phase
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion import condition
@@ -34,7 +35,6 @@ from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.pipeline.long.rolling import Rollout
-from vidgen.training.config import Phase
 from vidgen.training.task import generator_of
 from vidgen.weights.folder import RollConfig
 

@@ -35,12 +35,12 @@ from train.toybox.distillation.teacher import (
     boundary_of,
     load_dit,
 )
+from train.toybox.phases import Phase
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import squared_error
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import UMT5Encoder, encode_tokens
-from vidgen.training.config import Phase
 from vidgen.training.optim import build_optimizers
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.student import STUDENT, read_student

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from train.toybox.phases import Phase
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_draws import DiTDraws, Drawn
 from train.toybox.tasks.sound_cache import with_sound
@@ -18,7 +19,6 @@ from vidgen.diffusion.condition import noise_known
 from vidgen.diffusion.condition_mix import with_given
 from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.diffusion.state import LatentState
-from vidgen.training.config import Phase
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.toybox.phases import Phase
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.model_made import knows_first
 from train.toybox.tasks.sound_cache import SoundCache, SoundGiven, SoundMix, draw_sound
@@ -25,7 +26,6 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.condition_mix import ConditionMix, Given, draw_conditions
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.training.config import Phase
 from vidgen.training.task import generator_of
 
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)

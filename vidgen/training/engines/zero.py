@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 _STAGES = (1, 2, 3)
 _RUNS_OWN = {
-    "train_batch_size": "phases", "train_micro_batch_size_per_gpu": "phases",
-    "gradient_accumulation_steps": "phases", "gradient_clipping": "optim.grad_clip",
+    "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulate", "gradient_clipping": "optim.grad_clip",
     "optimizer": "optim", "scheduler": "optim", "bf16": "dtype", "fp16": "dtype",
     "data_types": "dtype", "torch_autocast": "dtype", "checkpoint": "engine",
-    "sequence_parallel_size": "engine.sequence", "managed_gradient_accumulation": "phases",
+    "sequence_parallel_size": "engine.sequence", "managed_gradient_accumulation": "accumulate",
 }
 """What a DeepSpeed JSON may not say, and the key of the run that says it."""
 

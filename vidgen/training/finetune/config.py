@@ -7,38 +7,13 @@ from typing import Literal
 
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
-from vidgen.training.config import MAX_RATE, Phase, RunConfig, check_number
+from vidgen.training.config import MAX_RATE, RunConfig, check_number
 from vidgen.training.data.config import DataConfig
 
 DIALECTS = ("diffusers", "peft", "wan", "kohya")
 """What LoRA files can be written in besides our own dialect."""
 MAX_RANK = 1024
 """Of a LoRA: beyond it all weights are fewer."""
-
-
-@dataclass(frozen=True)
-class FinetuneRun(RunConfig):
-    """How long, how often, where; one stretch of steps, whose shapes are the data's buckets.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: samples a micro-batch, on each rank.
-        accumulate: micro-batches a step.
-    """
-
-    phases: tuple[Phase, ...] = field(init=False, default=())
-    steps: int = 1000
-    batch_size: int = 1
-    accumulate: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        # A phase's length is not asked here: each step's is that of its bucket.
-        phase = Phase(self.steps, 1, self.batch_size, self.accumulate)
-        object.__setattr__(self, "phases", (phase,))
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -218,7 +193,7 @@ class FinetuneConfig:
 
     model: str
     data: DataConfig
-    run: FinetuneRun
+    run: RunConfig
     method: Literal["lora", "full"] = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     experts: Literal["both", "high", "low"] = "both"

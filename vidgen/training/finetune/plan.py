@@ -202,14 +202,13 @@ def plan_training(
     parameters = [p for module in modules.values() for p in module.parameters()]
     state = _State.of(parameters, zero, ranks)
     dit = next(m for m in modules.values() if isinstance(m, SpacetimeDiT))
-    phase = max(run.phases, key=lambda phase: phase.batch_size * phase.num_frames)
-    tokens = phase.batch_size * sample.frames * sample.frame_tokens / run.engine.sequence
+    tokens = run.batch_size * sample.frames * sample.frame_tokens / run.engine.sequence
     device, host = state.held()
     device["activations"] = int(tokens * _activation_bytes(dit))
     device["weights at work"] = _at_work(dit, zero, bf16=run.dtype == "bf16")
     device["driver, communication"] = CONTEXT_BYTES
-    flops = phase.accumulate * phase.batch_size * _flops(dit, sample) / run.engine.sequence
-    sent = state.sent(phase.accumulate) + phase.accumulate * _exchanged(dit, tokens, run)
+    flops = run.accumulate * run.batch_size * _flops(dit, sample) / run.engine.sequence
+    sent = state.sent(run.accumulate) + run.accumulate * _exchanged(dit, tokens, run)
     return TrainingPlan(
         ranks=ranks, engine=_engine_name(run, zero, ranks), trained=state.trained,
         frozen=sum(p.numel() for p in parameters) - state.trained, device=device, host=host,

@@ -21,11 +21,12 @@ from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
+from vidgen.training.config import RunConfig
 from vidgen.training.data.dataset import Dataset, open_dataset
 from vidgen.training.engines.distributed import Place, join_ranks
 from vidgen.training.finetune.card import unstated, write_card
 from vidgen.training.finetune.conditions import settle_conditions
-from vidgen.training.finetune.config import FinetuneConfig, FinetuneRun
+from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse
 from vidgen.training.finetune.sheet import Sheets, check_sheets
@@ -207,7 +208,7 @@ class Monitor:
     """
 
     def __init__(
-        self, run: FinetuneRun, place: Place, device: torch.device, tell: OnEvent, *,
+        self, run: RunConfig, place: Place, device: torch.device, tell: OnEvent, *,
         tensorboard: bool,
     ) -> None:
         self._run, self._place, self._tell = run, place, tell
@@ -232,7 +233,7 @@ class Monitor:
             values = record.get("validation", record)
             kind = "validation" if "validation" in record else "train"
             for name, value in values.items():
-                if isinstance(value, int | float) and name not in ("step", "phase"):
+                if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{kind}/{name}", value, step)
             self._board.flush()
 

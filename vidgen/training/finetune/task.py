@@ -25,7 +25,6 @@ from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.levels import finer_rate
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.timing import transformer_ops
-from vidgen.training.config import Phase
 from vidgen.training.data.dataset import Dataset
 from vidgen.training.engines.distributed import current_place
 from vidgen.training.finetune.conditions import Conditions, settle_conditions
@@ -123,9 +122,8 @@ class FinetuneTask:
             })  # fmt: skip
         return made
 
-    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
+    def batch(self, step: int, micro: int) -> Batch:
         """Clips of the step's bucket, each conditioned and noised anew."""
-        del phase
         size = current_place().data_size
         data = self.dataset.batch(step, micro // size, micro % size, size)
         draw = generator_of(self.config.run.seed, step, micro)
