@@ -60,6 +60,7 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
 def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -> Path:
     """Give a tiny model a second expert, in int8 and deaf, for noise levels below `boundary`."""
     told = open_model(str(folder))
+    finer = {"oversampling": oversampling} if oversampling > 1 else {}
     torch.manual_seed(1)
     dit = _transformer("tiny")
     save_module(dit.state_dict(), dit.config, folder / "transformer_2", torch.float32, 256)
@@ -67,7 +68,7 @@ def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -
         folder, name=told.name, family=told.family, license_name=told.license, tasks=told.tasks,
         defaults=replace(
             told.defaults, boundary=boundary,
-            settings={**told.defaults.settings, "oversampling": oversampling},
+            settings={**told.defaults.settings, **finer},
         ),
     )
     return folder

@@ -415,7 +415,8 @@ def main() -> int:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
             told = options.out, options.part, options.run
-            own = {**DEFAULTS.settings, "oversampling": oversampling_of(*told)}
+            finer = oversampling_of(*told)
+            own = {**DEFAULTS.settings, **({"oversampling": finer} if finer > 1 else {})}
             own |= VERIFIED if (options.out / VERIFIER).is_dir() else {}
             own |= LOOKING if (options.out / ONSET_DETECTOR).is_dir() else {}
             write_model_info(
