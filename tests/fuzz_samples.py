@@ -77,7 +77,7 @@ def make_samples(folder: Path) -> None:
     save_file({"latents": NOISE}, folder / "noise.safetensors")
     _texts(folder)
     (folder / "run.yaml").write_text(
-        "# a run\nfolder: runs/x\nphases:\n  - {steps: 10, num_frames: 1, batch_size: 4}\n"
+        "# a run\nfolder: runs/x\nsteps: 10\nbatch_size: 4\n"
         "optim: {lr: 1.0e-3, betas: [0.9, 0.98]}\ndtype: bf16\nminutes: null\n"
     )
 

@@ -223,20 +223,32 @@ def test_a_clip_is_rolled_out_without_previews(tmp_path):
     assert {event["stage"] for event in told} >= {"write", "finish"}
 
 
-def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking):
+def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking, monkeypatch):
+    is_deaf = False
+    hear = service.judge._hear
+
+    def hear_no_answer(message):
+        """As if the process had died before it answered."""
+        if not (is_deaf and message["event"] == "answer"):
+            hear(message)
+
     def killed_while_asked(answer):
         wait_for(lambda: service.judge._is_ready)
         child = service.judge._child
-        os.kill(child.process.pid, signal.SIGSTOP)
-        answer = answer or asking.submit(service.video, LONG, BOB)
-        wait_for(lambda: service.judge._open)
+        if answer is None:
+            os.kill(child.process.pid, signal.SIGSTOP)
+            answer = asking.submit(service.video, LONG, BOB)
+            wait_for(lambda: service.judge._open)
         os.kill(child.process.pid, signal.SIGKILL)
         wait_for(lambda: service.judge._child is not child)
         return answer
 
+    monkeypatch.setattr(service.judge, "_hear", hear_no_answer)
     job = killed_while_asked(None).result(60)
     assert job.ask["num_steps"] == 200
     service.scheduler.cancel(job)
+    is_deaf = True
     with pytest.raises(Refusal, match="brings the reader"):
         killed_while_asked(killed_while_asked(None)).result(60)
+    is_deaf = False
     service.scheduler.cancel(service.video(LONG, BOB))
