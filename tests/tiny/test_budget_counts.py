@@ -68,11 +68,11 @@ def test_the_vae_multiplies_about_as_counted(name, decode):
 def test_the_vae_holds_what_is_predicted(decode, rate):
     config = replace(VAE_PRESETS["toybox"], decoder_dim=16, encoder_dim=16)
     vae, strides = CausalVAE(config).eval(), config.strides
-    latents = torch.randn(1, config.latent_channels, 4, 12, 12)
+    finer, latents = vae.at_rate(rate), torch.randn(1, config.latent_channels, 4, 12, 12)
     video = torch.randn(1, 3, 1 + 3 * strides.t, 12 * strides.hw, 12 * strides.hw)
     with torch.no_grad(), Live() as live:
-        for part in (vae.stream_decode(latents, oversampling=rate) if decode
-                     else vae.stream_encode([video[:, :, : 1 + 12 // rate]], oversampling=rate)):
+        for part in (finer.stream_decode(latents) if decode
+                     else finer.stream_encode([video[:, :, : 1 + 12 // rate]])):
             del part
     fused = torch.float32 in native.known_dtypes()
     predicted = vae_bytes(config, 12, 12, 4, decode=decode, fused=fused, oversampling=rate)

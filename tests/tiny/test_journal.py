@@ -21,6 +21,7 @@ from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
+from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import (
@@ -250,20 +251,20 @@ def test_decoding_from_the_middle_begins_no_earlier_than_it_must(engine, monkeyp
     latents = torch.randn(1, engine.vae_config.latent_channels, 40, 4, 4)
     with engine.parts.use("vae") as vae:
         sizes: list[int] = []
-        stream = vae.stream_decode
+        stream = type(vae).stream_decode
 
         def counting(
-            pieces: Iterator[torch.Tensor], oversampling: int
+            vae: CausalVAE, pieces: Iterator[torch.Tensor]
         ) -> Iterator[torch.Tensor]:
             kept = list(pieces)
             sizes.append(sum(piece.shape[2] for piece in kept))
-            return stream(iter(kept), oversampling=oversampling)
+            return stream(vae, iter(kept))
 
-        monkeypatch.setattr(vae, "stream_decode", counting)
+        monkeypatch.setattr(type(vae), "stream_decode", counting)
         for rate in (1, 2):
             t, last = vae.strides.t // rate, 39
             next(engine.decode_video(latents, 1 + (last - 1) * t, oversampling=rate))
-        assert sizes == [vae.receptive_frames(), vae.receptive_frames(2)]
+        assert sizes == [vae.receptive_frames(), vae.at_rate(2).receptive_frames()]
         assert sizes[0] < sizes[1] < 40
 
 

@@ -93,20 +93,21 @@ def test_nothing_sees_the_future(vae):
 def test_stream_encoding_equals_whole_encoding(rated, chunks):
     vae, rate = rated
     video = random_video(17, batch=2)
-    stream = list(vae.stream_encode(video.split(chunks, dim=2), oversampling=rate))
+    stream = list(vae.at_rate(rate).stream_encode(video.split(chunks, dim=2)))
     assert [latent.shape[2] for latent in stream] == [1] * (1 + 16 * rate // vae.strides.t)
-    torch.testing.assert_close(torch.cat(stream, 2), vae.encode(video, rate), rtol=0, atol=1e-5)
+    whole = vae.at_rate(rate).encode(video)
+    torch.testing.assert_close(torch.cat(stream, 2), whole, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_stream_decoding_equals_whole_decoding(rated):
     vae, rate = rated
     latents = torch.randn(2, 4, 5, 4, 4)
-    whole = vae.decode(latents, rate)
-    pieces = list(vae.stream_decode(latents, oversampling=rate))
+    whole = vae.at_rate(rate).decode(latents)
+    pieces = list(vae.at_rate(rate).stream_decode(latents))
     assert [piece.shape[2] for piece in pieces] == [1] + [vae.strides.t // rate] * 4
     torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=0, atol=1e-5)
-    pieces = list(vae.stream_decode(iter(latents.split([2, 3], dim=2)), oversampling=rate))
+    pieces = list(vae.at_rate(rate).stream_decode(iter(latents.split([2, 3], dim=2))))
     torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=0, atol=1e-5)
 
 
@@ -144,12 +145,12 @@ def test_stream_caches_do_not_grow(vae):
 @torch.no_grad()
 def test_receptive_frames_are_exact(rated):
     vae, rate = rated
-    reach = vae.receptive_frames(rate)
+    reach = vae.at_rate(rate).receptive_frames()
     latents = torch.randn(1, 4, reach + 3, 2, 2, dtype=torch.float64)
-    vae = vae.double()
+    finer = vae.double().at_rate(rate)
     changed = latents.clone()
     changed[:, :, 2] += 10
-    differs = (vae.decode(latents, rate) != vae.decode(changed, rate)).any(1).any(-1).any(-1)[0]
+    differs = (finer.decode(latents) != finer.decode(changed)).any(1).any(-1).any(-1)[0]
     t = vae.strides.t // rate
     groups = [differs[:1], *differs[1:].split(t)]
     assert [bool(group.any()) for group in groups] == [2 <= i < 2 + reach for i in range(reach + 3)]
@@ -161,23 +162,23 @@ def test_latent_frames_lie_closer_at_a_finer_rate(rate):
     """What stands still is encoded as a longer clip of it; of repeated frames fewer are shown."""
     vae = make("tiny")
     still = random_video(1).expand(-1, -1, 129, -1, -1)  # past what stands before the clip
-    finer, longer = vae.encode(still, rate), vae.encode(still)
+    finer, longer = vae.at_rate(rate).encode(still), vae.encode(still)
     assert finer.shape[2] == 1 + 32 * rate
     torch.testing.assert_close(finer[:, :, -1], longer[:, :, -1], rtol=0, atol=1e-5)
     inflate(vae)
     latents = torch.randn(1, 4, 3, 4, 4)
     torch.testing.assert_close(
-        vae.decode(latents, rate), vae.decode(latents)[:, :, ::rate], rtol=0, atol=1e-5
+        vae.at_rate(rate).decode(latents), vae.decode(latents)[:, :, ::rate], rtol=0, atol=1e-5
     )
 
 
 @torch.no_grad()
 def test_frames_in_motion_are_told_apart_at_a_finer_rate():
     vae, video = make("tiny"), random_video(9)
-    finer = vae.encode(video, 2)
+    finer = vae.at_rate(2).encode(video)
     assert finer.shape[2] == 5
     changed = torch.cat([video[:, :, :3], random_video(6)], 2)
-    same = vae.encode(changed, 2)
+    same = vae.at_rate(2).encode(changed)
     torch.testing.assert_close(same[:, :, :2], finer[:, :, :2], rtol=0, atol=1e-6)
     assert not torch.allclose(same[:, :, 2:], finer[:, :, 2:], atol=1e-3)
 
@@ -188,12 +189,20 @@ def test_frames_in_motion_are_told_apart_at_a_finer_rate():
     ("shortcuts", 2, "oversampling is 2, but a VAE with stage shortcuts has one rate; give 1"),
 ])  # fmt: skip
 def test_a_rate_that_a_vae_cannot_take_is_refused(name, rate, why):
-    vae = make(name)
-    for what in (lambda: vae.decode(torch.zeros(1, 4, 2, 4, 4), rate),
-                 lambda: vae.encode(random_video(9), rate),
-                 lambda: next(vae.stream_encode([random_video(9)], oversampling=rate))):
-        with pytest.raises(InputError, match=why):
-            what()
+    with pytest.raises(InputError, match=why):
+        make(name).at_rate(rate)
+
+
+def test_a_finer_rate_has_the_weights_whatever_becomes_of_them():
+    vae, latents = make("tiny"), torch.randn(1, 4, 3, 4, 4)
+    finer = vae.at_rate(2)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(1.1)
+        vae.decoder.conv_out.bias = torch.nn.Parameter(torch.ones(3))
+        again = vae.double().at_rate(2)
+        assert torch.equal(finer.decode(latents.double()), again.decode(latents.double()))
+    assert vae.strides.t == 2 * finer.strides.t == 2 * again.strides.t
 
 
 def test_one_clip_decodes_alike_with_and_without_gradients(vae):

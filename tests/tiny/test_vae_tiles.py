@@ -63,17 +63,18 @@ def test_a_tile_reads_as_far_as_its_convolutions_reach() -> None:
 @pytest.mark.parametrize("tiles", GRIDS, ids=str)
 @pytest.mark.parametrize(("name", "rate"), [*((name, 1) for name in CONFIGS), ("tiny", 2)])
 def test_tiles_give_the_whole_picture(name: str, tiles: Tiles, rate: int) -> None:
-    vae = make(CONFIGS[name])
+    coarse = make(CONFIGS[name])
+    vae = coarse.at_rate(rate)
     latents = drawn(2, 4, 6, 12, 18)  # more frames than pass at once
-    whole = torch.cat([*vae.stream_decode(latents, oversampling=rate)], 2)
-    parts = [*decode_in_tiles(vae, latents.split([2, 4], dim=2), tiles, room, rate)]
-    assert [part.shape[2] for part in parts] == [1] + [vae.strides.t // rate] * 5
+    whole = torch.cat([*vae.stream_decode(latents)], 2)
+    parts = [*decode_in_tiles(vae, latents.split([2, 4], dim=2), tiles, room)]
+    assert [part.shape[2] for part in parts] == [1] + [coarse.strides.t // rate] * 5
     made = torch.cat(parts, 2)
     assert (made - whole).abs().max() < 1e-5
     assert psnr(made, whole) > 120
     video = whole.clamp(-1, 1)
-    expected = vae.encode(video, rate)
-    found = [*encode_in_tiles(vae, video.split(3, dim=2), tiles, room, rate)]
+    expected = vae.encode(video)
+    found = [*encode_in_tiles(vae, video.split(3, dim=2), tiles, room)]
     assert [latent.shape[2] for latent in found] == [1] * 6
     assert (torch.cat(found, 2) - expected).abs().max() < 1e-5
 

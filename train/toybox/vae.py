@@ -223,23 +223,22 @@ class VAETask:
         finer, oversampling = self._rates(step)
         given = oversampling // finer
         shown, mask = video[:, :, ::finer], batch["mask"][:, :, ::finer]
-        mean, logvar = self.vae.encode_moments(video, given)
+        mean, logvar = self.vae.at_rate(given).encode_moments(video)
         mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
         latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        decoded = self.vae.decode_raw(latents, oversampling).float()
+        shown_by = self.vae.at_rate(oversampling)
+        decoded = shown_by.decode_raw(latents).float()
         total, error = self._distance(decoded, shown, mask)
         if step % max(1, round(1 / max(weights.equivariance_share, 1e-6))) == 0:
             small = F.avg_pool3d(latents, (1, 2, 2))
             target, inside = (F.avg_pool3d(each, (1, 2, 2)) for each in (shown, mask))
-            pooled, _ = self._distance(
-                self.vae.decode_raw(small, oversampling).float(), target, inside
-            )
+            pooled, _ = self._distance(shown_by.decode_raw(small).float(), target, inside)
             total = total + weights.equivariance * pooled
         total = total + weights.kl * kl
         if self.before is not None:
             with torch.no_grad():
-                before = self.before.encode(video, given).float()
+                before = self.before.at_rate(given).encode(video).float()
             drift = self.vae.normalize(mean) - before
             total = total + weights.keep * drift.square().mean()
         psnr = -10 * (error.detach().square().mean() / 4).log10()
@@ -282,11 +281,11 @@ class VAETask:
 
     def _reconstruct(self, video: Tensor, oversampling: int) -> Tensor:
         parts = []
-        bf16 = self.config.run.dtype == "bf16"
+        bf16, vae = self.config.run.dtype == "bf16", self.vae.at_rate(oversampling)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             for clip in video.split(8):
-                mean, _ = self.vae.encode_moments(clip, oversampling)
-                parts.append(self.vae.decode_raw(mean, oversampling))
+                mean, _ = vae.encode_moments(clip)
+                parts.append(vae.decode_raw(mean))
         return torch.cat(parts).float().clamp(-1, 1)
 
 

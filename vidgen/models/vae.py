@@ -4,7 +4,7 @@ The first frame is a latent frame of its own, each later latent frame adds `stri
 nothing ever sees a later frame. So a still is a clip of one frame, and a clip can be encoded and
 decoded in a stream of any length in constant memory.
 
-With `oversampling` latent frames lie closer in time: so many for each one, each of fewer frames.
+A VAE's view `at_rate` has latent frames closer in time: so many for each one, each of fewer frames.
 What is nearest to pixels works at the rate of the frames, so that it costs no more.
 
 Axes: B batch, C latent channels, T frames, H rows, W columns, F latent frames, h w latent rows and
@@ -14,14 +14,16 @@ columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides, VideoShape
-from vidgen.models.vae_blocks import DownStage, MidBlock, Upsample, UpStage
+from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
 from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.latents import (
     NormalizedLatents,
@@ -30,6 +32,8 @@ from vidgen.ops.latents import (
     unpatchify_pixels,
 )
 from vidgen.ops.norm import ChannelRMSNorm
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -158,16 +162,11 @@ class Encoder(nn.Module):
             2 * config.latent_channels, 2 * config.latent_channels, (1, 1, 1)
         )
 
-    def forward(
-        self, x: Tensor, finer: tuple[bool, ...], cache: StreamCache | None = None
-    ) -> Tensor:
-        """[B, 3 * p * p, T, H / p, W / p] -> [B, 2 * C, F, h, w], mean and log-variance.
-
-        `finer` is what the config's `finer_stages` says, here and in the decoder.
-        """
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, 3 * p * p, T, H / p, W / p] -> [B, 2 * C, F, h, w], mean and log-variance."""
         x = self.conv_in(x, cache)
-        for stage, kept in zip(self.stages, finer, strict=True):
-            x = stage(x, cache, finer=kept)
+        for stage in self.stages:
+            x = stage(x, cache)
         return self.leave(x, cache)
 
     def leave(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
@@ -196,13 +195,11 @@ class Decoder(nn.Module):
         self.norm_out = ChannelRMSNorm(outs[-1])
         self.conv_out = CausalConv3d(outs[-1], 3 * config.patch_size**2, (3, 3, 3))
 
-    def forward(
-        self, x: Tensor, finer: tuple[bool, ...], cache: StreamCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C, F, h, w] -> [B, 3 * p * p, T, H / p, W / p]."""
         x = self.enter(x, cache)
-        for stage, kept in zip(self.stages, by_decoder(finer), strict=True):
-            x = stage(x, cache, finer=kept)
+        for stage in self.stages:
+            x = stage(x, cache)
         return self.conv_out.after_norm(self.norm_out, x, cache)
 
     def enter(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
@@ -215,10 +212,18 @@ def by_decoder(finer: tuple[bool, ...]) -> tuple[bool, ...]:
     return *finer[-2::-1], False
 
 
+def _view(module: Module) -> Module:
+    """Copy a module and those inside it; parameters, buffers and hooks are shared."""
+    view = copy(module)
+    view._modules = {name: _view(child) for name, child in module.named_children()}
+    return view
+
+
 class CausalVAE(NormalizedLatents, nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, F, h, w]."""
 
     config: VAEConfig
+    oversampling: int = 1
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -232,62 +237,77 @@ class CausalVAE(NormalizedLatents, nn.Module):
     @property
     def strides(self) -> Strides:
         """Frames and pixels per latent frame and latent pixel."""
-        return self.config.strides
+        return self.config.strides.finer(self.oversampling)
 
-    def encode_moments(self, video: Tensor, oversampling: int = 1) -> tuple[Tensor, Tensor]:
+    def at_rate(self, oversampling: int) -> CausalVAE:
+        """Return this VAE with latent frames closer in time; both have the same weights, always.
+
+        Args:
+            oversampling: latent frames for each one of the config's, a power of two up to
+                strides.t, which leave strides.t / oversampling frames in a latent frame.
+
+        Raises:
+            InputError: a rate that frames can't be taken at.
+        """
+        finer = self.config.finer_stages(oversampling)
+        if oversampling == self.oversampling:
+            return self
+        view = _view(self)
+        view.oversampling = oversampling
+        stages, flags = (*view.encoder.stages, *view.decoder.stages), (*finer, *by_decoder(finer))
+        for stage, is_finer in zip(stages, flags, strict=True):
+            for module in stage.children():
+                if isinstance(module, Downsample | Upsample):
+                    module.finer = is_finer
+        return view
+
+    def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, not normalised, in one pass over the clip.
 
         Args:
             video: [B, 3, T, H, W] in [-1, 1], T = 1 mod frames in a latent frame, H and W multiples
                 of strides.hw.
-            oversampling: latent frames for each one, a power of two up to strides.t, which leave
-                strides.t / oversampling frames in a latent frame.
 
         Returns:
             Two tensors [B, C, F, h, w].
 
         Raises:
-            InputError: if the strides do not divide the clip, or the rate can't be had.
+            InputError: if the strides do not divide the clip.
         """
         B, _, T, H, W = video.shape
-        finer = self.config.finer_stages(oversampling)
-        strides = self.strides.finer(oversampling)
-        VideoShape(T, H, W, batch=B).latent(strides, self.config.latent_channels)
-        mean, logvar = self._encode(video, finer, None).chunk(2, dim=1)
+        VideoShape(T, H, W, batch=B).latent(self.strides, self.config.latent_channels)
+        mean, logvar = self._encode(video, None).chunk(2, dim=1)
         return mean, logvar
 
-    def decode_raw(self, latents: Tensor, oversampling: int = 1) -> Tensor:
+    def decode_raw(self, latents: Tensor) -> Tensor:
         """Video [B, 3, T, H, W], not clamped, of latents [B, C, F, h, w] as encoded."""
-        return self._decode(latents, self.config.finer_stages(oversampling), None)
+        return self._decode(latents, None)
 
-    def encode(self, video: Tensor, oversampling: int = 1) -> Tensor:
+    def encode(self, video: Tensor) -> Tensor:
         """The posterior's mode, normalised, [B, C, F, h, w]; see `encode_moments`."""
-        return self.normalize(self.encode_moments(video, oversampling)[0])
+        return self.normalize(self.encode_moments(video)[0])
 
-    def decode(self, latents: Tensor, oversampling: int = 1) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Video [B, 3, T, H, W], not clamped, of normalised latents [B, C, F, h, w]."""
-        return self.decode_raw(self.denormalize(latents), oversampling)
+        return self.decode_raw(self.denormalize(latents))
 
-    def _encode(self, video: Tensor, finer: tuple[bool, ...], cache: StreamCache | None) -> Tensor:
+    def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
-        return self.encoder(channels_last(x), finer, cache)
+        return self.encoder(channels_last(x), cache)
 
-    def _decode(
-        self, latents: Tensor, finer: tuple[bool, ...], cache: StreamCache | None
-    ) -> Tensor:
-        patches = self.decoder(channels_last(latents), finer, cache)
+    def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
+        patches = self.decoder(channels_last(latents), cache)
         return unpatchify_pixels(patches, self.config.patch_size)
 
     @torch.no_grad()
     def stream_encode(
-        self, frames: Iterable[Tensor], cache: StreamCache | None = None, oversampling: int = 1
+        self, frames: Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
         """Encode frames as they come, in memory that does not grow with their number.
 
         Args:
             frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
             cache: where an earlier stream stopped, and where this one does; None: a new clip.
-            oversampling: see `encode_moments`.
 
         Yields:
             Normalised latents [B, C, 1, h, w], equal to those of `encode` on the whole clip.
@@ -296,27 +316,23 @@ class CausalVAE(NormalizedLatents, nn.Module):
             InputError: if frames are left over at the end that do not fill a latent frame.
         """
         cache = StreamCache() if cache is None else cache
-        finer = self.config.finer_stages(oversampling)
-        for chunk in self.groups(frames, cache.position, oversampling):
-            moments = self._encode(chunk, finer, cache)
+        for chunk in self.groups(frames, cache.position):
+            moments = self._encode(chunk, cache)
             cache.position += 1
             yield self.normalize(moments.chunk(2, dim=1)[0])
 
-    def groups(
-        self, frames: Iterable[Tensor], position: int = 0, oversampling: int = 1
-    ) -> Iterator[Tensor]:
+    def groups(self, frames: Iterable[Tensor], position: int = 0) -> Iterator[Tensor]:
         """Frames [B, 3, n, H, W] as they come, put together by the latent frame that they make.
 
         Args:
             frames: chunks of any lengths.
             position: latent frames that were made before.
-            oversampling: see `encode_moments`.
 
         Raises:
             InputError: if frames are left over at the end that do not fill a latent frame.
         """
         held: list[Tensor] = []
-        each = self.strides.t // oversampling
+        each = self.strides.t
         for chunk in frames:
             held.extend(chunk.unbind(2))
             while len(held) >= (need := each if position else 1):
@@ -329,48 +345,41 @@ class CausalVAE(NormalizedLatents, nn.Module):
 
     @torch.no_grad()
     def stream_decode(
-        self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None,
-        oversampling: int = 1,
+        self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
         """Decode a latent frame at a time, in memory that does not grow with their number.
 
         Args:
             latents: normalised, [B, C, F, h, w] whole or in pieces.
             cache: where an earlier stream stopped, and where this one does; None: a new clip.
-            oversampling: see `encode_moments`.
 
         Yields:
-            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` / `oversampling`
-            at a time, equal to `decode` of the whole.
+            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` at a time, equal
+            to `decode` of the whole.
         """
         cache = StreamCache() if cache is None else cache
-        finer = self.config.finer_stages(oversampling)
         for piece in (latents,) if isinstance(latents, Tensor) else latents:
             for frame in piece.split(1, dim=2):
-                video = self._decode(self.denormalize(frame), finer, cache)
+                video = self._decode(self.denormalize(frame), cache)
                 cache.position += 1
                 yield video
 
-    def receptive_frames(self, oversampling: int = 1) -> int:
+    def receptive_frames(self) -> int:
         """Latent frames that one latent frame's pixels depend on, itself included.
 
         Walks from a pixel frame far from the start back through the decoder to its earliest latent
         frame; the first and the last frame of a group reach differently far, so all are tried.
         """
-        t, far = self.strides.t // oversampling, 10_000
-        earliest = min(self._earliest_latent(far * t - phase, oversampling) for phase in range(t))
+        t, far = self.strides.t, 10_000
+        earliest = min(self._earliest_latent(far * t - phase) for phase in range(t))
         return far - earliest + 1
 
-    def _earliest_latent(self, frame: int, oversampling: int) -> int:
+    def _earliest_latent(self, frame: int) -> int:
         """Earliest latent frame that pixel frame `frame` depends on."""
-        finer = by_decoder(self.config.finer_stages(oversampling))
-        kept = {
-            stage.upsample for stage, kept in zip(self.decoder.stages, finer, strict=True) if kept
-        }
         inside = {m.time_conv for m in self.decoder.modules() if isinstance(m, Upsample)}
         for module in reversed([*self.decoder.modules()]):
             if isinstance(module, Upsample) and module.time_conv is not None:
-                frame = frame if module in kept else 1 + (frame - 1) // 2
+                frame = frame if module.finer else 1 + (frame - 1) // 2
                 frame -= module.time_conv.num_history
             elif isinstance(module, CausalConv3d) and module not in inside:
                 frame -= module.num_history

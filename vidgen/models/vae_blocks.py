@@ -86,6 +86,7 @@ class Downsample(nn.Module):
     """
 
     cache_key: str = ""
+    finer: bool = False
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
         super().__init__()
@@ -94,9 +95,7 @@ class Downsample(nn.Module):
         if temporal:
             self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(
-        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T', H / 2, W / 2]."""
         padded = F.pad(frames_of(x), (0, 1, 0, 1))
         x = clip_of(convolve_frames(padded, self.conv.weight, self.conv.bias, stride=2), x.shape[0])
@@ -106,14 +105,14 @@ class Downsample(nn.Module):
         if cache is not None:
             cache.tensors[self.cache_key] = x[:, :, -1:].clone()
         if before is not None:
-            return self._halve_frames(torch.cat([before, x], 2), finer)
+            return self._halve_frames(torch.cat([before, x], 2))
         if x.shape[2] == 1:
             return x
-        return torch.cat([split_first(x)[0], self._halve_frames(x, finer)], 2)
+        return torch.cat([split_first(x)[0], self._halve_frames(x)], 2)
 
-    def _halve_frames(self, x: Tensor, finer: bool) -> Tensor:
+    def _halve_frames(self, x: Tensor) -> Tensor:
         assert self.time_conv is not None
-        return convolve(self.time_conv, _with_middles(x) if finer else x)
+        return convolve(self.time_conv, _with_middles(x) if self.finer else x)
 
 
 def _with_middles(x: Tensor) -> Tensor:
@@ -132,29 +131,29 @@ class Upsample(nn.Module):
     as many as they are (`finer`), the later of each two is made alone.
     """
 
+    finer: bool = False
+
     def __init__(self, in_channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
         self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1)) if temporal else None
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def forward(
-        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C_in, T, H, W] -> [B, C_out, T', 2H, 2W]."""
         if self.time_conv is not None:
             first = cache is None or cache.position == 0
             if not first:
-                x = self._double_frames(x, cache, finer)
+                x = self._double_frames(x, cache)
             elif x.shape[2] > 1:
                 alone, rest = split_first(x)
-                x = torch.cat([alone, self._double_frames(rest, cache, finer)], 2)
+                x = torch.cat([alone, self._double_frames(rest, cache)], 2)
         return clip_of(self._double_pixels(frames_of(x)), x.shape[0])
 
-    def _double_frames(self, x: Tensor, cache: StreamCache | None, finer: bool) -> Tensor:
+    def _double_frames(self, x: Tensor, cache: StreamCache | None) -> Tensor:
         """Each frame gives two, one in either half of the channels of `time_conv`."""
         assert self.time_conv is not None
         y = self.time_conv(x, cache).permute(0, 2, 3, 4, 1)
-        if finer:
+        if self.finer:
             return y.chunk(2, dim=-1)[1].permute(0, 4, 1, 2, 3)
         pairs = torch.stack(y.chunk(2, dim=-1), dim=2)  # [B, T, 2, H, W, C]
         return pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)
@@ -241,15 +240,13 @@ class DownStage(nn.Module):
         if shortcut:
             self.shortcut = MeanDown(in_channels, out_channels, 1 + temporal, 2 if resample else 1)
 
-    def forward(
-        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
-    ) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T', H', W']; `finer`: frames stay as many."""
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T', H', W']."""
         y = x
         for block in self.blocks:
             y = block(y, cache)
         if self.downsample is not None:
-            y = self.downsample(y, cache, finer=finer)
+            y = self.downsample(y, cache)
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
@@ -281,15 +278,13 @@ class UpStage(nn.Module):
             if shortcut:
                 self.shortcut = RepeatUp(in_channels, out_channels, 1 + temporal, 2)
 
-    def forward(
-        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
-    ) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out', T', H', W']; `finer`: frames stay as many."""
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out', T', H', W']."""
         y = x
         for block in self.blocks:
             y = block(y, cache)
         if self.upsample is not None:
-            y = self.upsample(y, cache, finer=finer)
+            y = self.upsample(y, cache)
         if self.shortcut is not None:
             y = y + self.shortcut(x, first=cache is None or cache.position == 0)
         return y

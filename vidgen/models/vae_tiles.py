@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.shapes import Tiles
-from vidgen.models.vae import CausalVAE, VAEConfig, by_decoder
+from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.ops.conv import StreamCache, channels_last
 from vidgen.ops.latents import patchify_pixels, unpatchify_pixels
 
@@ -80,7 +80,7 @@ def grids(rows: int, columns: int) -> Iterator[Tiles]:
 
 @torch.no_grad()
 def decode_in_tiles(
-    vae: CausalVAE, latents: Iterable[Tensor], tiles: Tiles, room: Room, oversampling: int = 1
+    vae: CausalVAE, latents: Iterable[Tensor], tiles: Tiles, room: Room
 ) -> Iterator[Tensor]:
     """`vae.stream_decode` tile by tile.
 
@@ -89,13 +89,11 @@ def decode_in_tiles(
         latents: normalised, [B, C, F, h, w] in pieces.
         tiles: the grid; not more rows or columns than latents have.
         room: where caches are laid away.
-        oversampling: see `CausalVAE.encode_moments`.
 
     Yields:
         Video [B, 3, t, H, W], not clamped, equal to the whole picture's up to rounding.
     """
     decoder, config, begun = vae.decoder, vae.config, StreamCache()
-    finer = by_decoder(config.finer_stages(oversampling))
     frames = (frame for piece in latents for frame in piece.split(1, dim=2))
     entered = (decoder.enter(channels_last(vae.denormalize(frame)), begun) for frame in frames)
 
@@ -105,7 +103,7 @@ def decode_in_tiles(
         for i, stage in enumerate(decoder.stages):
             scale = 1 if stage.upsample is None else 2
             corner = (scale * tile.rows[i][0], scale * tile.columns[i][0])
-            x = stage(x, cache, finer=finer[i])
+            x = stage(x, cache)
             x = _part(x, corner, tile.rows[i + 1], tile.columns[i + 1])
         x = decoder.conv_out.after_norm(decoder.norm_out, x, cache)
         return _part(x, (tile.rows[-2][0], tile.columns[-2][0]), tile.rows[-1], tile.columns[-1])
@@ -119,7 +117,7 @@ def decode_in_tiles(
 
 @torch.no_grad()
 def encode_in_tiles(
-    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles, room: Room, oversampling: int = 1
+    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles, room: Room
 ) -> Iterator[Tensor]:
     """`vae.stream_encode` tile by tile; arguments as in `decode_in_tiles`.
 
@@ -128,7 +126,6 @@ def encode_in_tiles(
         frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
         tiles: see there.
         room: see there.
-        oversampling: see there.
 
     Yields:
         Normalised latents [B, C, 1, h, w], equal to the whole picture's up to rounding.
@@ -137,17 +134,16 @@ def encode_in_tiles(
         InputError: if frames are left over at the end that do not fill a latent frame.
     """
     encoder, config, ended = vae.encoder, vae.config, StreamCache()
-    finer = config.finer_stages(oversampling)
     scale = 2 ** (config.num_stages - 1)
     patches = (channels_last(patchify_pixels(group, config.patch_size))
-               for group in vae.groups(frames, oversampling=oversampling))
+               for group in vae.groups(frames))
 
     def encode(x: Tensor, tile: Tile, cache: StreamCache) -> Tensor:
         x = encoder.conv_in(_part(x, (0, 0), tile.rows[0], tile.columns[0]), cache)
         corner = (tile.rows[0][0], tile.columns[0][0])
         for i, stage in enumerate(encoder.stages, 1):
             x = _part(x, corner, tile.rows[i], tile.columns[i])
-            x = stage(x, cache, finer=finer[i - 1])
+            x = stage(x, cache)
             factor = 1 if stage.downsample is None else 2
             corner = (tile.rows[i][0] // factor, tile.columns[i][0] // factor)
         return _part(x, corner, tile.rows[-1], tile.columns[-1])

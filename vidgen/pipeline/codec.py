@@ -66,26 +66,27 @@ def encode_pixels(
     """
     def encoded(video: Iterable[Tensor]) -> Tensor:
         if tiles is None:
-            frames = vae.stream_encode(video, oversampling=oversampling)
+            frames = vae.stream_encode(video)
         else:
-            frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles), oversampling)
+            frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles))
         return torch.cat(list(frames), dim=2).float()
 
-    with parts.use("vae") as vae:
+    with parts.use("vae") as network:
+        vae = network.at_rate(oversampling)
         dtype = next(vae.parameters()).dtype
         latents = wanted = encoded([video.to(parts.device, dtype)])
         for _ in range(1, passes):
-            shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles, oversampling)
+            shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles)
             latents = latents + BACK_SHARE * (wanted - encoded(part.clamp(-1, 1) for part in shown))
         return latents
 
 
 def _decoded(
-    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None, oversampling: int
+    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None
 ) -> Iterator[Tensor]:
     if tiles is None:
-        return vae.stream_decode(frames, oversampling=oversampling)
-    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles), oversampling)
+        return vae.stream_decode(frames)
+    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles))
 
 
 @torch.no_grad()
@@ -140,11 +141,12 @@ def decode_frames(
     Decoding starts earlier by the decoder's look-back, so that its caches, and the frames, are
     bit-equal.
     """
-    with parts.use("vae") as vae:
+    with parts.use("vae") as network:
+        vae = network.at_rate(oversampling)
         dtype = next(vae.parameters()).dtype
-        first = max(0, begin - vae.receptive_frames(oversampling) + 1)
+        first = max(0, begin - vae.receptive_frames() + 1)
         pieces = (frame.to(parts.device, dtype) for frame in islice(frames, first, None))
-        for index, video in enumerate(_decoded(vae, pieces, tiles, oversampling), first):
+        for index, video in enumerate(_decoded(vae, pieces, tiles), first):
             if index >= begin:
                 yield video
 

@@ -134,7 +134,7 @@ class OpenedModel:
     ) -> Tensor:
         """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
-        See `encode_pixels` for `passes`, `CausalVAE.encode_moments` for `oversampling`.
+        See `encode_pixels` for `passes`, `CausalVAE.at_rate` for `oversampling`.
         """
         return encode_pixels(self.parts, video, tiles, passes, oversampling)
 

@@ -155,11 +155,11 @@ class Crew:
     ) -> Iterator[Tensor]:
         """Yield the result of `codec.decode_latents`, a stretch decoded by each device."""
         self._require_alive()
-        strides = parts.folder.components["vae"].config.strides
-        each = strides.t // oversampling
-        shape = (latents.shape[0], 3, each, *(side * strides.hw for side in latents.shape[3:]))
-        with parts.use("vae") as vae:
-            back = vae.receptive_frames(oversampling) - 1
+        with parts.use("vae") as network:
+            vae = network.at_rate(oversampling)
+            t, hw = vae.strides.t, vae.strides.hw
+            shape = (latents.shape[0], 3, t, *(side * hw for side in latents.shape[3:]))
+            back = vae.receptive_frames() - 1
             mine, *others = stretches(begin, latents.shape[2], self.size, back)
             theirs = [(first, end) for first, end in others if end > first]
             slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))

@@ -224,7 +224,7 @@ class ItemEncoder:
         self, frames: Iterable[Frames | Tensor], bucket: Bucket, oversampling: int = 1
     ) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
-        vae = self._network("vae")
+        vae = self._network("vae").at_rate(oversampling)
 
         def chunks() -> Iterator[Tensor]:
             for frame in frames:
@@ -233,7 +233,7 @@ class ItemEncoder:
                 else:
                     yield pixels_of([frame], bucket.width, bucket.height, "crop").to(self.device)
 
-        latents = vae.stream_encode(chunks(), oversampling=oversampling)
+        latents = vae.stream_encode(chunks())
         return torch.cat([latent.float().cpu() for latent in latents], dim=2)[0]
 
     @torch.no_grad()
