@@ -107,7 +107,7 @@ class Chain:
         if way == "rolled":
             return self._rolled()
         hold = 0.0 if way == "latents" else self.settings.hold
-        request = replace(self.request, colour_hold=hold, settings={"anchor": way == "anchored"})
+        request = self.request.replace(colour_hold=hold, settings={"anchor": way == "anchored"})
         long = LongClip(self.engine, self.plan, request, Inputs())
         return self._decode(long.sample(self._sample, done=self.first))
 
@@ -117,7 +117,7 @@ class Chain:
     def _by_pixels(self) -> Tensor:
         """Chain as most programs do: the last frames, as a file holds them, are encoded again."""
         video = self._decode(self.first)
-        request = replace(self.request, colour_hold=0.0, settings={"anchor": False})
+        request = self.request.replace(colour_hold=0.0, settings={"anchor": False})
         size, t = self.windows.size, self.windows.stride_t
         while video.shape[2] < self.plan.num_frames:
             count = 1 + (min(TAIL_FRAMES, size) - 1) * t
@@ -137,7 +137,7 @@ class Chain:
 
     def _rolled(self) -> Tensor:
         """Have the model's roller make a clip as long."""
-        request = replace(self.request, roll=True, overlap=None, steps=None)
+        request = self.request.replace(roll=True, overlap=None, steps=None)
         clip = self.engine.generate(request)
         assert isinstance(clip, Clip)
         return as_video(clip.frames)

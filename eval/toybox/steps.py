@@ -140,7 +140,7 @@ def compare_clip(bench: Bench, index: int, names: Sequence[str]) -> None:
         timed_clip(bench, request, contexts)
     plain, rows = None, {}
     for name in ["none", *missing]:
-        row, video = timed_clip(bench, replace(request, cache=name), contexts)
+        row, video = timed_clip(bench, request.replace(cache=name), contexts)
         frames = to_frames(video[0]).numpy()
         plain = frames if plain is None else plain
         row["psnr"] = statistics.fmean(map(psnr, frames, plain))

@@ -37,7 +37,6 @@ def test_the_options_of_every_verb_are_the_committed_ones():
 
 
 def test_every_option_of_generate_is_a_field_of_the_request():
-    from dataclasses import fields
 
     from vidgen.cli.generate import _NOT_OF_REQUEST
     from vidgen.core.request import Request
@@ -46,7 +45,7 @@ def test_every_option_of_generate_is_a_field_of_the_request():
     only_python = {"latents", "model", "dtype", "offload", "quantize", "prefix"}
     only_python |= {"devices", "shard"}
     only_python |= {"overlap", "colour_hold"}  # and `vidgen extend`
-    assert options - _NOT_OF_REQUEST == {f.name for f in fields(Request)} - only_python
+    assert options - _NOT_OF_REQUEST == set(Request.model_fields) - only_python
 
 
 def test_every_option_has_help():

@@ -178,7 +178,7 @@ def check_program(words):
 
 @each_page
 def test_python_blocks_use_what_exists(page):
-    keywords = {field.name for field in fields(Request)}
+    keywords = set(Request.model_fields)
     keywords |= {"journal", "on_estimate", "on_event", "on_preview"}
     for block in code(page, "python"):
         for node in ast.walk(ast.parse(block)):

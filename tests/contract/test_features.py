@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def names_there() -> Iterator[str]:
     options = {verb: {action.dest for action in verb_parser(verb)[1]._actions} - {"help"}
                for verb in ("generate", *MAKING)}
     yield from options["generate"]
-    fields_of_request = {each.name for each in fields(Request)}
+    fields_of_request = set(Request.model_fields)
     yield from (f"Request.{name}" for name in fields_of_request - options["generate"])
     for verb in MAKING:
         yield from (f"{verb}.{option}" for option in options[verb] - options["generate"])

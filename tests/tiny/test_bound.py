@@ -238,7 +238,7 @@ def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
         request = Request.of(TWO, OPTIONS | asked)
         with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):
             with_verifier(replace(plan, **changed), request, engine.folder)
-        request = replace(request, settings={})
+        request = request.replace(settings={})
         assert with_verifier(replace(plan, **changed), request, engine.folder).binding == 0
     with pytest.raises(InputError, match="binding is 2; give a number from 0 to 1"):
         engine.generate(TWO, **OPTIONS | {"settings": {"binding": 2}})

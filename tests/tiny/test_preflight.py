@@ -167,7 +167,7 @@ def test_a_first_frame_that_comes_nearer_costs_time_and_memory(tiny_model, tmp_p
 
     def prepared(steps, **changes):
         refined = replace(plan, refine_steps=steps)
-        made = estimate(folder, refined, replace(request, **changes), FP32)
+        made = estimate(folder, refined, request.replace(**changes), FP32)
         return {stage.name: stage for stage in made.stages}["prepare"]
 
     plain, some, twice = (prepared(steps) for steps in (0, 10, 20))
@@ -193,7 +193,7 @@ def test_more_passes_of_the_encoder_cost_time_and_memory(tiny_model, tmp_path):
     assert one.bytes < two.bytes == three.bytes
     assert one.seconds < two.seconds
     assert three.seconds - two.seconds == pytest.approx(two.seconds - one.seconds)
-    bare = replace(request, image=None)
+    bare = request.replace(image=None)
     again = estimate(folder, replace(plan, encode_passes=3), bare, FP32).stages
     assert again == estimate(folder, plan, bare, FP32).stages
     refined = (estimate(folder, replace(plan, encode_passes=passes, refine_steps=2), request, FP32)
@@ -291,7 +291,7 @@ def test_the_setup_is_chosen_to_fit(tiny_model):
     assert needs["none"] > needs["stage"]
 
     def chosen(have, **options):
-        return choose(folder, plan, replace(request, **options), CPU, have, dtype="fp32").setup
+        return choose(folder, plan, request.replace(**options), CPU, have, dtype="fp32").setup
 
     assert chosen(None).offload == chosen(needs["none"]).offload == "none"
     assert chosen(needs["none"] - 1).offload == "stage"

@@ -101,7 +101,7 @@ def test_tiles_are_chosen_only_where_the_whole_does_not_fit(tiny_model: Path) ->
         return estimate(folder, plan, request, Setup(CPU, "fp32", offload, tiles=tiles)).peak_bytes
 
     def chosen(have: int, **options: str) -> Setup:
-        asked = replace(request, **options)
+        asked = request.replace(**options)
         return choose(folder, settle(folder, asked), asked, CPU, have, dtype="fp32").setup
 
     least = min(map(need, ("none", "stage", "block")))
@@ -144,7 +144,7 @@ def test_a_clip_that_was_cut_goes_on_cut(
     assert resumed.recipe["plan"]["tiles"] == straight.recipe["plan"]["tiles"]
     assert np.array_equal(resumed.frames, straight.frames)
     with pytest.raises(InputError, match=r"plan\.tiles"):
-        engine.generate(replace(request, tiles="none"),
+        engine.generate(request.replace(tiles="none"),
                         journal=Journal(tmp_path / "clip.mkv", resume=True))
 
 

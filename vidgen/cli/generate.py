@@ -7,7 +7,6 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,10 +140,10 @@ def run(args: Namespace, report: Report) -> int:
     if args.output == PIPE:
         return _into_pipe(request, args, report)
     if request.seed is None:
-        request = replace(request, seed=choose_seed(args, request, report))
+        request = request.replace(seed=choose_seed(args, request, report))
     paths = output_names(args.output, request)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
-        request = replace(request, **silenced(request.settings))  # none is made for nobody to hear
+        request = request.replace(**silenced(request.settings))  # none is made for nobody to hear
     journals = journals_of_outputs(paths, args, report, request.prompt)
 
     import torch
@@ -176,7 +175,7 @@ def run(args: Namespace, report: Report) -> int:
             made = engine.generate(request, **hooks(journals))
             clips = made if isinstance(made, list) else [made]
         else:  # some came to another seed by --retry
-            own = [replace(request, seed=seed, count=1) for seed in seeds]
+            own = [request.replace(seed=seed, count=1) for seed in seeds]
             clips = [one_clip(engine.generate(each, **hooks([kept])))
                      for each, kept in zip(own, journals, strict=True)]
         results, further = [], iter(spare)
@@ -188,7 +187,7 @@ def run(args: Namespace, report: Report) -> int:
                 report({"event": "note", "text": f"{path} has a fault; trying seed {seed}"})
                 seeds[index] = seed
                 journals[index] = OutputJournal(path, report, overwrite=True)
-                again = replace(request, seed=seed, count=1)
+                again = request.replace(seed=seed, count=1)
                 clip = one_clip(engine.generate(again, **hooks(journals[index : index + 1])))
                 report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
@@ -215,9 +214,9 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
         raise InputError("output -, --json and --events - all claim stdout; give one of them a "
                          "file")
     if request.seconds is None and request.frames is None:
-        request = replace(request, frames=ENDLESS)
+        request = request.replace(frames=ENDLESS)
     if request.seed is None:
-        request = replace(request, seed=choose_seed(args, request, report))
+        request = request.replace(seed=choose_seed(args, request, report))
     engine = load(**{name: getattr(args, name) for name in LOADING})
     clip = one_clip(engine.generate(request))
     told = {"event": "progress", "stage": "roll", "total": clip.num_frames}

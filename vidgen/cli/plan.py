@@ -28,8 +28,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Count, measure the machine if it never was, and print a table."""
-    from dataclasses import fields
-
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.loader import DTYPES, Parts
@@ -39,7 +37,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.weights.layouts import open_model
     from vidgen.weights.published import is_here, published
 
-    known = {f.name for f in fields(Request)}
+    known = set(Request.model_fields)
     options = {k: v for k, v in vars(args).items() if k in known and k not in _NOT_OF_REQUEST}
     options["offload"] = None if args.offload == "auto" else args.offload
     request = Request.of(options.pop("prompt"), options)

@@ -8,7 +8,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -203,7 +203,7 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
     count = math.prod(len(axis.values) for axis in args.over)
     if count > MAX_CELLS:
         raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
-    names = {each.name for each in fields(Request)}
+    names = set(Request.model_fields)
     base = {name: value for name, value in vars(args).items() if name in names}
     base["settings"] = parse_settings(args.settings)
     cells = [
@@ -310,7 +310,7 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     made = []
     for folder, cell in zip(known, cells, strict=True):
         dtype, offload = cell.loading["dtype"], cell.loading["offload"]
-        asked = replace(cell.request, offload=None if offload == "auto" else offload, dtype=dtype,
+        asked = cell.request.replace(offload=None if offload == "auto" else offload, dtype=dtype,
                         quantize=cell.loading["quantize"])
         made.append(choose(folder, settle(folder, asked), asked, device, have,
                            dtype=dtype or best_dtype(device)))

@@ -1,4 +1,4 @@
-"""Values of a request as people give them: numbers, pairs, pictures, read one by one and judged."""
+"""Values of a request as people give them: numbers, pairs, pictures, each parsed and checked."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
+    from pydantic import ValidationInfo
 
-    Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
-
+File: TypeAlias = str | os.PathLike[str]
+Picture: TypeAlias = "File | np.ndarray[Any, Any]"
 Fit = Literal["crop", "pad"]
 """Treatment of a picture of another aspect: cut what sticks out, or keep all in a frame."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _ORIENTATION = 0x0112
 """EXIF's tag of it; 1 is upright."""
+MAX_PROMPT = 20_000
+"""Characters of a prompt, or of one spoken text."""
 _CACHES = ("none", "first-block", "magnitude", "forecast")
 
 
 def plain(value: Any) -> Any:
-    """A number as Python's own, whatever library it is of; all else as it is."""
+    """Return a number of another library as Python's own, anything else as it is."""
     if isinstance(value, bool | Fraction) or type(value) in (int, float):
         return value
     if isinstance(value, Integral):
@@ -37,36 +41,57 @@ def plain(value: Any) -> Any:
     return bool(value) if is_flag else value
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither true nor false; any text would count as true."""
-    if not isinstance(value, bool | None):
-        raise InputError(f"{name} is {value!r}; give True or False")
-
-
 def check_text(name: str, text: Any, limit: int) -> None:
-    """Refuse what is no text, too long, or holds what no file can be written with."""
+    """Refuse what is no text, too long, or can't be written as UTF-8."""
     if not isinstance(text, str | None):
         raise InputError(f"{name} must be text, not {text!r}")
     if text and len(text) > limit:
         raise InputError(f"{name} has {len(text)} characters; shorten it to {limit}")
-    broken = next((c for c in text or "" if "\ud800" <= c <= "\udfff"), None)
-    if broken is not None:
-        raise InputError(f"{name} holds {broken!r}, half of a character; leave it out")
+    if text and _SURROGATE.search(text):
+        raise InputError(broken_text(name, text))
+
+
+def broken_text(name: str, text: str) -> str:
+    """Return the message for a text that can't be written as UTF-8."""
+    found = _SURROGATE.search(text)
+    assert found is not None
+    return f"{name} holds {found[0]!r}, half of a character; leave it out"
+
+
+def parse_picture(value: Any, info: ValidationInfo) -> Picture | None:
+    """Return a file's path, or pixels; a Pillow image as uint8 [H, W, 3].
+
+    Raises:
+        InputError: anything else.
+    """
+    value = _pixels(value)
+    check_picture(str(info.field_name), value)
+    return value  # type: ignore[no-any-return]
+
+
+def parse_file(value: Any, info: ValidationInfo) -> File | None:
+    """Return a file's path.
+
+    Raises:
+        InputError: anything else.
+    """
+    check_picture(str(info.field_name), value, array=False)
+    return value  # type: ignore[no-any-return]
 
 
 def check_picture(name: str, value: Any, *, array: bool = True) -> None:
-    """Refuse what is neither a file's path nor, where that is taken, an array of pixels."""
+    """Refuse what is neither a file's path nor, with `array`, an array of pixels."""
     if value is None or isinstance(value, str | os.PathLike) or (array and _is_array(value)):
         return
-    what = type(value).__name__
+    kind = type(value).__name__
     if not array:
-        raise InputError(f"{name} is of type {what}; give a file's path")
-    raise InputError(f"{name} is of type {what}; give a file's path, a picture of Pillow, or uint8 "
+        raise InputError(f"{name} is of type {kind}; give a file's path")
+    raise InputError(f"{name} is of type {kind}; give a file's path, a picture of Pillow, or uint8 "
                      "[H, W, 3]")
 
 
-def plain_picture(value: Any) -> Any:
-    """A Pillow image as uint8 [H, W, 3]; all else as it is.
+def _pixels(value: Any) -> Any:
+    """Return a Pillow image as uint8 [H, W, 3], anything else as it is.
 
     Raises:
         InputError: one whose colours or orientation would have to be interpreted.
@@ -84,11 +109,12 @@ def plain_picture(value: Any) -> Any:
     return np.asarray(value.convert("RGB"))
 
 
-def check_sampler(value: Any) -> None:
-    """Refuse what is neither a name nor a scheduler's object."""
+def check_sampler(value: Any) -> Any:
+    """Return a sampler's name or a scheduler; refuse anything else."""
     is_scheduler = hasattr(value, "set_timesteps") and hasattr(value, "step")
     if not (value is None or isinstance(value, str) or is_scheduler):
         raise InputError(f"sampler is {value!r}; give a name, or one of diffusers' flow schedulers")
+    return value
 
 
 def _is_array(value: Any) -> bool:
@@ -96,32 +122,38 @@ def _is_array(value: Any) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int) -> None:
-    """Refuse what is no whole number of a span, ends included; None is none."""
+    """Refuse anything but a whole number from `low` to `high`, or None."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and not (is_whole and low <= value <= high):
         raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    """Refuse what is no number of a span, with `above` without its lower end; None is none."""
+    """Refuse anything but a number from `low` to `high`, or None; with `above` `low` too."""
     is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
     if value is None or (is_number and low <= value <= high and not (above and value == low)):
         return
-    shown = str(value) if isinstance(value, Fraction) else repr(value)
     span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
-    raise InputError(f"{name} is {shown}; give a number {span}")
+    raise InputError(f"{name} is {value!r}; give a number {span}")
 
 
-def check_tiles(value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but true, false or None; any text would count as true."""
+    if not isinstance(value, bool | None):
+        raise InputError(f"{name} is {value!r}; give True or False")
+
+
+def check_tiles(value: str) -> str:
     """Refuse what is neither a word for tiles nor their rows and columns."""
-    if not _TILES.fullmatch(str(value)):
+    if not _TILES.fullmatch(value):
         raise InputError(f"tiles is {value!r}; give auto, none, or rows and columns from 1 to 99, "
                          "such as 2x3")
+    return value
 
 
-def check_cache(value: Any) -> None:
+def check_cache(value: str) -> str:
     """Refuse an unknown step cache, or a threshold that it can't have."""
-    method, colon, threshold = str(value).partition(":")
+    method, colon, threshold = value.partition(":")
     if method not in _CACHES:
         raise InputError(f"cache is {value!r}; {nearest(method, _CACHES)}")
     if colon:
@@ -130,8 +162,20 @@ def check_cache(value: Any) -> None:
         except ValueError:
             number = math.nan
         if method == "none" or not 0 <= number <= 100:
-            raise InputError(f"cache is {value!r}; behind the colon comes a threshold from 0 to "
+            raise InputError(f"cache is {value!r}; after the colon comes a threshold from 0 to "
                              "100, such as forecast:0.1")
+    return value
+
+
+def check_readings(value: str) -> str:
+    """Refuse what `parse_readings` can't parse."""
+    parse_readings(value)
+    return value
+
+
+def none_of_auto(value: Any) -> Any:
+    """Return None for "auto", the command line's word for it."""
+    return None if value == "auto" else value
 
 
 def parse_readings(value: Any) -> dict[str, str] | None:
@@ -171,20 +215,22 @@ def parse_fps(value: Any) -> Fraction:
 
 
 def parse_size(value: Any) -> tuple[int, int]:
-    """(width, height) of such a pair, or of text such as "832x480".
+    """Return (width, height) of such a pair, or of text such as "832x480".
 
     Raises:
-        InputError: neither.
+        InputError: neither, or a side out of bounds.
     """
+    sides: tuple[Any, ...] = ()
     if isinstance(value, str):
         match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", value.strip())
-        if match:
-            return int(match[1]), int(match[2])
+        sides = (int(match[1]), int(match[2])) if match else ()
     elif isinstance(value, Iterable):
         sides = tuple(map(plain, value))
-        if len(sides) == 2:
-            return sides
-    raise InputError(f"size is {value!r}; give width and height in pixels, such as 128x96")
+    if len(sides) != 2:
+        raise InputError(f"size is {value!r}; give width and height in pixels, such as 128x96")
+    for side in sides:
+        check_whole("size", side, 16, 8192)
+    return sides
 
 
 def parse_interval(value: Any) -> tuple[float, float]:
@@ -201,25 +247,29 @@ def parse_interval(value: Any) -> tuple[float, float]:
 
 
 def parse_frames(value: Any) -> tuple[tuple[float, Picture], ...]:
-    """Pictures with the seconds at which they are to be seen.
+    """Return (seconds, picture) pairs.
 
     Raises:
         InputError: other than such pairs.
     """
+    pairs = []
     for pair in _listed("frame", value, "pairs (seconds, picture)"):
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise InputError(f"frame holds {_shown(pair)}; give pairs (seconds, picture)")
-        check_picture("frame", plain_picture(pair[1]))
-    return tuple((plain(seconds), plain_picture(picture)) for seconds, picture in value)
+            raise InputError(f"frame holds {shown(pair)}; give pairs (seconds, picture)")
+        seconds, picture = plain(pair[0]), _pixels(pair[1])
+        check_picture("frame", picture)
+        check_number("frame", seconds, 0, 3600)
+        pairs.append((seconds, picture))
+    return tuple(pairs)
 
 
 def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
-    """Texts to speak, each with its time or without, or one alone.
+    """Return texts to speak, each with its time in seconds or None.
 
     Raises:
-        InputError: other than that.
+        InputError: other than texts and (seconds, text) pairs.
     """
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
     what = "texts or pairs (seconds, text)"
     for each in (value,) if isinstance(value, str) else _listed("say", value, what):
         if isinstance(each, str):
@@ -228,7 +278,23 @@ def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
             pairs.append((plain(each[0]), each[1]))
         else:
             raise InputError(f"say holds {each!r}; give {what}")
+    for seconds, text in pairs:
+        check_number("say", seconds, 0, 3600)
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"say holds {text!r}; give the text that is to be spoken")
+        check_text("say", text, MAX_PROMPT)
     return tuple(pairs)
+
+
+def parse_audio(value: Any) -> File | None:
+    """Return a word for the sound, or a file's path.
+
+    Raises:
+        InputError: anything else.
+    """
+    if not isinstance(value, str | os.PathLike | None):
+        raise InputError(f"audio is {type(value).__name__}; give none, generate or a file")
+    return value
 
 
 def parse_settings(value: Any) -> dict[str, int | float | bool]:
@@ -238,20 +304,22 @@ def parse_settings(value: Any) -> dict[str, int | float | bool]:
         InputError: other than that, or a value that is neither a number nor true or false.
     """
     pairs = list(value.items()) if isinstance(value, Mapping) else []
+    if value is None:
+        raise InputError("settings is None; leave it out, or give a value")
     if not isinstance(value, Mapping):
         for text in (value,) if isinstance(value, str) else _listed("settings", value, "KEY=VALUE"):
             key, equals, given = text.partition("=") if isinstance(text, str) else ("", "", "")
             if not (key and equals and given):
-                raise InputError(f"settings holds {_shown(text)}; give KEY=VALUE, a number, true "
+                raise InputError(f"settings holds {shown(text)}; give KEY=VALUE, a number, true "
                                  "or false")
             pairs.append((key.replace("-", "_"), given))
     settings = {}
     for name, given in pairs:
         if not isinstance(name, str):
-            raise InputError(f"settings names {_shown(name)}; give a setting's name as text")
+            raise InputError(f"settings names {shown(name)}; give a setting's name as text")
         number = plain(_number(given) if isinstance(given, str) else given)
         if not isinstance(number, int | float | None):
-            raise InputError(f"{name} is {_shown(given)}; give a number, true or false")
+            raise InputError(f"{name} is {shown(given)}; give a number, true or false")
         if number is not None:
             settings[name] = number
     return settings
@@ -275,36 +343,36 @@ def parse_pictures(value: Any) -> tuple[Picture, ...]:
     Raises:
         InputError: other than paths and arrays.
     """
-    value = plain_picture(value)
+    value = _pixels(value)
     one = isinstance(value, str | os.PathLike) or _is_array(value)
     listed = (value,) if one else _listed("reference", value, "pictures")
-    pictures = tuple(map(plain_picture, listed))
+    pictures = tuple(map(_pixels, listed))
     for picture in pictures:
         check_picture("reference", picture)
     return pictures
 
 
 def parse_loras(value: Any) -> tuple[str, ...]:
-    """Several adapters, or one alone.
+    """Return adapters as texts PATH[:WEIGHT]; one alone needs no list.
 
     Raises:
         InputError: other than texts and paths.
     """
-    one = isinstance(value, str | os.PathLike)
-    loras = (value,) if one else tuple(_listed("lora", value, "PATH or PATH:WEIGHT"))
+    is_one = isinstance(value, str | os.PathLike)
+    loras = (value,) if is_one else tuple(_listed("lora", value, "PATH or PATH:WEIGHT"))
     for each in loras:
         if not isinstance(each, str | os.PathLike):
             raise InputError(f"lora holds {each!r}; give PATH or PATH:WEIGHT")
-    return loras
+    return tuple(map(os.fspath, loras))
 
 
 def _listed(name: str, value: Any, what: str) -> Iterable[Any]:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise InputError(f"{name} is {_shown(value)}; give a list of {what}")
+        raise InputError(f"{name} is {shown(value)}; give a list of {what}")
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value in a message; of pixels only what they are."""
+def shown(value: Any) -> str:
+    """Return a value as a message shows it; of long ones only the type."""
     text = repr(value)
     return text if len(text) <= 80 else f"of type {type(value).__name__}"

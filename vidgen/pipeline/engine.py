@@ -211,4 +211,4 @@ class Engine(OpenedModel):
         from vidgen.pipeline.diffusers_backend.engine import with_first_frame
 
         size = request.size or (self.folder.defaults.width, self.folder.defaults.height)
-        return with_first_frame(replace(request, size=size), size, self.device, self.dtype)
+        return with_first_frame(request.replace(size=size), size, self.device, self.dtype)

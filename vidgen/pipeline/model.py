@@ -116,7 +116,7 @@ class OpenedModel:
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
                "quantize": self.quantize, "devices": devices, "shard": shard}
         require_own(request, self.folder, own)
-        request = replace(request, devices=devices)
+        request = request.replace(devices=devices)
         plan = settled(request, self.folder, inputs, self.tokenizer)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):

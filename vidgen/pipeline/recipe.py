@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -141,8 +141,7 @@ def _source(folder: ModelFolder | ForeignFolder) -> str:
 def _asked(request: Request) -> dict[str, Any]:
     """Return the options that were given; pictures are among the inputs."""
     given = {
-        each.name: getattr(request, each.name) for each in fields(Request)
-        if each.name not in _ELSEWHERE
+        name: getattr(request, name) for name in Request.model_fields if name not in _ELSEWHERE
     }
     if request.audio_file is None:
         given["audio"] = request.audio

@@ -10,15 +10,15 @@ import gc
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import MAX_PROMPT, Request
+from vidgen.core.request import Request
 from vidgen.core.runtime import choose_device
+from vidgen.core.values import MAX_PROMPT
 from vidgen.pipeline.journal.journal import recall
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.weights.folder import hash_files
@@ -171,9 +171,9 @@ def settle_prompt(
         kept = recipe.get("rewritten")
         if kept and (kept["prompt"], kept["by"]["sha256"]) == (request.prompt, sha256):
             text = recipe["plan"]["prompt"]
-            return replace(request, prompt=text, expand=None), {"rewritten": kept}
+            return request.replace(prompt=text, expand=None), {"rewritten": kept}
     text, record = rewrite_prompt(request.expand, request.prompt)
-    return replace(request, prompt=text, expand=None), {"rewritten": record}
+    return request.replace(prompt=text, expand=None), {"rewritten": record}
 
 
 def rewrite_prompt(folder: str | Path, prompt: str) -> tuple[str, dict[str, Any]]:

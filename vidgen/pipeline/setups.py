@@ -57,7 +57,7 @@ def preflight(parts: Parts, plan: Plan, request: Request, asked: Asked) -> Estim
     if have is not None:
         have += parts.elsewhere_bytes
         have += sum(parts.needed_bytes(role, offload="stage") for role in parts.resident)
-    request = replace(request, offload=asked.offload, dtype=asked.dtype, quantize=parts.quantize)
+    request = request.replace(offload=asked.offload, dtype=asked.dtype, quantize=parts.quantize)
     return choose(parts.folder, plan, request, parts.device, have,
                   dtype=asked.dtype or best_dtype(parts.device))
 
@@ -75,8 +75,8 @@ def choose(
     Raises:
         ModelError: nothing fits; names what would.
     """
-    quantize: Quantization | None = request.quantize  # type: ignore[assignment]
-    asked: Offload | None = request.offload  # type: ignore[assignment]
+    quantize: Quantization | None = request.quantize
+    asked: Offload | None = request.offload
     have = sys.maxsize if have is None else have
 
     def made(setup: Setup) -> Estimate:

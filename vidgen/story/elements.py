@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from vidgen.core import values
 from vidgen.core.config import ONE, called
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import MAX_PROMPT
+from vidgen.core.values import MAX_PROMPT
 
 CAMERA_MOVES = {
     "static": "stays still", "pan-left": "pans left", "pan-right": "pans right",

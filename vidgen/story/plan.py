@@ -13,7 +13,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,7 @@ def plan_film(
     folder = require_own_model(folder)
     project, defaults = script.project, folder.defaults
     try:
-        asked = Request(prompt="-", fps=project.fps, size=project.size or (  # type: ignore[arg-type]
+        asked = Request(prompt="-", fps=project.fps, size=project.size or (
             defaults.width, defaults.height))
     except InputError as error:
         raise InputError(f"{script.path}: project: {error}") from None
@@ -145,7 +144,7 @@ def estimates(
         shape = (num_frames, request.steps, request.guidance == 1, len(request.reference),
                  request.image is None, request.last_image is None, request.lora)
         if shape not in known:
-            asked = replace(request, offload=offload, **film.loading)
+            asked = request.replace(offload=offload, **film.loading)
             try:
                 known[shape] = choose(film.folder, make_plan(request, film.folder), asked, device,
                                       have, dtype=dtype)
@@ -277,7 +276,7 @@ class _Planner:
                 stand_ins[name] = "-"
         if index or shot.continue_from is not None:
             stand_ins["prefix"] = "-"
-        check_tasks(replace(request, **stand_ins), self.folder.name, self.folder.tasks,
+        check_tasks(request.replace(**stand_ins), self.folder.name, self.folder.tasks,
                     both=self.both)
         shape = (num_frames, request.steps, request.guidance, request.sampler, request.shift)
         if shape not in self._settled:

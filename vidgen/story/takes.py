@@ -8,7 +8,7 @@ equals the first take is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -117,8 +117,8 @@ class ShotWork(EngineWork):
             before, head = self.store.file(earlier), earlier.num_frames
         if before is not None:
             seconds = float((head + num_frames) / film.fps)
-            request = replace(request, prefix=str(before), seconds=seconds)
-        return replace(request, **pictures), head
+            request = request.replace(prefix=str(before), seconds=seconds)
+        return request.replace(**pictures), head
 
     def _choose(self, plan: ShotPlan, tell: OnEvent) -> None:
         engine = self.engine

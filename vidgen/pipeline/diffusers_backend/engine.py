@@ -354,7 +354,7 @@ def with_first_frame(
         request.first_frame_model, request.prompt, request.negative, seed, *size,
         device=device, dtype=dtype,
     )
-    request = replace(request, image=picture, first_frame_model=None, seed=seed)
+    request = request.replace(image=picture, first_frame_model=None, seed=seed)
     inputs = read_inputs(request)
     inputs.records.append(record)
     return request, inputs

@@ -21,7 +21,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -365,11 +364,11 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
     for index, journal in enumerate(journals):
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:
-            request = replace(request, seed=recipe["plan"]["seed"] - index)
+            request = request.replace(seed=recipe["plan"]["seed"] - index)
         if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
-            request = replace(request, tiles=recorded_tiles(recipe["plan"]))
+            request = request.replace(tiles=recorded_tiles(recipe["plan"]))
         if request.readings == "auto" and "readings" in recipe.get("plan", ()):
-            request = replace(request, readings=recorded_readings(recipe["plan"]))
+            request = request.replace(readings=recorded_readings(recipe["plan"]))
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:
             _use_threads(threads, journal)

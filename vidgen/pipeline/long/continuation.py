@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,4 +130,4 @@ def at_own_size(request: Request, size: tuple[int, int], folder: ModelFolder) ->
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
     side = vae.strides.hw * dit.patch_size
     fits = all(length % side == 0 for length in size)
-    return replace(request, size=size) if fits else request
+    return request.replace(size=size) if fits else request

@@ -293,7 +293,7 @@ class LongClip:
             if new_from <= moment - first_frame < own.num_frames:
                 stills.append((float((moment - first_frame) / plan.fps), still))
                 mine["frame"].append(picture)
-        asked = replace(request, latents=noise, prefix=None, frame=tuple(stills))
+        asked = request.replace(latents=noise, prefix=None, frame=tuple(stills))
         return own, self.engine.prepare(own, asked, Inputs(images=mine))
 
     def _show(self, state: LatentState, made: Tensor, start: int, count: int) -> LatentState:
