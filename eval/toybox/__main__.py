@@ -22,7 +22,7 @@ from eval.toybox.suite.items import Benchmark
 from eval.toybox.suite.run import run_toybox
 from eval.toybox.suite.table import table, weak_spots_table
 from vidgen.cli.main import ExitCode, parser_of
-from vidgen.cli.options import add_settings, add_workers
+from vidgen.cli.options import add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, check_output
@@ -66,7 +66,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
-    add_settings(parser, dest="own_settings")
+    parser.add_argument("--set", dest="own_settings", action="append", default=[],
+        metavar="KEY=VALUE", help="a setting of this model alone; repeatable")
     add("--frames", type=int, metavar="N", help="length of the clips")
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")

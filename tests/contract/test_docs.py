@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
@@ -16,8 +17,9 @@ import pytest
 from eval.toybox import __main__ as suites
 from tests.programs import load_program
 from vidgen.cli.eval import SUFFIXES
-from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE
+from vidgen.cli.generate import PIPE
 from vidgen.cli.main import VERBS, parser_of, verb_parser
+from vidgen.cli.options import given_options
 from vidgen.cli.outputs import output_names
 from vidgen.core.config import build
 from vidgen.core.config_file import load_run
@@ -154,8 +156,7 @@ def check_evaluation(args):
 def check_request(args):
     from vidgen.media.write import check_format
 
-    options = {k: v for k, v in args.items() if k not in _NOT_OF_REQUEST}
-    request = Request.of(options.pop("prompt"), options)
+    request = Request(**given_options(Namespace(**args)))
     if args["output"] == PIPE:
         assert request.roll
         return
@@ -202,7 +203,7 @@ def test_every_option_stands_on_the_verbs_page(verb, page):
     pages |= {"temporal"} if verb == "eval" else set()  # a suite with a page of its own
     text = "".join((ROOT / f"docs/{each}.md").read_text() for each in pages)
     words = set(re.findall(r"(?<![\w-])--?[\w-]+", text))
-    general = {"--help", "--json"}
+    general = {"--help", "--help-all", "--json"}
     for action in verb_parser(verb)[1]._actions:
         flags = set(action.option_strings)
         assert not flags or flags & (words | general), flags

@@ -47,7 +47,8 @@ def known_tests() -> frozenset[str]:
 
 def names_there() -> Iterator[str]:
     """All that a person can say at one of the doors."""
-    options = {verb: {action.dest for action in verb_parser(verb)[1]._actions} - {"help"}
+    shows_help = {"help", "help_all"}
+    options = {verb: {action.dest for action in verb_parser(verb)[1]._actions} - shows_help
                for verb in ("generate", *MAKING)}
     yield from options["generate"]
     fields_of_request = set(Request.model_fields)

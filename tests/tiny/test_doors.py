@@ -19,8 +19,8 @@ from tests.sounds import save, tone
 from tests.textures import texture
 from tests.tiny.foreign_models import build_foreign_model
 from tests.wan_models import build_diffusers
-from vidgen.cli.generate import _NOT_OF_REQUEST
 from vidgen.cli.main import verb_parser
+from vidgen.cli.options import given_options
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.models.presets import DIT_PRESETS
@@ -142,11 +142,12 @@ def assert_same(model: str, words: str, options: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize("words", WORDS)
 def test_words_of_a_command_are_options_of_a_request(words: str) -> None:
     args = verb_parser("generate")[1].parse([PROMPT, *shlex.split(words)])
-    options = {key: value for key, value in vars(args).items() if key not in _NOT_OF_REQUEST}
-    assert Request.of(options.pop("prompt"), options) == Request(
-        prompt=PROMPT, **{key: value for key, value in WORDS[words].items() if key in options})
-    assert {key: getattr(args, key) for key in WORDS[words] if key in _NOT_OF_REQUEST} == {
-        key: value for key, value in WORDS[words].items() if key in _NOT_OF_REQUEST}
+    assert Request(**given_options(args)) == Request(
+        prompt=PROMPT, model="toybox", **{key: value for key, value in WORDS[words].items()
+                                          if key in Request.model_fields})
+    others = WORDS[words].keys() - Request.model_fields
+    assert {key: getattr(args, key) for key in others} == {
+        key: WORDS[words][key] for key in others}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidgen.cli.options import Parser, add_settings, add_workers
+from vidgen.cli.options import Parser, add_request_options, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError, nearest
 from vidgen.core.values import parse_settings
@@ -29,7 +29,7 @@ _OF_PROMPTS = {
 }  # fmt: skip
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("benchmark", metavar="SUITE",
@@ -45,16 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="prompts: of the first clip, the others follow; default %(default)s")
     add("--seeds", type=int, default=1, metavar="N",
         help="prompts: clips of each prompt, of seeds --seed and on; default %(default)s")
-    add("--steps", type=int, metavar="N",
-        help="prompts: denoising steps; default the model's, as all below")
-    add("--guidance", type=float, metavar="G", help="prompts: how strongly the prompt is followed")
-    add("--shift", type=float, metavar="X",
-        help="prompts: of the noise schedule towards high noise")
-    add("--sampler", metavar="NAME", help="prompts: euler, unipc or ancestral")
-    add_settings(parser, "prompts: ")
-    add("--frames", type=int, metavar="N", help="prompts: length of the clips")
-    add("--size", metavar="WxH", help="prompts: width and height in pixels")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="prompts: of the computation")
+    add_request_options(parser, (*_SETTINGS, "dtype"), before="prompts: ")
     add("--results", action="append", default=[], metavar="FILE",
         help="leaderboard: results of temporal or of prompts; may be repeated")
     add("--videos", action="append", metavar="FOLDER",

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.generate import add_sound, judged
-from vidgen.cli.options import add_devices, add_settings, add_tiles, choose_devices, share_threads
+from vidgen.cli.generate import judged
+from vidgen.cli.options import (
+    Parser,
+    add_request_options,
+    choose_devices,
+    given_options,
+    share_threads,
+)
 from vidgen.cli.outputs import (
     add_resume,
     as_it_began,
@@ -20,7 +26,7 @@ from vidgen.cli.outputs import (
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, Request, silenced
+from vidgen.core.request import LOADING, OUTPUT, Request, silenced
 from vidgen.core.values import parse_settings
 
 if TYPE_CHECKING:
@@ -28,48 +34,23 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
 DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
-_NOT_OF_REQUEST = {
-    "clip", "output", "overwrite", "resume", "json", "events", "seconds", *LOADING
-}
+OPTIONS = (
+    "prompt", "negative", "seed", "steps", "guidance", "sampler", "shift", "cache", "lora",
+    "settings", "last_image", "reference", "overlap", "colour_hold", "fit", "audio", "audio_loop",
+    "say", "voice", "model", "dtype", "offload", "quantize", "tiles", "devices", "shard", "label",
+    "aigc",
+)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the verb's options."""
+def add_arguments(parser: Parser) -> None:
+    """Declare the verb's options; those of the request are the clip's own if left out."""
     add = parser.add_argument
-    add("clip", metavar="CLIP", help="what goes on: a film of vidgen's, or any other")
-    add("--seconds", type=float, required=True, metavar="S", help="how much longer")
-    add("-o", "--output", metavar="FILE", help="default CLIP-longer beside it")
+    add("clip", metavar="CLIP", help="the clip to continue: one of vidgen's, or any other")
+    add("--seconds", type=float, required=True, metavar="S", help="seconds to add")
+    add_request_options(parser, OPTIONS, are_optional=True)
+    parser.group(OUTPUT).add_argument(
+        "-o", "--output", metavar="FILE", help="default CLIP-longer, in the same folder")
     add_resume(parser)
-    add("--prompt", metavar="TEXT", help="what is to be seen from here on")
-    add("--negative", metavar="TEXT", help="what is not to be seen")
-    add("--seed", type=int, metavar="N", help="default the clip's own, whose noise goes on")
-    add("--steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
-    add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
-    add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
-    add("--cache", metavar="METHOD[:THRESHOLD]", help="as in generate; default the clip's")
-    add("--last-image", metavar="IMAGE", help="the last frame")
-    add("--reference", action="append", default=[], metavar="IMAGE",
-        help="a picture of a subject that is to appear; may be repeated")
-    add("--fit", choices=("crop", "pad"), default="crop", help="for pictures of another aspect")
-    add("--overlap", type=int, metavar="N", help="latent frames that windows share; default 3")
-    add("--colour-hold", type=float, metavar="X",
-        help="0 to 1, how far colours are brought back to the clip's; default 0.5")
-    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
-        help="an adapter; default the clip's; may be repeated")
-    add_sound(add, goes_on=True)
-    add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the clip's, else toybox")
-    add_settings(parser)
-    add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
-        help="as in generate")
-    add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
-    add_tiles(parser)
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
-    add_devices(parser)
-    add("--label", choices=("none", "visible"),
-        help="visible burns a label into the first 2 seconds; default as the clip has it")
-    add("--aigc", metavar="PRODUCER",
-        help="write the AIGC field of GB 45438-2025 for PRODUCER; default as the clip has it")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -106,9 +87,8 @@ def run(args: Namespace, report: Report) -> int:
     recipe = ending.recipe
     if recipe is not None and made_of_clips(recipe) is not None:
         recipe = None  # it goes on as any other clip does
-    options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
-    given = {name: value for name, value in options.items() if value not in (None, [])}
-    given["settings"] = parse_settings(args.settings)
+    given = given_options(args, but=(*LOADING, "seconds"))
+    given["settings"] = parse_settings(args.settings or [])
     loading = {name: getattr(args, name) for name in LOADING}
     loading |= choose_devices(args.devices, args.shard, [journal])
     if recipe is not None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.options import add_devices, add_settings, add_tiles, choose_devices, share_threads
+from vidgen.cli.options import (
+    Parser,
+    add_request_options,
+    choose_devices,
+    given_options,
+    share_threads,
+)
 from vidgen.cli.outputs import (
     add_resume,
     as_it_began,
@@ -23,7 +28,7 @@ from vidgen.cli.outputs import (
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, Request, silenced
+from vidgen.core.request import LOADING, MODEL, OUTPUT, Request, silenced
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
@@ -34,109 +39,31 @@ BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformer
 PIPE = "-"
 ENDLESS = 99_997
 """Frames of a clip into a pipe where nobody says: hours."""
-_NOT_OF_REQUEST = {
-    "output", "overwrite", "resume", "preview", "attention", "json", "events", *LOADING
-}
+ONLY_PYTHON = ("latents", "prefix", "overlap", "colour_hold")
+"""Options that this command line doesn't have; extend has some of them."""
+OPTIONS = [name for name in Request.model_fields if name not in ONLY_PYTHON]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the verb's options; apart from the output's they are the fields of `Request`."""
-    add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="what is to be seen")
-    add("-o", "--output", metavar="FILE", help=(
+def add_arguments(parser: Parser) -> None:
+    """Declare the verb's options: all fields of `Request`, and those of the output."""
+    add_request_options(parser, OPTIONS)
+    parser.set_defaults(model="toybox")
+    parser.advanced.append(parser.group(MODEL).add_argument(
+        "--attention", choices=BACKENDS, default="auto", help=(
+            "attention back end; one that can't run here is replaced with a warning, or refused "
+            "with --strict; default %(default)s, the fastest with PyTorch's own error")))
+    output = parser.group(OUTPUT)
+    output.add_argument("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
         "default prompt-slug-seed.mp4; - with --roll: stdout, for a player"))
     add_resume(parser)
-    add("--model", default="toybox", metavar="NAME|FOLDER|HUB_ID", help="default %(default)s")
-    add_settings(parser)
-    add("--negative", metavar="TEXT", help="what is not to be seen")
-    add("--seed", type=int, metavar="N", help="same seed, same clip; drawn and printed if left out")
-    add("--count", type=int, default=1, metavar="N", help="clips to make, of seeds N, N+1, ...")
-    add("--seconds", type=float, metavar="S", help="length")
-    add("--frames", type=int, metavar="N", help="exact number of frames, instead of --seconds")
-    add("--fps", metavar="F", help="frames per second, such as 12 or 24000/1001")
-    add("--size", metavar="WxH", help="width and height in pixels")
-    add("--fit", choices=("crop", "pad"), default="crop", help="for pictures of another aspect")
-    add("--steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
-    add("--guidance-low", type=float, metavar="G",
-        help="for the low-noise expert of a model that has two")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="noise levels between which guidance acts, from 0 to 1")
-    add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")
-    add("--cache", default="none", metavar="METHOD[:THRESHOLD]", help=(
-        "leave most of the transformer out at steps that change little: none, first-block, "
-        "magnitude or forecast; a lower threshold is nearer to the clip without; default "
-        "%(default)s"))
-    add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
-    add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
-    add("--image", metavar="IMAGE", help="the first frame")
-    add("--last-image", metavar="IMAGE", help="the last frame")
-    add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
-        help="a known frame at any time; may be repeated")
-    add("--reference", action="append", default=[], metavar="IMAGE",
-        help="a picture of a subject that is to appear; may be repeated")
-    add("--roll", action="store_true", default=None,
-        help="make the clip turn by turn while it is written, by a model with a roller")
-    add("--video", metavar="CLIP", help="a clip to start from")
-    add("--strength", type=float, metavar="X", help="0 keeps --video as it is, 1 ignores it")
-    add("--mask", metavar="IMAGE|CLIP", help="white where --video or --image is to change")
-    add("--control", metavar="CLIP", help="depth, pose or edges to follow (Wan VACE)")
-    add("--control-scale", type=float, metavar="X", help="how strongly conditions act there")
-    add("--first-frame-model", metavar="FOLDER", help="a text-to-image model draws the first frame")
-    add("--expand", metavar="FOLDER",
-        help="a language model rewrites the prompt; the recipe keeps both texts")
-    add("--readings", default="auto", metavar="auto|none|WORD=KNOWN,...", help=(
-        "how words are read that the model wasn't taught; auto, the default: as the known ones "
-        "that are meant; none: as they are written"))
-    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
-        help="an adapter; may be repeated; @high or @low behind it: for one expert alone")
-    add_sound(add)
-    add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
-        help="keep all, one stage or two blocks of the model in memory; auto, the default: the "
-        "first of them that fits")
-    add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
-    add_tiles(parser)
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
-    add("--attention", choices=BACKENDS, default="auto", help=(
-        "who computes attention; one that can't run here is replaced with a warning, or refused "
-        "with --strict; default %(default)s, the fastest at PyTorch's own error"))
-    add_devices(parser)
-    add("--preview", action="store_true",
-        help="show the clip while it forms, as OUTPUT.preview.webp; it goes when the clip is done")
-    add("--strict", action="store_true",
-        help="fail where a clip's checks find it faulty, or --attention can't be had")
-    add("--retry", type=int, default=0, metavar="N",
-        help="while checks find faults, try up to N further seeds")
-    add("--label", choices=("none", "visible"), default="none",
-        help="visible burns a label into the first 2 seconds; default %(default)s")
-    add("--aigc", metavar="PRODUCER", help="write the AIGC field of GB 45438-2025 for PRODUCER")
-
-
-def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
-    """Declare the options of the sound of a new clip, or of one that goes on."""
-    if goes_on:
-        add("--audio", metavar="none|FILE", help="the sound: none, or that of a file; default the "
-            "clip's own, then silence")
-    else:
-        add("--audio", metavar="none|generate|FILE", help="the sound: none, the model's own, or "
-            "that of a file; default the model's own if it makes any")
-        add("--follow-audio", action="store_true", default=None,
-            help="make the picture go with --audio FILE, by a model that makes sound")
-        add("--audio-model", metavar="FOLDER", help="a text-to-audio model makes the sound")
-        add("--audio-prompt", metavar="TEXT", help="what it is to make; default PROMPT")
-    add("--audio-loop", action="store_true", default=None,
-        help="sound that is shorter than the clip starts again; else silence follows")
-    add("--say", type=_said, action="append", default=[], metavar="[SECONDS=]TEXT|@FILE",
-        help="speech, at a time or behind what is said before; may be repeated")
-    add("--voice", metavar="NAME|FILE.pt",
-        help="who says it: a voice of espeak-ng, default en-us, or of Kokoro")
+    parser.advanced.append(output.add_argument("--preview", action="store_true", help=(
+        "show the clip while it forms, as OUTPUT.preview.webp, which is removed at the end")))
 
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
-    request = Request.of(options.pop("prompt"), options)
+    request = Request(**given_options(args, but=LOADING))
     if args.output == PIPE:
         return _into_pipe(request, args, report)
     if request.seed is None:
@@ -229,26 +156,6 @@ def one_clip(made: Clip | list[Clip]) -> Clip:
     """Return the clip of a request whose `count` is 1."""
     assert not isinstance(made, list)
     return made
-
-
-def _frame(text: str) -> tuple[float, str]:
-    seconds, _, picture = text.partition("=")
-    try:
-        time_s = float(seconds)
-    except ValueError:
-        picture = ""
-    if not picture:
-        raise ArgumentTypeError(f"{text!r} is no SECONDS=IMAGE, such as 1.5=car.png")
-    return time_s, picture
-
-
-def _said(text: str) -> tuple[float | None, str]:
-    """Read [SECONDS=]TEXT; what stands before a = and is no number belongs to the text."""
-    before, equals, after = text.partition("=")
-    try:
-        return (float(before), after) if equals else (None, text)
-    except ValueError:
-        return None, text
 
 
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bool:

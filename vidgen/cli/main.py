@@ -129,9 +129,11 @@ def parser_of(module: Any, prog: str, *, is_long: bool = True) -> Parser:
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if is_long:
-        parser.add_argument(
-            "--events", metavar="FILE", help="write progress as JSON lines; - is stdout"
-        )
+        events = parser.add_argument(
+            "--events", metavar="FILE", help="write progress as JSON lines; - is stdout")
+        if parser.advanced:
+            parser.advanced.append(events)
+    parser.add_help_all()
     return parser
 
 

@@ -6,14 +6,16 @@ import argparse
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import CALLED
+from vidgen.core.request import CALLED, Request
 from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from vidgen.pipeline.journal.journal import Journal
 
 _CALLED = {f"--{theirs.replace('_', '-')}": f"--{ours.replace('_', '-')}"
@@ -21,11 +23,46 @@ _CALLED = {f"--{theirs.replace('_', '-')}": f"--{ours.replace('_', '-')}"
 _LACKING = re.compile(r"argument (?:-\w/)?(--[\w-]+): expected one argument")
 
 
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        assert isinstance(parser, Parser)
+        parser.advanced = []
+        parser.print_help()
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises `InputError` where argparse would print usage and leave."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.advanced: list[argparse.Action] = []
+        self._groups: dict[str, argparse._ArgumentGroup] = {}
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Return the group of options under a heading of help."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        return self._groups[title]
+
+    def format_help(self) -> str:
+        """Return the help text of the basic options, and how to see all."""
+        if not self.advanced:
+            return super().format_help()
+        helps = [action.help for action in self.advanced]
+        for action in self.advanced:
+            action.help = argparse.SUPPRESS
+        try:
+            return f"{super().format_help()}\n{self.prog} --help-all lists all options.\n"
+        finally:
+            for action, text in zip(self.advanced, helps, strict=True):
+                action.help = text
+
+    def add_help_all(self) -> None:
+        """Declare --help-all, if some options are not among the basic ones."""
+        if self.advanced:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0,
+                              help="list all options and exit")
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line."""
@@ -62,26 +99,83 @@ class Parser(argparse.ArgumentParser):
         return [flag for flag in flags if flag.startswith("--")]
 
 
-def add_devices(parser: ArgumentParser) -> None:
-    """Declare the options that say how many devices make a clip together."""
-    parser.add_argument("--devices", type=int, metavar="N",
-        help="devices that share the work; default 1, under torchrun as many as it started")
-    parser.add_argument("--shard", action="store_true", default=None,
-        help="spread the transformer's weights over the devices")
+def add_request_options(
+    parser: Parser, names: Iterable[str], *, before: str = "", are_optional: bool = False
+) -> None:
+    """Declare fields of `Request` as options, under the headings of help.
+
+    Args:
+        parser: of the verb.
+        names: of the fields.
+        before: put before each help text.
+        are_optional: whether an option that isn't given is None instead of its default.
+    """
+    for name in names:
+        field = Request.model_fields[name]
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+        how = {"help": _help(field, before), **_reading(name, field, extra["metavar"])}
+        if name == "prompt" and not are_optional:
+            flag = name
+        else:
+            how |= {"dest": name, "default": None if are_optional else field.default}
+        if how.get("action") == "append":
+            how["default"] = []
+        action = parser.group(str(extra["group"])).add_argument(flag, **how)
+        if not extra["basic"]:
+            parser.advanced.append(action)
 
 
-def add_tiles(parser: ArgumentParser) -> None:
-    """Declare the option that cuts pictures for the VAE."""
-    parser.add_argument("--tiles", default="auto", metavar="auto|none|RxC",
-        help="rows x columns that the VAE takes a picture in; auto, the default: where the whole "
-        "doesn't fit the memory")
+def _help(field: FieldInfo, before: str) -> str:
+    is_told = isinstance(field.default, str | int) and field.default not in (False, 0)
+    default = f"; default {field.default}" if is_told else ""
+    return f"{before}{field.description}{default}".replace("%", "%%")
 
 
-def add_settings(parser: ArgumentParser, what: str = "", dest: str = "settings") -> None:
-    """Declare the option by which a model's own settings are given."""
-    parser.add_argument("--set", dest=dest, action="append", default=[], metavar="KEY=VALUE",
-        help=f"{what}what this model alone can do, by a number, true or false; vidgen models lists "
-        "the settings of each with their defaults; may be repeated")
+def _reading(name: str, field: FieldInfo, metavar: Any) -> dict[str, Any]:
+    """Return arguments of `add_argument` by which an option's text is read."""
+    hint = field.annotation
+    kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+    kind = next(each for each in kinds if each is not type(None))
+    if get_origin(kind) is Literal:
+        return {"choices": (*(["auto"] if name == "offload" else []), *get_args(kind))}
+    if kind is bool:
+        return {"action": "store_true"}
+    if name == "guidance_interval":
+        return {"type": float, "nargs": 2, "metavar": tuple(metavar.split())}
+    if isinstance(field.default, tuple | dict):
+        return {"type": _PARSERS.get(name), "action": "append", "metavar": metavar}
+    return {"type": kind if kind in (int, float) else None, "metavar": metavar}
+
+
+def _timed_picture(text: str) -> tuple[float, str]:
+    seconds, _, picture = text.partition("=")
+    try:
+        time_s = float(seconds)
+    except ValueError:
+        picture = ""
+    if not picture:
+        raise argparse.ArgumentTypeError(f"{text!r} is no SECONDS=IMAGE, such as 1.5=car.png")
+    return time_s, picture
+
+
+def _timed_text(text: str) -> tuple[float | None, str]:
+    """Parse [SECONDS=]TEXT; if what stands before the = is no number, it belongs to the text."""
+    before, equals, after = text.partition("=")
+    try:
+        return (float(before), after) if equals else (None, text)
+    except ValueError:
+        return None, text
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"frame": _timed_picture, "say": _timed_text}
+
+
+def given_options(args: argparse.Namespace, but: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the fields of `Request` that a command line gives."""
+    return {name: value for name, value in vars(args).items()
+            if name in Request.model_fields and name not in but and value not in (None, [])}
 
 
 def add_workers(parser: ArgumentParser, what: str) -> None:

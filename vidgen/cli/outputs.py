@@ -6,15 +6,16 @@ import json
 import os
 import re
 import secrets
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.request import DEFAULTS, Request
+from vidgen.core.request import DEFAULTS, OUTPUT, Request
 from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
@@ -142,12 +143,13 @@ def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int]
     return seeds, spare[max(seeds) - spare.start + 1 :] if max(seeds) in spare else spare
 
 
-def add_resume(parser: ArgumentParser) -> None:
+def add_resume(parser: Parser) -> None:
     """Declare the options for outputs that exist or are unfinished."""
-    parser.add_argument("--overwrite", action="store_true",
-        help="replace an existing output; start an unfinished one anew")
-    parser.add_argument("--resume", action="store_true",
-        help="go on with what an earlier run of the same command left; what is done stays")
+    add = parser.group(OUTPUT).add_argument
+    add("--overwrite", action="store_true",
+        help="replace an existing output; restart an unfinished one")
+    add("--resume", action="store_true",
+        help="continue an earlier run of the same command; finished clips stay")
 
 
 def journals_of_outputs(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
+from vidgen.cli.options import Parser, given_options
 from vidgen.cli.report import LONG_S, Report, duration_text
 
 if TYPE_CHECKING:
@@ -18,10 +19,9 @@ DESCRIPTION = (
     "Tell the time and memory that `vidgen generate` with the same options will take. The first "
     "call on a machine measures it for some seconds. What doesn't fit is refused, naming what does."
 )
-_NOT_OF_REQUEST = {"output", "overwrite", "resume", "json", "events"}
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare generate's options."""
     generate.add_arguments(parser)
 
@@ -37,10 +37,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.weights.layouts import open_model
     from vidgen.weights.published import is_here, published
 
-    known = set(Request.model_fields)
-    options = {k: v for k, v in vars(args).items() if k in known and k not in _NOT_OF_REQUEST}
-    options["offload"] = None if args.offload == "auto" else args.offload
-    request = Request.of(options.pop("prompt"), options)
+    request = Request(**given_options(args))
     enforce(policy_from_environment(), request)
     folder = None if is_here(args.model) else published(args.model)
     device = choose_device()

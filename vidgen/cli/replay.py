@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ _PLAIN = ("prompt", "prefix")
 """Options that generate's command line has no flag for; they are text as it stands."""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("file", metavar="FILE", help="what vidgen wrote: film, picture or folder of pictures")

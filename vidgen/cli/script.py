@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.assembly import add_exports, describing, make_film, settle
-from vidgen.cli.options import add_tiles, add_workers
+from vidgen.cli.options import Parser, add_request_options, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 
@@ -33,7 +33,7 @@ OFFLOADS = ("none", "stage", "block")
 """From the most memory to the least."""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("script", metavar="FILM", nargs="?",
@@ -55,14 +55,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--overwrite", action="store_true",
         help="replace an existing film; start shots that were stopped anew")
     add_exports(parser)
-    add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the script's, else toybox")
-    add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
-        help="as in generate")
-    add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
-    add_tiles(parser)
+    add_request_options(parser, ("model", "offload", "quantize", "tiles", "dtype"))
     add_workers(parser, "shots")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation; default the "
-        "script's")
 
 
 def run(args: Namespace, report: Report) -> int:

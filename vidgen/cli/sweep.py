@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
-from vidgen.cli.options import choose_devices, share_threads
+from vidgen.cli.options import Parser, choose_devices, given_options, share_threads
 from vidgen.cli.outputs import as_it_began, output_names, told_how_to_go_on
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
@@ -50,7 +50,7 @@ class Cell:
     path: Path
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare generate's options and the axes."""
     generate.add_arguments(parser)
     parser.add_argument(
@@ -196,15 +196,13 @@ def _earlier_seed(args: Namespace) -> int | None:
 
 def _cells(args: Namespace, stem: str) -> list[Cell]:
     """Return every setting, checked, in the order of the sheet: row by row."""
-    from vidgen.core.request import Request
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
     count = math.prod(len(axis.values) for axis in args.over)
     if count > MAX_CELLS:
         raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
-    names = set(Request.model_fields)
-    base = {name: value for name, value in vars(args).items() if name in names}
+    base = given_options(args)
     base["settings"] = parse_settings(args.settings)
     cells = [
         _cell(base, list(zip(args.over, values, strict=True)), stem)
@@ -229,7 +227,7 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
         else:
             options["prompt"] = _replaced(options["prompt"], axis.word, value)
             label.append(value)
-    loading = {name: options.pop(name) for name in LOADING}
+    loading = {name: options.pop(name, None) for name in LOADING}
     loading |= choose_devices(loading["devices"], loading["shard"], ())
     request = Request.of(options.pop("prompt"), options)
     name = _identity(request, loading)

@@ -8,6 +8,7 @@ checked on construction; the rest when the plan is made.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -277,7 +278,7 @@ class Request(BaseModel):
         given += [("frame", picture) for _, picture in self.frame]
         given += [("reference", picture) for picture in self.reference]
         given.append(("audio", self.audio_file))
-        return [(name, file) for name, file in given if isinstance(file, File)]
+        return [(name, file) for name, file in given if isinstance(file, str | os.PathLike)]
 
     @property
     def wants_sound(self) -> bool:
