@@ -268,6 +268,7 @@ def test_stills_alone_are_for_batches_of_single_frames(plain: DiTData, tmp_path:
     assert sum(mine) >= 3  # thirty of them to ten clips
 
 
+@pytest.mark.long
 def test_stills_are_taken_where_a_clip_is_under_way(plain: DiTData, tmp_path: Path) -> None:
     both = with_stills(plain, tmp_path)
     cache = ToyboxCache(both.caches[1])
@@ -305,6 +306,7 @@ def handing(
                                                  prefix=0, mask=0, reference=0.3))
 
 
+@pytest.mark.long
 def test_some_clips_are_handed_over_as_they_were_settled(handing: DiTData) -> None:
     source = ClipDraws(handing, torch.device("cpu"), patch=2)
     settled = source.data[0].settled

@@ -132,6 +132,7 @@ def test_clips_of_another_mix_of_scenes_lie_in_a_cache_of_their_own(cache, tmp_p
         ToyboxCache(usual)
 
 
+@pytest.mark.long
 def test_clips_in_which_something_is_hit_are_drawn_more_often(
     tiny_model: Path, sound_vae: Path, tmp_path: Path
 ) -> None:

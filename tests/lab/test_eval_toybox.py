@@ -59,6 +59,7 @@ def results(
     return output
 
 
+@pytest.mark.long
 def test_results_say_what_was_measured_and_how(results: Path) -> None:
     told = json.loads(results.read_text())
     assert told["world_version"] == WORLD_VERSION
@@ -119,6 +120,7 @@ def sounding(
     return model, found, json.loads(output.read_text())["sound_judge"]
 
 
+@pytest.mark.long
 def test_triples_are_compared_pair_by_pair(sounding: tuple[Path, dict[str, Any], str]) -> None:
     _, scores, _ = sounding
     figure = scores["triples"]["place"]
@@ -176,6 +178,7 @@ def test_the_sheet_shows_the_clips(results: Path) -> None:
         assert sheet.height > 3 * 32
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_alike(
     results: Path, tiny_model: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +208,7 @@ def _known(line: str) -> str:
         return ""
 
 
+@pytest.mark.long
 def test_another_setting_is_another_score(
     results: Path, tiny_model: Path, judge: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +243,7 @@ def seeded(tiny_model: Path, judge: Path, tmp_path_factory: pytest.TempPathFacto
     return output
 
 
+@pytest.mark.long
 def test_more_seeds_make_more_clips_of_each_prompt(
     seeded: Path, tiny_model: Path, judge: Path, tmp_path: Path
 ) -> None:
@@ -283,6 +288,7 @@ def test_two_workers_killed_and_called_again_give_the_same_numbers(
     assert ours == theirs
 
 
+@pytest.mark.long
 def test_toybox_results_stand_on_a_leaderboard(
     seeded: Path, tiny_model: Path, judge: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

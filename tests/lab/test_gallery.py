@@ -13,6 +13,7 @@ from train.toybox.world.captions import prompts
 from vidgen.media.probe import read_recipe
 
 
+@pytest.mark.long
 def test_first_prompts_and_seeds_stand_on_a_page(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

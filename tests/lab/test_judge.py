@@ -257,6 +257,7 @@ def make_task(folder: Path, **more: object) -> tuple[Any, PhasedRun]:
     return program.JudgeTask(config), config.run
 
 
+@pytest.mark.long
 def test_the_program_learns_and_resumes_exactly(tmp_path: Path) -> None:
     task, run = make_task(tmp_path / "straight")
     result = train(task, run)
@@ -277,6 +278,7 @@ def test_the_program_learns_and_resumes_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
+@pytest.mark.long
 def test_frames_can_go_on_alone_from_a_released_judge(tmp_path: Path, judge: Judge) -> None:
     save_module(judge.state_dict(), TINY, tmp_path / "released", torch.bfloat16)
     task, run = make_task(tmp_path / "run", init=str(tmp_path / "released"), part="frames",

@@ -60,6 +60,7 @@ def run_file(folder: Path, **cache: Any) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_where_it_was(
     program: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

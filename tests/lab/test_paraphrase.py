@@ -148,6 +148,7 @@ def test_no_direction_contradicts_the_scene():
             assert ("counterclockwise" if other else "clockwise") in ways, text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "attribute"),
     [("cameras", "camera"), ("weathers", "weather"), ("times", "time_of_day"), ("places", "place")],

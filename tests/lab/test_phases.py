@@ -162,6 +162,7 @@ def start_vae(config: Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.long
 def test_a_killed_program_goes_on_bit_for_bit(server: ForkServer, tmp_path: Path) -> None:
     configs = []
     for name in ("straight", "killed"):

@@ -46,6 +46,7 @@ def tracks(judge: Judge, video: torch.Tensor) -> list[Sighting]:
     return sightings(judge, video)
 
 
+@pytest.mark.long
 def test_sprites_are_found_where_they_are(tracks: list[Sighting], scenes: list[Scene]) -> None:
     for sighting, scene in zip(tracks, scenes, strict=True):
         (actor,) = ground_truth(scene).actors
@@ -117,6 +118,7 @@ def test_changing_gravity_and_crooked_arcs_are_told() -> None:
     assert fit_arcs(np.linspace(0.2, 0.8, 33), 12.0).arcs == 0
 
 
+@pytest.mark.long
 def test_a_rendered_bounce_obeys(judge: Judge, video: torch.Tensor, scenes: list[Scene]) -> None:
     fall = measure_fall(judge, video[1], scenes[1], 12.0)
     assert fall.arcs >= 2

@@ -40,6 +40,7 @@ def shuffled(scene: Scene, side: int = 4) -> torch.Tensor:
     return video
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sprite", ["airplane", "cow", "robot"])
 def test_a_drawing_is_found_wherever_it_stands(sprite: str) -> None:
     asked = Scene(3, (Actor(sprite, "moves right"),), "desert")

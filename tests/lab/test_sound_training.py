@@ -60,6 +60,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(latest_checkpoint(folder) / "state.safetensors")
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_with_the_same_bits(sound: ModuleType, tmp_path: Path) -> None:
     straight = build(sound.SoundRun, run_settings(tmp_path / "straight"), "run")
     result = train(sound.SoundTask(straight), straight.run)
@@ -117,6 +118,7 @@ def test_gains_sharpen_what_windows_blur_and_leave_the_rest() -> None:
     assert left < 0.7 * smeared
 
 
+@pytest.mark.long
 def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path) -> None:
     config = build(sound.SoundRun, run_settings(tmp_path, steps=30), "run")
     task = sound.SoundTask(config)
@@ -200,6 +202,7 @@ def test_a_window_longer_than_its_clip_is_refused(sound: ModuleType, tmp_path: P
         build(sound.SoundRun, run_settings(tmp_path) | {"preset": "large"}, "run")
 
 
+@pytest.mark.long
 def test_a_run_is_released_with_its_statistics(
     sound: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +265,7 @@ def test_windows_look_through_noise_once_the_transformer_was_taught_to(
     assert release.history_noise_of(tmp_path, "dit", tmp_path) == 0
 
 
+@pytest.mark.long
 def test_fidelity_tells_a_delay_from_a_loss() -> None:
     scenes = sample_scenes(700, 8)
     original = synthesize(scenes)

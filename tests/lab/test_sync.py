@@ -94,6 +94,7 @@ def test_landings_are_found_between_frames() -> None:
     assert len(landings(np.linspace(0.2, 0.8, 33), 12.0)) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frame", range(2, 31))
 def test_a_frame_that_is_off_makes_no_landing_and_hides_none(frame: int) -> None:
     height = falling_course()
@@ -145,6 +146,7 @@ def test_the_ruler_is_finer_than_what_it_measures() -> None:
     assert score.sync.floor_f1 < 0.5
 
 
+@pytest.mark.long
 def test_nothing_that_bounces_gives_no_bounces() -> None:
     from train.toybox.world.render import render
 
@@ -153,6 +155,7 @@ def test_nothing_that_bounces_gives_no_bounces() -> None:
     assert len(found) == 0
 
 
+@pytest.mark.long
 def test_the_program_writes_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

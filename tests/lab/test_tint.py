@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ def recolored(scene: Scene, *tints: str | None) -> Scene:
     return replace(scene, actors=tuple(actors))
 
 
+@pytest.mark.long
 def test_all_tints_of_a_scene_have_to_be_there() -> None:
     assert shows_tints(shown(PAIR), PAIR)
     for tints in (("blue", None), ("green", "red"), ("red", "blue"), (None, None)):
@@ -53,6 +55,7 @@ def test_what_is_never_seen_has_no_tint() -> None:
     assert shows_tints(torch.zeros(3, 1, 16, 16), PAIR) is None
 
 
+@pytest.mark.long
 def test_the_benchmark_asks_for_tints_where_there_are_some() -> None:
     plain = recolored(PAIR, None, None)
     seen = SimpleNamespace(sprite="car", motion="stays", place="meadow", camera="still",

@@ -151,6 +151,7 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     assert (shared.frames != clip.frames).any()
 
 
+@pytest.mark.long
 def test_what_is_added_to_a_folder_is_recorded_there_and_nothing_else(
     tiny_model: Path, tmp_path: Path, program: Program
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: P
     assert encoder_hash(tmp_path / "vae") != before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("part", "oversampling"), [("encoder", 1), ("all", 2)])
 def test_a_vae_goes_on_learning_while_latents_keep_their_meaning(
     tiny_model: Path, tmp_path: Path, program: Program, part: str, oversampling: int
@@ -252,6 +254,7 @@ def test_a_vae_goes_on_learning_while_latents_keep_their_meaning(
     assert json.loads(configs[0]) == json.loads(configs[1]), "what a transformer reads by"
 
 
+@pytest.mark.long
 def test_a_wider_encoder_begins_as_the_one_there_is(
     tiny_model: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def test_rendering_again_gives_the_same_bits():
     assert torch.equal(first.masks, second.masks)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(128, 128), (48, 80)])
 def test_a_scene_in_a_batch_equals_the_scene_alone(size):
     together = render(SCENES, 5, *size)
@@ -73,6 +74,7 @@ def test_masks_tell_where_actors_are():
         assert changed[mask > 0.5].float().mean() > 0.5
 
 
+@pytest.mark.long
 def test_the_front_actor_covers_the_one_behind():
     masks = render(sample_scenes(0, 40, SceneMix(two_actors=1.0)), **SMALL).masks
     assert (masks.sum(1) <= 1 + 1e-5).all()
@@ -84,6 +86,7 @@ def test_an_absent_actor_has_an_empty_mask():
     assert render([single], **SMALL).masks[0, 1].count_nonzero() == 0
 
 
+@pytest.mark.long
 def test_every_sprite_can_be_seen_against_every_place():
     """Against each place, in each light, the sprite's pixels differ from the place's own."""
     names = list(SPRITES)

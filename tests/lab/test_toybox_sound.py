@@ -48,6 +48,7 @@ def test_a_scene_sounds_the_same_alone_and_among_others() -> None:
     assert together.shape == (4, round(17 / 12 * SAMPLE_RATE))
 
 
+@pytest.mark.long
 def test_levels_are_sensible() -> None:
     sound = synthesize([*sample_scenes(0, 24), *(in_room(s, seed=9) for s in SPRITES)])
     peaks = sound.abs().amax(1)
@@ -63,6 +64,7 @@ def test_any_length_has_its_sound(num_frames: int, fps: float) -> None:
     assert any(cue.kind == "call" for cue in sound_cues(in_room("dog"), num_frames, fps=fps))
 
 
+@pytest.mark.long
 def test_sounds_begin_at_their_cues_to_the_sample() -> None:
     scenes = [in_room(sprite, seed=4) for sprite in CALLERS]
     for scene, sound in zip(scenes, synthesize(scenes, 17).numpy(), strict=True):
@@ -106,6 +108,7 @@ def test_marks_of_turning_motions_are_where_the_track_says(motion: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_voices_can_be_told_apart_by_their_spectra() -> None:
     known = bands(synthesize([in_room(sprite, seed=1) for sprite in VOICES], 25))
     asked = bands(synthesize([in_room(sprite, seed=2) for sprite in VOICES], 25))

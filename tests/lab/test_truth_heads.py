@@ -36,6 +36,7 @@ def dit() -> SpacetimeDiT:
     return SpacetimeDiT(DIT_PRESETS["tiny"])
 
 
+@pytest.mark.long
 def test_tokens_of_a_sprite_learn_its_name(dit: SpacetimeDiT, batch: Batch) -> None:
     heads, cover = TruthHeads(dit), F.avg_pool3d(batch.cover, (1, 2, 2))[:, 0].flatten(1)
     tokens = torch.randn(*cover.shape, dit.config.hidden_dim, requires_grad=True)

@@ -56,6 +56,7 @@ def low_run(low: dict[str, Any]) -> DistilRun:
     return config
 
 
+@pytest.mark.long
 def test_the_expert_answers_below_the_boundary(low: dict[str, Any]) -> None:
     config = build(DistilRun, low, "run")
     shards = open_shards(config)
@@ -72,6 +73,7 @@ def test_the_expert_answers_below_the_boundary(low: dict[str, Any]) -> None:
         teacher.sides.at(torch.tensor([0.95, 0.5]))
 
 
+@pytest.mark.long
 def test_it_learns_the_steps_behind_the_boundary_alone(low_run: DistilRun) -> None:
     fresh = DistilTask(low_run).validate(0, Path())
     assert fresh.keys() == {"velocity_0.83", "velocity_mean", "end"}
@@ -111,6 +113,7 @@ def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path:
     torch.testing.assert_close(clip.latents, made, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_its_clips_are_matched_below_the_boundary(
     low: dict[str, Any], low_run: DistilRun, tmp_path: Path
 ) -> None:
@@ -166,6 +169,7 @@ def test_its_clips_are_matched_at_the_rate_that_they_are_drawn_at(
     assert told.keys() == {"gap", "following"} == task.validate(0, Path()).keys()
 
 
+@pytest.mark.long
 def test_the_other_part_is_taught_above_the_boundary(
     low: dict[str, Any], low_run: DistilRun, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def matching(
     return with_run(settings | {"match": match}, folder, phases=phases, optim=optim, **changes)
 
 
+@pytest.mark.long
 def test_a_student_is_matched_with_its_teacher(
     settings: dict[str, Any], run: DistilRun, model: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_the_students_gradient_is_where_the_two_networks_differ(
     assert float(task.loss(batch, 0)[1]["gap"]) < 1e-3, "without guidance and delta they are one"
 
 
+@pytest.mark.long
 def test_a_matched_run_resumes_with_the_same_bits(
     settings: dict[str, Any], run: DistilRun, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def turning(
     return changed
 
 
+@pytest.mark.long
 def test_a_roller_begins_as_the_student_and_learns_turns(
     turning: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:

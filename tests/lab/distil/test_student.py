@@ -275,6 +275,7 @@ def test_its_clips_are_judged_beside_the_models_own(model: Path, tmp_path: Path)
     assert set(found["few"]["student"]) == {"sprite", "motion", "place", "camera", "all"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["diffusers", "wan"])
 def test_a_converted_model_takes_its_student_along(
     engine: Engine, layout: str, tmp_path: Path
