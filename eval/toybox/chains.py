@@ -21,8 +21,8 @@ from train.toybox.world.scenes import Scene
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
-from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.state import LatentState
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.clip import Clip
 from vidgen.pipeline.codec import as_video, to_frames
 from vidgen.pipeline.engine import Engine, load
@@ -126,7 +126,7 @@ class Chain:
             shown = video.shape[2]
             begun = Beginning(
                 latents, shown, 1 + (shown - 1) // t, 0, colours_of(latents), "pixels",
-                pace=Pace(self.plan.oversampling),
+                rate=LatentRate(self.plan.oversampling),
             )
             stop = shown + (size - self.settings.overlap) * t
             long = LongClip(

@@ -18,12 +18,12 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.candidates import sample_best
+from vidgen.pipeline.best_of_n import sample_best
 from vidgen.pipeline.codec import encode_passes_of
 from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.levels import finer_rate
+from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
@@ -68,11 +68,11 @@ def sampled(
     engine: Engine, plan: Plan, state: LatentState, read: Sequence[str], contexts: Contexts
 ) -> Tensor:
     """Latents [B, C, F, h, w] of the best candidate of each clip."""
-    told = engine.told_apart(plan, read)
+    told = engine.regional_prompts(plan, read)
 
     def draw(state: LatentState, rows: Tensor, _candidate: int) -> Tensor:
         own = [(text[rows], count[rows.to(count.device)]) for text, count in contexts]
-        return engine.sample(plan, state, own, told=told.rows(rows) if told else None)
+        return engine.sample(plan, state, own, regional=told.rows(rows) if told else None)
 
     return sample_best(engine.parts, plan, state, read, draw)
 
@@ -126,7 +126,7 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
 
     As a clip is that is given to be edited: at the rate that the model draws at.
     """
-    rate = finer_rate(engine.folder)
+    rate = upsampling_of(engine.folder)
     latents = engine.encode_video(
         video, passes=encode_passes_of(engine.folder), oversampling=rate
     )

@@ -28,8 +28,8 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.condition import reference_position
 from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.diffusion.state import are_references
+from vidgen.diffusion.temporal_upsampling import LatentRate, interpolated
 
 PHASE = Phase(steps=40, num_frames=33, batch_size=8)
 REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)
@@ -312,7 +312,7 @@ def test_some_clips_are_handed_over_as_they_were_settled(handing: DiTData) -> No
     settled = source.data[0].settled
     assert settled is not None
     assert settled.shape[2] == 9
-    ours = interpolated(settled.float(), Pace(2), source.strides.t)
+    ours = interpolated(settled.float(), LatentRate(2), source.strides.t)
     handed, rows = {True: 0, False: 0}, set()
     for step in range(12):
         batch = source.batch(PHASE, step, 0)

@@ -13,7 +13,7 @@ from tests.models import add_low_expert, build_tiny_model
 from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.oversampling import finer_state
+from vidgen.diffusion.temporal_upsampling import upsampled_state
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs, pixels_of
@@ -93,7 +93,7 @@ def test_stills_lie_where_generation_puts_them(
     images = {"last_image": [picture], **({"image": [picture]} if kind == "both" else {})}
     request = Request.of("a red car", dict.fromkeys(images, "clip0.mkv"))
     given = Inputs(images=images)
-    asked = finer_state(
+    asked = upsampled_state(
         engine.prepare(engine.plan(request, given), request, given), torch.zeros(1, 4, 3, 4, 4),
         0.5, 2, 4,
     )

@@ -13,7 +13,7 @@ import torch
 
 from tests.unit.test_sound_candidates import RATE, clicks
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.models.onset_detector import (
     OnsetDetector,
     OnsetDetectorConfig,
@@ -126,7 +126,7 @@ def test_what_is_seen_has_the_clips_own_time(
     expected = torch.zeros(1, 9, 4)
     expected[0, index, 1] = 1
     picture = torch.zeros(1, 4, 9, 2, 2)
-    impacts = impacts_seen(parts_with(expected), picture, Pace(factor, alone), first, FPS)
+    impacts = impacts_seen(parts_with(expected), picture, LatentRate(factor, alone), first, FPS)
     assert impacts is not None
     assert float(impacts.expected.sum()) == 1
     at = impacts.times[impacts.expected.argmax()]
@@ -137,10 +137,10 @@ def test_what_is_seen_has_the_clips_own_time(
 def test_a_single_picture_shows_nothing_that_happens() -> None:
     picture, expected = torch.zeros(1, 4, 3, 2, 2), torch.ones(1, 3, 4)
     for alone, first, count in ((True, 0, 8), (False, 4, 12)):
-        impacts = impacts_seen(parts_with(expected), picture, Pace(1, alone), first, FPS)
+        impacts = impacts_seen(parts_with(expected), picture, LatentRate(1, alone), first, FPS)
         assert impacts is not None
         assert float(impacts.expected.sum()) == count
-    assert impacts_seen(parts_with(None), picture, Pace(1), 0, FPS) is None
+    assert impacts_seen(parts_with(None), picture, LatentRate(1), 0, FPS) is None
 
 
 def test_a_sound_goes_with_what_is_seen_by_how_much_of_it_meets() -> None:

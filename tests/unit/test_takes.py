@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from vidgen.pipeline.candidates import Verified
+from vidgen.pipeline.best_of_n import Verified
 from vidgen.story.takes import TakeScore, best_take
 
 SEEN = Verified("car", 0.95, is_enough=True)

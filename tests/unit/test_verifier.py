@@ -101,16 +101,16 @@ def test_all_captions_of_the_world_name_their_sprites() -> None:
 def test_each_thing_is_told_alone_with_what_is_said_of_it(
     prompt: str, told: dict[int, str]
 ) -> None:
-    assert CONFIG.told_alone(prompt) == told
+    assert CONFIG.prompts_of_each(prompt) == told
 
 
 def test_how_each_thing_looks_is_told_twice() -> None:
-    assert CONFIG.told_twice("A red cat chases the little soccer ball; the cat hops") == {
+    assert CONFIG.looks_of_each("A red cat chases the little soccer ball; the cat hops") == {
         0: "a red cat and a red cat", 1: "the little soccer ball and the little soccer ball",
     }
-    assert CONFIG.told_twice("CAT on snow") == {0: "cAT and cAT"}
-    assert CONFIG.told_twice("snow") == {}
-    assert TINTED.told_twice("Red cat meets ball") == {
+    assert CONFIG.looks_of_each("CAT on snow") == {0: "cAT and cAT"}
+    assert CONFIG.looks_of_each("snow") == {}
+    assert TINTED.looks_of_each("Red cat meets ball") == {
         0: "red cat and red cat", 1: "ball and ball",
     }
 

@@ -17,7 +17,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.flow import denoised_of
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.pipeline.denoise import denoising
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
@@ -79,7 +79,7 @@ class Redrawer:
             raise InputError(f"strength is {strength}, from where the model draws clips at its own "
                              f"frame rate alone; give less for {oversampling} times that")
         else:
-            state = replace(state, video_finer=given)
+            state = replace(state, video_upsampled=given)
         contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
         return self.engine.sample(plan, state, contexts).float()
 
@@ -123,6 +123,6 @@ class Redrawer:
     def _plan_like(self, latents: Tensor, oversampling: int = 1) -> Plan:
         """That of clips like those given, [B, C, F, h, w]."""
         F, h, w = latents.shape[2:]
-        frames = Pace(oversampling).coarser(F)
+        frames = LatentRate(oversampling).num_shown(F)
         span = replace(self._plan.latents, num_frames=frames, height=h, width=w)
         return replace(self._plan, latents=span, oversampling=oversampling)

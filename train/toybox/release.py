@@ -55,8 +55,8 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import VerifierConfig
 from vidgen.models.words import split_words
-from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.long.tail import ANCHOR_TASK
+from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.sound.candidates import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages

@@ -112,7 +112,7 @@ class VAERun:
         if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
             raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
                              "none")
-        VAE_PRESETS[self.preset].finer_stages(self.oversampling)
+        VAE_PRESETS[self.preset].steady_stages(self.oversampling)
         if self.validation_clips < 1:
             raise InputError(f"validation_clips is {self.validation_clips}; give 1 or more")
 

@@ -20,7 +20,7 @@ class Strides:
     t: int
     hw: int
 
-    def finer(self, oversampling: int) -> Strides:
+    def at_rate(self, oversampling: int) -> Strides:
         """Return the strides with `oversampling` latent frames for each one."""
         return replace(self, t=self.t // oversampling)
 

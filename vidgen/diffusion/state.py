@@ -26,11 +26,11 @@ FIRST_REFERENCE_POSITION = -4.0
 """On the time axis: reference images lie there and before, well outside of the clip."""
 
 
-class FinerKnown(NamedTuple):
-    """Known latents of a clip at a finer frame rate, see `vidgen.diffusion.oversampling`.
+class UpsampledKnown(NamedTuple):
+    """Known latents of a clip's first frames under `vidgen.diffusion.temporal_upsampling`.
 
     Attributes:
-        latents: [B, C, n, h, w] of its first n finer latent frames, as they are shown.
+        latents: [B, C, n, h, w].
         denoise_mask: [B, 1, n, h, w] bool, True where they aren't known.
         alone: whether the first of them is a single frame.
     """
@@ -60,8 +60,8 @@ class LatentState:
         spacing: distance of latent frames on the time axis, which is 1 at the model's own frame
             rate.
         lead: number of the latent frame that lies at 0 there.
-        known_finer: what is known in place at a finer frame rate, where that isn't a single frame.
-        video_finer: [B, C, n, h, w], the clip that sampling begins from at that rate, or None.
+        known_upsampled: what is known in place under temporal upsampling, if more than a still.
+        video_upsampled: [B, C, n, h, w], the clip that sampling begins from then, or None.
     """
 
     latents: Tensor
@@ -78,8 +78,8 @@ class LatentState:
     noise: Tensor | None = None
     spacing: float = 1.0
     lead: float = 0.0
-    known_finer: FinerKnown | None = None
-    video_finer: Tensor | None = None
+    known_upsampled: UpsampledKnown | None = None
+    video_upsampled: Tensor | None = None
 
     @cached_property
     def any_known(self) -> bool:

@@ -117,7 +117,7 @@ class VAEConfig:
             t=2 ** sum(self.temporal_downsample), hw=self.patch_size * 2 ** (self.num_stages - 1)
         )
 
-    def finer_stages(self, oversampling: int) -> tuple[bool, ...]:
+    def steady_stages(self, oversampling: int) -> tuple[bool, ...]:
         """Return which stages, from pixels to latents, leave the number of frames at that rate.
 
         Raises:
@@ -132,11 +132,11 @@ class VAEConfig:
         if oversampling not in rates:
             raise InputError(f"oversampling is {oversampling}; a VAE of {self.strides.t} frames a "
                              f"latent frame can take {', '.join(map(str, rates))}")
-        left, finer = rates.index(oversampling), []
+        left, steady = rates.index(oversampling), []
         for temporal in (*self.temporal_downsample, False):
-            finer.append(temporal and left > 0)
+            steady.append(temporal and left > 0)
             left -= temporal
-        return tuple(finer)
+        return tuple(steady)
 
     @property
     def resamples(self) -> tuple[str | None, ...]:
@@ -207,9 +207,9 @@ class Decoder(nn.Module):
         return self.mid(self.conv_in(self.from_latents(x), cache), cache)
 
 
-def by_decoder(finer: tuple[bool, ...]) -> tuple[bool, ...]:
+def by_decoder(steady: tuple[bool, ...]) -> tuple[bool, ...]:
     """Return flags of the encoder's stages for the decoder's stages that undo them."""
-    return *finer[-2::-1], False
+    return *steady[-2::-1], False
 
 
 def _view(module: Module) -> Module:
@@ -237,7 +237,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
     @property
     def strides(self) -> Strides:
         """Frames and pixels per latent frame and latent pixel."""
-        return self.config.strides.finer(self.oversampling)
+        return self.config.strides.at_rate(self.oversampling)
 
     def at_rate(self, oversampling: int) -> CausalVAE:
         """Return this VAE with latent frames closer in time; both have the same weights, always.
@@ -249,16 +249,16 @@ class CausalVAE(NormalizedLatents, nn.Module):
         Raises:
             InputError: a rate that frames can't be taken at.
         """
-        finer = self.config.finer_stages(oversampling)
+        steady = self.config.steady_stages(oversampling)
         if oversampling == self.oversampling:
             return self
         view = _view(self)
         view.oversampling = oversampling
-        stages, flags = (*view.encoder.stages, *view.decoder.stages), (*finer, *by_decoder(finer))
-        for stage, is_finer in zip(stages, flags, strict=True):
+        stages, flags = (*view.encoder.stages, *view.decoder.stages), (*steady, *by_decoder(steady))
+        for stage, keeps in zip(stages, flags, strict=True):
             for module in stage.children():
                 if isinstance(module, Downsample | Upsample):
-                    module.finer = is_finer
+                    module.keeps_frames = keeps
         return view
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,7 +379,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
         inside = {m.time_conv for m in self.decoder.modules() if isinstance(m, Upsample)}
         for module in reversed([*self.decoder.modules()]):
             if isinstance(module, Upsample) and module.time_conv is not None:
-                frame = frame if module.finer else 1 + (frame - 1) // 2
+                frame = frame if module.keeps_frames else 1 + (frame - 1) // 2
                 frame -= module.time_conv.num_history
             elif isinstance(module, CausalConv3d) and module not in inside:
                 frame -= module.num_history

@@ -81,12 +81,12 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve rows and columns by a strided convolution, and frames if `temporal`.
 
-    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k. Where frames are to stay
-    as many as they are (`finer`), the mean of two neighbours stands for the frame between them.
+    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k. With `keeps_frames` their
+    number stays: the mean of two neighbours stands for the frame between them.
     """
 
     cache_key: str = ""
-    finer: bool = False
+    keeps_frames: bool = False
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Downsample(nn.Module):
 
     def _halve_frames(self, x: Tensor) -> Tensor:
         assert self.time_conv is not None
-        return convolve(self.time_conv, _with_middles(x) if self.finer else x)
+        return convolve(self.time_conv, _with_middles(x) if self.keeps_frames else x)
 
 
 def _with_middles(x: Tensor) -> Tensor:
@@ -127,11 +127,11 @@ def _with_middles(x: Tensor) -> Tensor:
 class Upsample(nn.Module):
     """Double rows and columns (nearest, then a 3x3 convolution), and frames first if `temporal`.
 
-    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k. Where frames are to stay
-    as many as they are (`finer`), the later of each two is made alone.
+    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k. With `keeps_frames` their
+    number stays: only the later of each two is computed.
     """
 
-    finer: bool = False
+    keeps_frames: bool = False
 
     def __init__(self, in_channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Upsample(nn.Module):
         """Each frame gives two, one in either half of the channels of `time_conv`."""
         assert self.time_conv is not None
         y = self.time_conv(x, cache).permute(0, 2, 3, 4, 1)
-        if self.finer:
+        if self.keeps_frames:
             return y.chunk(2, dim=-1)[1].permute(0, 4, 1, 2, 3)
         pairs = torch.stack(y.chunk(2, dim=-1), dim=2)  # [B, T, 2, H, W, C]
         return pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)

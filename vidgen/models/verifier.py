@@ -150,7 +150,7 @@ class VerifierConfig:
         tints = {self._tints_by_word[word] for word in words if word in self._tints_by_word}
         return tints.pop() if len(tints) == 1 else ANY
 
-    def told_alone(self, prompt: str) -> dict[int, str]:
+    def prompts_of_each(self, prompt: str) -> dict[int, str]:
         """The prompt as it would be if all that it names were the same, by label.
 
         "a red cat passes the dog" is "a red cat passes a red cat" and "the dog passes the dog".
@@ -164,7 +164,7 @@ class VerifierConfig:
             texts[label] = text
         return texts
 
-    def told_twice(self, prompt: str) -> dict[int, str]:
+    def looks_of_each(self, prompt: str) -> dict[int, str]:
         """Return a prompt for the looks of each thing alone, by label: "a red cat and a red cat".
 
         It says nothing of what the two do, so all of it is about their looks.

@@ -21,7 +21,7 @@ from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.state import FinerKnown, LatentState
+from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
 from vidgen.pipeline.types import Plan
 
@@ -59,7 +59,7 @@ def write_conditions(
         if settles:
             state = condition.video_at_strength(state, model.encode(clip), start_sigma)
         if finer > 1:
-            state = replace(state, video_finer=model.encode(clip, oversampling=finer))
+            state = replace(state, video_upsampled=model.encode(clip, oversampling=finer))
     ways = {"tokens": _in_place, "channels": _stacked, "control": _controlled}
     write = ways.get(model.conditioning)
     return state if write is None else write(state, plan, request, inputs, model)
@@ -77,7 +77,7 @@ def _in_place(
     if request.mask is not None and plan.oversampling > 1:
         latents, wanted = _kept(state, plan, request, inputs, model, plan.oversampling)
         latents[:, :, :1], wanted[:, :, :1] = state.clean[:, :, :1], state.denoise_mask[:, :, :1]
-        state = replace(state, known_finer=FinerKnown(latents, wanted))
+        state = replace(state, known_upsampled=UpsampledKnown(latents, wanted))
     for index, picture in enumerate(inputs.images.get("reference", ())):
         state = condition.reference(state, model.encode(_fitted(plan, [picture])), index)
     return state
@@ -88,7 +88,7 @@ def _kept(
     oversampling: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return what a mask keeps, [1, C, F, h, w], and where to generate, [1, 1, F, h, w]."""
-    strides = model.strides.finer(oversampling)
+    strides = model.strides.at_rate(oversampling)
     wanted = condition.latent_mask(_wanted(plan, request), strides, patch=model.patch)
     latents = model.encode(_whole_clip(plan, request, inputs), oversampling=oversampling)
     return latents.to(state.latents), wanted.to(state.latents.device)

@@ -36,8 +36,8 @@ from vidgen.weights.student import STUDENT
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.pipeline.bound import Bound
     from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.types import Contexts, Plan
 
 ALONE = "alone"
@@ -47,16 +47,16 @@ ALONE = "alone"
 @contextmanager
 def denoising(
     parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
-    caches: StepCaches | None = None, told: Bound | None = None,
+    caches: StepCaches | None = None, regional: RegionalPrompts | None = None,
 ) -> Iterator[Denoise]:
     """Yield the guided model for sampling from sigma `level` on.
 
-    Its transformer stays in memory inside the `with` block. `told` are regional prompts, or None.
+    Its transformer stays in memory inside the `with` block.
     """
     asked = dict(zip(BRANCHES, contexts, strict=False))
     if plan.guidance.reference_scale:
         asked[UNSHOWN] = contexts[0]
-    others = told.contexts if told else []
+    others = regional.contexts if regional else []
     with ExitStack() as stack:
         made = stack.enter_context(denoisers(
             parts, plan, state, [*asked.values(), *others], loras, level, caches=caches,
@@ -64,8 +64,8 @@ def denoising(
         ))
         by_branch, alone = dict(zip(asked, made, strict=False)), made[len(asked) :]
         conditional = by_branch[PROMPT]
-        if told is not None:
-            conditional = stack.enter_context(told.binding(parts, state, conditional, alone))
+        if regional is not None:
+            conditional = stack.enter_context(regional.applied(parts, state, conditional, alone))
         if len(asked) == 1:
             yield conditional
         else:

@@ -54,7 +54,7 @@ def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
     return plan.oversampling == 1 or split_of(plan, sigmas, folder) > 0
 
 
-def finer_rate(folder: ModelFolder) -> int:
+def upsampling_of(folder: ModelFolder) -> int:
     """Return how many latent frames a model draws below its boundary for each one above it."""
     return int(own_value("oversampling", folder))
 
@@ -65,7 +65,7 @@ def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan
     Raises:
         InputError: a rate that the model doesn't draw at, or that this clip can't have.
     """
-    own, asked = finer_rate(folder), request.settings.get("oversampling")
+    own, asked = upsampling_of(folder), request.settings.get("oversampling")
     if asked not in (None, 1, own):
         draws = ("each latent frame once; leave it out" if own == 1 else
                  f"at most {own} latent frames for one, give 1 or {own}")
@@ -74,7 +74,7 @@ def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan
         return plan
     why = _hindrance(plan, request, folder)
     if why is None:
-        folder.components["vae"].config.finer_stages(own)
+        folder.components["vae"].config.steady_stages(own)
         return replace(plan, oversampling=own)
     if asked is not None:
         raise InputError(f"oversampling is {asked}, but this clip {why}; leave it out")

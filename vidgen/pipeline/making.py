@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.media.read import fit
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.candidates import best_of_window, counted_on
+from vidgen.pipeline.best_of_n import best_of_window, counted_on
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.long.rolling import RolledClip
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
     from vidgen.media.types import Samples
-    from vidgen.pipeline.bound import Bound
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.model import OpenedModel
     from vidgen.pipeline.preview import Glimpses
+    from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.types import Contexts, Loras, Plan, Report
 
@@ -99,9 +99,9 @@ class Making:
         return read_as(self.plan.prompt, dict(self.plan.readings))
 
     @cached_property
-    def told(self) -> Bound | None:
+    def regional(self) -> RegionalPrompts | None:
         """Regional prompts, if any."""
-        return self.model.told_apart(self.plan, [self.prompt], self.loras)
+        return self.model.regional_prompts(self.plan, [self.prompt], self.loras)
 
     @cached_property
     def _long(self) -> LongClip | None:
@@ -156,7 +156,7 @@ class Windows:
         sample = partial(
             making.model.sample, plan, contexts=making.contexts(),
             scheduler=making.request.scheduler, loras=making.loras, remember=making.kept.keeps,
-            told=making.told,
+            regional=making.regional,
         )
         if plan.candidates == 1:
             made = sample(state, on_step=on_step, resume=making.kept.take_state())

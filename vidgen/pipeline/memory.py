@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from vidgen.core.shapes import Tiles
-from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.sound import sound_span
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.write import PIXELS_PER_BYTE
 from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
 from vidgen.models.dit_types import DiTConfig
@@ -291,7 +291,8 @@ class _Job:
     def decode(self) -> float:
         """Add decoding, and writing as far as it takes longer; return the encoder's seconds."""
         plan, kept = self.plan, self.passes.kept
-        decode_s = self.vae_s(Pace(plan.oversampling).finer(self.passes.decoded), plan.oversampling)
+        rate = LatentRate(plan.oversampling)
+        decode_s = self.vae_s(rate.num_upsampled(self.passes.decoded), plan.oversampling)
         live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
         # frames of a chunk: floats, bytes, in the slot
         live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
@@ -313,7 +314,8 @@ class _Job:
         """
         film = self.pixels * self.passes.kept // PIXELS_PER_BYTE
         frames = self.plan.latents.num_frames
-        whole = math.prod(self.plan.latents.dims) * Pace(self.plan.oversampling).finer(frames)
+        rate = LatentRate(self.plan.oversampling)
+        whole = math.prod(self.plan.latents.dims) * rate.num_upsampled(frames)
         state = STATE_TENSORS * whole // frames * self.longest // frames
         return 2 * (film + 4 * (whole // frames + state + self.remembered))
 

@@ -46,8 +46,8 @@ from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
-    from vidgen.pipeline.bound import Bound
     from vidgen.pipeline.parallel.crew import Crew
+    from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.types import Setup
     from vidgen.weights.quantize import Quantization
 
@@ -184,14 +184,16 @@ class OpenedModel:
         texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
         return [self.encode_texts([text], loras.tokens) for text in texts]
 
-    def told_apart(self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS) -> Bound | None:
+    def regional_prompts(
+        self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
+    ) -> RegionalPrompts | None:
         """Return the regional prompts of things that normalised prompts name, if any."""
-        from vidgen.pipeline.bound import VERIFIER, told_apart
+        from vidgen.pipeline.regional_prompts import VERIFIER, regional_prompts
 
         if plan.binding == 0:
             return None
         encode = partial(self.encode_texts, learned=loras.tokens)
-        return told_apart(self.folder.components[VERIFIER].config, read, plan.binding, encode)
+        return regional_prompts(self.folder.components[VERIFIER].config, read, plan.binding, encode)
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
@@ -218,27 +220,30 @@ class OpenedModel:
     def sample(
         self, plan: Plan, state: LatentState, contexts: Contexts, on_step: OnStep | None = None,
         scheduler: Any = None, loras: Loras = NO_LORAS, resume: SamplerState | None = None, *,
-        remember: bool = True, told: Bound | None = None, sigmas: Tensor | None = None,
+        remember: bool = True, regional: RegionalPrompts | None = None,
+        sigmas: Tensor | None = None,
     ) -> Tensor:
         """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
         With sound in the state both come packed; see `LatentState.apart`. Under temporal upsampling
-        they have the finer rate; see `vidgen.diffusion.oversampling`. `remember` adds the step
-        cache's memory to the states that `on_step` gets, `told` are regional prompts, and `sigmas`
-        the noise levels of a part of the run, None for all of it.
+        they have the higher rate; see `vidgen.diffusion.temporal_upsampling`. `remember` adds the
+        step cache's memory to the states that `on_step` gets, and `sigmas` are the noise levels of
+        a part of the run, None for all of it.
         """
-        from vidgen.diffusion.oversampling import sample_finer
-        from vidgen.pipeline.bound import is_bindable
+        from vidgen.diffusion.temporal_upsampling import sample_upsampled
         from vidgen.pipeline.denoise import denoising
+        from vidgen.pipeline.regional_prompts import can_be_regional
         from vidgen.pipeline.step_caches import carrying, make_caches
 
         if sigmas is None:
             contexts = contexts[:1] if plan.guidance.is_off else contexts
             has_given = plan.strength == 1 and bool(state.has_given.all())
             plan = replace(plan, guidance=plan.guidance.of_clip(has_given=has_given))
-            told, sigmas = told if is_bindable(state) else None, sigmas_of(plan, scheduler)
+            regional = regional if can_be_regional(state) else None
+            sigmas = sigmas_of(plan, scheduler)
             if plan.oversampling > 1:
-                rest = {"loras": loras, "scheduler": scheduler, "remember": remember, "told": told}
+                rest: dict[str, Any] = {"loras": loras, "scheduler": scheduler,
+                                        "remember": remember, "regional": regional}
 
                 def part(
                     state: LatentState, sigmas: Tensor, on_step: OnStep | None,
@@ -247,7 +252,7 @@ class OpenedModel:
                     return OpenedModel.sample(self, plan, state, contexts, on_step,
                                               resume=resume, sigmas=sigmas, **rest)
 
-                return sample_finer(
+                return sample_upsampled(
                     part, state, sigmas, split_of(plan, sigmas, self.folder), plan.oversampling,
                     self.vae_config.strides.t, on_step=on_step, resume=resume,
                 )
@@ -258,8 +263,8 @@ class OpenedModel:
             crew = self.crew
             on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
         level = float(sigmas[resume.step if resume else 0])
-        assert self.crew is None or told is None, "a crew's clips aren't told apart"
-        model = self.crew.denoising if self.crew else partial(denoising, told=told)
+        assert self.crew is None or regional is None, "devices share no regional prompts"
+        model = self.crew.denoising if self.crew else partial(denoising, regional=regional)
         with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.ending import read_ending
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.levels import settles, sigmas_of, split_of
@@ -97,7 +97,7 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         stills += known > 0 and keeps_to_start(folder, request)
         has_given = (folder.defaults.history_noise == 0 if known else
                      sum(pictures) > 0 and request.mask is None)
-        finer = Pace(plan.oversampling, alone=start == 0).finer(stop - start)
+        finer = LatentRate(plan.oversampling, alone=start == 0).num_upsampled(stop - start)
         windows.append(Window(stop - start + stills, finer + stills,
                               *_num_passes(folder, plan, has_given=has_given), has_given))
         if known and plan.oversampling > 1:  # what came before, at the other rate
@@ -129,12 +129,12 @@ def _rolled(folder: ModelFolder, plan: Plan, roll: RollConfig, request: Request)
 def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[int, int]:
     """Count forward passes of a window: at the clip's rate, and at a finer one."""
     guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
-    sigmas, told, legible = sigmas_of(plan), 0, 0.0
+    sigmas, things, legible = sigmas_of(plan), 0, 0.0
     if plan.binding and not has_given:
         config = folder.components["verifier"].config
-        told = len(config.labels_in(read_as(plan.prompt, dict(plan.readings))))
-        told, legible = told * (told > 1), config.legible
-    passes = [len(guidance.branches_at(sigma)) + told * (sigma < legible)
+        things = len(config.labels_in(read_as(plan.prompt, dict(plan.readings))))
+        things, legible = things * (things > 1), config.legible
+    passes = [len(guidance.branches_at(sigma)) + things * (sigma < legible)
               for sigma in sigmas.tolist()[:-1]]
     split = split_of(plan, sigmas, folder) if plan.oversampling > 1 else len(passes)
     return sum(passes[:split]), sum(passes[split:])

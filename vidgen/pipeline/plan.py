@@ -26,7 +26,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import open_voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
-from vidgen.pipeline.candidates import with_verifier
+from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.codec import encoding_of
 from vidgen.pipeline.experts import boundary_of, read_loras
 from vidgen.pipeline.few_steps import with_student

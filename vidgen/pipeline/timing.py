@@ -134,14 +134,14 @@ def vae_parts(
     widths = [dim * mult for mult in config.channel_mults]
     first = config.latent_channels if decode else widths[-1]
     middle = VAEPart((first, *[widths[-1]] * 4), widths[-1], 1, rows * columns)
-    temporal, finer = (*config.temporal_downsample, False), config.finer_stages(oversampling)
+    temporal, steady = (*config.temporal_downsample, False), config.steady_stages(oversampling)
     frames, came, parts = config.strides.t // oversampling, dim, list[VAEPart]()
     if decode:
-        widths, temporal, finer = widths[::-1], (*temporal[-2::-1], False), by_decoder(finer)
+        widths, temporal, steady = widths[::-1], (*temporal[-2::-1], False), by_decoder(steady)
         frames, came = 1, widths[0]
     else:
         parts.append(VAEPart((colours,), dim, frames, areas[0]))
-    for width, halved, kept in zip(widths, temporal, finer, strict=True):
+    for width, halved, kept in zip(widths, temporal, steady, strict=True):
         others = [width] * (2 * (config.num_blocks + decode) - 1)
         parts.append(VAEPart((came, *others), width, frames, areas[len(parts)]))
         came = width // 2 if decode and not config.stage_shortcuts else width

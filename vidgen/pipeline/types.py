@@ -168,7 +168,7 @@ class Plan:
     student: StudentConfig | None = None  # distilled model that denoises, if any
     oversampling: int = 1  # latent frames below the model's boundary for each above
     candidates: int = 1  # of the clip, or of each window, at most
-    binding: float = 0.0  # of regional prompts, see `vidgen.diffusion.binding`
+    binding: float = 0.0  # of regional prompts, see `vidgen.diffusion.regional_prompts`
 
     @property
     def roll(self) -> RollConfig | None:

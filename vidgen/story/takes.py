@@ -19,10 +19,10 @@ from vidgen.media.checks import Finding
 from vidgen.media.join import ContinuedClip
 from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.bound import VERIFIER
-from vidgen.pipeline.candidates import Verified, verify_video
+from vidgen.pipeline.best_of_n import Verified, verify_video
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.model import OpenedModel
+from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.story.elements import ShotFrame
 from vidgen.story.film import Part, ShotPlan, Take

@@ -31,11 +31,11 @@ from train.toybox.phases import Phase
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
-from vidgen.diffusion.oversampling import Pace, finer_state
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.state import LatentState
-from vidgen.pipeline.levels import finer_rate
+from vidgen.diffusion.temporal_upsampling import LatentRate, upsampled_state
+from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.optim import build_optimizers
@@ -81,7 +81,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         self.follower.load_state_dict(self.delta.state_dict())
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
         folder = self.shards.folder
-        self.rate = finer_rate(folder) if config.delta.part == LOW else 1
+        self.rate = upsampling_of(folder) if config.delta.part == LOW else 1
         self.stride_t = folder.components["vae"].config.strides.t
 
     def _check_levels(self) -> None:
@@ -119,7 +119,7 @@ class MatchTask(DeltaTask[MatchBatch]):
             for _ in range(2)
         ])
         B, C, F, *size = state.latents.shape
-        noise = torch.randn(2, B, C, Pace(self.rate).finer(F), *size, generator=draw)
+        noise = torch.randn(2, B, C, LatentRate(self.rate).num_upsampled(F), *size, generator=draw)
         return MatchBatch(state, ids, mask, last, sigma.to(self.device), noise.to(self.device))
 
     def levels(self, last: int) -> tuple[float, float]:
@@ -174,7 +174,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         """A state at the rate of the expert's steps, as the steps before them leave it."""
         first = self.own.start
         settled = self.steps_to(first - 1, self.with_delta(self.delta, state, context), state)
-        return finer_state(state, settled, float(self.sigmas[first]), self.rate, self.stride_t)
+        return upsampled_state(state, settled, float(self.sigmas[first]), self.rate, self.stride_t)
 
     def steps_to(
         self, last: int, student: Denoise, state: LatentState, first: int = 0

@@ -17,8 +17,8 @@ from train.toybox.tasks.sound_cache import with_sound
 from train.toybox.tasks.toybox_data import cut_around
 from vidgen.diffusion.condition import noise_known
 from vidgen.diffusion.condition_mix import with_given
-from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.diffusion.state import LatentState
+from vidgen.diffusion.temporal_upsampling import LatentRate, interpolated
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ClipDraws:
         assert drawn.handed is not None
         finer = round(self.caches[drawn.which].config.fps / self.fps)
         made = interpolated(self._here(settled[drawn.rows.to(settled.device)]).float(),
-                            Pace(finer), self.strides.t)
+                            LatentRate(finer), self.strides.t)
         handed = self._here(drawn.handed).view(-1, 1, 1, 1, 1)
         return torch.where(handed, made[:, :, drawn.window], latents)
 

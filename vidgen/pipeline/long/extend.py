@@ -30,8 +30,8 @@ from vidgen.core.shapes import LatentShape
 from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.oversampling import Pace
-from vidgen.diffusion.state import FinerKnown
+from vidgen.diffusion.state import UpsampledKnown
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
@@ -150,13 +150,13 @@ class LongClip:
             beside: adds a given sound to a window's state, from its first latent frame and their
                 number.
         """
-        count, finer = self._num_given, self.pace.finer
+        count, finer = self._num_given, self.rate.num_upsampled
         end = self.windows[-1][1] if self.windows else count
         latents = _room_for(replace(self.plan.latents, num_frames=finer(end)))
         if self.begun is not None:
             latents[:, :, : finer(count)] = self.begun.latents
         if done is not None:
-            count = self.pace.coarser(done.shape[2])
+            count = self.rate.num_shown(done.shape[2])
             latents[:, :, : finer(count)] = done
         for start, stop in self.windows:
             if stop <= count:
@@ -184,8 +184,8 @@ class LongClip:
 
     def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
         """Return a lazy clip of `sample`'s latents; add the last ones to the recipe."""
-        plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.pace.factor
-        made = self.pace.coarser(latents.shape[2]) - self._num_given
+        plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.rate.factor
+        made = self.rate.num_shown(latents.shape[2]) - self._num_given
         colours = self._colours(latents)
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
@@ -201,7 +201,8 @@ class LongClip:
             latents, begun.num_latents + made, total - plan.kept_frames, colours,
             self._anchor(latents), factor,
         )
-        skipped = 1 + (self.pace.finer(self._num_given) - 1) * t // factor - begun.frames_ahead
+        given = self.rate.num_upsampled(self._num_given)
+        skipped = 1 + (given - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
             videos = self.engine.decode_video(
@@ -229,9 +230,9 @@ class LongClip:
         return self.engine.vae_config.strides.t
 
     @property
-    def pace(self) -> Pace:
+    def rate(self) -> LatentRate:
         """Rate of the generated latents against the clip's."""
-        return Pace(self.plan.oversampling) if self.begun is None else self.begun.pace
+        return LatentRate(self.plan.oversampling) if self.begun is None else self.begun.rate
 
     @property
     def num_gone(self) -> int:
@@ -241,7 +242,7 @@ class LongClip:
     @property
     def stretch(self) -> Stretch:
         """Places of its windows in the whole clip."""
-        return Stretch(self.windows, self.pace, self.num_gone, self.begun)
+        return Stretch(self.windows, self.rate, self.num_gone, self.begun)
 
     @property
     def num_shown(self) -> int:
@@ -256,7 +257,7 @@ class LongClip:
         """Return the target colours: the beginning's, else those of the first window."""
         if self.begun is not None:
             return self.begun.colours
-        return colours_of(latents[:, :, : self.pace.finer(self.windows[0][1])])
+        return colours_of(latents[:, :, : self.rate.num_upsampled(self.windows[0][1])])
 
     def _anchor(self, latents: Tensor) -> Tensor | None:
         """Return the clip's first latent frame, [1, C, 1, h, w], if later windows get it."""
@@ -302,14 +303,14 @@ class LongClip:
         VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
         follow are the latents themselves.
         """
-        num_known, first, factor = count - start, start + self.num_gone, self.pace.factor
-        known = made[:, :, self.pace.finer(start) :].to(state.latents)
+        num_known, first, factor = count - start, start + self.num_gone, self.rate.factor
+        known = made[:, :, self.rate.num_upsampled(start) :].to(state.latents)
         past = made[:, :, -max(TAIL_FRAMES, (num_known + 1) * factor) :]
         if factor > 1:
-            state = replace(state, known_finer=FinerKnown(
-                self._noised(known, "history finer", Pace(factor).finer(first)),
-                torch.zeros_like(known[:, :1], dtype=torch.bool), self.pace.behind(start).alone,
-            ))  # fmt: skip
+            shown = self._noised(known, "history finer", LatentRate(factor).num_upsampled(first))
+            mask = torch.zeros_like(known[:, :1], dtype=torch.bool)
+            state = replace(state, known_upsampled=UpsampledKnown(
+                shown, mask, self.rate.after(start).alone))
             past = at_rate(self.engine, past, factor, 1, self.plan.tiles, self.plan.encode_passes)
             known = past[:, :, -num_known:].to(state.latents)
         if self.engine.folder.conditioning != "control":
@@ -390,11 +391,11 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
         begun = _encode_end(engine, plan, request, inputs)
     elif begun.frames_ahead:
         _check_ahead(begun, plan, request)
-    had, wanted = begun.pace.factor, plan.oversampling
+    had, wanted = begun.rate.factor, plan.oversampling
     if had == wanted:
         return begun
     latents = at_rate(engine, begun.latents, had, wanted, plan.tiles, plan.encode_passes)
-    return replace(begun, latents=latents, pace=Pace(wanted))
+    return replace(begun, latents=latents, rate=LatentRate(wanted))
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
@@ -427,7 +428,7 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
         num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
-        hand_over="pixels", anchor=latents[:, :, :1], pace=Pace(plan.oversampling),
+        hand_over="pixels", anchor=latents[:, :, :1], rate=LatentRate(plan.oversampling),
     )
 
 

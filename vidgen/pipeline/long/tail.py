@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.temporal_upsampling import LatentRate
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -33,7 +33,7 @@ ANCHOR_TASK = "anchor"
 """In `model.json`: the model was trained to refer to a long clip's first frame."""
 OVERLAP = 3
 """Default number of latent frames that windows share."""
-AS_SHOWN = Pace(1)
+AS_SHOWN = LatentRate(1)
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Beginning:
     colours: Tensor  # target mean and deviation of each channel, [2, C]
     hand_over: Literal["latents", "pixels"]  # of a recipe, or encoded
     anchor: Tensor | None = None  # the clip's first latent frame, [1, C, 1, h, w], if known
-    pace: Pace = AS_SHOWN  # of the latents, and whether the first is a single frame
+    rate: LatentRate = AS_SHOWN  # of the latents, and whether the first is a single frame
 
     @property
     def num_given(self) -> int:
         """Latent frames of the clip in `latents`."""
-        return self.pace.coarser(self.latents.shape[2])
+        return self.rate.num_shown(self.latents.shape[2])
 
 
 class Stretch(NamedTuple):
@@ -60,7 +60,7 @@ class Stretch(NamedTuple):
 
     # [start, stop) of each, in latent frames from the first that exists
     windows: Sequence[tuple[int, int]]
-    pace: Pace  # rate of the generated latents against the clip's
+    rate: LatentRate  # rate of the generated latents against the clip's
     num_gone: int  # latent frames of the clip before the first that exists
     begun: Beginning | None  # the clip that is continued, if any
 
@@ -136,14 +136,15 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
         tail = recipe["tail"]
         latents = _tensor(tail["data"], tail["shape"])[None]
         anchor, (C, _, h, w) = tail.get("anchor"), tail["shape"]
-        num_latents, factor = int(tail["num_latents"]), int(recipe["plan"].get("oversampling", 1))
+        num_latents = int(tail["num_latents"])
+        rate = LatentRate(int(recipe["plan"].get("oversampling", 1)))
         own_frames = int(recipe["plan"]["kept_frames"]) - int(recipe.get("head_frames", 0))
         return Beginning(
             latents=latents, num_frames=own_frames,
             num_latents=num_latents, frames_ahead=int(tail["frames_ahead"]),
             colours=_tensor(tail["colours"], [2, C]), hand_over="latents",
             anchor=None if anchor is None else _tensor(anchor, [C, 1, h, w])[None],
-            pace=Pace(factor, alone=latents.shape[2] == Pace(factor).finer(num_latents)),
+            rate=replace(rate, alone=latents.shape[2] == rate.num_upsampled(num_latents)),
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(

@@ -24,7 +24,7 @@ from vidgen.media.onsets import Times, find_onsets, pair_times
 from vidgen.models.onset_detector import part_times
 
 if TYPE_CHECKING:
-    from vidgen.diffusion.oversampling import Pace
+    from vidgen.diffusion.temporal_upsampling import LatentRate
     from vidgen.pipeline.loader import Parts
     from vidgen.weights.folder import ModelFolder
 
@@ -118,14 +118,14 @@ class Impacts:
 
 
 def impacts_seen(
-    parts: Parts, picture: Tensor, pace: Pace, first: int, fps: Fraction
+    parts: Parts, picture: Tensor, latent_rate: LatentRate, first: int, fps: Fraction
 ) -> Impacts | None:
     """What the model's onset detector sees in a stretch of a clip; None where it has none.
 
     Args:
         parts: the networks.
         picture: latents [1, C, F, h, w].
-        pace: how they lie to the clip's.
+        latent_rate: how they lie to the clip's.
         first: the clip's latent frame with which they begin.
         fps: of the clip as it is shown.
 
@@ -137,11 +137,11 @@ def impacts_seen(
     stride_t = parts.folder.components["vae"].config.strides.t
     with parts.use(ONSET_DETECTOR) as detector:
         expected = detector.expected(picture.to(parts.device))[0].double().cpu()  # [F, P]
-    if pace.alone:
+    if latent_rate.alone:
         expected[0] = 0  # a single picture
-    begins = 0 if pace.alone else pace.factor * (first - 1) + 1
+    begins = 0 if latent_rate.alone else latent_rate.factor * (first - 1) + 1
     count, num_parts = expected.shape
-    times = part_times(begins, count, num_parts, stride_t, float(fps * pace.factor))
+    times = part_times(begins, count, num_parts, stride_t, float(fps * latent_rate.factor))
     enough = parts.folder.components[ONSET_DETECTOR].config.enough
     return Impacts(times.flatten().double().numpy(), expected.flatten().numpy(), enough)
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
-from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
+from vidgen.diffusion.temporal_upsampling import LatentRate, finished_upsampled
 from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
@@ -67,7 +67,7 @@ class OwnSound:
         plan: of the whole clip.
         latents: those that are made or known, [1, C, K], on the CPU.
         windows: [start, stop) that are made at once, in latent frames of the picture's.
-        pace: how the finished picture's latents lie to those.
+        rate: how the finished picture's latents lie to those.
         num_gone: latent frames of the clip before the first one of them.
         begins: the clip's latent that `latents` begins with.
         earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
@@ -80,7 +80,7 @@ class OwnSound:
     plan: Plan
     latents: Tensor
     windows: Sequence[tuple[int, int]]
-    pace: Pace
+    rate: LatentRate
     num_gone: int = 0
     begins: int = 0
     earlier: tuple[Samples, int] | None = None
@@ -107,13 +107,13 @@ class OwnSound:
             _, end, _ = self._span(first, count)
             if self.latents.shape[2] and self._ends >= end:
                 continue  # made before a kill
-            seen = slice(self.pace.finer(start), self.pace.finer(stop))
+            seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
             shown = picture[:, :, seen].to(self.parts.device)
 
             def denoised(state: LatentState, number: int = number) -> Tensor:
                 return sample(state, number)
 
-            made, late = self._made(shown, self.pace.behind(start), first, count, denoised)
+            made, late = self._made(shown, self.rate.after(start), first, count, denoised)
             self._take(made[None], first, count)
             self.lateness = self.lateness.and_of(late)
             if number + 1 < len(self.windows):
@@ -122,7 +122,7 @@ class OwnSound:
                 journal.keep_arrays(HEARD, arrays, facts)
 
     def _made(
-        self, shown: Tensor, pace: Pace, first: int, count: int,
+        self, shown: Tensor, rate: LatentRate, first: int, count: int,
         sample: Callable[[LatentState], Tensor],
     ) -> Kept:
         """The best sound of a stretch, `count` latent frames from `first` on."""
@@ -130,7 +130,7 @@ class OwnSound:
 
         def draw(takes: range) -> Tensor:
             self.extra_rounds += takes.start > 0
-            known = finished_finer(shown.expand(len(takes), *[-1] * 4), pace, self._stride_t)
+            known = finished_upsampled(shown.expand(len(takes), *[-1] * 4), rate, self._stride_t)
             state = self.beside(known, first, count, takes)
             return _sound_of(state, sample(state))
 
@@ -141,7 +141,7 @@ class OwnSound:
 
         impacts, most = None, self.plan.sound_candidates
         if most > 1:
-            impacts = impacts_seen(self.parts, shown, pace, first, self.plan.fps)
+            impacts = impacts_seen(self.parts, shown, rate, first, self.plan.fps)
         if impacts is not None:
             begin = self._span(first, 1)[0]
             known = max(0, self._ends - begin)
@@ -238,7 +238,7 @@ class OwnSound:
 
 def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
     """The sound that a clip's picture is to follow: known from start to end."""
-    return OwnSound(parts, plan, _encode(parts, bed, RATE), (), Pace(plan.oversampling))
+    return OwnSound(parts, plan, _encode(parts, bed, RATE), (), LatentRate(plan.oversampling))
 
 
 def own_sound(
@@ -255,8 +255,8 @@ def own_sound(
     nothing = torch.zeros(1, _config(parts).latent_channels, 0)
     if stretch is None:
         whole = [(0, plan.latents.num_frames)]
-        return OwnSound(parts, plan, nothing, whole, Pace(plan.oversampling))
-    own = OwnSound(parts, plan, nothing, stretch.windows, stretch.pace, stretch.num_gone)
+        return OwnSound(parts, plan, nothing, whole, LatentRate(plan.oversampling))
+    own = OwnSound(parts, plan, nothing, stretch.windows, stretch.rate, stretch.num_gone)
     if stretch.begun is None:
         return own
     own.starts_s = stretch.begun.num_frames / plan.fps

@@ -19,7 +19,7 @@ from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, best_dtype, check_output, write_error
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.config import DataConfig, Geometry
@@ -199,7 +199,7 @@ def _room(items: Iterable[Item], folder: ModelFolder, config: DataConfig) -> int
             bucket.width // vae.strides.hw)
         total += plane * (frames * (1 + extras.first + extras.both) + 2 * extras.stills)
         if extras.oversampling > 1 and frames > 1:
-            total += plane * Pace(extras.oversampling).finer(frames)
+            total += plane * LatentRate(extras.oversampling).num_upsampled(frames)
     return total * DTYPES[config.store_dtype].itemsize
 
 

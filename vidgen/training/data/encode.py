@@ -27,7 +27,7 @@ from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.inputs import pixels_of
-from vidgen.pipeline.levels import finer_rate
+from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.loader import DTYPES, Parts
 from vidgen.training.data.config import Bucket
 from vidgen.training.data.probe import is_still
@@ -70,7 +70,7 @@ class Extras:
         return cls(
             stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
             first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
-            num_images=images, oversampling=finer_rate(folder),
+            num_images=images, oversampling=upsampling_of(folder),
         )
 
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.values import parse_size
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.pipeline.levels import finer_rate
+from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import RunConfig
@@ -175,7 +175,7 @@ def largest_sample(config: FinetuneConfig, known: ModelFolder, *, finer: bool) -
     num_frames = max(data.frames, default=known.defaults.num_frames)
     frames = 1 + (num_frames - 1) // strides.t
     if finer:
-        frames = Pace(finer_rate(known)).finer(frames)
+        frames = LatentRate(upsampling_of(known)).num_upsampled(frames)
     sample = Sample(frames, -(-area // side**2))
     return replace(sample, text_tokens=min(sample.text_tokens, dit.text_len))
 

@@ -22,7 +22,7 @@ from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
-from vidgen.pipeline.levels import finer_rate
+from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.data.dataset import Dataset
@@ -291,7 +291,7 @@ class FinetuneTask:
 
     def _oversampling(self, role: str) -> int:
         """Latent frames for each of a clip's that a transformer draws, where it may be finer."""
-        return finer_rate(self.folder) if role == EXPERTS[1] else 1
+        return upsampling_of(self.folder) if role == EXPERTS[1] else 1
 
     @property
     def _boundary(self) -> float:

@@ -1,15 +1,14 @@
 """Regional prompts: each of several things that a prompt names is drawn by its own words.
 
 A model under a prompt of two things often draws the first twice: it settles first where things are,
-and each of them may become either. So a verifier looks at the guess of the clip at each step, and
-each thing that it finds gets one of the names, whose own words hold around it: "a mushroom above a
-flamingo" is "a flamingo above a flamingo" where the flamingo will be, and while looks are settled
-"a flamingo and a flamingo". All is drawn by the model itself. These are regional prompts (Bar-Tal
-et al. 2023, "MultiDiffusion", section 4.2) against catastrophic neglect (Chefer et al. 2023,
-"Attend-and-Excite"), with regions that nobody has to give.
+and each of them may become either (catastrophic neglect: Chefer et al. 2023, "Attend-and-Excite").
+So a verifier looks at the guess of the clip at each step and gives each thing that it finds one of
+the names, whose own words hold around it: "a mushroom above a flamingo" is "a flamingo above a
+flamingo" where the flamingo will be, and "a flamingo and a flamingo" while looks are settled. These
+are regional prompts (Bar-Tal et al. 2023, "MultiDiffusion", section 4.2) whose regions are found.
 
 Axes: B clips, n things with prompts of their own, C latent channels, F latent frames, h w latent
-rows and columns, K labels of the verifier.
+rows and columns, P latents of a frame, K labels of the verifier.
 """
 
 from __future__ import annotations
@@ -25,48 +24,48 @@ from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.state import LatentState
 
-NOBODY = -1
+NO_LABEL = -1
 """Stands for a label where a clip names fewer things than others."""
 PASSES = 8
 """Iterations of the clustering."""
 SIZE = 0.125
-"""Deviation of a thing around its middle, in shorter sides of the picture."""
-APART = 1.25 * SIZE
-"""Least distance of the middles of different things."""
+"""Standard deviation of a thing around its middle, in shorter sides of the picture."""
+LEAST_DISTANCE = 1.25 * SIZE
+"""Distance of the middles of two things below which they count as one."""
 SEEN = 0.3
-"""Share of a latent, or of a neighbour, that shows something, from which words hold there."""
+"""Share of something shown in a latent, or a neighbour, from which words hold there."""
 TRUST = 0.5
-"""Weight of the evidence for a name, against where its middle lies."""
+"""Weight of the evidence for a name, against the distance from its middle."""
 CLEAREST = 2.0
-"""More evidence than this counts as much as this."""
+"""Largest evidence; more counts as this."""
 LEAST = 1e-3
-"""Share of a name below which there is no telling how little of it there is."""
+"""Smallest share of a name."""
 OVER_TIME = (1.0, 2.0, 1.0)
-"""Weights of the frames around one by which a middle moves smoothly; more lags what is fast."""
+"""Weights of neighbouring frames in a middle; a wider window lags behind fast things."""
 
 
-def bound(
-    told_all: Denoise,
-    told_alone: Sequence[Denoise],
+def with_regions(
+    denoise_all: Denoise,
+    denoise_each: Sequence[Denoise],
     where: Callable[[Tensor], Tensor],
     state: LatentState,
     labels: Tensor,
     strength: float,
     legible: float,
 ) -> Denoise:
-    """A model under a prompt, with what it names bound to what is seen of it.
+    """Return the model under a prompt, with each named thing drawn by its own words.
 
     Args:
-        told_all: the model under the prompt.
-        told_alone: n of it, each under a prompt of one thing alone.
+        denoise_all: the model under the prompt.
+        denoise_each: n of it, each under a prompt of one thing alone.
         where: `Verifier.where`.
         state: of the clips.
-        labels: [B, n] numbers, or `NOBODY`.
-        strength: 0 leaves `told_all`, 1 takes the others' velocities where their things are.
+        labels: [B, n] numbers, or `NO_LABEL`.
+        strength: 0 leaves `denoise_all`, 1 takes the others' velocities where their things are.
         legible: the noise level below which a guess shows where things are.
     """
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        velocity = told_all(latents, sigma)
+        velocity = denoise_all(latents, sigma)
         if not float(sigma.max()) < legible:
             return velocity
         guess, _ = state.apart(denoised_of(latents, velocity, sigma))
@@ -78,7 +77,7 @@ def bound(
             return velocity
         picture, sound = state.apart(velocity)
         led = picture
-        for number, alone in enumerate(told_alone):
+        for number, alone in enumerate(denoise_each):
             other, _ = state.apart(alone(latents, sigma))
             led = led + strength * shares[:, number, None] * (other - picture)
         return state.together(led, sound)
@@ -87,13 +86,8 @@ def bound(
 
 
 def _shares(seen: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of each latent that belongs to each of a clip's things, [n, F, h, w].
-
-    Args:
-        seen: [K + 1, F, h, w], as `Verifier.where` gives it.
-        labels: [n], or `NOBODY`.
-    """
-    whose = labels != NOBODY
+    """Return each thing's share of each latent, [n, F, h, w], of `Verifier.where`'s of a clip."""
+    whose = labels != NO_LABEL
     shares = seen.new_zeros(len(labels), *seen.shape[1:])
     if int(whose.sum()) > 1:
         shares[whose] = regions(1 - seen[-1], seen[labels[whose]])
@@ -101,15 +95,15 @@ def _shares(seen: Tensor, labels: Tensor) -> Tensor:
 
 
 def regions(something: Tensor, named: Tensor) -> Tensor:
-    """Divide latents among things: the share of each that belongs to each, [n, F, h, w].
+    """Divide latents among things; return the share of each thing, [n, F, h, w].
 
-    Clusters of what is seen, by where it lies and what it looks like (expectation maximisation, the
-    middles of a thing smoothed over time), which begin with the latents that look most like each,
-    as many for all: however little a thing looks like its name, it looks less like the others'.
+    Clusters by place and looks (expectation maximisation, middles smoothed over time) begin with
+    the latents that look most like each thing, as many for all: however little a thing looks like
+    its name, it looks less like the others'.
 
     Args:
         something: [F, h, w], how surely each latent shows anything.
-        named: [n, F, h, w], how surely each of n things.
+        named: [n, F, h, w], how surely it shows each of n things.
     """
     _, height, width = something.shape
     rows, columns = torch.meshgrid(
@@ -126,10 +120,10 @@ def regions(something: Tensor, named: Tensor) -> Tensor:
         middles = _middles(shares * seen, places)
         far = (places - middles[:, :, None]).square().sum(3)  # [n, F, P]
         shares = (trusted - far / (2 * SIZE**2)).softmax(0)
-    apart = [(one - other).norm(dim=1) for one, other in itertools.combinations(middles, 2)]
-    told = torch.stack(apart).amin(0) > APART  # [F]
+    gaps = [(one - other).norm(dim=1) for one, other in itertools.combinations(middles, 2)]
+    distinct = torch.stack(gaps).amin(0) > LEAST_DISTANCE  # [F]
     near = F.max_pool2d(something[:, None], 3, 1, 1)[:, 0] > SEEN
-    return shares.view_as(named) * (near & told[:, None, None])
+    return shares.view_as(named) * (near & distinct[:, None, None])
 
 
 def _around(maps: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import first_frame, keyframe, reference
 from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.oversampling import (
-    Pace,
-    finer_state,
-    finished_finer,
-    sample_finer,
-)
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState, new_state
+from vidgen.diffusion.temporal_upsampling import (
+    LatentRate,
+    finished_upsampled,
+    sample_upsampled,
+    upsampled_state,
+)
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
 from vidgen.pipeline import denoise as networks
@@ -74,7 +74,7 @@ def test_finer_frames_lie_where_their_pictures_do() -> None:
     t, factor = 4, 2
     centres = torch.tensor([0.0, *(t * k - (t - 1) / 2 for k in (1, 2))])  # frames 0, 1-4, 5-8
     settled = centres.view(1, 1, 3, 1, 1).expand(1, 4, 3, 2, 2)
-    found = finer_state(a_state(), settled, 0.0, factor, t).latents[0, 0, :, 0, 0]
+    found = upsampled_state(a_state(), settled, 0.0, factor, t).latents[0, 0, :, 0, 0]
     finer_centres = [0.0, *((t * k - (t - 1) / 2) / factor for k in (1, 2, 3, 4))]
     expected = torch.tensor(finer_centres).clamp(max=float(centres[-1]))
     inside = slice(2, 4)  # the first latent frame's one picture isn't as far from the next
@@ -87,7 +87,7 @@ def test_conditions_stand_where_they_stood() -> None:
     still = torch.randn(1, 4, 1, 2, 2)
     state = reference(keyframe(first_frame(a_state(), still), 2 * still, 6, STRIDES), 3 * still)
     settled = torch.randn(1, 4, 3, 2, 2)
-    there = finer_state(state, settled, 0.5, 2, STRIDES.t)
+    there = upsampled_state(state, settled, 0.5, 2, STRIDES.t)
     assert there.latents.shape[2] == 5
     assert there.denoise_mask.flatten().tolist()[::4] == [False, True, True, True, True]
     assert torch.equal(there.project(there.latents)[:, :, :1], still)
@@ -101,33 +101,33 @@ def test_conditions_stand_where_they_stood() -> None:
     assert keys.positions[0, 0] == fine.positions[0, 0] * 0.5
     assert keys.positions[0, 1] == state.keys.positions[0, 1]
     assert torch.equal(
-        there.latents, add_noise(finer_state(state, settled, 0.0, 2, 4).latents,
+        there.latents, add_noise(upsampled_state(state, settled, 0.0, 2, 4).latents,
                                  there.starting_noise, 0.5))
 
 
 def test_finer_noise_is_like_noise_and_none_of_it_twice() -> None:
     state = new_state(torch.randn(2, 8, 9, 8, 8, generator=torch.manual_seed(1)))
-    noise = finer_state(state, torch.zeros(2, 8, 9, 8, 8), 1.0, 2, 4).starting_noise
+    noise = upsampled_state(state, torch.zeros(2, 8, 9, 8, 8), 1.0, 2, 4).starting_noise
     assert noise.shape == (2, 8, 17, 8, 8)
     frames = torch.cat([noise, state.latents], dim=2).transpose(1, 2).flatten(2)
     alike = torch.corrcoef(frames[0]) - torch.eye(26)
     assert alike.abs().max() < 0.2
     assert abs(float(noise.std()) - 1) < 0.02
     shorter = new_state(state.latents[:, :, :5])
-    again = finer_state(shorter, torch.zeros(2, 8, 5, 8, 8), 1.0, 2, 4).starting_noise
+    again = upsampled_state(shorter, torch.zeros(2, 8, 5, 8, 8), 1.0, 2, 4).starting_noise
     assert torch.equal(again, noise[:, :, :9])
 
 
 def test_a_finished_picture_is_shown_where_the_middles_of_its_frames_lie() -> None:
     """Those of a clip at the rate that is shown lie at whole numbers, but for the single frame."""
     shown = torch.zeros(1, 4, 4, 2, 2)
-    times = finished_finer(shown, Pace(2, alone=False), 4).times
+    times = finished_upsampled(shown, LatentRate(2, alone=False), 4).times
     assert times is not None
     assert times.tolist() == [-0.3125, 0.1875, 0.6875, 1.1875]
     middles = [(4 * n + 2.5) / 2 for n in range(4)]  # fine frames 1 to 4 are shown from 0.5 to 2 on
     own = [1 + 1.5 + 4 * n for n in (0, 1)]  # frames 1 to 4, 5 to 8
     assert [(m - own[0]) / 4 for m in middles] == times.tolist()
-    plain = finished_finer(shown, Pace(1), 4)
+    plain = finished_upsampled(shown, LatentRate(1), 4)
     assert plain.times is None
     assert plain.is_known
 
@@ -157,13 +157,13 @@ def test_steps_count_through_and_go_on_from_any() -> None:
             on_step=on_step, resume=resume,
         )
 
-    whole = sample_finer(run, state, sigmas, 2, 2, 4, on_step=told.append)
+    whole = sample_upsampled(run, state, sigmas, 2, 2, 4, on_step=told.append)
     assert whole.shape[2] == 5
     assert [(info.step, info.num_steps) for info in told] == [(n, 4) for n in (1, 2, 3, 4)]
     assert [info.sigma_next for info in told] == sigmas[1:].tolist()
     assert [info.denoised.shape[2] for info in told] == [3, 3, 5, 5]
     for info in told[:-1]:
-        again = sample_finer(run, state, sigmas, 2, 2, 4, resume=info.state)
+        again = sample_upsampled(run, state, sigmas, 2, 2, 4, resume=info.state)
         assert torch.equal(again, whole)
 
 
@@ -340,12 +340,12 @@ def test_windows_are_shown_what_was_made_at_both_rates(
         states.append(state), sample(plan, state, *rest, **options))[1])
     clip = made(engine, frames=33)
     first, second = states[:2]
-    assert first.known_finer is None
-    assert second.known_finer is not None
-    assert not second.known_finer.alone
+    assert first.known_upsampled is None
+    assert second.known_upsampled is not None
+    assert not second.known_upsampled.alone
     known = int((~second.denoise_mask[0, 0, :, 0, 0]).sum())
-    assert torch.equal(second.known_finer.latents, clip.latents[:, :, 9 - 2 * known : 9])
-    there = finer_state(second, torch.zeros_like(second.latents), 0.5, 2, STRIDES.t)
+    assert torch.equal(second.known_upsampled.latents, clip.latents[:, :, 9 - 2 * known : 9])
+    there = upsampled_state(second, torch.zeros_like(second.latents), 0.5, 2, STRIDES.t)
     assert there.times is not None
     assert there.times.tolist() == [n / 2 - 0.5 for n in range(2 * second.latents.shape[2])]
     assert int((~there.denoise_mask[0, 0, :, 0, 0]).sum()) == 2 * known

@@ -20,16 +20,16 @@ from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
-from vidgen.diffusion.state import FinerKnown, new_state
+from vidgen.diffusion.state import UpsampledKnown, new_state
 from vidgen.models.verifier import Verifier, Want, score
-from vidgen.pipeline.bound import VERIFIER
-from vidgen.pipeline.candidates import anew, verify_video, wanted, with_verifier
+from vidgen.pipeline.best_of_n import anew, verify_video, wanted, with_verifier
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig
@@ -210,7 +210,7 @@ def test_what_goes_on_has_to_show_what_its_beginning_shows() -> None:
     assert wanted(verifier, begun, ["a car", "a red car"]) == [set(), {car}]
     known = torch.zeros(2, 2, 5, 4, 4)
     known[:, :, -1] = 2.0
-    finer = replace(begun, known_finer=FinerKnown(known, torch.zeros(2, 1, 5, 4, 4) > 0))
+    finer = replace(begun, known_upsampled=UpsampledKnown(known, torch.zeros(2, 1, 5, 4, 4) > 0))
     assert wanted(verifier, finer, prompts) == [{car}, {car}]
     masked = replace(state, denoise_mask=torch.ones(2, 1, 3, 4, 4, dtype=torch.bool))
     masked.denoise_mask[..., :2] = False

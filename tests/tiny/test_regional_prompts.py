@@ -19,16 +19,16 @@ from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
-from vidgen.diffusion.binding import NOBODY
+from vidgen.diffusion.regional_prompts import NO_LABEL
 from vidgen.diffusion.state import new_state
-from vidgen.pipeline.bound import VERIFIER, told_apart
-from vidgen.pipeline.candidates import with_verifier
+from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.regional_prompts import VERIFIER, regional_prompts
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import preflight
 from vidgen.weights.folder import RollConfig, StudentConfig
@@ -102,14 +102,14 @@ def test_each_thing_is_told_by_what_it_does_and_by_how_it_looks(engine: Engine) 
         texts.append(list(some))
         return torch.zeros(len(some), 1, 8), torch.ones(len(some))
 
-    told = told_apart(config, [TWO, ONE], 1.0, encode)
+    told = regional_prompts(config, [TWO, ONE], 1.0, encode)
     assert told is not None
-    assert told.labels.tolist() == [[1, 0], [1, NOBODY]]
+    assert told.labels.tolist() == [[1, 0], [1, NO_LABEL]]
     assert texts == [
         ["a red car chases a red car", ONE], ["the cat chases the cat", ONE],
         ["a red car and a red car", "a red car and a red car"], ["the cat and the cat", ONE],
     ]
-    assert told_apart(config, [ONE, "snow"], 1.0, encode) is None
+    assert regional_prompts(config, [ONE, "snow"], 1.0, encode) is None
 
 
 def test_how_things_look_is_told_where_it_is_settled(engine: Engine) -> None:
@@ -122,11 +122,11 @@ def test_how_things_look_is_told_where_it_is_settled(engine: Engine) -> None:
 
         return denoise
 
-    bound = engine.told_apart(engine.plan(Request.of(TWO, OPTIONS), Inputs()), [TWO])
+    bound = engine.regional_prompts(engine.plan(Request.of(TWO, OPTIONS), Inputs()), [TWO])
     assert bound is not None
     latents = torch.zeros(1, engine.vae_config.latent_channels, 3, 8, 8)
     alone = [told(name) for name in ("car does", "cat does", "car looks", "cat looks")]
-    with bound.binding(engine.parts, new_state(latents), told("all"), alone) as denoise:
+    with bound.applied(engine.parts, new_state(latents), told("all"), alone) as denoise:
         for level in (0.9, 0.8, 0.7, 0.5):
             denoise(latents, torch.tensor([level]))
     does, looks = ["all", "car does", "cat does"], ["all", "car looks", "cat looks"]

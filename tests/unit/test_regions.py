@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.binding import NOBODY, bound, regions
+from vidgen.diffusion.regional_prompts import NO_LABEL, regions, with_regions
 from vidgen.diffusion.state import new_state
 
 FRAMES, SIDE = 6, 16
@@ -94,8 +94,9 @@ def test_each_is_drawn_by_its_own_words_where_it_is(things: tuple[Tensor, Tensor
         seen = torch.cat([one * 0.9, one * 0.05, other * 0.9, 1 - one - other], dim=1)
         return seen.expand(2, -1, -1, -1, -1)
 
-    labels = torch.tensor([[0, 2], [0, NOBODY]])
-    model = bound(told("all", 3.0), [told("one", 5.0), told("other", 7.0)], where, state, labels,
+    labels = torch.tensor([[0, 2], [0, NO_LABEL]])
+    model = with_regions(told("all", 3.0), [told("one", 5.0), told("other", 7.0)],
+                         where, state, labels,
                   strength=1.0, legible=0.85)
     latents = torch.ones(2, 4, FRAMES, SIDE, SIDE)
     made = model(latents, torch.full((2,), 0.5))
@@ -107,7 +108,7 @@ def test_each_is_drawn_by_its_own_words_where_it_is(things: tuple[Tensor, Tensor
     asked.clear()
     assert bool((model(latents, torch.full((2,), 0.9)) == 3.0).all())  # nothing to be seen yet
     assert asked == ["all"]
-    half = bound(told("all", 3.0), [told("one", 5.0), told("other", 7.0)], where, state, labels,
-                 strength=0.5, legible=0.85)
+    half = with_regions(told("all", 3.0), [told("one", 5.0), told("other", 7.0)],
+                        where, state, labels, strength=0.5, legible=0.85)
     made = half(latents, torch.full((2,), 0.5))
     assert torch.allclose(made[0, 0, :, 3, 8], torch.tensor(4.0), atol=0.01)

@@ -1,8 +1,8 @@
-"""Candidates of a clip: drawn from other noise until the model's verifier sees what was asked for.
+"""Best-of-n: draw candidates of a clip from other noise until the verifier finds what was asked.
 
-Most clips show it at once, and are the first candidate. The verifier looks at latents, before
-anything is decoded; where none satisfies it, the one that does so best is kept. Of a long clip each
-window is a clip of its own here, which has to show what the last frames before it showed.
+The verifier looks at latents, before anything is decoded; most first candidates satisfy it. Where
+none does, the one with the highest score is kept. Each window of a long clip is a clip of its own
+here, which has to show what the last frames before it show.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
-from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED, as_array
+from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.tasks import words_alone
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CANDIDATE_NOISE = -2
-"""A step that no sampler takes, by which `shuffled` draws the noise of the second candidate; that
-of the third is one less, and so on."""
+"""A step that no sampler takes; `shuffled` draws the second candidate's noise with it, the third's
+with one less, and so on."""
 
 Sample = Callable[["LatentState", Tensor, int], Tensor]
-"""Samples a state of some clips, whose numbers [n] it is told, and that of this candidate."""
+"""Samples a state of some clips; also gets their numbers [n], and that of this candidate."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Tried:
     """The best candidate of a clip so far.
 
     Attributes:
-        count: how many there were.
-        score: how surely it shows what was asked for.
+        count: candidates so far.
+        score: see `verifier.score`.
         latents: [1, C, F, h, w], with sound packed as a sampler has it.
     """
 
@@ -62,10 +62,10 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """How surely a finished clip shows what a prompt names.
+    """Verdict on a finished clip.
 
     Attributes:
-        names: what the prompt names, in the verifier's words.
+        names: things that the prompt names, in the verifier's words.
         score: from 0 to 1; see `verifier.score`.
         is_enough: whether the score satisfies the model.
     """
@@ -76,11 +76,11 @@ class Verified:
 
 
 def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
-    """The plan with what a verifier is for: as the request, or the model, has it.
+    """Return the plan with the number of candidates and the strength of regional prompts.
 
     Raises:
-        InputError: more than one candidate of a clip that can have no other, or without a verifier;
-            binding of a clip that can't be bound.
+        InputError: the model has no verifier, or this clip can't have several candidates or
+            regional prompts.
     """
     why = None
     if VERIFIER not in folder.components:
@@ -99,7 +99,7 @@ def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
 
 
 def anew(state: LatentState, number: int) -> LatentState:
-    """A state's clips as their candidate of a number begins: the same under other noise."""
+    """Return a state with the noise of its clips' candidate of a number."""
     if not number:
         return state
     assert state.noise is None, "a clip that begins from another one has no other candidate"
@@ -110,11 +110,11 @@ def anew(state: LatentState, number: int) -> LatentState:
 def wanted(
     verifier: Verifier, state: LatentState, prompts: Sequence[str]
 ) -> list[frozenset[Want]]:
-    """What each of a state's clips is to show; nothing where that can't be told.
+    """Return the things that each of a state's clips is to show; none where the prompt names none.
 
-    That is what its prompt names, in the tints that it gives it. Of a clip whose first frames are
-    known, a picture or the window before, it is what these show of it, or all that they show where
-    the prompt names nothing.
+    They are those of its prompt, in its tints. Of a clip whose first frames are known, from a
+    picture or the window before, they are those that these show, or all that they show where the
+    prompt names nothing.
     """
     known = _known(state)
     if known is None:
@@ -127,9 +127,9 @@ def wanted(
 
 
 def _known(state: LatentState) -> Tensor | None:
-    """The whole frames that a state's clips begin with, [B, C, n, h, w], or None."""
-    if state.known_finer is not None:
-        return state.known_finer.latents
+    """Return the whole frames that a state's clips begin with, [B, C, n, h, w], or None."""
+    if state.known_upsampled is not None:
+        return state.known_upsampled.latents
     known = ~state.denoise_mask.flatten(3).any(3)[0, 0, state.num_references :]  # of all alike
     count = int(known.long().cumprod(0).sum())
     return state.clean[:, :, state.num_references :][:, :, :count] if count else None
@@ -145,20 +145,20 @@ def sample_best(
     keep: Callable[[Tried], None] | None = None,
     doubt: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """Draw candidates until each clip has one that shows what was asked for.
+    """Draw candidates until each clip has one that satisfies the verifier.
 
     Args:
         parts: the networks.
         plan: of the clips.
-        state: where their first candidates begin.
-        prompts: B of them, as the model reads them.
+        state: the start of their first candidates.
+        prompts: B, after word normalisation.
         sample: denoises.
-        tried: of the one clip those that an earlier run has drawn.
-        keep: told of the one clip's candidates when more are to be drawn.
-        doubt: told what of a clip no candidate shows for certain.
+        tried: the candidates of an earlier run, for a single clip.
+        keep: called with a single clip's candidates before more are drawn.
+        doubt: called with the names of the things that no candidate of a clip shows for certain.
 
     Returns:
-        What `sample` made for each clip: latents [B, C, F, h, w], with sound packed.
+        Latents [B, C, F, h, w] of the best candidates, with sound packed.
     """
     every = torch.arange(len(prompts), device=state.latents.device)
     if plan.candidates == 1:
@@ -194,8 +194,8 @@ def best_of_window(
     Args:
         parts: the networks.
         plan: of the window.
-        state: where its first candidate begins.
-        prompt: as the model reads it.
+        state: the start of its first candidate.
+        prompt: after word normalisation.
         sample: denoises a state, given `on_step` and `resume`.
         on_step: called after each step, with the candidate's number.
         journal: of the clip.
@@ -203,7 +203,7 @@ def best_of_window(
         num_steps: of one candidate.
 
     Returns:
-        The best candidate as samplers give it, and how many were rejected.
+        The best candidate as samplers give it, and the number of rejected ones.
     """
     tried = kept_tried(journal, window, state.latents.device)
     rejected = tried.count if tried else 0
@@ -227,12 +227,12 @@ def verify_video(parts: Parts, video: Iterable[Tensor], prompt: str) -> Verified
     """Score a finished clip against a prompt with the model's verifier, in bounded memory.
 
     Args:
-        parts: the networks, of which one is a verifier.
+        parts: the networks, a verifier among them.
         video: successive chunks [1, 3, t, H, W] in [-1, 1] that fill whole latent frames.
-        prompt: as the model reads it.
+        prompt: after word normalisation.
 
     Returns:
-        The score; None where the prompt names nothing that the verifier knows.
+        The verdict; None where the prompt names nothing that the verifier knows.
     """
     with parts.use("vae") as vae, parts.use(VERIFIER) as verifier:
         wants = verifier.config.wants_in(prompt)
@@ -246,13 +246,13 @@ def verify_video(parts: Parts, video: Iterable[Tensor], prompt: str) -> Verified
 
 
 def keep_tried(journal: Journal, window: int, tried: Tried) -> None:
-    """Have a journal keep the best candidate so far of a clip's window."""
+    """Keep the best candidate so far of a clip's window in a journal."""
     facts = {"window": window, "count": tried.count, "score": tried.score}
     journal.keep_arrays(TRIED, {"latents": as_array(tried.latents)}, facts)
 
 
 def kept_tried(journal: Journal, window: int, device: torch.device) -> Tried | None:
-    """What a journal kept so of this window, or None."""
+    """Return the best candidate of this window that `keep_tried` kept, or None."""
     arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})
     if facts.get("window") != window:
         return None
