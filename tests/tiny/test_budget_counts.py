@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.live import Live
+from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.models import audio_spectra
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
@@ -21,10 +22,10 @@ from vidgen.pipeline.memory import sound_bytes, transformer_bytes, vae_bytes
 from vidgen.pipeline.timing import transformer_ops, vae_ops, vae_parts
 
 
-def test_products_are_counted_as_torch_counts_them():
+def test_products_are_counted_as_torch_counts_them(monkeypatch):
+    monkeypatch.setenv(ATTENTION_VARIABLE, "matmul")
     config = DIT_PRESETS["tiny"]
     dit = SpacetimeDiT(config).eval()
-    dit.set_attention_backend("matmul")
     latents, context = torch.randn(1, 4, 5, 8, 8), torch.randn(1, 7, config.text_dim)
     with torch.no_grad(), Live() as live:
         dit(latents, torch.tensor([500.0]), context, context_lengths=[6])

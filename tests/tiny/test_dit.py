@@ -6,11 +6,12 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
+from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.models import dit_blocks
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.ops import native
+from vidgen.ops import attention, native
 
 TINY = DIT_PRESETS["tiny"]
 WITH_CONTROL = replace(TINY, num_layers=4, control_layers=(0, 1, 3), control_channels=5)
@@ -194,10 +195,7 @@ def test_other_patterns_than_the_trained_one_are_refused():
     model = make_model()
     latents, timestep, context = make_inputs()
     with pytest.raises(InputError, match=r"'causal' was asked for.*trained with 'full'"):
-        model.require_pattern("causal")
-    with pytest.raises(InputError, match="'causal' was asked for"):
         model(latents, timestep, context, cache=KVCache())
-    model.require_pattern("full")
 
 
 def test_shapes_and_options_that_do_not_fit_are_refused():
@@ -419,18 +417,17 @@ def test_the_back_end_is_the_callers_choice(monkeypatch):
     model = make_model(WITH_CONTROL)
     inputs, control = make_inputs(), make_control()
     expected = model(*inputs, context_lengths=[5, 2], control=control)
-    used = set()
-    real = dit_blocks.attention
+    used, real = set(), attention.used_backend
 
-    def watch(*args, backend, **options):
-        used.add(backend)
-        return real(*args, backend=backend, **options)
+    def watch(*args):
+        used.add(real(*args))
+        return real(*args)
 
-    monkeypatch.setattr(dit_blocks, "attention", watch)
+    monkeypatch.setattr(attention, "used_backend", watch)
     for backend in ("reference", "sdpa", "matmul"):
         used.clear()
-        model.set_attention_backend(backend)
+        monkeypatch.setenv(ATTENTION_VARIABLE, backend)
         assert_equal(model(*inputs, context_lengths=[5, 2], control=control), expected)
         assert used == {backend}
     with pytest.raises(InputError, match="unknown; there are"):
-        model.set_attention_backend("flash9", strict=True)
+        attention.require_backend("flash9", torch.device("cpu"), torch.float32)

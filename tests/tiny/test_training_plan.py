@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from tests.velocity import Velocity, make_run
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import native
@@ -80,7 +81,6 @@ def kept_bytes(num_layers: int, *, lora: bool) -> float:
         DIT_PRESETS["wan-1.3b"], num_layers=num_layers, num_heads=4, ffn_dim=1024, text_dim=64
     )
     dit = SpacetimeDiT(config)
-    dit.set_attention_backend("sdpa")
     if lora:
         dit.bfloat16().requires_grad_(requires_grad=False)
         targets = ["q", "k", "v", "out"]
@@ -105,6 +105,7 @@ def kept_bytes(num_layers: int, *, lora: bool) -> float:
 @pytest.mark.parametrize("lora", [False, True])
 def test_activations_are_what_autograd_keeps(monkeypatch, lora):
     monkeypatch.setattr(native, "kernels", lambda *_: None)
+    monkeypatch.setenv(ATTENTION_VARIABLE, "sdpa")
     block = kept_bytes(2, lora=lora) - kept_bytes(1, lora=lora)
     by_width, by_hidden = LORA_BYTES if lora else FULL_BYTES
     assert block == pytest.approx(512 * by_width + 1024 * by_hidden, rel=0.03)

@@ -15,7 +15,7 @@ from vidgen.core.shapes import Tiles
 from vidgen.models import vae_tiles
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
-from vidgen.models.vae_tiles import decode_in_tiles, decoder_tiles, encode_in_tiles, encoder_tiles
+from vidgen.models.vae_tiles import cut_tiles, decode_in_tiles, encode_in_tiles
 from vidgen.ops import native
 from vidgen.pipeline.memory import vae_bytes
 from vidgen.pipeline.timing import vae_ops
@@ -47,13 +47,13 @@ def psnr(made: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def test_a_tile_reads_as_far_as_its_convolutions_reach() -> None:
-    (tile, *_) = decoder_tiles(VAE_PRESETS["wan21"], 90, 160, Tiles(2, 4))
+    (tile, *_) = cut_tiles(VAE_PRESETS["wan21"], 90, 160, Tiles(2, 4), decode=True)
     assert tile.rows == [(0, 58), (0, 102), (0, 190), (0, 367), (0, 361), (0, 360)]
     assert tile.columns[0] == (0, 40 + 13)
-    inner = decoder_tiles(VAE_PRESETS["wan21"], 90, 160, Tiles(1, 4))[1]
+    inner = cut_tiles(VAE_PRESETS["wan21"], 90, 160, Tiles(1, 4), decode=True)[1]
     assert inner.columns[0] == (40 - 13, 80 + 13)
     assert inner.columns[-1] == (320, 640)
-    edge = encoder_tiles(VAE_PRESETS["wan21"], 90, 160, Tiles(1, 2))[1]
+    edge = cut_tiles(VAE_PRESETS["wan21"], 90, 160, Tiles(1, 2), decode=False)[1]
     assert edge.columns[-1] == (80, 160)
     assert edge.columns[0][1] == 160 * 8
     assert all(first % 2 == 0 for first, _ in edge.columns[1:4]), "pairs stay together"
@@ -86,7 +86,7 @@ def test_tiles_of_wan_give_the_whole_picture(name: str) -> None:
     vae = make(WAN[name])
     latents = drawn(1, vae.config.latent_channels, 2, 2, 34)
     whole = torch.cat([*vae.stream_decode(latents)], 2)
-    (left, *_) = decoder_tiles(vae.config, 2, 34, Tiles(1, 2))
+    (left, *_) = cut_tiles(vae.config, 2, 34, Tiles(1, 2), decode=True)
     assert left.columns[0] == (0, 17 + 13)
     made = torch.cat([*decode_in_tiles(vae, [latents], Tiles(1, 2), room)], 2)
     assert (made - whole).abs().max() < 1e-5 * max(1.0, float(whole.abs().max()))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vidgen.ops.conv import StreamCache
-from vidgen.ops.latents import check_statistics
+from vidgen.ops.latents import check_positive, check_statistics
 
 NOISE_FRAMES = 4096
 """After which the noise repeats, 16 s; a table of them is kept."""
@@ -76,14 +76,10 @@ class AudioVAEConfig:
     latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values against each other."""
-        positive = (
-            "latent_channels", "encoder_dim", "decoder_dim", "expansion", "kernel_size",
+        check_positive(
+            self, "latent_channels", "encoder_dim", "decoder_dim", "expansion", "kernel_size",
             "sample_rate", "hop", "frames_per_token",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        )
         if self.window % self.hop or self.window < 3 * self.hop or self.window % 2:
             raise ValueError(
                 f"window {self.window} must be even and at least three whole hops of {self.hop}, "

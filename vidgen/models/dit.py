@@ -1,8 +1,8 @@
 """A spacetime diffusion transformer: one class for Wan 2.1 and 2.2 (1.3B to 14B) and for toybox.
 
-Latents are cut into patches, each a token with rotary positions in time, rows and columns; blocks
-of self-attention, cross-attention to text and feed-forward, modulated by each token's timestep,
-turn noisy tokens into velocities. Stills and sound join as further tokens of the same sequence.
+Each patch of latents is a token with rotary positions in time, rows and columns. Blocks of
+self-attention, cross-attention to text and feed-forward, modulated by each token's timestep, map
+noisy tokens to velocities. Stills and sound join as further tokens of the same sequence.
 
 Axes: B batch, C channels, F latent frames, K stills, h w latent rows and columns, S text tokens,
 N audio tokens, L tokens, D width.
@@ -50,31 +50,25 @@ from vidgen.models.dit_types import (
     DiTConfig,
     KVCache,
     Layout,
-    Pattern,
     Stream,
 )
-from vidgen.ops.attention import Backend, require_backend
 from vidgen.ops.latents import patchify_latents, unpatchify_latents
 from vidgen.ops.parallel import Ranks
 from vidgen.ops.rope import rope_table, sound_rope_table
 
 
 class AudioVideo(NamedTuple):
-    """Velocities of both modalities: video [B, C, F, h, w], audio [B, C, N]."""
+    """Velocities of video [B, C, F, h, w] and audio [B, C, N]."""
 
     video: Tensor
     audio: Tensor
 
 
 class SpacetimeDiT(nn.Module):
-    """The network that predicts `velocity = noise - clean`.
-
-    Args:
-        config: its architecture; weights are those of `init_weights` until others are loaded.
-    """
+    """The network that predicts `velocity = noise - clean`."""
 
     fp32_weights = ("modulation", "time_embed", "norm")
-    """Parts of parameter names that a loader keeps in float32 when it casts the rest."""
+    """Parts of the names of parameters that stay float32 when the others are cast."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -112,9 +106,9 @@ class SpacetimeDiT(nn.Module):
         self.gradient_checkpointing = False
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights that training from scratch starts with; the first velocity is 0.
+        """Draw the weights for training from scratch; the first velocity is 0.
 
-        Xavier for matrices, zero for biases, gates and output. Zero gates make self-attention and
+        Xavier for matrices, zero for biases, gates and output. With zero gates self-attention and
         feed-forward start as the identity (adaLN-zero, Peebles & Xie 2023, sec. 3.2).
         Cross-attention has no gate: its output starts small.
         """
@@ -139,31 +133,11 @@ class SpacetimeDiT(nn.Module):
             if self.config.audio is not None:
                 nn.init.zeros_(self.head.audio_proj.weight)
 
-    def set_attention_backend(self, backend: Backend, *, strict: bool = False) -> None:
-        """Choose who computes attention, see `ops.attention`; with `strict` refuse a substitute."""
-        if strict:
-            require_backend(backend, self.head.proj.weight.device, self.head.proj.weight.dtype)
-        for block in (*self.blocks, *self.control_blocks):
-            block.self_attn.backend = block.cross_attn.backend = backend
-
-    def require_pattern(self, pattern: Pattern) -> None:
-        """Refuse a request for another attention pattern than the weights were trained with.
-
-        Raises:
-            InputError: if `pattern` differs from the config's.
-        """
-        if pattern != self.config.pattern:
-            raise InputError(
-                f"attention pattern {pattern!r} was asked for, but these weights were trained "
-                f"with {self.config.pattern!r}; use that, or weights trained with {pattern!r}"
-            )
-
     @contextmanager
     def causal(self, turn_frames: int) -> Iterator[None]:
-        """Be causal inside the `with` block, with the attached delta that was trained for it.
+        """Make attention causal inside the `with` block, for an attached delta trained with it.
 
-        Args:
-            turn_frames: latent frames that see each other.
+        `turn_frames` latent frames see each other.
         """
         trained = self.config
         self.config = replace(trained, pattern="causal", causal_frames=turn_frames)
@@ -194,31 +168,29 @@ class SpacetimeDiT(nn.Module):
         Args:
             latents: [B, C, F, h, w] with h and w multiples of the patch size.
             timestep: 1000 * sigma, as [B], [B, F], or [B, F, h/p, w/p] where times differ within
-                a frame; known tokens carry 0.
+                a frame; known tokens have 0.
             context: text features [B, S, text_dim].
             context_lengths: valid rows of each text; the rest counts as Wan's zero rows, up to
-                `text_len`. None: all S rows are taken as they are.
+                `text_len`. None: all S rows are valid.
             image_context: CLIP features [B, _, image_dim], for models that take them.
-            extra: known stills, seen by all frames; their own outputs are dropped.
+            extra: known stills, seen by all frames; they have no output.
             positions: [F] or [B, F] time positions of the frames; None: 0, 1, ... after the
                 cache's.
-            audio: sound to denoise along, for models with the modality.
+            audio: sound to denoise with the video, for models with the modality.
             cache: earlier frames, for causal models; an empty one records for `listen`.
-            control: [B, control_channels, F, h, w] that steers a model with `control_layers`;
-                None: it runs without their blocks.
+            control: [B, control_channels, F, h, w], for models with `control_layers`; None: their
+                blocks don't run.
             control_scale: strength of the control, one for all control layers or one for each.
-            step_cache: may spare blocks at this step; doesn't go with `cache`.
-            ranks: processes that call this together, each for its stretch of the tokens; all give
-                the same and get the same. A step cache must decide alike on all of them.
+            step_cache: may skip blocks at this step; doesn't go with `cache`.
+            ranks: processes that call this together with the same arguments, each for its stretch
+                of the tokens. A step cache must decide alike on all of them.
 
         Returns:
             Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio` both.
 
         Raises:
-            InputError: for shapes and options that this model can't take.
+            InputError: shapes and options that this model can't take.
         """
-        if cache is not None and (cache.num_frames or self.config.audio is None):
-            self.require_pattern("causal")
         check_inputs(
             self.config, latents, timestep, image_context, extra, audio, cache, step_cache
         )
@@ -253,19 +225,16 @@ class SpacetimeDiT(nn.Module):
         self, audio: AudioTokens, context: Tensor, *,
         context_lengths: Sequence[int] | Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
-        """Predict the velocity of sound for a picture that doesn't see it, or of sound alone.
+        """Predict the velocity [B, C, N] of sound, alone or for a picture that doesn't see it.
 
-        As `forward` gives it for the same picture with `is_seen` off, at the cost of the sound's
-        tokens: what the picture's are doesn't depend on them, so it passes once.
+        The result is `forward`'s for the same picture with `is_seen` off. The picture's tokens
+        don't depend on the sound, so they pass once and are recorded.
 
         Args:
             audio: the sound; several of one picture follow each other.
             context: text features [B, S, text_dim].
             context_lengths: as in `forward`.
-            cache: what the pictures' pass recorded; None: the sound sees only itself.
-
-        Returns:
-            Velocity [B, C, N] in the latents' dtype.
+            cache: as the pictures' pass recorded it; None: the sound sees only itself.
 
         Raises:
             InputError: a model without the audio modality.
@@ -286,7 +255,7 @@ class SpacetimeDiT(nn.Module):
     def _hints(
         self, control: Tensor | None, video: Stream, rope: Tensor, layout: Layout, text: Context
     ) -> Iterator[Tensor]:
-        """Yield what each control block adds, [B, L, D]; one lives at a time."""
+        """Yield the addition of each control block, [B, L, D], one at a time."""
         if control is None:
             return
         with torch.autocast(control.device.type, enabled=False):
@@ -297,7 +266,7 @@ class SpacetimeDiT(nn.Module):
             yield hint
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
-        """Call a block; with `gradient_checkpointing` without keeping what it computes inside."""
+        """Call a block; with `gradient_checkpointing`, recompute it in the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -306,7 +275,7 @@ class SpacetimeDiT(nn.Module):
         self, latents: Tensor, timestep: Tensor, extra: KeyTokens | None, positions: Tensor | None,
         audio: AudioTokens | None, cache: KVCache | None, h: int, w: int,
     ) -> tuple[list[Stream], Tensor]:
-        """Tokens and time vectors of each modality, and the rotations [B or 1, L, d/2] of all."""
+        """Return the stream of each modality, and the rotations [B or 1, L, d/2] of all tokens."""
         batch, _, frames = latents.shape[:3]
         if positions is None:
             start = 0 if cache is None else cache.num_frames
@@ -329,7 +298,7 @@ class SpacetimeDiT(nn.Module):
         return [*streams, sound], rope
 
     def _embed_sound(self, audio: AudioTokens, config: AudioConfig) -> tuple[Stream, Tensor]:
-        """The sound's tokens and time vectors, and their rotations [1, N, d/2]."""
+        """Return the sound's stream, and the rotations [1, N, d/2] of its tokens."""
         latents = audio.latents.transpose(1, 2)
         with torch.autocast(latents.device.type, enabled=False):
             tokens = self.audio_embed(latents.to(self.audio_embed.weight.dtype))
@@ -342,7 +311,6 @@ class SpacetimeDiT(nn.Module):
     def _context(
         self, context: Tensor, lengths: Sequence[int] | Tensor | None, image: Tensor | None
     ) -> Context:
-        """Embed text and image."""
         bias = None
         if lengths is not None:
             context, bias = collapse_padding(context, lengths, self.config.text_len)

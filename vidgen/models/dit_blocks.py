@@ -1,7 +1,7 @@
-"""The parts of a `SpacetimeDiT`: what embeds its inputs, and one block.
+"""Modules of a `SpacetimeDiT`: embeddings, attention, one block, and the head.
 
 Norms, modulation, residual gates and time embedding are computed in float32 whatever the weights'
-dtype is; matrix products run in the autocast dtype or the weights'.
+dtype; matrix products run in the autocast dtype or the weights'.
 
 Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, F latent frames
 and stills, N tokens of one of them, H heads, d head width.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidgen.models.dit_types import Context, KVCache, Layout, Stream
-from vidgen.ops.attention import Backend, attention
+from vidgen.ops.attention import attention
 from vidgen.ops.linear import LastLinear, feed_forward
 from vidgen.ops.norm import (
     add_and_modulated_norm,
@@ -32,9 +32,7 @@ from vidgen.ops.rope import normed_heads
 
 Axis = Literal["all", "space", "time"]
 
-_PAD_LOGIT = -6.5
-"""Score that the key of Wan's zero text rows starts with."""
-_PAD_KEY_BIAS = -0.03
+_PAD_LOGIT, _PAD_KEY_BIAS = -6.5, -0.03  # see `CrossAttention.hide_pad_key`
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -70,7 +68,7 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights that training starts with."""
+        """Draw the weights for training from scratch."""
         nn.init.xavier_uniform_(self.weight.flatten(1), generator=generator)
         nn.init.zeros_(self.bias)
 
@@ -80,7 +78,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps to vectors: sinusoids, two linear layers, and a projection for the blocks."""
+    """Embedding of timesteps: sinusoids, two linear layers, and a projection for the blocks."""
 
     def __init__(self, freq_dim: int, width: int) -> None:
         super().__init__()
@@ -102,7 +100,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP image features to context tokens, with learned positions where two images come."""
+    """Embedding of CLIP image features, with learned positions for models of two images."""
 
     def __init__(self, image_dim: int, width: int, num_positions: int | None) -> None:
         super().__init__()
@@ -132,12 +130,12 @@ class HeadsNorm(nn.Module):
         self.num_heads, self.eps = num_heads, eps
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Norm [B, L, H * d], give heads [B, H, L, d], turned by rope [B or 1, L, d/2]."""
+        """Normalise [B, L, H * d]; return heads [B, H, L, d], rotated by rope [B or 1, L, d/2]."""
         return normed_heads(x, self.weight, rope, self.num_heads, self.eps)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, L, H * d] -> [B, H, L, d]."""
+    """Map [B, L, H * d] to [B, H, L, d]."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
@@ -149,7 +147,6 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = (HeadsNorm(width, num_heads, eps) for _ in range(2))
-        self.backend: Backend = "auto"
 
     def forward(
         self, x: Tensor, rope: Tensor, layout: Layout, axis: Axis, cache: KVCache | None, layer: int
@@ -165,15 +162,12 @@ class SelfAttention(nn.Module):
             bias = None if axis == "space" else layout.bias
             separate = max(layout.num_alone, layout.num_unseen)
             if not separate:
-                return _join(attention(q, k, v, bias=bias, backend=self.backend), layout, axis)
+                return _join(attention(q, k, v, bias=bias), layout, axis)
             rest = q.shape[2] - separate
 
             def among(looking: slice, seen: slice) -> Tensor:
                 hidden = None if bias is None else bias[..., seen]
-                return attention(
-                    q[:, :, looking], k[:, :, seen], v[:, :, seen], bias=hidden,
-                    backend=self.backend,
-                )
+                return attention(q[:, :, looking], k[:, :, seen], v[:, :, seen], bias=hidden)
 
             others = among(slice(rest), slice(rest if layout.num_unseen else None))
             alone = slice(rest if layout.num_alone else 0, None)
@@ -187,7 +181,7 @@ class SelfAttention(nn.Module):
 
 
 def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """[B, H, F * N, d] -> [B * F, H, N, d] along space, [B * N, H, F, d] along time."""
+    """Map [B, H, F * N, d] to [B * F, H, N, d] along space, to [B * N, H, F, d] along time."""
     if axis == "all":
         return x
     x = x.unflatten(2, (layout.num_frames, layout.frame_tokens))
@@ -195,7 +189,7 @@ def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
 
 
 def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """The inverse of `_split`."""
+    """Undo `_split`."""
     if axis == "all":
         return x
     groups = layout.num_frames if axis == "space" else layout.frame_tokens
@@ -213,16 +207,15 @@ class CrossAttention(nn.Module):
         if image:
             self.k_image, self.v_image = nn.Linear(width, width), nn.Linear(width, width)
             self.norm_k_image = HeadsNorm(width, num_heads, eps)
-        self.backend: Backend = "auto"
 
     def hide_pad_key(self) -> None:
-        """Start with the key of Wan's zero text rows unattended.
+        """Draw weights with which the key of Wan's zero text rows starts unattended.
 
         It stands for about 500 rows, so its score has log 500 = 6.2 added: with scores near 0 it
-        would take 97% of the attention. A zero row's key is the bias alone, which the norm blows up
-        to length sqrt(D): a small negative constant becomes -1 everywhere, and a positive mean rho
-        of the normalised queries scores it at -sqrt(d) * rho. Text keys hardly feel so small a
-        bias.
+        would take 97% of the attention. A zero row's key is the bias alone, which the norm scales
+        to length sqrt(D): a small negative constant becomes -1 everywhere, and with a positive mean
+        rho of the normalised queries its score is -sqrt(d) * rho. For text keys the bias is
+        negligible.
         """
         head_dim = self.q.in_features // self.num_heads
         mean = min(0.95, -_PAD_LOGIT / math.sqrt(head_dim))
@@ -233,11 +226,11 @@ class CrossAttention(nn.Module):
         """Mix the context into tokens x [B, L, D]."""
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(context.text))
         v = _heads(self.v(context.text), self.num_heads)
-        mixed = attention(q, k, v, bias=context.bias, backend=self.backend)
+        mixed = attention(q, k, v, bias=context.bias)
         if context.image is not None:
             k = self.norm_k_image(self.k_image(context.image))
             v = _heads(self.v_image(context.image), self.num_heads)
-            mixed = mixed + attention(q, k, v, backend=self.backend)
+            mixed = mixed + attention(q, k, v)
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -291,7 +284,7 @@ class Block(nn.Module):
 
 
 class ControlBlock(Block):
-    """A block of VACE's branch: refine control tokens and draw from them what a block adds."""
+    """A block of VACE's control branch; its output is added to the video's tokens."""
 
     def __init__(
         self, width: int, num_heads: int, ffn_dim: int, eps: float, *, image: bool, first: bool
@@ -305,14 +298,10 @@ class ControlBlock(Block):
     def forward(  # type: ignore[override]
         self, control: Tensor, video: Stream, rope: Tensor, layout: Layout, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """Give what to add to the video and the next control tokens, both [B, L, D].
+        """Return the addition to the video and the next control tokens, both [B, L, D].
 
-        Args:
-            control: tokens [B, L, D] of the block before; the first joins them with the video's.
-            video: tokens before all blocks, and their times.
-            rope: [B or 1, L, d/2].
-            layout: of the tokens.
-            context: text and image.
+        `control` are the tokens of the control block before, to which the first one adds those of
+        the `video` before all blocks.
         """
         if self.proj_in is not None:
             control = video.tokens + self.proj_in(control).to(video.tokens.dtype)

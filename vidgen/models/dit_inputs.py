@@ -1,4 +1,4 @@
-"""From what a `SpacetimeDiT` is called with to what its blocks are given, and what is refused.
+"""Check the inputs of a `SpacetimeDiT`, and prepare times, layout and text for its blocks.
 
 Axes: B batch, C channels, L tokens, D width, S text tokens, G runs of tokens that share a time,
 F latent frames, K stills, h w latent rows and columns.
@@ -20,7 +20,7 @@ from vidgen.ops.parallel import Ranks, Spread
 
 
 class CachedStack:
-    """The blocks of one forward pass under a step cache; without one it does nothing."""
+    """Step cache of one forward pass over the blocks; None does nothing."""
 
     def __init__(self, step_cache: StepCache | None, streams: Sequence[Stream]) -> None:
         self._cache = step_cache
@@ -28,7 +28,7 @@ class CachedStack:
         self._known: Tensor | None = None
 
     def recalls(self, layer: int, streams: Sequence[Stream]) -> bool:
-        """Whether block `layer` and those after it needn't run."""
+        """Return whether block `layer` and those after it are skipped."""
         if self._cache is None or self._start is None or layer != self._cache.lead:
             return False
         now = self._start if layer == 0 else _joined(streams)
@@ -36,7 +36,7 @@ class CachedStack:
         return self._known is not None
 
     def leave(self, streams: list[Stream]) -> list[Stream]:
-        """Return the result of the last block: `streams`, or what was recalled."""
+        """Return the result of the last block: `streams`, or the recalled one."""
         if self._cache is None:
             return streams
         if self._known is None:
@@ -49,7 +49,6 @@ class CachedStack:
 
 
 def _joined(streams: Sequence[Stream]) -> Tensor:
-    """Join the tokens of all modalities, [B, L, D]."""
     if len(streams) == 1:
         return streams[0].tokens
     return torch.cat([stream.tokens for stream in streams], dim=1)
@@ -60,11 +59,7 @@ def check_inputs(
     extra: KeyTokens | None, audio: AudioTokens | None, cache: KVCache | None,
     step_cache: StepCache | None,
 ) -> None:
-    """Refuse what a model can't take.
-
-    Raises:
-        InputError: a shape or an option, and what would do.
-    """
+    """Raise InputError for shapes and options that the model can't take."""
     p = config.patch_size
     batch, channels, frames, h, w = latents.shape
     if channels != config.in_channels:
@@ -92,6 +87,11 @@ def check_inputs(
         raise InputError(f"audio needs the attention pattern 'full', not {config.pattern!r}")
     if cache is None:
         return
+    if config.pattern != "causal" and (cache.num_frames or config.audio is None):
+        raise InputError(
+            "attention pattern 'causal' was asked for, but these weights were trained with "
+            f"{config.pattern!r}; use that, or weights trained with 'causal'"
+        )
     if step_cache is not None:
         raise InputError("a step cache leaves blocks out, whose keys and values a roll-out with a "
                          "KVCache needs; give one of them")
@@ -105,15 +105,9 @@ def check_inputs(
 
 
 def runs_of_time(times: Tensor, num_frames: int, num_stills: int) -> Tensor:
-    """Timesteps as few equal runs of tokens as they allow.
+    """Reduce timesteps [B], [B, F] or [B, F, h, w] to as few equal runs of tokens as they allow.
 
-    Args:
-        times: [B], [B, F] or [B, F, h, w].
-        num_frames: F.
-        num_stills: K, appended at time 0.
-
-    Returns:
-        [B, G] with G = 1, F + K, or one for each token.
+    K stills are appended at time 0. The result is [B, G] with G = 1, F + K, or all tokens.
     """
     times = times.float()
     if times.ndim == 4:
@@ -147,7 +141,7 @@ def lay_out(
     config: DiTConfig, num_frames: int, extra: KeyTokens | None, audio: AudioTokens | None,
     cache: KVCache | None, frame_tokens: int, device: torch.device,
 ) -> Layout:
-    """Return the layout of tokens, and the bias that hides those that others may not see."""
+    """Return the layout of tokens, with the bias that hides some from others."""
     stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
     visible = visible_frames(
         num_frames, stills, valid,
@@ -184,7 +178,7 @@ def visible_frames(
         num_stills: K; they follow the frames and see, in a causal model, only each other.
         valid: [B, K] stills that may be seen, or None.
         num_cached: frames and stills seen by all.
-        causal_frames: frames of one turn, which see no later one; None: all see all.
+        causal_frames: frames of one turn, which see no later turn; None: all see all.
         device: of the result.
     """
     visible = None
@@ -197,7 +191,7 @@ def visible_frames(
     valid = F.pad(valid, (num_cached + num_frames, 0), value=True)[:, None]
     if visible is None:
         return valid
-    # a still that nobody sees goes on seeing itself: no row of scores is empty
+    # a hidden still sees itself: no row of scores may be empty
     looking, seen = visible.shape[1:]
     itself = torch.eye(looking, dtype=torch.bool, device=device)
     return visible & valid | F.pad(itself, (seen - looking, 0))
@@ -206,7 +200,7 @@ def visible_frames(
 def spread_tokens(
     streams: Sequence[Stream], rope: Tensor, layout: Layout, ranks: Ranks | None
 ) -> tuple[list[Stream], Tensor, Layout]:
-    """This rank's stretches of all streams, their rotations, and the layout that says so."""
+    """Return this rank's stretches of all streams, their rotations, and the layout for them."""
     if ranks is None:
         return [*streams], rope, layout
     spread = Spread(ranks, [stream.tokens.shape[1] for stream in streams])
@@ -223,9 +217,9 @@ def spread_tokens(
 def collapse_padding(
     context: Tensor, lengths: Sequence[int] | Tensor, text_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Text with all zero rows that Wan pads it with as one row, and the bias of its keys.
+    """Replace the zero rows up to `text_len`, with which Wan pads text, by one.
 
-    Keys that are equal add up in the softmax: n of them are one with log n added to its score.
+    Equal keys add up in the softmax: n of them are one with log n added to its score.
 
     Args:
         context: [B, S, text_dim].
@@ -233,10 +227,10 @@ def collapse_padding(
         text_len: rows that Wan's models see.
 
     Returns:
-        Text [B, longest + 1, text_dim] and bias [B, 1, 1, longest + 1].
+        Text [B, longest + 1, text_dim] and the bias of its keys [B, 1, 1, longest + 1].
 
     Raises:
-        InputError: if the lengths don't fit.
+        InputError: lengths that don't fit.
     """
     count = torch.as_tensor(lengths, device="cpu")
     batch, rows, text_dim = context.shape
@@ -258,17 +252,10 @@ def control_scales(
     config: DiTConfig, latents: Tensor, extra: KeyTokens | None, control: Tensor | None,
     scale: float | Sequence[float],
 ) -> dict[int, float]:
-    """The strength of a control by layer; empty where there is none.
-
-    Args:
-        config: of the model.
-        latents: [B, C, F, h, w] that are denoised.
-        extra: stills, which the control says nothing of.
-        control: [B, control_channels, F, h, w], or None.
-        scale: one for all control layers, or one for each.
+    """Return the strength of a control by layer, {} without one; see `SpacetimeDiT.forward`.
 
     Raises:
-        InputError: for shapes and options that the model can't take.
+        InputError: shapes and options that the model can't take.
     """
     layers = config.control_layers
     if control is None:

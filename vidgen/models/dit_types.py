@@ -1,4 +1,4 @@
-"""Plain data of a `SpacetimeDiT`: its architecture, and what its blocks are given besides weights.
+"""Data of a `SpacetimeDiT`: its architecture, and the inputs of its blocks.
 
 Axes: B batch, C channels, L tokens, D width, S text tokens, G runs of tokens that share a time,
 U unique times, F latent frames, N tokens of one of them, H heads, d head width.
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from vidgen.ops.latents import check_positive
 from vidgen.ops.norm import TokenVectors
 from vidgen.ops.parallel import Spread
 
@@ -20,13 +21,7 @@ Pattern = Literal["full", "factorised", "causal"]
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """The audio modality of a DiT.
-
-    Args:
-        channels: of an audio latent.
-        ffn_dim: hidden width of each block's audio feed-forward.
-        tokens_per_s: audio latents a second.
-    """
+    """The audio modality of a DiT; `ffn_dim` is the width of each block's audio feed-forward."""
 
     channels: int
     ffn_dim: int
@@ -51,15 +46,15 @@ class DiTConfig:
         eps: of all norms.
         image_dim: width of CLIP features (Wan 2.1 I2V), or None.
         image_positions: learned positions of CLIP features (FLF2V: 514), or None.
-        pattern: which tokens self-attention joins: all ("full"); those of a frame and those of a
-            place in turns ("factorised"); those of no later frame ("causal").
+        pattern: of self-attention: among all tokens ("full"); within frames and within places in
+            turn ("factorised"); to no later frame ("causal").
         causal_frames: latent frames that see each other in the causal pattern.
         audio: the audio modality, or None.
         control_layers: blocks whose output a control block adds to (VACE), rising from 0.
         control_channels: C of the control, or None without `control_layers`.
 
     Raises:
-        ValueError: for values that no network can have.
+        ValueError: values that no network can have.
     """
 
     in_channels: int
@@ -82,14 +77,10 @@ class DiTConfig:
     control_channels: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the values against each other."""
-        positive = (
-            "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim", "text_dim",
+        check_positive(
+            self, "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim", "text_dim",
             "text_len", "patch_size", "causal_frames",
         )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.head_dim < 6 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and at least 6, not {self.head_dim}")
         if self.freq_dim < 2 or self.freq_dim % 2:
@@ -111,22 +102,22 @@ class DiTConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """D, the width of a token."""
+        """Width D of a token."""
         return self.num_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class AudioTokens:
-    """Sound that is denoised, or is known, together with the video.
+    """Sound that is denoised, or known, together with the video.
 
     Attributes:
         latents: [B, C, N].
-        timestep: [B], or [B, N] where some tokens are known and carry 0; in 0..1000.
-        frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
-            audio tokens on the video's time axis.
-        start_s: when the first audio token starts, in seconds after the video's first frame.
-        sees_video: whether its tokens attend to those of the video.
-        is_seen: whether those of the video attend to them.
+        timestep: [B], or [B, N] where some tokens are known and have 0; in 0..1000.
+        frames_per_s: latent frames of the video a second (fps / stride_t), which place audio tokens
+            on the video's time axis.
+        start_s: start of the first audio token, in seconds after the video's first frame.
+        sees_video: whether audio tokens attend to those of the video.
+        is_seen: whether video tokens attend to those of audio.
     """
 
     latents: Tensor
@@ -152,11 +143,11 @@ class TimeVectors:
     index: Tensor | None
 
     def modulate(self, table: Tensor, rows: Tensor) -> list[TokenVectors]:
-        """Add a table [1, k, D] to `rows` [..., k, D]; give the k vectors of each token."""
+        """Add a table [1, k, D] to `rows` [..., k, D]; return the k vectors of each token."""
         return [TokenVectors(part, self.index) for part in (table.float() + rows).unbind(-2)]
 
     def of_rank(self, spread: Spread, run: int) -> TimeVectors:
-        """Return the vectors of a run's tokens on this rank, each with a row of its own."""
+        """Return the vectors of a run's tokens on this rank, each with its own row."""
         if self.index is not None:
             return TimeVectors(self.head, self.block, spread.split(self.index))
         batch, groups = self.head.shape[:2]
@@ -187,9 +178,9 @@ class Context(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Layout of self-attention's tokens: F * N of frames come first; and the bias to add.
+    """Layout of the tokens in self-attention, F * N of frames first, and the bias to add.
 
-    With `spread` they lie over several ranks, which meet in self-attention alone. The last
+    With `spread` they lie over several ranks, which exchange in self-attention only. The last
     `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
     """
 
@@ -201,21 +192,21 @@ class Layout(NamedTuple):
     num_unseen: int = 0
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
+        """Return this rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
         return x if self.spread is None else self.spread.split(x)
 
     def whole(self, x: Tensor, run: int) -> Tensor:
-        """All tokens [B, L, ...] of a run of which ranks have stretches [B, l, ...]."""
+        """Join a run's tokens [B, L, ...] of the ranks' stretches [B, l, ...]."""
         return x if self.spread is None else self.spread.gather(x, run)
 
 
 class KVCache:
     """Keys and values of earlier frames, for rolling out a causal model turn by turn.
 
-    A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
-    denoise frames with `recording = False`, then pass the finished ones once with True. In
-    training gradients reach what was recorded. A first pass can also be recorded for sound
-    that is to see its frames: see `SpacetimeDiT.listen`.
+    A forward pass sees the cached frames before its own, and adds its own while `recording`:
+    denoise frames with `recording = False`, then pass the finished ones once with True. Gradients
+    reach recorded frames. A first pass can also be recorded for sound that sees its frames: see
+    `SpacetimeDiT.listen`.
     """
 
     def __init__(self) -> None:
@@ -225,24 +216,24 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def advance(self, num_frames: int, num_stills: int) -> None:
-        """Count the frames and stills that a recording pass has added."""
+        """Count the frames and stills of a recording pass."""
         if self.recording:
             self.num_frames += num_frames
             self.num_held += num_frames + num_stills
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording.
+        """Prepend a layer's cached tokens to k, v [B, H, L, d]; keep the result if recording.
 
-        Where fewer clips are cached than are given, each serves as many of these in turn.
+        Where fewer clips are cached, each serves an equal number of consecutive ones.
         """
         if layer in self._layers:
-            k, v = (_behind(old, new) for old, new in zip(self._layers[layer], (k, v), strict=True))
+            k, v = (_prepend(old, new) for old, new in zip(self._layers[layer], (k, v), strict=True))
         if self.recording:
             self._layers[layer] = (k, v)
         return k, v
 
     def forget(self, num_frames: int) -> None:
-        """Hold the newest frames alone, `num_frames` at most; later ones keep their places."""
+        """Keep the newest `num_frames` frames; positions of later ones don't change."""
         if self.num_held <= num_frames:
             return
         for layer, (k, v) in self._layers.items():
@@ -251,8 +242,8 @@ class KVCache:
         self.num_held = num_frames
 
 
-def _behind(old: Tensor, new: Tensor) -> Tensor:
-    """Join tokens [b, H, M, d] of clips and, after them, [B, H, L, d] of as many for each."""
+def _prepend(old: Tensor, new: Tensor) -> Tensor:
+    """Prepend tokens [b, H, M, d] to [B, H, L, d], of B / b consecutive clips each."""
     turns = new.unflatten(0, (len(old), -1))
     shared = old[:, None].expand(-1, turns.shape[1], -1, -1, -1)
     return torch.cat([shared, turns], dim=3).flatten(0, 1)

@@ -1,11 +1,8 @@
-"""A 3D causal video VAE: one class for Wan 2.1's, Wan 2.2's and the toybox one.
+"""A causal 3D video VAE: one class for Wan 2.1, Wan 2.2 and the toybox model.
 
 The first frame is a latent frame of its own, each later latent frame adds `strides.t` frames, and
-nothing ever sees a later frame. So a still is a clip of one frame, and a clip can be encoded and
-decoded in a stream of any length in constant memory.
-
-A VAE's view `at_rate` has latent frames closer in time: so many for each one, each of fewer frames.
-What is nearest to pixels works at the rate of the frames, so that it costs no more.
+nothing depends on later frames. So a still is a clip of one frame, and clips of any length are
+encoded and decoded in a stream, in constant memory.
 
 Axes: B batch, C latent channels, T frames, H rows, W columns, F latent frames, h w latent rows and
 columns.
@@ -27,6 +24,7 @@ from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, 
 from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.latents import (
     NormalizedLatents,
+    check_positive,
     check_statistics,
     patchify_pixels,
     unpatchify_pixels,
@@ -44,17 +42,17 @@ class VAEConfig:
         latent_channels: C.
         encoder_dim: width that `channel_mults` multiply in the encoder.
         decoder_dim: the same in the decoder.
-        channel_mults: one entry a stage, from pixels to latents; all but the last stage halve rows
-            and columns.
-        num_blocks: residual blocks a stage in the encoder; the decoder has one more.
-        temporal_downsample: which of the halving stages halve frames, too; from pixels to latents.
-        patch_size: square of pixels that is moved into channels first.
+        channel_mults: one a stage, from pixels to latents; all but the last stage halve rows and
+            columns.
+        num_blocks: residual blocks a stage of the encoder; the decoder's have one more.
+        temporal_downsample: stages that halve frames, too, from pixels to latents.
+        patch_size: side of the squares of pixels that are moved into channels first.
         stage_shortcuts: parameter-free shortcuts around whole stages (Wan 2.2).
-        latents_mean: [C], what normalised latents have subtracted; None: zeros.
-        latents_std: [C], what normalised latents are divided by; None: ones.
+        latents_mean: [C], subtracted from latents to normalise them; None: zeros.
+        latents_std: [C], by which they are then divided; None: ones.
 
     Raises:
-        ValueError: for values that no network can have.
+        ValueError: values that no network can have.
     """
 
     latent_channels: int
@@ -69,10 +67,9 @@ class VAEConfig:
     latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values against each other."""
-        for name in ("latent_channels", "encoder_dim", "decoder_dim", "num_blocks", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_positive(
+            self, "latent_channels", "encoder_dim", "decoder_dim", "num_blocks", "patch_size"
+        )
         if not self.channel_mults or min(self.channel_mults) < 1:
             raise ValueError(f"channel_mults must be positive, not {self.channel_mults}")
         if len(self.temporal_downsample) != len(self.channel_mults) - 1:
@@ -93,7 +90,7 @@ class VAEConfig:
             )
 
     def _check_shortcuts(self) -> None:
-        """A shortcut averages or repeats whole channels, so their numbers must divide."""
+        """Refuse widths that don't divide: a shortcut averages or repeats whole channels."""
         mults, factors = self.channel_mults, {None: 1, "spatial": 4, "spacetime": 8}
         down = zip((1, *mults), mults, self.resamples, strict=False)
         up = zip((mults[-1], *mults[:0:-1]), mults[:0:-1], self.resamples[-2::-1], strict=False)
@@ -107,7 +104,7 @@ class VAEConfig:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the encoder, and of the decoder."""
+        """Number of stages of the encoder, and of the decoder."""
         return len(self.channel_mults)
 
     @property
@@ -118,10 +115,10 @@ class VAEConfig:
         )
 
     def steady_stages(self, oversampling: int) -> tuple[bool, ...]:
-        """Return which stages, from pixels to latents, leave the number of frames at that rate.
+        """Return which stages, from pixels to latents, keep the number of frames; see `at_rate`.
 
         Raises:
-            InputError: a rate that frames can't be taken at.
+            InputError: a rate that this architecture doesn't have.
         """
         if oversampling == 1:
             return (False,) * self.num_stages
@@ -140,12 +137,12 @@ class VAEConfig:
 
     @property
     def resamples(self) -> tuple[str | None, ...]:
-        """Downsampling that ends each encoder stage: "spatial", "spacetime", None for the last."""
+        """Downsampling at the end of each encoder stage: "spatial", "spacetime", or None."""
         return *("spacetime" if t else "spatial" for t in self.temporal_downsample), None
 
 
 class Encoder(nn.Module):
-    """Patches of pixels to moments."""
+    """Map patches of pixels to moments of latents."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -163,20 +160,20 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, 3 * p * p, T, H / p, W / p] -> [B, 2 * C, F, h, w], mean and log-variance."""
+        """Map [B, 3 * p * p, T, H / p, W / p] to [B, 2 * C, F, h, w], mean and log-variance."""
         x = self.conv_in(x, cache)
         for stage in self.stages:
             x = stage(x, cache)
         return self.leave(x, cache)
 
     def leave(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """From what leaves the last stage, [B, D, F, h, w], to moments."""
+        """Map features of the last stage [B, D, F, h, w] to moments."""
         x = self.conv_out.after_norm(self.norm_out, self.mid(x, cache), cache)
         return self.to_moments(x)
 
 
 class Decoder(nn.Module):
-    """Latents to patches of pixels."""
+    """Map latents to patches of pixels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -196,19 +193,19 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(outs[-1], 3 * config.patch_size**2, (3, 3, 3))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C, F, h, w] -> [B, 3 * p * p, T, H / p, W / p]."""
+        """Map [B, C, F, h, w] to [B, 3 * p * p, T, H / p, W / p]."""
         x = self.enter(x, cache)
         for stage in self.stages:
             x = stage(x, cache)
         return self.conv_out.after_norm(self.norm_out, x, cache)
 
     def enter(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """From latents to what enters the first stage, [B, D, F, h, w]."""
+        """Map latents to features for the first stage [B, D, F, h, w]."""
         return self.mid(self.conv_in(self.from_latents(x), cache), cache)
 
 
 def by_decoder(steady: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Return flags of the encoder's stages for the decoder's stages that undo them."""
+    """Reorder flags of the encoder's stages for the decoder's stages that undo them."""
     return *steady[-2::-1], False
 
 
@@ -220,7 +217,7 @@ def _view(module: Module) -> Module:
 
 
 class CausalVAE(NormalizedLatents, nn.Module):
-    """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, F, h, w]."""
+    """Encode video [B, 3, T, H, W] in [-1, 1] to latents [B, C, F, h, w], and decode it."""
 
     config: VAEConfig
     oversampling: int = 1
@@ -240,14 +237,16 @@ class CausalVAE(NormalizedLatents, nn.Module):
         return self.config.strides.at_rate(self.oversampling)
 
     def at_rate(self, oversampling: int) -> CausalVAE:
-        """Return this VAE with latent frames closer in time; both have the same weights, always.
+        """Return a view of this VAE with latent frames closer in time, and the same weights.
+
+        Stages next to the pixels then keep the number of frames, so that no more are computed.
 
         Args:
-            oversampling: latent frames for each one of the config's, a power of two up to
-                strides.t, which leave strides.t / oversampling frames in a latent frame.
+            oversampling: latent frames for each one of the config, a power of two up to strides.t;
+                a latent frame then holds strides.t / oversampling frames.
 
         Raises:
-            InputError: a rate that frames can't be taken at.
+            InputError: a rate that this VAE doesn't have.
         """
         steady = self.config.steady_stages(oversampling)
         if oversampling == self.oversampling:
@@ -262,17 +261,13 @@ class CausalVAE(NormalizedLatents, nn.Module):
         return view
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents, not normalised, in one pass over the clip.
+        """Return mean and log-variance [B, C, F, h, w] of the latents, not normalised.
 
         Args:
-            video: [B, 3, T, H, W] in [-1, 1], T = 1 mod frames in a latent frame, H and W multiples
-                of strides.hw.
-
-        Returns:
-            Two tensors [B, C, F, h, w].
+            video: [B, 3, T, H, W] in [-1, 1], T = 1 mod strides.t, H and W multiples of strides.hw.
 
         Raises:
-            InputError: if the strides do not divide the clip.
+            InputError: the strides don't divide the clip.
         """
         B, _, T, H, W = video.shape
         VideoShape(T, H, W, batch=B).latent(self.strides, self.config.latent_channels)
@@ -280,15 +275,15 @@ class CausalVAE(NormalizedLatents, nn.Module):
         return mean, logvar
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W], not clamped, of latents [B, C, F, h, w] as encoded."""
+        """Decode latents [B, C, F, h, w], not normalised, to video [B, 3, T, H, W], not clamped."""
         return self._decode(latents, None)
 
     def encode(self, video: Tensor) -> Tensor:
-        """The posterior's mode, normalised, [B, C, F, h, w]; see `encode_moments`."""
+        """Return the posterior's mode, normalised, [B, C, F, h, w]; see `encode_moments`."""
         return self.normalize(self.encode_moments(video)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W], not clamped, of normalised latents [B, C, F, h, w]."""
+        """Decode normalised latents [B, C, F, h, w] to video [B, 3, T, H, W], not clamped."""
         return self.decode_raw(self.denormalize(latents))
 
     def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
@@ -303,17 +298,14 @@ class CausalVAE(NormalizedLatents, nn.Module):
     def stream_encode(
         self, frames: Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
-        """Encode frames as they come, in memory that does not grow with their number.
+        """Yield the normalised latent frames [B, C, 1, h, w] of a clip, in constant memory.
 
         Args:
             frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
-            cache: where an earlier stream stopped, and where this one does; None: a new clip.
-
-        Yields:
-            Normalised latents [B, C, 1, h, w], equal to those of `encode` on the whole clip.
+            cache: continues an earlier stream, and is updated; None: a new clip.
 
         Raises:
-            InputError: if frames are left over at the end that do not fill a latent frame.
+            InputError: frames left over at the end that don't fill a latent frame.
         """
         cache = StreamCache() if cache is None else cache
         for chunk in self.groups(frames, cache.position):
@@ -322,14 +314,9 @@ class CausalVAE(NormalizedLatents, nn.Module):
             yield self.normalize(moments.chunk(2, dim=1)[0])
 
     def groups(self, frames: Iterable[Tensor], position: int = 0) -> Iterator[Tensor]:
-        """Frames [B, 3, n, H, W] as they come, put together by the latent frame that they make.
+        """Yield chunks of frames regrouped by latent frame, [B, 3, n, H, W] each.
 
-        Args:
-            frames: chunks of any lengths.
-            position: latent frames that were made before.
-
-        Raises:
-            InputError: if frames are left over at the end that do not fill a latent frame.
+        `position` latent frames came before. Raises as `stream_encode` does.
         """
         held: list[Tensor] = []
         each = self.strides.t
@@ -347,15 +334,14 @@ class CausalVAE(NormalizedLatents, nn.Module):
     def stream_decode(
         self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
-        """Decode a latent frame at a time, in memory that does not grow with their number.
+        """Decode a latent frame at a time, in constant memory.
 
         Args:
             latents: normalised, [B, C, F, h, w] whole or in pieces.
-            cache: where an earlier stream stopped, and where this one does; None: a new clip.
+            cache: continues an earlier stream, and is updated; None: a new clip.
 
         Yields:
-            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` at a time, equal
-            to `decode` of the whole.
+            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` at a time.
         """
         cache = StreamCache() if cache is None else cache
         for piece in (latents,) if isinstance(latents, Tensor) else latents:
@@ -365,17 +351,16 @@ class CausalVAE(NormalizedLatents, nn.Module):
                 yield video
 
     def receptive_frames(self) -> int:
-        """Latent frames that one latent frame's pixels depend on, itself included.
+        """Return the number of latent frames that a latent frame's pixels depend on, with itself.
 
         Walks from a pixel frame far from the start back through the decoder to its earliest latent
-        frame; the first and the last frame of a group reach differently far, so all are tried.
+        frame; frames of one latent frame reach differently far, so all are tried.
         """
         t, far = self.strides.t, 10_000
         earliest = min(self._earliest_latent(far * t - phase) for phase in range(t))
         return far - earliest + 1
 
     def _earliest_latent(self, frame: int) -> int:
-        """Earliest latent frame that pixel frame `frame` depends on."""
         inside = {m.time_conv for m in self.decoder.modules() if isinstance(m, Upsample)}
         for module in reversed([*self.decoder.modules()]):
             if isinstance(module, Upsample) and module.time_conv is not None:

@@ -1,4 +1,4 @@
-"""The pieces of the causal video VAE: residual blocks, mid attention, resampling, stages.
+"""Building blocks of the causal video VAE: residual blocks, attention, resampling, stages.
 
 Axes: B batch, C channels, T frames, H rows, W columns. Every `forward(x, cache)` maps
 [B, C, T, H, W]; without a cache x is a whole clip, with one it is the next chunk of a stream.
@@ -26,7 +26,7 @@ from vidgen.ops.norm import ChannelRMSNorm
 
 
 class ResidualBlock(nn.Module):
-    """x + two causal 3x3x3 convolutions, each after RMSNorm and SiLU."""
+    """Two causal 3x3x3 convolutions, each after RMSNorm and SiLU, and a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class ResidualBlock(nn.Module):
             self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
+        """Map [B, C_in, T, H, W] to [B, C_out, T, H, W]."""
         y = self.conv1.after_norm(self.norm1, x, cache)
         y = self.conv2.after_norm(self.norm2, y, cache)
         return y + self.shortcut(x)
 
 
 class FrameAttention(nn.Module):
-    """x + single-head self-attention over the pixels of each frame."""
+    """Single-head self-attention over the pixels of each frame, and a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> the same."""
+        """Map [B, C, T, H, W] to the same shape."""
         frames = frames_of(x)
         tokens = self.norm(frames).flatten(2).transpose(1, 2)
         qkv = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unsqueeze(1)
@@ -74,15 +74,15 @@ class MidBlock(nn.Module):
         self.block2 = ResidualBlock(channels, channels)
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C, T, H, W] -> the same."""
+        """Map [B, C, T, H, W] to the same shape."""
         return self.block2(self.attention(self.block1(x, cache)), cache)
 
 
 class Downsample(nn.Module):
     """Halve rows and columns by a strided convolution, and frames if `temporal`.
 
-    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k. With `keeps_frames` their
-    number stays: the mean of two neighbours stands for the frame between them.
+    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k. With `keeps_frames`
+    their number stays: the mean of two neighbours stands for the frame between them.
     """
 
     cache_key: str = ""
@@ -96,7 +96,7 @@ class Downsample(nn.Module):
             self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C, T, H, W] -> [B, C, T', H / 2, W / 2]."""
+        """Map [B, C, T, H, W] to [B, C, T', H / 2, W / 2]."""
         padded = F.pad(frames_of(x), (0, 1, 0, 1))
         x = clip_of(convolve_frames(padded, self.conv.weight, self.conv.bias, stride=2), x.shape[0])
         if self.time_conv is None:
@@ -116,7 +116,7 @@ class Downsample(nn.Module):
 
 
 def _with_middles(x: Tensor) -> Tensor:
-    """[B, C, 1 + k, H, W] -> [B, C, 1 + 2k, H, W]: between each two frames their mean."""
+    """Insert the mean between each two frames: [B, C, 1 + k, H, W] to [B, C, 1 + 2k, H, W]."""
     first, rest = split_first(x)
     frames = x.permute(0, 2, 3, 4, 1)
     middles = (frames[:, :-1] + frames[:, 1:]) / 2
@@ -127,8 +127,8 @@ def _with_middles(x: Tensor) -> Tensor:
 class Upsample(nn.Module):
     """Double rows and columns (nearest, then a 3x3 convolution), and frames first if `temporal`.
 
-    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k. With `keeps_frames` their
-    number stays: only the later of each two is computed.
+    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k. With `keeps_frames`
+    their number stays: only the later of each two is computed.
     """
 
     keeps_frames: bool = False
@@ -139,7 +139,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T', 2H, 2W]."""
+        """Map [B, C_in, T, H, W] to [B, C_out, T', 2H, 2W]."""
         if self.time_conv is not None:
             first = cache is None or cache.position == 0
             if not first:
@@ -150,7 +150,7 @@ class Upsample(nn.Module):
         return clip_of(self._double_pixels(frames_of(x)), x.shape[0])
 
     def _double_frames(self, x: Tensor, cache: StreamCache | None) -> Tensor:
-        """Each frame gives two, one in either half of the channels of `time_conv`."""
+        """Make two frames of each, one in either half of the channels of `time_conv`."""
         assert self.time_conv is not None
         y = self.time_conv(x, cache).permute(0, 2, 3, 4, 1)
         if self.keeps_frames:
@@ -159,7 +159,7 @@ class Upsample(nn.Module):
         return pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
     def _double_pixels(self, x: Tensor) -> Tensor:
-        """Upsample and convolve in one go: [N, C, H, W] -> [N, C_out, 2H, 2W].
+        """Upsample and convolve in one pass: [N, C, H, W] to [N, C_out, 2H, 2W].
 
         A 3x3 kernel on pixels repeated 2x2 reads only 2x2 different ones, so each of the four
         output phases is a 2x2 convolution of the small image with summed taps: 16 products
@@ -175,7 +175,7 @@ class Upsample(nn.Module):
 
 
 def _fold(weight: Tensor) -> Tensor:
-    """Axis 3's three taps on pixels repeated twice as two on the pixels; a new axis 0: phases."""
+    """Fold axis 3's three taps on repeated pixels into two on the pixels, by phase (axis 0)."""
     a, b, c = weight.unbind(3)
     return torch.stack([torch.stack([a, b + c], 3), torch.stack([a + b, c], 3)])
 
@@ -189,7 +189,7 @@ class MeanDown(nn.Module):
         assert in_channels * factor_t * factor_hw**2 % out_channels == 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T', H / factor_hw, W / factor_hw]."""
+        """Map [B, C_in, T, H, W] to [B, C_out, T', H / factor_hw, W / factor_hw]."""
         t, s = self.factor_t, self.factor_hw
         x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % t, 0))
         x = rearrange(x, "B C (T t) (H s) (W r) -> B (C t s r) T H W", t=t, s=s, r=s)
@@ -206,9 +206,9 @@ class RepeatUp(nn.Module):
         self.repeats = out_channels * factor_t * factor_hw**2 // in_channels
 
     def forward(self, x: Tensor, *, first: bool) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T', H * factor_hw, W * factor_hw].
+        """Map [B, C_in, T, H, W] to [B, C_out, T', H * factor_hw, W * factor_hw].
 
-        `first` says that x starts the clip, whose first frame gives one frame only.
+        With `first`, x starts the clip, whose first frame gives one frame only.
         """
         t, s = self.factor_t, self.factor_hw
         x = x.repeat_interleave(self.repeats, dim=1)
@@ -217,14 +217,9 @@ class RepeatUp(nn.Module):
 
 
 class DownStage(nn.Module):
-    """Residual blocks, then downsampling unless `resample` is None.
+    """Residual blocks, then downsampling: "spatial", "spacetime" or None.
 
-    Args:
-        in_channels: C of the input.
-        out_channels: C of the blocks and the output.
-        num_blocks: residual blocks.
-        resample: "spatial", "spacetime" or None.
-        shortcut: add a parameter-free shortcut around the stage (Wan 2.2).
+    With `shortcut` a parameter-free shortcut goes around the stage (Wan 2.2).
     """
 
     def __init__(
@@ -241,7 +236,7 @@ class DownStage(nn.Module):
             self.shortcut = MeanDown(in_channels, out_channels, 1 + temporal, 2 if resample else 1)
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T', H', W']."""
+        """Map [B, C_in, T, H, W] to [B, C_out, T', H', W']."""
         y = x
         for block in self.blocks:
             y = block(y, cache)
@@ -251,15 +246,10 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Residual blocks, then upsampling unless `resample` is None.
+    """Residual blocks, then upsampling: "spatial", "spacetime" or None.
 
-    Args:
-        in_channels: C of the input.
-        out_channels: C of the blocks.
-        num_blocks: residual blocks.
-        resample: "spatial", "spacetime" or None.
-        shortcut: add a parameter-free shortcut around the stage and keep the width (Wan 2.2);
-            without it, upsampling halves the width (Wan 2.1).
+    Upsampling halves the width (Wan 2.1). With `shortcut` it keeps the width, and a parameter-free
+    shortcut goes around the stage (Wan 2.2).
     """
 
     def __init__(
@@ -279,7 +269,7 @@ class UpStage(nn.Module):
                 self.shortcut = RepeatUp(in_channels, out_channels, 1 + temporal, 2)
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out', T', H', W']."""
+        """Map [B, C_in, T, H, W] to [B, C_out', T', H', W']."""
         y = x
         for block in self.blocks:
             y = block(y, cache)

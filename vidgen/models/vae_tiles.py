@@ -1,11 +1,11 @@
-"""The VAE tile by tile, for pictures whose activations don't fit the memory.
+"""Encode and decode tile by tile pictures whose activations don't fit the memory.
 
-Nothing is blended. Only the block in the middle attends over a whole frame; it is small, and runs
-on the whole. All else are convolutions, so a tile that also reads what they reach around it gives
-what the whole picture would. What no later stage needs is cut off between stages.
+Tiles aren't blended but exact. Only the middle block attends over whole frames; it is small, and
+runs on the whole. All else are convolutions, so a tile that also reads their margin gives the same
+values as the whole picture; what no later stage needs of the margin is cut off between stages.
 
 Each tile has a stream of its own: a few latent frames pass through one tile, then through the next,
-and what a tile remembers of earlier frames is laid away meanwhile.
+and a tile's cache of earlier frames is put aside meanwhile.
 
 Axes: B batch, C channels, D width, T frames, H W rows and columns of patches, F latent frames, h w
 latent rows and columns.
@@ -27,40 +27,39 @@ from vidgen.ops.latents import patchify_pixels, unpatchify_pixels
 
 AT_ONCE = 4
 """Latent frames that pass through a tile before the next one's turn."""
-
 SMALLEST = 8
-"""Latents a side of the smallest tile worth taking: it reads far more around it than its own."""
+"""Least latents a side of a tile: a smaller one reads far more margin than area."""
 MOST = 99
-"""Rows, or columns, of a grid."""
+"""Most rows, or columns, of a grid."""
 
 Span = tuple[int, int]
 Room = Callable[[int], Tensor]
-"""Gives room for so many bytes: uint8 on the CPU."""
+"""Allocates that many bytes: uint8 on the CPU."""
 
 
 class Tile(NamedTuple):
-    """Spans of rows and of columns that a tile reads and gives, first to last."""
+    """Spans of rows and of columns at the input of each layer that is cut, and of the output."""
 
     rows: list[Span]
     columns: list[Span]
 
 
-def decoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
-    """Return tiles: what the decoder's stages and its end read of latents, and what comes out."""
-    sides = _sides(config, rows, columns, tiles, decode=True)
-    return [Tile(*each) for each in product(*sides)]
+def cut_tiles(
+    config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
+) -> list[Tile]:
+    """Return the tiles of latents of rows x columns.
 
-
-def encoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
-    """Return tiles: what the encoder's beginning and stages read for latents, and what leaves."""
-    sides = _sides(config, rows, columns, tiles, decode=False)
+    Spans are those of the decoder's stages, its last convolution and the pixels; or those of the
+    encoder's first convolution, its stages and the latents.
+    """
+    sides = _sides(config, rows, columns, tiles, decode=decode)
     return [Tile(*each) for each in product(*sides)]
 
 
 def tile_areas(
     config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
 ) -> tuple[list[int], list[int]]:
-    """Patches of each of a `Tile`'s spans: of the largest tile, and of all together."""
+    """Return the patches in each of a `Tile`'s spans: of the largest tile, and of all together."""
     sides = _sides(config, rows, columns, tiles, decode=decode)
     high, wide = (
         [[end - first for first, end in spans] for spans in zip(*side, strict=True)]
@@ -71,7 +70,7 @@ def tile_areas(
 
 
 def grids(rows: int, columns: int) -> Iterator[Tiles]:
-    """Grids for latents of rows x columns with ever smaller tiles, about as high as wide."""
+    """Yield grids for latents of rows x columns with ever smaller tiles, about square."""
     longest = max(rows, columns)
     for count in range(2, min(longest // SMALLEST, MOST) + 1):
         side = longest / count
@@ -82,16 +81,13 @@ def grids(rows: int, columns: int) -> Iterator[Tiles]:
 def decode_in_tiles(
     vae: CausalVAE, latents: Iterable[Tensor], tiles: Tiles, room: Room
 ) -> Iterator[Tensor]:
-    """`vae.stream_decode` tile by tile.
+    """Yield `vae.stream_decode`'s video [B, 3, t, H, W], up to rounding.
 
     Args:
-        vae: Wan's, the toybox one, or any other.
+        vae: of any architecture.
         latents: normalised, [B, C, F, h, w] in pieces.
         tiles: the grid; not more rows or columns than latents have.
-        room: where caches are laid away.
-
-    Yields:
-        Video [B, 3, t, H, W], not clamped, equal to the whole picture's up to rounding.
+        room: allocates memory for caches that are put aside.
     """
     decoder, config, begun = vae.decoder, vae.config, StreamCache()
     frames = (frame for piece in latents for frame in piece.split(1, dim=2))
@@ -109,7 +105,7 @@ def decode_in_tiles(
         return _part(x, (tile.rows[-2][0], tile.columns[-2][0]), tile.rows[-1], tile.columns[-1])
 
     def cut(rows: int, columns: int) -> list[Tile]:
-        return decoder_tiles(config, rows, columns, tiles)
+        return cut_tiles(config, rows, columns, tiles, decode=True)
 
     for patches in _stream(entered, decode, cut, room):
         yield unpatchify_pixels(patches, config.patch_size)
@@ -119,19 +115,9 @@ def decode_in_tiles(
 def encode_in_tiles(
     vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles, room: Room
 ) -> Iterator[Tensor]:
-    """`vae.stream_encode` tile by tile; arguments as in `decode_in_tiles`.
+    """Yield `vae.stream_encode`'s latents [B, C, 1, h, w], up to rounding.
 
-    Args:
-        vae: see there.
-        frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
-        tiles: see there.
-        room: see there.
-
-    Yields:
-        Normalised latents [B, C, 1, h, w], equal to the whole picture's up to rounding.
-
-    Raises:
-        InputError: if frames are left over at the end that do not fill a latent frame.
+    `frames` and errors are as there, other arguments as in `decode_in_tiles`.
     """
     encoder, config, ended = vae.encoder, vae.config, StreamCache()
     scale = 2 ** (config.num_stages - 1)
@@ -149,7 +135,7 @@ def encode_in_tiles(
         return _part(x, corner, tile.rows[-1], tile.columns[-1])
 
     def cut(rows: int, columns: int) -> list[Tile]:
-        return encoder_tiles(config, rows // scale, columns // scale, tiles)
+        return cut_tiles(config, rows // scale, columns // scale, tiles, decode=False)
 
     for features in _stream(patches, encode, cut, room):
         yield vae.normalize(encoder.leave(features, ended).chunk(2, dim=1)[0])
@@ -158,7 +144,7 @@ def encode_in_tiles(
 def _sides(
     config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
 ) -> list[list[list[Span]]]:
-    """Spans of each row of tiles, and of each column of them."""
+    """Return the spans of each row of tiles, and of each column of them."""
     of, sides = _decoder_spans if decode else _encoder_spans, []
     for length, count in ((rows, tiles.rows), (columns, tiles.columns)):
         places = [i * length // count for i in range(count + 1)]
@@ -167,7 +153,7 @@ def _sides(
 
 
 def _decoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
-    """Return the spans read of an axis of latents to decode `own` of it; see `decoder_tiles`."""
+    """Return the spans of an axis that are read to decode `own` of its latents."""
     scale = 2 ** (config.num_stages - 1)
     made, length = (scale * own[0], scale * own[1]), scale * length
     spans = [_widened(made, 1, length), made]
@@ -180,7 +166,7 @@ def _decoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
 
 
 def _encoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
-    """Return the spans read of an axis of latents to encode `own` of it; see `encoder_tiles`."""
+    """Return the spans of an axis that are read to encode `own` of its latents."""
     spans = [own]
     for resample in config.resamples[::-1]:
         first, end = spans[0]
@@ -198,7 +184,7 @@ def _widened(span: Span, reach: int, length: int) -> Span:
 
 
 def _part(x: Tensor, corner: tuple[int, int], rows: Span, columns: Span) -> Tensor:
-    """Rows and columns of a picture, of which x [B, C, T, H, W] begins at `corner`."""
+    """Cut rows and columns of a picture out of x [B, C, T, H, W], which begins at `corner`."""
     (top, bottom), (left, right) = rows, columns
     shown = x[..., top - corner[0] : bottom - corner[0], left - corner[1] : right - corner[1]]
     return shown if shown.shape == x.shape else channels_last(shown)
@@ -208,13 +194,13 @@ def _stream(
     chunks: Iterator[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
     cut: Callable[[int, int], list[Tile]], room: Room,
 ) -> Iterator[Tensor]:
-    """Yield one whole for each chunk, put together from what `compute` gives for each tile.
+    """Yield the result of each chunk [B, C, T, H, W] of one latent frame, joined from its tiles.
 
     Args:
-        chunks: [B, C, T, H, W] each, of one latent frame.
-        compute: from a chunk to a tile of what it becomes, in the stream of that tile.
-        cut: the tiles of chunks of H x W.
-        room: where caches are laid away.
+        chunks: of a clip.
+        compute: maps a chunk to the result's tile, in the stream of that tile.
+        cut: returns the tiles of chunks of H x W.
+        room: allocates memory for caches that are put aside.
     """
     streams: list[tuple[Tile, _Kept]] = []
     position = 0
@@ -232,7 +218,7 @@ def _pass(
     chunks: Sequence[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
     streams: Sequence[tuple[Tile, _Kept]], position: int,
 ) -> list[Tensor]:
-    """Chunks through one tile after the other, channels last."""
+    """Pass chunks through one tile after the other; results lie channels-last."""
     wholes: list[Tensor] = []
     (bottom, right) = (spans[-1][1] for spans in streams[-1][0])
     for tile, kept in streams:
@@ -250,7 +236,7 @@ def _pass(
 
 
 class _Kept:
-    """Memory of a tile between its turns, laid away."""
+    """A tile's cache between its turns, in one buffer of bytes."""
 
     def __init__(self, room: Room) -> None:
         self._room_for = room
@@ -258,7 +244,6 @@ class _Kept:
         self._facts: list[tuple[str, torch.Size, torch.dtype]] = []
 
     def put(self, cache: StreamCache) -> None:
-        """Lay a cache away."""
         last = {name: each.movedim(1, -1) for name, each in cache.tensors.items()}
         self._facts = [(name, each.shape, each.dtype) for name, each in last.items()]
         size = sum(each.nbytes for each in last.values())
@@ -268,7 +253,7 @@ class _Kept:
             place.copy_(each.contiguous().view(-1).view(torch.uint8))
 
     def take(self, device: torch.device) -> StreamCache:
-        """The cache that was laid away, each tensor by itself; an empty one at first."""
+        """Return the cache, each tensor with memory of its own; an empty one at first."""
         cache = StreamCache()
         for (name, shape, dtype), (_, place) in zip(self._facts, self._places(), strict=True):
             each = torch.empty(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Latents: normalised by a VAE's statistics, cut into patches and put together again; pixels too.
+"""Normalise latents by a VAE's statistics; cut latents and pixels into patches, and join them.
 
 Axes: B batch, C channels, T frames, H rows, W columns, F h w the same of latents, p patch size.
 """
@@ -20,11 +20,18 @@ class LatentConfig(Protocol):
 
     @property
     def latents_mean(self) -> tuple[float, ...] | None:
-        """[C], what normalised latents have subtracted; None: zeros."""
+        """[C], subtracted from latents to normalise them; None: zeros."""
 
     @property
     def latents_std(self) -> tuple[float, ...] | None:
-        """[C], what normalised latents are divided by; None: ones."""
+        """[C], by which they are then divided; None: ones."""
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise ValueError unless these fields of a config are 1 or more."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, not {getattr(config, name)}")
 
 
 def check_statistics(config: LatentConfig) -> None:
@@ -38,17 +45,17 @@ def check_statistics(config: LatentConfig) -> None:
 
 
 class NormalizedLatents:
-    """Mixin of a module with such a `config`; latents are [B, C, ...]."""
+    """Mixin for a module with such a `config`; latents are [B, C, ...]."""
 
     config: LatentConfig
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """(raw - latents_mean) / latents_std, [B, C, ...]."""
+        """Return (raw - latents_mean) / latents_std, [B, C, ...]."""
         mean, std = self._statistics(raw)
         return (raw - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
+        """Undo `normalize`."""
         mean, std = self._statistics(latents)
         return latents * std + mean
 
@@ -61,7 +68,7 @@ class NormalizedLatents:
 
 
 def patchify_pixels(video: Tensor, patch_size: int) -> Tensor:
-    """[B, C, T, H, W] -> [B, C * p * p, T, H / p, W / p]; channels in the order (C, column, row).
+    """Map [B, C, T, H, W] to [B, C * p * p, T, H / p, W / p], channels as (C, column, row).
 
     The result lies channels-last in memory, as convolutions want it.
     """
@@ -73,7 +80,7 @@ def patchify_pixels(video: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify_pixels(x: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify_pixels`: [B, C * p * p, T, H, W] -> [B, C, T, H * p, W * p]."""
+    """Undo `patchify_pixels`: map [B, C * p * p, T, H, W] to [B, C, T, H * p, W * p]."""
     p = patch_size
     if p == 1:
         return x
@@ -81,16 +88,16 @@ def unpatchify_pixels(x: Tensor, patch_size: int) -> Tensor:
 
 
 def patchify_latents(latents: Tensor, patch_size: int) -> Tensor:
-    """[B, C, F, h, w] -> [B, F * h / p * w / p, C * p * p]; channels are (C, row, column)."""
+    """Map [B, C, F, h, w] to [B, F * h / p * w / p, C * p * p], channels as (C, row, column)."""
     p = patch_size
     return rearrange(latents, "B C F (h p) (w q) -> B (F h w) (C p q)", p=p, q=p)
 
 
 def unpatchify_latents(patches: Tensor, patch_size: int, rows: int, columns: int) -> Tensor:
-    """Patches [B, F * rows * columns, p * p * C] -> latents [B, C, F, rows * p, columns * p].
+    """Map patches [B, F * rows * columns, p * p * C] to [B, C, F, rows * p, columns * p].
 
-    Channels of a patch lie in the order (row, column, C), as Wan's output projection has them:
-    not the order that `patchify_latents` gives.
+    Channels of a patch lie as (row, column, C), as Wan's output projection has them: not in the
+    order of `patchify_latents`.
     """
     p = patch_size
     pattern = "B (F h w) (p q C) -> B C F (h p) (w q)"
