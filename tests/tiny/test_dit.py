@@ -360,11 +360,11 @@ def text_share(model: SpacetimeDiT, monkeypatch: pytest.MonkeyPatch, text: torch
     shares = []
     real = dit_blocks.attention
 
-    def watch(q, k, v, *, bias=None, backend):
+    def watch(q, k, v, *, bias=None):
         if bias is not None:
             weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, dim=-1)
             shares.append(weights[..., :-1].sum(-1).mean().item())
-        return real(q, k, v, bias=bias, backend=backend)
+        return real(q, k, v, bias=bias)
 
     monkeypatch.setattr(dit_blocks, "attention", watch)
     latents = torch.randn(2, model.config.in_channels, 2, 4, 4)

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from train.toybox.fusing import fusing
 from train.toybox.phases import Phase
 from train.toybox.program import run_program
 from train.toybox.tasks.channel_weights import channel_weights
@@ -37,7 +38,6 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
-from vidgen.ops.norm import fusing
 from vidgen.pipeline.denoise import velocity
 from vidgen.training.optim import build_optimizers, named_parameters
 from vidgen.weights.component import Role
@@ -84,7 +84,7 @@ class DiTRun(DiTData):
             says instead of the clips' velocity (Li & Hoiem 2016, sec. 3). Both read one text, so
             `part` is "transformer".
         keep_above: see `keep`.
-        fuse: have torch.compile fuse what surrounds matrix products; see `vidgen.ops.norm`. Not
+        fuse: have torch.compile fuse what surrounds matrix products; see `train.toybox.fusing`. Not
             for CPUs, which our own kernels serve.
     """
 

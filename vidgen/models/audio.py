@@ -1,12 +1,11 @@
-"""A causal VAE for sound: short spectra to few latents a second, back to oscillators and noise.
+"""A causal VAE for sound: encode short spectra to latents, decode to oscillators and noise.
 
-Encoder and decoder work on the same grid of frames: frame t covers `window` samples from `hop * t`
-on, and `frames_per_token` frames make a latent. So latent k depends on samples before
-`samples_per_token * (k + 1) + lookahead` alone, its own samples are finished by latents up to k,
-and sound of any length streams through in constant memory.
+Frame t covers `window` samples from `hop * t` on, and `frames_per_token` frames make a latent. So
+latent k depends on samples before `samples_per_token * (k + 1) + lookahead` only, its own samples
+depend on latents up to k, and sound of any length streams through in constant memory.
 
-ConvNeXt blocks at the frames' rate and an inverse STFT are Vocos' (Siuzdak 2024, fig. 1): the
-spectra that the networks read and write are in `audio_spectra`.
+ConvNeXt blocks at the frames' rate and an inverse STFT are Vocos' (Siuzdak 2024, fig. 1);
+`audio_spectra` has the spectra that the networks read and write.
 
 Axes: B batch, N samples (mono), T frames, K latents, C latent channels, D width. With a cache,
 input follows that of earlier calls.
@@ -25,11 +24,11 @@ from vidgen.models.audio_spectra import AudioVAEConfig, Controls, to_sound, to_s
 from vidgen.ops.conv import StreamCache
 from vidgen.ops.latents import NormalizedLatents
 
-_SAMPLES = "samples"  # what a stream of sound keeps until it fills a latent
-_FAINT, _TINY = 1e-4, 1e-9  # magnitudes below which there is no sound, and no number
+_SAMPLES = "samples"  # in a stream's cache: those that don't fill a latent yet
+_FAINT, _TINY = 1e-4, 1e-9  # magnitudes taken for silence, and for zero
 _LOUDEST = 6.0  # log of a spectrum's largest magnitude
-_QUIET = -2.0  # log of a fresh decoder's magnitudes
-_STEEPEST = 3.0  # log of the largest gain, and less the least one's
+_QUIET = -2.0  # log of an untrained decoder's magnitudes
+_STEEPEST = 3.0  # log of the largest gain; minus that of the least
 
 
 class CausalConv1d(nn.Conv1d):
@@ -42,7 +41,7 @@ class CausalConv1d(nn.Conv1d):
         self.num_history = kernel_size - 1
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, T, D] -> the same; with a cache, x follows the frames of earlier calls."""
+        """Map [B, T, D] to the same shape."""
         before = None if cache is None else cache.tensors.get(self.cache_key)
         if before is None:
             before = x.new_zeros(x.shape[0], self.num_history, x.shape[2])
@@ -53,7 +52,7 @@ class CausalConv1d(nn.Conv1d):
 
 
 class ConvNeXtBlock(nn.Module):
-    """x + scaled feed-forward of a depthwise convolution (Liu et al. 2022, fig. 4)."""
+    """A depthwise convolution, a scaled feed-forward and a shortcut (Liu et al. 2022, fig. 4)."""
 
     def __init__(self, dim: int, kernel_size: int, expansion: int, scale: float) -> None:
         super().__init__()
@@ -64,14 +63,12 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, T, D] -> the same."""
+        """Map [B, T, D] to the same shape."""
         y = self.norm(self.conv(x, cache))
         return x + self.scale * self.contract(F.gelu(self.expand(y)))
 
 
 class _Stack(nn.ModuleList):
-    """A sequence of blocks."""
-
     def __init__(self, dim: int, layers: int, config: AudioVAEConfig) -> None:
         super().__init__(
             ConvNeXtBlock(dim, config.kernel_size, config.expansion, 1 / max(layers, 1))
@@ -85,7 +82,7 @@ class _Stack(nn.ModuleList):
 
 
 class AudioEncoder(nn.Module):
-    """Spectra to moments."""
+    """Map spectra to moments of latents."""
 
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
@@ -98,14 +95,14 @@ class AudioEncoder(nn.Module):
         self.to_moments = nn.Linear(dim, 2 * config.latent_channels)
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """[B, T, 3 * bins] -> [B, K, 2 * C], mean and log-variance."""
+        """Map [B, T, 3 * bins] to [B, K, 2 * C], mean and log-variance."""
         x = self.frames(self.embed(x), cache)
         x = self.gather(x.unflatten(1, (-1, per_token)).flatten(2))
         return self.to_moments(self.norm(self.tokens(x, cache)))
 
 
 class AudioDecoder(nn.Module):
-    """Latents to spectra."""
+    """Map latents to spectra."""
 
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
@@ -122,11 +119,10 @@ class AudioDecoder(nn.Module):
             self.head.bias[bins : 3 * bins] = _QUIET
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """[B, K, C] -> [B, T, 3 * bins + 2 * gains], float32.
+        """Map [B, K, C] to [B, T, 3 * bins + 2 * gains], float32.
 
-        The advance of the phase, and the logs of tone, noise and of the gains of both.
-
-        The head computes in float32, for what it says of phases adds up.
+        They are the advance of the phase, and the logs of tone, noise and the gains of both. The
+        head computes in float32, since errors of phases add up.
         """
         x = self.spread(self.tokens(self.from_latents(x), cache))
         x = self.frames(x.unflatten(2, (per_token, -1)).flatten(1, 2), cache)
@@ -136,7 +132,7 @@ class AudioDecoder(nn.Module):
 
 
 class AudioVAE(NormalizedLatents, nn.Module):
-    """Sound [B, N], mono in [-1, 1], <-> latents [B, C, K]."""
+    """Encode mono sound [B, N] in [-1, 1] to latents [B, C, K], and decode it."""
 
     config: AudioVAEConfig
 
@@ -150,26 +146,23 @@ class AudioVAE(NormalizedLatents, nn.Module):
                 module.cache_key = name
 
     def encode_moments(self, sound: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents, not normalised.
+        """Return mean and log-variance [B, C, K] of the latents, not normalised.
 
         Args:
-            sound: [B, N], of any length; silence is taken to follow it.
-
-        Returns:
-            Two tensors [B, C, K], K = `config.num_tokens(N)`.
+            sound: [B, N], of any length; silence follows it. K is `config.num_tokens(N)`.
 
         Raises:
-            InputError: for sound that is not [B, N] or is empty.
+            InputError: sound that is not [B, N] or is empty.
         """
         _check_sound(sound)
         return self._encode(self._fill(F.pad(sound, (self.config.history, 0))), None)
 
     def decode_raw(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
-        """Sound [B, N] of latents [B, C, K] as encoded, cut to `num_samples` where given."""
+        """Decode latents [B, C, K], not normalised, to sound [B, N], cut to `num_samples`."""
         return self.render(self.controls(latents))[:, :num_samples]
 
     def controls(self, latents: Tensor, cache: StreamCache | None = None) -> Controls:
-        """Decode latents [B, C, K] as encoded to the sound of frames, T = K * frames_per_token."""
+        """Decode latents [B, C, K], not normalised, to controls, T = K * frames_per_token."""
         x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
         said = self.decoder(x, self.config.frames_per_token, cache)
         bins, gains = self.config.num_bins, self.config.gains_per_frame
@@ -181,46 +174,33 @@ class AudioVAE(NormalizedLatents, nn.Module):
     def render(
         self, controls: Controls, cache: StreamCache | None = None, first_noise: int = 0
     ) -> Tensor:
-        """Sound [B, T * hop] of a decoder's frames.
-
-        Args:
-            controls: see `controls`.
-            cache: of a stream.
-            first_noise: frame of the noise to begin with; training varies it.
-        """
+        """Render a decoder's frames to sound [B, T * hop]; see `audio_spectra.to_sound`."""
         return to_sound(self.config, controls, cache, first_noise)
 
     def spectra(self, sound: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spectra of sound [B, N] that the encoder reads.
-
-        Returns:
-            Magnitudes [B, T, bins], and tones, complex; see `to_spectra`; T = K * frames_per_token.
-        """
+        """Return the spectra of sound [B, N] that the encoder reads; see `to_spectra`."""
         _check_sound(sound)
         return to_spectra(self.config, self._fill(F.pad(sound, (self.config.history, 0))))
 
     def encode(self, sound: Tensor) -> Tensor:
-        """The posterior's mode, normalised, [B, C, K]; see `encode_moments`."""
+        """Return the posterior's mode, normalised, [B, C, K]; see `encode_moments`."""
         return self.normalize(self.encode_moments(sound)[0])
 
     def decode(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
-        """Sound [B, N] of normalised latents [B, C, K], cut to `num_samples` where given."""
+        """Decode normalised latents [B, C, K] to sound [B, N], cut to `num_samples`."""
         return self.decode_raw(self.denormalize(latents), num_samples)
 
     @torch.no_grad()
     def stream_encode(
         self, sound: Iterable[Tensor], cache: StreamCache | None = None, *, ends: bool = True
     ) -> Iterator[Tensor]:
-        """Encode sound as it comes, `lookahead` samples late, in constant memory.
+        """Yield the normalised latents [B, C, k] of a sound, `lookahead` samples late.
 
         Args:
             sound: chunks [B, n] of any lengths.
-            cache: where an earlier stream stopped, and where this one does; None: a new sound.
+            cache: continues an earlier stream, and is updated; None: a new sound.
             ends: whether silence follows; if not, samples that don't fill a latent stay in the
                 cache for the next call.
-
-        Yields:
-            Normalised latents [B, C, k], equal to those of `encode` on the whole sound.
         """
         cache = StreamCache() if cache is None else cache
         size, ahead = self.config.samples_per_token, self.config.lookahead
@@ -242,14 +222,9 @@ class AudioVAE(NormalizedLatents, nn.Module):
     def stream_decode(
         self, latents: Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
-        """Decode latents as they come, in constant memory.
+        """Yield the sound [B, samples_per_token * k] of pieces of normalised latents [B, C, k].
 
-        Args:
-            latents: normalised, pieces [B, C, k] of any lengths.
-            cache: where an earlier stream stopped, and where this one does; None: a new sound.
-
-        Yields:
-            Sound [B, samples_per_token * k], equal to that of `decode` on the whole.
+        `cache` continues an earlier stream, and is updated; None: a new sound.
         """
         cache = StreamCache() if cache is None else cache
         for piece in latents:
@@ -263,16 +238,13 @@ class AudioVAE(NormalizedLatents, nn.Module):
         return self.normalize(mean)
 
     def _fill(self, sound: Tensor) -> Tensor:
-        """Let silence follow until the last latent and what it looks ahead to are full.
-
-        `sound` [B, history + N] begins with what came before it.
-        """
+        """Append silence to sound [B, history + N] to fill the last latent and its lookahead."""
         config = self.config
         size = config.num_tokens(sound.shape[1] - config.history) * config.samples_per_token
         return F.pad(sound, (0, config.history + size + config.lookahead - sound.shape[1]))
 
     def _encode(self, sound: Tensor, cache: StreamCache | None) -> tuple[Tensor, Tensor]:
-        """Moments of sound [B, history + K * samples_per_token + lookahead]."""
+        """Return moments of sound [B, history + K * samples_per_token + lookahead]."""
         magnitudes, tones = to_spectra(self.config, sound)
         sizes = tones.abs()
         ways = tones * ((sizes + _FAINT) ** self.config.compression / (sizes + _TINY))
@@ -284,7 +256,6 @@ class AudioVAE(NormalizedLatents, nn.Module):
 
 
 def _check_sound(sound: Tensor) -> None:
-    """Refuse what is no mono sound."""
     if sound.dim() != 2 or not sound.shape[1]:
         raise InputError(
             f"sound is {list(sound.shape)}; the audio VAE takes mono sound [batch, samples], "

@@ -1,9 +1,8 @@
-"""Sound to the spectra that the audio VAE's encoder reads, and from its decoder's back to sound.
+"""Convert sound to the spectra of the audio VAE's encoder, and its decoder's output to sound.
 
-Phases aren't given but followed: the encoder reads how far each frequency's phase went since the
-last frame, the decoder says how far it goes, and sums; so a steady tone is a constant. What is no
-tone is noise of its own (harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so
-that decoding is a function.
+Phases are relative: the encoder reads the advance of each frequency's phase since the last frame,
+the decoder predicts it and sums, so a steady tone is a constant. All that is no tone is noise
+(harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so decoding is a function.
 
 Axes: B batch, N samples (mono), T frames.
 """
@@ -22,9 +21,8 @@ from vidgen.ops.conv import StreamCache
 from vidgen.ops.latents import check_positive, check_statistics
 
 NOISE_FRAMES = 4096
-"""After which the noise repeats, 16 s; a table of them is kept."""
-#: What a stream keeps besides the networks' history.
-_FRAMES, _PHASES, _GAINS = "frames", "phases", "gains"
+"""Frames, 16 s, after which the noise repeats."""
+_FRAMES, _PHASES, _GAINS = "frames", "phases", "gains"  # in a stream's cache
 _ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
 
 
@@ -35,7 +33,7 @@ class AudioVAEConfig:
     Args:
         latent_channels: C.
         encoder_dim: width of the encoder's blocks.
-        decoder_dim: the same in the decoder.
+        decoder_dim: width of the decoder's blocks.
         encoder_layers: blocks at the frames' rate, then at the latents'.
         decoder_layers: blocks at the latents' rate, then at the frames'.
         expansion: hidden width of a block, in widths.
@@ -44,18 +42,17 @@ class AudioVAEConfig:
         hop: samples from a frame to the next.
         window: samples of a frame, three whole hops at least.
         pitch_window: samples, whole windows, that end with a frame and over which the encoder
-            follows phases: tones too near to each other for a window beat in it, and have no
-            pitch there. 0: the window.
-        frames_per_token: frames that make a latent.
-        gains_per_frame: gains that the decoder says of each frame for its tones, and as many for
-            its noise: attacks are then as sharp as `hop / gains_per_frame` samples, where windows
-            alone would blur them. 0: none.
+            follows phases: within a window, tones near each other beat and have no pitch. 0: the
+            window.
+        frames_per_token: frames in a latent.
+        gains_per_frame: the decoder's gains of each frame for tones, and as many for noise; attacks
+            are then as sharp as `hop / gains_per_frame` samples, which windows would blur. 0: none.
         compression: power that the encoder raises magnitudes to.
-        latents_mean: [C], what normalised latents have subtracted; None: zeros.
-        latents_std: [C], what normalised latents are divided by; None: ones.
+        latents_mean: [C], subtracted from latents to normalise them; None: zeros.
+        latents_std: [C], by which they are then divided; None: ones.
 
     Raises:
-        ValueError: for values that no network can have.
+        ValueError: values that no network can have.
     """
 
     latent_channels: int
@@ -99,7 +96,7 @@ class AudioVAEConfig:
 
     @property
     def samples_per_token(self) -> int:
-        """Samples that a latent stands for."""
+        """Samples in a latent."""
         return self.hop * self.frames_per_token
 
     @property
@@ -121,7 +118,7 @@ class AudioVAEConfig:
     def reach(self) -> float:
         """Largest advance of an oscillator, in radians a frame: a little over half-way to the next.
 
-        Several that could follow one tone would beat with each other.
+        With more, several would follow one tone and beat with each other.
         """
         return 1.1 * math.pi * self.hop / self.window
 
@@ -131,18 +128,20 @@ class AudioVAEConfig:
         return self.window // 2 + 1
 
     def num_tokens(self, num_samples: int) -> int:
-        """Latents of so many samples: those that cover them."""
+        """Return the number of latents that cover `num_samples`."""
         return -(-num_samples // self.samples_per_token)
 
 
 class Controls(NamedTuple):
-    """The decoder's result for each frame, [B, T, bins].
+    """The decoder's output for each frame.
 
-    advance: by which a frequency's phase leads its bin's own since the last frame, in radians.
-    tone: magnitude of the oscillator.
-    noise: deviation of the noise.
-    attack: logs of the gains of tones and noise, [B, T, 2, gains], or None: at the end of each of a
-        frame's equal parts; between them gains go straight.
+    Attributes:
+        advance: [B, T, bins], of a frequency's phase over its bin's own since the last frame, in
+            radians.
+        tone: [B, T, bins], magnitude of the oscillator.
+        noise: [B, T, bins], standard deviation of the noise.
+        attack: [B, T, 2, gains], logs of the gains of tones and noise at the end of each of a
+            frame's equal parts, linear between them; or None.
     """
 
     advance: Tensor
@@ -152,7 +151,7 @@ class Controls(NamedTuple):
 
 
 def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectra of sound [B, history + T * hop + lookahead], which begins with what came before it.
+    """Return the spectra of sound [B, history + T * hop + lookahead], history first.
 
     Returns:
         Magnitudes [B, T, bins], and tones: complex numbers [B, T, bins] of the magnitude over
@@ -169,7 +168,7 @@ def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spectra(config: AudioVAEConfig, sound: Tensor, length: int) -> Tensor:
-    """Spectra of frames of `length`, several windows, at the window's bins, [B, T, bins].
+    """Return spectra [B, T, bins] of frames of `length`, whole windows, at the window's bins.
 
     A frame folded to a window's length has the same spectrum at these bins.
     """
@@ -181,13 +180,13 @@ def to_sound(
     config: AudioVAEConfig, controls: Controls, cache: StreamCache | None = None,
     first_noise: int = 0,
 ) -> Tensor:
-    """Sound [B, T * hop] of a decoder's frames.
+    """Render a decoder's frames to sound [B, T * hop].
 
     Args:
         config: of the VAE.
-        controls: see there.
-        cache: of a stream, whose position is the noise's place.
-        first_noise: frame of the noise to begin with, where there is none.
+        controls: of the frames.
+        cache: of a stream; its position sets the first frame of the noise.
+        first_noise: that frame, without a cache; training varies it.
     """
     bins, count = config.num_bins, controls.tone.shape[1]
     own = math.tau * config.hop / config.window * torch.arange(bins)
@@ -208,13 +207,13 @@ def to_sound(
 
 
 def _play(config: AudioVAEConfig, spectra: Tensor, cache: StreamCache | None) -> Tensor:
-    """Sound [B, T * hop] of the spectra of frames, [B, T, bins]."""
+    """Return the sound [B, T * hop] of the spectra of frames [B, T, bins]."""
     frames = torch.fft.irfft(spectra, config.window)
     return overlap_add(config, frames * _window(config, frames.device), cache)
 
 
 def _gains(config: AudioVAEConfig, attack: Tensor, cache: StreamCache | None) -> Tensor:
-    """Gains of each sample, [B, 2, T * hop], of their logs at a few, [B, T, 2, gains]."""
+    """Interpolate gains of samples [B, 2, T * hop] from their logs at some [B, T, 2, gains]."""
     points = attack.transpose(1, 2).flatten(2).exp()
     before = None if cache is None else cache.tensors.get(_GAINS)
     if before is None:
@@ -259,6 +258,6 @@ def _window(config: AudioVAEConfig, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _noise_frames(bins: int) -> Tensor:
-    """Complex normal numbers [`NOISE_FRAMES`, bins], always the same."""
+    """Return fixed complex normal numbers [`NOISE_FRAMES`, bins]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(NOISE_FRAMES, bins, dtype=torch.complex64, generator=generator)

@@ -227,7 +227,8 @@ class KVCache:
         Where fewer clips are cached, each serves an equal number of consecutive ones.
         """
         if layer in self._layers:
-            k, v = (_prepend(old, new) for old, new in zip(self._layers[layer], (k, v), strict=True))
+            old_k, old_v = self._layers[layer]
+            k, v = _prepend(old_k, k), _prepend(old_v, v)
         if self.recording:
             self._layers[layer] = (k, v)
         return k, v

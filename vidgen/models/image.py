@@ -1,10 +1,9 @@
-"""The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower, without its end.
+"""The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower.
 
-Modules carry the names of transformers' `CLIPVisionModel`, so its weights load key by key. What the
-diffusion transformer takes are the states before the last layer: that layer and the norm after it
-are kept, so that a folder loads and saves whole (4% of ViT-H), and never run.
-
-A vision transformer (Dosovitskiy et al. 2021) trained as CLIP (Radford et al. 2021).
+It is a vision transformer (Dosovitskiy et al. 2021) trained as CLIP (Radford et al. 2021). Modules
+have the names of transformers' `CLIPVisionModel`, so its weights load key by key. The diffusion
+transformer takes the states before the last layer: that layer and the norm after it never run, but
+are kept, so that a folder loads and saves whole.
 
 Axes: B batch, S side of the square input in pixels, P patches, D width.
 """
@@ -28,18 +27,18 @@ Activation = Literal["gelu", "quick_gelu"]
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Architecture of an image encoder; the names in comments are transformers'."""
+    """Architecture of an image encoder; `_TRANSFORMERS_NAMES` are transformers' fields."""
 
-    image_size: int  # image_size
-    patch_size: int  # patch_size
-    hidden_dim: int  # hidden_size
-    ffn_dim: int  # intermediate_size
-    num_layers: int  # num_hidden_layers
-    num_heads: int  # num_attention_heads
-    activation: Activation = "gelu"  # hidden_act
-    eps: float = 1e-5  # layer_norm_eps
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # image_mean
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # image_std
+    image_size: int
+    patch_size: int
+    hidden_dim: int
+    ffn_dim: int
+    num_layers: int
+    num_heads: int
+    activation: Activation = "gelu"
+    eps: float = 1e-5
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "hidden_dim", "ffn_dim", "num_heads"):
@@ -60,22 +59,22 @@ class ImageConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the result: one for the whole image and one for each patch."""
+        """Rows of the output: one for the whole image and one for each patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_transformers(
         cls, settings: Mapping[str, Any], processor: Mapping[str, Any] | None = None
     ) -> ImageConfig:
-        """Read an ordinary `config.json` of transformers' `CLIPVisionModel`.
+        """Read a `config.json` of transformers' `CLIPVisionModel`.
 
         Args:
             settings: the config.
             processor: the `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's own.
 
         Raises:
-            ModelError: another architecture, a setting missing, or a processor that
-                `prepare_image` can't stand for.
+            ModelError: another architecture, a missing setting, or a processor other than
+                `prepare_image`.
         """
         model_type = settings.get("model_type")
         if model_type != "clip_vision_model" or settings.get("num_channels", 3) != 3:
@@ -99,7 +98,7 @@ class ImageConfig:
             raise ModelError(str(error)) from None
 
     def to_transformers(self) -> dict[str, Any]:
-        """The `config.json` that transformers' `CLIPVisionModel.from_pretrained` reads."""
+        """Return the `config.json` of transformers' `CLIPVisionModel`."""
         return {
             "architectures": ["CLIPVisionModel"],
             "model_type": "clip_vision_model",
@@ -121,7 +120,7 @@ _TRANSFORMERS_NAMES = {
 
 
 def _require_clip_processor(processor: Mapping[str, Any], size: int) -> None:
-    """Refuse settings of an image processor that `prepare_image` doesn't follow."""
+    """Raise ModelError for settings of an image processor that `prepare_image` doesn't follow."""
     square = {"height": size, "width": size}
     followed: dict[str, tuple[Any, ...]] = {
         "size": ({"shortest_edge": size}, size),
@@ -206,11 +205,7 @@ class _Stack(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's vision tower up to the states before its last layer.
-
-    Args:
-        config: its architecture; weights are meant to be loaded.
-    """
+    """CLIP's vision tower up to the states before its last layer."""
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
@@ -221,13 +216,9 @@ class ImageEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_dim, config.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images.
+        """Encode images [B, 3, S, S] of `prepare_image` to features [B, 1 + P, D].
 
-        Args:
-            pixels: [B, 3, S, S] as `prepare_image` gives them.
-
-        Returns:
-            [B, 1 + P, D] in the weights' dtype; `hidden_states[-2]` of transformers' model.
+        They are `hidden_states[-2]` of transformers' model, in the weights' dtype.
 
         Raises:
             InputError: another size than the encoder's.
@@ -243,16 +234,10 @@ class ImageEncoder(nn.Module):
 
 
 def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """Prepare a picture for an image encoder, as transformers' `CLIPImageProcessor` does.
+    """Prepare a picture, uint8 [H, W, 3], as [1, 3, S, S] float32 on the CPU.
 
-    The shorter side becomes S, bicubic; a square is cut from the middle; channels are normalised.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        config: of the encoder.
-
-    Returns:
-        [1, 3, S, S] float32 on the CPU.
+    As transformers' `CLIPImageProcessor`: the shorter side is resized to S, bicubic, the middle
+    square is cut out, and channels are normalised.
     """
     import numpy as np
     from PIL import Image

@@ -1,9 +1,9 @@
-"""LoRA: changes of weights that are attached for a while (Hu et al. 2021).
+"""LoRA adapters, attached to a module for a while without changing its weights (Hu et al. 2021).
 
-W + scale * up @ down is never formed: a layer's output gets `up(down(x))` added, and parameters
-with a full delta are read as their sum. While adapters are attached the layers are instances of
-subclasses that compute this; parameters stay the tensors they are, under the names they have, so
-that streamed, quantised and compiled weights keep working.
+W + scale * up @ down is never formed: a layer adds `scale * up(down(x))` to its output, and a
+parameter with a full delta is read as their sum. While adapters are attached, layers are instances
+of subclasses that compute this; parameters keep their tensors and names, so that streamed,
+quantised and compiled weights keep working.
 
 Axes: r rank, L tokens.
 """
@@ -51,11 +51,11 @@ class Adapter:
     """The changes of one LoRA to a module.
 
     Args:
-        name: what messages call it.
+        name: in messages.
         low_rank: deltas of layers, by the path of the layer.
         deltas: full deltas of parameters, by the parameter's name.
-        tokens: embeddings [D] that prompts have for tokens, by the token as it is written; they
-            are the text encoder's matter, so nothing is attached for them.
+        tokens: learned embeddings [D] of tokens, by the token as written in prompts; for the text
+            encoder, so nothing is attached for them.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Adapter:
 
 
 def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
-    """List what of an adapter has no place in a module, or another shape; empty if all fits."""
+    """List parts of an adapter without a place in a module, or of another shape."""
     layers, parameters = dict(module.named_modules()), dict(module.named_parameters())
     found = []
     for path, part in adapter.low_rank.items():
@@ -92,21 +92,20 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
 def attached(
     module: nn.Module, adapters: Sequence[tuple[Adapter, float]]
 ) -> Iterator[None]:
-    """Attach adapters to a module inside the `with` block; weights are never changed.
+    """Attach adapters to a module inside the `with` block.
 
     Blocks may be nested: inner adapters add to the outer ones. A low-rank part that requires
-    gradients gets them. Blocks that torch compiles are compiled again for their first adapters,
-    later ones of the same kind reuse that.
+    gradients gets them. Compiled blocks are compiled again for their first adapters; later ones of
+    the same kind reuse that.
 
     Args:
-        module: a `SpacetimeDiT` as a rule.
+        module: usually a `SpacetimeDiT`.
         adapters: each with its weight, of any sign; one of weight 0 changes no bit.
 
     Raises:
         ModelError: an adapter that doesn't fit the module, or one with a full delta of a
             quantised weight.
-        InputError: another thread has adapters attached to this module; also raised where
-            the module runs in another thread meanwhile. A thread sees its own adapters or none.
+        InputError: another thread has adapters attached to this module, or runs it meanwhile.
     """
     active = [(adapter, weight) for adapter, weight in adapters if weight]
     for adapter, _ in active:
@@ -135,7 +134,7 @@ def attached(
 
 
 def name_some(items: Sequence[str]) -> str:
-    """The first five of several names, and how many more there are."""
+    """Join the first five of several names, and the number of the others."""
     more = f", and {len(items) - 5} more" if len(items) > 5 else ""
     return ", ".join(items[:5]) + more
 
@@ -158,7 +157,7 @@ class _Kind(NamedTuple):
 
 
 class _Adapted(Protocol):
-    """A layer with adapters attached, as far as it is used here."""
+    """A layer with adapters attached."""
 
     adapted_base: type[nn.Module]
     _parts: _Parts
@@ -170,7 +169,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _stored(layer: nn.Module, name: str) -> Tensor:
-    """A parameter as it lies in its layer; to read the attribute would add what is attached."""
+    """Return a parameter of a layer without attached deltas, which its attribute would add."""
     return dict(layer.named_parameters(recurse=False))[name]
 
 
@@ -190,7 +189,7 @@ def _gather(
     def placed(tensor: Tensor, like: Tensor) -> Tensor:
         if tensor.requires_grad:  # a copy would keep its graph from one step to the next
             return tensor
-        streamed = like.is_meta  # such weights come later, to where the others are
+        streamed = like.is_meta  # such weights come later, to the others' device
         return tensor.to(resident if streamed else like.device, like.dtype)
 
     for adapter, weight in adapters:
@@ -215,7 +214,7 @@ def _gather(
 
 @contextmanager
 def _claimed(module: nn.Module, *, exclusive: bool) -> Iterator[None]:
-    """Hold a module for this thread, so that no other one runs it with this one's adapters."""
+    """Hold a module for this thread, so that no other runs it with these adapters."""
     me = threading.get_ident()
     with _LOCK:
         owner = _OWNERS.get(module)
@@ -255,9 +254,9 @@ def _base(layer: nn.Module) -> type[nn.Module]:
 
 @lru_cache(maxsize=64)
 def _adapted(kind: _Kind) -> type[nn.Module]:
-    """A subclass that reads some parameters with their deltas and adds low-rank products.
+    """Return a subclass that reads some parameters with their deltas and adds low-rank products.
 
-    A class of its own, shared by all layers alike, is what torch.compile recognises.
+    All layers alike share the class, so that torch.compile recognises them.
     """
     body: dict[str, Any] = {name: _summed(name) for name in kind.deltas}
     body["adapted_base"] = kind.base
@@ -275,7 +274,7 @@ def _summed(name: str) -> property:
 
 
 def _forward(layer: _Adapted, x: Tensor) -> Tensor:
-    """Map x [..., L, in] to [..., L, out]: the layer's output and each adapter's product."""
+    """Map x [..., L, in] to [..., L, out], and add each adapter's product."""
     out: Tensor = layer.adapted_base.forward(layer, x)
     for down, up, scale in _own_parts(layer).low_rank:
         hidden = F.linear(x.to(out.dtype), down.to(out)) * scale

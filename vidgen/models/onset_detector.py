@@ -1,11 +1,11 @@
-"""An onset detector: when something meets the ground, by what the latents of a clip show.
+"""An onset detector: find the moments at which something meets the ground in a clip's latents.
 
-A generator hears a picture through one draw of noise; a far smaller network that looks at nothing
-but moments tells which of several such sounds goes with it (onset detectors that a Foley model's
-sound follows: Comunità et al. 2024, "SyncFusion"). It looks at latents, so nothing is decoded.
+A far smaller network than a generator, it tells which of several generated sounds goes with the
+picture (onset detectors that a Foley model's sound follows: Comunità et al. 2024, "SyncFusion"). It
+reads latents, so nothing is decoded.
 
-Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, M looks at a frame,
-V values of a look, D width, P parts of a latent frame.
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, M attention maps of
+a frame, V values of a map, D width, P parts of a latent frame.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from vidgen.ops.conv import Residual, conv_block
 
 _RARE = -4.0
-"""Log-odds of an onset in any part of a latent frame that a fresh detector begins with."""
+"""Log-odds of an onset in any part of a latent frame, of an untrained detector."""
 _GROUPS = 8
 _DROPPED = 0.1
-"""Share of what is seen that a detector has to do without while it learns."""
+"""Dropout of what is seen, in training."""
 SMEARS = 0.0, 0.25, 0.5
-"""Smears over time of a clip, under each of which it is looked at; the mean is taken:
-what a generator draws is smeared itself, here more and there less."""
+"""Smears of a clip over time whose predictions are averaged: generated clips are smeared, too."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class OnsetDetectorConfig:
 
     Args:
         latent_channels: C.
-        dim: width of what looks at single frames.
-        num_blocks: of two convolutions there.
-        num_looks: M, places of a frame that are looked at.
-        num_values: V, values of a place besides its position.
-        time_dim: D, width of what looks across frames.
-        num_time_blocks: of two convolutions there, which see 2 * num_time_blocks latent frames each
-            way.
+        dim: width of the network over single frames.
+        num_blocks: its blocks of two convolutions.
+        num_looks: M.
+        num_values: V, besides the position.
+        time_dim: D, width of the network over time.
+        num_time_blocks: its blocks of two convolutions, which see 2 * num_time_blocks latent frames
+            each way.
         num_parts: P.
-        enough: how well a sound goes with what is seen from which on no other is made.
+        enough: least agreement of a sound with the picture at which no other is drawn.
     """
 
     latent_channels: int = 16
@@ -57,7 +56,7 @@ class OnsetDetectorConfig:
 
 
 class _TimeBlock(nn.Module):
-    """Two convolutions over frames around a shortcut, which begins as nothing else."""
+    """Two convolutions over frames and a shortcut; it starts as the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -67,13 +66,13 @@ class _TimeBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features like those given, [B, D, F]."""
+        """Map [B, D, F] to the same shape."""
         made: Tensor = self.second(F.silu(self.first(F.silu(self.norm(x)))))
         return x + made
 
 
 class OnsetDetector(nn.Module):
-    """Looks at places of each latent frame, and then at how what is there goes on."""
+    """Attention pooling of each latent frame, then convolutions over time."""
 
     def __init__(self, config: OnsetDetectorConfig) -> None:
         super().__init__()
@@ -105,14 +104,14 @@ class OnsetDetector(nn.Module):
         return features
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Log-odds [B, F, P], float32, that something meets the ground in each part of a frame.
+        """Return log-odds [B, F, P], float32, of an onset in each part of a latent frame.
 
-        A clip's first latent frame, a single picture, has no parts: its values mean nothing.
+        Those of a clip's first latent frame, a single picture without parts, mean nothing.
         """
         return self.odds(self.follow(latents))
 
     def odds(self, features: Tensor) -> Tensor:
-        """The same of what `follow` gives."""
+        """Return `forward`'s result for features of `follow`."""
         logits: Tensor = self.onsets(features)
         return logits.transpose(1, 2).float()
 
@@ -124,20 +123,15 @@ class OnsetDetector(nn.Module):
 
 
 def smeared(latents: Tensor, share: Tensor | float) -> Tensor:
-    """Latents [B, C, F, h, w], each drawn so far towards the mean of its neighbours."""
+    """Move latent frames of [B, C, F, h, w] by a share towards the mean of their neighbours."""
     beside = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
     return latents + share * ((beside[:, :, :-2] + beside[:, :, 2:]) / 2 - latents)
 
 
 def part_times(first: int, count: int, num_parts: int, stride_t: int, fps: float) -> Tensor:
-    """Seconds of a clip at which the parts of its latent frames lie amid: [F, P].
+    """Return the middles [F, P], in seconds, of the parts of `count` latent frames from `first` on.
 
-    Args:
-        first: the clip's latent frame with which they begin.
-        count: F.
-        num_parts: P.
-        stride_t: pictures of a latent frame, but for the clip's first.
-        fps: their rate.
+    `fps` is of pictures, of which a latent frame after the clip's first holds `stride_t`.
     """
     frames = torch.arange(first - 1, first - 1 + count)[:, None]
     parts = (torch.arange(num_parts) + 0.5) / num_parts

@@ -1,9 +1,9 @@
-"""The text encoder: UMT5, from a toy of a million weights to UMT5-XXL.
+"""The text encoder UMT5, from a million weights to UMT5-XXL.
 
-Modules carry transformers' names, so a folder that `UMT5EncoderModel.save_pretrained` wrote loads
-key by key, and the other way round; transformers itself takes two seconds to import and isn't
-needed. UMT5 is T5 v1.1 (Raffel et al. 2020; Shazeer 2020, gated GELU) with a relative position bias
-of its own in every layer (Chung et al. 2023).
+UMT5 is T5 v1.1 (Raffel et al. 2020; Shazeer 2020, gated GELU) with a relative position bias in
+every layer (Chung et al. 2023). Modules have transformers' names, so folders of its
+`UMT5EncoderModel` load key by key, and ours load there; transformers isn't imported, since that
+takes two seconds.
 
 Axes: B batch, S text tokens, D width, H heads.
 """
@@ -30,17 +30,17 @@ _SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Architecture of a UMT5 encoder; the names in comments are transformers'."""
+    """Architecture of a UMT5 encoder; `_TRANSFORMERS_NAMES` are transformers' fields."""
 
-    vocab_size: int  # vocab_size
-    hidden_dim: int  # d_model
-    head_dim: int  # d_kv
-    ffn_dim: int  # d_ff
-    num_layers: int  # num_layers
-    num_heads: int  # num_heads
-    num_buckets: int = 32  # relative_attention_num_buckets
-    max_distance: int = 128  # relative_attention_max_distance
-    eps: float = 1e-6  # layer_norm_epsilon
+    vocab_size: int
+    hidden_dim: int
+    head_dim: int
+    ffn_dim: int
+    num_layers: int
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -56,10 +56,10 @@ class TextConfig:
 
     @classmethod
     def from_transformers(cls, settings: Mapping[str, Any]) -> TextConfig:
-        """Read an ordinary `config.json` of transformers' UMT5.
+        """Read a `config.json` of transformers' UMT5.
 
         Raises:
-            ModelError: another architecture, or a setting missing.
+            ModelError: another architecture, or a setting is missing.
         """
         model_type = settings.get("model_type")
         activation = settings.get("feed_forward_proj", "gated-gelu")
@@ -75,7 +75,7 @@ class TextConfig:
         return build(cls, fields, "the text encoder's config.json")
 
     def to_transformers(self) -> dict[str, Any]:
-        """The `config.json` that transformers' `UMT5EncoderModel.from_pretrained` reads."""
+        """Return the `config.json` of transformers' `UMT5EncoderModel`."""
         return {
             "architectures": ["UMT5EncoderModel"],
             "model_type": "umt5",
@@ -203,7 +203,7 @@ class _Stack(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """UMT5's encoder; freshly initialised as T5 is (Mesh TensorFlow's rule)."""
+    """UMT5's encoder, initialised as T5 is (Mesh TensorFlow's rule)."""
 
     fp32_beside_fp16 = (".wo.",)  # XXL's sums leave float16's range; transformers has it so, too
 
@@ -216,16 +216,13 @@ class UMT5Encoder(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor | None = None, learned: Mapping[int, Tensor] = NOTHING
     ) -> Tensor:
-        """Encode tokens.
+        """Encode tokens to features [B, S, D]; rows of padding are undefined.
 
         Args:
             ids: [B, S] int64.
             mask: [B, S] bool, False where padded; padding is not attended to. None: no padding.
-            learned: embeddings [D] of tokens, by id, that stand in for the encoder's own; they
-                get gradients.
-
-        Returns:
-            [B, S, D]; rows of padding hold nothing of use.
+            learned: embeddings [D] of tokens, by id, that replace the encoder's; they get
+                gradients.
         """
         buckets = position_buckets(ids.shape[1], self.config, ids.device)
         embedded = self.shared(ids)
@@ -235,10 +232,10 @@ class UMT5Encoder(nn.Module):
 
 
 def position_buckets(length: int, config: TextConfig, device: torch.device | str) -> Tensor:
-    """The bias bucket of each (query, key) pair, [S, S] int64 (Raffel et al. 2020, section 2.1).
+    """Return the bias bucket of each (query, key) pair, [S, S] int64 (Raffel et al. 2020, 2.1).
 
-    Half of the buckets are for keys ahead. Of each half, the first half counts single positions,
-    the rest grow logarithmically up to `max_distance`; what is farther shares the last.
+    Half of the buckets are for later keys. Of each half, the first half are single positions, the
+    rest grow logarithmically up to `max_distance`; greater distances share the last.
     """
     position = torch.arange(length, device=device)
     offset = position[None, :] - position[:, None]
@@ -251,7 +248,7 @@ def position_buckets(length: int, config: TextConfig, device: torch.device | str
 
 
 class TextEncoder:
-    """A tokenizer and its encoder: prompts to context."""
+    """A tokenizer and its encoder, which map prompts to context."""
 
     def __init__(self, encoder: UMT5Encoder, tokenizer: PromptTokenizer) -> None:
         if tokenizer.vocab_size > encoder.config.vocab_size:
@@ -266,15 +263,10 @@ class TextEncoder:
     def encode(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor]:
-        """Encode prompts.
+        """Return (context [B, S, D], lengths [B] int64) of prompts.
 
-        Args:
-            prompts: texts.
-            learned: embeddings [D] of tokens, by the token as it is written.
-
-        Returns:
-            (context [B, S, D], lengths [B] int64); rows after a prompt's length are zero, as Wan's
-            transformer expects them.
+        Rows after a prompt's length are zero, as Wan's transformer expects them. `learned` are
+        embeddings [D] of tokens, by the token as written.
 
         Raises:
             ModelError: a learned token that this model doesn't have, or of another width.
@@ -296,5 +288,5 @@ class TextEncoder:
 def encode_tokens(
     encoder: UMT5Encoder, ids: Tensor, mask: Tensor, learned: Mapping[int, Tensor] = NOTHING
 ) -> Tensor:
-    """Context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
+    """Return the context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
     return encoder(ids, mask, learned) * mask[..., None]

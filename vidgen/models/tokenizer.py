@@ -1,4 +1,4 @@
-"""The tokenizer of prompts, and what a model makes of words that it doesn't know.
+"""The tokenizer of prompts, and normalisation of words that a model doesn't know.
 
 Axes: B batch, S text tokens.
 """
@@ -24,7 +24,7 @@ EOS, PAD = "</s>", "<pad>"
 
 
 def clean_prompt(prompt: str) -> str:
-    """Repair broken Unicode, resolve HTML entities (twice) and squeeze white space, as Wan does."""
+    """Repair Unicode, resolve HTML entities (twice) and collapse white space, as Wan does."""
     if prompt.isascii() and prompt.isprintable() and "&" not in prompt:  # nothing to repair
         return re.sub(" +", " ", prompt).strip()
     import ftfy
@@ -34,11 +34,11 @@ def clean_prompt(prompt: str) -> str:
 
 
 class PromptTokenizer:
-    """Prompts to token ids, as transformers' AutoTokenizer of the same folder does it.
+    """Map prompts to token ids, as transformers' AutoTokenizer of the same folder.
 
     Args:
-        folder: with `tokenizer.json` and perhaps `words.txt`, the words a model was taught, and
-            `synonyms.json`, which of them it met too seldom.
+        folder: with `tokenizer.json` and optionally `words.txt`, the words a model was taught, and
+            `synonyms.json`, those of them that were too rare, with commoner ones.
         max_length: most tokens of a prompt, the end mark included.
 
     Raises:
@@ -72,11 +72,7 @@ class PromptTokenizer:
         self.rare_words = read_synonyms(rare) if rare.is_file() else {}
 
     def token_id(self, token: str) -> int:
-        """The id of a token as it is written in prompts.
-
-        Raises:
-            ModelError: this tokenizer has no such token.
-        """
+        """Return the id of a token as written in prompts; raise ModelError if there is none."""
         found = self._tokenizer.token_to_id(token)
         if found is None:
             raise ModelError(
@@ -86,14 +82,13 @@ class PromptTokenizer:
         return int(found)
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, the end mark included; more than `max_length` means it gets cut."""
+        """Return the number of tokens of a prompt, uncut, the end mark included."""
         return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids of prompts, cut at `max_length` with a warning, padded to the longest.
+        """Return ids [B, S] int64 of prompts, and their mask [B, S] bool, True for tokens.
 
-        Returns:
-            (ids [B, S] int64, mask [B, S] bool, True for tokens).
+        Prompts are cut at `max_length`, with a warning, and padded to the longest.
         """
         rows = [row.ids for row in self._tokenizer.encode_batch([clean_prompt(p) for p in prompts])]
         for i, row in enumerate(rows):
@@ -109,20 +104,19 @@ class PromptTokenizer:
         return ids, torch.arange(longest) < lengths[:, None]
 
     def unknown_words(self, prompt: str) -> list[tuple[str, list[str]]]:
-        """Words the model was never taught, each with what it may be a slip of, best first.
+        """Return words the model was never taught, each with likely corrections, best first.
 
-        Empty when the folder has no word list: then the model knows language at large.
+        Without a list of words in the folder the model knows all of language.
         """
         return [(word, self._reader.near(word)) for word in self._unknown(prompt)]
 
     def readings(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Words of a prompt, each with what the model is to be given instead.
+        """Return words of a prompt with their replacements for the model.
 
         Args:
-            prompt: as it is written.
-            asked: readings to take, of which those of other words are left out; None: of each word
-                that the model was never taught, or too seldom, the known one that is meant, if it
-                is clear; see `words.WordReader`.
+            prompt: as written.
+            asked: replacements to use; None: for each word that the model was never taught, or too
+                seldom, the known one that is meant, if it is clear; see `words.WordReader`.
         """
         if asked is not None:
             words = split_words(clean_prompt(prompt))
@@ -131,7 +125,7 @@ class PromptTokenizer:
         return {word: known for word, known in read.items() if known is not None}
 
     def remarks(self, prompt: str, readings: Mapping[str, str]) -> list[str]:
-        """Return remarks on a prompt's unknown and rare words, given what some are read as."""
+        """Return remarks on a prompt's unknown and rare words, given their replacements."""
         said = [f"reads {word!r} as {readings[word]!r}" if word in readings
                 else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
                 for word in self._ill_known(prompt)
@@ -142,7 +136,7 @@ class PromptTokenizer:
         return [word for word in self._ill_known(prompt) if word not in self.words]
 
     def _ill_known(self, prompt: str) -> list[str]:
-        """Words that the model was never taught, or too seldom."""
+        """Return words that the model was never taught, or too seldom."""
         if not self.words:
             return []
         found = dict.fromkeys(split_words(clean_prompt(prompt)))
@@ -153,12 +147,12 @@ class PromptTokenizer:
         return WordReader(self.words, self._rarity, self.rare_words)
 
     def _rarity(self, word: str) -> float:
-        """Return how rare a word was in the captions: what is common became one token."""
+        """Return the rarity of a word in the captions, 0 to 1: common words are one token."""
         return min(1, (len(self._tokenizer.encode(word, add_special_tokens=False)) - 1) / 2)
 
 
 def read_as(prompt: str, readings: Mapping[str, str]) -> str:
-    """The prompt that a model is given: as it is written, but for the words that are read."""
+    """Return the prompt for a model, with words replaced."""
     return replace_words(clean_prompt(prompt), readings) if readings else prompt
 
 

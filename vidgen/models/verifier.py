@@ -1,9 +1,8 @@
-"""A verifier: which of the things that it knows the latents of a clip show, and how surely.
+"""A verifier: find the things of its vocabulary that a clip's latents show, with scores.
 
-A generator draws what it is asked for more often than not; a network that notices when it didn't is
-far smaller, and lets another candidate be drawn (verifiers of search over a diffusion model's
-noise: Ma et al. 2025, "Inference-time scaling for diffusion models beyond scaling denoising
-steps"). It looks at latents, so nothing is decoded before it is content.
+It is far smaller than a generator and tells when another candidate is needed (verifiers of search
+over a diffusion model's noise: Ma et al. 2025, "Inference-time scaling for diffusion models beyond
+scaling denoising steps"). It reads latents, so nothing is decoded before a candidate is accepted.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels, T tints.
 """
@@ -24,31 +23,31 @@ from vidgen.models.words import SPECIAL, WORD, split_words
 from vidgen.ops.conv import Residual, conv_block
 
 SMALL = 2.0
-"""Latents of a thing that leave a doubt of 1 / e whether it is there."""
+"""Number of a thing's latents at which the doubt that it exists is 1 / e."""
 MOST = 0.75
-"""Share of the frames that count: things come, and what drives past is gone at the end."""
+"""Share of the frames that count: things may enter late or leave early."""
 _ABSENT = re.compile(r"\b(?:like|as if|without)\b[^,.;:!?]*", re.IGNORECASE)
-"""Parts of a sentence that compare, or say what isn't there: "bounces like a ball"."""
+"""Comparisons and exclusions: "bounces like a ball"."""
 _ARTICLE = r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
 _BEFORE = re.compile(rf"{_ARTICLE}(?:[ \t]+(?!{_ARTICLE})[\w'-]+){{0,4}}[ \t]+$", re.IGNORECASE)
 """Beginning of a name's phrase: "the little blue " of "the little blue car"."""
 ANY = -1
 """Stands for a tint where any will do."""
 TINT_DIM = 64
-"""Width of the features that tints are found by."""
+"""Width of the features for tints."""
 LIKELY = 0.3
-"""Share of a thing's latents from which all of it has a tint."""
+"""Share of a thing's latents in a tint from which the whole thing has it."""
 
 
 class Want(NamedTuple):
-    """A thing that a clip is to show: the numbers of its label and of its tint, or `ANY`."""
+    """A thing that a clip should show: the numbers of its label and of its tint, or `ANY`."""
 
     label: int
     tint: int = ANY
 
 
 class Mention(NamedTuple):
-    """A thing that a prompt names: its label's number, its phrase's place, its tint's number."""
+    """A thing in a prompt: the numbers of its label and tint, and the place of its phrase."""
 
     label: int
     start: int
@@ -57,10 +56,11 @@ class Mention(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Logits of what latent frames show, float32.
+    """Logits of N latent frames, float32.
 
-    names: [N, K + 1, h, w], of none last.
-    tints: [N, T + 1, h, w], of a thing's own colours last; or None.
+    Attributes:
+        names: [N, K + 1, h, w], of no thing last.
+        tints: [N, T + 1, h, w], of a thing's own colours last; or None.
     """
 
     names: Tensor
@@ -72,16 +72,16 @@ class VerifierConfig:
     """Vocabulary and sizes of a verifier.
 
     Args:
-        labels: K things, each with all that prompts call it by, in lower case.
-        tints: T colours, each with all the words for it; a thing of such a colour by itself has it,
-            too. Empty: tints aren't judged.
+        labels: K things, each with all its names in prompts, in lower case.
+        tints: T colours, each with all its words; a thing of that natural colour has it, too.
+            Empty: tints aren't judged.
         latent_channels: C.
         dim: width.
-        num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
-        enough: the score from which a clip shows what was asked for.
+        num_blocks: of two convolutions; the receptive field is 2 * num_blocks + 1 latents each way.
+        enough: least score of an accepted clip.
         legible: the noise level below which a guess of the clip shows where things are.
-        looks: noise levels between which looks are settled: prompts of single things name these
-            there, elsewhere what the things do.
+        looks: noise levels between which looks are settled: regional prompts name looks there,
+            actions elsewhere.
 
     Raises:
         ValueError: a label without a name.
@@ -117,11 +117,11 @@ class VerifierConfig:
         return re.compile(rf"\b(?:(?:{words})[ \t]+)+$", re.IGNORECASE)
 
     def labels_in(self, prompt: str) -> frozenset[int]:
-        """The numbers of the labels that a prompt names; of names within names the longest."""
+        """Return the labels that a prompt names; of names within names the longest."""
         return frozenset(mention.label for mention in self.mentions(prompt))
 
     def wants_in(self, prompt: str) -> frozenset[Want]:
-        """Return what a prompt asks for: labels in the tints that it gives them."""
+        """Return the things that a prompt asks for, with their tints."""
         return frozenset(Want(found.label, found.tint) for found in self.mentions(prompt))
 
     def mentions(self, prompt: str) -> list[Mention]:
@@ -145,13 +145,13 @@ class VerifierConfig:
         return found
 
     def _tint_in(self, before: str) -> int:
-        """The tint that the words before a name give it; `ANY` of none or several."""
+        """Return the tint in the words before a name; `ANY` for none or several."""
         words = (word[0].lower() for word in WORD.finditer(before))
         tints = {self._tints_by_word[word] for word in words if word in self._tints_by_word}
         return tints.pop() if len(tints) == 1 else ANY
 
     def prompts_of_each(self, prompt: str) -> dict[int, str]:
-        """The prompt as it would be if all that it names were the same, by label.
+        """Return for each label the prompt with all its things replaced by that one.
 
         "a red cat passes the dog" is "a red cat passes a red cat" and "the dog passes the dog".
         """
@@ -165,21 +165,18 @@ class VerifierConfig:
         return texts
 
     def looks_of_each(self, prompt: str) -> dict[int, str]:
-        """Return a prompt for the looks of each thing alone, by label: "a red cat and a red cat".
-
-        It says nothing of what the two do, so all of it is about their looks.
-        """
+        """Return for each label a prompt of its looks alone: "a red cat and a red cat"."""
         return {label: f"{phrase} and {phrase}" for label, phrase in self._phrases(prompt).items()}
 
     def _phrases(self, prompt: str) -> dict[int, str]:
-        """Return the first phrase for each label that a prompt names, with all that precedes it."""
+        """Return the first phrase of each label in a prompt, with article and adjectives."""
         phrases = dict[int, str]()
         for label, start, stop, _ in self.mentions(prompt):
             phrases.setdefault(label, prompt[start].lower() + prompt[start + 1 : stop])
         return phrases
 
     def names(self, wants: Collection[Want]) -> str:
-        """Name what is wanted, for people."""
+        """Describe things in words."""
         return " and ".join(
             " ".join([*([] if tint == ANY else self.tints[tint][:1]), self.labels[label][0]])
             for label, tint in sorted(wants)
@@ -187,7 +184,7 @@ class VerifierConfig:
 
 
 class Verifier(nn.Module):
-    """Convolutions over each latent frame by itself, which name what each latent shows."""
+    """A convolutional network that classifies the latents of each frame by itself."""
 
     def __init__(self, config: VerifierConfig) -> None:
         super().__init__()
@@ -201,7 +198,7 @@ class Verifier(nn.Module):
                                        nn.Conv2d(TINT_DIM, len(config.tints) + 1, 1))
 
     def forward(self, latents: Tensor) -> Answers:
-        """Return what latent frames [N, C, h, w] show."""
+        """Return the logits of latent frames [N, C, h, w]."""
         seen = self._features(latents)
         return Answers(self.names(seen).float(),
                        None if self.tints is None else self.tints(seen).float())
@@ -212,13 +209,13 @@ class Verifier(nn.Module):
 
     @torch.no_grad()
     def where(self, latents: Tensor) -> Tensor:
-        """Return what latents [B, C, F, h, w] show: shares [B, K + 1, F, h, w], of none last."""
+        """Return probabilities [B, K + 1, F, h, w] of labels, none last, of [B, C, F, h, w]."""
         names = self.names(self._features(self._frames(latents))).float()
         return self._shares(names, len(latents))
 
     @torch.no_grad()
     def shown(self, latents: Tensor) -> Tensor:
-        """Return how surely each label is shown in each frame of latents [B, C, F, h, w].
+        """Return the probability that each frame of latents [B, C, F, h, w] shows each label.
 
         Returns:
             [B, F, K, T + 1]: in each of the tints, and in any.
@@ -235,7 +232,7 @@ class Verifier(nn.Module):
         return torch.cat([sure * (shares / LIKELY).clamp(max=1), sure], dim=3)
 
     def _frames(self, latents: Tensor) -> Tensor:
-        """Clips [B, C, F, h, w] frame by frame, [B * F, C, h, w], as the weights compute."""
+        """Map clips [B, C, F, h, w] to frames [B * F, C, h, w] in the weights' dtype."""
         return latents.transpose(1, 2).flatten(0, 1).to(self.names.weight.dtype)
 
     @staticmethod
@@ -244,16 +241,14 @@ class Verifier(nn.Module):
 
 
 def _blank(found: re.Match[str]) -> str:
-    """Return as many spaces, so that what follows stays where it is."""
+    """Return as many spaces, so that positions don't change."""
     return " " * len(found[0])
 
 
 def score(shown: Tensor, wants: Collection[Want]) -> float:
-    """Return how surely a clip shows all that is wanted, 0 to 1, in `MOST` of its frames.
+    """Return the probability that a clip shows one or more things together in `MOST` frames.
 
-    Args:
-        shown: [F, K, T + 1], as `Verifier.shown` gives it.
-        wants: one or more.
+    `shown` [F, K, T + 1] is `Verifier.shown`'s of the clip.
     """
     together = torch.stack([shown[:, label, tint] for label, tint in wants]).amin(0)
     return float(together.topk(math.ceil(MOST * len(together))).values.mean())

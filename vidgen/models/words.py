@@ -1,7 +1,7 @@
-"""Words that a model wasn't taught, and the words it knows that are meant by them.
+"""Word normalisation: find the known word that is meant by one that a model wasn't taught.
 
-A synonym, another form of a known word, or a slip of the fingers. English words, names and synonyms
-stand in `assets/english`; they are the language's, not a model's.
+It may be a synonym, another form of the word, or a typing error. English words, names and synonyms
+are in `assets/english`; they belong to the language, not to a model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _LINKS = frozenset(["a", "an", "and", "at", "by", "from", "in", "into", "is", "i
                     "over", "the", "through", "to", "under", "up", "with"])  # fmt: skip
 _SHORT_STEM = re.compile(r"[^aeiou]+[aeiou][^aeiouwxy]")  # doubles its last letter: hop, hopping
 _VOWELS = frozenset("aeiou")
-_LONG = 7  # letters of a word in which two slips are read
+_LONG = 7  # letters of a word in which two slips are corrected
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of a keyboard
-_FIRST = 0.01  # a word's first letter is seldom a wrong one
+_FIRST = 0.01  # added cost of a slip in the first letter, which is rare
 
 
 def _neighbours() -> dict[str, str]:
@@ -44,27 +44,27 @@ NEIGHBOURS = _neighbours()
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a prompt or caption, lowercase, without numbers and `<tokens>`."""
+    """Return the words of a prompt or caption, lowercase, without numbers and `<tokens>`."""
     return WORD.findall(SPECIAL.sub(" ", text).lower())
 
 
 def replace_words(text: str, readings: Mapping[str, str]) -> str:
-    """A text with other words for some of its own, whatever their case; `<tokens>` stay."""
+    """Replace words of a text, ignoring case; `<tokens>` stay."""
     return _SPECIAL_OR_WORD.sub(lambda found: readings.get(found[0].lower(), found[0]), text)
 
 
 def near_words(
     word: str, known: Collection[str], rank: Callable[[str], float] | None = None
 ) -> list[str]:
-    """Known words of which `word` may be a slip of the fingers, at most three, the likeliest first.
+    """Return at most three known words that may be meant by a mistyped `word`, best first.
 
-    A slip is a letter that is missing, too much or another one, or two that changed places: one in
-    words of three to five letters, two in longer ones. What is further off is another word.
+    A slip is a missing, surplus or wrong letter, or two that changed places: at most one in words
+    of three to five letters, two in longer ones.
 
     Args:
         word: in lower case.
         known: words to choose from, in lower case.
-        rank: how rare a known word is, from 0 to 1; None: all are alike.
+        rank: rarity of a known word, from 0 to 1; None: all are alike.
     """
     most = 0 if len(word) < 3 else 1 if len(word) < 6 else 2
     near, letters = [], _letters(word)
@@ -72,7 +72,7 @@ def near_words(
         if len(other) > 1 and abs(len(other) - len(word)) <= most:
             its = _letters(other)
             if max(len(letters - its), len(its - letters)) > most:
-                continue  # a slip changes one letter at most; cheap, and so for most words
+                continue  # a slip changes one letter at most; a cheap test for most words
             cost = _slips(word, other)
             if cost < most + 1:
                 cost += (0.03 * rank(other) if rank else 0) + 0.008 * (other in _LINKS)
@@ -86,12 +86,12 @@ def _letters(word: str) -> frozenset[str]:
 
 
 def slip_count(word: str, other: str) -> int:
-    """Slips between two words: optimal string alignment, after Damerau 1964."""
+    """Return the slips between two words: optimal string alignment (after Damerau 1964)."""
     return int(_slips(word, other))
 
 
 def _slips(typed: str, meant: str) -> float:
-    """Slips as a whole number; its fraction grows where they are unlike those of fingers."""
+    """Return the number of slips, plus a fraction that grows with how unlikely they are."""
     before, row = list[float](), [sum(_missing(meant, k) for k in range(j))
                                   for j in range(len(meant) + 1)]  # fmt: skip
     for i, letter in enumerate(typed):
@@ -127,12 +127,12 @@ def _other(letter: str, its: str, *, is_first: bool) -> float:
 
 
 class WordReader:
-    """Reads words that a model wasn't taught, or too seldom, as words that it knows.
+    """Replace words that a model wasn't taught, or too seldom, by words that it knows.
 
     Args:
         known: the model's words, in lower case.
-        rank: how rare each of them is, from 0 to 1, for slips that may be of several.
-        rare: known words that it met too seldom, each with the commoner one that is meant.
+        rank: rarity of each of them, from 0 to 1, to choose among corrections.
+        rare: known words that were too rare in training, each with the commoner one that is meant.
     """
 
     def __init__(
@@ -141,11 +141,11 @@ class WordReader:
         self.known, self._rank, self._rare = known, rank, rare
 
     def read(self, word: str) -> str | None:
-        """The known word, or words, that are meant by another in lower case; None: unclear.
+        """Return the known word, or words, that are meant by a lower-case one; None: unclear.
 
-        A word of English may be a synonym or a more special word, or another form of a known one;
-        it is no slip, so that "goat" isn't read as "boat", nor "Mary" as "mare". Any other word may
-        be a slip. The model says what is meant by a word that it met too seldom.
+        An English word may be a synonym, a more special word or another form of a known one, but
+        no slip, so that "goat" isn't read as "boat", nor "Mary" as "mare". Any other word may be a
+        slip.
         """
         meant = word if word in self._rare else self._unknown(word)
         return meant and replace_words(meant, self._rare)
@@ -165,7 +165,7 @@ class WordReader:
         return near if near is not None and _meant_by_two(word, near) else None
 
     def near(self, word: str) -> list[str]:
-        """Known words of which `word` may be a slip, at most three, the likeliest first."""
+        """Return at most three known words that may be meant by a mistyped one, best first."""
         return near_words(word, self.known, self._rank)
 
     def _synonym(self, word: str) -> str | None:
@@ -173,7 +173,7 @@ class WordReader:
         return meant if meant and all(part in self.known for part in meant.split()) else None
 
     def _joined(self, word: str) -> str | None:
-        """Two known words without the space between them, one of which links others."""
+        """Return two known words whose space is missing, one of them a linking word."""
         for at in range(1, len(word)):
             parts = word[:at], word[at:]
             if all(part in self.known for part in parts) and not _LINKS.isdisjoint(parts) and (
@@ -184,9 +184,9 @@ class WordReader:
 
 
 def _meant_by_two(word: str, near: str) -> bool:
-    """Whether two slips are likelier than another word, such as a name.
+    """Return whether two slips are likelier than another word, such as a name.
 
-    Fingers seldom miss the first letter (Kukich 1992, section 1.2), nor a third of a word.
+    The first letter is seldom wrong (Kukich 1992, section 1.2), nor is a third of a word.
     """
     return len(word) >= _LONG and word[0] == near[0]
 
@@ -204,7 +204,7 @@ def _singulars(word: str) -> Iterator[str]:
 
 
 def _other_forms(word: str) -> Iterator[str]:
-    """Forms of the same noun or verb: the other number, and what "does" for "did" and "doing"."""
+    """Yield forms of the same noun or verb: the other number, "does" for "did" and "doing"."""
     yield from _singulars(word)
     yield f"{word}s"
     if word.endswith("ied"):
@@ -222,16 +222,12 @@ def _other_forms(word: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def synonyms() -> dict[str, str]:
-    """Return what may stand for an English word that a model doesn't know: as special or less."""
+    """Return English words with synonyms that are as special or less."""
     return read_synonyms(ENGLISH / "synonyms.json")
 
 
 def read_synonyms(path: Path) -> dict[str, str]:
-    """Words, each with the one that is meant, of a table of `{meant: [words]}`.
-
-    Raises:
-        ModelError: no such table.
-    """
+    """Read a table `{meant: [words]}` as `{word: meant}`; raise ModelError if it can't be read."""
     try:
         table = json.loads(path.read_text("utf-8"))
         meant = {word: known for known, words in table.items() for word in words}
@@ -242,7 +238,7 @@ def read_synonyms(path: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def english_words() -> frozenset[str]:
-    """Common words of English and given names, in lower case, of three letters or more."""
+    """Return common English words and given names, lowercase, of three letters or more."""
     packed = (ENGLISH / "words.txt.gz").read_bytes()
     names = (ENGLISH / "names.txt").read_text("utf-8")
     return frozenset(gzip.decompress(packed).decode().split()) | frozenset(names.split())

@@ -1,17 +1,17 @@
-"""Attention behind one signature with several back ends.
-
-Axes: B batch, H heads, L tokens (Lq of queries, Lk of keys), d head width.
+"""Attention with one signature and several back ends.
 
 `auto` takes, by measurement on two cores with avx512_bf16 (`eval/speed.py`):
 
 * `native` on a CPU that has our kernels: a quarter of SDPA's time in bfloat16, half of it in
-  float32, 0.9 in float32 with AVX2 alone, at SDPA's own error; it has a gradient.
+  float32, 0.9 in float32 with AVX2 only, with SDPA's error; it has a gradient.
 * `blocked` for bfloat16 on other CPUs: scores in float32, 0.45 of SDPA's time, 1.3 times its error.
 * `sdpa` elsewhere.
 
 `matmul` rounds the scores to bfloat16, too: 0.35 of SDPA's time, but 7 times its error at scores of
-deviation 3. It is what training on other CPUs and compiled blocks take, whose gradients are noisier
-than that; elsewhere it has to be asked for.
+deviation 3. Training on other CPUs and compiled blocks use it, whose gradients are noisier than
+that; elsewhere it has to be asked for.
+
+Axes: B batch, H heads, L tokens (Lq of queries, Lk of keys), d head width.
 """
 
 from __future__ import annotations
@@ -49,19 +49,16 @@ def attention(
     bias: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, eq. 1).
+    """Return softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, eq. 1), [B, H, Lq, d].
 
     Args:
         q: [B, H, Lq, d].
-        k: [B, H, Lk, d], like `q` in dtype and device.
+        k: [B, H, Lk, d], of q's dtype and device.
         v: [B, H, Lk, d].
         bias: added to the scores, broadcast to [B, H, Lq, Lk]; -inf hides a key, but never all of
-            a row's. It gets no gradient.
-        backend: who computes it; one that can't run here is replaced by `auto`'s choice, with a
-            warning that names the reason, the first time; see `require_backend`.
-
-    Returns:
-        [B, H, Lq, d] in q's dtype.
+            a row. It gets no gradient.
+        backend: one that can't run here is replaced by `auto`'s choice, with one warning that says
+            why; see `require_backend`.
 
     Raises:
         InputError: an unknown back end.
@@ -72,7 +69,7 @@ def attention(
 
 
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the back end used where nothing is compiled; warn where another was asked for."""
+    """Return the back end used without compilation; warn if another was asked for."""
     backend = asked_backend() if backend == "auto" else backend
     if backend != "auto":
         reason = _unusable(backend, device, dtype)
@@ -87,7 +84,7 @@ def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
 
 
 def asked_backend() -> Backend:
-    """The back end that the environment names for the whole process, or `auto`."""
+    """Return the back end that the environment names for the whole process, or `auto`."""
     return cast(Backend, os.environ.get(ATTENTION_VARIABLE) or "auto")
 
 
@@ -96,11 +93,7 @@ def _without_kernels(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def require_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a back end that `attention` would replace.
-
-    Raises:
-        InputError: unknown, or it can't run on this device with this dtype; says why.
-    """
+    """Raise InputError for a back end that is unknown, or can't run on this device and dtype."""
     reason = None if backend == "auto" else _unusable(backend, device, dtype)
     if reason is not None:
         raise InputError(f"attention back end {backend!r} can't be used: {reason}")
@@ -119,13 +112,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attend by PyTorch's own operators, which autograd and the compiler know."""
+    """Attend by PyTorch's own operators, for autograd and the compiler."""
     narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attend by our own kernel where it can: heads of 64, 128, ..., a bias of keys alone."""
+    """Attend by our kernel where it can: heads of 64, 128, ... and a bias by key only."""
     d = q.shape[-1]
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
     if native.kernels(q, k, v) is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
@@ -143,7 +136,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None
 ) -> Tensor:
-    """The kernel; `lse` [B, H, Lq] float32, if given, gets each row's log-sum-exp."""
+    """Call the kernel; `lse` [B, H, Lq] float32, if given, gets each row's log-sum-exp."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = _heads_aside(q)
     failed = native.call(
@@ -156,7 +149,7 @@ def _attend(
 
 
 def _heads_aside(x: Tensor) -> Tensor:
-    """Empty, like x [B, H, L, d], with a token's heads side by side in memory."""
+    """Return an empty tensor like x [B, H, L, d], a token's heads adjacent in memory."""
     B, H, L, d = x.shape
     return torch.empty(B, L, H, d, dtype=x.dtype).transpose(1, 2)
 
@@ -170,7 +163,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 class _NativeAttention(torch.autograd.Function):
-    """Keeps inputs, output and a number a row; the backward kernel computes the weights again."""
+    """Saves inputs, output and log-sum-exps; the backward kernel computes the weights again."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,7 +188,7 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Float32 scores of a block of queries of one head at a time, through oneDNN."""
+    """Attend with float32 scores of a block of one head's queries at a time, by oneDNN."""
     B, H, Lq, d = q.shape
     rows = max(1, min(_BLOCK, _MAX_SCORES // max(1, k.shape[2])))
     out = torch.empty(B, Lq, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -214,9 +207,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def _onednn_products() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices that hold bfloat16 values: MKL is slow on some CPUs.
+    """Let oneDNN multiply float32 matrices of bfloat16 values: MKL is slow on some CPUs.
 
-    With AMX it rounds what doesn't.
+    With AMX it rounds other values.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
@@ -256,7 +249,7 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _softmax_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """The attention weights [B, H, Lq, Lk], in q's dtype; softmax sums in float32 inside."""
+    """Return attention weights [B, H, Lq, Lk] in q's dtype; softmax sums in float32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if bias is not None:
         scores += bias
@@ -264,7 +257,7 @@ def _softmax_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _MatmulAttention(torch.autograd.Function):
-    """Keeps the weights alone for the backward pass: autograd would keep scores and casts, too."""
+    """Saves only the weights for the backward pass: autograd would save scores and casts, too."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -299,7 +292,7 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] 
 
 @lru_cache(maxsize=64)
 def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a back end can't run here, found by calling it once; None if it can."""
+    """Return why a back end can't run here, by trying it; None if it can."""
     if backend not in _BACKENDS:
         return f"unknown; there are {', '.join(get_args(Backend))}"
     if backend == "native":
@@ -313,7 +306,7 @@ def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     probe = torch.zeros(1, 1, 8, 16, device=device, dtype=dtype)
     try:
         _xformers(probe, probe, probe, probe.new_zeros(1, 1, 1, 8))
-    except Exception as error:  # whatever a third-party kernel raises is the answer asked for
+    except Exception as error:  # whatever a third-party kernel raises
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 

@@ -1,4 +1,4 @@
-"""Convolutions that are causal in time, and the cache that lets them run in a stream; plain ones.
+"""Convolutions that are causal in time, with a cache for streams, and plain ones.
 
 Axes: B batch, C channels, T frames, H rows, W columns, N frames of clips that follow each other.
 """
@@ -17,15 +17,12 @@ from vidgen.ops import native
 from vidgen.ops.norm import ChannelRMSNorm
 
 LONG_SUM = 256
-"""Products whose sum in float32 errs too much as one chain."""
+"""Products whose sum in one float32 chain has too large an error."""
 
 
 @dataclass
 class StreamCache:
-    """Memory of a causal network between two chunks of one stream; its size is constant.
-
-    Plain tensors under stable names, so a cache can be kept, copied or saved, and the stream goes
-    on from `position` later.
+    """State of a causal network between two chunks of one stream; its size is constant.
 
     Attributes:
         tensors: module name -> the last frames of that module's input.
@@ -36,36 +33,36 @@ class StreamCache:
     position: int = 0
 
     def copy(self) -> StreamCache:
-        """A cache that goes its own way; tensors are never written in place, so they are shared."""
+        """Return an independent cache; tensors are never written in place, so they are shared."""
         return StreamCache(dict(self.tensors), self.position)
 
 
 def frames_of(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B * T, C, H, W]; a view where x lies channels-last."""
+    """Map [B, C, T, H, W] to [B * T, C, H, W]; a view where x lies channels-last."""
     frames = x.transpose(1, 2).flatten(0, 1)
     return channels_last(frames) if plain_inference(x) else frames
 
 
 def clip_of(frames: Tensor, batch: int) -> Tensor:
-    """[B * T, C, H, W] -> [B, C, T, H, W], the inverse of `frames_of`; always a view."""
+    """Map [B * T, C, H, W] to a view [B, C, T, H, W]; undoes `frames_of`."""
     clip: Tensor = frames.unflatten(0, (batch, -1))
     return clip.transpose(1, 2)
 
 
 def split_first(x: Tensor) -> tuple[Tensor, Tensor]:
-    """First frame and other frames of x [B, C, T, H, W], views.
+    """Return views of the first frame and the other frames of x [B, C, T, H, W].
 
-    Cut on the channels-last axes, since autograd fills what is cut off in the layout it was cut in.
+    Split on the channels-last axes, since autograd pads the gradient in the layout of the split.
     """
     first, rest = x.permute(0, 2, 3, 4, 1).split([1, x.shape[2] - 1], dim=1)
     return first.permute(0, 4, 1, 2, 3), rest.permute(0, 4, 1, 2, 3)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Give x [B, C, ...] with channels as neighbours in memory, and with strides that say so.
+    """Return x [B, C, ...] channels-last in memory, with the strides of that layout.
 
-    PyTorch reads the layout off the strides, also off those of axes of size 1, where any would do;
-    a convolution that gets it wrong moves everything, and its result lies the other way.
+    PyTorch infers the layout from strides, even from those of axes of size 1; a convolution that
+    infers another one copies its input and returns that layout.
     """
     x = x.movedim(1, -1).contiguous()
     strides = [1]
@@ -76,14 +73,14 @@ def channels_last(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _dtypes() -> tuple[torch.dtype, ...]:
-    """Return what oneDNN convolves here; it refuses bfloat16 on processors without instructions."""
+    """Return the dtypes that oneDNN convolves here; bfloat16 takes a CPU that supports it."""
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32, torch.bfloat16
     return (torch.float32,)
 
 
 def plain_inference(x: Tensor) -> bool:
-    """Whether x is in a pass on the CPU whose layout in memory is ours to choose."""
+    """Return whether x is in an inference pass on the CPU, where the layout can be chosen."""
     return (
         x.device.type == "cpu"
         and x.dtype in _dtypes()
@@ -94,9 +91,9 @@ def plain_inference(x: Tensor) -> bool:
 
 
 def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
-    """`layer(x)`, always by oneDNN where that can be.
+    """Return `layer(x)`, by oneDNN where possible.
 
-    `F.conv3d` passes it by for one small clip in float32, and takes four to ten times as long.
+    `F.conv3d` doesn't use it for one small clip in float32, and takes four to ten times as long.
     """
     assert not isinstance(layer.padding, str), layer.padding
     if plain_inference(x):
@@ -111,7 +108,7 @@ def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
 def convolve_frames(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0
 ) -> Tensor:
-    """`F.conv2d` of frames [N, C, H, W], by the same means as clips."""
+    """Return `F.conv2d` of frames [N, C, H, W], by oneDNN where possible."""
     if not plain_inference(x):
         return F.conv2d(x, weight, bias, stride, padding)
     return infer(x, weight, bias, (stride, stride), (padding, padding))
@@ -120,11 +117,11 @@ def convolve_frames(
 def infer(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """A convolution channels-last, where `plain_inference` holds.
+    """Convolve channels-last, where `plain_inference` holds.
 
-    With channels last oneDNN adds up all products of an output in one chain, which in float32 errs
-    2.7 times as much as sums of short chains, as our kernel has them, and as oneDNN has them in its
-    other layout. (bfloat16 rounds its inputs by far more than either.)
+    With channels last oneDNN adds up all products of an output in one chain, whose float32 error is
+    2.7 times that of sums of short chains, as in our kernel and in oneDNN's other layout. (bfloat16
+    rounds its inputs by far more than either.)
     """
     if x.dtype == torch.float32 and weight[0].numel() > LONG_SUM:
         if (made := _by_kernel(x, weight, bias, stride, padding)) is not None:
@@ -139,7 +136,7 @@ def infer(
 def _by_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor | None:
-    """Convolve x [B, C, T, H, W] or [B, C, H, W] by our own kernel, where there is one."""
+    """Convolve x [B, C, T, H, W] or [B, C, H, W] by our own kernel; None where it can't."""
     num_taps, frames = weight[0, 0].numel(), x.dim() == 4
     if num_taps > native.MAX_TAPS or not (frames or padding[0] == 0) or native.kernels(x) is None:
         return None
@@ -161,12 +158,9 @@ def _by_kernel(
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution whose output frame t sees input frames up to t: zeros stand before the first.
+    """Convolution whose output frame t sees input frames up to t, with zeros before the first.
 
-    Args:
-        in_channels: C of the input.
-        out_channels: C of the output.
-        kernel_size: (frames, rows, columns), odd; rows and columns are padded to keep their size.
+    `kernel_size` is (frames, rows, columns), odd; rows and columns are padded to keep their size.
     """
 
     cache_key: str = ""
@@ -201,7 +195,7 @@ class CausalConv3d(nn.Conv3d):
     def after_norm(
         self, norm: ChannelRMSNorm, x: Tensor, cache: StreamCache | None = None
     ) -> Tensor:
-        """`self(norm.silu(x), cache)`, normed right after the frames that it follows."""
+        """Return `self(norm.silu(x), cache)`, without a copy of the normed frames."""
         before = None if cache is None else cache.tensors.get(self.cache_key)
         alone = before is None and x.shape[2] == 1
         if alone or not self.num_history or not norm.can_write(x):
@@ -219,13 +213,13 @@ class CausalConv3d(nn.Conv3d):
         return convolve(self, whole)
 
     def _single(self, x: Tensor) -> Tensor:
-        """One frame after nothing: all but the last temporal tap would multiply zeros."""
+        """Convolve a clip's first frame alone: earlier temporal taps would multiply zeros."""
         taps = self.weight[:, :, -1]
         y = convolve_frames(frames_of(x), taps, self.bias, padding=self.padding[1])
         return clip_of(y, y.shape[0])
 
     def _history(self, x: Tensor, before: Tensor | None) -> Tensor:
-        """The last `num_history` input frames; a copy where a view would keep a chunk alive."""
+        """Return the last `num_history` input frames; a copy where a view would hold a chunk."""
         if x.shape[2] >= self.num_history:
             return x[:, :, -self.num_history :].clone()
         if before is None:
@@ -234,13 +228,13 @@ class CausalConv3d(nn.Conv3d):
 
 
 def conv_block(dim: int, out: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU."""
+    """Return a 3x3 convolution, batch norm and ReLU."""
     layers = nn.Conv2d(dim, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
     return nn.Sequential(*layers)
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2016, Fig. 2)."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, Fig. 2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -249,5 +243,5 @@ class Residual(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features like those given, [N, dim, H, W]."""
+        """Map [N, dim, H, W] to the same shape."""
         return F.relu(x + self.norm(self.second(self.first(x))))

@@ -1,8 +1,8 @@
-"""Linear layers whose weights lie as oneDNN wants them: inference on CPUs only.
+"""Linear layers with weights in oneDNN's layout, for inference on CPUs.
 
-Of a plain layer PyTorch's CPU products either go to MKL, which is slow in float32 on some CPUs, or
-re-order the weight at every call. A packed one is re-ordered once, and its GELU is computed while
-the product is still in registers.
+With a plain layer PyTorch's CPU products either use MKL, which is slow in float32 on some CPUs, or
+reorder the weight at every call. A packed one is reordered once, and its GELU is computed while the
+product is still in registers.
 
 Axes: B batch, L tokens, D width.
 """
@@ -27,9 +27,9 @@ from vidgen.core.runtime import atomic_write, cache_folder, fingerprint
 from vidgen.ops import native
 
 _ROWS = 1024
-"""Rows of tokens that weights are laid out for; others work, too."""
+"""Rows of tokens for which the layout is best; others work, too."""
 _HIDDEN_BYTES = 16_000_000
-"""Most bytes of a feed-forward's hidden values: more leaves the caches and glibc's free lists."""
+"""Most bytes of a feed-forward's hidden values: more exceeds caches and glibc's free lists."""
 _DTYPES = (torch.bfloat16, torch.float32)
 _REPEATS = 5  # of what is timed
 
@@ -37,12 +37,12 @@ _REPEATS = 5  # of what is timed
 class LastLinear(nn.Linear):
     """A network's last layer, which is never packed.
 
-    oneDNN's float32 sums round twice as coarsely as MKL's, and nothing after it evens that out.
+    oneDNN's float32 sums have twice MKL's error, and no later layer evens that out.
     """
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with its weight packed; `pack` makes one of an `nn.Linear`."""
+    """A linear layer with a packed weight; see `pack`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., D_in] to [..., D_out]."""
@@ -52,7 +52,7 @@ class PackedLinear(nn.Linear):
         return _product(x, weight, self.bias, "none", "")
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
-        """GELU of what `forward` gives; `approximate` is "tanh" or "none"."""
+        """Return GELU(forward(x)); `approximate` is "tanh" or "none"."""
         return _product(x, self.weight, self.bias, "gelu", approximate)
 
 
@@ -62,13 +62,10 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str, how: str
 
 
 def pack(module: nn.Module) -> int:
-    """Pack the linear layers of a module in place, each weight freed before the next is packed.
+    """Pack the linear layers of a module in place, one at a time, and return their number.
 
-    Layers stay as they are that are a network's last, quantised, not on a CPU, or of a dtype that
-    packing makes no faster here. Gradients are not to be had after.
-
-    Returns:
-        How many were packed.
+    Layers that are a network's last, quantised, not on a CPU, or of a dtype that isn't faster when
+    packed stay as they are. Packed layers have no gradients.
     """
     count = 0
     for layer in module.modules():
@@ -85,12 +82,12 @@ def pack(module: nn.Module) -> int:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor, packed or not."""
+    """Return a weight, packed or not, as an ordinary tensor."""
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
 def _gelu_linear(layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
-    """GELU(layer(x)); in one step where the layer is packed."""
+    """Return GELU(layer(x)), in one step where the layer is packed."""
     if type(layer) is PackedLinear:
         return layer.gelu(x, approximate)
     hidden = layer(x)
@@ -119,16 +116,17 @@ class _NativeGelu(torch.autograd.Function):
 
 
 def _gelu(x: Tensor, grad: Tensor | None) -> Tensor:
-    """GELU of dense x, or its gradient."""
+    """Return GELU of dense x, or with `grad` its gradient."""
     out = torch.empty_like(x)
     native.call("gelu", x.dtype, x, grad, out, x.numel())
     return out
 
 
 def feed_forward(up: nn.Linear, down: nn.Linear, x: Tensor, approximate: str) -> Tensor:
-    """down(GELU(up(x))) for x [B, L, D], without a gradient by stretches of tokens.
+    """Return down(GELU(up(x))) for x [B, L, D].
 
-    A stretch's hidden values stay in the caches; those of all tokens would not.
+    Without a gradient it is computed by stretches of tokens, whose hidden values stay in the
+    caches.
     """
     rows = _HIDDEN_BYTES // (up.out_features * x.element_size() * x[..., :1, 0].numel())
     if torch.is_grad_enabled() or x.ndim != 3 or x.shape[1] <= rows or rows < 1:
@@ -143,7 +141,7 @@ def feed_forward(up: nn.Linear, down: nn.Linear, x: Tensor, approximate: str) ->
 
 @lru_cache(maxsize=8)
 def packs(dtype: torch.dtype) -> bool:
-    """Whether packing works here, which PyTorch doesn't promise, and is faster."""
+    """Return whether packing works here, which PyTorch doesn't promise, and is faster."""
     if dtype not in _DTYPES or not _can_pack(dtype):
         return False
     x, weight = (torch.ones(rows, 768, dtype=dtype) for rows in (512, 1024))
@@ -156,9 +154,9 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def _can_pack(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether oneDNN packs weights of a dtype, gives them back and computes with them.
+    """Return whether oneDNN packs and unpacks weights of a dtype and computes with them.
 
-    In bfloat16 it refuses CPUs without AVX512.
+    It refuses bfloat16 on CPUs without AVX512.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -176,11 +174,11 @@ def _can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) -> bool:
-    """Whether `first` takes less time than `second`, as measured when `name` was first asked for.
+    """Return whether `first` takes less time than `second`, as measured once for `name`.
 
-    Bits depend on the answer, so it must not flip: it is kept in `probes.json` in the cache folder,
-    by processor, PyTorch and thread count; delete that to measure again. Recipes and journals name
-    what was chosen.
+    Bits of results depend on the answer, so it must not flip: `probes.json` in the cache folder
+    keeps it by processor, PyTorch and thread count; delete that to measure again. Recipes and
+    journals record the choice.
 
     Args:
         name: of the question, with all that the answer depends on besides the machine.
@@ -202,7 +200,7 @@ def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) ->
 
 
 def _time_in_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-    """Median seconds of each."""
+    """Return the median seconds of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + _REPEATS):
         for work, seen in zip((first, second), times, strict=True):

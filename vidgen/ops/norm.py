@@ -1,4 +1,4 @@
-"""RMS norms over the channel axis of videos, layer norms of tokens with what surrounds them.
+"""RMS norms over the channels of videos; layer norms of tokens with modulation and residual.
 
 Axes: B batch, C channels, T frames, H rows, W columns, L tokens, D width, G runs of tokens that
 share a vector, U vectors.
@@ -6,12 +6,10 @@ share a vector, U vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +20,11 @@ from vidgen.ops import native
 
 Made = TypeVar("Made")
 
-_is_on: ContextVar[bool] = ContextVar("fusing", default=False)
-
 
 class _ChannelNormSilu(torch.autograd.Function):
-    """silu(RMSNorm(x)) over axis 1, saving x alone; five passes over memory instead of eleven.
+    """SiLU(RMSNorm(x)) over axis 1, saving x only; five passes over memory instead of eleven.
 
-    On a CPU in bf16 `F.rms_norm` and the composite expression take twice to four times as long.
+    On a CPU in bf16 `F.rms_norm` and the composite expression take two to four times as long.
     """
 
     @staticmethod
@@ -50,7 +46,7 @@ class _ChannelNormSilu(torch.autograd.Function):
 
 
 class _RowNormSilu(torch.autograd.Function):
-    """The same by our kernels, one pass over memory each way, where channels are neighbours."""
+    """The same by our kernels, one pass over memory each way, for channels-last x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -73,7 +69,7 @@ class _RowNormSilu(torch.autograd.Function):
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
-    """1 / sqrt(mean over axis 1 of x^2), float32 inside, in x's dtype; finite for x = 0."""
+    """Return 1 / sqrt(mean of x^2 over axis 1), float32 inside, in x's dtype; finite at x = 0."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
     return length.clamp_min(1e-12).reciprocal().mul(x.shape[1] ** 0.5).to(x.dtype)
@@ -82,9 +78,7 @@ def _inverse_rms(x: Tensor) -> Tensor:
 class ChannelRMSNorm(nn.Module):
     """RMSNorm over axis 1 (Zhang & Sennrich 2019, eq. 4): x / rms(x) * weight.
 
-    Args:
-        num_channels: C.
-        num_axes: axes after C, so that `weight` [C, 1, ...] broadcasts.
+    `num_axes` is the number of axes after C, so that `weight` [C, 1, ...] broadcasts.
     """
 
     def __init__(self, num_channels: int, num_axes: int = 3) -> None:
@@ -96,17 +90,17 @@ class ChannelRMSNorm(nn.Module):
         return x * _inverse_rms(x) * self.weight.to(x.dtype)
 
     def silu(self, x: Tensor) -> Tensor:
-        """Normalise x [B, C, ...], then apply SiLU, with a backward pass of its own."""
+        """Normalise x [B, C, ...], then apply SiLU."""
         function = _RowNormSilu if self._has_kernel(x) else _ChannelNormSilu
         made: Tensor = function.apply(x, self.weight)
         return made
 
     def can_write(self, x: Tensor) -> bool:
-        """Whether `write_silu` takes x: no gradient is wanted, and our kernel is there."""
+        """Return whether `write_silu` takes x: it needs no gradient, and our kernel exists."""
         return not native.needs_gradient(x, self.weight) and self._has_kernel(x)
 
     def _has_kernel(self, x: Tensor) -> bool:
-        """Whether our kernels are there, and channels are neighbours in memory."""
+        """Return whether our kernels take x, which lies channels-last."""
         return (
             x.shape[1] <= native.MAX_WIDTH
             and native.kernels(x) is not None
@@ -114,7 +108,7 @@ class ChannelRMSNorm(nn.Module):
         )
 
     def write_silu(self, x: Tensor, out: Tensor) -> None:
-        """`silu` into `out`, of which each sample has its channels last, too."""
+        """Write `silu(x)` to `out`, each of whose samples lies channels-last, too."""
         weight = self.weight.float().contiguous()
         for sample, target in zip(x, out, strict=True):
             assert target.movedim(0, -1).is_contiguous()
@@ -124,54 +118,9 @@ class ChannelRMSNorm(nn.Module):
             )
 
 
-@contextmanager
-def fusing(*, on: bool = True) -> Iterator[None]:
-    """Compile fusible functions, and their gradients, at their first call inside the block.
-
-    That makes one pass over memory of what surrounds matrix products, where no kernels of ours are.
-    A function takes torch seconds; whole blocks would take it a minute for each of the many shapes
-    that batches of training have. Needs Triton on a GPU, a C++ compiler on a CPU.
-    """
-    token = _is_on.set(on)
-    try:
-        yield
-    finally:
-        _is_on.reset(token)
-
-
-def is_fusing() -> bool:
-    """Whether this is such a block."""
-    return _is_on.get()
-
-
-class Fusible(Generic[Made]):
-    """A function of tokens [B, L, ...] or [N, D] that is compiled once for any number of them.
-
-    Attributes:
-        plain: the function as it stands.
-    """
-
-    def __init__(self, function: Callable[..., Made]) -> None:
-        self.plain = function
-        self._compiled: Callable[..., Made] | None = None
-
-    def __call__(self, *args: Any) -> Made:
-        """The function's result."""
-        if not is_fusing():
-            return self.plain(*args)
-        if self._compiled is None:
-            self._compiled = torch.compile(self.plain)
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        for value in tensors:
-            for axis in range(min(2, value.ndim - 1)):
-                torch._dynamo.maybe_mark_dynamic(value, axis)
-        with torch.autocast(tensors[0].device.type, enabled=False):  # one case less to compile
-            return self._compiled(*args)
-
-
 @dataclass(frozen=True)
 class TokenVectors:
-    """A vector for each token of [B, L, D], in float32; many tokens share one.
+    """A float32 vector for each token of [B, L, D]; many tokens share one.
 
     Attributes:
         rows: [B, G, D], one for each run of L / G tokens; [U, D] with `index`.
@@ -182,12 +131,12 @@ class TokenVectors:
     index: Tensor | None = None
 
     def by_run(self) -> Tensor:
-        """[R, D], one for each of R equal runs of the B * L tokens; with an index R = B * L."""
+        """Return [R, D], one for each of R equal runs of B * L tokens; with an index R = B * L."""
         rows = self.rows if self.index is None else F.embedding(self.index, self.rows)
         return rows.flatten(0, 1).contiguous()
 
     def table(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """Rows [R, D], and the row [B * L] int32 of each of B * `length` tokens if R > 1."""
+        """Return rows [R, D], and each token's row, [B * `length`] int32, if R > 1."""
         if self.index is not None:
             return self.rows, self.index
         batch, groups = self.rows.shape[:2]
@@ -202,51 +151,47 @@ def _rows_of_runs(batch: int, groups: int, length: int) -> Tensor | None:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last axis (Ba et al. 2016, eq. 4), float32 inside and out."""
+    """Return LayerNorm over the last axis (Ba et al. 2016, eq. 4), float32 inside and out."""
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
 
 
 def modulated_norm(
     x: Tensor, shift: TokenVectors, scale: TokenVectors, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, the adaptive norm of Peebles & Xie 2023, fig. 3.
+    """Return LayerNorm(x) * (1 + scale) + shift of tokens [B, L, D] (Peebles & Xie 2023, fig. 3).
 
-    Args:
-        x: tokens [B, L, D].
-        shift: of each token.
-        scale: of each token, rows as `shift` has them.
-        eps: added to the variance.
-        dtype: of the result; inside all is float32.
+    It is computed in float32 and returned in `dtype`; `eps` is added to the variance.
     """
     if (fused := _fused(x, None, None, scale, shift, 1.0, eps, dtype)) is not None:
         return fused[1]
-    made = _by(_modulated_norm, shift)(x.flatten(0, 1), shift.by_run(), scale.by_run(), eps, dtype)
+    made = by_runs(
+        _modulated_norm, shift, x.flatten(0, 1), shift.by_run(), scale.by_run(), eps, dtype
+    )
     return made.view(x.shape)
 
 
-def _by(function: Fusible[Made], vectors: TokenVectors) -> Callable[..., Made]:
-    """The function; as it stands where each token is a run of its own, as few batches have it."""
-    return function if vectors.index is None else function.plain
+def by_runs(function: Callable[..., Made], vectors: TokenVectors, *args: Any) -> Made:
+    """Call a function of tokens and their runs' vectors; `train.toybox.fusing` compiles it here."""
+    del vectors
+    return function(*args)
 
 
-@Fusible
 def _modulated_norm(
     x: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Take tokens [B * L, D], like the functions below."""
+    """Take tokens [B * L, D], as the functions below do."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(0, (len(shifts), -1))
     return torch.addcmul(shifts[:, None], normed, 1 + scales[:, None]).flatten(0, 1).to(dtype)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: TokenVectors) -> Tensor:
-    """The sum x + gate * update of tokens [B, L, D], computed in float32, in x's dtype."""
+    """Return x + gate * update of tokens [B, L, D], computed in float32, in x's dtype."""
     if (fused := _fused(x, update, gate, None, None, 0.0, 0.0, x.dtype)) is not None:
         return fused[0]
-    made = _by(_add_gated, gate)(x.flatten(0, 1), update.flatten(0, 1), gate.by_run())
+    made = by_runs(_add_gated, gate, x.flatten(0, 1), update.flatten(0, 1), gate.by_run())
     return made.view(x.shape)
 
 
-@Fusible
 def _add_gated(x: Tensor, update: Tensor, gates: Tensor) -> Tensor:
     runs = len(gates), -1
     added = torch.addcmul(
@@ -259,22 +204,22 @@ def add_gated_and_norm(
     x: Tensor, update: Tensor, gate: TokenVectors, weight: Tensor, bias: Tensor, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`add_gated`, and the sum's `layer_norm` in `dtype`, in one pass over memory."""
+    """Return `add_gated`, and its `layer_norm` in `dtype`, in one pass over memory."""
     gain, offset = (TokenVectors(vector.float()[None, None]) for vector in (weight, bias))
     if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
         return fused
-    total, normed = _by(_add_gated_and_norm, gate)(
-        x.flatten(0, 1), update.flatten(0, 1), gate.by_run(), weight, bias, eps, dtype
+    total, normed = by_runs(
+        _add_gated_and_norm, gate, x.flatten(0, 1), update.flatten(0, 1), gate.by_run(), weight,
+        bias, eps, dtype,
     )
     return total.view(x.shape), normed.view(x.shape)
 
 
-@Fusible
 def _add_gated_and_norm(
     x: Tensor, update: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    total = _add_gated.plain(x, update, gates)
+    total = _add_gated(x, update, gates)
     return total, layer_norm(total, weight, bias, eps).to(dtype)
 
 
@@ -282,28 +227,28 @@ def add_and_modulated_norm(
     x: Tensor, update: Tensor, shift: TokenVectors, scale: TokenVectors, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + update in x's dtype, and its `modulated_norm`, in one pass over memory."""
+    """Return x + update in x's dtype, and its `modulated_norm`, in one pass over memory."""
     if (fused := _fused(x, update, None, scale, shift, 1.0, eps, dtype)) is not None:
         return fused
-    total, normed = _by(_add_and_modulated_norm, shift)(
-        x.flatten(0, 1), update.flatten(0, 1), shift.by_run(), scale.by_run(), eps, dtype
+    total, normed = by_runs(
+        _add_and_modulated_norm, shift, x.flatten(0, 1), update.flatten(0, 1), shift.by_run(),
+        scale.by_run(), eps, dtype,
     )
     return total.view(x.shape), normed.view(x.shape)
 
 
-@Fusible
 def _add_and_modulated_norm(
     x: Tensor, update: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     total = x + update.to(x.dtype)
-    return total, _modulated_norm.plain(total, shifts, scales, eps, dtype)
+    return total, _modulated_norm(total, shifts, scales, eps, dtype)
 
 
 def _fused(
     x: Tensor, update: Tensor | None, gate: TokenVectors | None, scale: TokenVectors | None,
     shift: TokenVectors | None, base: float, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor] | None:
-    """(x + gate * update, its norm * (base + scale) + shift) by our kernel, if it can.
+    """Return (x + gate * update, its norm * (base + scale) + shift) by our kernel, if it can.
 
     Without `scale` the second is the first, without `update` the first is x.
     """
@@ -333,7 +278,7 @@ def _add_and_norm(
     x: Tensor, update: Tensor | None, tables: Sequence[Tensor | None], index: Tensor | None,
     base: float, eps: float, stats: Tensor | None = None, *, mixed: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The kernel, on dense x and update; `tables` are gate, scale and shift."""
+    """Call the kernel on dense x and update; `tables` are gate, scale and shift."""
     width = x.shape[-1]
     total = None if update is None else torch.empty_like(x)
     narrow = torch.bfloat16 if mixed else x.dtype
@@ -346,7 +291,7 @@ def _add_and_norm(
 
 
 def _with_strides(tables: Sequence[Tensor | None]) -> list[object]:
-    """Return each table and the stride of its rows; one row serves any index."""
+    """Return each table and the stride of its rows, 0 for a single row."""
     return [
         part for rows in tables
         for part in (rows, 0 if rows is None or len(rows) == 1 else rows.stride(0))
@@ -393,7 +338,7 @@ class _AddAndNorm(torch.autograd.Function):
 
 
 def _sum_strides(sums: Tensor | None) -> tuple[object, int, int]:
-    """Return sums [threads, rows, D] and their strides; one row serves any index."""
+    """Return sums [threads, rows, D] and their strides, 0 for a single row."""
     if sums is None:
         return None, 0, 0
     return sums, sums.stride(0), 0 if sums.shape[1] == 1 else sums.stride(1)

@@ -1,13 +1,12 @@
-"""One sequence over several processes: DeepSpeed-Ulysses (Jacobs et al. 2023, section 3).
+"""Sequence parallelism over several processes: DeepSpeed-Ulysses (Jacobs et al. 2023, section 3).
 
 Each rank holds a stretch of the tokens with all heads. For attention ranks exchange, so that each
-holds all tokens of some heads, and exchange back. Tokens that don't divide are filled up with
-zeros, which are cut off before attention sees them; heads likewise.
+holds all tokens of some heads, and exchange back. Tokens that don't divide are padded with zeros,
+which are cut off before attention; heads likewise.
 
-All of it is differentiable, and of every weight the ranks' mean is the gradient, wherever it works,
-so that data-parallel training needs to know nothing of this: between `split` and `gather` gradients
-are R times as large, and a weight there gets its stretch's share of R times the whole; outside both
-are the same on every rank.
+All of it is differentiable, and the gradient of every weight is the mean over ranks, as
+data-parallel training takes it: between `split` and `gather` gradients are R times as large, and a
+weight there gets its stretch's share of R times the whole; outside, both are equal on every rank.
 
 Axes: B batch, H heads, h heads of one rank, L tokens, l tokens of one rank, d head width, R ranks.
 """
@@ -28,11 +27,11 @@ Move = Callable[[Tensor], Tensor]
 
 
 class Ranks:
-    """Processes that hold one sequence together; all of them make this object at the same time.
+    """Processes that share one sequence; all of them make this object at the same time.
 
     Args:
         group: of torch.distributed; None: all processes.
-        device: where the tensors are that they exchange.
+        device: of the tensors that they exchange.
     """
 
     def __init__(
@@ -43,25 +42,24 @@ class Ranks:
         self.has_all_to_all = self._probe(device)
 
     def exchange(self, x: Tensor) -> Tensor:
-        """Give part i of x [R, ...] to rank i; part i of the result is what rank i gave."""
+        """Send part i of x [R, ...] to rank i; part i of the result is from rank i."""
         out: Tensor = _Moved.apply(x, self._exchanged, self._exchanged)
         return out
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Join all ranks' tensors of this shape, the same on every rank."""
+        """Concatenate all ranks' tensors of this shape."""
         # every rank goes on with the same whole: each one's gradient is its own stretch of it
         joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
         out: Tensor = _Moved.apply(x, joined, lambda grad: own(grad) * self.size)
         return out
 
     def split(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's stretch of what all ranks hold alike; the axis must divide by R."""
+        """Return this rank's stretch of x, which all ranks hold; R must divide the axis."""
         joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
         out: Tensor = _Moved.apply(x, own, lambda grad: joined(grad) / self.size)
         return out
 
     def _probe(self, device: torch.device | str) -> bool:
-        """Whether the back end has an all-to-all of its own."""
         try:
             sent = torch.zeros(self.size, 1, dtype=torch.uint8, device=device)
             dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
@@ -80,7 +78,6 @@ class Ranks:
         return out.view(x.dtype).view(x.shape)
 
     def _gathered(self, x: Tensor) -> Tensor:
-        """All ranks' tensors, [R, ...]."""
         sent = x.contiguous().view(-1).view(torch.uint8)
         parts = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(parts, sent, group=self.group)
@@ -95,7 +92,7 @@ class Ranks:
 
 
 class _Moved(torch.autograd.Function):
-    """Values moved between ranks by `there`; gradients go by its transpose, `back`."""
+    """Moves values between ranks by `there`, and gradients by its transpose, `back`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: Move, back: Move) -> Tensor:
@@ -109,28 +106,26 @@ class _Moved(torch.autograd.Function):
 
 
 class Spread:
-    """Layout of runs of tokens over ranks: each run in equal stretches, the last ones filled up.
+    """Layout of runs of tokens over ranks, each run in equal stretches, the last ones padded.
 
-    Args:
-        ranks: who holds them.
-        lengths: tokens of each run (video, sound), which attention sees in this order.
+    `lengths` are the tokens of each run (video, sound), in the order of attention.
     """
 
     def __init__(self, ranks: Ranks, lengths: Sequence[int]) -> None:
         self.ranks, self.lengths = ranks, tuple(lengths)
         self.shares = tuple(-(-length // ranks.size) for length in lengths)
-        """Tokens of each run that one rank holds, fillings included."""
+        """Tokens of each run on one rank, with padding."""
 
     def split(self, x: Tensor) -> Tensor:
-        """This rank's stretch [B, l, ...] of a run [B, L, ...]."""
+        """Return this rank's stretch [B, l, ...] of a run [B, L, ...]."""
         return self.ranks.split(_filled(x, 1, self.ranks.size), 1)
 
     def gather(self, x: Tensor, run: int = 0) -> Tensor:
-        """A whole run [B, L, ...] of all ranks' stretches [B, l, ...]."""
+        """Return a whole run [B, L, ...] of all ranks' stretches [B, l, ...]."""
         return self.ranks.gather(x, 1)[:, : self.lengths[run]]
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """From all heads of this rank's tokens, [B, H, l, d], to all tokens of its heads."""
+        """Exchange all heads of this rank's tokens, [B, H, l, d], for all tokens of its heads."""
         size = self.ranks.size
         parts = torch.stack([_filled(x, 1, size) for x in (q, k, v)])
         parts = parts.unflatten(2, (size, -1)).movedim(2, 0)  # [R, 3, B, h, l, d]
@@ -140,7 +135,7 @@ class Spread:
         return (whole[0] if len(whole) == 1 else torch.cat(whole, dim=3)).unbind()
 
     def to_tokens(self, x: Tensor, num_heads: int) -> Tensor:
-        """From all tokens of this rank's heads, [B, h, L, d], to its tokens, [B, H, l, d]."""
+        """Exchange all tokens of this rank's heads, [B, h, L, d], for its tokens, [B, H, l, d]."""
         size = self.ranks.size
         runs = x.split(self.lengths, dim=2)
         parts = [_filled(run, 2, size).unflatten(2, (size, -1)) for run in runs]
@@ -152,23 +147,16 @@ def ulysses_attention(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor,
     spread: Spread,
 ) -> Tensor:
-    """Attention over all ranks' tokens.
+    """Return attention [B, H, l, d] over all ranks' tokens.
 
-    Args:
-        attend: maps q, k, v [B, h, L, d] of all tokens and some heads to the mixed [B, h, L, d].
-        q: [B, H, l, d], of this rank's tokens.
-        k: like q.
-        v: like q.
-        spread: where the tokens lie.
-
-    Returns:
-        [B, H, l, d].
+    `q`, `k` and `v` [B, H, l, d] are of this rank's tokens; `attend` takes all tokens and some
+    heads of each, [B, h, L, d].
     """
     return spread.to_tokens(attend(*spread.to_heads(q, k, v)), q.shape[1])
 
 
 def _filled(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """Append zeros to x along an axis, up to a multiple."""
+    """Pad x with zeros along an axis, up to a multiple."""
     missing = -x.shape[dim] % multiple
     if not missing:
         return x

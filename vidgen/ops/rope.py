@@ -1,9 +1,10 @@
-"""Rotary positions over time, rows and columns (Su et al. 2021, eq. 34), Wan's split and pairs.
+"""Rotary positions over time, rows and columns (Su et al. 2021, eq. 34), with Wan's split.
+
+Pairs are neighbours (2i, 2i + 1). Of d/2 angles the last 2 * (d // 6) belong to rows and columns in
+equal parts, the rest to time. Positions are real numbers; tables are computed in float64.
 
 Axes: B batch, F latent frames, h w patch rows and columns, N sound tokens, L tokens, H heads,
 d head width.
-Pairs are neighbours (2i, 2i + 1); of d/2 angles the last 2 * (d // 6) belong to rows and columns in
-equal parts, the rest to time. Positions are real numbers; tables are computed in float64.
 """
 
 from __future__ import annotations
@@ -15,22 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
-from vidgen.ops.norm import Fusible, is_fusing
 
 _THETA = 1e4  # base of the wavelengths
 
 
 def rope_table(time: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
-    """Rotations of the tokens of latent frames at any real time positions.
+    """Return rotations [B or 1, F * rows * columns, d/2], complex64, of tokens in (F, h, w) order.
 
-    Args:
-        time: [B or 1, F] time positions in latent frames.
-        rows: patches down a frame, at positions 0, 1, ...
-        columns: patches across a frame.
-        head_dim: d, even.
-
-    Returns:
-        [B or 1, F * rows * columns, d/2] complex64, tokens in (F, h, w) order.
+    `time` [B or 1, F] are positions in latent frames; `head_dim` d is even.
     """
     spatial = head_dim // 6
     where = time.device
@@ -44,18 +37,10 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
 
 
 def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int) -> Tensor:
-    """Rotations of sound tokens, many of which go with one latent frame.
+    """Return rotations [1, N, d/2], complex64, of sound tokens, many of which share a latent frame.
 
-    Angles of time hardly turn from one to the next; so those of rows, which sound has none of,
-    turn by `steps`, and neighbours differ.
-
-    Args:
-        time: [N] in latent frames, as the picture's.
-        steps: [N] in tokens.
-        head_dim: d, even.
-
-    Returns:
-        [1, N, d/2] complex64.
+    Angles of `time` [N], in latent frames, hardly change from one to the next; so those of rows
+    rotate by `steps` [N], in tokens, to tell neighbours apart.
     """
     spatial = head_dim // 6
     coarse = _rotation(time, head_dim // 2 - 2 * spatial)
@@ -64,7 +49,7 @@ def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int) -> Tensor:
 
 
 def _rotation(positions: Tensor, num_angles: int) -> Tensor:
-    """[...] -> [..., num_angles], from one radian a position on downwards."""
+    """Map positions [...] to rotations [..., num_angles], from one radian a position down."""
     exponents = torch.arange(num_angles, device=positions.device, dtype=torch.float64) / num_angles
     angles = positions.double()[..., None] * _THETA**-exponents
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
@@ -73,29 +58,21 @@ def _rotation(positions: Tensor, num_angles: int) -> Tensor:
 def normed_heads(
     x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
-    """Heads of RMSNorm(x) * weight, turned to their positions: what Wan does to queries and keys.
+    """Return the heads [B, H, L, d] of RMSNorm(x) * weight, rotated to their positions.
 
     Norm (Zhang & Sennrich 2019, eq. 4) and rotation are computed in float32.
 
     Args:
         x: [B, L, H * d], normed over the full width.
         weight: [H * d], the norm's gain.
-        table: [B or 1, L, d/2] complex64, from `rope_table`; None: not turned.
+        table: [B or 1, L, d/2] complex64, from `rope_table`; None: no rotation.
         num_heads: H.
         eps: added to the mean square.
-
-    Returns:
-        [B, H, L, d] in x's dtype.
     """
     width = x.shape[-1]
     whole = width % native.WIDTHS == 0 if table is None else width // num_heads % native.WIDTHS == 0
     if not whole or width > native.MAX_WIDTH or native.kernels(x, weight) is None:
-        if is_fusing():
-            turns = None if table is None else torch.view_as_real(table)
-            fused: Tensor = _fused_heads(x, weight, turns, num_heads, eps)
-            return fused
-        out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
-        return out
+        return plain_heads(x, weight, table, num_heads, eps)
     turns = None if table is None else torch.view_as_real(table).flatten(0, 1).contiguous()
     if native.needs_gradient(x, weight):
         turned: Tensor = _NativeHeads.apply(x.contiguous(), weight.float(), turns, num_heads, eps)
@@ -105,27 +82,18 @@ def normed_heads(
     return heads.transpose(1, 2)
 
 
-@Fusible
-def _fused_heads(
-    x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
+def plain_heads(
+    x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
-    """Use real numbers and plain operators, which compilers know; turns [B or 1, L, d/2, 2]."""
-    wide = x.float()
-    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    heads = (wide * scale * weight.float()).unflatten(-1, (num_heads, -1))
-    if turns is not None:
-        first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = turns[:, :, None].unbind(-1)
-        turned = first * cos - second * sin, first * sin + second * cos
-        heads = torch.stack(turned, dim=-1).flatten(-2)
-    out: Tensor = heads.to(x.dtype).transpose(1, 2)
+    """Do `normed_heads` without our kernels; `train.toybox.fusing` replaces it."""
+    out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
     return out
 
 
 def _norm_and_turn(
     x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
-    """The kernel, on dense x; turns [rows, d/2, 2]."""
+    """Call the kernel on dense x; turns [rows, d/2, 2]."""
     turned, width = torch.empty_like(x), x.shape[-1]
     native.call(
         "norm_and_turn", x.dtype, x, weight, turns, 0 if turns is None else len(turns),
@@ -135,7 +103,7 @@ def _norm_and_turn(
 
 
 class _NativeHeads(torch.autograd.Function):
-    """Saves x alone, and passes over memory once each way."""
+    """Saves x only, and passes over memory once each way."""
 
     @staticmethod
     def forward(
@@ -160,7 +128,7 @@ class _NativeHeads(torch.autograd.Function):
 
 
 class _NormedHeads(torch.autograd.Function):
-    """Saves x alone and scales while turning: a third of the passes over memory of autograd's."""
+    """Saves x only and scales while rotating: a third of autograd's passes over memory."""
 
     @staticmethod
     def forward(
@@ -191,7 +159,7 @@ class _NormedHeads(torch.autograd.Function):
 
 
 def _turn(heads: Tensor, scale: Tensor, table: Tensor | None) -> None:
-    """Scale heads [B, L, H, d] float32 by [B, L, 1] and turn their pairs, in place."""
+    """Scale heads [B, L, H, d] float32 by [B, L, 1] and rotate their pairs, in place."""
     if table is None:
         heads.mul_(scale[..., None])
     else:

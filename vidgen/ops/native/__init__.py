@@ -1,7 +1,7 @@
-"""Kernels in C++ for CPUs with AVX512, or AVX2 and FMA, compiled on first use, kept per machine.
+"""Kernels in C++ for CPUs with AVX512, or AVX2 and FMA, compiled on first use, cached per machine.
 
-Where there is no compiler or no such CPU, `kernels` gives None and everything runs on PyTorch's own
-operators: the same results within rounding, but slower. `VIDGEN_NATIVE=0` does the same by wish.
+Without a compiler or such a CPU, or with `VIDGEN_NATIVE=0`, `kernels` returns None and everything
+runs on PyTorch's own operators: the same results within rounding, but slower.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _TIMEOUT_S = 120
 WIDTHS = 16
 """Kernels on rows take widths that are multiples of this."""
 MAX_WIDTH = 8192
-"""The widest row they take."""
+"""Largest width of a row."""
 MAX_TAPS = 27
-"""The most taps a convolution has."""
+"""Most taps of a convolution."""
 
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _MIXED = "mixed"
-"""Rows of float32 to which bfloat16 is added, as autocast has it in training."""
+"""Float32 rows to which bfloat16 is added, as under autocast in training."""
 
 
 class Unavailable(Exception):
-    """Why the kernels can't be had here."""
+    """Kernels can't be compiled here; the message says why."""
 
 
 def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if these tensors can go to them: on the CPU, of a dtype they know.
+    """Return the kernels if they take these tensors: on the CPU, of a known dtype.
 
-    The first call compiles them, which takes some seconds once a machine.
+    The first call compiles them, which takes some seconds once per machine.
     """
     if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
         return None
@@ -56,18 +56,18 @@ def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of one of these."""
+    """Return whether autograd needs the gradient of one of these."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def why_not() -> str | None:
-    """Why there are no kernels here, or None where there are."""
+    """Return why no kernels exist here, or None if they do."""
     return _loaded()[1]
 
 
 @lru_cache(maxsize=1)
 def known_dtypes() -> frozenset[torch.dtype]:
-    """Return the kernels' dtypes: bfloat16 takes a CPU with AVX512-BF16."""
+    """Return the kernels' dtypes; bfloat16 takes a CPU with AVX512-BF16."""
     library = _loaded()[0]
     return frozenset(
         dtype for dtype, suffix in _SUFFIXES.items()
@@ -76,10 +76,10 @@ def known_dtypes() -> frozenset[torch.dtype]:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object, mixed: bool = False) -> int:
-    """Call a kernel: tensors by address, None as null, whole numbers of 64 bits, floats of 32.
+    """Call a kernel: tensors by address, None as null, integers of 64 bits, floats of 32.
 
-    The number of threads, PyTorch's own, comes last. `mixed`: the rows are float32, the rest is
-    bfloat16, for kernels that have this. Ask `kernels` first whether there are any.
+    PyTorch's number of threads comes last. With `mixed` the rows are float32, the rest is bfloat16.
+    `kernels` must have returned some.
     """
     library = _loaded()[0]
     assert library is not None
@@ -110,7 +110,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _library() -> Path:
-    """The compiled file for this machine and these sources, made if it isn't there.
+    """Return the file compiled from these sources for this machine; compile it if it is missing.
 
     Raises:
         Unavailable: says what is missing.

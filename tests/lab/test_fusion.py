@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from train.toybox import fusing as module
+from train.toybox.fusing import fusing, is_fusing
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.ops import native
-from vidgen.ops.norm import Fusible, fusing, is_fusing
+from vidgen.ops import native, norm
 
 
 @pytest.fixture
@@ -40,17 +41,21 @@ def test_fused_steps_of_any_shape_are_plain_ones(
     dit: SpacetimeDiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, compiled, real = [], [], torch.compile
-    plain_call = Fusible.__call__
 
-    def counting(self: Fusible[object], *args: object) -> object:
-        calls.append(is_fusing())
-        return plain_call(self, *args)
+    def counting(call):
+        def counted(*args: object) -> object:
+            calls.append(is_fusing())
+            return call(*args)
+
+        return counted
 
     def count(function):
         compiled.append(function.__name__)
         return real(function)
 
-    monkeypatch.setattr(Fusible, "__call__", counting)
+    monkeypatch.setattr(norm, "by_runs", counting(norm.by_runs))
+    monkeypatch.setattr(module, "_fused_by_runs", counting(module._fused_by_runs))
+    module._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", count)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
