@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,13 @@ from train.toybox.world.cues import SAMPLE_RATE
 from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
 from train.toybox.world.sound import synthesize
+from vidgen.core import pages
 from vidgen.core.errors import exit_code
+from vidgen.core.pages import Chart
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
 from vidgen.evaluation.metrics.registry import MEASURES
-from vidgen.evaluation.temporal.report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
 from vidgen.media.types import ClipInfo
@@ -269,21 +269,21 @@ def respond(
 
 
 def page(result: dict[str, Any]) -> str:
-    """The curves as HTML: first those that rank the fault, then the others, greyed."""
-    parts = [f"<h1>Planted faults</h1><p>{result['clips']} clips. A measure ranks a fault where "
-             f"Spearman's correlation of grade and mean is {RANKED} or more, the right way.</p>"]
+    """Return a page of the curves: for each fault those that rank it, then the others, pale."""
+    sections = []
     for fault, responses in result["responses"].items():
-        grades = result["grades"][fault]
-        parts.append(f"<h2>{escape(fault)}</h2>")
-        for ranks in (True, False):
-            told = "ranks it" if ranks else "doesn't rank it"
-            for name, row in responses.items():
-                if row["ranks"] == ranks:
-                    rho = "constant" if row["spearman"] is None else f"{row['spearman']:+.2f}"
-                    line = [(told, list(zip(grades, row["mean"], strict=True)))]
-                    chart = line_chart(f"{name} against grade: {rho}", line)
-                    parts.append(chart if ranks else f'<span style="opacity:.4">{chart}</span>')
-    return document("Planted faults", parts, STYLE)
+        grades, charts = result["grades"][fault], []
+        for name, row in sorted(responses.items(), key=lambda pair: not pair[1]["ranks"]):
+            verdict = "ranks it" if row["ranks"] else "doesn't rank it"
+            rho = "constant" if row["spearman"] is None else f"{row['spearman']:+.2f}"
+            points = list(zip(grades, row["mean"], strict=True))
+            charts.append(Chart(f"{name} against grade: {rho}", [(verdict, points)],
+                                is_faded=not row["ranks"]))
+        sections.append((fault, charts))
+    return pages.page(
+        "charts", title="Planted faults", sections=sections,
+        intro=f"{result['clips']} clips. A measure ranks a fault where Spearman's correlation of "
+        f"grade and mean is {RANKED} or more, the right way.")
 
 
 def main() -> None:

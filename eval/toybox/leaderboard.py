@@ -9,7 +9,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import fmean
 from typing import Any
 
@@ -19,11 +18,11 @@ from vidgen.cli.eval import write_leaderboard
 from vidgen.cli.main import ExitCode, parser_of
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
+from vidgen.core.pages import Cell, Table
 from vidgen.core.runtime import check_output
 from vidgen.evaluation.leaderboard import board, name_cell, ranked, read_results
 from vidgen.evaluation.statistics import mean_interval, paired_interval
 from vidgen.evaluation.temporal.comparison import FEWEST_PAIRS
-from vidgen.evaluation.temporal.report import table_row
 
 #: By the first of these that a result has, models are compared.
 _HEADLINES = ("text", "phrased", "held_triples", "image")
@@ -124,13 +123,13 @@ def _columns(group: Sequence[ToyboxEntry]) -> list[str]:
     return [FOLLOWING] * any(e.following for e in group) + [c for c in wanted if c in known]
 
 
-def _cell(column: str, figure: Mapping[str, Any] | None) -> str:
-    """A figure with its interval, as HTML."""
+def _cell(column: str, figure: Mapping[str, Any] | None) -> Cell | str:
+    """Return a figure with its interval."""
     if figure is None:
         return ""
     source, _, measure = column.rpartition(", ")
     show = writer(measure, source)
-    return f"{show(figure['value'])}<br><small>{within(figure, show)}</small>"
+    return Cell(show(figure["value"]), below=within(figure, show))
 
 
 def tables(entries: Sequence[ToyboxEntry]) -> list[dict[str, Any]]:
@@ -143,25 +142,23 @@ def tables(entries: Sequence[ToyboxEntry]) -> list[dict[str, Any]]:
 
 
 def page(entries: Sequence[ToyboxEntry]) -> str:
-    """HTML of all tables; it loads nothing from elsewhere."""
+    """Return the page of all tables."""
     return board(
         "Ordered by how well prompts are followed. An order means something only where the "
         "verdict names a winner: each model is compared with the first of its table, prompt by "
         "prompt. Figures have their 95% interval.",
-        [(table, _lines(table)) for table in tables(entries)],
+        [(table, _drawn(table)) for table in tables(entries)],
     )
 
 
-def _lines(table: Mapping[str, Any]) -> list[str]:
-    head = [escape(column).replace(", ", "<br>") for column in table["columns"]]
-    lines = [table_row(["model", "against the first", "clips", *head], "th", text=[1])]
-    for entry in table["rows"]:
-        figures = entry["figures"]
-        lines.append(table_row([
-            name_cell(entry), escape(entry["verdict"]), str(entry["clips"]),
-            *(_cell(column, figures.get(column)) for column in table["columns"]),
-        ], text=[1]))  # fmt: skip
-    return lines
+def _drawn(table: Mapping[str, Any]) -> Table:
+    heads = [column.replace(", ", "\n") for column in table["columns"]]
+    rows = [
+        [name_cell(entry), entry["verdict"], str(entry["clips"]),
+         *(_cell(column, entry["figures"].get(column)) for column in table["columns"])]
+        for entry in table["rows"]
+    ]  # fmt: skip
+    return Table(["model", "against the first", "clips", *heads], rows, words=[1])
 
 
 def _row(entry: ToyboxEntry, first: ToyboxEntry) -> dict[str, Any]:

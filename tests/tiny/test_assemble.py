@@ -431,7 +431,7 @@ def test_the_storyboard_is_a_page_of_its_own_with_everything_escaped(make, tmp_p
     made = make(text, [24, 12])
     page = write_storyboard(made.edit, made.shots, tmp_path / "film.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 6
-    for text in ("A &lt;b&gt; &amp; c", "&quot;One&quot;", "&lt;script&gt;", "shot 1",
+    for text in ("A &lt;b&gt; &amp; c", "&#34;One&#34;", "&lt;script&gt;", "shot 1",
                  "1.50 to 2.50 s, 12 frames", "dissolve, 0.50 s", "the first frame of s0"):
         assert text in page
     assert "<script" not in page

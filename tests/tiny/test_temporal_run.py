@@ -282,7 +282,7 @@ def test_each_planted_fault_is_ranked_by_its_measure() -> None:
     assert "frozen_share" not in ranked["flicker"], "what sees nothing ranks nothing"
     page = faults.page(result)
     assert page.count("<svg") > 100
-    assert "doesn&#x27;t rank it" in page
+    assert "doesn&#39;t rank it" in page
 
 
 def test_late_sound_is_ranked_by_its_bias() -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from vidgen.evaluation.statistics import wilson_interval
 from vidgen.evaluation.temporal.comparison import compare
-from vidgen.evaluation.temporal.summary import figures, pairs_text
+from vidgen.evaluation.temporal.report import pairs_text
+from vidgen.evaluation.temporal.summary import figures
 
 
 def rows(values, dynamic=True, seeds=1, **more):

@@ -126,8 +126,7 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
     from rich.console import Console
 
     from vidgen.core.runtime import atomic_write
-    from vidgen.evaluation.temporal.report import page
-    from vidgen.evaluation.temporal.summary import tables
+    from vidgen.evaluation.temporal.report import page, tables
 
     layouts = _layout_paths(Path(args.output), len(result["folders"]))
     for path, folder in zip(layouts, result["folders"], strict=True):

@@ -11,21 +11,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from vidgen.core import pages
 from vidgen.core.errors import InputError
+from vidgen.core.pages import Cell, Table
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.suite import prompt_of
 from vidgen.evaluation.temporal.comparison import HEADLINE, compare
-from vidgen.evaluation.temporal.report import (
-    STYLE,
-    document,
-    figure_cell,
-    table_row,
-    wide_table,
-)
+from vidgen.evaluation.temporal.report import SUBTOTALS, figure_cell, subtotal_cell
 from vidgen.evaluation.temporal.summary import by_name
 
 _SHOWN = (
@@ -33,7 +28,6 @@ _SHOWN = (
     PROXY + "background_consistency", "motion_smoothness", PROXY + "motion_smoothness",
     "warp_error", "flicker", "identity_drift_16", "motion_speed",
 )
-_SUBTOTALS = ("temporal_subtotal", PROXY + "temporal_subtotal")
 
 
 class Ranked(Protocol):
@@ -181,64 +175,55 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
             "settings": entry.settings,
             "clips": len(entry.folder["clips"]), "dynamic": entry.folder["dynamic"],
             "figures": entry.folder["figures"], "failed": len(entry.folder["failed"]),
-            **{name: entry.folder[name] for name in _SUBTOTALS}, "verdict": verdict,
+            **{name: entry.folder[name] for name in SUBTOTALS}, "verdict": verdict,
             "machine": entry.result["machine"],
         })  # fmt: skip
     return {"conditions": first.conditions, "rows": rows}
 
 
 def page(entries: Sequence[Entry]) -> str:
-    """HTML of all tables; it loads nothing from elsewhere."""
+    """Return the page of all tables."""
     return board(
         "Ordered by steadiness, which is 0 for clips that don't move. An order means something "
         "only where the verdict names a winner: each model is compared with the first of its "
-        "table, clip by clip. Figures have their 95% interval, or half of it.",
-        [(table, _lines(table["rows"])) for table in tables(entries)],
+        "table, clip by clip. Figures have their 95% interval.",
+        [(table, _drawn(table["rows"])) for table in tables(entries)],
     )
 
 
-def board(intro: str, sections: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> str:
-    """HTML of a leaderboard: each table with the rows that it is drawn as."""
-    parts = [_section(number, table, lines)
-             for number, (table, lines) in enumerate(sections, 1)]
-    return document("Leaderboard", ["<h1>Leaderboard</h1>", f"<p>{intro}</p>", *parts], STYLE)
+def board(intro: str, sections: Sequence[tuple[Mapping[str, Any], Table]]) -> str:
+    """Return the page of a leaderboard: each of `tables`, and the table that is drawn of it."""
+    return pages.page("leaderboard", title="Leaderboard", intro=intro, sections=[
+        {
+            "conditions": "; ".join(f"{name}: {_words(value)}"
+                                    for name, value in table["conditions"].items()),
+            "table": drawn,
+            "machines": "\n".join(sorted({json.dumps(each["machine"], sort_keys=True)
+                                          for each in table["rows"]})),
+        } for table, drawn in sections
+    ])  # fmt: skip
 
 
-def _section(number: int, table: Mapping[str, Any], lines: Sequence[str]) -> str:
-    told = "; ".join(f"{name}: {_words(value)}" for name, value in table["conditions"].items())
-    machines = sorted({json.dumps(each["machine"], sort_keys=True) for each in table["rows"]})
-    return (
-        f"<h2>Table {number}</h2><p>{escape(told)}</p>"
-        f"{wide_table(lines)}"
-        f"<details><summary>Machines and versions</summary><pre>{escape(chr(10).join(machines))}"
-        "</pre></details>"
-    )
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _drawn(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = [m for m in _SHOWN if any(m in each["figures"] for each in rows)]
-    totals = [name for name in _SUBTOTALS if any(each[name] is not None for each in rows)]
-    head = [f'<span title="{escape(MEASURES[m].about)}">{m}</span><br><small>'
-            f"{MEASURES[m].better} is better</small>" if MEASURES[m].better != "neither" else m
-            for m in shown]
-    heads = ["model", "against the first", "clips that move", *head, *totals]
-    lines = [table_row(heads, "th", text=[1])]
+    totals = [name for name in SUBTOTALS if any(each[name] is not None for each in rows)]
+    heads = [Cell(m, MEASURES[m].about, below=f"{MEASURES[m].better} is better")
+             if MEASURES[m].better != "neither" else m for m in shown]
+    lines: list[list[Cell | str]] = []
     for entry in rows:
         failed = f", {entry['failed']} failed" if entry["failed"] else ""
-        lines.append(table_row([
-            name_cell(entry), escape(entry["verdict"]),
+        lines.append([
+            name_cell(entry), entry["verdict"],
             f"{entry['dynamic']} of {entry['clips']}{failed}",
             *(figure_cell(entry["figures"].get(measure)) for measure in shown),
-            *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
-        ], text=[1]))  # fmt: skip
-    return lines
+            *(subtotal_cell(entry[name]) for name in totals),
+        ])  # fmt: skip
+    return Table(["model", "against the first", "clips that move", *heads, *totals], lines, [1])
 
 
-def name_cell(entry: Mapping[str, Any]) -> str:
-    """A model with what tells it from others."""
-    return (f'<b title="{escape(entry["file"])}">{escape(entry["name"])}</b><br>'
-            f"<small>{escape(entry['model'])}<br>"
-            f"{escape(entry['settings'])}</small>")  # fmt: skip
+def name_cell(entry: Mapping[str, Any]) -> Cell:
+    """Return the cell of a model, with its hash, settings and file."""
+    return Cell(entry["name"], entry["file"], below=f"{entry['model']}\n{entry['settings']}")
 
 
 def _words(value: Any) -> str:

@@ -5,6 +5,7 @@ Axes: H W rows and columns of pixels, h w of the pixels looked at, y x of cells.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -108,7 +109,12 @@ def _means(count: int, size: int) -> Array:
 def psnr(frame: Frames, reference: Frames) -> float:
     """Return 10 log10(peak^2 / MSE) in dB of pictures uint8 [H, W, 3]; 100 if they are equal."""
     error = np.subtract(frame, reference, dtype=np.float32)
-    return float(min(100.0, 10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-12))))
+    return psnr_of(float(np.square(error).mean()))
+
+
+def psnr_of(error: float) -> float:
+    """Return the same for a mean squared error in levels of 0 to 255."""
+    return min(100.0, 10 * math.log10(255**2 / max(error, 1e-12)))
 
 
 def ssim(frame: Frames, reference: Frames, side: int = 8) -> float:

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import logging
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from vidgen.core.errors import InputError, ModelError, VidgenError, nearest
 from vidgen.core.request import LOADING, MAX_DEVICES, OWN_FILE, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.media.cells import psnr_of
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.sound import read_sound
 from vidgen.media.types import Frames
@@ -268,7 +268,7 @@ def compare(path: str | Path, other: str | Path) -> Comparison:
             error += float(np.square(frame.astype(np.float64) - its_pair).sum())
         pixels, count = pixels + frame.size, count + 1
     if error:
-        psnr = 10 * math.log10(255**2 * pixels / error)
+        psnr = psnr_of(error / pixels)
         return Comparison(False, psnr, f"other frames, PSNR {psnr:.1f} dB")
     if not _same_sound(path, other):
         return Comparison(False, None, "the same frames with another sound")

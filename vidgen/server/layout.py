@@ -132,7 +132,7 @@ def without_folders(text: str, data: Path) -> str:
     return re.sub(rf"{re.escape(str(data))}/(?:(?:videos|films)/\w+/(?:{INPUTS}/)?)?", "", text)
 
 
-def read_recipe(folder: Path) -> Any:
+def kept_recipe(folder: Path) -> Any:
     """Return the recipe of a finished clip, or None."""
     with suppress(OSError, ValueError):
         return json.loads((folder / RECIPE).read_bytes())

@@ -12,7 +12,7 @@ from vidgen.server.access import Caller, Fields, Router, VideoJob, service_of, v
 from vidgen.server.answers import add_job_routes, content, queued, require_completed
 from vidgen.server.errors import ApiError
 from vidgen.server.files import FILE_ANSWERS
-from vidgen.server.layout import read_recipe
+from vidgen.server.layout import kept_recipe
 from vidgen.server.responses import ERRORS, Video, VideoPage
 from vidgen.server.schema import EditAsk, ExtensionAsk, RemixAsk, VideoAsk, body_schema
 
@@ -73,7 +73,7 @@ def download_video(
 def recipe_of_video(request: Request, video: VideoJob) -> Any:
     """What made a clip."""
     require_completed(video)
-    recipe = read_recipe(service_of(request).settings.job_folder(video.id))
+    recipe = kept_recipe(service_of(request).settings.job_folder(video.id))
     if recipe is None:
         raise ApiError(404, "not_found", "the video has no recipe")
     return JSONResponse(recipe)

@@ -1,18 +1,15 @@
-"""Scores of clips to the figures, VBench's layout and the tables of `vidgen eval temporal`."""
+"""Scores of clips to the figures and VBench's layout of `vidgen eval temporal`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.metrics.vbench import RANGES, WEIGHTS, normalise, temporal_subtotal
 from vidgen.evaluation.statistics import mean_interval, rate_interval
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 #: Averaged over all frames instead of over clips, as there.
 _BY_FRAMES = ("subject_consistency", "background_consistency")
@@ -97,58 +94,3 @@ def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         ]  # fmt: skip
         found[measure] = [averages[measure]["value"], results]
     return found
-
-
-def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The figures of all folders, and each comparison, for people."""
-    from rich.table import Table
-
-    folders = result["folders"]
-    drawn = Table(title="Clips in time")
-    for column in ("measure", "better", *(folder["name"] for folder in folders)):
-        drawn.add_column(column, justify="left" if column in ("measure", "better") else "right")
-    counts = [f"{folder['dynamic']} of {len(folder['clips'])}" for folder in folders]
-    drawn.add_row("clips that move", "", *counts)
-    for measure, kind in MEASURES.items():
-        cells = [_cell(folder["figures"].get(measure)) for folder in folders]
-        if any(cells):
-            drawn.add_row(f"{measure} {kind.unit}".strip(), kind.better, *cells)
-    for name in ("temporal_subtotal", PROXY + "temporal_subtotal"):
-        values = [folder[name] for folder in folders]
-        if any(value is not None for value in values):
-            drawn.add_row(name, "more", *("" if v is None else f"{v:.4f}" for v in values))
-    return [drawn, *map(_comparison, result["comparisons"])]
-
-
-def _cell(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return ""
-    if figure["low"] is None:
-        return f"{figure['value']:.4g}"
-    return f"{figure['value']:.4g} ({figure['low']:.4g} .. {figure['high']:.4g})"
-
-
-def pairs_text(compared: Mapping[str, Any]) -> str:
-    """How many pairs a comparison has, and how many clips have no part in one."""
-    text = f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move"
-    unpaired = dict(zip(compared["folders"], compared["unpaired"], strict=True))
-    told = [f"{count} of {name}" for name, count in unpaired.items() if count]
-    return text + (f"; without a pair: {', '.join(told)}" if told else "")
-
-
-def _comparison(compared: Mapping[str, Any]) -> Table:
-    from rich.table import Table
-
-    caption = pairs_text(compared)
-    if compared["fvd"] is not None:
-        caption += f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g}"
-    drawn = Table(
-        title=f"{' less '.join(compared['folders'])}: {compared['verdict']}", caption=caption
-    )
-    for column in ("measure", "difference", "95% interval", "pairs", "verdict"):
-        drawn.add_column(column, justify="left" if column in ("measure", "verdict") else "right")
-    for measure, row in compared["measures"].items():
-        interval = f"{row['low']:.4g} .. {row['high']:.4g}"
-        drawn.add_row(measure, f"{row['difference']:+.4g}", interval, str(row["pairs"]),
-                      row["verdict"])  # fmt: skip
-    return drawn

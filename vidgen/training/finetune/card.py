@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vidgen.core.config import dump
+from vidgen.core.pages import Chart, page
 from vidgen.core.runtime import atomic_write
-from vidgen.evaluation.temporal.report import line_chart
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.output import Made
 from vidgen.weights.folder import ModelFolder
@@ -114,15 +113,10 @@ def _scores(scores: Sequence[Mapping[str, float]]) -> str:
 
 
 def _curves(title: str, curve: Sequence[Mapping[str, Any]]) -> str:
-    """A page with the loss and the validation's mean by step."""
+    """Return a page with the loss and the validation's mean by step."""
     loss = [(line["step"], line["loss"]) for line in curve if "seconds_per_step" in line]
     scores = [(line["step"], line["validation"]["velocity_mean"])
               for line in curve if "validation" in line]
-    charts = [line_chart(f"{name} by step", [(name, points)], 640, 240)
+    charts = [Chart(f"{name} by step", [(name, points)], 640, 240)
               for name, points in (("loss", loss), ("validation", scores))]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Curves</title>'
-        "<style>body { font: 15px/1.5 system-ui, sans-serif; margin: 24px } "
-        "figure { margin: 16px 0 }"
-        f"</style><body><h1>{escape(title)}</h1>{''.join(charts)}</body></html>\n"
-    )
+    return page("charts", title=title, intro="", sections=[("", charts)])
