@@ -14,6 +14,7 @@ import torch
 from tests.models import build_tiny_model
 from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, DeviceError, InputError
+from vidgen.core.request import Loading
 from vidgen.diffusion.cache import Magnitudes, StepCaches
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
@@ -24,7 +25,6 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.parallel.crew import Crew, start_crew
 from vidgen.pipeline.replay import loading_from_recipe
 from vidgen.pipeline.step_caches import make_caches, write_magnitudes
-from vidgen.pipeline.types import Asked
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
@@ -34,7 +34,7 @@ LONG = torch.randn(1, 4, 64, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def open_engine(folder: Path, crew: Crew | None = None) -> Engine:
-    return Engine(open_model(str(folder)), CPU, Asked("none", "fp32"), crew=crew)
+    return Engine(open_model(str(folder)), CPU, Loading(offload="none", dtype="fp32"), crew=crew)
 
 
 @pytest.fixture(scope="module")

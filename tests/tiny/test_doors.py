@@ -143,7 +143,7 @@ def assert_same(model: str, words: str, options: Mapping[str, Any]) -> None:
 def test_words_of_a_command_are_options_of_a_request(words: str) -> None:
     args = verb_parser("generate")[1].parse([PROMPT, *shlex.split(words)])
     assert Request(**given_options(args)) == Request(
-        prompt=PROMPT, model="toybox", **{key: value for key, value in WORDS[words].items()
+        prompt=PROMPT, **{key: value for key, value in WORDS[words].items()
                                           if key in Request.model_fields})
     others = WORDS[words].keys() - Request.model_fields
     assert {key: getattr(args, key) for key in others} == {

@@ -132,10 +132,10 @@ def test_guidance_may_pull_further_towards_references(
     assert torch.equal(latents(other, settings={"reference_guidance": 3.0}), latents(engine))
     with pytest.raises(InputError, match=r"reference_guidance is 2\.0, but this model isn't"):
         latents(engine, reference=[picture], settings={"reference_guidance": 2.0})
-    shared = Request(prompt=PROMPT, reference=(picture,), devices=2)
-    assert make_plan(shared, other.folder).guidance.reference_scale == 0
+    shared = Request(prompt=PROMPT, reference=(picture,))
+    assert make_plan(shared, other.folder, devices=2).guidance.reference_scale == 0
     with pytest.raises(InputError, match=r"reference_guidance is 1\.0, but several devices"):
-        make_plan(replace(shared, settings={"reference_guidance": 1.0}), other.folder)
+        make_plan(shared.replace(settings={"reference_guidance": 1.0}), other.folder, devices=2)
 
 
 def test_references_that_show_the_same_as_the_prompt_alone_pull_nowhere(

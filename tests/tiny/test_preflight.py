@@ -23,7 +23,7 @@ from tests.tiny.test_timing import RATES
 from vidgen.cli.main import main
 from vidgen.cli.report import Report, duration_text, long_text
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import Request
+from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import size_text
 from vidgen.diffusion.guidance import Guidance
 from vidgen.media.clip import Clip
@@ -291,7 +291,7 @@ def test_the_setup_is_chosen_to_fit(tiny_model):
     assert needs["none"] > needs["stage"]
 
     def chosen(have, **options):
-        return choose(folder, plan, request.replace(**options), CPU, have, dtype="fp32").setup
+        return choose(folder, plan, request, Loading(**options), CPU, have, dtype="fp32").setup
 
     assert chosen(None).offload == chosen(needs["none"]).offload == "none"
     assert chosen(needs["none"] - 1).offload == "stage"

@@ -215,10 +215,10 @@ def test_readings_can_be_given(engine: Engine) -> None:
     assert torch.equal(given.latents, plain.latents)
 
 
-@pytest.mark.parametrize("value", ["", "car", "a=b=c", "red car=bus", "=car", "car=", 3])
+@pytest.mark.parametrize("value", ["", "car", "a=b=c", "red car=bus", "=car", "car="])
 def test_readings_that_are_none_are_refused(value: object) -> None:
     with pytest.raises(InputError, match="give auto, none, or words"):
-        Request(prompt=PROMPT, readings=value)  # type: ignore[arg-type]
+        Request(prompt=PROMPT, readings=value)
 
 
 def test_a_model_of_all_language_gets_prompts_as_written(

@@ -231,14 +231,15 @@ def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
         plain.generate(TWO, **OPTIONS)
     roller = StudentConfig("euler", (1.0, 0.0), 3.0, RollConfig())
     plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
-    for changed, asked, why in (
-        ({"strength": 0.5}, {}, "begins from another"), ({"student": roller}, {}, "rolled out"),
-        ({}, {"devices": 2}, "several devices"),
+    for changed, devices, why in (
+        ({"strength": 0.5}, 1, "begins from another"), ({"student": roller}, 1, "rolled out"),
+        ({}, 2, "several devices"),
     ):
-        request = Request.of(TWO, OPTIONS | asked)
+        request = Request.of(TWO, OPTIONS)
         with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):
-            with_verifier(replace(plan, **changed), request, engine.folder)
+            with_verifier(replace(plan, **changed), request, engine.folder, devices)
         request = request.replace(settings={})
-        assert with_verifier(replace(plan, **changed), request, engine.folder).binding == 0
+        free = with_verifier(replace(plan, **changed), request, engine.folder, devices)
+        assert free.binding == 0
     with pytest.raises(InputError, match="binding is 2; give a number from 0 to 1"):
         engine.generate(TWO, **OPTIONS | {"settings": {"binding": 2}})

@@ -14,7 +14,7 @@ import torch
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError, OutputError
-from vidgen.core.request import Request
+from vidgen.core.request import Loading, Request
 from vidgen.core.shapes import Tiles
 from vidgen.media.clip import Clip
 from vidgen.models.vae_tiles import grids
@@ -26,7 +26,7 @@ from vidgen.pipeline.parallel.crew import start_crew
 from vidgen.pipeline.plan import settle
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import choose
-from vidgen.pipeline.types import Asked, Setup
+from vidgen.pipeline.types import Setup
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
@@ -84,7 +84,8 @@ def test_frames_dont_depend_on_where_decoding_begins_nor_on_devices(
     assert all(map(torch.equal, alone[50:], engine.decode_video(latents, 1 + 49 * 4, tiles)))
     crew = start_crew(2, CPU)
     try:
-        both = Engine(open_model(str(tiny_model)), CPU, Asked("none", "fp32"), crew=crew)
+        asked = Loading(offload="none", dtype="fp32")
+        both = Engine(open_model(str(tiny_model)), CPU, asked, crew=crew)
         shared = [*both.decode_video(latents, 0, tiles)]
         assert crew._coming is not None, "too short to be shared"
     finally:
@@ -100,9 +101,9 @@ def test_tiles_are_chosen_only_where_the_whole_does_not_fit(tiny_model: Path) ->
     def need(offload: str, tiles: Tiles | None = None) -> int:
         return estimate(folder, plan, request, Setup(CPU, "fp32", offload, tiles=tiles)).peak_bytes
 
-    def chosen(have: int, **options: str) -> Setup:
-        asked = request.replace(**options)
-        return choose(folder, settle(folder, asked), asked, CPU, have, dtype="fp32").setup
+    def chosen(have: int, tiles: str = "auto", **options: str) -> Setup:
+        asked, loading = request.replace(tiles=tiles), Loading(**options)
+        return choose(folder, settle(folder, asked), asked, loading, CPU, have, dtype="fp32").setup
 
     least = min(map(need, ("none", "stage", "block")))
     assert chosen(least).tiles is None

@@ -92,9 +92,6 @@ def test_a_folder_goes_before_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build_tiny_model(tmp_path / "someone" / "tiny-model")
     model = open_model(ID)
     assert model.path == Path(ID)
-    assert model.is_called(ID)
-    assert model.is_called(str(tmp_path / ID))
-    assert not model.is_called("toybox")
 
 
 def models(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[dict]]:

@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import CALLED, Request
+from vidgen.core.request import CALLED, Loading, Request
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,8 @@ from vidgen.core.request import CALLED, Request
         ({"settings": {5: 1}}, "settings names 5"),
         ({"settings": None}, "settings is None; leave it out, or give a value"),
         ({"count": None}, "count is None; leave it out, or give a value"),
-        ({"model": 5}, "model must be text, not 5"),
+        ({"model": 5}, "model is no option of a clip; give model to vidgen.load"),
+        ({"torch_dtype": "bf16"}, "torch_dtype is no option of a clip; give dtype to vidgen.load"),
         ({"latents": np.zeros(3), "count": 2}, "latents are the noise of one clip, but count is 2"),
         ({"fps": 1000}, "fps is 1000; give a number from 1 to 240"),
         ({"size": "128"}, "size is '128'; give width and height"),
@@ -79,12 +80,20 @@ from vidgen.core.request import CALLED, Request
         ({"frame": ["a.png"]}, "frame holds 'a.png'; give pairs"),
         ({"frame": [(-1, "a.png")]}, "frame is -1; give a number from 0"),
         ({"count": 0}, "count is 0; give a whole number from 1"),
-        ({"dtype": "fp8"}, "dtype is 'fp8'; did you mean 'fp"),
     ],
 )
 def test_bad_values_are_refused_with_value_limit_and_remedy(options, message):
     with pytest.raises(InputError, match=message):
         Request(**{"prompt": "a cat", **options})
+
+
+def test_bad_values_of_loading_are_refused_alike():
+    for options, message in (
+        ({"model": 5}, "model must be text, not 5"), ({"devices": 0}, "devices is 0; give a"),
+        ({"dtype": "fp8"}, "dtype is 'fp8'; did you mean 'fp"), ({"shard": 1}, "give True"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Loading(**options)
 
 
 def test_a_misspelt_option_names_the_nearest():
@@ -103,8 +112,9 @@ def test_what_other_programs_call_an_option_is_told_by_our_name(theirs, ours):
 
 
 def test_other_programs_names_mean_options_that_there_are():
-    assert set(CALLED.values()) <= set(Request.model_fields)
-    assert not set(CALLED) & set(Request.model_fields)
+    ours = set(Request.model_fields) | set(Loading.model_fields)
+    assert set(CALLED.values()) <= ours
+    assert not set(CALLED) & ours
 
 
 def test_pictures_of_pillow_are_taken_where_nothing_has_to_be_interpreted():

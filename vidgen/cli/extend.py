@@ -26,7 +26,7 @@ from vidgen.cli.outputs import (
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, OUTPUT, Request, silenced
+from vidgen.core.request import OUTPUT, Loading, Request, silenced
 from vidgen.core.values import parse_settings
 
 if TYPE_CHECKING:
@@ -87,20 +87,19 @@ def run(args: Namespace, report: Report) -> int:
     recipe = ending.recipe
     if recipe is not None and made_of_clips(recipe) is not None:
         recipe = None  # it goes on as any other clip does
-    given = given_options(args, but=(*LOADING, "seconds"))
+    given = given_options(args)
+    del given["seconds"]  # of the added part
     given["settings"] = parse_settings(args.settings or [])
-    loading = {name: getattr(args, name) for name in LOADING}
-    loading |= choose_devices(args.devices, args.shard, [journal])
+    loading = given_options(args, Loading)
     if recipe is not None:
         try:
             given = with_own_options(given, own_options(recipe, args.model, args.audio))
             model = recipe["model"].get("source") or recipe["model"]["name"]
         except InputError as error:
             raise InputError(f"{args.clip}: {error}") from None
-        loading["model"] = args.model or model
-        loading["quantize"] = args.quantize or recipe.get("quantize")
-        loading["dtype"] = args.dtype or recipe.get("dtype")
-    loading["model"] = loading["model"] or "toybox"
+        began = {"model": model, "quantize": recipe.get("quantize"), "dtype": recipe.get("dtype")}
+        loading = began | loading
+    chosen = choose_devices(Loading(**loading), [journal])
     if suffix not in CONTAINERS:
         given |= silenced(given["settings"])  # none is made for nobody to hear
     if "prompt" not in given:
@@ -109,15 +108,15 @@ def run(args: Namespace, report: Report) -> int:
         earlier = seed_of(journal)
         given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
         report({"event": "note", "text": f"seed {given['seed']}"})
-    if num_frames == 1 and isinstance(folder := open_model(loading["model"]), ModelFolder):
+    if num_frames == 1 and isinstance(folder := open_model(chosen.model), ModelFolder):
         fps = rate_of_still(recipe, folder)
     length = lengthened(args.clip, num_frames, fps, args.seconds)
     with told_how_to_go_on([journal], report), as_it_began([journal]):
-        return _make(given | length, size, loading, output, journal, report)
+        return _make(given | length, size, chosen, output, journal, report)
 
 
 def _make(
-    options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], output: str,
+    options: dict[str, Any], size: tuple[int, int], loading: Loading, output: str,
     journal: OutputJournal, report: Report,
 ) -> int:
     import torch
@@ -128,9 +127,9 @@ def _make(
 
     request = Request.of(options.pop("prompt"), options)
     start = time.monotonic()
-    share_threads(loading["devices"], torch.get_num_threads())
+    share_threads(loading.devices, torch.get_num_threads())
     able = f"models that go on from a clip: toybox, {', '.join(models_with('extend'))}"
-    engine = load_own(loading.pop("model"), able, **loading)
+    engine = load_own(loading.model, able, **loading.model_dump(exclude={"model"}))
     request = at_own_size(request, size, engine.folder)
     clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
                            on_estimate=report.expect, journal=journal)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.options import (
+    FIELDS,
     Parser,
     add_request_options,
     choose_devices,
@@ -28,7 +29,7 @@ from vidgen.cli.outputs import (
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, MODEL, OUTPUT, Request, silenced
+from vidgen.core.request import MODEL, OUTPUT, Loading, Request, silenced
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
@@ -41,13 +42,12 @@ ENDLESS = 99_997
 """Frames of a clip into a pipe where nobody says: hours."""
 ONLY_PYTHON = ("latents", "prefix", "overlap", "colour_hold")
 """Options that this command line doesn't have; extend has some of them."""
-OPTIONS = [name for name in Request.model_fields if name not in ONLY_PYTHON]
+OPTIONS = [name for name in FIELDS if name not in ONLY_PYTHON]
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the verb's options: all fields of `Request`, and those of the output."""
     add_request_options(parser, OPTIONS)
-    parser.set_defaults(model="toybox")
     parser.advanced.append(parser.group(MODEL).add_argument(
         "--attention", choices=BACKENDS, default="auto", help=(
             "attention back end; one that can't run here is replaced with a warning, or refused "
@@ -63,7 +63,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    request = Request(**given_options(args, but=LOADING))
+    request = Request(**given_options(args))
     if args.output == PIPE:
         return _into_pipe(request, args, report)
     if request.seed is None:
@@ -80,13 +80,12 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.preview import preview_path, write_preview
 
     start = time.monotonic()
-    loading = {name: getattr(args, name) for name in LOADING}
-    loading |= choose_devices(args.devices, args.shard, journals)
-    share_threads(loading["devices"], torch.get_num_threads())
+    loading = choose_devices(Loading(**given_options(args, Loading)), journals)
+    share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
-        loading["offload"] = "stage"  # nothing is left that would need a network
+        loading = loading.replace(offload="stage")  # nothing is left that would need a network
     with told_how_to_go_on(journals, report), as_it_began(journals):
-        engine = load(**loading)
+        engine = load(**loading.model_dump())
 
         def hooks(kept: list[OutputJournal]) -> dict[str, Any]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
@@ -144,7 +143,7 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
         request = request.replace(frames=ENDLESS)
     if request.seed is None:
         request = request.replace(seed=choose_seed(args, request, report))
-    engine = load(**{name: getattr(args, name) for name in LOADING})
+    engine = load(**given_options(args, Loading))
     clip = one_clip(engine.generate(request))
     told = {"event": "progress", "stage": "roll", "total": clip.num_frames}
     write_live(sys.stdout.buffer, clip.chunks(), clip.info,

@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vidgen import __version__
-from vidgen.cli.options import Parser
 from vidgen.cli.report import Report, print_line
 from vidgen.core.errors import InputError, VidgenError, nearest
 from vidgen.core.runtime import attention_by, given_rank
+
+if TYPE_CHECKING:
+    from vidgen.cli.options import Parser
 
 VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
@@ -125,6 +127,8 @@ def verb_parser(verb: str) -> tuple[ModuleType, Parser]:
 
 def parser_of(module: Any, prog: str, *, is_long: bool = True) -> Parser:
     """Return the parser of a module with options like a verb's; long ones take `--events`."""
+    from vidgen.cli.options import Parser
+
     parser = Parser(prog=prog, description=module.DESCRIPTION)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import CALLED, Request
+from vidgen.core.request import CALLED, Loading, Options, Request
 from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
@@ -99,10 +99,14 @@ class Parser(argparse.ArgumentParser):
         return [flag for flag in flags if flag.startswith("--")]
 
 
+FIELDS = Request.model_fields | Loading.model_fields
+"""All that the request and the loading of a model leave to a person, by name."""
+
+
 def add_request_options(
     parser: Parser, names: Iterable[str], *, before: str = "", are_optional: bool = False
 ) -> None:
-    """Declare fields of `Request` as options, under the headings of help.
+    """Declare fields of `Request` and `Loading` as options, under the headings of help.
 
     Args:
         parser: of the verb.
@@ -111,11 +115,12 @@ def add_request_options(
         are_optional: whether an option that isn't given is None instead of its default.
     """
     for name in names:
-        field = Request.model_fields[name]
+        field = FIELDS[name]
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
-        how = {"help": _help(field, before), **_reading(name, field, extra["metavar"])}
+        how = _reading(name, field, extra["metavar"])
+        how["help"] = _help(field, before, are_optional)
         if name == "prompt" and not are_optional:
             flag = name
         else:
@@ -127,8 +132,9 @@ def add_request_options(
             parser.advanced.append(action)
 
 
-def _help(field: FieldInfo, before: str) -> str:
+def _help(field: FieldInfo, before: str, is_optional: bool) -> str:
     is_told = isinstance(field.default, str | int) and field.default not in (False, 0)
+    is_told = is_told and not is_optional
     default = f"; default {field.default}" if is_told else ""
     return f"{before}{field.description}{default}".replace("%", "%%")
 
@@ -172,10 +178,10 @@ def _timed_text(text: str) -> tuple[float | None, str]:
 _PARSERS: dict[str, Callable[[str], Any]] = {"frame": _timed_picture, "say": _timed_text}
 
 
-def given_options(args: argparse.Namespace, but: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the fields of `Request` that a command line gives."""
+def given_options(args: argparse.Namespace, of: type[Options] = Request) -> dict[str, Any]:
+    """Return the options that a command line gives, of the request or of loading."""
     return {name: value for name, value in vars(args).items()
-            if name in Request.model_fields and name not in but and value not in (None, [])}
+            if name in of.model_fields and value not in (None, [])}
 
 
 def add_workers(parser: ArgumentParser, what: str) -> None:
@@ -190,29 +196,30 @@ def add_workers(parser: ArgumentParser, what: str) -> None:
 
 
 def choose_devices(
-    count: int | None, shard: bool | None, journals: Sequence[Journal]
-) -> dict[str, Any]:
-    """Return the devices given, started by torchrun, or used by unfinished clips.
+    loading: Loading, journals: Sequence[Journal]
+) -> Loading:
+    """Return the loading with the devices given, started by torchrun, or used by unfinished clips.
 
-    Where all clips are finished there is nothing left that more than one could do.
+    If all clips are finished, one device is enough.
     """
+    count, shard = loading.devices, loading.shard
     given = given_rank()
     if journals and not given and all(journal.finished for journal in journals):
-        return {"devices": 1, "shard": False}
+        return loading.replace(devices=1, shard=False)
     kept = ((journal.recipe or {}).get("devices") for journal in journals)
     began: dict[str, Any] = next(filter(None, kept), {})
     if count is None:
         count = given[1] if given else began.get("count", 1)
     if shard is None:
         shard = began.get("shard", False)
-    return {"devices": count, "shard": shard}
+    return loading.replace(devices=count, shard=shard)
 
 
-def share_threads(count: int, threads: int) -> None:
+def share_threads(count: int | None, threads: int) -> None:
     """On a CPU give each of `count` devices its share, unless OMP_NUM_THREADS says how many."""
     import torch
 
-    share = max(1, threads // max(1, count))
+    share = max(1, threads // max(1, count or 1))
     if not (torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ) and (
         share != torch.get_num_threads()
     ):

@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Count, measure the machine if it never was, and print a table."""
-    from vidgen.core.request import Request
+    from vidgen.core.request import Loading, Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.loader import DTYPES, Parts
     from vidgen.pipeline.plan import require_models, require_own_model, settle
@@ -46,12 +46,13 @@ def run(args: Namespace, report: Report) -> int:
     else:
         report({"event": "note", "text": f"{folder.name} isn't here; planned as it is published"})
     require_models(request, folder)
-    plan, dtype = settle(folder, request), args.dtype or best_dtype(device)
+    loading = Loading(**given_options(args, Loading))
+    plan, dtype = settle(folder, request, loading.devices), loading.dtype or best_dtype(device)
     kind = DTYPES[dtype]
     used = {kind, Parts(folder, device, kind).dtype_of("vae")}
     rates = {each: _rates(device, each, report) for each in used}
     have = available_memory(device)
-    made = choose(folder, plan, request, device, have, rates=rates, dtype=dtype)
+    made = choose(folder, plan, request, loading, device, have, rates=rates, dtype=dtype)
     if (args.devices or 1) > 1:
         report({"event": "note", "text": "time and memory are those of one device alone"})
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,

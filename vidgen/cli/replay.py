@@ -86,7 +86,8 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     Raises:
         InputError: a key that is no such option, with the nearest; a value that can't be read.
     """
-    from vidgen.core.request import CALLED, DEFAULTS
+    from vidgen.cli.options import FIELDS
+    from vidgen.core.request import CALLED
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.settings import SETTINGS
 
@@ -94,7 +95,7 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     generate.add_arguments(parser)
     actions = {action.dest: action for action in parser._actions}
     defaults = {
-        name: default for name, default in DEFAULTS.items()
+        name: field.default for name, field in FIELDS.items()
         if name in (*actions, *_PLAIN) and name not in _NOT_SET
     }
     options, settings = dict[str, Any](), dict[str, Any]()

@@ -20,7 +20,7 @@ from vidgen.cli.outputs import as_it_began, output_names, told_how_to_go_on
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING
+from vidgen.core.request import Loading
 from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: its label, its request, keywords of `load`, and the clip's file."""
+    """One setting: its label, its request, the model's loading, and the clip's file."""
 
     label: str
     request: Request
-    loading: Mapping[str, Any]
+    loading: Loading
     path: Path
 
 
@@ -202,7 +202,7 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
     count = math.prod(len(axis.values) for axis in args.over)
     if count > MAX_CELLS:
         raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
-    base = given_options(args)
+    base = given_options(args) | given_options(args, Loading)
     base["settings"] = parse_settings(args.settings)
     cells = [
         _cell(base, list(zip(args.over, values, strict=True)), stem)
@@ -227,9 +227,8 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
         else:
             options["prompt"] = _replaced(options["prompt"], axis.word, value)
             label.append(value)
-    loading = {name: options.pop(name, None) for name in LOADING}
-    loading |= choose_devices(loading["devices"], loading["shard"], ())
-    request = Request.of(options.pop("prompt"), options)
+    loaded = {name: options.pop(name) for name in Loading.model_fields if name in options}
+    loading, request = choose_devices(Loading(**loaded), ()), Request(**options)
     name = _identity(request, loading)
     return Cell(", ".join(label), request, loading, Path(f"{stem}.cells", f"{name}.mp4"))
 
@@ -241,11 +240,11 @@ def _replaced(prompt: str, word: str, value: str) -> str:
     return re.sub(pattern, lambda _: value, prompt)
 
 
-def _identity(request: Request, loading: Mapping[str, Any]) -> str:
+def _identity(request: Request, loading: Loading) -> str:
     """Return a name for a clip by all that shapes it, so that an earlier one is recognised."""
     from vidgen.pipeline.recipe import identity
 
-    return identity(request, **{**loading, "model": _content_hash(loading["model"])})
+    return identity(request, **loading.model_dump() | {"model": _content_hash(loading.model)})
 
 
 @lru_cache
@@ -277,8 +276,8 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
             if engine is not None:
                 engine.close()
             engine, loaded = None, cell.loading  # the old one leaves before the new one comes
-            share_threads(cell.loading["devices"], threads)
-            engine = load(**cell.loading)
+            share_threads(cell.loading.devices, threads)
+            engine = load(**cell.loading.model_dump())
         assert engine is not None
         journal = Journal(cell.path, resume=args.resume or not args.overwrite,
                           overwrite=args.overwrite)
@@ -300,18 +299,16 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
 
-    device, folders = choose_device(), [open_model(cell.loading["model"]) for cell in cells]
+    device, folders = choose_device(), [open_model(cell.loading.model) for cell in cells]
     known = [folder for folder in folders if isinstance(folder, ModelFolder)]
     if len(known) < len(cells):
         return []
     have = available_memory(device)
     made = []
     for folder, cell in zip(known, cells, strict=True):
-        dtype, offload = cell.loading["dtype"], cell.loading["offload"]
-        asked = cell.request.replace(offload=None if offload == "auto" else offload, dtype=dtype,
-                        quantize=cell.loading["quantize"])
-        made.append(choose(folder, settle(folder, asked), asked, device, have,
-                           dtype=dtype or best_dtype(device)))
+        plan = settle(folder, cell.request, cell.loading.devices)
+        made.append(choose(folder, plan, cell.request, cell.loading, device, have,
+                           dtype=cell.loading.dtype or best_dtype(device)))
     return made
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -34,8 +34,6 @@ NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
 OWN_FILE = "@"
 """First character of a text of `say` that names a sound file."""
-LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
-"""Options that say how a model is loaded, not what it makes."""
 WHAT, CONDITIONS, LENGTH, SOUND, MODEL, OUTPUT = GROUPS = (
     "What", "Conditions", "Length and size", "Sound", "Model and memory", "Output")
 """Headings of help."""
@@ -92,8 +90,8 @@ def option(
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
-class Request(BaseModel):
-    """One generation. Each field's description is the help of its option.
+class Options(BaseModel):
+    """Options that are checked when they are given; None leaves one out.
 
     Raises:
         InputError: on construction, with the value, the limit and the remedy.
@@ -101,6 +99,48 @@ class Request(BaseModel):
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise _refusal(type(self), error) from None
+
+    def replace(self, **options: Any) -> Self:
+        """Return a copy with other values of some options, checked again."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**given | options)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_pythons_own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Take numbers of other libraries as Python's own."""
+        return {name: values.plain(value) for name, value in options.items()}
+
+
+class Loading(Options):
+    """How a model is loaded; see `vidgen.load`."""
+
+    model: str = option(
+        "toybox", MODEL, "name, folder, checkpoint file or hub id",
+        "NAME|FOLDER|HUB_ID", basic=True, max_length=4096)
+    dtype: Literal["fp32", "bf16", "fp16"] | None = option(
+        None, MODEL, "number format of the computation; default the fastest here")
+    offload: Annotated[
+        Literal["none", "stage", "block"] | None, BeforeValidator(values.none_of_auto)] = option(
+        None, MODEL, "keep all, one stage or two blocks of the model in memory; default the first "
+        "of them that fits", basic=True)
+    quantize: Literal["int8"] | None = option(
+        None, MODEL, "keep the linear layers' weights in 8 bits, half the memory", basic=True)
+    devices: int | None = option(
+        None, MODEL, "devices that share the work; default 1, under torchrun as many as it "
+        "started", "N", ge=1, le=MAX_DEVICES)
+    shard: bool | None = option(
+        None, MODEL, "spread the transformer's weights over the devices")
+
+
+class Request(Options):
+    """One generation. Each field's description is the help of its option."""
 
     prompt: str = option(
         ..., WHAT, "what the clip shows, up to 20,000 characters; models read fewer", "PROMPT",
@@ -206,26 +246,9 @@ class Request(BaseModel):
         None, SOUND, "voice of --say: one of espeak-ng, default en-us, or the file of one of "
         "Kokoro", "NAME|FILE.pt", max_length=4096)
 
-    model: str | None = option(
-        None, MODEL, "name, folder, checkpoint file or hub id; default toybox",
-        "NAME|FOLDER|HUB_ID", basic=True, max_length=4096)
-    dtype: Literal["fp32", "bf16", "fp16"] | None = option(
-        None, MODEL, "number format of the computation; default the fastest here")
-    offload: Annotated[
-        Literal["none", "stage", "block"] | None, BeforeValidator(values.none_of_auto)] = option(
-        None, MODEL, "keep all, one stage or two blocks of the model in memory; default the first "
-        "of them that fits", basic=True)
-    quantize: Literal["int8"] | None = option(
-        None, MODEL, "keep the linear layers' weights in 8 bits, half the memory", basic=True)
     tiles: Annotated[str, AfterValidator(values.check_tiles)] = option(
         "auto", MODEL, "rows x columns in which the VAE takes a picture; auto cuts it if the whole "
         "doesn't fit the memory", "auto|none|RxC")
-    devices: int | None = option(
-        None, MODEL, "devices that share the work; default 1, under torchrun as many as it "
-        "started", "N", ge=1, le=MAX_DEVICES)
-    shard: bool | None = option(
-        None, MODEL, "spread the transformer's weights over the devices")
-
     count: int = option(
         1, OUTPUT, "clips to make, of seeds N, N+1, ...", "N", basic=True, ge=1, le=1000)
     strict: bool = option(
@@ -240,21 +263,11 @@ class Request(BaseModel):
         None, OUTPUT, "write the AIGC field of GB 45438-2025 for this producer", "PRODUCER",
         max_length=200)
 
-    def __init__(self, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise _refusal(error) from None
-
     @classmethod
     def of(cls, prompt: str | Request, options: Mapping[str, Any]) -> Request:
         """Return a request of keywords, or a request with some of its options replaced."""
         return prompt.replace(**options) if isinstance(prompt, Request) else cls(
             prompt=prompt, **options)
-
-    def replace(self, **options: Any) -> Request:
-        """Return a copy with other values of some options, checked again."""
-        return Request(**{name: getattr(self, name) for name in self.model_fields_set} | options)
 
     def has(self, option: str) -> bool:
         """Return whether an option was given."""
@@ -290,12 +303,6 @@ class Request(BaseModel):
         """The scheduler object given as `sampler`; None if that is a name or left out."""
         return None if isinstance(self.sampler, str) else self.sampler
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_pythons_own(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Take numbers of other libraries as Python's own."""
-        return {name: values.plain(value) for name, value in options.items()}
-
     @model_validator(mode="after")
     def _fits_together(self) -> Request:
         if not self.prompt.strip():
@@ -323,7 +330,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Values of the options that a request leaves out."""
 
 
-def _refusal(error: ValidationError) -> InputError:
+def _refusal(options: type[Options], error: ValidationError) -> InputError:
     """Say what the first invalid option was given, what it takes, and what to do."""
     problems = error.errors(include_url=False)
     found = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
@@ -331,7 +338,9 @@ def _refusal(error: ValidationError) -> InputError:
     if kind == "extra_forbidden":
         if name in _ELSEWHERE:
             return InputError(f"{name} is no option of a clip; {_ELSEWHERE[name]}")
-        known = set(Request.model_fields) - {"prompt"}
+        if (meant := CALLED.get(name, name)) in Loading.model_fields:
+            return InputError(f"{name} is no option of a clip; give {meant} to vidgen.load")
+        known = set(options.model_fields) - {"prompt"}
         return InputError(f"unknown option {name!r}; {nearest(name, known, CALLED)}")
     if kind in ("missing", "string_type") and (name == "prompt" or value is not None):
         return InputError(f"{name} must be text, not {values.shown(value)}")
@@ -345,12 +354,12 @@ def _refusal(error: ValidationError) -> InputError:
     if kind == "literal_error":
         choices = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         return InputError(f"{name} is {values.shown(value)}; {nearest(str(value), choices)}")
-    return InputError(f"{name} is {values.shown(value)}; give {expected(name)}")
+    return InputError(f"{name} is {values.shown(value)}; give {_expected(options, name)}")
 
 
-def expected(name: str) -> str:
+def _expected(options: type[Options], name: str) -> str:
     """Return words for what an option takes, by its type and its limits."""
-    field = Request.model_fields[name]
+    field = options.model_fields[name]
     kinds = str(field.annotation)
     if "bool" in kinds:
         return "True or False"

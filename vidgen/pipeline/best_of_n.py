@@ -75,7 +75,9 @@ class Verified:
     is_enough: bool
 
 
-def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+def with_verifier(
+    plan: Plan, request: Request, folder: ModelFolder, devices: int | None = 1
+) -> Plan:
     """Return the plan with the number of candidates and the strength of regional prompts.
 
     Raises:
@@ -90,7 +92,7 @@ def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     elif plan.strength < 1:
         why = "what a clip that begins from another one shows is that one's"
     shared = "several devices that share a clip don't tell things apart"
-    alone = why or (shared if (request.devices or 1) > 1 else None)
+    alone = why or (shared if (devices or 1) > 1 else None)
     binding = settled_value("binding", request, folder, alone)
     return replace(
         plan, candidates=int(settled_value("candidates", request, folder, why)),

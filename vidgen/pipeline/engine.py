@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
+from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.core.values import check_picture
 from vidgen.media.clip import Clip
@@ -30,7 +30,6 @@ from vidgen.pipeline.policy import Policy, policy_from_environment
 from vidgen.pipeline.tasks import SOUND, check_tasks
 from vidgen.pipeline.types import (
     AnyEngine,
-    Asked,
     Contexts,
     Offload,
     OnPreview,
@@ -78,10 +77,11 @@ def load(
     check_picture("model", model, array=False)
     policy = policy or policy_from_environment()
     Signing.from_environment()  # report one that can't sign before a clip is made
-    folder, place = open_model(os.fspath(model)), choose_device(device)
-    asked = Asked(None if offload == "auto" else offload, dtype)
+    asked = Loading(model=os.fspath(model), dtype=dtype, offload=offload,  # type: ignore[arg-type]
+                    quantize=quantize, devices=devices, shard=shard)
     if shard and asked.offload is None:
-        asked = asked._replace(offload="stage")
+        asked = asked.replace(offload="stage")
+    folder, place = open_model(asked.model), choose_device(device)
     if isinstance(folder, ForeignFolder):
         from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
 
@@ -92,7 +92,7 @@ def load(
         dtype = dtype or best_dtype(place)
         return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
     crew = start_crew(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
-    return Engine(folder, place, asked, quantize, policy, crew)
+    return Engine(folder, place, asked, policy, crew)
 
 
 def load_own(model: str, otherwise: str, **loading: Any) -> Engine:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
-from vidgen.core.request import Request
+from vidgen.core.request import Loading, Request
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
 from vidgen.diffusion.state import LatentState, new_state
@@ -41,7 +41,7 @@ from vidgen.pipeline.levels import settles, sigmas_of, split_of
 from vidgen.pipeline.loader import DTYPES, Parts
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.prompts import PromptEncoder
-from vidgen.pipeline.types import NO_LORAS, Asked, Contexts, Loras, Plan
+from vidgen.pipeline.types import NO_LORAS, Contexts, Loras, Plan
 from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from vidgen.pipeline.parallel.crew import Crew
     from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.types import Setup
-    from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,7 @@ class OpenedModel:
     """A model's networks on a device.
 
     Args:
-        asked: the offload and dtype that the user gave, if any.
-        quantize: "int8" or None.
+        asked: how it is to be loaded; what is None is chosen here.
         policy: refuses prompts, or None.
         crew: other devices that share the work, or None.
 
@@ -68,20 +66,19 @@ class OpenedModel:
     """
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device, asked: Asked,
-        quantize: Quantization | None = None, policy: Policy | None = None,
-        crew: Crew | None = None,
+        self, folder: ModelFolder, device: torch.device, asked: Loading,
+        policy: Policy | None = None, crew: Crew | None = None,
     ) -> None:
         from vidgen.pipeline.setups import first_setup
 
         self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
-        self.asked, self.quantize = asked, quantize
+        self.asked, self.quantize = asked, asked.quantize
         self.vae_config: VAEConfig = folder.components["vae"].config
         self.dit_config: DiTConfig = folder.components["transformer"].config
         self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
         if crew is not None:
-            crew.open(folder, quantize)
-        self._open(first_setup(folder, device, asked, quantize))
+            crew.open(folder, asked.quantize)
+        self._open(first_setup(folder, device, asked))
         self.parts.check()
         if self.offload == "none":  # report damaged files now
             for role in folder.components:
@@ -110,14 +107,10 @@ class OpenedModel:
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
         """Settle all that the request left open; refuse what this model can't do."""
-        from vidgen.pipeline.plan import require_own, settled
+        from vidgen.pipeline.plan import settled
 
-        devices, shard = (self.crew.size, self.crew.shard) if self.crew else (1, False)
-        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
-               "quantize": self.quantize, "devices": devices, "shard": shard}
-        require_own(request, self.folder, own)
-        request = request.replace(devices=devices)
-        plan = settled(request, self.folder, inputs, self.tokenizer)
+        devices = 1 if self.crew is None else self.crew.size
+        plan = settled(request, self.folder, inputs, self.tokenizer, devices)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):
                 log.warning("%s", remark)

@@ -6,10 +6,9 @@ The recipe stores it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import MAX_SECONDS, Request
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = None) -> Plan:
+def make_plan(
+    request: Request, folder: ModelFolder, inputs: Inputs | None = None, devices: int | None = 1
+) -> Plan:
     """Settle a request against a model.
 
     Args:
@@ -57,6 +58,7 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
         folder: the model; its defaults hold where the request is silent.
         inputs: what was read of the request's files, whose aspect and length a clip keeps that has
             no others; None: it has none, or size and length are given.
+        devices: number of devices that share the work.
 
     Raises:
         InputError: a size, count, sampler or setting that can't be had; names the nearest that can.
@@ -88,7 +90,7 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
                          f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
                          f"{MAX_SECONDS} at most")
     _warn_unseen(defaults, width, height)
-    guidance = _guidance(request, folder)
+    guidance = _guidance(request, folder, devices)
     if request.video is not None and request.strength is None and request.mask is None:
         raise InputError("a video was given without strength or mask; give strength from 0 to 1 to "
                          "re-imagine it, or a mask to repaint a part")
@@ -130,7 +132,7 @@ def _tiles(request: Request, latents: LatentShape) -> Tiles | None:
     return Tiles(rows, columns) if rows * columns > 1 else None
 
 
-def _guidance(request: Request, folder: ModelFolder) -> Guidance:
+def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Guidance:
     """Guidance of a request; --guidance, given alone, holds for other experts and images, too."""
     defaults = folder.defaults
     low = defaults.guidance_scale_2 if request.guidance is None else None
@@ -154,16 +156,16 @@ def _guidance(request: Request, folder: ModelFolder) -> Guidance:
         interval=request.guidance_interval or defaults.guidance_interval,
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
-        reference_scale=_reference_scale(request, folder),
+        reference_scale=_reference_scale(request, folder, devices),
         reach=reach,
     )
 
 
-def _reference_scale(request: Request, folder: ModelFolder) -> float:
+def _reference_scale(request: Request, folder: ModelFolder, devices: int | None) -> float:
     why = None
     if "reference_guidance" not in folder.defaults.settings:
         why = "this model isn't guided by references alone"
-    elif (request.devices or 1) > 1:
+    elif (devices or 1) > 1:
         why = "several devices that share a clip aren't guided by references alone"
     scale = settled_value("reference_guidance", request, folder, why)
     return scale if request.reference else 0.0
@@ -221,7 +223,7 @@ def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:
         log.warning("the model never saw clips of %dx%d; it knows %s", width, height, known)
 
 
-def settle(folder: ModelFolder, request: Request) -> Plan:
+def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
     """The plan of a request, made without an engine, perhaps of a model that isn't here.
 
     Raises:
@@ -231,11 +233,12 @@ def settle(folder: ModelFolder, request: Request) -> Plan:
     check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
     inputs = Inputs() if request.first_frame_model else read_inputs(request)
     tokenizer = PromptTokenizer(folder.tokenizer, dit.text_len) if folder.files else None
-    return settled(request, folder, inputs, tokenizer)
+    return settled(request, folder, inputs, tokenizer, devices)
 
 
 def settled(
-    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None
+    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None,
+    devices: int | None = 1,
 ) -> Plan:
     """The plan of a request whose files were read; without a tokenizer its texts aren't.
 
@@ -243,9 +246,9 @@ def settled(
         InputError: what this model can't do; a text that a model of few words can't read whole (one
             of all language cuts it).
     """
-    plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
+    plan = replace(make_plan(request, folder, inputs, devices), cache=settle_cache(request, folder))
     plan = with_oversampling(with_student(plan, request, folder), request, folder)
-    plan = with_verifier(plan, request, folder)
+    plan = with_verifier(plan, request, folder, devices)
     _warn_of_idle_loras(plan, request, folder)
     if tokenizer is None:
         return plan
@@ -308,19 +311,3 @@ def require_own_model(folder: ModelFolder | ForeignFolder) -> ModelFolder:
         raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
                          "embedded model and the Wan family")
     return folder
-
-
-def require_own(
-    request: Request, folder: ModelFolder | ForeignFolder, own: Mapping[str, Any]
-) -> None:
-    """Refuse a request that names another model or way of loading than an engine's `own`.
-
-    Raises:
-        InputError: names the option.
-    """
-    for option, value in own.items():
-        asked = getattr(request, option)
-        is_own = asked in (None, value) or (option == "model" and folder.is_called(asked))
-        if not is_own:
-            raise InputError(f"this engine was loaded with {option} {value!r}, not {asked!r}; "
-                             "load another one")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from vidgen.core.errors import InputError, ModelError, VidgenError, nearest
-from vidgen.core.request import LOADING, MAX_DEVICES, OWN_FILE, Request
+from vidgen.core.request import MAX_DEVICES, OWN_FILE, Loading, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.cells import psnr_of
@@ -47,7 +47,7 @@ Given: TypeAlias = Sequence[tuple[str, str]]
 Record: TypeAlias = Mapping[str, Any]
 _MIN_HASH = 6
 _MANY = ("frame", "reference", "lora", "say")
-_DROPPED = ("count", "retry", "strict", "first_frame_model", *LOADING)
+_DROPPED = ("count", "retry", "strict", "first_frame_model")
 """Options that don't shape the one clip, or that stand elsewhere in the recipe."""
 _RIVALS = (("seconds", "frames"), ("image", "first_frame_model"), ("audio", "audio_model"))
 
@@ -70,7 +70,7 @@ def request_from_recipe(
             recipe that is damaged.
     """
     model = (changes or {}).get("model")
-    changes = {name: v for name, v in (changes or {}).items() if name not in LOADING}
+    changes = {name: v for name, v in (changes or {}).items() if name not in Loading.model_fields}
     changed = changes.pop("settings", {})
     replaced = set(changes)
     if replaced & {"prompt", "negative"}:
@@ -107,11 +107,12 @@ def loading_from_recipe(
     """
     with _reading():
         known = {"model": recipe["model"]["source"], "device": recipe["device"]}
-        known |= {name: recipe.get(name) for name in LOADING[1:4]}
+        known |= {name: recipe.get(name) for name in ("dtype", "offload", "quantize")}
         known |= _devices(recipe.get("devices") or {})
         wanted = recipe["model"]["sha256"]
     known["model"] = dict(given).get("model", known["model"])
-    known |= {name: value for name, value in (changes or {}).items() if name in LOADING}
+    known |= {name: value for name, value in (changes or {}).items()
+              if name in Loading.model_fields}
     if known["device"] != "cpu" and not torch.cuda.is_available():
         log.warning("the clip was made on %r, which is not here; it is made on the CPU",
                     known["device"])

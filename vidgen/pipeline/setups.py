@@ -18,10 +18,10 @@ from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.loader import DTYPES, Parts
 from vidgen.pipeline.memory import estimate
 from vidgen.pipeline.timing import Rates
-from vidgen.pipeline.types import Asked, Estimate, Offload, Plan, Setup
+from vidgen.pipeline.types import Estimate, Offload, Plan, Setup
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
+    from vidgen.core.request import Loading, Request
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
@@ -31,23 +31,23 @@ Made = Callable[[Setup], Estimate]
 
 
 def first_setup(
-    folder: ModelFolder, device: torch.device, asked: Asked, quantize: Quantization | None
+    folder: ModelFolder, device: torch.device, asked: Loading
 ) -> Setup:
     """Choose the setup in which to open a model, by its weights and the free memory alone.
 
     If no setup fits, return the one that needs least.
     """
     dtype, have = asked.dtype or best_dtype(device), available_memory(device)
-    for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked.offload, quantize)):
-        setup = Setup(device, name, offload, quantize)
+    for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked)):
+        setup = Setup(device, name, offload, asked.quantize)
         weights = Parts(folder, device, DTYPES[name], offload).needed_bytes(
-            quantize=quantize or "none")
+            quantize=asked.quantize or "none")
         if have is None or weights <= (1 - SPARE) * have:
             break
     return setup
 
 
-def preflight(parts: Parts, plan: Plan, request: Request, asked: Asked) -> Estimate:
+def preflight(parts: Parts, plan: Plan, request: Request, asked: Loading) -> Estimate:
     """Estimate a generation without measuring anything; choose what `asked` leaves open.
 
     Raises:
@@ -57,35 +57,32 @@ def preflight(parts: Parts, plan: Plan, request: Request, asked: Asked) -> Estim
     if have is not None:
         have += parts.elsewhere_bytes
         have += sum(parts.needed_bytes(role, offload="stage") for role in parts.resident)
-    request = request.replace(offload=asked.offload, dtype=asked.dtype, quantize=parts.quantize)
-    return choose(parts.folder, plan, request, parts.device, have,
+    return choose(parts.folder, plan, request, asked, parts.device, have,
                   dtype=asked.dtype or best_dtype(parts.device))
 
 
 def choose(
-    folder: ModelFolder, plan: Plan, request: Request, device: torch.device, have: int | None,
-    *, dtype: str, rates: Mapping[torch.dtype, Rates] | None = None,
+    folder: ModelFolder, plan: Plan, request: Request, asked: Loading, device: torch.device,
+    have: int | None, *, dtype: str, rates: Mapping[torch.dtype, Rates] | None = None,
 ) -> Estimate:
-    """Choose the fastest setup that fits, of those that the request leaves open.
+    """Choose the fastest setup that fits, of those that `asked` leaves open.
 
     Offloading comes before tiles, which take longer, and tiles before another dtype, which changes
     results. `have` are the device's free bytes, None if unknown, so that everything fits; `dtype`
-    is the device's best, or the request's own.
+    is the device's best, or the one asked for.
 
     Raises:
         ModelError: nothing fits; names what would.
     """
-    quantize: Quantization | None = request.quantize
-    asked: Offload | None = request.offload
     have = sys.maxsize if have is None else have
 
     def made(setup: Setup) -> Estimate:
         return estimate(folder, plan, request, setup, rates=rates)
 
     first = None
-    for name in _dtypes(request.dtype, dtype):
-        setups = [Setup(device, name, offload, quantize, plan.tiles)
-                  for offload in _offloads(asked, quantize)]
+    for name in _dtypes(asked.dtype, dtype):
+        setups = [Setup(device, name, offload, asked.quantize, plan.tiles)
+                  for offload in _offloads(asked)]
         cut = setups if request.tiles == "auto" else []
         for found in chain(map(made, setups), (_tiled(setup, plan, have, made) for setup in cut)):
             if found is not None and found.peak_bytes <= have:
@@ -111,9 +108,9 @@ def _dtypes(asked: str | None, best: str) -> list[str]:
     return [best] if asked or best != "fp32" else ["fp32", "bf16"]
 
 
-def _offloads(asked: Offload | None, quantize: Quantization | None) -> tuple[Offload, ...]:
+def _offloads(asked: Loading) -> tuple[Offload, ...]:
     known: tuple[Offload, ...] = get_args(Offload)
-    return (asked,) if asked else known[:2] if quantize else known
+    return (asked.offload,) if asked.offload else known[:2] if asked.quantize else known
 
 
 def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:

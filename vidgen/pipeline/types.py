@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -174,13 +174,6 @@ class Plan:
     def roll(self) -> RollConfig | None:
         """Settings of the roll-out; None if the clip is made in windows."""
         return None if self.student is None else self.student.roll
-
-
-class Asked(NamedTuple):
-    """Settings that a user gave an engine; None leaves the choice to it."""
-
-    offload: Offload | None
-    dtype: str | None
 
 
 @dataclass(frozen=True)

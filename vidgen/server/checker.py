@@ -71,6 +71,7 @@ class Checker:
         Raises:
             InputError: a request that can't be made, a bad file, or more than the limits.
         """
+        from vidgen.core.request import Loading
         from vidgen.pipeline.plan import settle
         from vidgen.pipeline.settings import served_limits
         from vidgen.pipeline.setups import choose
@@ -87,7 +88,8 @@ class Checker:
             self._at_most(name, request.settings[name], limit)
         has_sound = SOUND in self.folder.tasks
         make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
-        made = choose(self.folder, plan, request, self.device, None, dtype=self.dtype)
+        made = choose(self.folder, plan, request, Loading(), self.device, None,
+                      dtype=self.dtype)
         expected_s = sum(stage.seconds for stage in made.stages if stage.name != "load")
         return {
             "width": plan.width, "height": plan.height, "num_frames": plan.kept_frames,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import DEFAULTS, LOADING, Request
+from vidgen.core.request import DEFAULTS, Loading, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
@@ -38,7 +38,7 @@ from vidgen.weights.lora import parse_option
 if TYPE_CHECKING:
     import torch
 
-    from vidgen.pipeline.types import Estimate
+    from vidgen.pipeline.types import Estimate, Offload
     from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ ADDRESS_VERSION = 1
 """Of how addresses and files are made; another version renders every shot again."""
 DRAFT_ASPECT = 0.1
 """How far the aspect of a draft may be from the film's, as a logarithm."""
-_HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix", *LOADING})
+_HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix"})
 _DEFAULTS = {name: default for name, default in DEFAULTS.items() if name not in _HASHED}
 
 
@@ -75,7 +75,7 @@ def plan_film(
     folder = require_own_model(folder)
     project, defaults = script.project, folder.defaults
     try:
-        asked = Request(prompt="-", fps=project.fps, size=project.size or (
+        asked = Request(prompt="-", fps=project.fps, size=project.size or (  # type: ignore[arg-type]
             defaults.width, defaults.height))
     except InputError as error:
         raise InputError(f"{script.path}: project: {error}") from None
@@ -120,7 +120,7 @@ def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
 
 def estimates(
     film: FilmPlan, parts: Iterable[tuple[ShotPlan, Take, int]], device: torch.device,
-    have: int | None, dtype: str, offload: str | None = None,
+    have: int | None, dtype: str, offload: Offload | None = None,
 ) -> Iterator[Estimate]:
     """Yield the time and memory that parts of a film take; read headers, measure nothing.
 
@@ -144,10 +144,10 @@ def estimates(
         shape = (num_frames, request.steps, request.guidance == 1, len(request.reference),
                  request.image is None, request.last_image is None, request.lora)
         if shape not in known:
-            asked = request.replace(offload=offload, **film.loading)
+            loading = Loading(offload=offload, **film.loading)
             try:
-                known[shape] = choose(film.folder, make_plan(request, film.folder), asked, device,
-                                      have, dtype=dtype)
+                known[shape] = choose(film.folder, make_plan(request, film.folder), request,
+                                      loading, device, have, dtype=dtype)
             except ModelError as error:
                 raise ModelError(f"{film.script.where(plan.shot)}: {error}") from None
         yield known[shape]

@@ -179,10 +179,6 @@ class ModelFolder(Files):
             return "channels"
         return "tokens" if self.family == "toybox" or "image" in self.tasks else "none"
 
-    def is_called(self, model: str) -> bool:
-        """Whether `open_model(model)` means this model."""
-        return model in (self.name, self.given) or Path(model).resolve() == self.path.resolve()
-
 
 @dataclass(frozen=True)
 class ForeignFolder(Files):
@@ -195,10 +191,6 @@ class ForeignFolder(Files):
     def name(self) -> str:
         """The hub's id, or the folder's name."""
         return self.given or self.path.name
-
-    def is_called(self, model: str) -> bool:
-        """Whether `open_model(model)` means this model."""
-        return model == self.name or Path(model).resolve() == self.path.resolve()
 
 
 def hash_files(paths: Iterable[Path]) -> dict[Path, str]:

@@ -51,7 +51,6 @@ from vidgen.pipeline.diffusers_backend.plan import (
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal.journal import Journal, journals_of
 from vidgen.pipeline.loader import DTYPES
-from vidgen.pipeline.plan import require_own
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.recipe import make_foreign_recipe
 from vidgen.pipeline.rewrite import settle_texts
@@ -181,8 +180,6 @@ class ForeignEngine:
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """Read the request's pictures; draw a first frame if a model is given for it."""
-        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload}
-        require_own(request, self.folder, own)
         able = Abilities(self.pipe.own)
         able.refuse(request)
         if request.first_frame_model is None:
