@@ -44,7 +44,7 @@ from vidgen.pipeline.workers.types import Staff
 from vidgen.story.plan import plan_film
 from vidgen.story.render import Renderer
 from vidgen.story.script import Script
-from vidgen.story.store import Store
+from vidgen.story.store import ShotStore
 from vidgen.weights.layouts import open_model
 
 WAYS = ("words", "both", "reference")
@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     script = Script.read(write_script(sprites, options.steps, folder, ways))
     model = open_model(options.model)
     film = plan_film(script, model, dtype=options.dtype)
-    store = Store(folder / "shots", film)
+    store = ShotStore(folder / "shots", film)
     staff = settle_threads(store.folder, Staff(options.workers, threads=options.threads), tell)
     engine = partial(load, options.model, dtype=options.dtype)
     renderer = Renderer(store, engine, tell, staff=staff)

@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     staff = settle_threads(
         output.parent, Staff(options.workers, threads=options.threads), tell,
-        output.name + ".threads.json",
+        output.name + ".threads",
     )
     log = ScoreLog(output.with_name(output.name + ".jsonl"))
     pictures = make(jobs, work, replace(staff, patience=Patience(stall=math.inf)), log)

@@ -15,7 +15,7 @@ from vidgen.core.errors import InputError
 if TYPE_CHECKING:
     from vidgen.story.edit import Describe, Edit
     from vidgen.story.film import FilmPlan
-    from vidgen.story.store import RenderedShot, Store
+    from vidgen.story.store import RenderedShot, ShotStore
 
 
 def add_exports(parser: ArgumentParser) -> None:
@@ -49,7 +49,7 @@ class Making:
     otio: Path | None
 
 
-def describing(args: Namespace, store: Store) -> Describe | None:
+def describing(args: Namespace, store: ShotStore) -> Describe | None:
     """Return the function that plans sounds in words for the edit, or None."""
     if args.audio_model is None:
         return None
@@ -60,7 +60,7 @@ def describing(args: Namespace, store: Store) -> Describe | None:
                    offload=offload)
 
 
-def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Making:
+def settle(film: FilmPlan, store: ShotStore, output: Path, args: Namespace) -> Making:
     """Plan a film before its shots are rendered; write nothing.
 
     Raises:
@@ -157,7 +157,7 @@ def _had_texts(output: Path) -> bool:
         return False
 
 
-def _is_there(edit: Edit, store: Store) -> bool:
+def _is_there(edit: Edit, store: ShotStore) -> bool:
     """Return whether this very film exists already."""
     from vidgen.media.probe import read_recipe
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take
     from vidgen.story.script import Script
-    from vidgen.story.store import RenderedShot, Store
+    from vidgen.story.store import RenderedShot, ShotStore
 
 DESCRIPTION = (
     "Render a script's shots and join them. A shot that is there already is not rendered again; "
@@ -81,7 +81,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.story.edit import make_edit
     from vidgen.story.expand import expand_prompts
     from vidgen.story.plan import enforce_film, plan_film
-    from vidgen.story.store import Store
+    from vidgen.story.store import ShotStore
     from vidgen.weights.layouts import open_model
 
     _check_exports(args)
@@ -97,7 +97,7 @@ def run(args: Namespace, report: Report) -> int:
                      dtype=args.dtype, quantize=args.quantize, tiles=args.tiles,
                      expansion=expansion)
     enforce_film(policy_from_environment(), film)
-    store = Store(place, film)
+    store = ShotStore(place, film)
     plans = film.needed(args.only)
     if not (args.only or film.in_film):
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
@@ -182,7 +182,7 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
 
 
 def _render(
-    store: Store, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
+    store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
 ) -> list[RenderedShot]:
     """Render missing shots; on a stop say how to go on."""
     from vidgen.pipeline.engine import load
@@ -236,7 +236,7 @@ def _estimates(
 
 
 def _tell_plan(
-    film: FilmPlan, plans: Sequence[ShotPlan], store: Store, staff: Staff, args: Namespace,
+    film: FilmPlan, plans: Sequence[ShotPlan], store: ShotStore, staff: Staff, args: Namespace,
     report: Report, edit: Edit | None,
 ) -> int:
     """Report what each shot takes, which exist, and the length of the film, if any."""
@@ -283,7 +283,7 @@ def _tell_plan(
     return 0
 
 
-def _row(plan: ShotPlan, made: Sequence[Estimate], store: Store, left: int) -> dict[str, Any]:
+def _row(plan: ShotPlan, made: Sequence[Estimate], store: ShotStore, left: int) -> dict[str, Any]:
     """Return a shot's line of the plan; `seconds` are for what is left to render."""
     seconds = sum(s.seconds for one in made for s in one.stages if s.name != "load")
     return {

@@ -22,6 +22,7 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import Loading
 from vidgen.core.runtime import given_rank, slug
+from vidgen.core.store import Store
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -149,9 +150,13 @@ def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
     return stem, True
 
 
+def _store(stem: str) -> Store:
+    return Store(Path(f"{stem}.cells"))
+
+
 def _note(stem: str) -> Path:
     """Return the file of a seed that was drawn."""
-    return Path(f"{stem}.cells", "seed")
+    return _store(stem).folder / "seed"
 
 
 @contextmanager
@@ -230,7 +235,7 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
     loaded = {name: options.pop(name) for name in Loading.model_fields if name in options}
     loading, request = choose_devices(Loading(**loaded), ()), Request(**options)
     name = _identity(request, loading)
-    return Cell(", ".join(label), request, loading, Path(f"{stem}.cells", f"{name}.mp4"))
+    return Cell(", ".join(label), request, loading, _store(stem).path(name))
 
 
 def _replaced(prompt: str, word: str, value: str) -> str:

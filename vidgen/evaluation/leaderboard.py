@@ -7,7 +7,6 @@ compared with the first one, clip by clip.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from vidgen.core import pages
 from vidgen.core.errors import InputError
 from vidgen.core.pages import Cell, Table
+from vidgen.core.store import address_of
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.suite import prompt_of
 from vidgen.evaluation.temporal.comparison import HEADLINE, compare
@@ -86,8 +86,7 @@ class Entry:
         """What tells a folder's prompts from another's where no suite does."""
         known = {clip["prompt"] for clip in self.folder["clips"]}
         known |= {prompt_of(Path(name).stem) for name in self.folder["failed"]}
-        digest = hashlib.sha256(json.dumps(sorted(known)).encode()).hexdigest()
-        return f"{len(known)} of no suite ({digest[:12]})"
+        return f"{len(known)} of no suite ({address_of(sorted(known))[:12]})"
 
     @property
     def settings(self) -> str:

@@ -23,6 +23,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
+from vidgen.core.store import Store
 from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.pipeline.engine import load
@@ -105,11 +106,11 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     pictures = _first_pictures(run.images, suite, on_event)
     clips = list(_clips(run, suite, folder, dtype, pictures))
     _check_settings(run, folder, pictures)
-    made = place / "made"
-    made.mkdir(parents=True, exist_ok=True)
-    staff = settle_threads(made, run.staff, on_event)
-    failed = _make(run, folder, dtype, clips, made, staff, on_event)
-    there = {clip.name: made / f"{clip.address}.mp4" for clip in clips if clip.name not in failed}
+    store = Store(place / "made")
+    store.folder.mkdir(parents=True, exist_ok=True)
+    staff = settle_threads(store.folder, run.staff, on_event)
+    failed = _make(run, folder, dtype, clips, store, staff, on_event)
+    there = {clip.name: store.path(clip.address) for clip in clips if clip.name not in failed}
     if not there:
         raise InputError(f"no clip could be made: {next(iter(failed.values()))}")
     _lay_out(place / "named", there)
@@ -200,19 +201,18 @@ def _stem(prompt: str, taken: dict[str, int]) -> str:
 
 def _make(
     run: SuiteRun, folder: ModelFolder | ForeignFolder, dtype: str, clips: Sequence[_Clip],
-    made: Path, staff: Staff, tell: OnEvent,
+    store: Store, staff: Staff, tell: OnEvent,
 ) -> dict[str, str]:
     """Make what isn't there; the clips that could not be made, with the reason."""
     names: dict[str, list[str]] = {}
     for clip in clips:
         names.setdefault(clip.address, []).append(clip.name)
     total, failed = len(names), dict[str, str]()
-    missing = {clip.address: clip.request for clip in clips
-               if not (made / f"{clip.address}.mp4").is_file()}
+    missing = {clip.address: clip.request for clip in clips if not store.has(clip.address)}
     done = total - len(missing)
     tell({"event": "progress", "stage": "clips", "done": done, "total": total})
     jobs = (
-        Job(address, (request, made / f"{address}.mp4", {"name": names[address][0]}),
+        Job(address, (request, store.path(address), {"name": names[address][0]}),
             name=names[address][0])
         for address, request in missing.items()
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from vidgen import __version__
 from vidgen.core.config import flattened
 from vidgen.core.request import DEFAULTS, Request
 from vidgen.core.runtime import fingerprint
+from vidgen.core.store import address_of
 from vidgen.ops import native
 from vidgen.ops.attention import asked_backend, used_backend
 from vidgen.pipeline.experts import hashes_of
@@ -91,7 +91,7 @@ def _common(
 
 
 def identity(request: Request, **loading: Any) -> str:
-    """Return a hash of all that shapes one clip of a given seed, to recognise a finished one.
+    """Return the address of one clip of a given seed, by all that shapes it.
 
     `loading` are the engine's loading options, with the model by its content hash.
     """
@@ -110,7 +110,7 @@ def identity(request: Request, **loading: Any) -> str:
     for option in ("first_frame_model", "audio_model"):
         if (model := getattr(request, option)) is not None:
             facts[option] = open_model(model).content_hash
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return address_of(facts)
 
 
 def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -37,7 +37,7 @@ from vidgen.story.edit import make_edit
 from vidgen.story.plan import estimates, plan_film
 from vidgen.story.render import Renderer
 from vidgen.story.script import Script
-from vidgen.story.store import RenderedShot, Store
+from vidgen.story.store import RenderedShot, ShotStore
 from vidgen.story.storyboard import write_storyboard
 from vidgen.weights.lora import parse_option
 
@@ -155,7 +155,7 @@ class FilmMaker:
         film = plan_confined(folder / spec["script"], self.engine.folder, draft=spec["draft"],
                              dtype=self.engine.dtype)
         output = folder / FILM
-        store = Store(folder / FILM_SHOTS, film)
+        store = ShotStore(folder / FILM_SHOTS, film)
         self._expect(store)
         shots = list(self._shots(store, folder, on_preview))
         edit = make_edit(film, film.in_film, output)
@@ -178,7 +178,7 @@ class FilmMaker:
         }
 
     def _shots(
-        self, store: Store, folder: Path, on_preview: OnPreview
+        self, store: ShotStore, folder: Path, on_preview: OnPreview
     ) -> Iterator[RenderedShot]:
         """Render missing shots, and link each under its id with a thumbnail."""
         renderer = Renderer(store, lambda: self.engine, self._on_event, on_preview=on_preview)
@@ -199,7 +199,7 @@ class FilmMaker:
             link(path, shown)
             write_stills(path, thumbnail, None, shot.num_frames)
 
-    def _expect(self, store: Store) -> None:
+    def _expect(self, store: ShotStore) -> None:
         film, device = store.film, self.engine.device
         parts = [(plan, *part) for plan in film.shots.values() for part in store.missing(plan)]
         made = list(estimates(film, parts, device, available_memory(device), self.engine.dtype,

@@ -5,8 +5,6 @@ It needs the shots' lengths alone, so what can't be done is refused before anyth
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from vidgen import __version__
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import sha256_file
+from vidgen.core.store import address_of
 from vidgen.media.join import Chapter
 from vidgen.media.subtitles import Cue
 from vidgen.media.types import PictureSettings
@@ -127,15 +126,13 @@ class Edit:
             addresses: those of its shots, in order.
         """
         script, font = self.film.script, self.burner.font
-        facts = {
+        return address_of({
             "version": EDIT_VERSION, "vidgen": __version__, "suffix": self.output.suffix.lower(),
             "fps": str(self.film.fps), "size": self.film.size, "script": dump(script),
             "shots": list(addresses), "sounds": file_facts(script, self.timeline),
             "font": None if font is None else sha256_file(font),
             "voices": self.narrated.facts["voice"] if self.narrated else None,
-        }
-        text = json.dumps(facts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        })
 
     def facts(self) -> dict[str, Any]:
         """Return the length and the shots with their places, as JSON data."""

@@ -10,7 +10,6 @@ adapters and settings of the film are left to people.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import time
@@ -25,6 +24,7 @@ from vidgen.core.errors import InputError, nearest
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import atomic_write
+from vidgen.core.store import Store
 from vidgen.pipeline.rewrite import LanguageModel, try_rewriting
 from vidgen.story.elements import check_text
 from vidgen.story.film import Expansion
@@ -56,7 +56,7 @@ _KEYS = {
                         "narration", "caption", "transition"}),
 }  # fmt: skip
 """What a draft may hold, by where it stands."""
-PROMPTS = "prompts.json"
+PROMPTS = "prompts"
 _KEEP_S = 10.0  # between two writings of the file
 
 
@@ -78,12 +78,13 @@ def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEven
     prompts = list(dict.fromkeys(script.described(shot, each.prompt) for shot in script.shots
                                  for each in shot.prompt))
     writer = LanguageModel(model)
-    kept = _read(folder / PROMPTS)
+    store = Store(folder)
+    kept = _known_texts(store)
     known = kept.setdefault(writer.sha256, {})
     missing = [prompt for prompt in prompts if prompt not in known]
     try:
         if missing:
-            _rewrite(writer, missing, known, lambda: _keep(folder / PROMPTS, kept), tell)
+            _rewrite(writer, missing, known, lambda: store.keep(PROMPTS, kept), tell)
         by = writer.facts()
     finally:
         writer.close()
@@ -118,18 +119,13 @@ def _rewrite(
     tell({"event": "progress", "stage": "expand", "done": len(prompts), "total": len(prompts)})
 
 
-def _keep(path: Path, kept: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(kept, indent=1, ensure_ascii=False).encode())
-
-
-def _read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
+def _known_texts(store: Store) -> dict[str, dict[str, dict[str, str]]]:
     """Return the kept texts, without entries that a damaged file might hold."""
     try:
-        kept = json.loads(path.read_text("utf-8"))
         return {sha256: {prompt: made for prompt, made in known.items()
-                         if made.keys() in ({"text"}, {"fault"})} for sha256, known in kept.items()}
-    except (OSError, ValueError, AttributeError):
+                         if made.keys() in ({"text"}, {"fault"})}
+                for sha256, known in store.data(PROMPTS).items()}
+    except AttributeError:
         return {}
 
 

@@ -9,10 +9,9 @@ depend on it, and nothing else.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import DEFAULTS, Loading, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
+from vidgen.core.store import address_of
 from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.experts import hashes_of
@@ -198,7 +198,7 @@ class _Planner:
         takes = [self._take(shot, first_seed + n, lengths) for n in range(count)]
         key = takes[0].key
         if count > 1:
-            key = _address({"takes": [take.key for take in takes]})
+            key = address_of({"takes": [take.key for take in takes]})
         return ShotPlan(shot, key, total, tuple(takes))
 
     def _num_frames(self, shot: Shot) -> int:
@@ -265,7 +265,7 @@ class _Planner:
                           for choice in map(parse_option, request.lora)],
                 "before": before, "shown": self._shown(shot, index),
             }
-            parts.append(Part(_address(facts), request.prompt, num_frames))
+            parts.append(Part(address_of(facts), request.prompt, num_frames))
         return Take(seed, tuple(parts))
 
     def _check(self, shot: Shot, request: Request, index: int, num_frames: int) -> None:
@@ -315,10 +315,6 @@ def _asked(request: Request) -> dict[str, Any]:
 def _picture_hash(file: str) -> str:
     check_image(file)
     return sha256_file(file)
-
-
-def _address(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _draft_size(folder: ModelFolder, size: tuple[int, int]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Staff
 from vidgen.story.film import ShotPlan
-from vidgen.story.store import RenderedShot, Store, findings_of
+from vidgen.story.store import RenderedShot, ShotStore, findings_of
 from vidgen.story.takes import ChoiceJob, PartJob, ShotWork
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Renderer:
     """
 
     def __init__(
-        self, store: Store, engine: Callable[[], AnyEngine], tell: OnEvent, *,
+        self, store: ShotStore, engine: Callable[[], AnyEngine], tell: OnEvent, *,
         overwrite: bool = False, staff: Staff | None = None,
         on_preview: OnPreview | None = None,
     ) -> None:

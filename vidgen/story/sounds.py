@@ -7,8 +7,6 @@ length and the seed, and are heard like files that the script names.
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -19,6 +17,7 @@ import av
 
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
+from vidgen.core.store import Store, address_of
 from vidgen.media.sound import sound_frame
 from vidgen.pipeline.sound.audio_model import AudioModel, open_audio_model
 from vidgen.story.mixdown import MUSIC_FADE_S
@@ -131,9 +130,9 @@ def _described(
 ) -> DescribedSound:
     seed = film.shots[placed.shot.id].takes[0].seed
     shaping = {name: value for name, value in model.facts().items() if name != "path"}
-    facts = json.dumps({"version": SOUNDS_VERSION, "seed": seed, **shaping}, sort_keys=True)
-    address = hashlib.sha256(facts.encode()).hexdigest()[:32]
-    return DescribedSound(placed.shot.id, key, model, seed, (folder / f"{address}.wav").resolve())
+    address = address_of({"version": SOUNDS_VERSION, "seed": seed, **shaping})
+    path = Store(folder, ".wav").path(address).resolve()
+    return DescribedSound(placed.shot.id, key, model, seed, path)
 
 
 def _with_files(placed: Placed, paths: dict[tuple[str, str], Path]) -> Placed:

@@ -1,19 +1,19 @@
-"""A film's shots in a folder of files by address: what exists is never made twice.
+"""A film's shots in a store; its data, by name, say which takes were chosen and what was made.
 
     FILM.shots/
-        ADDRESS.mp4              a take of a shot, or a stretch of one that has several prompts
-        ADDRESS.json             of several takes: which was chosen, and why
-        ADDRESS.mp4.vidgen-job/  one that was stopped, which goes on
-        threads.json             by processor, how many threads shots are computed on
-        shots.json               the film's shots as they were rendered last, for who joins them
-        sums.json                SHA-256 of each shot by its name, to detect one that was changed
+        ADDRESS.mp4   a take of a shot, or a stretch of one that has several prompts
+        ADDRESS.wav   a sound or music that the script describes in words
+        ADDRESS.json  of several takes: which was chosen, and why
+        threads.json  by processor, how many threads shots are computed on
+        prompts.json  by language model, what it made of the script's prompts
+        shots.json    the film's shots as they were rendered last, for programs that join them
+        sums.json     SHA-256 of each shot by its name, to detect one that was changed
 
 All of it may be removed at any time: what is missing is rendered again.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.core.runtime import sha256_file
+from vidgen.core.store import Store
 from vidgen.media.checks import Finding, as_data, recorded
 from vidgen.media.probe import read_recipe
 from vidgen.story.film import FilmPlan, ShotPlan, Take
@@ -30,8 +31,7 @@ from vidgen.story.film import FilmPlan, ShotPlan, Take
 if TYPE_CHECKING:
     from vidgen.story.script import Shot
 
-INDEX = "shots.json"
-SUMS = "sums.json"
+INDEX, SUMS = "shots", "sums"
 INDEX_VERSION = 1
 
 
@@ -69,16 +69,12 @@ class RenderedShot:
         }
 
 
-@dataclass(frozen=True)
-class Store:
-    """The folder of a film's shots; it is made when something is written."""
+class ShotStore(Store):
+    """The folder of a film's shots; a choice among takes is the data of the shot's address."""
 
-    folder: Path
-    film: FilmPlan
-
-    def path(self, key: str) -> Path:
-        """Return the file of a part."""
-        return self.folder / f"{key}{self.film.suffix}"
+    def __init__(self, folder: Path, film: FilmPlan) -> None:
+        super().__init__(folder, film.suffix)
+        self.film = film
 
     def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
         """Return parts of a shot to be rendered: the take, and which part it is.
@@ -87,22 +83,15 @@ class Store:
         """
         left = []
         for take in plan.takes:
-            there = [n for n, part in enumerate(take.parts) if self.path(part.key).is_file()]
+            there = [n for n, part in enumerate(take.parts) if self.has(part.key)]
             begin = there[-1] + 1 if there else 0
             left += [(take, index) for index in range(begin, len(take.parts))]
         return left
 
     def choice(self, plan: ShotPlan) -> dict[str, Any] | None:
         """Return the choice among several takes; None if there is none, or it can't be read."""
-        try:
-            choice = json.loads((self.folder / f"{plan.key}.json").read_text("utf-8"))
-            return choice if choice["seed"] in [take.seed for take in plan.takes] else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def keep_choice(self, plan: ShotPlan, choice: Mapping[str, Any]) -> None:
-        """Write a choice."""
-        atomic_write(self.folder / f"{plan.key}.json", json.dumps(choice, indent=1).encode())
+        choice = self.data(plan.key)
+        return choice if choice.get("seed") in [take.seed for take in plan.takes] else None
 
     def take(self, plan: ShotPlan) -> Take:
         """Return the chosen take of a shot whose takes exist."""
@@ -120,17 +109,15 @@ class Store:
         chosen = len(plan.takes) == 1 or self.choice(plan) is not None
         return chosen and not self.missing(plan)
 
-    def write_index(self, rendered: Sequence[RenderedShot]) -> Path:
+    def write_index(self, rendered: Sequence[RenderedShot]) -> None:
         """Write the list of the film's shots, for programs that join them and for people."""
-        film = self.film
-        data = {
-            "version": INDEX_VERSION, "script": str(film.script.path),
-            "title": film.script.project.title, "fps": str(film.fps), "size": list(film.size),
-            "characters": dump(film.script.characters), "scenes": dump(film.script.scenes),
+        script = self.film.script
+        self.keep(INDEX, {
+            "version": INDEX_VERSION, "script": str(script.path), "title": script.project.title,
+            "fps": str(self.film.fps), "size": list(self.film.size),
+            "characters": dump(script.characters), "scenes": dump(script.scenes),
             "shots": [each.as_data() for each in rendered],
-        }
-        atomic_write(self.folder / INDEX, json.dumps(data, indent=1).encode())
-        return self.folder / INDEX
+        })
 
 
 def findings_of(path: Path) -> Sequence[Finding]:
@@ -145,7 +132,8 @@ def remember(shots: Iterable[RenderedShot]) -> None:
         if each.made:
             made.setdefault(each.path.parent, {})[each.path.name] = sha256_file(each.path)
     for folder, sums in made.items():
-        _keep_sums(folder, _read_sums(folder) | sums)
+        store = Store(folder)
+        store.keep(SUMS, store.data(SUMS) | sums)
 
 
 def check_shots(shots: Iterable[RenderedShot]) -> None:
@@ -155,31 +143,16 @@ def check_shots(shots: Iterable[RenderedShot]) -> None:
         InputError: a file that is missing or was changed.
     """
     known: dict[Path, dict[str, str]] = {}
-    changed = set[Path]()
     for each in shots:
         folder, name = each.path.parent, each.path.name
         if not each.path.is_file():
             raise InputError(f"shot {each.shot.id!r}: {each.path} is not there any more; the same "
                              "command renders it again")
         if folder not in known:
-            known[folder] = _read_sums(folder)
+            known[folder] = Store(folder).data(SUMS)
         found = sha256_file(each.path)
         if known[folder].setdefault(name, found) != found:
             raise InputError(f"shot {each.shot.id!r}: {each.path} was changed since it was "
                              "rendered; remove it, and the same command renders it again")
-        changed.add(folder)
-    for folder in changed:
-        if known[folder] != _read_sums(folder):
-            _keep_sums(folder, known[folder])
-
-
-def _keep_sums(folder: Path, sums: dict[str, str]) -> None:
-    atomic_write(folder / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
-
-
-def _read_sums(folder: Path) -> dict[str, str]:
-    try:
-        sums = json.loads((folder / SUMS).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return sums if isinstance(sums, dict) else {}
+    for folder, sums in known.items():
+        Store(folder).keep(SUMS, sums)

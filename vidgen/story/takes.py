@@ -26,7 +26,7 @@ from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.story.elements import ShotFrame
 from vidgen.story.film import Part, ShotPlan, Take
-from vidgen.story.store import Store, findings_of
+from vidgen.story.store import ShotStore, findings_of
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -72,7 +72,7 @@ class ShotWork(EngineWork):
     """
 
     def __init__(
-        self, open_engine: Callable[[], AnyEngine], model_sha256: str, store: Store,
+        self, open_engine: Callable[[], AnyEngine], model_sha256: str, store: ShotStore,
         on_preview: OnPreview | None = None,
     ) -> None:
         super().__init__(open_engine, model_sha256)
@@ -129,7 +129,7 @@ class ShotWork(EngineWork):
             verified = tuple(verify_take(engine, path, take.parts))
             scores.append(score_take(take.seed, path, findings_of(path), verified))
         choice = best_take(scores)
-        self.store.keep_choice(plan, choice)
+        self.store.keep(plan.key, choice)
         best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
         tell({"event": "note", "shot": plan.shot.id,
               "text": f"shot {plan.shot.id}: of {len(scores)} takes that of seed "

@@ -61,7 +61,7 @@ class ToyboxRun:
         self._work = ToyboxWork(bench).settled()
         self.studio = self._work.studio
         self.staff = replace(
-            settle_threads(output.parent, staff, on_event, output.name + ".threads.json"),
+            settle_threads(output.parent, staff, on_event, output.name + ".threads"),
             patience=Patience(stall=math.inf),  # of a batch no progress is told
         )
         self.log = ScoreLog(output.with_name(output.name + ".jsonl"))

@@ -7,7 +7,6 @@ one thread, so the same files give the same numbers on any number of workers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -22,6 +21,7 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint, sha256_file, write_error
+from vidgen.core.store import address_of
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
@@ -277,8 +277,7 @@ def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[s
 def _key(job: _Job, identity: list[Any]) -> str:
     """SHA-256 of all that shapes a clip's scores."""
     image = None if job.image is None else sha256_file(job.image)
-    address = json.dumps([identity, sha256_file(job.path), job.prompt, image], sort_keys=True)
-    return hashlib.sha256(address.encode()).hexdigest()
+    return address_of([identity, sha256_file(job.path), job.prompt, image])
 
 
 _networks: dict[tuple[tuple[str, str], ...], Networks] = {}

@@ -12,7 +12,6 @@ falls silent is replaced, and its job resumes elsewhere from its journal.
 from __future__ import annotations
 
 import heapq
-import json
 import logging
 import pickle
 import time
@@ -25,7 +24,8 @@ from typing import Any, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import atomic_write, fingerprint
+from vidgen.core.runtime import fingerprint
+from vidgen.core.store import Store
 from vidgen.pipeline.workers.seats import Crew, LocalCrew, Seat
 from vidgen.pipeline.workers.types import (
     MAX_THREADS,
@@ -39,7 +39,7 @@ from vidgen.pipeline.workers.types import (
 
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
-THREADS = "threads.json"
+THREADS = "threads"
 MAX_DEATHS = 3
 """Workers that one job may kill before it is given up."""
 WINDOW = 32
@@ -111,22 +111,18 @@ def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREAD
     whoever makes the rest. A requested number replaces it. `tell` gets a note if the number isn't
     the default.
     """
-    path, place = folder / name, "ray" if staff.ray else fingerprint()["cpu"]
-    try:
-        kept = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        kept = {}
+    store, place = Store(folder), "ray" if staff.ray else fingerprint()["cpu"]
+    kept = store.data(name)
     begun = kept.get(place)
     if staff.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
         if begun != staff.num_threads:
-            tell({"event": "note", "text": f"each clip takes {begun} threads, as {path} has it "
-                  "from before; --threads N changes that"})
+            tell({"event": "note", "text": f"each clip takes {begun} threads, as "
+                  f"{folder / name}.json has it from before; --threads N changes that"})
         return replace(staff, threads=begun)
     if staff.ray and staff.threads is None:
         return staff  # the cluster's machines tell
     settled = replace(staff, threads=staff.num_threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(kept | {place: settled.threads}).encode())
+    store.keep(name, kept | {place: settled.threads})
     return settled
 
 
