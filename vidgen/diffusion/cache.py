@@ -1,19 +1,19 @@
-"""Step caches: what a transformer's blocks add to its tokens changes little from step to step.
+"""Step caches: predict the addition of a transformer's blocks to its tokens from earlier steps.
 
-So at many steps it is predicted from earlier ones, and the blocks needn't run. Three methods say
-whether the prediction is good enough, each with a threshold of which 0 means never:
+The addition changes little from step to step, so the blocks need not run at many of them. Three
+methods decide whether a prediction is good enough, each with a threshold of which 0 means never:
 
-    first-block   the first block runs always; where it adds about the same as when the others last
-                  ran, they are taken to add the same, too (after TeaCache, Liu et al. 2024)
-    magnitude     how fast the addition grows or shrinks was measured once for the model; where it
-                  hardly does, it is taken for the same (MagCache, Ma et al. 2025)
-    forecast      the addition is a polynomial in log-SNR through those computed last (after
-                  TaylorSeer, Liu et al. 2025), trusted as far as its own past errors allow
+    first-block   the first block always runs; if it adds about the same as when the others last
+                  ran, they are assumed to add the same, too (after TeaCache, Liu et al. 2024)
+    magnitude     the addition is assumed to be the same where its size, measured once for the
+                  model, hardly changes (MagCache, Ma et al. 2025)
+    forecast      the addition is a polynomial in log-SNR through the last computed ones (after
+                  TaylorSeer, Liu et al. 2025), used as far as its own past errors allow
 
-The caches know no model: they see tokens, noise levels, and which branch of guidance asks. Over
-several processes each remembers its own part of the tokens, and one decides for all.
+The caches know no model: they see tokens, noise levels and branches of guidance. Over several
+processes each keeps its own part of the tokens, and one decides for all.
 
-Axes: B batch, L tokens of all processes, l tokens of this one with what fills them up, D width.
+Axes: B batch, L tokens of all processes, l tokens of this one with padding, D width.
 """
 
 from __future__ import annotations
@@ -33,43 +33,42 @@ from vidgen.diffusion.guidance import PROMPT
 from vidgen.ops.parallel import Spread
 
 RETAINED = 0.2
-"""Share of the steps that are always computed, the first ones: they settle the composition."""
+"""Share of first steps that are always computed: they settle the composition."""
 MAX_SKIPS = 3
-"""Steps left out one after the other, at most."""
+"""Most consecutive steps that are skipped."""
 ORDER = 1
 MAX_SIGMA = 1 - 1e-4
-"""Pure noise counts as this level: its log-SNR is infinite."""
+"""Stands for pure noise, whose log-SNR is infinite."""
 
 
 class TokenPart:
-    """The part [B, l, D] of all tokens [B, L, D] that one of several processes holds.
+    """The part [B, l, D] of all tokens [B, L, D] in one of several processes.
 
-    Args:
-        spread: how the runs of tokens lie; all its processes call a method at the same time.
+    All processes of the `spread` call a method at the same time.
     """
 
     def __init__(self, spread: Spread) -> None:
         self._spread = spread
 
     def own(self, whole: Tensor) -> Tensor:
-        """This process's tokens of all, filled up with zeros."""
+        """Return this process's tokens of all, padded with zeros."""
         runs = torch.split(whole, list(self._spread.lengths), dim=1)
         return torch.cat([self._spread.split(run) for run in runs], dim=1)
 
     def whole(self, own: Tensor) -> Tensor:
-        """All tokens."""
+        """Return all tokens."""
         runs = torch.split(own, list(self._spread.shares), dim=1)
         return torch.cat([self._spread.gather(run, i) for i, run in enumerate(runs)], dim=1)
 
     def relative_change(self, now: Tensor, before: Tensor) -> float:
-        """`relative_change` over all tokens: the same number in every process."""
+        """Return `relative_change` over all tokens."""
         now, before = self._unfilled(now).double(), self._unfilled(before).double()
         sums = torch.stack([(now - before).abs().sum(), before.abs().sum()])
         change, size = self._spread.ranks.gather(sums[None], 0).sum(0)
         return float(change / size)
 
     def _unfilled(self, own: Tensor) -> Tensor:
-        """Without the zeros that fill it up, of which blocks make something else."""
+        """Return the tokens without padding, which blocks change."""
         spread, parts = self._spread, []
         runs = torch.split(own, list(self._spread.shares), dim=1)
         for run, length, share in zip(runs, spread.lengths, spread.shares, strict=True):
@@ -83,8 +82,8 @@ class Memory(ABC):
     Attributes:
         tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
         numbers: the noise level of the last computed step, then the method's own.
-        sigma: the noise level of the step at hand.
-        part: this process's part of the tokens; None: it holds all.
+        sigma: the noise level of the current step.
+        part: this process's part of the tokens; None: all.
     """
 
     lead = 0
@@ -105,19 +104,19 @@ class Memory(ABC):
             self.tensors = [each if part is None else part.own(each) for each in whole]
 
     def enter(self, start: Tensor, tokens: Tensor) -> None:
-        """Note what entered the stack, and what left its first `lead` blocks, at `sigma`."""
+        """Note the tokens before the blocks, and after the first `lead` of them."""
         self._start, self._tokens = start, tokens
 
     @abstractmethod
     def is_near(self) -> bool:
-        """Whether the memory is good enough for this step; asked of the branch that decides."""
+        """Return whether the prediction is good enough for this step."""
 
     def reuse(self) -> Tensor:
         """Return the predicted result of the last block [B, L, D]."""
         return _sum(self._tokens, self._added())
 
     def _added(self) -> Tensor:
-        """Return what the blocks after the first `lead` are taken to add."""
+        """Return the predicted addition of the blocks after the first `lead`."""
         return self.tensors[0]
 
     @abstractmethod
@@ -125,29 +124,29 @@ class Memory(ABC):
         """Note the result of the last block."""
 
     def forget(self) -> None:
-        """Remember nothing: what comes is another model's."""
+        """Clear the memory, before steps of another model."""
         self.tensors, self.numbers, self._restored = [], [], ()
 
     def whole(self) -> Sequence[Tensor]:
-        """`tensors` of all processes; those of a sequence call it at the same time."""
+        """Return `tensors` of all processes, which call it at the same time."""
         if self._restored or self.part is None:
             return self._restored or self.tensors
         return [self.part.whole(each) for each in self.tensors]
 
     def restore(self, numbers: Sequence[float], whole: Sequence[Tensor]) -> None:
-        """Take back `numbers` and what `whole` gave."""
+        """Restore `numbers`, and the result of `whole`."""
         self.numbers, self._restored = [*numbers], whole
 
     def change(self, now: Tensor, before: Tensor) -> float:
-        """`relative_change` over the tokens of all processes."""
+        """Return `relative_change` over the tokens of all processes."""
         measure = relative_change if self.part is None else self.part.relative_change
         return measure(now, before)
 
 
 class FirstBlock(Memory):
-    """Compares what the first block adds with what it added when all blocks last ran.
+    """Compares the first block's addition with that when all blocks last ran.
 
-    `tensors` are what the first block added then, and what the others did. The threshold is of the
+    `tensors` are the additions of the first block and of the others then. The threshold is of the
     mean absolute change over the mean absolute value.
     """
 
@@ -169,19 +168,19 @@ class FirstBlock(Memory):
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Size of what a model's blocks add, by noise level.
+    """Size of the addition of a model's blocks, by noise level.
 
     Attributes:
         sigmas: falling.
         logs: for each branch of guidance the logarithm of the size at each sigma, up to a constant;
-            other branches are taken to be like the prompt's.
+            other branches use the prompt's.
     """
 
     sigmas: tuple[float, ...]
     logs: Mapping[str, tuple[float, ...]]
 
     def ratio(self, branch: str, sigma: float, sigma_next: float) -> float:
-        """Size at `sigma_next` over that at `sigma`, interpolated between measured levels."""
+        """Return the size at `sigma_next` over that at `sigma`, interpolated between levels."""
         return math.exp(self._log(branch, sigma_next) - self._log(branch, sigma))
 
     def _log(self, branch: str, sigma: float) -> float:
@@ -194,15 +193,12 @@ class Magnitudes:
 
 
 class Magnitude(Memory):
-    """Adds the same again while measured magnitudes say that it is nearly the same.
+    """Repeats the last addition while measured magnitudes hardly change.
 
-    The error of a step left out is taken to be |1 - ratio of magnitudes| to the last computed one;
+    The error of a skipped step is estimated as |1 - ratio of magnitudes| to the last computed one;
     those of consecutive steps add up (Ma et al. 2025, eq. 7-8), and the threshold is of the sum.
-    `numbers` are the computed step's noise level and the sum.
-
-    Args:
-        threshold: see above.
-        ratio: of the magnitude at the second noise level over that at the first.
+    `numbers` are the computed step's noise level and the sum. `ratio` is of the magnitude at its
+    second noise level over that at its first.
     """
 
     def __init__(self, threshold: float, ratio: Callable[[float, float], float]) -> None:
@@ -222,16 +218,12 @@ class Magnitude(Memory):
 
 
 class Forecast(Memory):
-    """Lays a polynomial in log-SNR u through the last computed additions.
+    """Extrapolates the last additions by a polynomial in log-SNR u of an order.
 
-    Through nodes u_j it errs by f'(order+1) / (order+1)! * prod(u - u_j); the first factor is
-    learnt at every computed step by predicting that, too. The threshold is of the mean absolute
-    error that is expected, over the mean absolute value. `numbers` are the nodes' noise levels, the
-    latest first, and the factor over that value; infinity before it is known.
-
-    Args:
-        threshold: see above.
-        order: of the polynomial.
+    Its error with nodes u_j is f'(order+1) / (order+1)! * prod(u - u_j); every computed step, which
+    is predicted, too, gives the first factor. The threshold is of the expected mean absolute error
+    over the mean absolute value. `numbers` are the nodes' noise levels, the latest first, and the
+    factor over that value, infinite before it is known.
     """
 
     def __init__(self, threshold: float, order: int = ORDER) -> None:
@@ -251,7 +243,7 @@ class Forecast(Memory):
         self.numbers = [*[self.sigma, *nodes][: self.order + 1], factor]
 
     def _added(self) -> Tensor:
-        """Lagrange's polynomial through the nodes, float32."""
+        """Return Lagrange's polynomial through the nodes, float32."""
         u, nodes = _log_snr(self.sigma), [_log_snr(sigma) for sigma in self.numbers[:-1]]
         total = torch.zeros_like(self.tensors[0], dtype=torch.float32)
         for i, (node, tensor) in enumerate(zip(nodes, self.tensors, strict=True)):
@@ -266,11 +258,11 @@ class Forecast(Memory):
 
 
 class Probe(Memory):
-    """Has every step computed, and notes how much larger each token's addition became.
+    """Lets every step be computed, and measures the size of its addition.
 
     Attributes:
-        logs: (sigma, logarithm of the size, that of the first being 0) of each step
-            (Ma et al. 2025, eq. 5: the ratio of a step is the mean over tokens).
+        logs: (sigma, logarithm of the size relative to the first) of each step (Ma et al. 2025,
+            eq. 5: the ratio of a step is the mean over tokens).
     """
 
     def __init__(self) -> None:
@@ -296,23 +288,23 @@ class Probe(Memory):
 class StepCaches:
     """The caches of one run of a sampler, one for each branch of guidance.
 
-    At a step the branch that comes first decides, and the others follow: guidance multiplies the
-    difference of the branches, in which what is stale in both cancels out. So a step is spared only
-    if all its branches remember something.
+    At a step the first branch decides for all: guidance multiplies the difference of the branches,
+    in which errors of both cancel out. So a step is skipped only if all its branches remember
+    something.
 
     Args:
-        make: a fresh memory for a branch.
+        make: returns a new memory for a branch.
         retained: the noise level above which every step is computed.
-        max_skips: how many steps in a row may be left out.
+        max_skips: most consecutive steps that are skipped.
         boundary: the noise level where another expert takes over, of whose blocks nothing is known.
-        branches_at: those that ask at a noise level, the one that decides first; None: who asks
-            first decides, and nothing is known of the others.
-        agree: what comes of this process's decision at a noise level, the same in all processes;
-            one where the deciding branch doesn't ask takes part with False. None: it stands.
+        branches_at: returns the branches at a noise level, the deciding one first; None: the first
+            that passes decides.
+        agree: maps this process's decision at a noise level to that of all processes; a process
+            without the deciding branch passes False. None: each decides.
 
     Attributes:
         taken: the noise level of each step, and whether it was computed.
-        memories: of each branch that has asked.
+        memories: by branch.
     """
 
     make: Callable[[str], Memory]
@@ -328,7 +320,7 @@ class StepCaches:
     _skips: int = 0
 
     def at(self, branch: str, sigma: float, part: TokenPart | None = None) -> StepCache:
-        """The cache for a branch's pass at `sigma`, with the part of the tokens that it is for."""
+        """Return the cache for a branch's pass at `sigma` over a part of the tokens."""
         memory = self._memory(branch)
         memory.begin(sigma, part)
         if memory.numbers and not self._is_one_expert(memory.numbers[0], sigma):
@@ -337,7 +329,7 @@ class StepCaches:
         return (_Pass if is_asked else _Company)(self, branch, memory)
 
     def spares(self, branch: str, memory: Memory) -> bool:
-        """Whether what `memory` holds is to be used in this pass."""
+        """Return whether this pass uses the prediction of `memory`."""
         sigma = memory.sigma
         if not (self.taken and self.taken[-1][0] == sigma and self._decided_by != branch):
             asked = (branch,) if self.branches_at is None else self.branches_at(sigma)
@@ -352,7 +344,7 @@ class StepCaches:
         return not self.taken[-1][1]
 
     def state(self, *, numbers_only: bool = False) -> dict[str, Tensor]:
-        """All that is remembered of this process's branches, by name; `restore` takes it.
+        """Return the memory of this process's branches by name, for `restore`.
 
         Processes that share a sequence call it at the same time, unless it is for numbers only.
         """
@@ -366,7 +358,7 @@ class StepCaches:
     def restore(
         self, state: Mapping[str, Tensor], branches: Collection[str] | None = None
     ) -> None:
-        """Go on from what `state` gave, with the memory of some branches or of all."""
+        """Restore a `state`, for some branches or for all."""
         self._skips = int(state["skips"])
         for branch in {name.rpartition(".")[0] for name in state if name != "skips"}:
             numbers = state[f"{branch}.numbers"].tolist()
@@ -377,7 +369,7 @@ class StepCaches:
                 self._memory(branch).restore(numbers, whole)
 
     def _may_spare(self, asked: Sequence[str], sigma: float) -> bool:
-        """Whether enough was computed, and all branches that are asked know something."""
+        """Return whether enough steps were computed, for all branches that are asked."""
         return sigma <= self.retained and self._skips < self.max_skips and all(
             branch in self._computed and self._is_one_expert(self._computed[branch], sigma)
             for branch in asked
@@ -414,10 +406,7 @@ class _Pass:
 
 
 class _Company(_Pass):
-    """A pass that nobody asked for, run along with processes that share this one's weights.
-
-    It runs the blocks that theirs run, and remembers nothing.
-    """
+    """A pass of an unused branch, for processes that share its weights; it remembers nothing."""
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:  # noqa: ARG002
         return tokens if self.caches.spares(self.branch, self.memory) else None
@@ -427,7 +416,7 @@ class _Company(_Pass):
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
-    """Mean absolute difference over the mean absolute value of `before`; infinite from zero."""
+    """Return the mean absolute difference over the mean absolute value of `before`."""
     size = before.float().abs().mean()
     return float((now.float() - before.float()).abs().mean() / size)
 

@@ -1,9 +1,8 @@
-"""The one mechanism for conditions: known values in the latents, and known stills as more tokens.
+"""Write conditions into a `LatentState`: known values in place, and known stills as more tokens.
 
-A task is a `LatentState` with conditions written into it. Known latents stand in place with
-sigma = 0 for their tokens (as Wan 2.2 TI2V-5B has its first frame); a still for a later moment
-can't stand in place, since a latent frame there stands for `stride_t` frames, so it joins as extra
-tokens at its own time position.
+Known latents in place have sigma = 0 for their tokens (as the first frame in Wan 2.2 TI2V-5B). A
+later latent frame stands for `stride_t` frames, so a still for a later moment joins as extra tokens
+at its own time position.
 
 Axes: B batch, C latent channels, F latent frames, K key stills, h w latent rows and columns,
 T H W frames, pixel rows and columns.
@@ -27,7 +26,7 @@ REFERENCE_SPACING = 2.0
 
 
 def prefix(state: LatentState, latents: Tensor) -> LatentState:
-    """The clip begins with these latent frames, [B or 1, C, n, h, w]: extension.
+    """Let the clip begin with known latent frames [B or 1, C, n, h, w], for extension.
 
     Raises:
         InputError: a prefix that leaves nothing to generate.
@@ -44,22 +43,16 @@ def prefix(state: LatentState, latents: Tensor) -> LatentState:
 
 
 def first_frame(state: LatentState, latent: Tensor) -> LatentState:
-    """The clip begins with a still, encoded alone: [B or 1, C, 1, h, w]."""
+    """Let the clip begin with a still, encoded alone: [B or 1, C, 1, h, w]."""
     assert latent.shape[2] == 1
     return prefix(state, latent)
 
 
 def noise_known(state: LatentState, sigma: Tensor, noise: Tensor) -> LatentState:
-    """Show what is known in place through noise, and say so.
+    """Add noise [B, C, F, h, w] of level `sigma` [B] to values known in place.
 
-    What is made from it then goes on from what it means and not from its faults, which would grow
-    from window to window (noise conditioning augmentation, Ho et al. 2022, section 3.2; Chen et
-    al. 2024, "stabilisation"). The noise stays in what sampling gives for known places.
-
-    Args:
-        state: the conditions.
-        sigma: [B], how much of what is seen is noise.
-        noise: [B, C, F, h, w].
+    So their faults don't grow from window to window (noise conditioning augmentation, Ho et al.
+    2022, section 3.2; Chen et al. 2024, "stabilisation"). The noise stays in the result there.
     """
     shown = torch.where(state.denoise_mask, state.clean, add_noise(state.clean, noise, sigma))
     return replace(state, clean=shown, known_sigma=sigma)
@@ -76,13 +69,10 @@ def mask(state: LatentState, latents: Tensor, denoise_mask: Tensor) -> LatentSta
 
 
 def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -> LatentState:
-    """Start from a clip instead of noise: video-to-video (SDEdit, Meng et al. 2022, Alg. 1).
+    """Start from a clip [B or 1, C, F, h, w] instead of noise (SDEdit, Meng et al. 2022, Alg. 1).
 
-    Args:
-        state: whose `latents` are still the starting noise.
-        latents: the clip's, [B or 1, C, F, h, w].
-        start_sigma: sigmas[0] of `make_sigmas(..., strength=X)`. At strength 0 sampling takes no
-            step and gives the clip back; at 1 the noise stays untouched, bit for bit.
+    `start_sigma` is sigmas[0] of `make_sigmas(..., strength=X)`. At strength 0 sampling takes no
+    step and returns the clip; at 1 the noise stays the same, bit for bit.
     """
     noise = state.latents
     return replace(
@@ -124,12 +114,12 @@ def keyframe_position(frame_index: int, strides: Strides) -> float:
 
 
 def reference_position(index: int) -> float:
-    """The time position reserved for the n-th reference image: before the clip, at a distance."""
+    """Return the time position of the n-th reference image, long before the clip."""
     return FIRST_REFERENCE_POSITION - REFERENCE_SPACING * index
 
 
 def without_references(keys: KeyTokens | None) -> KeyTokens | None:
-    """The stills that stand for moments of the clip, without reference images; None if none do."""
+    """Return the stills at moments of the clip, without reference images; None if none are."""
     if keys is None:
         return None
     timed = ~are_references(keys)
@@ -144,15 +134,10 @@ def without_references(keys: KeyTokens | None) -> KeyTokens | None:
 
 
 def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
-    """Shrink a mask of pixels to one of latents; a latent touched by any set pixel is set.
+    """Reduce a mask of pixels to one of latents [B, 1, F, h, w] bool, set if any pixel is.
 
-    Args:
-        pixels: [B, 1, T, H, W], set (over 0.5) where to generate; T = 1 + stride_t * (F - 1).
-        strides: the VAE's.
-        patch: latents a side of one token; a token is generated or known as a whole.
-
-    Returns:
-        [B, 1, F, h, w] bool.
+    `pixels` [B, 1, T, H, W] are set (over 0.5) where to generate. A token of `patch` latents a side
+    is generated or known as a whole.
     """
     side = strides.hw * patch
     touched = (pixels > 0.5).float()

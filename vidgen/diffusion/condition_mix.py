@@ -1,4 +1,4 @@
-"""Conditions drawn for training: what is known of each sample of a batch, and how often which.
+"""Draw conditions for training, and write them into the state of a batch.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns.
 """
@@ -17,7 +17,7 @@ from vidgen.diffusion.condition import keyframe_position, reference_position
 from vidgen.diffusion.state import LatentState
 
 KINDS = ("text", "first", "last", "both", "frames", "prefix", "mask")
-"""Conditions of which a sample has one; it may have references besides."""
+"""Conditions of which a sample has one; it may have references, too."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,9 @@ class ConditionMix:
         both: the first and the last frame.
         frames: a random choice of a sample's stills.
         prefix: a beginning of up to two thirds of the latent frames.
-        prefix_step: the latent frames that a beginning is a multiple of, where so many fit.
+        prefix_step: latent frames of which a beginning is a multiple, if that many fit.
         mask: a region kept through the whole clip.
-        reference: a probability of its own: how often a sample that has reference stills gets
-            them, besides whatever else was drawn.
+        reference: probability that a sample gets its reference stills, whatever else was drawn.
     """
 
     text: float = 0.60
@@ -65,8 +64,8 @@ class Stills:
 
     Attributes:
         latents: [B, C, K, h, w].
-        frame_index: [B, K] int64: the frame of the clip that it shows, which may lie after the end
-            of a clip that was cut; -1 - n for reference n.
+        frame_index: [B, K] int64, the frame of the clip, which may lie after the end of a clip
+            that was cut; -1 - n for reference n.
     """
 
     latents: Tensor
@@ -75,12 +74,12 @@ class Stills:
 
 @dataclass(frozen=True)
 class Given:
-    """Conditions of each sample of a batch, before latents are taken to show them.
+    """Conditions drawn for each sample of a batch.
 
     Attributes:
-        known: [B, 1, F, h, w] bool, what is known in place.
-        used: [B, K] bool, which of its stills a sample is given.
-        frame_index: [B, K], those stills'; see `Stills`.
+        known: [B, 1, F, h, w] bool, latents known in place.
+        used: [B, K] bool, the stills that a sample is given.
+        frame_index: [B, K], see `Stills`.
     """
 
     known: Tensor
@@ -107,11 +106,10 @@ def draw_conditions(
     Args:
         size: B, F, h and w of the clips' latents.
         generator: a CPU generator.
-        mix: how often which; conditions that need stills or several frames, where there are none,
-            leave their share to the others.
-        strides: the VAE's.
-        frame_index: [B, K] of the stills that last frames, frames at any time and references are
-            taken from, on the CPU; None: there are none.
+        mix: frequencies; conditions that need missing stills or several frames leave their share to
+            the others.
+        strides: of the VAE.
+        frame_index: [B, K] of the stills on the CPU, see `Stills`; None: there are none.
         patch: latents a side of one token.
     """
     batch, num_frames, height, width = size
@@ -151,17 +149,10 @@ def draw_conditions(
 def with_given(
     latents: Tensor, given: Given, stills: Tensor | None, strides: Strides
 ) -> LatentState:
-    """The state of clips whose conditions are drawn.
+    """Return the state of clean clips [B, C, F, h, w] with drawn conditions, for `denoise_inputs`.
 
-    Args:
-        latents: the clips', clean, [B, C, F, h, w]; becomes the state's `clean`.
-        given: the conditions, on the CPU.
-        stills: [B, C, K, h, w], on the latents' device, or None.
-        strides: the VAE's.
-
-    Returns:
-        A state for `denoise_inputs`, whose `denoise_mask` says where the loss counts. Its keys hold
-        as many columns as the fullest row needs and are None when no row needs any.
+    The loss counts where its `denoise_mask` is set. `stills` are [B, C, K, h, w], or None. The
+    state's keys have as many columns as the fullest row needs, and are None when no row needs any.
     """
     keys = None
     if stills is not None:
@@ -178,7 +169,7 @@ def training_conditions(
     stills: Stills | None = None,
     patch: int = 1,
 ) -> LatentState:
-    """Draw a condition for each clip, and give it: `draw_conditions` and `with_given`."""
+    """Draw conditions for clips and return their state: `draw_conditions` and `with_given`."""
     batch, _, frames, height, width = latents.shape
     index = None if stills is None else stills.frame_index.cpu()
     given = draw_conditions(
@@ -203,13 +194,13 @@ def _draw_int(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def _draw_subset(candidates: Tensor, generator: torch.Generator) -> Tensor:
-    """A random choice among the candidates [K] bool, at least one if there are any."""
+    """Return a random choice among the candidates [K] bool, at least one if there are any."""
     luck = torch.rand(len(candidates), generator=generator).where(candidates, 1.0)
     return candidates & ((luck < 0.5) | (luck == luck.min()))
 
 
 def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """[height, width] bool: a box or a half-plane, its inside or its outside; never all or none."""
+    """Draw a box or half-plane, or its outside, [height, width] bool; never all or nothing."""
     rows, columns = (_draw_int(1, size - 1, generator) for size in (height, width))
     top, left = (_draw_int(0, n, generator) for n in (height - rows, width - columns))
     shape = _draw_int(0, 3, generator)
@@ -225,7 +216,7 @@ def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
 def _gather_keys(
     latents: Tensor, frame_index: Tensor, used: Tensor, strides: Strides
 ) -> KeyTokens | None:
-    """The used stills, moved to the left of their rows."""
+    """Return the used stills, moved to the left of their rows."""
     count = int(used.sum(1).max()) if used.numel() else 0
     if count == 0:
         return None

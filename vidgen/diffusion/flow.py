@@ -1,8 +1,8 @@
-"""The one place of flow matching's conventions; everything else calls these.
+"""Conventions of flow matching, stated here only.
 
-A clean clip and noise are joined by a straight line (Lipman et al. 2023, eq. 22; Liu et al. 2023):
-`noisy = (1 - sigma) * clean + sigma * noise`, so sigma = 1 is noise and sigma = 0 is the clip, and
-the model predicts the line's slope, `velocity = noise - clean`.
+A straight line joins a clean clip and noise (Lipman et al. 2023, eq. 22; Liu et al. 2023):
+`noisy = (1 - sigma) * clean + sigma * noise`, so sigma = 1 is noise and sigma = 0 is the clip. The
+model predicts its slope, `velocity = noise - clean`.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -19,71 +19,56 @@ TIMESTEPS = 1000
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """The point at `sigma` on the line from `clean` to `noise`; exact at both ends.
+    """Return the point at `sigma` on the line from `clean` to `noise`; exact at both ends.
 
-    Args:
-        clean: [B, C, F, h, w].
-        noise: the same shape, standard normal.
-        sigma: a number, [B], or anything that broadcasts against [B, 1, F, h, w].
+    Both are [B, C, F, h, w]; `sigma` is a number, [B], or broadcasts against [B, 1, F, h, w].
     """
     sigma = _per_sample(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
 
 def velocity_of(clean: Tensor, noise: Tensor) -> Tensor:
-    """Return what the model learns to predict: the slope dnoisy/dsigma of the line."""
+    """Return the slope dnoisy/dsigma of the line, which the model learns to predict."""
     return noise - clean
 
 
 def denoised_of(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """The clean end of the line that leaves `noisy` with slope `velocity`."""
+    """Return the clean end of the line through `noisy` with slope `velocity`."""
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
 def velocity_towards(noisy: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
-    """The slope of the line that leaves `noisy` for `clean`; arguments as in `add_noise`.
-
-    That is `velocity_of` where `noisy` lies on the line from `clean` to its noise, sigma above 0.
-    """
+    """Return the slope of the line through `noisy` to `clean`, at a `sigma` above 0."""
     return (noisy - clean) / _per_sample(sigma, noisy)
 
 
 def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
     """Return the timestep of a noise level, as models take it.
 
-    Args:
-        sigma: any shape, in [0, 1].
-        whole: cut to a whole number, as diffusers' UniPC does before it calls Wan's transformer.
+    `whole` truncates it, as diffusers' UniPC does before it calls Wan's transformer.
     """
     timestep = sigma.float() * TIMESTEPS
     return timestep.floor() if whole else timestep
 
 
 def half_log_snr(sigma: float) -> float:
-    """Half the logarithm of the signal-to-noise ratio at a sigma below 1."""
+    """Return half the logarithm of the signal-to-noise ratio at a sigma below 1."""
     return math.log1p(-sigma) - math.log(sigma)
 
 
 def velocity_loss(
     velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of the predicted velocity (Esser et al. 2024, eq. 2, unit weight).
+    """Return the error of the model's velocity (Esser et al. 2024, eq. 2, unit weight).
 
-    Args:
-        velocity: the model's, [B, C, F, h, w].
-        clean: what was noised.
-        noise: what it was noised with.
-        weight: [B, 1, F, h, w], how much each latent counts: a `denoise_mask`, or weights that are
-            0 where latents are known. None counts all alike.
-
-    Returns:
-        [B] float32, the weighted mean over each sample's elements.
+    It is the mean over each sample's elements, [B] float32, weighted by `weight` [B, 1, F, h, w],
+    such as a `denoise_mask`.
     """
     return squared_error(velocity, velocity_of(clean, noise), weight)
 
 
 def squared_error(made: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of each sample, [B] float32; weights as in `velocity_loss`."""
+    """Return the mean squared error of each sample, [B] float32; see `velocity_loss`."""
     error = (made.float() - wanted.float()).square()
     if weight is None:
         return error.flatten(1).mean(1)

@@ -1,7 +1,4 @@
-"""Classifier-free guidance: a conditional and an unconditional velocity make one.
-
-Guidance by given frames and by reference images is here, too: what each pass is shown, and how far
-a scale reaches.
+"""Classifier-free guidance by the prompt, by given frames and by reference images.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -21,9 +18,9 @@ from vidgen.diffusion.state import LatentState
 
 PROMPT, NEGATIVE = "prompt", "negative"
 BRANCHES = (PROMPT, NEGATIVE)
-"""The passes of a model, the conditional one first."""
+"""Passes of a model, the conditional one first."""
 UNSHOWN = "unshown"
-"""A third pass: under the prompt again, without the reference images."""
+"""A third pass, under the prompt without the reference images."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +28,21 @@ class Guidance:
     """Strength, reach and limits of guidance.
 
     Attributes:
-        scale: 1 is the conditional model alone, one call a step instead of two.
-        interval: (lowest, highest) sigma at which guidance applies (Kynkaanniemi et al. 2024);
-            outside of it the conditional model runs alone.
+        scale: 1 is the conditional model, with one call a step instead of two.
+        interval: (lowest, highest) sigma at which guidance applies (Kynkaanniemi et al. 2024); the
+            scale is 1 elsewhere.
         rescale: share, 0 to 1, of the result that gets the conditional velocity's contrast back.
-        low_scale: the scale below `boundary`, where another expert denoises; None is `scale`
-            throughout.
+        low_scale: the scale below `boundary`, where another expert denoises; None: `scale`.
         boundary: sigma.
-        known_scale: the scale where frames are given, which the unconditional pass isn't shown, so
-            that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et
-            al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
-        reference_scale: what is added of how reference images change the conditional velocity,
-            found by a pass without them (by itself, as in Brooks et al. 2023, eq. 3);
-            of clips without given frames, which hold their subjects already. 0: `scale` alone.
-        reach: latent frames from one given in place on at which `known_scale` is full; it rises
-            from 1 there, since guidance would else pull its neighbours past it (Blattmann et al.
-            2023, section 4.3). 0: full everywhere.
+        known_scale: the scale where frames are given, which are hidden from the unconditional pass,
+            so that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann
+            et al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
+        reference_scale: weight of the change of the conditional velocity by reference images, from
+            a pass without them (Brooks et al. 2023, eq. 3, a term of its own); for clips without
+            given frames, which show their subjects already.
+        reach: distance in latent frames from a given one at which `known_scale` is full; it rises
+            from 1 there, or guidance would push neighbours past it (Blattmann et al. 2023, section
+            4.3). 0: full everywhere.
     """
 
     scale: float = 1.0
@@ -69,7 +65,7 @@ class Guidance:
             raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
 
     def of_clip(self, *, has_given: bool) -> Guidance:
-        """Return one clip's guidance; `known_scale` stays where given frames are hidden."""
+        """Return one clip's guidance; `known_scale` applies where given frames are hidden."""
         if not has_given:
             return replace(self, known_scale=None, reach=0)
         if self.known_scale is None:
@@ -77,7 +73,7 @@ class Guidance:
         return replace(self, scale=self.known_scale, reference_scale=0.0)
 
     def scale_at(self, sigma: float) -> float:
-        """The scale of a step at `sigma`; 1 needs no unconditional velocity."""
+        """Return the scale of a step at `sigma`; 1 needs no unconditional velocity."""
         if not self._applies_at(sigma):
             return 1.0
         if self.low_scale is not None and sigma < self.boundary:
@@ -85,7 +81,7 @@ class Guidance:
         return self.scale
 
     def reference_scale_at(self, sigma: float) -> float:
-        """`reference_scale` where guidance applies; 0 needs no pass without references."""
+        """Return `reference_scale` where guidance applies, else 0."""
         return self.reference_scale if self._applies_at(sigma) else 0.0
 
     def branches_at(self, sigma: float) -> tuple[str, ...]:
@@ -116,8 +112,8 @@ def guide(
     Args:
         conditional: [B, C, F, h, w].
         unconditional: the same shape.
-        scale: 1 gives `conditional`, 0 gives `unconditional`; of all or of each latent.
-        pull: what is added to that.
+        scale: 1 gives `conditional`, 0 gives `unconditional`; for all or for each latent.
+        pull: is added.
         rescale: phi of Lin et al. 2023, eq. 15-16: match the standard deviation of `conditional`.
         denoise_mask: [B, 1, F, h, w] bool; only generated latents count in that deviation.
     """
@@ -138,11 +134,16 @@ def guided(
     both: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
     denoise_unshown: Denoise | None = None,
 ) -> Denoise:
-    """A model under guidance, callable like the models it is made of; clips may differ in level.
+    """Return a guided model; clips may differ in noise level.
 
-    With `both`, the two velocities that a step needs come from one call of it. `share` is how much
-    of what a scale has above 1 each latent gets. `denoise_unshown` is asked under the prompt
-    without reference images, where these have a scale of their own; None: they have none.
+    Args:
+        denoise_conditional: the model under the prompt.
+        denoise_unconditional: the model under the negative prompt.
+        guidance: of the clips.
+        denoise_mask: see `guide`.
+        share: of each latent, of the scale's excess over 1; see `guidance_share`.
+        both: returns both velocities in one call, instead of the first two.
+        denoise_unshown: the model without reference images, if these have a scale of their own.
     """
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -170,10 +171,10 @@ def guided(
 
 
 def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
-    """Return what the negative pass is shown; guidance pulls towards all that it lacks.
+    """Return the state for the negative pass; guidance pulls towards all that it lacks.
 
-    It lacks the prompt, reference images, for sound the picture, since what a prompt says of sound
-    would else drown what the picture does, and with `hides_given` given frames.
+    It lacks reference images, with `hides_given` given frames, and for sound the picture, whose
+    influence would otherwise be small beside the prompt's.
     """
     return replace(
         state, keys=None if hides_given else without_references(state.keys),
@@ -183,15 +184,15 @@ def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
 
 
 def unshown(state: LatentState) -> LatentState:
-    """Return the state without its reference images, to find their own pull under the prompt."""
+    """Return the state without its reference images."""
     return replace(state, keys=without_references(state.keys))
 
 
 def guidance_share(state: LatentState, reach: int) -> Tensor | None:
-    """Return the distance of latents from given frames: 0 to 1, which is `reach` latent frames.
+    """Return each latent's distance from frames given in place, in units of `reach`, at most 1.
 
-    As samplers have latents, or to be spread over them. Nothing is near a still, which is reached
-    by guidance alone, and no sound is near anything. None without a reach.
+    The result is in a sampler's layout, or broadcasts to it; it is 1 for sound. None without a
+    reach.
     """
     if reach == 0:
         return None
@@ -205,14 +206,14 @@ def guidance_share(state: LatentState, reach: int) -> Tensor | None:
 
 
 def _of_clips(scales: list[float], latents: Tensor) -> Tensor | float:
-    """Scales of clips, to be multiplied with what is like their latents; one where they agree."""
+    """Return scales of clips, broadcast to latents; one number where they agree."""
     if len(set(scales)) == 1:
         return scales[0]
     return latents.new_tensor(scales).view(-1, *[1] * (latents.ndim - 1))
 
 
 def _deviation(velocity: Tensor, mask: Tensor | None) -> Tensor:
-    """Each sample's standard deviation, [B, 1, 1, 1, 1]."""
+    """Return each sample's standard deviation, [B, 1, 1, 1, 1]."""
     axes = tuple(range(1, velocity.ndim))
     if mask is None:
         return velocity.std(dim=axes, keepdim=True)

@@ -1,7 +1,7 @@
-"""Starting noise that depends on nothing but (seed, stream, latent frame).
+"""Starting noise that depends only on (seed, stream, latent frame).
 
 So the n-th clip of a batch has the noise it would have alone, on any number of ranks, and a longer
-clip starts with the shorter one's noise. It is drawn on the CPU, whatever device samples from it.
+clip starts with the shorter one's noise. It is always drawn on the CPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from vidgen.core.shapes import LatentShape
 
 SMALLEST_UNIFORM = 2.0**-54
-"""Half the grid of a float64 uniform draw: keeps the normal quantile of a drawn 0 finite."""
+"""Half the step of float64 uniform draws: keeps the normal quantile of 0 finite."""
 
 
 def frame_seed(seed: int, stream: str, frame: int) -> int:
-    """The generator seed of one latent frame: the first 63 bits of a SHA-256, big-endian."""
+    """Return the generator seed of one latent frame: the first 63 bits of a SHA-256."""
     digest = hashlib.sha256(f"vidgen noise 1|{seed}|{stream}|{frame}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -27,19 +27,16 @@ def frame_seed(seed: int, stream: str, frame: int) -> int:
 def draw_noise(
     seed: int | Sequence[int], shape: LatentShape, *, stream: str = "video", first_frame: int = 0
 ) -> Tensor:
-    """Standard normal noise, a generator a latent frame.
+    """Return standard normal noise [B, C, F, h, w], float32.
 
     Uniform float64 draws go through the normal quantile function and are then rounded to float32:
-    `torch.randn` takes other code paths on other processors, which would show in the last bit.
+    `torch.randn` differs between processors in the last bit.
 
     Args:
-        seed: one for each clip of the batch; a single number stands for a batch of one.
+        seed: one for each clip of the batch; a single number is a batch of one.
         shape: of the whole batch.
         stream: "video", "audio", ...: independent noise for one seed.
-        first_frame: latent frame of the clip that this noise starts with.
-
-    Returns:
-        [B, C, F, h, w] float32.
+        first_frame: the clip's latent frame at which this noise starts.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     assert len(seeds) == shape.batch, f"{len(seeds)} seeds for a batch of {shape.batch}"
@@ -58,10 +55,9 @@ def draw_noise(
 def draw_sound_noise(
     seeds: Sequence[int], channels: int, begin: int, end: int, takes: Sequence[int] = (0,)
 ) -> Tensor:
-    """Noise of each clip's sound latents `begin` to `end`, [B * n, channels, end - begin].
+    """Return float32 noise of sound latents `begin` to `end`, [B * n, channels, end - begin].
 
-    Float32. Each of several sounds for one picture has noise of its own; those of n `takes`, by
-    number, follow each other.
+    The n `takes`, by number, are independent sounds of one clip and follow each other.
     """
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
     streams = [f"audio {take}" if take else "audio" for take in takes]
@@ -70,14 +66,11 @@ def draw_sound_noise(
 
 
 def shuffled(noise: Tensor, step: int) -> Tensor:
-    """Noise as good as fresh: another order within each latent frame, and other signs.
+    """Return fresh noise for a sampling step: the values of each latent frame shuffled, with signs.
 
-    It depends on `noise` and `step` alone, so whoever has a clip's starting noise has all of it,
-    and that of a longer clip begins with the shorter one's.
-
-    Args:
-        noise: [B, C, F, h, w], or of sound [B, C, K]; standard normal.
-        step: of sampling; each has orders and signs of its own.
+    It depends on `noise` and `step` only, so a clip's starting noise determines all of it, and that
+    of a longer clip begins with the shorter one's. `noise` is [B, C, F, h, w], or [B, C, K] of
+    sound, and standard normal.
     """
     mixed, generator = torch.empty_like(noise), torch.Generator("cpu")
     for frame in range(noise.shape[2]):

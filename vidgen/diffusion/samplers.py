@@ -1,7 +1,7 @@
 """Samplers: pure functions from noise to clean latents that know no model.
 
 Each takes `denoise`, the starting latents [B, C, F, h, w] and falling sigmas, calls `on_step` after
-every step, and can go on from any `SamplerState` of it, bit-equal to never having stopped.
+every step, and resumes from any `SamplerState` of it, bit-equal to an uninterrupted run.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Project = Callable[[Tensor], Tensor]
 Fresh = Callable[[int], Tensor]
-"""Gives standard normal noise like the latents for the step of that number."""
+"""Returns standard normal noise like the latents for a step, by its number."""
 Step = Callable[[list[float], int, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 UNIPC_SIGMA_MAX = 1 - 1e-6
@@ -52,8 +52,8 @@ def sample_euler(
         noisy: starting latents [B, C, F, h, w], at sigmas[0].
         sigmas: [num_steps + 1], strictly falling, last value 0.
         on_step: called with StepInfo after each step; raising Cancelled stops cleanly.
-        project: writes what is known into latents; applied after each step.
-        resume: where an earlier run with the same arguments had come to.
+        project: writes known values into latents; applied after each step.
+        resume: the last state of an earlier run with the same arguments.
 
     Returns:
         Clean latents [B, C, F, h, w], float32.
@@ -72,8 +72,8 @@ def sample_unipc(
 ) -> Tensor:
     """Integrate with UniPC-2, data prediction, B2(h) (Zhao et al. 2023, Alg. 2, Table 5).
 
-    Each model call first corrects the point it was made at, then predicts the next one: second
-    order for the price of Euler. Arguments and result as in `sample_euler`; equal to diffusers'
+    Each model call first corrects its own point, then predicts the next one: second order at the
+    cost of Euler. Arguments and result are as in `sample_euler`; it is equal to diffusers'
     `UniPCMultistepScheduler` with flow sigmas and flow prediction.
     """
     levels = _levels(sigmas.clamp(max=UNIPC_SIGMA_MAX))
@@ -90,35 +90,28 @@ def sample_ancestral(
     project: Project | None = None,
     resume: SamplerState | None = None,
 ) -> Tensor:
-    """Steps that replace a share of the noise with fresh noise (Ho et al. 2020, Alg. 2).
+    """Take steps that replace a share of the noise with fresh noise (Ho et al. 2020, Alg. 2).
 
     Of first order, as DDIM with eta = 1 (Song et al. 2021, eq. 16) and SDE-DPM-Solver++(1) (Lu et
-    al. 2022, appendix). A fault of the model at one level isn't carried to the clip in full: fresh
-    noise covers some of it, and later steps mend it.
+    al. 2022, appendix). Fresh noise covers part of the model's errors, which later steps correct.
 
-    Arguments and result as in `sample_euler`; `fresh` gives the noise of each step but the last.
-    None: `shuffled` from `noisy`, which is nothing but noise then.
+    Arguments and result are as in `sample_euler`; `fresh` returns the noise of each step but the
+    last. None: `shuffled` from `noisy`, which must be pure noise.
     """
     step = partial(_ancestral_step, fresh or partial(shuffled, noisy.float()))
     return _integrate(step, denoise, noisy, _levels(sigmas), on_step, project, resume)
 
 
 Sampler = Callable[..., Tensor]
-"""Arguments and result as in `sample_euler`."""
+"""Arguments and result are as in `sample_euler`."""
 SAMPLERS: dict[str, Sampler] = {
     "euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral,
 }
 
 
 def whole_timesteps(name: str) -> bool:
-    """Whether a sampler gives models whole timesteps, as diffusers' scheduler does."""
+    """Return whether a sampler passes whole timesteps, as diffusers' scheduler does."""
     return name in ("unipc", "UniPCMultistepScheduler")
-
-
-def sampler_of(name: str, state: LatentState) -> Sampler:
-    """One of `SAMPLERS` for a state; what it draws as it goes is of the state's own noise."""
-    sampler = SAMPLERS[name]
-    return partial(sampler, fresh=state.fresh) if name == "ancestral" else sampler
 
 
 def sample_state(
@@ -130,12 +123,13 @@ def sample_state(
     on_step: OnStep | None = None,
     resume: SamplerState | None = None,
 ) -> Tensor:
-    """Sample a state by one of `SAMPLERS`: from its noise, with what is known of it written back.
+    """Sample a state by one of `SAMPLERS`, with its known values; see `sample_euler`.
 
-    Arguments and result as in `sample_euler`; with sound both come packed.
+    The result is packed where the state has sound.
     """
-    return sampler_of(name, state)(
-        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume
+    own = {"fresh": state.fresh} if name == "ancestral" else {}
+    return SAMPLERS[name](
+        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume, **own
     )
 
 
@@ -203,7 +197,7 @@ def _unipc_step(
 def _unipc_predict(
     levels: list[float], i: int, latents: Tensor, denoised: Tensor, earlier: Tensor | None
 ) -> Tensor:
-    """UniP from level i to i + 1 (Zhao et al. 2023, eq. 9 without its last term)."""
+    """Take UniP's step from level i to i + 1 (Zhao et al. 2023, eq. 9 without its last term)."""
     if levels[i + 1] == 0:
         return denoised
     latents, scale, h = _exponential_step(levels[i], levels[i + 1], latents, denoised)
@@ -221,7 +215,7 @@ def _unipc_correct(
     before: Tensor,
     earlier: Tensor | None = None,
 ) -> Tensor:
-    """UniC: redo the step from `origin` at level i - 1 to i, now that `denoised` there is known.
+    """Take UniC's step from `origin` at level i - 1 to i, where `denoised` is known now.
 
     The weights solve R rho = b of Zhao et al. 2023, Theorem 3.1, in closed form for two points.
     """
@@ -242,7 +236,7 @@ def _unipc_correct(
 def _exponential_step(
     sigma: float, sigma_next: float, latents: Tensor, denoised: Tensor
 ) -> tuple[Tensor, float, float]:
-    """The exact solution for constant `denoised` (Lu et al. 2022, eq. 9): (latents, scale, h).
+    """Return the solution for constant `denoised` (Lu et al. 2022, eq. 9): (latents, scale, h).
 
     `h` is the step in half log-SNR and `scale` weighs the terms of higher order.
     """
@@ -252,11 +246,11 @@ def _exponential_step(
 
 
 def scheduler_sigmas(scheduler: Any, num_steps: int, *, strength: float = 1.0) -> Tensor:
-    """The noise levels [steps + 1] that `sample_with_scheduler` will visit; the first is its start.
+    """Return the noise levels [steps + 1] of `sample_with_scheduler`.
 
     Raises:
-        InputError: a scheduler that is not a flow-matching one with rising noise, or that needs
-            more than a step count to set itself up.
+        InputError: a scheduler that is no flow-matching one with rising noise, or that needs more
+            than a step count to set itself up.
     """
     config = dict(getattr(scheduler, "config", {}))
     name = type(scheduler).__name__
@@ -286,21 +280,22 @@ def sample_with_scheduler(
     project: Project | None = None,
     resume: SamplerState | None = None,
 ) -> Tensor:
-    """Sample with any diffusers flow scheduler instance; its own shift and options hold.
+    """Sample with a diffusers flow scheduler, whose own shift and options apply.
 
-    A scheduler keeps memory that can't be read out in general, so the state's history is the
-    starting latents and every velocity so far, and resuming replays them without the model.
+    A scheduler's memory can't be read in general, so the state's history is the starting latents
+    and every velocity so far, and resuming replays them without the model. Arguments not named here
+    and the result are as in `sample_euler`.
 
     Args:
-        denoise: as in `sample_euler`, and so are `on_step`, `project`, `resume` and the result.
+        denoise: the model.
         noisy: starting latents [B, C, F, h, w], at `scheduler_sigmas(...)[0]`.
-        scheduler: diffusers' object; its state is overwritten.
+        scheduler: its state is overwritten.
         num_steps: steps of a run from pure noise.
-        strength: starts later below 1, see `make_sigmas`.
-        generator: for schedulers that draw noise at each step; freshly seeded when resuming, too.
-        on_step: see there.
-        project: see there.
-        resume: see there.
+        strength: see `make_sigmas`.
+        generator: for schedulers that draw noise at each step; seeded again when resuming.
+        on_step: called after each step.
+        project: writes known values.
+        resume: an earlier run's state.
 
     Raises:
         InputError: see `scheduler_sigmas`.

@@ -1,4 +1,4 @@
-"""Noise levels: the sigmas a sampler visits, and the sigmas training draws."""
+"""Noise levels: the sigmas of a sampler, and the sigmas drawn in training."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def make_sigmas(
     sigma_min: float = 0.0,
     reach_min: bool = False,
 ) -> Tensor:
-    """The noise levels of a run: evenly spaced, then shifted.
+    """Return the noise levels of a run: evenly spaced, then shifted.
 
-    `sigma_min=0.001` gives the levels of diffusers' UniPC with flow sigmas (what Wan's folders
-    name); `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` those of its flow Euler.
+    `sigma_min=0.001` gives the levels of diffusers' UniPC with flow sigmas, as in Wan's folders;
+    `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` those of its flow Euler.
 
     Args:
         num_steps: steps of a run from pure noise.
         shift: see `shifted`; 1 leaves the levels evenly spaced.
-        strength: where to start, in unshifted sigma: 1 from noise, with all steps; less starts
-            later and takes `num_steps * strength` of them, rounded, at least one; 0 takes none.
-        sigma_min: unshifted level the even spacing aims at.
-        reach_min: stop there once before the last step to 0, instead of replacing it by 0.
+        strength: the first level, unshifted: at 1 the run starts from noise, with all steps, below
+            1 it takes `steps_for_strength`.
+        sigma_min: unshifted level at the end of the even spacing.
+        reach_min: add that level before the last step to 0, instead of replacing it by 0.
 
     Returns:
         [steps + 1] float32, strictly falling, last value 0.
@@ -56,7 +56,7 @@ def make_sigmas(
 
 
 def steps_for_strength(num_steps: int, strength: float) -> int:
-    """Return the number of steps of a run at `strength`: all at 1, none at 0, else at least one."""
+    """Return `num_steps * strength`, rounded: all at 1, none at 0, else at least one."""
     if num_steps < 1:
         raise InputError(f"steps must be at least 1, not {num_steps}")
     if not 0 <= strength <= 1:
@@ -73,21 +73,18 @@ def draw_sigmas(
     std: float = 1.0,
     between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Noise levels for a batch of training samples.
+    """Draw noise levels [B] for training, float32 in (0, 1), in random order.
 
-    The uniform draw is spread evenly over the batch, one sample a stratum (Kingma et al. 2021,
-    appendix I.1): the same distribution with a steadier loss.
+    The uniform draw is stratified over the batch (Kingma et al. 2021, appendix I.1): the same
+    distribution with a steadier loss.
 
     Args:
-        batch: how many.
+        batch: B.
         generator: a CPU generator.
         shift: applied after the draw, see `shifted`.
         mean: of the logit-normal density (Esser et al. 2024, eq. 19); None draws uniformly.
         std: of the logit-normal density.
-        between: levels that the draws are cut to, whose density is otherwise the same.
-
-    Returns:
-        [B] float32 in (0, 1), in random order.
+        between: range to which the density is truncated.
     """
     strata = torch.randperm(batch, generator=generator).double()
     uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch

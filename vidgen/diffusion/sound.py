@@ -1,9 +1,7 @@
-"""Sound with the picture: latents of its own in one state, and one tensor of both for samplers.
+"""The state of a clip's sound, and picture and sound packed into one tensor for samplers.
 
-A clip's sound is one more run of tokens with its own noise, known values and times: sound for a
-known picture and a picture for known sound differ in nothing but what is known.
-Samplers work element by element, so they are given both packed into one tensor and see no
-difference.
+A clip's sound is one more run of tokens with its own noise, known values and times. Samplers work
+element by element, so both are packed into one tensor.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N sound latents,
 n numbers of a clip's picture and sound together.
@@ -24,15 +22,15 @@ from vidgen.core.errors import InputError
 
 @dataclass(frozen=True)
 class SoundState:
-    """Sound latents on their way from noise, and what is known of the sound beforehand.
+    """Sound latents between noise and the result, and their known values.
 
     Attributes:
-        latents: [B, C, N], the starting noise, or where sampling has come to.
+        latents: [B, C, N], the starting noise, or the latest step.
         clean: [B, C, N], the known values; anything where not known.
-        denoise_mask: [B, 1, N] bool, True where sound is to be generated.
-        start_s: when the first latent begins, in seconds after the picture's first latent frame.
-        sees_picture: whether it is denoised in view of the picture.
-        takes: sounds of one picture, neighbours in the batch; the picture's rows are alike.
+        denoise_mask: [B, 1, N] bool, True where sound is generated.
+        start_s: start of the first latent, in seconds after the picture's first latent frame.
+        sees_picture: whether sound tokens attend to the picture's.
+        takes: sounds of one picture, neighbours in the batch; the picture's rows are equal.
     """
 
     latents: Tensor
@@ -48,24 +46,24 @@ class SoundState:
         return not bool(self.denoise_mask.all())
 
     def impose(self, latents: Tensor) -> Tensor:
-        """Write the known values into latents, exactly."""
+        """Write the known values into latents."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
 
     def levels(self, sigma: Tensor) -> Tensor:
-        """The noise level of each latent: sigma [B], or [B, N] with 0 where it is known."""
+        """Return the noise level of each latent: sigma [B], or [B, N] with 0 where it is known."""
         if not self.any_known:
             return sigma
         return sigma[:, None] * self.denoise_mask[:, 0].to(sigma.dtype)
 
 
 def new_sound(noise: Tensor, start_s: float = 0.0, takes: int = 1) -> SoundState:
-    """Sound of which nothing is known, from noise [B, C, N]; attributes as in `SoundState`."""
+    """Return sound with nothing known, from noise [B, C, N]."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
     return SoundState(noise, torch.zeros_like(noise), mask, start_s, takes=takes)
 
 
 def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:
-    """The sound begins with these latents [B or 1, C, n]; with all of them it is known.
+    """Let the sound begin with known latents [B or 1, C, n].
 
     Raises:
         InputError: more latents than the sound has.
@@ -82,29 +80,24 @@ def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:
 
 @dataclass(frozen=True)
 class Packing:
-    """Layout of picture [B, C, F, h, w] and sound [B, C, N] in one tensor [B, n].
-
-    Attributes:
-        picture: the picture's C, F, h, w.
-        sound: the sound's C, N.
-    """
+    """Layout of a picture (C, F, h, w) and sound (C, N) in one tensor [B, n]."""
 
     picture: tuple[int, ...]
     sound: tuple[int, ...]
 
     @classmethod
     def of(cls, picture: Tensor, sound: Tensor) -> Packing:
-        """The packing of tensors like these."""
+        """Return the packing of tensors like these."""
         return cls(tuple(picture.shape[1:]), tuple(sound.shape[1:]))
 
     def pack(self, picture: Tensor, sound: Tensor) -> Tensor:
-        """One tensor [B, n]; what is narrower than C, as masks are, counts for all channels."""
+        """Return one tensor [B, n]; a single channel, as of masks, counts for all."""
         parts = (part.expand(-1, *shape).flatten(1)
                  for part, shape in ((picture, self.picture), (sound, self.sound)))
         return torch.cat(list(parts), dim=1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture [B, C, F, h, w] and the sound [B, C, N]."""
+        """Return the picture [B, C, F, h, w] and the sound [B, C, N]."""
         size = torch.Size(self.picture).numel()
         picture = packed[:, :size].reshape(-1, *self.picture)
         return picture, packed[:, size:].reshape(-1, *self.sound)
@@ -113,21 +106,11 @@ class Packing:
 def sound_span(
     first: int, count: int, stride_t: int, fps: Fraction | float, tokens_per_s: float
 ) -> tuple[int, int, float]:
-    """The sound latents that go with a stretch of a clip's latent frames.
+    """Return the sound latents during a stretch of a clip: (first, end, `SoundState.start_s`).
 
     Frame j of a clip is shown from j / fps on, and its latent frame f ends with frame
-    stride_t * f, at which time attention places it.
-
-    Args:
-        first: latent frame that the stretch begins with.
-        count: its latent frames.
-        stride_t: frames of a latent frame, but for the clip's first.
-        fps: frames a second.
-        tokens_per_s: sound latents a second.
-
-    Returns:
-        (first sound latent, the one after the last, `SoundState.start_s`): all that are heard
-        while the stretch is shown.
+    stride_t * f, at which time attention places it. The stretch are `count` latent frames from
+    `first` on.
     """
     rate, fps = Fraction(tokens_per_s), Fraction(fps)
     shown = 0 if first == 0 else stride_t * (first - 1) + 1

@@ -1,7 +1,7 @@
-"""Conditions that a model reads as further channels of its latents: Wan's I2V and VACE.
+"""Conditions in further channels of the latents: Wan's I2V and VACE.
 
-Such models learned known frames not in place but as a second clip, encoded whole with grey where
-nothing is known, and a mask that says what is.
+Such models read known frames not in place but as a second clip, encoded whole with grey where
+nothing is known, and a mask.
 
 Axes: B batch, C latent channels, F latent frames, R references, h w latent rows and columns, T H W
 frames, pixel rows and columns, t s temporal and spatial stride.
@@ -21,24 +21,10 @@ from vidgen.core.shapes import Strides
 from vidgen.diffusion.state import LatentState
 
 
-def stack_known_frames(
-    state: LatentState, latents: Tensor, known: Tensor, strides: Strides
-) -> LatentState:
-    """Show known frames as Wan's I2V models read them.
-
-    Args:
-        state: whose `stacked` is to be written.
-        latents: of the clip with grey where unknown, normalised, [1, C, F, h, w].
-        known: [T] bool, the frames that are known.
-        strides: the VAE's.
-    """
-    return replace(state, stacked=known_frames(latents, known, strides))
-
-
 def known_frames(latents: Tensor, known: Tensor, strides: Strides) -> Tensor:
-    """A state's `stacked`: [mask t | latents C] (Wan 2025, sec. 5.1.1).
+    """Return `LatentState.stacked` of Wan's I2V: [mask t | latents C] (Wan 2025, sec. 5.1.1).
 
-    Arguments as in `stack_known_frames`.
+    `latents` [1, C, F, h, w] are of the clip with grey where unknown, `known` [T] bool its frames.
     """
     flags = known.to(latents)
     flags = torch.cat([flags[:1].expand(strides.t), flags[1:]])  # the first latent is one frame's
@@ -56,19 +42,19 @@ def control(
     strides: Strides,
     noise: Tensor,
 ) -> LatentState:
-    """Show a clip and references as VACE reads them (Jiang et al. 2025, sec. 3.2).
+    """Write a clip and references into `LatentState.control` (VACE: Jiang et al. 2025, sec. 3.2).
 
-    References become latent frames of their own before the clip's, with noise of their own;
-    `LatentState.num_references` says how many to drop in the end.
+    References become latent frames before the clip's, with noise of their own, and are dropped in
+    the end: `LatentState.num_references`.
 
     Args:
-        state: whose `control` is to be written.
+        state: of the clip.
         kept: latents of the clip with grey where new content is wanted, [1, C, F, h, w].
         changed: latents of the clip with grey where it is kept, the same shape.
         wanted: [1, 1, T, H, W], 1 where new content is wanted.
         references: latents of stills, [1, C, 1, h, w] each.
-        strides: the VAE's.
-        noise: the references', [1, C, R, h, w].
+        strides: of the VAE.
+        noise: of the references, [1, C, R, h, w].
     """
     rows = control_rows(kept, changed, wanted, strides)
     for reference in references:  # the last one comes first, as the reference code has it
@@ -86,10 +72,7 @@ def control(
 
 
 def control_rows(kept: Tensor, changed: Tensor, wanted: Tensor, strides: Strides) -> Tensor:
-    """A state's `control` without references: [kept C | changed C | mask s * s].
-
-    Arguments as in `control`.
-    """
+    """Return `LatentState.control` without references, [kept C | changed C | mask s * s]."""
     side = strides.hw
     mask = rearrange(wanted[:, 0], "b t (h y) (w x) -> b (y x) t h w", y=side, x=side)
     mask = F.interpolate(mask, size=kept.shape[2:], mode="nearest-exact")
@@ -97,12 +80,9 @@ def control_rows(kept: Tensor, changed: Tensor, wanted: Tensor, strides: Strides
 
 
 def keep_beginning(state: LatentState, kept: Tensor, num_known: int) -> LatentState:
-    """Show VACE the first latent frames of a clip as known, as `control` would.
+    """Write the first `num_known` latent frames of a clip into a state's `control`, as known.
 
-    Args:
-        state: whose `control` was written with nothing known there.
-        kept: latents of the clip with grey where new content is wanted, [1, C, F, h, w].
-        num_known: how many of its latent frames are known.
+    `kept` are as in `control`.
     """
     assert state.control is not None
     rows, first, channels = state.control.clone(), state.num_references, kept.shape[1]

@@ -1,7 +1,7 @@
-"""A clip's latents on their way from noise, with all that is known of it beforehand.
+"""The state of a clip that is denoised: its latents and all known values.
 
-Sampling and training both hold it, and build the model's input from it by the same function. What
-a request knows is written into it by `vidgen.diffusion.condition`.
+Sampling and training build the model's input from it by the same function. `condition` writes a
+request's known values into it.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -23,7 +23,7 @@ from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.sound import Packing, SoundState
 
 FIRST_REFERENCE_POSITION = -4.0
-"""On the time axis: reference images lie there and before, well outside of the clip."""
+"""Latest time position of reference images, outside of the clip."""
 
 
 class UpsampledKnown(NamedTuple):
@@ -42,24 +42,23 @@ class UpsampledKnown(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentState:
-    """Latents on their way from noise to a clip, and all that is known of the clip beforehand.
+    """Latents of a clip between noise and the result, and all known values.
 
     Attributes:
-        latents: [B, C, F, h, w], the starting noise, or where sampling has come to.
+        latents: [B, C, F, h, w], the starting noise, or the latest step.
         clean: [B, C, F, h, w], the known values; anything where not known.
-        denoise_mask: [B, 1, F, h, w] bool, True where latents are to be generated.
+        denoise_mask: [B, 1, F, h, w] bool, True where latents are generated.
         keys: known stills at times of their own, or None.
-        stacked: [B, _, F, h, w] channels that the model reads after the latents', or None.
-        control: [B, _, F, h, w] what VACE's control blocks read, or None.
+        stacked: [B, _, F, h, w] channels after the latents' in the model's input, or None.
+        control: [B, _, F, h, w] input of VACE's control blocks, or None.
         image_context: [B, _, D] CLIP features of known pictures, or None.
         num_references: leading latent frames that are references, not the clip.
-        sound: the clip's sound on its way, or None.
-        known_sigma: [B], how much of what is known in place is noise; None: nothing.
-        hides_known: what is known in place is shown as noisy as all else; see `Guidance`.
-        noise: [B, C, F, h, w], the starting noise where `latents` are more than that; None there.
-        spacing: distance of latent frames on the time axis, which is 1 at the model's own frame
-            rate.
-        lead: number of the latent frame that lies at 0 there.
+        sound: of the clip, or None.
+        known_sigma: [B], noise level of values known in place; None: 0.
+        hides_known: values known in place are shown as noisy as all else; see `Guidance`.
+        noise: [B, C, F, h, w], the starting noise where `latents` hold a clip, too; else None.
+        spacing: distance of latent frames on the time axis; 1 at the model's own frame rate.
+        lead: number of the latent frame at position 0 there.
         known_upsampled: what is known in place under temporal upsampling, if more than a still.
         video_upsampled: [B, C, n, h, w], the clip that sampling begins from then, or None.
     """
@@ -88,17 +87,17 @@ class LatentState:
 
     @cached_property
     def is_known(self) -> bool:
-        """Whether all of the picture is, so that only sound is to be made, which it doesn't see."""
+        """Whether the whole picture is known, so that only sound is generated."""
         return not bool(self.denoise_mask.any())
 
     @property
     def starting_noise(self) -> Tensor:
-        """The noise of the start, [B, C, F, h, w], without a clip that sampling begins from."""
+        """Starting noise [B, C, F, h, w], without a clip that sampling begins from."""
         return self.latents if self.noise is None else self.noise
 
     @cached_property
     def times(self) -> Tensor | None:
-        """Positions of its latent frames on the time axis, [F]; None: 0, 1, 2, ..."""
+        """Positions [F] of latent frames on the time axis; None: 0, 1, 2, ..."""
         if self.spacing == 1:
             return None
         numbers = torch.arange(self.latents.shape[2], device=self.latents.device)
@@ -106,7 +105,7 @@ class LatentState:
 
     @cached_property
     def timed_keys(self) -> KeyTokens | None:
-        """The stills where they lie on that axis; references lie outside of the clip's time."""
+        """The stills with positions on that axis; references lie outside of the clip's time."""
         if self.keys is None or self.spacing == 1:
             return self.keys
         at = self.keys.positions
@@ -114,9 +113,9 @@ class LatentState:
 
     @property
     def has_given(self) -> Tensor:
-        """Whether whole frames of a clip are given, in place or as stills, and shown as they are.
+        """Whether whole frames of each clip are given, in place or as stills, without noise: [B].
 
-        So not what later windows go on from through noise, nor the parts that a mask keeps. [B].
+        That excludes beginnings of later windows, and the parts that a mask keeps.
         """
         frames = self.denoise_mask.flatten(3)
         whole = (frames == frames[..., :1]).flatten(1).all(1)
@@ -133,74 +132,74 @@ class LatentState:
         return bool((pixels == pixels[..., :1]).all())
 
     def rows(self, index: Tensor | slice) -> LatentState:
-        """Some clips of the batch, by their numbers, by a mask [B] or by a slice."""
+        """Return some clips of the batch, by numbers, by a mask [B] or by a slice."""
         chosen: LatentState = mapped(self, lambda tensor: tensor[index])
         return chosen
 
     def stretch(self, frames: slice) -> LatentState:
-        """Some latent frames of the picture alone, without stills and sound."""
+        """Return some latent frames of the picture, without stills and sound."""
         return LatentState(
             self.latents[:, :, frames], self.clean[:, :, frames], self.denoise_mask[:, :, frames]
         )
 
     def impose(self, latents: Tensor) -> Tensor:
-        """Write the known values into the picture's latents, exactly."""
+        """Write the known values into the picture's latents."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
 
     def to(self, device: torch.device) -> LatentState:
-        """The same state on another device."""
+        """Return the state on another device."""
         there: LatentState = moved(self, device)
         return there
 
     @cached_property
     def packing(self) -> Packing | None:
-        """Layout of picture and sound in the one tensor that samplers see; None without sound."""
+        """Layout of picture and sound in one tensor for samplers; None without sound."""
         return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
 
     def begin(self) -> Tensor:
-        """Return the start of a sampler: [B, C, F, h, w], with sound [B, n]."""
+        """Return the starting latents of a sampler: [B, C, F, h, w], with sound [B, n]."""
         sound = None if self.sound is None else self.sound.latents
         return self.project(self.together(self.latents, sound))
 
     def fresh(self, step: int) -> Tensor:
-        """Noise for a step of sampling, as a sampler has it; see `shuffled`."""
+        """Return noise for a sampling step in a sampler's layout; see `shuffled`."""
         picture = shuffled(self.starting_noise, step)
         return self.together(
             picture, None if self.sound is None else shuffled(self.sound.latents, step)
         )
 
     def project(self, latents: Tensor) -> Tensor:
-        """Write all that is known into what a sampler has; its `project`."""
+        """Write all known values into latents in a sampler's layout; its `project`."""
         picture, sound = self.apart(latents)
         if self.sound is None or sound is None:
             return self.impose(picture)
         return self.together(self.impose(picture), self.sound.impose(sound))
 
     def apart(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The picture's and the sound's share of what a sampler has, or of its velocity."""
+        """Split latents or a velocity in a sampler's layout into picture and sound."""
         return (latents, None) if self.packing is None else self.packing.unpack(latents)
 
     def together(self, picture: Tensor, sound: Tensor | None) -> Tensor:
-        """The inverse of `apart`."""
+        """Undo `apart`."""
         if self.packing is None or sound is None:
             return picture
         return self.packing.pack(picture, sound)
 
     @cached_property
     def generated(self) -> Tensor:
-        """The mask of generated values, in a sampler's layout."""
+        """The mask of generated values in a sampler's layout."""
         sound = None if self.sound is None else self.sound.denoise_mask
         return self.together(self.denoise_mask, sound)
 
 
 def new_state(noise: Tensor) -> LatentState:
-    """A state with nothing known: text-to-video."""
+    """Return a state with nothing known, for text-to-video."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
     return LatentState(latents=noise, clean=torch.zeros_like(noise), denoise_mask=mask)
 
 
 def finished(latents: Tensor) -> LatentState:
-    """A picture [B, C, F, h, w] of which nothing is left to make: what it sounds like may be."""
+    """Return the state of a finished picture [B, C, F, h, w], for which sound may be made."""
     unmade = torch.zeros_like(latents[:, :1], dtype=torch.bool)
     return LatentState(latents=latents, clean=latents, denoise_mask=unmade)
 
@@ -208,20 +207,17 @@ def finished(latents: Tensor) -> LatentState:
 def denoise_inputs(
     state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return what the model sees of a state at a noise level, besides `state.keys`.
+    """Return the model's input (latents, sigma) of a state at a noise level, without `state.keys`.
+
+    Known values are written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F]
+    if frames are known as a whole, [B, F, h / patch, w / patch] if tokens are. Known values that
+    the state hides get its starting noise, and sigma stays. Stacked channels come last.
 
     Args:
         state: the conditions.
         sigma: [B].
-        latents: noisy ones at `sigma`; by default the state's own.
+        latents: noisy ones at `sigma`; None: the state's own.
         patch: latents a side of one token.
-
-    Returns:
-        (latents, sigma). With nothing known both are as they came. Else the known values are
-        written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F] when frames
-        are known as a whole, [B, F, h / patch, w / patch] when a token is. Those that the state
-        hides are written with the noise that its own latents begin with, and sigma stays. Stacked
-        channels come last.
     """
     latents = state.latents if latents is None else latents
     if state.hides_known:
@@ -243,17 +239,17 @@ def denoise_inputs(
 
 
 def are_references(keys: KeyTokens) -> Tensor:
-    """Tell which stills are reference images, by their time positions, [B, K] bool."""
+    """Return which stills are reference images, by their time positions, [B, K] bool."""
     return keys.positions <= FIRST_REFERENCE_POSITION
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """Plain data with its tensors on a device."""
+    """Return plain data with its tensors on a device."""
     return mapped(value, lambda tensor: tensor.to(device))
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Plain data with its tensors changed."""
+    """Return plain data with its tensors changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):

@@ -100,7 +100,8 @@ def _stacked(
     pixels, wanted = _known_pixels(plan, request, inputs)
     known = wanted.amax((0, 1, 3, 4)) == 0
     latents = model.encode(pixels)
-    state = stacked.stack_known_frames(state, latents, known.to(latents.device), model.strides)
+    shown = stacked.known_frames(latents, known.to(latents.device), model.strides)
+    state = replace(state, stacked=shown)
     if model.describe is None:
         return state
     pictures = [picture for _, picture in _stills(plan, request, inputs)]
