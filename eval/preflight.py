@@ -77,6 +77,7 @@ def build_wide(folder: Path) -> Path:
     """
     import torch
 
+    from train.toybox.model_files import save_module
     from train.toybox.tasks.tokenizer import train_tokenizer
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.dit_types import DiTConfig
@@ -85,7 +86,6 @@ def build_wide(folder: Path) -> Path:
     from vidgen.models.vae import CausalVAE
     from vidgen.weights.family import ModelDefaults
     from vidgen.weights.folder import write_model_info
-    from vidgen.weights.load import save_module
 
     settings = {**vars(DIT_PRESETS["wan-1.3b"]), "num_layers": 3, "text_dim": 256}
     dit, vae = SpacetimeDiT(DiTConfig(**settings)), CausalVAE(VAE_PRESETS["wan21"])

@@ -18,11 +18,11 @@ from eval.toybox.judge import Judge, JudgeConfig
 from tests.lora_models import I2V, make_adapter, make_dit
 from tests.models import build_tiny_model
 from tests.wan_models import build_diffusers, build_original
+from train.toybox.model_files import save_module
 from vidgen.media.types import ClipInfo, Segment
 from vidgen.media.write import write_clip
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.weights.load import save_module
 from vidgen.weights.lora import write_lora
 from vidgen.weights.lora_dialects import DIALECTS
 

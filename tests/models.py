@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from train.toybox.model_files import record_files, save_module
 from train.toybox.tasks.tokenizer import train_tokenizer
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
@@ -19,9 +20,8 @@ from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.weights.family import ModelDefaults
-from vidgen.weights.folder import record_files, write_model_info
+from vidgen.weights.folder import write_model_info
 from vidgen.weights.layouts import open_model
-from vidgen.weights.load import save_module
 
 if TYPE_CHECKING:
     from vidgen.pipeline.engine import Engine

@@ -16,11 +16,10 @@ from tests.models import DEFAULTS, build_tiny_model
 from tests.programs import load_program
 from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.data import open_shards
+from train.toybox.model_files import INT8_FROM, in_int8
 from train.toybox.tasks.toybox_data import ToyboxCache, load_vae
 from vidgen.core.config import build
 from vidgen.weights.folder import write_model_info
-from vidgen.weights.store import in_int8
-from vidgen.weights.student import INT8_FROM
 
 
 def make_settings(folder: Path) -> dict[str, Any]:

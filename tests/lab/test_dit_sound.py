@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.faults import ForkServer
 from tests.programs import run_program
+from train.toybox.model_files import save_module
 from train.toybox.phases import Phase, PhasedRun
 from train.toybox.sound_vae import load_sound_vae
 from train.toybox.tasks.dit_config import DiTData
@@ -29,7 +30,6 @@ from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder
-from vidgen.weights.load import save_module
 
 
 def test_the_sound_of_a_stretch_is_all_that_is_heard_while_it_is_shown():

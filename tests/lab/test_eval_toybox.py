@@ -22,8 +22,8 @@ from eval.toybox.leaderboard import main as leaderboard
 from eval.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 from eval.toybox.suite import work as toybox_work
 from tests.models import build_tiny_model
+from train.toybox.model_files import save_module
 from train.toybox.world.scenes import WORLD_VERSION
-from vidgen.weights.load import save_module
 
 COUNTS = [
     "--prompts", "3", "--held-out", "1", "--images", "2", "--reserved", "1", "--two", "2",

@@ -25,6 +25,7 @@ from eval.toybox.judge import (
 from eval.toybox.quality import psnr
 from eval.toybox.suite.judging import gibberish, grade, judge_renders
 from tests.programs import load_program
+from train.toybox.model_files import save_module
 from train.toybox.phases import PhasedRun, train
 from train.toybox.tasks.judge_data import (
     Batch,
@@ -43,7 +44,6 @@ from train.toybox.world.render import render
 from train.toybox.world.scenes import Actor, Scene
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
-from vidgen.weights.load import save_module
 
 TINY = JudgeConfig(
     frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), look_dim=4, mixed_dim=8, temporal_dim=16

@@ -19,6 +19,7 @@ from eval.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, SoundJu
 from eval.toybox.suite.listening import grade_sound, hollow_sound, judge_sounds
 from tests.programs import load_program
 from train.toybox.mel import log_mel, mel_bank, spectrogram
+from train.toybox.model_files import save_module
 from train.toybox.phases import train
 from train.toybox.sound_vae import SOUND_VAE, load_sound_vae
 from train.toybox.tasks.sound_data import damage_sound, hollow_out, label_sounds
@@ -32,7 +33,6 @@ from vidgen.models.audio import AudioVAE
 from vidgen.models.audio_spectra import Controls
 from vidgen.models.presets import AUDIO_VAE_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint
-from vidgen.weights.load import save_module
 
 TINY_JUDGE = SoundJudgeConfig(bands=32, dims=(4, 8, 16), hidden_dim=16)
 

@@ -10,12 +10,12 @@ import yaml
 
 from eval.toybox.judge import Judge, JudgeConfig
 from tests.programs import run_program
+from train.toybox.model_files import save_module
 from train.toybox.world.cast import RESERVED_SPRITES
 from train.toybox.world.subject import Subject
 from vidgen.cli.main import main
 from vidgen.core.config_file import apply_overrides, load_yaml, packaged_config
 from vidgen.core.errors import InputError
-from vidgen.weights.load import save_module
 
 
 @pytest.mark.parametrize("sprite", RESERVED_SPRITES)

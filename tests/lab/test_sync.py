@@ -159,9 +159,9 @@ def test_nothing_that_bounces_gives_no_bounces() -> None:
 def test_the_program_writes_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from train.toybox.model_files import save_module
     from vidgen.models.audio import AudioVAE
     from vidgen.models.presets import AUDIO_VAE_PRESETS
-    from vidgen.weights.load import save_module
 
     program = load_program("eval/toybox/sync.py")
     torch.manual_seed(0)

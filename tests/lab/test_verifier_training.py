@@ -15,6 +15,7 @@ import yaml
 
 from tests.faults import ForkServer
 from tests.programs import run_program
+from train.toybox.model_files import save_module
 from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache, load_vae
 from train.toybox.tasks.verifier_data import (
     COLOURS,
@@ -32,7 +33,6 @@ from vidgen.core.config import dump
 from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.pipeline.engine import Engine, load
 from vidgen.training.checkpoint import load_averages
-from vidgen.weights.load import save_module
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.toybox.model_files import save_module
 from train.toybox.sound_vae import SOUND_VAE, load_sound_vae
 from train.toybox.world.cues import SAMPLE_RATE
 from vidgen.core.errors import InputError, ModelError
@@ -19,7 +20,6 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS
 from vidgen.ops.conv import StreamCache
 from vidgen.weights.convert import convert
 from vidgen.weights.layouts import open_model
-from vidgen.weights.load import save_module
 
 TINY = AUDIO_VAE_PRESETS["tiny"]
 STATISTICS = {"latents_mean": (0.5, -1.0, 0.0, 2.0), "latents_std": (1.0, 2.0, 0.5, 3.0)}

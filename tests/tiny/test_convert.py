@@ -16,14 +16,13 @@ from safetensors.torch import save as to_bytes
 
 from tests.models import build_tiny_model
 from tests.wan_models import VARIANTS, build_diffusers, build_original
+from train.toybox.model_files import record_files, save_module
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import record_files
 from vidgen.weights.layouts import open_model
-from vidgen.weights.load import save_module
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Joined, Source
 from vidgen.weights.write import write_safetensors, write_shards

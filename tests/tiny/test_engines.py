@@ -15,6 +15,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.velocity import Velocity, follow, make_run
+from train.toybox.model_files import save_module
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_averages
@@ -22,7 +23,7 @@ from vidgen.training.config import OptimConfig
 from vidgen.training.engines import engine as torch_engine
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.engines.zero import share_out
-from vidgen.weights.load import load_module, save_module
+from vidgen.weights.load import load_module
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (extra: train)", allow_module_level=True)

@@ -13,11 +13,12 @@ import pytest
 
 from tests.lora_models import make_adapter
 from tests.models import add_low_expert, build_tiny_model
+from train.toybox.model_files import record_files, write_student
 from vidgen.media.clip import Clip
 from vidgen.pipeline.engine import Engine, load
-from vidgen.weights.folder import StudentConfig, record_files
+from vidgen.weights.folder import StudentConfig
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import STUDENT, write_student
+from vidgen.weights.student import STUDENT
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from train.toybox.model_files import save_module
 from vidgen.core.errors import ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.weights.load import load_module, read_tensors, save_module
+from vidgen.weights.load import load_module, read_tensors
 from vidgen.weights.store import TensorStore
 
 TINY = DIT_PRESETS["tiny"]
@@ -113,7 +114,8 @@ from pathlib import Path
 import torch
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder
-from vidgen.weights.load import load_module, save_module
+from train.toybox.model_files import save_module
+from vidgen.weights.load import load_module
 config, folder = TEXT_PRESETS["tiny"], Path(sys.argv[1])
 save_module(UMT5Encoder(config).state_dict(), {}, folder, torch.float32)
 before = len(sys.modules)

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.lora_models import DIFFS, TINY, make_adapter, make_dit
+from train.toybox.model_files import save_module
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, attached
-from vidgen.weights.load import load_module, save_module
+from vidgen.weights.load import load_module
 
 
 def run(dit: SpacetimeDiT, dtype: torch.dtype = torch.float32) -> torch.Tensor:

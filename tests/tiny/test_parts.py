@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.models import build_tiny_model
+from train.toybox.model_files import save_module
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import available_memory
 from vidgen.models.dit import SpacetimeDiT
@@ -22,7 +23,6 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.loader import EXPERTS, Parts
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
-from vidgen.weights.load import save_module
 from vidgen.weights.stream import block_of
 
 needs_torchao = pytest.mark.skipif(

@@ -20,6 +20,7 @@ from tests.live import Live
 from tests.lora_models import make_adapter
 from tests.models import build_tiny_model
 from tests.tiny.test_timing import RATES
+from train.toybox.model_files import write_student
 from vidgen.cli.main import main
 from vidgen.cli.report import Report, duration_text, long_text
 from vidgen.core.errors import InputError, ModelError
@@ -42,7 +43,6 @@ from vidgen.pipeline.setups import choose, preflight
 from vidgen.pipeline.types import Setup
 from vidgen.weights.folder import ForeignFolder, StudentConfig
 from vidgen.weights.layouts import open_model
-from vidgen.weights.student import write_student
 
 CPU = torch.device("cpu")
 FP32 = Setup(CPU, "fp32")

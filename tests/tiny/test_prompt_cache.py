@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.models import build_tiny_model
+from train.toybox.model_files import save_module
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline import prompts
@@ -17,7 +18,6 @@ from vidgen.pipeline.loader import Parts
 from vidgen.pipeline.prompts import PromptCache, PromptEncoder
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
-from vidgen.weights.load import save_module
 
 CPU = torch.device("cpu")
 TEXTS = ("a red car bounces across the desert", "", "a cat  moves left &amp; right")

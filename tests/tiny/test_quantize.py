@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from train.toybox.model_files import save_module
 from vidgen.core.errors import InputError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.text import TextConfig, UMT5Encoder
-from vidgen.weights.load import load_module, save_module
+from vidgen.weights.load import load_module
 from vidgen.weights.quantize import linears, quantize_layer, require_torchao
 
 needs_torchao = pytest.mark.skipif(

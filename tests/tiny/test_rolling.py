@@ -17,6 +17,7 @@ import torch
 from tests.lora_models import make_adapter
 from tests.models import DEFAULTS, build_tiny_model
 from tests.stopping import interrupt_behind
+from train.toybox.model_files import write_student
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
@@ -34,7 +35,6 @@ from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.setups import preflight
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import write_student
 
 PROMPT = "a red car bounces across the desert"
 SIGMAS = (1.0, 0.7, 0.4, 0.0)

@@ -13,6 +13,7 @@ import pytest
 from tests.lora_models import make_adapter, make_dit
 from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.services import wait_for
+from train.toybox.model_files import write_student
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.engine import load
@@ -26,7 +27,6 @@ from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
 from vidgen.server.types import Refusal
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
-from vidgen.weights.student import write_student
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
 ANN, BOB = Call("ann"), Call("bob")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from train.toybox.model_files import in_int8
 from vidgen.core.errors import ModelError
-from vidgen.weights.store import TensorStore, Weights, find_files, in_int8
+from vidgen.weights.store import TensorStore, Weights, find_files
 from vidgen.weights.view import Source, View
 
 TENSORS = {

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from train.toybox.model_files import save_module
 from vidgen.core.errors import Cancelled, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder
-from vidgen.weights.load import load_module, save_module
+from vidgen.weights.load import load_module
 from vidgen.weights.stream import block_of
 
 CONFIG = DiTConfig(in_channels=4, out_channels=4, num_heads=2, head_dim=24, num_layers=6,

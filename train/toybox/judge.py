@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from eval.toybox.judge import FrameLogits, Judge, JudgeConfig, JudgeFolder, to_motion_size
 from eval.toybox.suite.judging import judge_renders
+from train.toybox.model_files import save_module
 from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.judge_data import (
@@ -35,7 +36,6 @@ from vidgen.core.runtime import choose_device
 from vidgen.media.grid import contact_sheet
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import seed_of
-from vidgen.weights.load import save_module
 
 POOL_SEEDS = 1 << 32  # scenes that each pool may use; validation has the range's last ones
 VALIDATION_SEEDS = 1 << 24

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eval.toybox.quality import psnr
+from train.toybox.model_files import record_files
 from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from vidgen.core.errors import ModelError, exit_code
@@ -25,7 +26,6 @@ from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.measure import measure_magnitudes
 from vidgen.pipeline.preview import FILE, PreviewDecoder, fit_preview, write_decoder
 from vidgen.pipeline.step_caches import write_magnitudes
-from vidgen.weights.folder import record_files
 
 NUM_FITTED, NUM_CHECKED = 24, 8
 

@@ -34,6 +34,7 @@ from torch import nn
 
 from train.toybox.distillation.config import LOW, DeltaConfig, TrajectoryConfig
 from train.toybox.distillation.delta import adapter_of
+from train.toybox.model_files import save_module, write_student
 from train.toybox.sound_vae import SOUND_VAE
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.tokenizer import train_tokenizer
@@ -65,9 +66,8 @@ from vidgen.weights.configs import config_of
 from vidgen.weights.family import ModelDefaults
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 from vidgen.weights.layouts import open_model
-from vidgen.weights.load import save_module
 from vidgen.weights.store import TensorStore
-from vidgen.weights.student import STUDENT, STUDENTS, open_students, write_student
+from vidgen.weights.student import STUDENT, STUDENTS, open_students
 
 DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from eval.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 from eval.toybox.suite.listening import judge_sounds
+from train.toybox.model_files import save_module
 from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.judge_data import judge_scene
@@ -25,7 +26,6 @@ from train.toybox.world.scenes import SEED_RANGES
 from train.toybox.world.sound import synthesize
 from vidgen.core.runtime import choose_device
 from vidgen.training.optim import build_optimizers
-from vidgen.weights.load import save_module
 
 VALIDATION_SEEDS = 1 << 24  # the last ones of the judge's range
 RUN_SEEDS = 1 << 32  # scenes that a run may use

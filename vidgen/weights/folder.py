@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import ModelError, OutputError
 from vidgen.core.runtime import atomic_write, cache_folder, sha256_file
 from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.weights.configs import read_json
 from vidgen.weights.family import Conditioning, ModelDefaults
 
 if TYPE_CHECKING:
@@ -260,22 +259,11 @@ def write_model_info(
         "variant": variant, "license": license_name, "tasks": list(tasks),
         "defaults": asdict(defaults),
     }
-    _write_info(path, info, names)
+    write_info(path, info, names)
 
 
-def record_files(path: Path, names: Iterable[str]) -> None:
-    """Record the hashes of these files in `path`'s `model.json`, as after they were written.
-
-    Those of the others stay, so that damage to one of them still shows.
-
-    Raises:
-        ModelError: there is no `model.json`, or it can't be read.
-    """
-    _write_info(path, read_json(path / "model.json"), names)
-
-
-def _write_info(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Write `model.json` with hashes of these files and those in `info`."""
+def write_info(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Write `info` to `model.json`, with the hashes of these files added to those in it."""
     files = {**info.get("files", {}), **{name: sha256_file(path / name) for name in names}}
-    told = {**info, "files": dict(sorted(files.items()))}
-    atomic_write(path / "model.json", (json.dumps(told, indent=1) + "\n").encode())
+    whole = {**info, "files": dict(sorted(files.items()))}
+    atomic_write(path / "model.json", (json.dumps(whole, indent=1) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,16 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vidgen.core.config import dump
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.runtime import atomic_path, atomic_write
 from vidgen.ops.linear import pack, packs
 from vidgen.weights.quantize import Quantization, linears, quantize_layer
-from vidgen.weights.store import TensorStore, Weights, find_files, in_int8
+from vidgen.weights.store import TensorStore, Weights, find_files
 from vidgen.weights.stream import assign, blocks_of, stream_blocks
 
 if TYPE_CHECKING:
@@ -228,26 +225,3 @@ def trim_memory() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def save_module(
-    state: dict[str, torch.Tensor], config: Any, folder: Path, dtype: torch.dtype,
-    int8_from: int | None = None,
-) -> None:
-    """Write a component folder: `config.json` (dataclass or mapping) and `model.safetensors`.
-
-    Matrices and kernels of `int8_from` numbers or more lie there in int8, half as large.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = config if isinstance(config, dict) else dump(config)
-    tensors = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-        .contiguous()
-        for name, value in state.items()
-    }
-    if int8_from is not None:
-        tensors = in_int8(tensors, int8_from)
-    atomic_write(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)

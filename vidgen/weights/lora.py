@@ -23,7 +23,6 @@ from vidgen.weights.keymap import DIT_KEYS, rename
 from vidgen.weights.lora_dialects import (
     DIALECTS,
     TOKEN,
-    Dialect,
     Kind,
     Scaling,
     TensorName,
@@ -34,7 +33,7 @@ from vidgen.weights.lora_dialects import (
     other_method,
     parse_name,
 )
-from vidgen.weights.store import TensorStore, in_int8
+from vidgen.weights.store import TensorStore
 
 log = logging.getLogger(__name__)
 
@@ -318,9 +317,8 @@ def _report_zeros(source: Path, adapter: Adapter) -> None:
 
 
 def write_lora(
-    adapter: Adapter, path: str | Path, dialect: str, int8_from: int | None = None,
-    expert: Expert | None = None,
-) -> None:  # fmt: skip
+    adapter: Adapter, path: str | Path, dialect: str, expert: Expert | None = None
+) -> None:
     """Write an adapter as a safetensors file, or as PEFT's folder.
 
     Where a dialect has no alpha, scales go into the second factor, as float32 where its own dtype
@@ -330,7 +328,6 @@ def write_lora(
         adapter: its tensors keep their dtype.
         path: replaced if it exists.
         dialect: one of `DIALECTS`.
-        int8_from: numbers from which a matrix is stored in int8, as only we read it; None: none.
         expert: of two experts its own, for the file's header, or None.
 
     Raises:
@@ -338,11 +335,7 @@ def write_lora(
         ModelError: parts that the dialect has no name for: number and first names.
         OutputError: it can't be written.
     """
-    if dialect not in DIALECTS:
-        raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
-    tensors = _spell(adapter, DIALECTS[dialect], dialect)
-    if int8_from is not None:
-        tensors = in_int8(tensors, int8_from)
+    tensors = spelled(adapter, dialect)
     target = Path(path)
     header = {"format": "pt"} | ({} if expert is None else {EXPERT_HEADER: expert})
     if dialect != "peft":
@@ -359,19 +352,25 @@ def write_lora(
     atomic_write(target / "adapter_config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
-def _spell(adapter: Adapter, dialect: Dialect, title: str) -> dict[str, Tensor]:
-    """Return tensors by a dialect's names; embeddings of tokens have ours in all of them."""
+def spelled(adapter: Adapter, title: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors by a dialect's names; see `write_lora` for errors.
+
+    Embeddings of tokens have our names in all of them.
+    """
+    if title not in DIALECTS:
+        raise InputError(f"unknown LoRA dialect {title!r}; {nearest(title, DIALECTS)}")
+    dialect = DIALECTS[title]
     tensors = {f"{TOKEN}{token}": row.detach().cpu() for token, row in adapter.tokens.items()}
     unnamed: list[str] = []
 
     def put(path: str, what: str, tensor: Tensor) -> None:
-        spelled: str | None = path
+        name: str | None = path
         if dialect.spelling != "vidgen":
-            spelled = rename(path, DIT_KEYS, "vidgen", dialect.spelling)
-        if spelled is None:
+            name = rename(path, DIT_KEYS, "vidgen", dialect.spelling)
+        if name is None:
             unnamed.append(path)
         else:
-            layer = flat(spelled) if dialect.flat else spelled
+            layer = flat(name) if dialect.flat else name
             tensors[f"{dialect.prefix}{layer}.{what}"] = tensor.detach().cpu().contiguous()
 
     left = dict(adapter.deltas)

@@ -236,34 +236,6 @@ class Weights:
         return changed <= 0.05 * self.store.num_bytes
 
 
-def in_int8(tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:
-    """Return tensors with matrices and kernels of `least` numbers or more in int8, with scales.
-
-    Each row is a scale times -127..127, the best of some scales.
-    """
-    made = {}
-    for name, value in tensors.items():
-        if value.ndim > 1 and value.numel() >= least:
-            rows, made[name + SCALE] = _rows_in_int8(value.flatten(1).float())
-            made[name] = rows.view(value.shape)
-        else:
-            made[name] = value
-    return made
-
-
-def _rows_in_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 [n, m] and scales [n, 1] of a matrix."""
-    largest = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    tried = []
-    for share in torch.linspace(0.7, 1.0, 13):
-        scales = (share * largest / 127).bfloat16()
-        rows = (matrix / scales).round().clamp(-127, 127)
-        tried.append(((rows * scales - matrix).square().sum(1), rows, scales))
-    errors, rows, scales = (torch.stack(each) for each in zip(*tried, strict=True))
-    best = errors.argmin(0)[None, :, None]
-    return (rows.take_along_dim(best, 0)[0].to(torch.int8), scales.take_along_dim(best, 0)[0])
-
-
 def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
     """Return the names in a file, and a function that maps one of them."""
     if not path.is_file():

@@ -8,16 +8,13 @@ A delta has guidance folded in (Meng et al. 2023) and knows one grid of noise le
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.runtime import atomic_write
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.configs import config_of
 from vidgen.weights.folder import StudentConfig
-from vidgen.weights.lora import read_lora, write_lora
+from vidgen.weights.lora import read_lora
 
 if TYPE_CHECKING:
     from vidgen.models.dit_types import DiTConfig
@@ -30,8 +27,6 @@ WEIGHTS: dict[ExpertRole, str] = {
     "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
 }
 """Files of the deltas, by the model's transformer."""
-INT8_FROM = 1 << 10
-"""Numbers from which a factor is stored in int8; smaller ones save nothing."""
 
 
 def open_students(model: Path) -> dict[str, Any]:
@@ -67,18 +62,3 @@ def read_student(
         ModelError: missing, damaged, or of another transformer.
     """
     return read_lora(model / name / WEIGHTS[part], config)
-
-
-def write_student(
-    adapter: Adapter, config: StudentConfig, model: Path, part: ExpertRole = "transformer"
-) -> None:
-    """Write a delta, in int8, and its config into a model's folder, but not `model.json`.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    folder = model / (ROLLER if config.roll else STUDENT)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_lora(adapter, folder / WEIGHTS[part], "vidgen", INT8_FROM)
-    (folder / WEIGHTS[part]).chmod(0o644)
-    atomic_write(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())

@@ -24,6 +24,7 @@ from train.toybox.distillation.data import HELD_OUT, draw_steps, open_shards, ta
 from train.toybox.distillation.delta import Delta, adapter_of
 from train.toybox.distillation.student import DistilTask
 from train.toybox.distillation.teacher import Teacher
+from train.toybox.model_files import write_student
 from train.toybox.phases import train
 from vidgen.cli.main import main
 from vidgen.core.config import build
@@ -48,7 +49,7 @@ from vidgen.weights.convert import convert
 from vidgen.weights.folder import StudentConfig
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import STUDENT, WEIGHTS, read_student, write_student
+from vidgen.weights.student import STUDENT, WEIGHTS, read_student
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "a red car bounces across the desert"
