@@ -6,7 +6,8 @@ catches `VidgenError`. Broken invariants of our own are assertions, never these.
 
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from types import MappingProxyType
 
@@ -47,6 +48,15 @@ class Cancelled(VidgenError):
     """The work was stopped from outside, by Ctrl-C or by a callback."""
 
     exit_code = 130
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Name a place, such as a file and its line, in an InputError or ModelError raised inside."""
+    try:
+        yield
+    except (InputError, ModelError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def quoted(value: object) -> str:

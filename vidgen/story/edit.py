@@ -5,8 +5,7 @@ It needs the shots' lengths alone, so what can't be done is refused before anyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.config import dump
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, located, nearest
 from vidgen.core.runtime import sha256_file
 from vidgen.core.store import address_of
 from vidgen.media.join import Chapter
@@ -165,7 +164,7 @@ def make_edit(
             can't be used.
     """
     script, finish, target = film.script, film.script.project.finish, Path(output)
-    with _told_with(f"{script.path}: project.finish.codec"):
+    with located(f"{script.path}: project.finish.codec"):
         picture = picture_settings(finish.codec, target)
     timeline = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps)
     described: list[DescribedSound] = []
@@ -180,20 +179,11 @@ def make_edit(
     if finish.captions == "burn":
         burnt += as_frames(captions, timeline)
     font = None if finish.font is None else script.file(finish.font)
-    with _told_with(f"{script.path}: texts"):
+    with located(f"{script.path}: texts"):
         burner = Burner(burnt, film.size, font)
     burner.check_room(script, timeline)
     return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
                 _ordered(tracked), burner, tuple(described))
-
-
-@contextmanager
-def _told_with(where: str) -> Iterator[None]:
-    """Name the place in the script that causes an error."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def _ordered(cues: Sequence[Cue]) -> tuple[Cue, ...]:

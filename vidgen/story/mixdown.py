@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, located
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
 from vidgen.media.mix import (
@@ -38,12 +38,11 @@ from vidgen.media.subtitles import Cue
 from vidgen.media.types import Samples
 from vidgen.story.elements import Music, Narration
 from vidgen.story.film import FilmPlan
-from vidgen.story.script import Script, Shot
+from vidgen.story.script import SILENCE, Script, Shot, files_of
 from vidgen.story.timeline import Placed, Timeline
 
 MUSIC_FADE_S = 1.0
 """Seconds in which music fades out, and the next one in."""
-_SILENCE = Path("none")
 _STEP = 1 << 18
 
 
@@ -92,17 +91,9 @@ def num_samples(timeline: Timeline) -> int:
     return _sample(timeline, timeline.num_frames)
 
 
-def sound_files(script: Script, timeline: Timeline) -> list[Path]:
-    """Return every file that is heard, each once."""
-    return list(dict.fromkeys(file for placed in timeline.shots
-                              for file in _files_of(script, placed.shot)))
-
-
 def _files_of(script: Script, shot: Shot) -> list[Path]:
-    heard = [each.file for each in (shot.sound, shot.music) if each is not None]
-    heard += [Path(each.text.removeprefix(OWN_FILE)) for each in shot.narration
-              if each.text.startswith(OWN_FILE)]
-    return [script.file(file) for file in heard if file not in (None, _SILENCE)]
+    return [script.file(file) for key, file in files_of(script, shot)
+            if key in ("sound", "music", "narration")]
 
 
 def check_sounds(script: Script, timeline: Timeline) -> None:
@@ -116,10 +107,8 @@ def check_sounds(script: Script, timeline: Timeline) -> None:
         for path in _files_of(script, placed.shot):
             if path in opened:
                 continue
-            try:
+            with located(script.where(placed.shot)):
                 SoundReader(path)
-            except InputError as error:
-                raise InputError(f"{script.where(placed.shot)}: {error}") from error
             opened.add(path)
 
 
@@ -152,7 +141,7 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
     sentences, speakers, free = list[Sentence](), list[str | None](), 0.0
     for placed, each in said:
         begin = _begin(script, timeline, placed, each, free if sentences else None)
-        try:
+        with located(script.where(placed.shot)):
             text, voice = _voiced(script, each, voices)
             for words, wave in spoken(text, voice):
                 first = round(begin * RATE)
@@ -161,8 +150,6 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
                 sentences.append(Sentence(words, round(begin, 3), round(free, 3)))
                 speakers.append(each.speaker)
                 begin = free + PAUSE_S
-        except InputError as error:
-            raise InputError(f"{script.where(placed.shot)}: {error}") from error
         late = free - timeline.seconds(timeline.num_frames)
         if late > 0.001:
             raise InputError(f"{script.where(placed.shot)}: narration {each.text!r} ends "
@@ -223,20 +210,16 @@ def mixed(
     """
     bed, notes, heard = room(num_samples(timeline), 2), list[str](), False
     for index, (placed, path) in enumerate(zip(timeline.shots, paths, strict=True)):
-        try:
+        with located(script.where(placed.shot)):
             sound, told = _of_shot(script, timeline, placed, path)
-        except InputError as error:
-            raise InputError(f"{script.where(placed.shot)}: {error}") from error
         notes += told
         if sound is not None:
             heard = True
             _shape(sound, timeline, index)
             _add(bed, sound, _sample(timeline, placed.start))
     for playing in playings(timeline):
-        try:
+        with located(script.where(playing.shot)):
             notes += _add_music(bed, script, playing)
-        except InputError as error:
-            raise InputError(f"{script.where(playing.shot)}: {error}") from error
         heard = True
     if narrated is None:
         return (bed if heard else None), notes
@@ -287,7 +270,7 @@ def playings(timeline: Timeline) -> Iterator[Playing]:
         end = num_samples(timeline) if behind is None else _sample(timeline, behind.start)
         music = placed.shot.music
         assert music is not None
-        if music.file is not None and music.file != _SILENCE:
+        if music.file is not None and music.file != SILENCE:
             yield Playing(placed.shot, music, _sample(timeline, placed.start), end)
 
 
@@ -332,5 +315,6 @@ def _sample(timeline: Timeline, frame: int) -> int:
 
 def file_facts(script: Script, timeline: Timeline) -> list[dict[str, str]]:
     """Return path and hash of every file that is heard, for the recipe."""
-    return [{"path": path.name, "sha256": sha256_file(path)}
-            for path in sound_files(script, timeline)]
+    files = dict.fromkeys(file for placed in timeline.shots
+                          for file in _files_of(script, placed.shot))
+    return [{"path": path.name, "sha256": sha256_file(path)} for path in files]

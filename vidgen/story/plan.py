@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
-from vidgen.core.errors import InputError, ModelError
+from vidgen.core.errors import InputError, located
 from vidgen.core.request import DEFAULTS, Loading, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
@@ -74,11 +74,9 @@ def plan_film(
     """
     folder = require_own_model(folder)
     project, defaults = script.project, folder.defaults
-    try:
+    with located(f"{script.path}: project"):
         asked = Request(prompt="-", fps=project.fps, size=project.size or (  # type: ignore[arg-type]
             defaults.width, defaults.height))
-    except InputError as error:
-        raise InputError(f"{script.path}: project: {error}") from None
     fps = asked.fps or Fraction(defaults.fps).limit_denominator(1001)
     size = asked.size or (defaults.width, defaults.height)
     film = FilmPlan(
@@ -88,10 +86,8 @@ def plan_film(
     )
     planner = _Planner(film)
     for shot in script.order():
-        try:
+        with located(script.where(shot)):
             film.shots[shot.id] = planner.plan(shot)
-        except InputError as error:
-            raise InputError(f"{script.where(shot)}: {error}") from None
     for warning in planner.warnings:
         log.warning("%s", warning)
     return film
@@ -107,15 +103,13 @@ def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
         return
     for plan in film.shots.values():
         shot, take = plan.shot, plan.takes[0]
-        try:
+        with located(film.script.where(shot)):
             for index, part in enumerate(take.parts):
                 request = film.request(shot, take.seed, index, part.num_frames)
                 enforce(policy, request)
             require_allowed(policy, "music", shot.music.prompt if shot.music else None, request)
             for said in shot.narration:
                 require_allowed(policy, "speech", said.text, request)
-        except InputError as error:
-            raise InputError(f"{film.script.where(shot)}: {error}") from None
 
 
 def estimates(
@@ -145,11 +139,9 @@ def estimates(
                  request.image is None, request.last_image is None, request.lora)
         if shape not in known:
             loading = Loading(offload=offload, **film.loading)
-            try:
+            with located(film.script.where(plan.shot)):
                 known[shape] = choose(film.folder, make_plan(request, film.folder), request,
                                       loading, device, have, dtype=dtype)
-            except ModelError as error:
-                raise ModelError(f"{film.script.where(plan.shot)}: {error}") from None
         yield known[shape]
 
 

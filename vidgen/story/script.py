@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 
 from vidgen.core.config import ONE, build, called
 from vidgen.core.config_file import Located, load_text, load_yaml
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, located, nearest
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import slug
 from vidgen.story.elements import (
@@ -46,6 +46,8 @@ _LISTS = frozenset({".txt", ".csv"})
 _SUFFIXES = (".yaml", ".yml", ".json", *sorted(_LISTS))
 _SEVERAL = ("characters", "lora")
 MAX_SHOTS = 100_000
+SILENCE = Path("none")
+"""Written as the file of music that ends what plays."""
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -296,7 +298,7 @@ def _check(script: Script, written: Located) -> None:
     files: set[Path] = set()
     for shot in script.shots:
         _check_names(script, shot)
-        for key, file in _files(script, shot):
+        for key, file in files_of(script, shot):
             place = script.file(file)
             if place not in files and not place.is_file():
                 raise InputError(f"{script.where(shot)}: {key} {str(file)!r} does not exist in "
@@ -431,7 +433,7 @@ def _check_names(script: Script, shot: Shot) -> None:
     scene = script.scenes.get(shot.scene or "")
     if shot.place or (scene and scene.place):
         known |= {"place"}
-    try:
+    with located(where):
         for each in shot.prompt:
             for name in script.names_in(each.prompt):
                 if name == "place" and name not in known:
@@ -440,11 +442,9 @@ def _check_names(script: Script, shot: Shot) -> None:
                 if name not in known:
                     raise InputError(f"unknown character or place {name!r} in the prompt "
                                      f"{each.prompt!r}; {nearest(name, known)}")
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
-def _files(script: Script, shot: Shot) -> Iterator[tuple[str, Path]]:
+def files_of(script: Script, shot: Shot) -> Iterator[tuple[str, Path]]:
     """Yield every file that a shot names, with its key; voices and adapters may be names."""
     for key in ("first_frame", "last_frame"):
         if isinstance(file := getattr(shot, key), Path):
@@ -455,7 +455,7 @@ def _files(script: Script, shot: Shot) -> Iterator[tuple[str, Path]]:
                 yield from (("reference", file) for file in kind[name].reference)
     if shot.sound is not None and shot.sound.file is not None:
         yield "sound", shot.sound.file
-    if shot.music is not None and shot.music.file not in (None, Path("none")):
+    if shot.music is not None and shot.music.file not in (None, SILENCE):
         yield "music", shot.music.file
     yield from (("narration", Path(n.text.removeprefix(OWN_FILE))) for n in shot.narration
                 if n.text.startswith(OWN_FILE))
