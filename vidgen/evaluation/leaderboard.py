@@ -1,8 +1,8 @@
-"""Results of many models as one page, of which only those are ranked together that share it all.
+"""Results of many models on one page.
 
-Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version. So
-results are put into tables of those that are alike in these, and within a table every model is
-compared with the first one, clip by clip.
+Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version.
+Only results that share all of these are ranked in one table, and each model is compared with the
+first of its table, clip by clip.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _SHOWN = (
 
 
 class Ranked(Protocol):
-    """What ranking asks of an entry."""
+    """An entry that can be ranked."""
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What two entries must share to be ranked together."""
+        """Conditions that two entries must share to be ranked together."""
 
     @property
     def headline(self) -> float:
-        """By which entries are ordered."""
+        """The figure by which entries are ordered."""
 
 
 AnyEntry = TypeVar("AnyEntry", bound=Ranked)
@@ -50,9 +50,9 @@ class Entry:
     """One model's results on one suite.
 
     Attributes:
-        file: where they stand.
-        folder: of the results' `folders`.
-        result: the whole file.
+        file: path of the results.
+        folder: one of the results' `folders`.
+        result: the whole content.
     """
 
     file: str
@@ -66,12 +66,12 @@ class Entry:
 
     @property
     def headline(self) -> float:
-        """By which entries are ordered."""
+        """The figure by which entries are ordered."""
         return float(self.folder["figures"].get(HEADLINE, {}).get("value", 0.0))
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What two entries must share to be ranked together."""
+        """Conditions that two entries must share to be ranked together."""
         suite, result = self.result["prompt_suite"], self.result
         return {
             "prompts": f"{suite['name']} ({suite['sha256'][:12]})" if suite else self._prompts,
@@ -83,31 +83,30 @@ class Entry:
 
     @property
     def _prompts(self) -> str:
-        """What tells a folder's prompts from another's where no suite does."""
         known = {clip["prompt"] for clip in self.folder["clips"]}
         known |= {prompt_of(Path(name).stem) for name in self.folder["failed"]}
         return f"{len(known)} of no suite ({address_of(sorted(known))[:12]})"
 
     @property
     def settings(self) -> str:
-        """How the clips were made, as far as that is known: one model's runs may differ in it."""
+        """Settings of the generation, as far as known: runs of one model may differ in them."""
         made = self.result.get("generation", {})
         told = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
         return ", ".join(f"{name} {value}" for name, value in told.items())
 
     @property
     def model(self) -> str:
-        """What made the clips, with the beginning of its hash, as far as that is known."""
+        """Names of the models that made the clips, with the beginning of their hashes."""
         known = [(each["model"], each["model_sha256"]) for each in self.folder["models"]]
         texts = dict.fromkeys(f"{name} {(sha or '')[:12]}".strip() for name, sha in known)
         return ", ".join(texts) or "unknown"
 
 
 def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
-    """Entries of results files.
+    """Return the entries of results files.
 
     Raises:
-        InputError: no files, or one that holds no such results.
+        InputError: no files, or one without such results.
     """
     if not paths:
         raise InputError("no results; give --results FILE, as vidgen eval wrote it")
@@ -119,7 +118,7 @@ def read_results(
     entries_of: Callable[[str, Mapping[str, Any]], list[AnyEntry]],
     page_of: Callable[[Sequence[AnyEntry]], str],
 ) -> list[AnyEntry]:
-    """Entries of one results file, from which a page can be made.
+    """Return the entries of one results file, after a page could be made of them.
 
     Raises:
         InputError: the file can't be read, or holds no such results.
@@ -142,7 +141,7 @@ def _entries(path: str, result: Mapping[str, Any]) -> list[Entry]:
 
 
 def ranked(entries: Sequence[AnyEntry]) -> list[list[AnyEntry]]:
-    """Groups of entries that may be ranked together, the best of each first."""
+    """Return groups of entries that may be ranked together, the best of each first."""
     groups: dict[str, list[AnyEntry]] = {}
     for entry in entries:
         groups.setdefault(json.dumps(entry.conditions, sort_keys=True), []).append(entry)
@@ -150,12 +149,12 @@ def ranked(entries: Sequence[AnyEntry]) -> list[list[AnyEntry]]:
 
 
 def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Entries that may be ranked together, the best first.
+    """Return the tables of entries that may be ranked together, the best first.
 
     Returns:
-        Of each table its `conditions` and `rows`: `name`, `model`, `settings`, `file`, `clips`,
-        `dynamic`, `figures`, the subtotals, `failed`, `machine`, and in `verdict` how the entry
-        compares with the first.
+        `conditions` and `rows` of each table; a row has `name`, `model`, `settings`, `file`,
+        `clips`, `dynamic`, `figures`, the subtotals, `failed`, `machine`, and in `verdict` the
+        comparison with the first.
     """
     return [_table(group) for group in ranked(entries)]
 
@@ -191,7 +190,7 @@ def page(entries: Sequence[Entry]) -> str:
 
 
 def board(intro: str, sections: Sequence[tuple[Mapping[str, Any], Table]]) -> str:
-    """Return the page of a leaderboard: each of `tables`, and the table that is drawn of it."""
+    """Return the page of a leaderboard, of tables and the cells that are drawn for each."""
     return pages.page("leaderboard", title="Leaderboard", intro=intro, sections=[
         {
             "conditions": "; ".join(f"{name}: {_words(value)}"

@@ -1,12 +1,10 @@
-"""`vidgen eval SUITE`: clips of a list of prompts made by a model, then measured in time.
+"""`vidgen eval SUITE`: a model makes clips of a list of prompts, which are then measured in time.
 
     RESULTS.clips/
-        made/ADDRESS.mp4          a clip, addressed by all that shapes it
-        made/threads.json         by processor, how many threads clips are computed on
-        named/a cat runs-0.mp4    the same file by the name that VBench gives it: prompt and number
+        made/   a store of clips, addressed by all that shapes them
+        named/  the same files, PROMPT-NUMBER.mp4 as VBench names them
 
-A clip that is there is never made twice; one that was stopped goes on. `named` holds the clips of
-the last run alone, and may be handed to VBench's own programs as it is.
+`named` holds the clips of the last run alone.
 """
 
 from __future__ import annotations
@@ -45,14 +43,12 @@ class SuiteRun:
     Args:
         suite: file of the prompts.
         model: name, folder or hub id.
-        seeds: clips a prompt, of seeds `seed`, `seed` + 1, ...
-        seed: the first.
+        seeds: clips of each prompt, of seeds `seed`, `seed` + 1, ...
         settings: fields of `Request` that all clips share.
         dtype: of the computation; None: the device's best.
         networks: as in `TemporalRun`.
         images: folder of first frames, named like their prompts.
-        augmentation: how the prompts were reworded; recorded, nothing more.
-        staff: who works.
+        augmentation: rewording of the prompts; only recorded.
 
     Raises:
         InputError: a number out of its range.
@@ -76,8 +72,6 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip to be made: its request, its address and its name."""
-
     request: Request
     address: str
     name: str
@@ -88,15 +82,15 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
 
     Args:
         run: what to make.
-        output: results' file; the clips lie beside it.
-        on_event: told of progress, and in notes of what is left out.
+        output: the results' file; the clips lie next to it.
+        on_event: called with progress, and with notes on what is left out.
 
     Returns:
-        What `run_temporal` returns, with `generation`: model, seeds, settings, threads; a clip
+        The results of `run_temporal`, with `generation`: model, seeds, settings, threads. A clip
         that could not be made is among the folder's `failed`.
 
     Raises:
-        InputError: no prompts, or what the model can't do.
+        InputError: no prompts, or a request that the model can't meet.
     """
     suite = PromptSuite.read(run.suite)
     folder = open_model(run.model)
@@ -134,7 +128,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
 
 
 def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that all clips share as JSON data, with those of the model alone among them."""
+    """Return options that all clips share as JSON data, those of the model alone among them."""
     plain = {name: value for name, value in options.items() if name != "settings"}
     return {name: value if isinstance(value, int | float) else str(value)
             for name, value in {**plain, **options.get("settings", {})}.items()}
@@ -149,7 +143,7 @@ def _check_place(place: Path) -> None:
 def _check_settings(
     run: SuiteRun, folder: ModelFolder | ForeignFolder, pictures: Mapping[str, Path]
 ) -> None:
-    """Refuse settings that no clip of the model can have; prompts are judged each by itself."""
+    """Refuse settings that no clip of the model can have; prompts are checked one by one."""
     if isinstance(folder, ModelFolder):
         image = next(iter(pictures.values()), None)
         given = {} if image is None else {"image": str(image)}
@@ -160,7 +154,7 @@ def _clips(
     run: SuiteRun, suite: PromptSuite, folder: ModelFolder | ForeignFolder, dtype: str,
     pictures: Mapping[str, Path],
 ) -> Iterator[_Clip]:  # fmt: skip
-    """Every clip of the suite; prompts in their order, seeds within."""
+    """Yield every clip of the suite, by prompt, then by seed."""
     stems = dict[str, int]()
     for prompt in suite.prompts:
         stem = _stem(prompt, stems)
@@ -174,7 +168,7 @@ def _clips(
 
 
 def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> dict[str, Path]:
-    """First frames by prompt; tells how many prompts have none.
+    """Return first frames by prompt; report how many prompts have none.
 
     Raises:
         InputError: no such folder, or no picture for any prompt.
@@ -193,7 +187,7 @@ def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> di
 
 
 def _stem(prompt: str, taken: dict[str, int]) -> str:
-    """A prompt as a file's name: whole where that can be, and no two alike."""
+    """Return a prompt as a file's name, unlike all that are taken."""
     text = file_stem(prompt)
     taken[text] = taken.get(text, 0) + 1
     return text if taken[text] == 1 else f"{text}~{taken[text]}"
@@ -203,7 +197,7 @@ def _make(
     run: SuiteRun, folder: ModelFolder | ForeignFolder, dtype: str, clips: Sequence[_Clip],
     store: Store, staff: Staff, tell: OnEvent,
 ) -> dict[str, str]:
-    """Make what isn't there; the clips that could not be made, with the reason."""
+    """Make missing clips; return the names of those that failed, with the reason."""
     names: dict[str, list[str]] = {}
     for clip in clips:
         names.setdefault(clip.address, []).append(clip.name)
@@ -230,7 +224,7 @@ def _make(
 
 
 def _lay_out(place: Path, files: dict[str, Path]) -> None:
-    """Give each clip its name, and take away the names of other runs."""
+    """Link clips under their names, and remove the names of other runs."""
     place.mkdir(exist_ok=True)
     for path in place.glob("*.mp4"):
         if path.stem not in files:

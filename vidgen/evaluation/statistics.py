@@ -1,4 +1,4 @@
-"""Figures with the doubt they carry: rates, intervals, the score of a guess."""
+"""Intervals of rates, means and differences."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ CONFIDENCE = 0.95
 def wilson_interval(
     correct: float, total: float, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927, eq. on p. 212; Brown et al. 2001, eq. 4).
+    """Return the score interval of a proportion (Wilson 1927, p. 212; Brown et al. 2001, eq. 4).
 
-    Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1.
+    Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1. Without
+    trials it is all of [0, 1].
 
     Args:
         correct: successes.
-        total: trials, or as many as they are worth; of none the interval is all of [0, 1].
+        total: trials, or the number of independent ones that they are worth.
         confidence: coverage, two-sided.
     """
     if total == 0:
@@ -40,14 +41,14 @@ def wilson_interval(
 def rate_interval(
     outcomes: Sequence[bool], groups: Sequence[Hashable], confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Wilson's interval of a share whose outcomes come in groups that are alike.
+    """Return Wilson's interval of a share whose outcomes come in groups of similar ones.
 
-    Outcomes are worth as many independent ones as have their deviation, p (1 - p) / s^2, but no
-    more than there are (Korn and Graubard 1998); where all agree, as many as there are groups.
+    Outcomes are worth as many independent ones as have their deviation, p (1 - p) / s^2, at most
+    all of them (Korn and Graubard 1998); where all agree, the number of groups.
 
     Args:
         outcomes: n of them.
-        groups: of each; clips of one prompt, for example. Of a single group each is its own.
+        groups: of each outcome, such as the prompt of a clip; a single group counts as none.
         confidence: coverage, two-sided.
     """
     total, known = len(outcomes), len(set(groups))
@@ -64,15 +65,15 @@ def mean_interval(
     values: Sequence[float], confidence: float = CONFIDENCE, *,
     groups: Sequence[Hashable] | None = None, weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
-    """Interval of a mean, mean +- z s / sqrt(n), good for the dozens of values and more it gets.
+    """Return the interval mean +- z s / sqrt(n) of a mean of dozens of values or more.
 
     Args:
         values: n of them.
         confidence: coverage, two-sided.
-        groups: of each value; what is of one group, such as the clips of a prompt, is alike, and
-            the deviation is then that of the groups' sums (Liang and Zeger 1986, eq. 2.3, for a
-            mean), times G / (G - 1). None: each value is one of its own.
-        weights: of each value in the mean; None: all alike.
+        groups: of each value, such as the prompt of a clip. The deviation is that of the groups'
+            sums (Liang and Zeger 1986, eq. 2.3, for a mean), times G / (G - 1). None: none belong
+            together.
+        weights: of each value in the mean; None: all equal.
     """
     mean, half = fmean(values, weights), NormalDist().inv_cdf(0.5 + confidence / 2)
     half *= _mean_error(values, groups or range(len(values)), weights)
@@ -82,7 +83,7 @@ def mean_interval(
 def _mean_error(
     values: Sequence[float], groups: Sequence[Hashable], weights: Sequence[float] | None = None
 ) -> float:
-    """Standard error of a mean by the sums of its groups; infinite of a single one."""
+    """Return the standard error of a mean by the sums of its groups; infinite for a single one."""
     mean, sums = fmean(values, weights), dict[Hashable, float]()
     weights = weights or [1] * len(values)
     for value, group, weight in zip(values, groups, weights, strict=True):
@@ -98,19 +99,19 @@ def paired_interval(
     groups: Sequence[Hashable] | None = None, draws: int = 2000, seed: int = 0,
     weights: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[float, float]:
-    """Interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979, percentiles).
+    """Return the interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979).
 
-    Pairs are drawn together, so what makes a prompt hard for both cancels out; and groups as a
-    whole, so that many clips of one prompt don't count as many prompts.
+    Pairs are drawn together, so the difficulty of a prompt cancels out, and groups as a whole, so
+    that many clips of one prompt don't count as many prompts.
 
     Args:
-        values: one of each prompt.
-        others: of the same prompts, in the same order.
+        values: one for each prompt.
+        others: for the same prompts, in the same order.
         confidence: coverage, two-sided.
-        groups: of each pair; None: each is one of its own.
+        groups: of each pair; None: none belong together.
         draws: resamples, each of as many groups as there are.
         seed: of the draws.
-        weights: of each value and of each other in the two means; None: all alike.
+        weights: of each value, and of each other value, in the two means; None: all equal.
     """
     changes = np.subtract(values, others)
     names = {name: i for i, name in enumerate(dict.fromkeys(groups or range(len(changes))))}

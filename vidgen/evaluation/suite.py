@@ -1,4 +1,4 @@
-"""Which clips belong to which prompt: names as VBench writes them, recipes, lists of prompts."""
+"""Clips and the prompts that they belong to, by names as VBench writes them, recipes and lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIP_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NUMBERED = re.compile(r"^(?P<prompt>.+)-(?P<index>\d+)$")
 _LONGEST_NAME = 180
-"""Bytes of a prompt in a file's name; the whole one stands in the recipe."""
+"""Bytes of a prompt in a file's name; the recipe has all of it."""
 _CAMERA = re.compile(r", camera [a-z ]+$")
 
 
@@ -27,10 +27,9 @@ class Item:
     """One clip of a folder.
 
     Attributes:
-        path: of the file.
         name: without its suffix; clips of the same name in several folders are pairs.
-        prompt: by its recipe, else by its name.
-        origin: `model`, `model_sha256`, `seed` and `vidgen` by its recipe, or None without one.
+        prompt: from its recipe, else from its name.
+        origin: `model`, `model_sha256`, `seed` and `vidgen` of its recipe, or None without one.
     """
 
     path: Path
@@ -46,9 +45,7 @@ class PromptSuite:
     Attributes:
         name: of its file.
         sha256: of its content.
-        prompts: in its order.
-        dimensions: of VBench's, for which a prompt was written; {} where the list names none, and
-            every prompt then counts for all.
+        dimensions: VBench's dimensions for which each prompt was written; {}: all count for all.
         pictures: {prompt: name of its first picture} where the list says so.
     """
 
@@ -60,12 +57,10 @@ class PromptSuite:
 
     @classmethod
     def read(cls, path: str | Path) -> PromptSuite:
-        """Read a text file of a prompt a line, or VBench's JSON list.
-
-        Its objects have `prompt_en` and, where VBench has them, `dimension` and `image_name`.
+        """Read a text file of one prompt a line, or a JSON list in VBench's form.
 
         Raises:
-            InputError: missing, damaged, or without prompts.
+            InputError: the file is missing, damaged, or has no prompts.
         """
         file = existing_file(path, "prompt suite")
         try:
@@ -86,14 +81,14 @@ class PromptSuite:
         return cls(file.name, sha256_file(file), tuple(dimensions), named, pictures)
 
     def counts(self, prompt: str, dimension: str) -> bool:
-        """Whether a prompt's clips have a part in one of VBench's dimensions."""
+        """Return whether clips of a prompt count for one of VBench's dimensions."""
         return not self.dimensions or dimension in self.dimensions[prompt]
 
     def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item], list[str]]:
-        """Clips of the suite, clips of no prompt of it, and prompts without a clip.
+        """Return clips of the suite, clips of other prompts, and prompts without a clip.
 
         Raises:
-            InputError: no clip belongs to it.
+            InputError: no clip belongs to the suite.
         """
         known = {file_stem(prompt): prompt for prompt in self.prompts}
         known |= {prompt: prompt for prompt in self.prompts}
@@ -111,7 +106,7 @@ class PromptSuite:
 
 
 def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
-    """Of each prompt itself, its dimensions and its picture's name."""
+    """Return each prompt, its dimensions and its picture's name."""
     text = file.read_text("utf-8-sig")
     if file.suffix != ".json":
         return [(line.strip(), frozenset(), None) for line in text.splitlines() if line.strip()]
@@ -132,16 +127,16 @@ def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
 
 
 def prompt_of(name: str) -> str:
-    """The prompt in a name such as "a cat runs-3"."""
+    """Return the prompt in a name such as "a cat runs-3"."""
     found = _NUMBERED.match(name)
     return found["prompt"] if found else name
 
 
 def find_items(folder: str | Path) -> list[Item]:
-    """The clips of a folder, by name.
+    """Return the clips of a folder, by name.
 
     Raises:
-        InputError: no folder, or no clip in it, or two of one name.
+        InputError: no folder, no clip in it, or two of one name.
     """
     place = Path(folder)
     if not place.is_dir():
@@ -172,13 +167,13 @@ def _item(path: Path) -> Item:
 
 
 def file_stem(prompt: str) -> str:
-    """A prompt as it stands in a file's name, before the number."""
+    """Return a prompt as it stands in a file's name, before the number."""
     text = prompt.replace("/", "_").replace("\0", "_")
     return text.encode()[:_LONGEST_NAME].decode(errors="ignore").strip()
 
 
 def pictures_in(folder: str | Path) -> dict[str, Path]:
-    """The pictures of a folder by their names without suffix.
+    """Return the pictures of a folder by their names without suffix.
 
     Raises:
         InputError: no such folder.
@@ -190,10 +185,10 @@ def pictures_in(folder: str | Path) -> dict[str, Path]:
 
 
 def picture_of(prompt: str, pictures: Mapping[str, Path], suite: PromptSuite | None) -> Path | None:
-    """A prompt's first picture, or None.
+    """Return a prompt's first picture, or None.
 
     It is the one that the suite names, else that of the prompt's name, else that of the prompt
-    before ", camera pans left" and the like, of which VBench-I2V has one for all.
+    before ", camera pans left" and the like, for all of which VBench-I2V has one.
     """
     said = None if suite is None else suite.pictures.get(prompt)
     names = [] if said is None else [Path(said).stem]
@@ -204,7 +199,7 @@ def picture_of(prompt: str, pictures: Mapping[str, Path], suite: PromptSuite | N
 def find_images(
     folder: str | Path, items: Iterable[Item], suite: PromptSuite | None = None
 ) -> dict[str, Path]:
-    """{clip's name: first picture}, where the folder has one for the clip or its prompt.
+    """Return {clip's name: first picture} for clips that have one by their name or prompt.
 
     Raises:
         InputError: no folder, or no picture for any clip.

@@ -1,6 +1,6 @@
-"""What a frame looks like, in a few numbers and without weights.
+"""Features of a frame's appearance without weights.
 
-Axes: H W rows and columns, y x of cells, D width of a feature.
+Axes: H W rows and columns, y x of cells, D values of a feature.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ DISTANCES = (1, 2, 4, 8, 16)
 
 
 def gradient_feature(frame: Frames) -> NDArray[np.float64]:
-    """Histograms of gradient angles in 8x8 cells (Dalal and Triggs 2005), [512].
+    """Return DINO's stand-in [512]: gradient angles in 8x8 cells (Dalal and Triggs 2005).
 
-    The stand-in for DINO. Each cell's histogram is weighted by the lengths of the gradients; roots
-    are taken, so that one strong edge doesn't hide all the rest. All zeros of a picture of a single
-    colour, in which only rounding makes gradients.
+    Each cell's histogram is weighted by the gradients' lengths; roots are taken, so that one strong
+    edge doesn't hide the rest. A picture of a single colour, where only rounding makes gradients,
+    gives zeros.
     """
     cv2 = opencv()
     luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -43,9 +43,10 @@ def gradient_feature(frame: Frames) -> NDArray[np.float64]:
 
 
 def color_feature(frame: Frames) -> NDArray[np.float64]:
-    """Histogram of colours, 6 levels a channel, shared out between the nearest levels, [216].
+    """Return the histogram of colours with 6 levels a channel, [216]; CLIP's stand-in.
 
-    The stand-in for CLIP. Sharing out keeps a change of one level from looking like a new colour.
+    Each pixel is shared out to its nearest levels, so that a change of one level isn't a new
+    colour.
     """
     cv2 = opencv()
     small = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA)
@@ -63,31 +64,28 @@ def color_feature(frame: Frames) -> NDArray[np.float64]:
 
 
 def sharpness(frame: Frames) -> float:
-    """Variance of the luma's Laplacian in squared levels; 0 of a flat picture."""
+    """Return the variance of the luma's Laplacian in squared levels; 0 for a flat picture."""
     cv2 = opencv()
     luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
     return float(cv2.Laplacian(luma, cv2.CV_64F).var())
 
 
 class IdentityDrift:
-    """How a clip's colours change over 1, 2, 4, 8 and 16 frames, wherever in the picture they are.
-
-    Keeps the features of 17 frames.
-    """
+    """Change of a clip's colours over 1, 2, 4, 8 and 16 frames, wherever they are seen."""
 
     def __init__(self) -> None:
         self._features: deque[NDArray[np.float64]] = deque(maxlen=max(DISTANCES) + 1)
         self._changes: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
 
     def feed(self, feature: NDArray[np.float64]) -> None:
-        """Go on with a frame's `color_feature`."""
+        """Take the `color_feature` of the next frame."""
         self._features.append(feature)
         for distance, changes in self._changes.items():
             if len(self._features) > distance:
                 changes.append(1 - likeness(self._features[-1 - distance], feature))
 
     def figures(self) -> dict[str, float | None]:
-        """`identity_drift_D` for each distance: 100 x (1 - cosine), mean; None of short clips."""
+        """Return `identity_drift_D` of each distance D: mean of 100 (1 - cosine), or None."""
         return {
             f"identity_drift_{d}": 100 * float(np.mean(rows)) if rows else None
             for d, rows in self._changes.items()

@@ -61,16 +61,15 @@ _STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of one clip.
+    """Measures of one clip.
 
     Attributes:
-        figures: by measure; None where it couldn't be taken.
-        histograms: motion histograms [K, 16] of its segments of 16 frames.
-        num_frames: how many frames it has.
-        dynamic: whether it passes the motion gate.
-        camera: what the camera did, by the stand-in.
-        features: of `i3d` [K, D] of its segments of 16 frames, where that is there.
-        flat: whether each frame is of a single colour, with nothing in it to tell a subject by.
+        figures: by measure; None where one couldn't be taken.
+        histograms: motion histograms [K, 16] of segments of 16 frames.
+        dynamic: whether the clip moves.
+        camera: the camera's motion, by the stand-in.
+        features: of `i3d` [K, D] of segments of 16 frames, where that network is given.
+        flat: whether each frame is of a single colour, without a subject.
     """
 
     figures: Figures
@@ -83,7 +82,7 @@ class Measured:
 
 
 class _Plain:
-    """What needs neither flow nor network: neighbours, sharpness, colours, repeats, first frame."""
+    """Measures that need neither flow nor network."""
 
     def __init__(self, fps: float, height: int, width: int) -> None:
         self._looker, self._drifts = Looker(height, width), Drifts(fps)
@@ -115,7 +114,7 @@ class _Plain:
 
 
 class _Originals:
-    """VBench's dimensions by its own networks, as far as these are there."""
+    """VBench's dimensions by its own networks, as far as these are given."""
 
     def __init__(
         self, networks: Networks, fps: float, image: Frames | None, target: str | None
@@ -192,14 +191,14 @@ def measure_clip(
 
     Args:
         frames: uint8 [H, W, 3] each, of one size.
-        fps: frames a second.
-        image: [H, W, 3] that the clip was to begin with. The stand-ins see it brought to the
-            clip's size, the networks as it is.
-        prompt: by which the camera's motion is judged, where it says so.
-        networks: those of the original dimensions, or None.
+        fps: frames per second.
+        image: [H, W, 3], the first frame that was asked for. The stand-ins see it at the clip's
+            size, the networks as it is.
+        prompt: judges the camera's motion, where it names one.
+        networks: of the original dimensions, or None.
 
     Returns:
-        Figures by name, see `registry.MEASURES`. Of a single frame there are none.
+        Figures by name, see `registry.MEASURES`; none for a single frame.
 
     Raises:
         InputError: no OpenCV, or a side under 16 pixels.
@@ -217,7 +216,7 @@ def measure_clip(
 
 
 class _Parts:
-    """The meters of one clip, side by side."""
+    """The meters of one clip."""
 
     def __init__(
         self, flows: FlowEstimator, rate: float, first: Frames, image: Frames | None,
@@ -248,7 +247,6 @@ class _Parts:
                          DYNAMIC_TOP)  # fmt: skip
 
     def feed(self, frame: Frames) -> None:
-        """Go on with a frame."""
         working = self._flows.working(frame)
         self._plain.feed(frame, working)
         self._motion.feed(working)
@@ -264,7 +262,6 @@ class _Parts:
         self.num_frames += 1
 
     def measured(self) -> Measured:
-        """Put the meters' figures together."""
         self._motion.finish()
         stand_ins: Figures = {}
         for kind, _, consistency in self._features:

@@ -22,7 +22,7 @@ _SMALLEST_SIDE = 16
 
 
 def opencv() -> ModuleType:
-    """OpenCV, on one thread, so that numbers don't hang on how many work beside each other.
+    """Return OpenCV on one thread, so that numbers don't depend on the number of workers.
 
     Raises:
         InputError: it isn't installed.
@@ -38,7 +38,7 @@ def opencv() -> ModuleType:
 
 
 class FlowEstimator:
-    """Dense inverse search (Kroeger et al. 2016) on the grey of two frames."""
+    """Dense inverse search (Kroeger et al. 2016) on the luma of two frames."""
 
     def __init__(self) -> None:
         self._cv2 = opencv()
@@ -47,7 +47,7 @@ class FlowEstimator:
         )
 
     def working(self, frame: Frames) -> Frames:
-        """A frame [H, W, 3] with a short side of 256 pixels at most, averaged down to it."""
+        """Return a frame [H, W, 3] averaged down to a short side of 256 pixels at most."""
         height, width = frame.shape[:2]
         scale = WORKING_SIDE / min(height, width)
         if scale >= 1:
@@ -57,23 +57,23 @@ class FlowEstimator:
         return smaller
 
     def grey(self, frame: Frames) -> NDArray[np.uint8]:
-        """Luma [H, W] of a frame [H, W, 3]."""
+        """Return the luma [H, W] of a frame [H, W, 3]."""
         luma: NDArray[np.uint8] = self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2GRAY)
         return luma
 
     def flow(self, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> Flow:
-        """Where each pixel of a grey frame [H, W] is in another, [H, W, 2]."""
+        """Return the flow [H, W, 2] from one luma [H, W] to another."""
         found: Flow = self._search.calc(one, other, None)
         return found
 
     def widened(self, mask: Mask) -> Mask:
-        """A mask [H, W] and the pixels beside it."""
+        """Return a mask [H, W] with the neighbours of its pixels."""
         beside = np.ones((3, 3), dtype=np.uint8)
         found: Mask = self._cv2.dilate(mask.astype(np.uint8), beside).astype(bool)
         return found
 
     def warp(self, picture: NDArray[Any], flow: Flow) -> NDArray[Any]:
-        """A picture [H, W(, C)] fetched along a flow: out(x) = picture(x + flow(x)), bilinear."""
+        """Fetch a picture [H, W(, C)] along a flow: out(x) = picture(x + flow(x)), bilinear."""
         height, width = flow.shape[:2]
         x = flow[..., 0] + np.arange(width, dtype=np.float32)
         y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
@@ -84,7 +84,7 @@ class FlowEstimator:
 
 
 def check_flow_size(height: int, width: int) -> None:
-    """Refuse pictures too small to search in.
+    """Refuse pictures that are too small for optical flow.
 
     Raises:
         InputError: a side under 16 pixels.
@@ -97,7 +97,7 @@ def check_flow_size(height: int, width: int) -> None:
 
 
 def sample_flow(flow: Flow, points: Points) -> Points:
-    """A flow's vectors [N, 2] at points between pixels, bilinear."""
+    """Return a flow's vectors [N, 2] at points between pixels, bilinear."""
     height, width = flow.shape[:2]
     x, y = np.clip(points[:, 0], 0, width - 1), np.clip(points[:, 1], 0, height - 1)
     left, top = np.minimum(x.astype(int), width - 2), np.minimum(y.astype(int), height - 2)
@@ -109,13 +109,13 @@ def sample_flow(flow: Flow, points: Points) -> Points:
 
 
 def occluded(flow: Flow, back_here: Flow) -> Mask:
-    """Pixels [H, W] of a frame that the other doesn't show, or where its flow breaks.
+    """Return the pixels [H, W] of a frame that the other one hides, or where the flow breaks.
 
     Ruder et al. 2016, eq. 5 and 6, as EvalCrafter uses them.
 
     Args:
         flow: from this frame to the other.
-        back_here: the flow from the other to this, fetched along `flow`.
+        back_here: the flow from the other to this one, fetched along `flow`.
     """
     lengths = np.square(flow).sum(-1)
     returned = np.square(flow + back_here).sum(-1)
@@ -132,7 +132,7 @@ def occluded(flow: Flow, back_here: Flow) -> Mask:
 
 
 def warp_error(one: Frames, fetched: NDArray[Any], hidden: Mask) -> float | None:
-    """Mean squared error in [0, 1] of what both frames show; None where they share nothing.
+    """Return the mean squared error in [0, 1] of pixels that both frames show; None without any.
 
     Args:
         one: uint8 [H, W, 3].

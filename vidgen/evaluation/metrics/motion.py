@@ -1,4 +1,4 @@
-"""Meters of what changes from frame to frame; each is fed all frames of a clip in order.
+"""Meters of changes from frame to frame; each is fed all frames of a clip in order.
 
 Axes: T frames, H W rows and columns of the working picture (short side 256 at most), N points.
 """
@@ -39,18 +39,14 @@ SEGMENT = 16
 ANGLES = 8
 UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01
 MOVING_SIDES, LOOKS_PER_S = 0.02, 2
-"""Short sides a second that the fastest twentieth of a clip has to make on average to count as
-moving, 5 pixels of 256, looked at twice a second: what trembles gets nowhere in half a second."""
+"""Short sides per second of the fastest twentieth of a moving clip, 5 pixels of 256, seen twice a
+second: a tremble gets nowhere in half a second."""
 
 
 class Tracks:
-    """A grid of 20x20 points that follow the flow; lost ones begin anew where they came from.
+    """A grid of 20x20 points that follow the flow; lost ones restart from their first place.
 
-    What is kept is bounded, but for one histogram of each segment of 16 frames.
-
-    Args:
-        height: rows of the frames.
-        width: their columns.
+    Memory is bounded, but for one histogram of each segment of 16 frames.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -70,8 +66,8 @@ class Tracks:
         """Follow a flow to the next frame.
 
         Args:
-            flow: to it, [H, W, 2] in pixels.
-            hidden: [H, W] pixels of the frame before that it doesn't show.
+            flow: [H, W, 2] in pixels.
+            hidden: [H, W] pixels of the last frame that the next one doesn't show.
         """
         before = self._places[-1]
         place = before + sample_flow(flow, before)
@@ -105,17 +101,12 @@ class Tracks:
 
     @property
     def jerk(self) -> float | None:
-        """Mean length of the points' third differences, in % of the short side a frame cubed."""
+        """Mean length of the points' third differences, in % of the short side per frame cubed."""
         return 100 * float(np.mean(self._jerks)) if self._jerks else None
 
 
 class MotionMeter:
-    """Neighbours: warp error, flicker where nothing moves, tracks, jumps, the motion gate.
-
-    Args:
-        estimator: of the flow.
-        fps: frames a second.
-    """
+    """Neighbouring frames: warp error, flicker where nothing moves, tracks, jumps, speed."""
 
     def __init__(self, estimator: FlowEstimator, fps: float) -> None:
         self._flows, self._fps, self._index = estimator, fps, 0
@@ -135,7 +126,7 @@ class MotionMeter:
         self._grid: NDArray[np.float64]
 
     def feed(self, frame: Frames) -> None:
-        """Go on with a frame, uint8 [H, W, 3]."""
+        """Take the next frame, uint8 [H, W, 3]."""
         grey = self._flows.grey(frame)
         if not self._frames:
             height, width = grey.shape
@@ -151,13 +142,13 @@ class MotionMeter:
         self._index += 1
 
     def _speed_since_look(self) -> float:
-        """How fast the fastest twentieth went since the last look, in short sides a second."""
+        """Return the fastest twentieth's speed since the last look, in short sides per second."""
         pixels = top_speed(self._flows.flow(self._looked_at, self._grey), DYNAMIC_TOP)
         seconds = (self._index - self._last_look) / self._fps
         return float(pixels / min(self._grey.shape) / seconds)
 
     def _begin_grid(self, height: int, width: int) -> None:
-        """The points by which the camera is told, a 20th of the side away from the edges."""
+        """Place the points that follow the camera, a 20th of the side away from the edges."""
         xs = np.linspace(0.05 * width, 0.95 * width, CAMERA_GRID)
         ys = np.linspace(0.05 * height, 0.95 * height, CAMERA_GRID)
         self._grid = np.stack(np.meshgrid(xs, ys), axis=-1)
@@ -194,7 +185,7 @@ class MotionMeter:
 
     @property
     def speed(self) -> float | None:
-        """Mean over looks of the fastest twentieth's speed, in short sides a second."""
+        """Mean over looks of the fastest twentieth's speed, in short sides per second."""
         return float(np.mean(self._speeds)) if self._speeds else None
 
     @property
@@ -206,17 +197,17 @@ class MotionMeter:
 
     @property
     def camera(self) -> list[str]:
-        """What the camera did, by VBench's rules on points that the flow carries."""
+        """The camera's motion, by VBench's rules on points that the flow carries."""
         return camera_motions(self._grid_home, self._grid, min(self._grey.shape))
 
     def finish(self) -> None:
-        """End the clip; one shorter than the time between looks is looked at now."""
+        """End the clip; one that is shorter than the time between looks is looked at now."""
         if not self._speeds and self._index > 1:
             self._index -= 1
             self._speeds.append(self._speed_since_look())
 
     def figures(self) -> Figures:
-        """All that was measured; None of what the clip is too short or too restless for."""
+        """Return all measures; None for those that the clip is too short or too restless for."""
         usual = float(np.median(self._residues))
         rest = self._residues[1:]
         return {
@@ -231,11 +222,11 @@ class MotionMeter:
 
 
 class SampledMotion:
-    """Frames at about 8 a second, and whether they move much.
+    """Motion between frames at about 8 a second.
 
     Args:
-        speed_between: speed from one frame [H, W, 3] to another: `top_speed` of a flow.
-        fps: frames a second.
+        speed_between: returns the speed from one frame [H, W, 3] to another: `top_speed` of a flow.
+        fps: frames per second.
     """
 
     def __init__(self, speed_between: Any, fps: float) -> None:
@@ -246,7 +237,7 @@ class SampledMotion:
         self._short = 0
 
     def feed(self, frame: Frames) -> None:
-        """Go on with a frame, uint8 [H, W, 3]."""
+        """Take the next frame, uint8 [H, W, 3]."""
         if self._index % self._step == 0:
             if self._before is not None:
                 self._speeds.append(self._speed_between(self._before, frame))
@@ -255,16 +246,12 @@ class SampledMotion:
 
     @property
     def score(self) -> float | None:
-        """1 if the clip is dynamic, 0 if not; None where there is no pair."""
+        """1 if the clip is dynamic, 0 if not; None without a pair."""
         return float(is_dynamic(self._speeds, self._short)) if self._speeds else None
 
 
 class Smoothness:
-    """How well odd frames follow from the even ones beside them.
-
-    Args:
-        between: makes the frame [H, W, 3] between two.
-    """
+    """Likeness of odd frames to those that `between` makes of the even ones around them."""
 
     def __init__(self, between: Any) -> None:
         self._between, self._index = between, 0
@@ -273,7 +260,7 @@ class Smoothness:
         self._changes: list[float] = []
 
     def feed(self, frame: Frames) -> None:
-        """Go on with a frame, uint8 [H, W, 3]."""
+        """Take the next frame, uint8 [H, W, 3]."""
         if self._index % 2:
             self._odd = frame
         else:
@@ -284,12 +271,12 @@ class Smoothness:
 
     @property
     def score(self) -> float | None:
-        """(255 - mean absolute difference) / 255; None of under three frames."""
+        """(255 - mean absolute difference) / 255; None for under three frames."""
         return stillness(self._changes)
 
 
 def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
-    """The frame [H, W, 3] between two: both carried half the way along the flow, and mixed."""
+    """Return the frame [H, W, 3] between two: both moved half the way along the flow, and mixed."""
     grey, grey_other = estimator.grey(one), estimator.grey(other)
     flow, back = estimator.flow(grey, grey_other), estimator.flow(grey_other, grey)
     halves = [
@@ -301,7 +288,6 @@ def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
 
 
 def _mean_change(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """Mean absolute difference of two pictures, in levels."""
     return float(np.abs(np.subtract(one, other, dtype=np.float32)).mean(dtype=np.float64))
 
 

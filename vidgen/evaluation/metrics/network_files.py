@@ -1,14 +1,14 @@
-"""The feature networks of VBench, from folders and files that the user has; nothing is fetched.
+"""Files of VBench's feature networks, which users provide.
 
 dino       folder of a transformers ViT (facebook/dino-vitb16)
 clip       folder of a transformers CLIP (openai/clip-vit-base-patch32)
 dreamsim   TorchScript: pictures [1, 3, 224, 224] in [0, 1] -> features [1, D]
 raft       TorchScript: two pictures [1, 3, H, W], 0 to 255, sides divisible by 8 -> flow
-[1, 2, H, W] in pixels (x, y)
+           [1, 2, H, W] in pixels (x, y)
 amt        TorchScript: two pictures [1, 3, H, W] in [0, 1], sides divisible by 16 -> the
-picture between them, the same shape
+           picture between them, the same shape
 cotracker  TorchScript: video [1, T, 3, H, W], 0 to 255 -> tracks [1, T, 100, 2] in pixels
-(x, y) of a 10x10 grid on the first frame, row by row
+           (x, y) of a 10x10 grid on the first frame, row by row
 i3d        TorchScript: video [1, 3, 16, 224, 224] in [-1, 1] -> features [1, D]
 """
 
@@ -23,7 +23,7 @@ from vidgen.core.runtime import sha256_file
 
 
 class Network(NamedTuple):
-    """What a network is good for, and what is to be given."""
+    """Measures of a network, and the files that it needs."""
 
     measures: tuple[str, ...]
     given: str = "a TorchScript file"
@@ -43,10 +43,10 @@ SCRIPT_SUFFIXES = (".pt", ".pth", ".jit", ".ts", ".torchscript")
 
 
 def parse_networks(given: list[str]) -> dict[str, Path]:
-    """NAME=PATH as on the command line; the path of a TorchScript may be its folder's.
+    """Return the paths of NAME=PATH; a TorchScript may be given by its folder.
 
     Raises:
-        InputError: no such network, one given twice, or nothing at its path.
+        InputError: an unknown network, one given twice, or nothing at its path.
     """
     found = {}
     for text in given:
@@ -65,7 +65,7 @@ def parse_networks(given: list[str]) -> dict[str, Path]:
 
 
 def _script(name: str, path: Path) -> Path:
-    """The TorchScript file at a path: itself, or the only one in that folder."""
+    """Return the TorchScript file at a path: itself, or the only one in that folder."""
     if path.is_file():
         return path
     scripts = sorted(p for p in path.glob("*") if p.suffix in SCRIPT_SUFFIXES and p.is_file())
@@ -78,7 +78,7 @@ def _script(name: str, path: Path) -> Path:
 
 
 def network_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names."""
+    """Return the SHA-256 of a file, or of all files of a folder with their names."""
     if path.is_file():
         return sha256_file(path)
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
-"""VBench's feature networks at work, with its preprocessing; `network_files` tells their files.
+"""VBench's feature networks with its preprocessing; `network_files` describes their files.
 
-Axes: T frames, H W rows and columns, D width of a feature.
+Axes: T frames, H W rows and columns, D values of a feature.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 
 class Networks:
-    """Those networks that are there, loaded on the CPU in float32.
+    """The given networks, loaded on the CPU in float32.
 
     Raises:
         ModelError: one that can't be loaded.
@@ -46,42 +46,42 @@ class Networks:
         return name in self._loaded
 
     def dino(self, frame: Frames) -> NDArray[np.float32]:
-        """Class token [D] of a frame [H, W, 3]: short side 224, no crop, ImageNet's scale."""
+        """Return the class token [D] of a frame [H, W, 3], short side 224, uncropped."""
         return self._class_token(normalised(resized(frame, _SIDE, "bilinear"), *_IMAGENET))
 
     def dino_i2v(self, frame: Frames, *, given: bool = False) -> NDArray[np.float32]:
-        """The same as VBench-I2V takes it: short side 256, smoothed, and a centre crop of 224.
+        """Return the same as VBench-I2V does: short side 256, smoothed, centre crop of 224.
 
         Args:
             frame: [H, W, 3].
-            given: it is the picture that the clip was to begin with, which is resized in bytes.
+            given: whether it is the first frame that was asked for, which is resized in bytes.
         """
         picture = centre(smoothed(frame, _short_side(frame, _I2V_SIDE), given), _SIDE)
         return self._class_token(normalised(picture, *_IMAGENET))
 
     def clip(self, frame: Frames) -> NDArray[np.float32]:
-        """Projected feature [D] of a frame [H, W, 3]: short side and centre crop of 224."""
+        """Return the projected feature [D] of a frame [H, W, 3], its centre crop of 224."""
         picture = normalised(centre(resized(frame, _SIDE, "bicubic"), _SIDE), *_CLIP)
         return self._feature("clip", lambda net: net(pixel_values=picture).image_embeds)
 
     def dreamsim(self, frame: Frames, *, given: bool = False) -> NDArray[np.float32]:
-        """Feature [D] of a frame [H, W, 3], brought to 224x224; `given` as in `dino_i2v`."""
+        """Return the feature [D] of a frame [H, W, 3] at 224x224; `given` as in `dino_i2v`."""
         picture = smoothed(frame, (_SIDE, _SIDE), given) / 255
         return self._feature("dreamsim", lambda net: net(picture))
 
     def raft(self, one: Frames, other: Frames) -> NDArray[np.float32]:
-        """Flow [H, W, 2] from one frame to another, with the edges that fill up sides to 8."""
+        """Return the flow [H, W, 2] between frames, with edges that fill up sides to 8."""
         found, _ = self._between("raft", one, other, 8, 1.0, channels=2)
         return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
 
     def amt(self, one: Frames, other: Frames) -> Frames:
-        """The frame [H, W, 3] between two; fractions are cut off, as there."""
+        """Return the frame [H, W, 3] between two; fractions are cut off, as in VBench."""
         found, inside = self._between("amt", one, other, 16, 1 / 255, channels=3)
         levels = (found[0].permute(1, 2, 0)[inside] * 255).clamp(0, 255)
         return levels.to(torch.uint8).numpy()
 
     def cotracker(self, frames: Frames) -> NDArray[np.float32]:
-        """Tracks [T, 10, 10, 2] of a 10x10 grid on the first of frames [T, H, W, 3]."""
+        """Return tracks [T, 10, 10, 2] of a 10x10 grid on the first of frames [T, H, W, 3]."""
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float()
         tracks = self._called("cotracker", lambda net: net(video))
         if tracks.shape != (1, len(frames), 100, 2):
@@ -89,7 +89,7 @@ class Networks:
         return tracks[0].reshape(-1, 10, 10, 2).numpy()
 
     def i3d(self, frames: Sequence[Frames]) -> NDArray[np.float32]:
-        """Feature [D] of frames [H, W, 3], brought to 224x224."""
+        """Return the feature [D] of frames [H, W, 3], at 224x224."""
         small = [
             F.interpolate(tensor(frame), (_SIDE, _SIDE), mode="bilinear", align_corners=False)
             for frame in frames
@@ -100,10 +100,10 @@ class Networks:
     def _between(
         self, name: str, one: Frames, other: Frames, divisor: int, scale: float, *, channels: int
     ) -> tuple[Tensor, tuple[slice, slice]]:
-        """A network on two pictures, padded evenly by their edges to a divisor of the sides.
+        """Run a network on two pictures, padded evenly by their edges to a divisor of the sides.
 
         Returns:
-            What it gives for the padded pictures, and where in it the pictures themselves are.
+            Its output for the padded pictures, and the place of the pictures themselves in it.
         """
         height, width = one.shape[:2]
         down, across = -height % divisor, -width % divisor
@@ -150,16 +150,9 @@ def _load(name: str, path: Path) -> Any:
 
 
 def _positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings [1, 1 + h w, D] as DINO's own code stretches them to other sizes.
+    """Return position embeddings [1, 1 + h w, D], stretched to other sizes as DINO's own code does.
 
-    It asks for a tenth of a patch more than there is, against rounding, and samples so;
-    transformers does not.
-
-    Args:
-        embeddings: of transformers' ViT.
-        _tokens: what they are added to, not needed.
-        height: of the picture, in pixels.
-        width: likewise.
+    It asks for a tenth of a patch more than there is, against rounding; transformers does not.
     """
     known: Tensor = embeddings.position_embeddings
     side = math.isqrt(known.shape[1] - 1)
@@ -174,18 +167,18 @@ def _positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Ten
 
 
 def tensor(frame: Frames) -> Tensor:
-    """A frame [H, W, 3] as [1, 3, H, W], 0 to 255."""
+    """Return a frame [H, W, 3] as [1, 3, H, W], 0 to 255."""
     return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
 
 
 def resized(frame: Frames, side: int, mode: str) -> Tensor:
-    """A frame [H, W, 3] as [1, 3, h, w] whose short side is `side`, without smoothing."""
+    """Return a frame [H, W, 3] as [1, 3, h, w] whose short side is `side`, without smoothing."""
     size = _short_side(frame, side)
     return F.interpolate(tensor(frame), size, mode=mode, align_corners=False)
 
 
 def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:
-    """A frame [H, W, 3] as [1, 3, *size], bicubic with smoothing; `given` ones rounded to bytes."""
+    """Return a frame [H, W, 3] as [1, 3, *size], bicubic with smoothing; `given` ones in bytes."""
     if given:
         from PIL import Image
 
@@ -197,14 +190,14 @@ def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:
 
 
 def _short_side(frame: Frames, side: int) -> tuple[int, int]:
-    """Height and width of a frame whose short side is brought to `side`."""
+    """Return height and width of a frame whose short side is brought to `side`."""
     height, width = frame.shape[:2]
     short = min(height, width)
     return int(side * height / short), int(side * width / short)
 
 
 def centre(picture: Tensor, side: int) -> Tensor:
-    """The middle `side` x `side` of [1, 3, H, W]."""
+    """Return the middle `side` x `side` of [1, 3, H, W]."""
     height, width = picture.shape[-2:]
     top, left = round((height - side) / 2), round((width - side) / 2)
     return picture[..., top : top + side, left : left + side]
@@ -213,6 +206,6 @@ def centre(picture: Tensor, side: int) -> Tensor:
 def normalised(
     picture: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]
 ) -> Tensor:
-    """[1, 3, H, W], 0 to 255, as the network learned it."""
+    """Return [1, 3, H, W], 0 to 255, at the scale that the network learned."""
     shape = (1, 3, 1, 1)
     return (picture / 255 - torch.tensor(mean).view(shape)) / torch.tensor(deviation).view(shape)

@@ -1,4 +1,4 @@
-"""Which measures there are, what they mean and which way is better."""
+"""The measures: meaning, unit, and the better direction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vidgen.evaluation.metrics.appearance import DISTANCES
-from vidgen.evaluation.metrics.vbench import RANGES
+from vidgen.evaluation.metrics.vbench import DIMENSIONS
 
 Better = Literal["more", "less", "neither"]
 PROXY = "proxy_"
@@ -18,9 +18,8 @@ class Measure:
     """One measure.
 
     Attributes:
-        better: which way; of "neither" no verdict is given.
-        unit: of its values.
-        about: what it says, for people.
+        better: direction; "neither" gets no verdict.
+        about: meaning, for people.
         possible: least and most that a clip can have.
         yes_no: whether a clip has 0 or 1, and a folder the share of ones.
     """
@@ -33,19 +32,6 @@ class Measure:
 
 
 _SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)
-_VBENCH = {
-    "subject_consistency": "the subject stays what it is",
-    "background_consistency": "the background stays what it is",
-    "temporal_flickering": "neighbouring frames are alike, in clips that pass the static filter",
-    "motion_smoothness": "odd frames follow from even ones",
-    "dynamic_degree": "whether there is large motion",
-    "i2v_subject": "the subject of the image is kept",
-    "i2v_background": "the look of the image is kept",
-    "camera_motion": "the camera does what the prompt says",
-}
-assert _VBENCH.keys() == RANGES.keys()
-
-
 
 def _vbench(name: str, about: str) -> Measure:
     better: Better = "neither" if name == "dynamic_degree" else "more"
@@ -53,8 +39,9 @@ def _vbench(name: str, about: str) -> Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    **{name: _vbench(name, about) for name, about in _VBENCH.items()},
-    **{PROXY + name: _vbench(name, f"stand-in: {about}") for name, about in _VBENCH.items()},
+    **{name: _vbench(name, about) for name, (_, _, about) in DIMENSIONS.items()},
+    **{PROXY + name: _vbench(name, f"stand-in: {about}")
+       for name, (_, _, about) in DIMENSIONS.items()},
     "steadiness": Measure(
         "more", "", "mean of the normalised consistencies and smoothness; 0 where nothing moves"),
     "motion_speed": Measure(

@@ -1,9 +1,9 @@
 """VBench's temporal dimensions as formulas on features, flows and pictures (Huang et al. 2024).
 
-Constants and steps are those of the published package. Nothing here knows a network: what is fed in
-may come from the networks of the original or from stand-ins.
+Constants and steps are those of the published package. Features may come from its networks or from
+stand-ins.
 
-Axes: T frames, P pairs of frames, D width of a feature, H W rows and columns.
+Axes: T frames, P pairs of frames, D values of a feature, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 Feature = NDArray[np.floating[Any]]
 
-#: dimension -> (least, most) by which a score is normalised.
-RANGES: dict[str, tuple[float, float]] = {
-    "subject_consistency": (0.1462, 1.0),
-    "background_consistency": (0.2615, 1.0),
-    "temporal_flickering": (0.6293, 1.0),
-    "motion_smoothness": (0.706, 0.9975),
-    "dynamic_degree": (0.0, 1.0),
-    "i2v_subject": (0.1462, 1.0),
-    "i2v_background": (0.2615, 1.0),
-    "camera_motion": (0.0, 1.0),
+DIMENSIONS = {
+    "subject_consistency": (0.1462, 1.0, "the subject stays what it is"),
+    "background_consistency": (0.2615, 1.0, "the background stays what it is"),
+    "temporal_flickering": (
+        0.6293, 1.0, "neighbouring frames are alike, in clips that pass the static filter"),
+    "motion_smoothness": (0.706, 0.9975, "odd frames follow from even ones"),
+    "dynamic_degree": (0.0, 1.0, "whether there is large motion"),
+    "i2v_subject": (0.1462, 1.0, "the subject of the image is kept"),
+    "i2v_background": (0.2615, 1.0, "the look of the image is kept"),
+    "camera_motion": (0.0, 1.0, "the camera does what the prompt says"),
 }
+"""{dimension: least and most by which a score is normalised, meaning of a high score}."""
 #: dimension -> its weight among the five that make the temporal subtotal.
 WEIGHTS = {
     "subject_consistency": 1.0, "background_consistency": 1.0, "temporal_flickering": 1.0,
@@ -51,7 +52,7 @@ _COLUMNS = {("left", "right"): "zoom_in", ("right", "left"): "zoom_out"}
 
 
 def likeness(one: Feature, other: Feature) -> float:
-    """Cosine of two features [D], not below 0; 0 where one of them is all zeros."""
+    """Return the cosine of two features [D], at least 0; 0 where one of them is all zeros."""
     a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return max(0.0, float(a @ b) / scale) if scale else 0.0
@@ -59,10 +60,10 @@ def likeness(one: Feature, other: Feature) -> float:
 
 @dataclass
 class Consistency:
-    """Features of a clip in order: how like the first and the one before they are.
+    """Likeness of a clip's features, fed in order, to the first and to the previous one.
 
     Args:
-        image: feature of the picture the clip was to begin with, or None.
+        image: feature of the first frame that was asked for, or None.
     """
 
     image: Feature | None = None
@@ -72,10 +73,10 @@ class Consistency:
     _neighbours: list[float] = field(default_factory=list)
     _nearest: float = 0.0
     is_blank: bool = field(default=True, init=False)
-    """Whether every frame's feature was all zeros, so that there was nothing to compare."""
+    """Whether every frame's feature was all zeros, with nothing to compare."""
 
     def feed(self, feature: Feature) -> None:
-        """Go on with a frame's feature [D]."""
+        """Take the feature [D] of the next frame."""
         self.is_blank &= not feature.any()
         if self.image is not None:
             self._nearest = max(self._nearest, likeness(self.image, feature))
@@ -89,9 +90,9 @@ class Consistency:
 
     @property
     def score(self) -> float | None:
-        """Mean over frames of (cos to the one before + cos to the first) / 2.
+        """Mean over frames of (cos to the previous + cos to the first) / 2.
 
-        None of one frame, and of blank ones.
+        None for one frame, and for blank ones.
         """
         return float(np.mean(self._sums)) if self._sums and not self.is_blank else None
 
@@ -99,7 +100,7 @@ class Consistency:
     def image_score(self) -> float | None:
         """0.4 best likeness to the image + 0.3 mean + 0.3 least of neighbours (VBench-I2V).
 
-        None of one frame, and where the image is blank.
+        None for one frame, and where the image is blank.
         """
         if self.image is None or not self.image.any() or not self._neighbours:
             return None
@@ -108,16 +109,16 @@ class Consistency:
 
 
 def stillness(differences: Iterable[float]) -> float | None:
-    """(255 - mean) / 255 of mean absolute differences in levels; None without any.
+    """Return (255 - mean) / 255 of mean absolute differences in levels; None without any.
 
-    Of neighbours it is temporal flickering, of interpolated and real frames motion smoothness.
+    It is temporal flickering for neighbours, motion smoothness for interpolated and real frames.
     """
     known = list(differences)
     return (255.0 - float(np.mean(known))) / 255.0 if known else None
 
 
 def top_speed(flow: NDArray[np.float32], share: float) -> float:
-    """Mean length of the longest `share` of the vectors of a flow [H, W, 2], in its pixels."""
+    """Return the mean length of the longest `share` of a flow's vectors [H, W, 2], in pixels."""
     lengths = np.hypot(flow[..., 0], flow[..., 1]).ravel()
     count = int(lengths.size * share)
     if count == 0:
@@ -126,12 +127,12 @@ def top_speed(flow: NDArray[np.float32], share: float) -> float:
 
 
 def sampling_step(fps: float) -> int:
-    """Every how many frames dynamic degree looks, so that there are about 8 looks a second."""
+    """Return the distance of the frames that dynamic degree looks at, about 8 a second."""
     return max(1, round(fps / DYNAMIC_FPS))
 
 
 def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
-    """Whether a clip moves: enough pairs exceed 6 pixels of 256.
+    """Return whether a clip moves: enough pairs exceed 6 pixels of 256.
 
     Args:
         speeds: `top_speed(flow, DYNAMIC_TOP)` of each pair of the frames looked at.
@@ -144,7 +145,7 @@ def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
 
 
 def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -> bool:
-    """VBench's static filter, which says whose flickering is to be measured.
+    """Return whether a clip passes VBench's static filter, so that its flickering is measured.
 
     Args:
         speeds: `top_speed(flow, STATIC_TOP)` of each pair of neighbours.
@@ -158,7 +159,7 @@ def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -
 
 
 def camera_target(prompt: str) -> str | None:
-    """What the camera is to do by the prompt, or None where it doesn't say."""
+    """Return the camera's motion that a prompt names, or None."""
     found = (kind for phrase, kind in CAMERA_PHRASES.items() if phrase in prompt)
     return next(found, None)
 
@@ -166,7 +167,7 @@ def camera_target(prompt: str) -> str | None:
 def camera_motions(
     first: NDArray[np.floating[Any]], last: NDArray[np.floating[Any]], short_side: int
 ) -> list[str]:
-    """What the camera did, by the points in the middle of the four edges of a grid.
+    """Return the camera's motions, by the points in the middle of the four edges of a grid.
 
     Args:
         first: [10, 10, 2] tracked points (x, y) in the first frame, in pixels.
@@ -199,15 +200,15 @@ def _directions(way: NDArray[np.int64], limit: float) -> list[str]:
 
 
 def normalise(dimension: str, value: float) -> float:
-    """A score by VBench's least and most of its dimension; not clipped, as there."""
-    least, most = RANGES[dimension]
+    """Scale a score by its dimension's least and most; not clipped, as in VBench."""
+    least, most, _ = DIMENSIONS[dimension]
     return (value - least) / (most - least)
 
 
 def temporal_subtotal(scores: Mapping[str, float | None]) -> float | None:
-    """Weighted mean of the five normalised temporal dimensions; None if one of them is missing.
+    """Return the weighted mean of the five normalised temporal dimensions; None if one is missing.
 
-    It is no VBench total: pictures' quality and meaning have no part in it.
+    It is no VBench total, which includes picture quality and meaning.
     """
     total = 0.0
     for name, weight in WEIGHTS.items():

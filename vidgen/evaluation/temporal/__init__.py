@@ -1,1 +1,1 @@
-"""`vidgen eval temporal`: how steady any clips are in time, whoever made them."""
+"""Measures of how steady clips are in time."""

@@ -1,8 +1,6 @@
-"""Folders of clips side by side: paired intervals, and a verdict that owns up to doubt.
+"""Comparison of two folders of clips: paired intervals over prompts, and verdicts that state doubt.
 
-Clips of one prompt are alike; so intervals are taken over prompts, not over clips.
-
-Axes: K features of a set, D width of a feature.
+Axes: K features of a set, D values of a feature.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from vidgen.evaluation.temporal.summary import prompts_of, weights_of
 Rows = Mapping[str, Mapping[str, Any]]
 Features = Sequence[Sequence[float]]
 FEWEST_PAIRS = 6
-"""Of clips, or of prompts where several clips are of one."""
+"""Clips, or prompts where several clips share one."""
 HEADLINE = "steadiness"
 #: Whose values a still clip is allowed to bring into a comparison.
 _UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "motion_speed",
@@ -31,21 +29,20 @@ _UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "mot
 def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, Any]:
     """Compare two folders clip by clip.
 
-    Of a measure that stillness flatters, only pairs count of which both clips move. `steadiness`,
-    by which the headline is given, is 0 for a clip that doesn't move; so a still clip never wins.
+    Measures that stillness flatters count only pairs of two moving clips. `steadiness`, the
+    headline, is 0 for a clip that doesn't move, so a still clip never wins.
 
     Args:
-        name: of the one folder.
-        rows: {clip's name: its scores} of it.
-        other_name: of the other.
-        others: likewise; clips of the same name are pairs.
+        name: first folder.
+        rows: {clip's name: its scores} of the first folder.
+        other_name: second folder.
+        others: its scores; clips of the same name are pairs.
 
     Returns:
-        `folders`, `pairs`, `unpaired` (clips of either without one of their name in the other),
-        `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures` with `difference` (first
-        less second), `low`, `high`, `pairs`, `prompts`, `verdict` each; of all clips, paired or
-        not, `motion_distance`, `fvd` and `kvd` with `fvd_segments` and `fvd_width`, the values of a
-        segment's feature; and the `verdict`.
+        `folders`, `pairs`, `unpaired`, `both_dynamic`, `unlike` (pairs of two sizes or rates);
+        `measures` with `difference` (first less second), `low`, `high`, `pairs`, `prompts`,
+        `verdict`; distances of all clips, paired or not, `motion_distance`, `fvd`, `kvd` with
+        `fvd_segments` and `fvd_width`; the `verdict`.
     """
     shared = [clip for clip in rows if clip in others]
     moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
@@ -82,7 +79,6 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
 
 
 def _listed(kind: str, rows: Rows) -> list[list[float]]:
-    """All of a folder's clips' histograms or features, [K, D]."""
     return [row for clip in rows.values() for row in clip[kind]]
 
 
@@ -125,18 +121,15 @@ def _headline(
 def frechet_distance(
     ones: Features, others: Features, least: int | None = None
 ) -> float | None:
-    """Distance of two sets of features as of Gaussians (Dowson and Landau 1982).
+    """Return the distance of two sets of features as of Gaussians (Dowson and Landau 1982).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5). Of the features of I3D it is FVD
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5). With features of I3D it is FVD
     (Unterthiner et al. 2018).
 
     Args:
         ones: [K, D].
         others: [K', D].
-        least: rows that each set needs; None: one more than a row has values.
-
-    Returns:
-        The distance, or None where a set has fewer rows.
+        least: rows that each set needs, or the distance is None; default D + 1.
     """
     a, b = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
     if not a.size or not b.size or min(len(a), len(b)) < (least or a.shape[1] + 1):
@@ -150,17 +143,10 @@ def frechet_distance(
 
 
 def kernel_distance(ones: Features, others: Features) -> float | None:
-    """Squared maximum mean discrepancy under the kernel (x y / D + 1)^3, without bias.
+    """Return the unbiased squared maximum mean discrepancy under the kernel (x y / D + 1)^3.
 
-    Of the features of I3D it is KVD (Binkowski et al. 2018, eq. 4; Unterthiner et al. 2018). It can
-    be a little below 0.
-
-    Args:
-        ones: [K, D].
-        others: [K', D].
-
-    Returns:
-        The distance, or None where a set has fewer than two rows.
+    With features of I3D it is KVD (Binkowski et al. 2018, eq. 4; Unterthiner et al. 2018). It can
+    be slightly below 0, and is None where a set [K, D] has fewer than two rows.
     """
     a, b = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
     if min(len(a), len(b)) < 2:
@@ -175,6 +161,6 @@ def _kernel(ones: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[n
 
 
 def _mean_of_others(kernel: NDArray[np.float64]) -> float:
-    """Mean of a square matrix without its diagonal."""
+    """Return the mean of a square matrix without its diagonal."""
     count = len(kernel)
     return float((kernel.sum() - np.trace(kernel)) / (count * (count - 1)))

@@ -1,8 +1,8 @@
-"""`vidgen eval temporal`: how steady clips are in time, whoever made them.
+"""`vidgen eval temporal`: measures of clips in time, and comparisons of folders.
 
 Each clip's scores are a line of `<output>.jsonl`, addressed by the file's content and all else that
-shaped them; a run that was killed finds them there and goes on. A clip is measured by itself, on
-one thread, so the same files give the same numbers on any number of workers.
+shaped them, so a run that was killed resumes there. A clip is measured alone, on one thread, so the
+same files give the same numbers on any number of workers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +26,7 @@ from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
 from vidgen.evaluation.metrics.registry import PROXY
-from vidgen.evaluation.metrics.vbench import RANGES
+from vidgen.evaluation.metrics.vbench import DIMENSIONS
 from vidgen.evaluation.suite import CLIP_SUFFIXES, Item, PromptSuite, find_images, find_items
 from vidgen.evaluation.temporal.comparison import compare
 from vidgen.evaluation.temporal.summary import by_name, dimensions, figures
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
 WHOLE = 0.9
-"""Share of the frames that a file says it has, below which it was cut off; rates may be rounded."""
+"""Share of the frames that a file states, below which it was cut off; rates may be rounded."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class TemporalRun:
     """What to measure.
 
     Args:
-        videos: folders of clips; several are compared, the first with each other.
-        networks: NAME=PATH of VBench's networks that are there; see `metrics.networks`.
-        images: folder of the pictures with which the clips were to begin, or None.
-        prompt_suite: file of the prompts, or None for whatever the folder holds.
-        augmentation: how the prompts were reworded before generation; recorded, nothing more.
-        workers: processes that measure beside each other; None: this one.
-        ray: address of a Ray cluster that measures, as `Staff` takes it.
+        videos: folders of clips; each two are compared.
+        networks: NAME=PATH of VBench's networks; see `metrics.network_files`.
+        images: folder of the clips' first pictures.
+        prompt_suite: file of the prompts; None: the prompts of the clips that are there.
+        augmentation: rewording of the prompts before generation; only recorded.
+        workers: processes that measure in parallel; None: this one.
+        ray: address of a Ray cluster that measures, as in `Staff`.
 
     Raises:
-        InputError: no folder, one given twice, or no such number of workers.
+        InputError: no folder, a folder given twice, or a number of workers out of range.
     """
 
     videos: Sequence[str]
@@ -77,14 +77,14 @@ class TemporalRun:
 
     @property
     def staff(self) -> Staff:
-        """Who measures: each clip on one thread, so that all get the same numbers."""
+        """The workers: one thread for each clip, so that all get the same numbers."""
         patience = Patience(stall=math.inf)  # of a clip's measures no progress is told
         return Staff(self.workers, self.ray, threads=1, patience=patience)
 
 
 @dataclass
 class Folder:
-    """One folder on its way: its clips, those that failed, and their scores by name."""
+    """A folder while it is measured: its clips, those that failed, and scores by name."""
 
     name: str
     path: str
@@ -97,7 +97,7 @@ class Folder:
 
     @property
     def names(self) -> set[str]:
-        """Of its clips."""
+        """Names of its clips."""
         return {item.name for item in self.items}
 
 
@@ -110,7 +110,7 @@ class _Job:
 
 
 class ScoreLog:
-    """Scores by content address, one JSON line each, safe against being killed at any moment."""
+    """Scores by content address, one JSON line each, safe against kills at any moment."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.scores = path, dict[str, dict[str, Any]]()
@@ -129,10 +129,10 @@ class ScoreLog:
                 self.scores[key] = scores
 
     def add(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Append scores and have them on disk.
+        """Append scores.
 
         Raises:
-            OutputError: no room, or not to be written.
+            OutputError: the disk is full, or the file can't be written.
         """
         try:
             with self.path.open("a+b") as file:
@@ -150,26 +150,29 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
 
     Args:
         run: what to measure.
-        output: results' file, beside which the scores of single clips go.
-        on_event: told of progress, and in notes of what is left out.
+        output: the results' file, next to which the scores of single clips are kept.
+        on_event: called with progress, and with notes on what is left out.
 
     Returns:
         `folders`, each with `clips`, `failed`, `figures`, VBench's `dimensions` and what shaped
-        them; `comparisons`; `settings`, `machine`.
+        them; `comparisons`; `machine`.
 
     Raises:
-        InputError: no clips, networks or pictures where they are said to be.
+        InputError: clips, networks or pictures that don't exist.
     """
+    def note(texts: Iterable[str]) -> None:
+        for text in texts:
+            on_event({"event": "note", "text": text})
+
     suite = None if run.prompt_suite is None else PromptSuite.read(run.prompt_suite)
     paths = parse_networks(list(run.networks))
     hashes = {name: network_hash(path) for name, path in paths.items()}
     versions = {"opencv": opencv().__version__, "numpy": np.__version__, **fingerprint()}
     folders = [_open(path, suite, run.images) for path in run.videos]
     _tell_names_apart(folders, has_extractor="i3d" in paths)
-    _note_skipped(paths, bool(run.images), len(folders) > 1, on_event)
+    note(_skipped(paths, bool(run.images), len(folders) > 1))
     for folder in folders:
-        _note_unmatched(folder, bool(run.images), on_event)
-        _note_left_alone(folder, on_event)
+        note(_left_out(folder, bool(run.images)))
     log = ScoreLog(Path(output).with_name(Path(output).name + ".jsonl"))
     identity = [MEASURES_VERSION, hashes, {k: versions[k] for k in ("opencv", "av", "numpy")}]
     if paths:
@@ -177,14 +180,13 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     given = tuple((name, str(path)) for name, path in paths.items())
     _measure(folders, given, identity, log, run.staff, on_event)
     for folder in folders:
-        _note_mixture(folder, on_event)
-        _note_flat(folder, on_event)
+        note(_doubts(folder))
     results = [_result(folder) for folder in folders]
     comparisons = [
         compare(a["name"], by_name(a), b["name"], by_name(b)) for a, b in combinations(results, 2)
     ]
     for compared in comparisons:
-        _note_few_segments(compared, on_event)
+        note(_few_segments(compared))
     return {
         "suite": "temporal",
         "prompt_suite": None if suite is None else {"name": suite.name, "sha256": suite.sha256},
@@ -209,7 +211,7 @@ def _open(path: str, suite: PromptSuite | None, images: str | None) -> Folder:
 
 
 def _tell_names_apart(folders: Sequence[Folder], *, has_extractor: bool) -> None:
-    """Two folders of one name are told apart by their paths; two without a pair are refused.
+    """Name folders of the same name by their paths; refuse two without a pair of clips.
 
     Distances of whole sets, by an extractor, need no pairs.
     """
@@ -230,7 +232,7 @@ def _measure(
     folders: Sequence[Folder], networks: tuple[tuple[str, str], ...], identity: list[Any],
     log: ScoreLog, staff: Staff, tell: OnEvent,
 ) -> None:  # fmt: skip
-    """Fill in the folders' scores; from the log what is there, the others by the workers."""
+    """Fill in the folders' scores: known ones from the log, others by the workers."""
     wanted: dict[str, tuple[_Job, list[tuple[Folder, Item]]]] = {}
     for folder in folders:
         for item in folder.items:
@@ -263,11 +265,11 @@ def _measure(
 
 
 def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[str, Any]:
-    """A clip's scores without those of VBench's dimensions that its prompt isn't for."""
+    """Return a clip's scores without the dimensions for which its prompt wasn't written."""
     if suite is None:
         return row
     figures = {
-        name: value if (kind := name.removeprefix(PROXY)) not in RANGES
+        name: value if (kind := name.removeprefix(PROXY)) not in DIMENSIONS
         or suite.counts(item.prompt, kind) else None
         for name, value in row["figures"].items()
     }  # fmt: skip
@@ -275,7 +277,7 @@ def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[s
 
 
 def _key(job: _Job, identity: list[Any]) -> str:
-    """SHA-256 of all that shapes a clip's scores."""
+    """Return the address of a clip's scores."""
     image = None if job.image is None else sha256_file(job.image)
     return address_of([identity, sha256_file(job.path), job.prompt, image])
 
@@ -284,10 +286,10 @@ _networks: dict[tuple[tuple[str, str], ...], Networks] = {}
 
 
 def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
-    """The scores of one clip.
+    """Return the scores of one clip.
 
     Raises:
-        InputError: it is damaged, cut off, or too short.
+        InputError: the clip is damaged, cut off, or too short.
     """
     image = None if job.image is None else load_image(job.image)[0]
     with TimedReader(job.path) as video:
@@ -312,13 +314,10 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
 
 
 def _result(folder: Folder) -> dict[str, Any]:
-    items = {item.name: item for item in folder.items}
     rows = folder.scores
-    clips = [
-        {"name": name, "path": str(items[name].path), "prompt": items[name].prompt,
-         "origin": items[name].origin, **row}
-        for name, row in rows.items()
-    ]  # fmt: skip
+    items = [item for item in folder.items if item.name in rows]
+    clips = [{"name": item.name, "path": str(item.path), "prompt": item.prompt,
+              "origin": item.origin, **rows[item.name]} for item in items]
     return {
         "name": folder.name,
         "path": folder.path,
@@ -327,7 +326,7 @@ def _result(folder: Folder) -> dict[str, Any]:
         "missing_prompts": folder.missing_prompts,
         "fps": sorted({row["fps"] for row in rows.values()}),
         "sizes": sorted({tuple(row["size"]) for row in rows.values()}),
-        "models": _distinct(items[name].origin for name in rows),
+        "models": _distinct(item.origin for item in items),
         "dynamic": sum(row["dynamic"] for row in rows.values()),
         **figures(clips),
         "dimensions": dimensions(clips),
@@ -335,7 +334,7 @@ def _result(folder: Folder) -> dict[str, Any]:
 
 
 def _distinct(origins: Any) -> list[dict[str, Any]]:
-    """Models of the clips that tell theirs, once each, with all their seeds."""
+    """Return the models in the clips' recipes, each once, with all its seeds."""
     found: dict[str, dict[str, Any]] = {}
     for origin in origins:
         if origin is not None:
@@ -345,67 +344,55 @@ def _distinct(origins: Any) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _note_skipped(
-    paths: Mapping[str, Path], has_images: bool, compares: bool, tell: OnEvent
-) -> None:
-    """Say which of VBench's measures can't be taken, and what they need."""
+def _skipped(paths: Mapping[str, Path], has_images: bool, compares: bool) -> Iterator[str]:
+    """Yield which of VBench's measures can't be taken, and what they need."""
     for name, network in NETWORKS.items():
         wanted = [kind for kind in network.measures if has_images or not kind.startswith("i2v")]
         if name not in paths and wanted and (compares or name != "i3d"):
             stand_in = "motion_distance" if name == "i3d" else "proxy_*"
-            text = (f"without --network {name}=PATH, {network.given} (docs/temporal.md), there is "
-                    f"no {' and no '.join(wanted)}; in their place: {stand_in}")
-            tell({"event": "note", "text": text})
+            yield (f"without --network {name}=PATH, {network.given} (docs/temporal.md), there is "
+                   f"no {' and no '.join(wanted)}; in their place: {stand_in}")
 
 
-def _note_unmatched(folder: Folder, has_images: bool, tell: OnEvent) -> None:
-    """Say which prompts have no clip, and how many clips no picture."""
+def _left_out(folder: Folder, has_images: bool) -> Iterator[str]:
+    """Yield which prompts have no clip, which clips no picture, and which files are no clips."""
     missing = folder.missing_prompts
     if missing:
         shown = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
-        tell({"event": "note", "text": f"{folder.name} has no clip of {len(missing)} prompts: "
-              f"{shown}; clips are named 'PROMPT-0.mp4'"})
+        yield (f"{folder.name} has no clip of {len(missing)} prompts: {shown}; clips are named "
+               "'PROMPT-0.mp4'")
     bare = len(folder.items) - len(folder.images)
     if has_images and bare:
-        tell({"event": "note", "text": f"{bare} of {len(folder.items)} clips of {folder.name} have "
-              "no picture named like them or their prompt; i2v measures leave them out"})
-
-
-def _note_left_alone(folder: Folder, tell: OnEvent) -> None:
-    """Say how many files of a folder are no clips that are measured."""
+        yield (f"{bare} of {len(folder.items)} clips of {folder.name} have no picture named like "
+               "them or their prompt; i2v measures leave them out")
     kinds: Counter[str] = Counter()
     for path in Path(folder.path).rglob("*"):
         is_clip = path.suffix.lower() in CLIP_SUFFIXES
         if path.is_file() and not (is_clip and path.parent == Path(folder.path)):
             kinds["clips in subfolders" if is_clip else path.suffix or path.name] += 1
     if kinds:
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
         remedy = "; give --videos a subfolder to measure it" * ("clips in subfolders" in kinds)
-        tell({"event": "note", "text": f"files of {folder.name} were left alone: {told}{remedy}"})
+        yield f"files of {folder.name} were left alone: {found}{remedy}"
 
 
-def _note_few_segments(compared: Mapping[str, Any], tell: OnEvent) -> None:
-    """Say where FVD is of too few segments to be compared with what is published."""
-    few, width = min(compared["fvd_segments"]), compared["fvd_width"]
-    if compared["fvd"] is not None and few <= width:
-        tell({"event": "note", "text": f"of {' and '.join(compared['folders'])} one has only {few} "
-              f"segments of 16 frames, and a feature has {width} values; so few make FVD too low: "
-              "compare it only with FVD of as many, or give more clips"})
-
-
-def _note_flat(folder: Folder, tell: OnEvent) -> None:
-    """Say how many clips show nothing that a subject could be told by."""
-    flat = sum(row["flat"] for row in folder.scores.values())
-    if flat:
-        tell({"event": "note", "text": f"{flat} of {len(folder.scores)} clips of {folder.name} are "
-              "of a single colour in each frame: without an edge proxy_subject_consistency isn't "
-              "measurable, and leaves them out"})
-
-
-def _note_mixture(folder: Folder, tell: OnEvent) -> None:
-    """Say which rates or sizes a folder mixes, if it does."""
+def _doubts(folder: Folder) -> Iterator[str]:
+    """Yield which rates or sizes a folder mixes, and how many clips show no subject."""
     for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
         kinds = sorted({str(row[name]) for row in folder.scores.values()})
         if len(kinds) > 1:
-            text = f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
-            tell({"event": "note", "text": text})
+            yield f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
+    flat = sum(row["flat"] for row in folder.scores.values())
+    if flat:
+        yield (f"{flat} of {len(folder.scores)} clips of {folder.name} are of a single colour in "
+               "each frame: without an edge proxy_subject_consistency isn't measurable, and leaves "
+               "them out")
+
+
+def _few_segments(compared: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where FVD is of too few segments to be compared with published values."""
+    few, width = min(compared["fvd_segments"]), compared["fvd_width"]
+    if compared["fvd"] is not None and few <= width:
+        yield (f"of {' and '.join(compared['folders'])} one has only {few} segments of 16 frames, "
+               f"and a feature has {width} values; so few make FVD too low: compare it only with "
+               "FVD of as many, or give more clips")

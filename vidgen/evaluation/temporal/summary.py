@@ -1,4 +1,4 @@
-"""Scores of clips to the figures and VBench's layout of `vidgen eval temporal`."""
+"""From the scores of clips to the figures of a folder, and to VBench's layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
-from vidgen.evaluation.metrics.vbench import RANGES, WEIGHTS, normalise, temporal_subtotal
+from vidgen.evaluation.metrics.vbench import DIMENSIONS, WEIGHTS, normalise, temporal_subtotal
 from vidgen.evaluation.statistics import mean_interval, rate_interval
 
 #: Averaged over all frames instead of over clips, as there.
@@ -16,14 +16,12 @@ _BY_FRAMES = ("subject_consistency", "background_consistency")
 
 
 def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Put the scores of a folder together.
-
-    Args:
-        clips: scores with `name` and `prompt`.
+    """Summarise the scores of a folder's clips.
 
     Returns:
-        `figures`: {measure: value, low, high, total, normalised where VBench has a range}, and
-        `temporal_subtotal` and `proxy_temporal_subtotal`, None where one of their five is missing.
+        `figures`: {measure: value, low, high, total, normalised where VBench has a range};
+        `temporal_subtotal` and `proxy_temporal_subtotal`, None where one of their five dimensions
+        is missing.
     """
     found: dict[str, dict[str, Any]] = {}
     for measure in MEASURES:
@@ -38,7 +36,7 @@ def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "value": value, "low": low if math.isfinite(low) else None,
             "high": high if math.isfinite(high) else None, "total": len(values),
         }  # fmt: skip
-        if dimension in RANGES:
+        if dimension in DIMENSIONS:
             found[measure]["normalised"] = normalise(dimension, value)
     scores = {name: entry["value"] for name, entry in found.items()}
     return {
@@ -54,7 +52,7 @@ def _interval(
     measure: str, values: Sequence[float], value: float, prompts: Sequence[str],
     weights: Sequence[int] | None,
 ) -> tuple[float, float]:
-    """95% interval of a folder's value, within what is possible."""
+    """Return the 95% interval of a folder's value, within what is possible."""
     kind = MEASURES[measure]
     if kind.yes_no:
         return rate_interval([bool(each) for each in values], prompts)
@@ -66,28 +64,28 @@ def _interval(
 
 
 def weights_of(measure: str, clips: Sequence[Mapping[str, Any]]) -> list[int] | None:
-    """How much each clip counts in a folder's value; None: all alike."""
+    """Return the weight of each clip in a folder's value; None: all equal."""
     if measure.removeprefix(PROXY) not in _BY_FRAMES:
         return None
     return [clip["num_frames"] - 1 for clip in clips]
 
 
 def by_name(folder: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """{clip's name: its scores} of a folder's results."""
+    """Return {clip's name: its scores} of a folder's results."""
     return {clip["name"]: clip for clip in folder["clips"]}
 
 
 def prompts_of(clips: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of each clip the prompt, by which clips are alike; where all are of one, the clip's name."""
+    """Return the prompt of each clip; where all share one, the clip's name."""
     prompts = [clip["prompt"] for clip in clips]
     return prompts if len(set(prompts)) > 1 else [clip["name"] for clip in clips]
 
 
 def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """VBench's layout, {dimension: [average, [{video_path, video_results}, ...]]}."""
+    """Return VBench's layout, {dimension: [average, [{video_path, video_results}, ...]]}."""
     averages = figures(clips)["figures"]
     found = {}
-    for measure in (name for name in averages if name.removeprefix(PROXY) in RANGES):
+    for measure in (name for name in averages if name.removeprefix(PROXY) in DIMENSIONS):
         results = [
             {"video_path": clip["path"], "video_results": clip["figures"][measure]}
             for clip in clips if clip["figures"].get(measure) is not None
