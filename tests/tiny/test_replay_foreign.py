@@ -15,7 +15,7 @@ import torch
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
-from vidgen.pipeline.recipe import differences
+from vidgen.pipeline.recorded import differences
 from vidgen.pipeline.replay import keep_origin, request_from_recipe
 
 PROMPT = "a red car bounces across the desert"

@@ -155,7 +155,7 @@ def _make(
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
     """Report whether the two files show the same, else their differences."""
     from vidgen.media.probe import read_recipe
-    from vidgen.pipeline.recipe import differences
+    from vidgen.pipeline.recorded import differences
     from vidgen.pipeline.replay import compare
 
     made = compare(output, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from fractions import Fraction
 from importlib.metadata import version
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
-from vidgen.core.config import flattened
 from vidgen.core.request import DEFAULTS, Request
 from vidgen.core.runtime import fingerprint
 from vidgen.core.store import address_of
@@ -32,12 +30,6 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Opened, Plan
 
 RECIPE_VERSION = 1
-FACTS = (
-    "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
-    "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
-    "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound",
-)
-"""Entries that frames or sound depend on; others differ from run to run or repeat these."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
               "control", "latents", "lora", "tiles", "audio"}  # fmt: skip
 
@@ -111,23 +103,6 @@ def identity(request: Request, **loading: Any) -> str:
         if (model := getattr(request, option)) is not None:
             facts[option] = open_model(model).content_hash
     return address_of(facts)
-
-
-def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return entries that frames may depend on and that differ: both values, by name."""
-    mine, others = (flattened(_facts(one)) for one in (recipe, other))
-    pairs = {name: (mine.get(name), others.get(name)) for name in mine | others}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _facts(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return entries that frames depend on, with hashes instead of names and places."""
-    facts = {name: recipe[name] for name in FACTS if recipe.get(name) is not None}
-    facts["model"] = {"sha256": recipe.get("model", {}).get("sha256")}
-    for name, key in (("inputs", "option"), ("loras", "weight")):
-        known = (record for record in recipe.get(name, ()) if "sha256" in record)
-        facts[name] = [f"{record[key]} {record['sha256']}" for record in known]
-    return facts
 
 
 def _source(folder: ModelFolder | ForeignFolder) -> str:

@@ -27,7 +27,6 @@ from safetensors.torch import load
 from vidgen.core.errors import InputError, ModelError, VidgenError, nearest
 from vidgen.core.request import MAX_DEVICES, OWN_FILE, Loading, Request
 from vidgen.core.runtime import sha256_file
-from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.cells import psnr_of
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.sound import read_sound
@@ -35,8 +34,8 @@ from vidgen.media.types import Frames
 from vidgen.media.video_reader import read_frames
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import noise_file
-from vidgen.pipeline.journal.journal import recorded_readings, recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
+from vidgen.pipeline.recorded import recorded_readings, recorded_sampling, recorded_tiles
 from vidgen.pipeline.settings import replayed_settings, without_followers
 from vidgen.weights.layouts import open_model
 
@@ -213,20 +212,12 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan of our own families as options; a student's sampling is settled by its steps."""
-    guidance, kept = plan["guidance"], plan["kept_frames"]
-    options = {
-        "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
+    """Return the options of a plan of our own families."""
+    kept = plan["kept_frames"]
+    options = recorded_sampling(plan) | {
+        "size": (plan["width"], plan["height"]), "fps": plan["fps"],
         "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
     }
-    if plan.get("student") is None:
-        options |= {
-            "shift": plan["shift"], "guidance": guidance["scale"],
-            "guidance_interval": tuple(guidance["interval"]),
-            "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
-        }
-        if plan["sampler"] in SAMPLERS:
-            options["sampler"] = plan["sampler"]
     if kept == plan["num_frames"]:
         return options | {"frames": kept}
     return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed

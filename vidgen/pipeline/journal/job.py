@@ -49,12 +49,6 @@ JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
 MADE, SOUND, HEARD = "made.safetensors", "sound.safetensors", "heard.safetensors"
 TRIED = "tried.safetensors"
 WINDOWS, SEGMENTS = "windows", "segments"
-# What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
-_DECISIVE = (
-    "vidgen", "plan", "scheduler", "frame_times_s", "custom_noise", "dtype", "quantize",
-    "attention", "kernels", "device", "devices", "sound", "diffusers", "transformers",
-)
-_DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight", "expert")}
 
 
 def job_folder(output: str | os.PathLike[str]) -> Path:
@@ -189,58 +183,6 @@ def read_job(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} has format {job['format_version']} of another version of vidgen, "
                          f"this one reads {FORMAT_VERSION}; start anew with --overwrite")
     return job
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the differences between two clips' recipes: "plan.seed was 7, is 8"."""
-    before, after = _leaves(_decisive(old)), _leaves(_decisive(new))
-    names = sorted(before.keys() | after.keys(), key=lambda name: (name != "vidgen", name))
-    return [
-        f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
-        for name in names if before.get(name) != after.get(name)
-    ]
-
-
-def require_same(there: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
-    """Raise InputError with the differences if `new` isn't the recipe `old` of the job `there`."""
-    if old is None:
-        raise InputError(f"{there} tells no recipe, so it may be any clip; choose another "
-                         "name or give --overwrite")
-    differ = differences(old, new)
-    if differ:
-        without = old.get("kernels") == "none" and new.get("kernels") != "none"
-        how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
-        raise InputError(
-            f"{there} is another clip's: {'; '.join(differ)}; go on with what it was made "
-            f"with{how}, choose another name, or start anew with --overwrite"
-        )
-
-
-def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a recipe that decides bits, after a round trip through JSON."""
-    found = {name: recipe.get(name) for name in _DECISIVE}
-    found["model"] = {key: recipe.get("model", {}).get(key) for key in ("class", "sha256")}
-    for name, keys in _DECISIVE_PARTS.items():
-        found[name] = [
-            [one.get(key) for key in keys] for one in recipe.get(name, ())
-            if one.get("option") != "first_frame_model"  # the picture that it drew decides
-        ]
-    found["machine"] = {k: v for k, v in recipe.get("machine", {}).items() if k != "python"}
-    found["label"] = recipe.get("request", {}).get("label")
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
-
-
-def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def segment_path(folder: Path, index: int) -> Path:

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
-from vidgen.core.shapes import Tiles
 from vidgen.media.clip import Clip
 from vidgen.media.types import Segment
 from vidgen.pipeline.journal.job import (
@@ -38,7 +37,6 @@ from vidgen.pipeline.journal.job import (
     as_array,
     begin_job,
     counted_paths,
-    differences,
     job_facts,
     job_folder,
     kept_paths,
@@ -48,7 +46,6 @@ from vidgen.pipeline.journal.job import (
     read_job,
     read_kept,
     read_segment,
-    require_same,
     segment_path,
     state_tensors,
     sweep,
@@ -56,6 +53,12 @@ from vidgen.pipeline.journal.job import (
     write_arrays,
     write_job,
     write_segment,
+)
+from vidgen.pipeline.recorded import (
+    decisive_differences,
+    recorded_readings,
+    recorded_tiles,
+    require_same,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +128,7 @@ class Journal:
         if not self.unfinished:
             return True
         made = read_recipe(self.output)  # a kill may have come after the file, before the end
-        return made is not None and not differences(made, self.recipe or {})
+        return made is not None and not decisive_differences(made, self.recipe or {})
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -394,14 +397,3 @@ def _use_threads(threads: int, journal: Journal) -> None:
     if torch.get_num_threads() != threads:
         raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
     log.warning("%s goes on with %d threads, as it began", journal.output, threads)
-
-
-def recorded_tiles(plan: Mapping[str, Any]) -> str:
-    """Return the option that gives the tiles of a recipe's plan."""
-    tiles = plan.get("tiles")
-    return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
-
-
-def recorded_readings(plan: Mapping[str, Any]) -> str:
-    """Return the option that gives the normalised words of a recipe's plan."""
-    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"

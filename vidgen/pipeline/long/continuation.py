@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import MAX_SECONDS, Request
-from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.pipeline.few_steps import SAMPLING
+from vidgen.pipeline.recorded import recorded_sampling
 from vidgen.pipeline.settings import settings_to_go_on
 
 if TYPE_CHECKING:
@@ -74,25 +73,19 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
     marks |= {"aigc": asked["aigc"]} if "aigc" in asked else {}
     if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
         return {"prompt": plan["prompt"], **marks}
-    guidance = plan["guidance"]
     own = {
         "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"], **marks,
-        "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
-        "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
-        "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "cache": asked.get("cache"), "readings": asked.get("readings"),
+        **recorded_sampling(plan), "cache": asked.get("cache"), "readings": asked.get("readings"),
         "settings": settings_to_go_on(plan, asked.get("settings", {}), sound=audio is None),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())
         ],
     }
-    if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
-        own |= {"sampler": None, "shift": None}
-    if plan.get("student") is not None:  # which is taken by its steps, when these are silent
-        own |= dict.fromkeys(SAMPLING)
-        if plan["student"].get("roll"):  # its steps are of no other
-            own["steps"] = None
+    if "sampler" not in own:  # a scheduler of diffusers, which a command line can't give
+        own["shift"] = None
+    if (plan.get("student") or {}).get("roll"):  # its steps are of no other
+        own["steps"] = None
     return {name: value for name, value in own.items() if value not in (None, [], {})}
 
 

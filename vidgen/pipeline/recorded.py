@@ -1,0 +1,106 @@
+"""Read a clip's recipe: facts that decide its frames, and its plan as options of a request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.config import flattened
+from vidgen.core.errors import InputError
+from vidgen.core.shapes import Tiles
+from vidgen.diffusion.samplers import SAMPLERS
+
+FACTS = (
+    "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
+    "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
+    "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound",
+)
+"""Entries that frames or sound depend on; others differ from run to run or repeat these."""
+_DECISIVE = set(FACTS) - {"offload", "torchao", "encoder", "hand_over"}
+"""Facts of an unfinished job. `offload` isn't one: a job out of memory may resume with another."""
+
+
+def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return entries that frames may depend on and that differ: both values, by name."""
+    return _pairs(_facts(recipe, FACTS), _facts(other, FACTS))
+
+
+def require_same(place: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
+    """Raise InputError with the differences if `new` isn't the recipe `old` of the job `place`."""
+    if old is None:
+        raise InputError(f"{place} tells no recipe, so it may be any clip; choose another "
+                         "name or give --overwrite")
+    differ = decisive_differences(old, new)
+    if differ:
+        without = old.get("kernels") == "none" and new.get("kernels") != "none"
+        how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
+        raise InputError(
+            f"{place} is another clip's: {'; '.join(differ)}; go on with what it was made "
+            f"with{how}, choose another name, or start anew with --overwrite"
+        )
+
+
+def decisive_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the differences that keep a job from resuming: "plan.seed was 7, is 8"."""
+    pairs = _pairs(_decisive(old), _decisive(new))
+    names = sorted(pairs, key=lambda name: (name != "vidgen", name))
+    return [f"{name} was {_short(pairs[name][0])}, is {_short(pairs[name][1])}" for name in names]
+
+
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(json.dumps(_facts(recipe, _DECISIVE)))  # without tuples
+    facts["model"]["class"] = recipe.get("model", {}).get("class")
+    facts["machine"] = {k: v for k, v in facts.get("machine", {}).items() if k != "python"}
+    return facts | {"label": recipe.get("request", {}).get("label")}
+
+
+def _facts(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return entries of a recipe, with hashes instead of names and places."""
+    facts = {name: recipe[name] for name in names if recipe.get(name) is not None}
+    facts["model"] = {"sha256": recipe.get("model", {}).get("sha256")}
+    for name, keys in (("inputs", ("option",)), ("loras", ("weight", "expert"))):
+        known = (record for record in recipe.get(name, ()) if "sha256" in record)
+        facts[name] = [" ".join(str(record[key]) for key in (*keys, "sha256") if record.get(key))
+                       for record in known]
+    return facts
+
+
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    before, after = flattened(old), flattened(new)
+    pairs = {name: (before.get(name), after.get(name)) for name in before | after}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def recorded_tiles(plan: Mapping[str, Any]) -> str:
+    """Return the option that gives the tiles of a recipe's plan."""
+    tiles = plan.get("tiles")
+    return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
+
+
+def recorded_readings(plan: Mapping[str, Any]) -> str:
+    """Return the option that gives the normalised words of a recipe's plan."""
+    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"
+
+
+def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a plan's sampling; of a distilled model's, its steps alone.
+
+    A scheduler of diffusers isn't among them.
+    """
+    steps = {"steps": plan["num_steps"]}
+    if plan.get("student") is not None:
+        return steps
+    guidance = plan["guidance"]
+    sampler = {"sampler": plan["sampler"]} if plan["sampler"] in SAMPLERS else {}
+    return steps | sampler | {
+        "shift": plan["shift"], "guidance": guidance["scale"],
+        "guidance_interval": tuple(guidance["interval"]),
+        "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
+    }
