@@ -418,7 +418,7 @@ def test_saves_wait_until_they_are_cheap(engine, out, monkeypatch):
     """Each save costs a second here, so none comes before 50 have gone by."""
     clock = [0.0]
     saves: list[float] = []
-    write_arrays = journal.write_arrays
+    write_arrays = job.write_arrays
 
     def slow(*args: Any) -> None:
         clock[0] += 1
@@ -426,7 +426,7 @@ def test_saves_wait_until_they_are_cheap(engine, out, monkeypatch):
         write_arrays(*args)
 
     monkeypatch.setattr(journal, "PATIENCE", 50)
-    monkeypatch.setattr(journal, "write_arrays", slow)
+    monkeypatch.setattr(job, "write_arrays", slow)
     monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
 
     def on_event(_: Progress) -> None:

@@ -24,7 +24,7 @@ _DECISIVE = set(FACTS) - {"offload", "torchao", "encoder", "hand_over"}
 
 def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return entries that frames may depend on and that differ: both values, by name."""
-    return _pairs(_facts(recipe, FACTS), _facts(other, FACTS))
+    return _unequal(flattened(_facts(recipe, FACTS)), flattened(_facts(other, FACTS)))
 
 
 def require_same(place: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ def require_same(place: Path, old: Mapping[str, Any] | None, new: Mapping[str, A
 
 def decisive_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the differences that keep a job from resuming: "plan.seed was 7, is 8"."""
-    pairs = _pairs(_decisive(old), _decisive(new))
+    pairs = _unequal(_leaves(_decisive(old)), _leaves(_decisive(new)))
     names = sorted(pairs, key=lambda name: (name != "vidgen", name))
     return [f"{name} was {_short(pairs[name][0])}, is {_short(pairs[name][1])}" for name in names]
 
@@ -67,9 +67,16 @@ def _facts(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return facts
 
 
-def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    before, after = flattened(old), flattened(new)
-    pairs = {name: (before.get(name), after.get(name)) for name in before | after}
+def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted name; a list is one of them."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _unequal(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    pairs = {name: (old.get(name), new.get(name)) for name in old | new}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

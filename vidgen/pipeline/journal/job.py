@@ -26,7 +26,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -40,7 +39,6 @@ from vidgen.core.runtime import atomic_write, lock_file
 from vidgen.media.types import Segment
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 FORMAT_VERSION = 3
@@ -292,38 +290,6 @@ def _digest(arrays: Mapping[str, Any], text: str) -> str:
 _HISTORY, _CACHE = "history.", "cache."
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Latents that an earlier process left in a job."""
-
-    num_windows: int  # finished windows of a long clip
-    done: Tensor | None  # [1, C, n, h, w] float32 of them, on the CPU
-    state: SamplerState | None = None  # of the sampler after them
-    latents: Tensor | None = None  # [1, C, F, h, w] float32 of a finished sampler
-
-    @property
-    def num_done(self) -> int:
-        """Latent frames of `done`."""
-        return 0 if self.done is None else self.done.shape[2]
-
-
-def read_kept(folder: Path, device: torch.device | str) -> Kept:
-    """Read a job's latents, `state` and `latents` onto a device; raise InputError if damaged."""
-    import torch
-
-    windows = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"])
-               for path in counted_paths(folder, window_path)]
-    kept = Kept(len(windows), torch.cat(windows, dim=2) if windows else None)
-    if (path := folder / STATE).is_file():
-        arrays, facts = read_arrays(path, "latents")
-        tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
-        if facts.get("finished"):
-            return replace(kept, latents=tensors["latents"])
-        if facts["behind"] == kept.num_done:  # else of a window that was finished since
-            return replace(kept, state=state_of(facts["step"], tensors))
-    return kept
-
-
 def as_array(tensor: Tensor) -> Any:
     """Return a tensor for numpy, which has no bfloat16; float32 holds that exactly."""
     tensor = tensor.detach().cpu()
@@ -344,6 +310,3 @@ def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
     count = sum(name.startswith(_HISTORY) for name in tensors)
     history = tuple(tensors[f"{_HISTORY}{index}"] for index in range(count))
     return SamplerState(step, tensors["latents"], history, cache)
-
-
-

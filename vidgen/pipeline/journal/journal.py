@@ -28,32 +28,8 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
 from vidgen.media.types import Segment
-from vidgen.pipeline.journal.job import (
-    JOB,
-    MADE,
-    SOUND,
-    STATE,
-    TRIED,
-    as_array,
-    begin_job,
-    counted_paths,
-    job_facts,
-    job_folder,
-    kept_paths,
-    lock_job,
-    progress_text,
-    read_arrays,
-    read_job,
-    read_kept,
-    read_segment,
-    segment_path,
-    state_tensors,
-    sweep,
-    window_path,
-    write_arrays,
-    write_job,
-    write_segment,
-)
+from vidgen.pipeline.journal import job
+from vidgen.pipeline.journal.job import JOB, MADE, SOUND, STATE, TRIED
 from vidgen.pipeline.recorded import (
     decisive_differences,
     recorded_readings,
@@ -91,7 +67,7 @@ class Journal:
         overwrite: bool = False,
     ) -> None:
         self.output = None if output is None else Path(output)
-        self.folder = Path() if output is None else job_folder(output)
+        self.folder = Path() if output is None else job.job_folder(output)
         self.resume, self.overwrite = resume, overwrite  # a job saves the latter
         self.state: SamplerState | None = None  # the last one, on the device given to `running`
         self.latents: Tensor | None = None  # [1, C, F, h, w] float32 of a finished sampler, there
@@ -105,12 +81,12 @@ class Journal:
         self._is_worth_keeping = False
         self._lock: TextIO | None = None
         if self.unfinished and not (resume or overwrite):
-            facts = job_facts(self.folder)
+            facts = job.job_facts(self.folder)
             if facts["running"]:
                 raise self._taken()
             raise OutputError(
-                f"{self.output} is not finished ({progress_text(facts)}, kept in {self.folder}); "
-                "--resume goes on, --overwrite starts anew"
+                f"{self.output} is not finished ({job.progress_text(facts)}, kept in "
+                f"{self.folder}); --resume goes on, --overwrite starts anew"
             )
 
     @property
@@ -138,7 +114,7 @@ class Journal:
         if not self.resume or self.output is None:
             return None
         if self.unfinished:
-            recipe: dict[str, Any] = read_job(self.folder)["recipe"]
+            recipe: dict[str, Any] = job.read_job(self.folder)["recipe"]
             return recipe
         return read_recipe(self.output) if self.output.exists() else None
 
@@ -181,13 +157,13 @@ class Journal:
         """Replace the job's recipe by one that settles its open values."""
         if self.keeps:
             with self._saving():
-                write_job(self.folder, recipe, overwrite=self.overwrite)
+                job.write_job(self.folder, recipe, overwrite=self.overwrite)
 
     def keep_window(self, done: Tensor) -> None:
         """Save the last finished window, given all latents so far [1, C, n, h, w]."""
         self._latest = self.state = None
         if self.keeps:
-            path = window_path(self.folder, self.num_windows)
+            path = job.window_path(self.folder, self.num_windows)
             new = done[:, :, self._num_done :]
             self._save_state({"latents": new}, {"until": done.shape[2]}, path)
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
@@ -205,12 +181,12 @@ class Journal:
         """Save a file of arrays with JSON data."""
         if self.keeps:
             with self._saving():
-                write_arrays(self.folder / name, arrays, facts)
+                job.write_arrays(self.folder / name, arrays, facts)
 
     def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the arguments of `keep_arrays` of a file, which must hold `names`; or None."""
         path = self.folder / name
-        return read_arrays(path, *names) if self.keeps and path.is_file() else None
+        return job.read_arrays(path, *names) if self.keeps and path.is_file() else None
 
     def keep_latents(self, latents: Tensor, num_shown: int = 0) -> None:
         """Save the finished latents [1, C, F, h, w], those that are new, before they are decoded.
@@ -224,7 +200,8 @@ class Journal:
 
     def segments(self) -> Iterator[Segment]:
         """Yield the finished segments, from the clip's start."""
-        return map(read_segment, kept_paths(self.folder, segment_path) if self.num_frames else ())
+        kept = job.kept_paths(self.folder, job.segment_path) if self.num_frames else ()
+        return map(job.read_segment, kept)
 
     def keep(self, segment: Segment) -> None:
         """Save the next finished segment."""
@@ -253,7 +230,7 @@ class Journal:
     def clip(self) -> Clip:
         """Return the clip of a finished output."""
         assert self.output is not None
-        sweep(self.folder)  # a kill may have come after the file, before the end
+        job.sweep(self.folder)  # a kill may have come after the file, before the end
         self.close()
         return Clip.from_file(self.output)
 
@@ -278,23 +255,38 @@ class Journal:
         self._due_s = time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
-            self._lock, self.keeps = lock_job(self.folder), True
+            self._lock, self.keeps = job.lock_job(self.folder), True
             if self._lock is not None:
                 weakref.finalize(self, self._lock.close)
-            sweep(self.folder)
+            job.sweep(self.folder)
         except BlockingIOError:
             raise self._taken() from None
         except OSError as error:
             self.give_up(error)
         if resumes:
-            kept = read_kept(self.folder, device)
-            self.state, self.latents = kept.state, kept.latents
-            self.done, self.num_windows, self._num_done = kept.done, kept.num_windows, kept.num_done
-            self._count_segments()
+            self._restore(device)
         elif self.keeps:
             with self._saving():
-                begin_job(self.folder, recipe, overwrite=self.overwrite)
+                job.begin_job(self.folder, recipe, overwrite=self.overwrite)
             self._due_s += PATIENCE * self._cost_s  # for the finished latents, which can't wait
+
+    def _restore(self, device: torch.device | str) -> None:
+        import torch
+
+        windows = [torch.from_numpy(job.read_arrays(path, "latents")[0]["latents"])
+                   for path in job.counted_paths(self.folder, job.window_path)]
+        self.done = torch.cat(windows, dim=2) if windows else None
+        self.num_windows = len(windows)
+        self._num_done = 0 if self.done is None else self.done.shape[2]
+        self.state = self.latents = None
+        if (path := self.folder / STATE).is_file():
+            arrays, facts = job.read_arrays(path, "latents")
+            tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
+            if facts.get("finished"):
+                self.latents = tensors["latents"]
+            elif facts["behind"] == self._num_done:  # else of a window that was finished since
+                self.state = job.state_of(facts["step"], tensors)
+        self._count_segments()
 
     def _taken(self) -> OutputError:
         return OutputError(f"{self.output} is being made by another process; wait for it, or "
@@ -302,15 +294,15 @@ class Journal:
 
     def _check_output(self) -> None:
         assert self.output is not None
-        self.overwrite |= read_job(self.folder)["overwrite"]
+        self.overwrite |= job.read_job(self.folder)["overwrite"]
         if self.output.exists() and not self.overwrite:
             raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
                               "move it away, or give --overwrite to start anew")
 
     def _count_segments(self) -> None:
-        kept = counted_paths(self.folder, segment_path)
+        kept = job.counted_paths(self.folder, job.segment_path)
         self._num_segments = len(kept)
-        self.num_frames = sum(read_segment(path).num_frames for path in kept)
+        self.num_frames = sum(job.read_segment(path).num_frames for path in kept)
 
     def _is_due(self) -> bool:
         return time.monotonic() >= self._due_s
@@ -319,12 +311,12 @@ class Journal:
         if self._latest is not None:
             info, self._latest = self._latest, None
             facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
-            self._save_state(state_tensors(info.state), facts, self.folder / STATE)
+            self._save_state(job.state_tensors(info.state), facts, self.folder / STATE)
         pending, self._pending = self._pending, []
         if pending:
             with self._saving():
                 for index, segment in enumerate(pending, self._num_segments):
-                    write_segment(segment_path(self.folder, index), segment)
+                    job.write_segment(job.segment_path(self.folder, index), segment)
             self._num_segments += len(pending)
 
     def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path) -> None:
@@ -334,8 +326,8 @@ class Journal:
 
             torch.cuda.synchronize(latents.device)
         with self._saving():
-            arrays = {name: as_array(each) for name, each in tensors.items()}
-            write_arrays(path, arrays, facts)
+            arrays = {name: job.as_array(each) for name, each in tensors.items()}
+            job.write_arrays(path, arrays, facts)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
