@@ -68,7 +68,7 @@ def _common(
         "vidgen": __version__,
         "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
         "request": _asked(request),
-        "plan": asdict(plan) | {"fps": str(plan.fps)},
+        "plan": plan_facts(plan),
         "scheduler": json.loads(json.dumps(settings, default=lambda v: v.tolist())) or None,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": inputs.records,
@@ -80,6 +80,11 @@ def _common(
         "device": engine.device.type,
         "machine": fingerprint(),
     }
+
+
+def plan_facts(plan: Plan | ForeignPlan) -> dict[str, Any]:
+    """Return a recipe's entry `plan`."""
+    return asdict(plan) | {"fps": str(plan.fps)}
 
 
 def identity(request: Request, **loading: Any) -> str:

@@ -38,9 +38,8 @@ from vidgen.pipeline.diffusers_backend.journal import (
     as_settled,
     keep_made,
     kept_made,
-    with_plan,
 )
-from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe, lent
+from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe
 from vidgen.pipeline.diffusers_backend.plan import (
     Abilities,
     ForeignPlan,
@@ -52,7 +51,7 @@ from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal.journal import Journal, journals_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.policy import Policy
-from vidgen.pipeline.recipe import make_foreign_recipe
+from vidgen.pipeline.recipe import make_foreign_recipe, plan_facts
 from vidgen.pipeline.rewrite import settle_texts
 from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.types import OnPreview, Progress, Report, Reporter, draw_seed
@@ -107,9 +106,8 @@ class ForeignEngine:
         request, rewritten = settle_texts(request, journals, self.policy)
         request, inputs = self._read(request)
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
-        pipe = self.pipe.taking(next(shown, None))
-        able = Abilities(pipe)
-        scheduler = make_scheduler(pipe.scheduler, request)
+        able = Abilities(self.pipe.taking(next(shown, None)))
+        scheduler = make_scheduler(able.pipe.scheduler, request)
         first = make_foreign_plan(request, inputs, able, scheduler)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes, track = self._recipes(plans, request, inputs, able, journals, rewritten)
@@ -135,13 +133,11 @@ class ForeignEngine:
                 if made is None:
                     report("prompt", 0, 1)
                     arguments = self._arguments(plan, request, inputs, able)
-                    with lent(pipe, able, plan, scheduler, on_step):
-                        given = self.pipe.call(pipe, plan, arguments)
-                    made = Made.of(self.pipe.own, *given, is_image=able.is_image)
+                    made = self.pipe.make(able, plan, scheduler, arguments, on_step)
                     keep_made(kept, made)
                 settled = self._settled(plan, request, able, made)
                 track = self._soundtrack(request, settled, able, track)
-                whole = with_plan(recipe, settled) | track.facts
+                whole = recipe | {"plan": plan_facts(settled)} | track.facts
                 kept.keep_recipe(whole)
                 clip = self._clip(settled, whole, able, made, kept)
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))

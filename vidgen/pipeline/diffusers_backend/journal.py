@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.diffusers_backend.decode import Decode
-from vidgen.pipeline.diffusers_backend.plan import ForeignPlan
+from vidgen.pipeline.diffusers_backend.plan import Abilities
 from vidgen.pipeline.journal.job import MADE, as_array
 from vidgen.pipeline.journal.journal import Journal
 
@@ -41,11 +41,12 @@ class Made:
     sound_rate: int = 48_000  # samples per second
 
     @classmethod
-    def of(cls, pipe: Any, output: Any, decodings: Sequence[Decode], cut: int, *,
-           is_image: bool) -> Made:
-        """Make it from a pipeline's output, of a picture or a clip, and the deferred decodings."""
-        shown = output[0] if is_image else output[0][0]
-        sound, rate = _sound(pipe, output)
+    def of(
+        cls, able: Abilities, output: Any, decodings: Sequence[Decode] = (), cut: int = 0
+    ) -> Made:
+        """Make it from a pipeline's output and the deferred decodings."""
+        shown = output[0] if able.is_image else output[0][0]
+        sound, rate = _sound(able.pipe, output)
         return cls(len(shown), decodings, cut, None if decodings else _pixels(shown), sound, rate)
 
     @property
@@ -94,11 +95,6 @@ def as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dic
         return recipe
     known = {name: plan[name] for name in _SETTLED if plan.get(name) is not None}
     return recipe | {"plan": recipe["plan"] | known}
-
-
-def with_plan(recipe: dict[str, Any], plan: ForeignPlan) -> dict[str, Any]:
-    """Return a recipe with another plan."""
-    return recipe | {"plan": asdict(plan) | {"fps": str(plan.fps)}}
 
 
 def _packed(value: Any, arrays: dict[str, Any]) -> Any:

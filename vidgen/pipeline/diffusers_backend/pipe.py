@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.pipeline.diffusers_backend.decode import (
-    Decode,
     decoding_put_off,
     prepare_vae,
     shown_frames,
 )
+from vidgen.pipeline.diffusers_backend.journal import Made
 from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, ForeignPlan, check_sides
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.quantize import quiet_torchao
@@ -79,34 +79,19 @@ class ForeignPipe:
             raise ModelError(f"offload {self.offload!r} needs accelerate: {error}; "
                              "pip install accelerate") from error
 
-    def call(
-        self, pipe: Any, plan: ForeignPlan, arguments: dict[str, Any]
-    ) -> tuple[Any, list[Decode], int]:
-        """Return the pipeline's output, the deferred decodings, and the frames that it then cuts.
+    def make(
+        self, able: Abilities, plan: ForeignPlan, scheduler: Any, arguments: dict[str, Any],
+        tell: Tell,
+    ) -> Made:
+        """Run a pipeline with a request's scheduler, guidance and arguments.
 
         Raises:
             InputError: the pipeline itself refuses the arguments.
             ModelError: out of memory.
         """
-        able = Abilities(pipe)
-
-        def length(latents: torch.Tensor) -> int:
-            if plan.num_frames is not None and (plan.num_frames - 1) % able.strides.t:
-                return plan.num_frames  # against the causal rule, but so the pipeline has it
-            return 1 + (latents.shape[2] - 1) * able.strides.t
-
         try:
-            if not self.puts_off or able.is_image:
-                return pipe(**arguments), [], 0
-            with decoding_put_off(pipe.vae, length) as noted:
-                output = pipe(**arguments)
-            shown = shown_frames(output[0][0]) if noted else None
-            if shown is not None and (len(noted) == 1 or not noted[0].is_video):
-                return output, noted, shown.start
-            # It builds on decoded frames, or changes them afterwards: decoding can't wait.
-            self.puts_off = False
-            arguments["generator"].manual_seed(plan.seed)
-            return pipe(**arguments), [], 0
+            with _lent(able, plan, scheduler), stepping(able.pipe, tell):
+                return self._run(able, plan, arguments)
         except ValueError as error:
             rule = re.search(r"divisible by (\d+)", str(error))
             if rule is not None:
@@ -121,6 +106,25 @@ class ForeignPipe:
             shape = list(arguments["latents"].shape)
             raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
                              "in the pipeline's own layout") from error
+
+    def _run(self, able: Abilities, plan: ForeignPlan, arguments: dict[str, Any]) -> Made:
+        """Call the pipeline, with its decoding deferred if possible."""
+
+        def length(latents: torch.Tensor) -> int:
+            if plan.num_frames is not None and (plan.num_frames - 1) % able.strides.t:
+                return plan.num_frames  # against the causal rule, but so the pipeline has it
+            return 1 + (latents.shape[2] - 1) * able.strides.t
+
+        if self.puts_off and not able.is_image:
+            with decoding_put_off(able.pipe.vae, length) as noted:
+                output = able.pipe(**arguments)
+            shown = shown_frames(output[0][0]) if noted else None
+            if shown is not None and (len(noted) == 1 or not noted[0].is_video):
+                return Made.of(able, output, noted, shown.start)
+            # It builds on decoded frames, or changes them afterwards: decoding can't wait.
+            self.puts_off = False
+            arguments["generator"].manual_seed(plan.seed)
+        return Made.of(able, able.pipe(**arguments))
 
 
 class _StepBar:
@@ -161,17 +165,14 @@ def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
 
 
 @contextmanager
-def lent(
-    pipe: Any, able: Abilities, plan: ForeignPlan, scheduler: Any, tell: Tell
-) -> Iterator[None]:
-    """Lend a pipeline a request's scheduler, guidance and step callback."""
-    own_scheduler, own_guider = pipe.scheduler, able.guider
+def _lent(able: Abilities, plan: ForeignPlan, scheduler: Any) -> Iterator[None]:
+    """Lend a pipeline a request's scheduler and guidance."""
+    pipe, own_scheduler, own_guider = able.pipe, able.pipe.scheduler, able.guider
     pipe.scheduler = scheduler
     if own_guider is not None:
         pipe.guider = own_guider.new(guidance_scale=plan.guidance_scale)
     try:
-        with stepping(pipe, tell):
-            yield
+        yield
     finally:
         pipe.scheduler = own_scheduler
         if own_guider is not None:
