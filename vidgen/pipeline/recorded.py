@@ -76,7 +76,7 @@ def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
 
 
 def _unequal(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (old.get(name), new.get(name)) for name in old | new}
+    pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

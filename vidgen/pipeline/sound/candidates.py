@@ -1,10 +1,9 @@
-"""Which of several sounds for one picture is kept: the one that goes best with what is seen.
+"""Choose the best of several sounds that a model made for one picture.
 
-Where a picture leaves open when something is hit, one draw of noise hears it now and another then,
-or not at all. A model's onset detector looks at nothing else: sounds are drawn until one goes with
-what it sees. Where nothing is hit the first few do, and in models without a detector all that may
-be; of these the one is kept that the others bear out best, as what begins where most others do errs
-least (minimum Bayes risk, Kumar & Byrne 2004, eq. 2, with onsets' F-measure as the gain).
+Where a picture leaves the moment of an impact open, each draw of noise puts its sound elsewhere. A
+model's onset detector predicts impacts from the picture alone; sounds are drawn until one matches.
+Without impacts, or without a detector, the sound is kept whose onsets agree best with those of the
+others (minimum Bayes risk, Kumar & Byrne 2004, eq. 2, with onsets' F-measure as the gain).
 
 Axes: N candidates, C latent channels, k sound latents, n samples.
 """
@@ -29,37 +28,32 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 TOGETHER_S = 0.06
-"""Onsets of two sounds so near to each other are the same."""
+"""Onsets of two sounds within this distance are the same."""
 AT_ONCE = 4
-"""Sounds that are drawn before it is looked whether one goes with the picture."""
+"""Sounds that are drawn before they are compared with the picture."""
 
 ONSET_DETECTOR: Literal["onset_detector"] = "onset_detector"
 NEAR_S = 0.1
-"""An impact and a sound so near to each other go together."""
+"""An impact and an onset within this distance match."""
 FEWEST = 0.5
-"""Impacts expected in a clip below which none are taken to be seen."""
+"""Impacts expected in a clip below which it counts as having none."""
 _SURE = 0.3
-"""Impacts expected near an onset from which it is one of them."""
+"""Impacts expected near an onset from which it counts as one of them."""
 
 
 class Lateness(NamedTuple):
-    """How long after what is seen its sounds begin.
+    """Delay of sounds after the impacts that they match."""
 
-    Attributes:
-        total_s: the sum over those that belong together, in seconds.
-        met: how many do.
-    """
-
-    total_s: float = 0.0
-    met: float = 0.0
+    total_s: float = 0.0  # sum over matches
+    met: float = 0.0  # number of matches
 
     @property
     def mean_s(self) -> float:
-        """Of one of them; 0 where none do."""
+        """Mean delay, in seconds; 0 without matches."""
         return self.total_s / self.met if self.met else 0.0
 
     def and_of(self, other: Lateness) -> Lateness:
-        """Of both."""
+        """Return the sum of both."""
         return Lateness(self.total_s + other.total_s, self.met + other.met)
 
 
@@ -68,31 +62,24 @@ ON_TIME = Lateness()
 
 @dataclass(frozen=True)
 class Impacts:
-    """When something may be seen to meet the ground.
+    """Expected impacts in a picture."""
 
-    Attributes:
-        times: moments in seconds, rising, [n].
-        expected: impacts that are expected at each of them, [n].
-        enough: the fit of a sound from which on no other one is made.
-        new_from_s: until when the sound was there before, so that it can't be early or late.
-    """
-
-    times: NDArray[np.float64]
-    expected: NDArray[np.float64]
-    enough: float = 1.0
-    new_from_s: float = 0.0
+    times: NDArray[np.float64]  # moments in seconds, rising, [n]
+    expected: NDArray[np.float64]  # impacts expected at each of them, [n]
+    enough: float = 1.0  # fit of a sound that ends the search
+    new_from_s: float = 0.0  # earlier sound is given, and has no lateness
 
     @property
     def any_seen(self) -> bool:
-        """Whether a sound can be told by them."""
+        """True if sounds can be compared with them."""
         return float(self.expected.sum()) >= FEWEST
 
     def later(self, seconds: float) -> Impacts:
-        """The same so much later."""
+        """Return the same impacts, moved."""
         return replace(self, times=self.times + seconds)
 
     def fit(self, onsets: Times) -> float:
-        """How well a sound with such onsets goes with them: the F-measure that is expected.
+        """Return the expected F-measure of a sound's onsets against them.
 
         An onset meets at most one impact, and each expected one counts for one onset.
         """
@@ -105,7 +92,7 @@ class Impacts:
         return 2 * met / total if total else 1.0
 
     def lateness(self, onsets: Times) -> Lateness:
-        """How long after them such onsets come, as far as they are new."""
+        """Return the delay of new onsets after them."""
         late = ON_TIME
         for onset in onsets[onsets >= self.new_from_s]:
             near = np.abs(self.times - onset) <= NEAR_S
@@ -120,17 +107,10 @@ class Impacts:
 def impacts_seen(
     parts: Parts, picture: Tensor, latent_rate: LatentRate, first: int, fps: Fraction
 ) -> Impacts | None:
-    """What the model's onset detector sees in a stretch of a clip; None where it has none.
+    """Return the impacts that the model's onset detector expects in a picture [1, C, F, h, w].
 
-    Args:
-        parts: the networks.
-        picture: latents [1, C, F, h, w].
-        latent_rate: how they lie to the clip's.
-        first: the clip's latent frame with which they begin.
-        fps: of the clip as it is shown.
-
-    Returns:
-        In seconds of the clip.
+    The picture begins with latent frame `first` of the clip, at its own `latent_rate`; `fps` is the rate of
+    the clip as it is shown. Times are seconds of the clip. None if the model has no detector.
     """
     if ONSET_DETECTOR not in parts.folder.components:
         return None
@@ -147,14 +127,14 @@ def impacts_seen(
 
 
 class Kept(NamedTuple):
-    """The best sound: latents [C, k], and how long after what is seen it is heard."""
+    """The best sound: latents [C, k], and its delay after the picture."""
 
     latents: Tensor
     lateness: Lateness = ON_TIME
 
 
 def drawn_at_once(folder: ModelFolder, most: int) -> int:
-    """How many of so many sounds are drawn at once: all where nobody looks at the picture."""
+    """Return the sounds drawn at once: all `most` without an onset detector."""
     return min(AT_ONCE, most) if ONSET_DETECTOR in folder.components else most
 
 
@@ -162,15 +142,15 @@ def best_heard(
     draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
     at_once: int, impacts: Impacts | None,
 ) -> Kept:
-    """Draw sounds for a picture until one goes with it, and keep the best.
+    """Draw sounds for a picture until one matches it; return the best.
 
     Args:
-        draw: makes those of some numbers, [N, C, k].
+        draw: makes the sounds of a range of numbers, [N, C, k].
         hear: decodes them, [N, n].
-        rate: samples a second.
-        most: sounds that are drawn at most.
-        at_once: of them, as `drawn_at_once` tells.
-        impacts: what is seen to be hit, in the sounds' own time; None: nobody looks.
+        rate: samples per second.
+        most: maximum number of sounds.
+        at_once: see `drawn_at_once`.
+        impacts: of the picture, in the sounds' own time; None without a detector.
     """
     if most == 1:
         return Kept(draw(range(1))[0])
@@ -189,18 +169,13 @@ def best_heard(
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:
-    """The index of the sound [N, n] whose onsets agree with the others' best, of equals the first.
-
-    Args:
-        sounds: of one picture.
-        rate: samples a second.
-    """
+    """Return the index of the sound [N, n] whose onsets agree best with the others'."""
     onsets = find_onsets(sounds.float().cpu(), rate)
     agreed = [sum(_agreement(one, other) for other in onsets) for one in onsets]
     return int(np.argmax(agreed))
 
 
 def _agreement(times: Times, others: Times) -> float:
-    """The F-measure of two sounds' onsets; those that have none are alike."""
+    """Return the F-measure of two sounds' onsets; two without any agree."""
     total = len(times) + len(others)
     return 2 * len(pair_times(times, others, TOGETHER_S, TOGETHER_S)) / total if total else 1.0

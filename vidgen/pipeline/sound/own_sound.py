@@ -1,9 +1,8 @@
-"""The sound that a model makes for its pictures, from its noise to samples.
+"""A model's own sound for its clips, from noise to samples.
 
-The picture comes first and is the same without sound; then its sound follows it, denoised by the
-same transformer in view of what the picture became. Its latents lie on the clip's clock whatever
-the windows are: each window makes those that are heard while it is shown, and knows those that an
-earlier one has made.
+The picture is sampled first and is the same without sound. The same transformer then denoises the
+sound, with the finished picture as a condition. Sound latents lie on the clip's clock whatever its
+windows are: each window samples those heard while it is shown, and knows those sampled before.
 
 Axes: C latent channels, F latent frames, K sound latents, N samples.
 """
@@ -53,50 +52,36 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 AT_ONCE = 256
-"""Latents that are decoded at a time."""
+"""Latents decoded at a time."""
 FURTHEST_S = 0.05
-"""By so much at most a clip's sound is moved to where its impacts are seen."""
+"""Limit of the shift that moves a clip's sound to its visible impacts."""
 
 
 @dataclass
 class OwnSound:
-    """A clip's sound on its way.
-
-    Attributes:
-        parts: the networks.
-        plan: of the whole clip.
-        latents: those that are made or known, [1, C, K], on the CPU.
-        windows: [start, stop) that are made at once, in latent frames of the picture's.
-        rate: how the finished picture's latents lie to those.
-        num_gone: latent frames of the clip before the first one of them.
-        begins: the clip's latent that `latents` begins with.
-        earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
-        starts_s: where that ends.
-        lateness: of what is made so far, to what is seen.
-        extra_rounds: of windows' sounds so far, beside the first one of each.
-    """
+    """A clip's sound while it is made."""
 
     parts: Parts
-    plan: Plan
-    latents: Tensor
-    windows: Sequence[tuple[int, int]]
-    rate: LatentRate
-    num_gone: int = 0
-    begins: int = 0
-    earlier: tuple[Samples, int] | None = None
-    starts_s: Fraction = Fraction(0)
-    lateness: Lateness = ON_TIME
-    extra_rounds: int = 0
+    plan: Plan  # of the whole clip
+    latents: Tensor  # made or known so far, [1, C, K], on the CPU
+    windows: Sequence[tuple[int, int]]  # [start, stop) sampled at once, in the picture's latents
+    rate: LatentRate  # rate of the finished picture's latents against those
+    num_gone: int = 0  # latent frames of the clip before the first of them
+    begins: int = 0  # the clip's sound latent with which `latents` begins
+    earlier: tuple[Samples, int] | None = None  # samples [N, c], rate of the continued clip's sound
+    starts_s: Fraction = Fraction(0)  # the end of the continued clip
+    lateness: Lateness = ON_TIME  # of the sound so far
+    extra_rounds: int = 0  # of candidates, after the first of each window
 
     def follow(
         self, picture: Tensor, sample: Callable[[LatentState, int], Tensor], journal: Journal
     ) -> None:
-        """Make the sound of a finished picture, window by window, as often as the plan says.
+        """Make the sound of a finished picture, window by window.
 
         Args:
             picture: latents [1, C, F, h, w].
-            sample: denoises a window's sounds, told how many windows were before it.
-            journal: keeps what is made before the last window.
+            sample: denoises a window's sounds, given the number of the window.
+            journal: keeps the sound before the last window.
         """
         kept = journal.kept_arrays(HEARD, "latents")
         if kept is not None:
@@ -125,8 +110,8 @@ class OwnSound:
         self, shown: Tensor, rate: LatentRate, first: int, count: int,
         sample: Callable[[LatentState], Tensor],
     ) -> Kept:
-        """The best sound of a stretch, `count` latent frames from `first` on."""
-        config = _config(self.parts)
+        """Return the best sound of a stretch, `count` latent frames from `first` on."""
+        config = self._config
 
         def draw(takes: range) -> Tensor:
             self.extra_rounds += takes.start > 0
@@ -155,16 +140,16 @@ class OwnSound:
     def beside(
         self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)
     ) -> LatentState:
-        """A stretch of the clip with its sound, of which what is made already is known.
+        """Add the sound of a stretch, as far as it is known, to the picture's state.
 
         Args:
             state: of the picture, a row for each of the sounds.
-            first: latent frame of the clip that it begins with.
-            count: how many of the clip's it has.
+            first: latent frame of the clip with which the stretch begins.
+            count: its latent frames.
             takes: numbers of the sounds, each of which has noise of its own.
         """
         begin, end, start_s = self._span(first, count)
-        channels = _config(self.parts).latent_channels
+        channels = self._config.latent_channels
         noise = draw_sound_noise([self.plan.seed], channels, begin, end, takes)
         start_s -= self.plan.sound_delay_s
         sound = new_sound(noise.to(state.latents.device), start_s, len(takes))
@@ -174,7 +159,7 @@ class OwnSound:
         return replace(state, sound=sound)
 
     def _take(self, made: Tensor, first: int, count: int) -> None:
-        """Take in what a stretch's sound [1, C, k] became, behind what is there."""
+        """Append a stretch's sound [1, C, k]."""
         begin, end, _ = self._span(first, count)
         if not self.latents.shape[2]:
             self.begins = begin
@@ -182,12 +167,12 @@ class OwnSound:
         self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
 
     def decode(self) -> tuple[Samples, int]:
-        """Samples float32 [N, c] of the clip's whole length, and their rate.
+        """Return samples float32 [N, c] of the whole clip, and their rate.
 
-        Those of the clip that goes on stay; what is made behind them comes at their rate, and is
-        moved as a whole to where its impacts are seen.
+        Those of a continued clip stay; the new ones follow at its rate, moved as a whole to where
+        the impacts are seen.
         """
-        config = _config(self.parts)
+        config = self._config
         earlier, rate = self.earlier or (None, config.sample_rate)
         length = round(self.plan.kept_frames / self.plan.fps * rate)
         samples = room(length, 1 if earlier is None else earlier.shape[1])
@@ -207,8 +192,8 @@ class OwnSound:
 
     @torch.no_grad()
     def _blocks(self) -> Iterator[Samples]:
-        """What is made, [n, 1], from `starts_s` on."""
-        config = _config(self.parts)
+        """Yield the decoded sound, blocks [n, 1], from `starts_s` on."""
+        config = self._config
         behind = self.starts_s - self.begins / Fraction(config.tokens_per_s)
         skip = round(behind * config.sample_rate)
         if skip < 0:
@@ -222,13 +207,17 @@ class OwnSound:
                     yield block.cpu().numpy()[:, None]
 
     def _span(self, first: int, count: int) -> tuple[int, int, float]:
-        rate = _config(self.parts).tokens_per_s
+        rate = self._config.tokens_per_s
         return sound_span(first, count, self._stride_t, self.plan.fps, rate)
 
     @property
     def _ends(self) -> int:
-        """The clip's latent behind the last one that is made or known."""
+        """The sound latent after the last one that is made or known."""
         return self.begins + self.latents.shape[2]
+
+    @property
+    def _config(self) -> AudioVAEConfig:
+        return _config(self.parts)
 
     @property
     def _stride_t(self) -> int:
@@ -237,20 +226,14 @@ class OwnSound:
 
 
 def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
-    """The sound that a clip's picture is to follow: known from start to end."""
+    """Return the given sound that a clip's picture follows, known from start to end."""
     return OwnSound(parts, plan, _encode(parts, bed, RATE), (), LatentRate(plan.oversampling))
 
 
-def own_sound(
-    parts: Parts, plan: Plan, request: Request, stretch: Stretch | None
-) -> OwnSound:
-    """The sound that is to be made for a clip; of one that goes on, its last sound is known.
+def own_sound(parts: Parts, plan: Plan, request: Request, stretch: Stretch | None) -> OwnSound:
+    """Return the sound to make for a clip, after that of the clip it continues.
 
-    Args:
-        parts: the networks.
-        plan: of the whole clip.
-        request: that may name a clip to go on from.
-        stretch: the windows of a long clip, or None for one.
+    `stretch` are the windows of a long clip, None for a single one.
     """
     nothing = torch.zeros(1, _config(parts).latent_channels, 0)
     if stretch is None:
@@ -273,7 +256,7 @@ def own_sound(
 
 
 def sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
-    """Return the fields of a plan that say how the model's own sound is made, if it makes any.
+    """Return the plan's fields for the model's own sound, if it makes any.
 
     Raises:
         InputError: a setting of such a sound where none is made.
@@ -293,10 +276,10 @@ def sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
 
 
 def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
-    """How the sound of a plan's clip is denoised: from noise alone, by the model itself.
+    """Return the plan by which the sound of a plan's clip is denoised.
 
-    The finished picture counts as given frames do, by the guidance, too. A student knows pictures
-    only; its clips' sound is made as the model's own are.
+    It starts from noise alone; guidance treats the finished picture as it treats given frames. A
+    distilled model knows pictures only, so the model itself denoises the sound of its clips.
     """
     if plan.student is not None:
         plan = replace(
@@ -311,7 +294,7 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
 
 @torch.no_grad()
 def _encode(parts: Parts, samples: Samples, rate: int) -> Tensor:
-    """Latents [1, C, K] of samples [N, c] at a rate, block by block."""
+    """Return latents [1, C, K] of samples [N, c], encoded second by second."""
     config = _config(parts)
     blocks = (samples[start : start + rate].mean(1, keepdims=True)
               for start in range(0, len(samples), rate))
@@ -322,7 +305,7 @@ def _encode(parts: Parts, samples: Samples, rate: int) -> Tensor:
 
 
 def _sound_of(state: LatentState, packed: Tensor) -> Tensor:
-    """The sound [B, C, k] of what was sampled for a state."""
+    """Return the sound [B, C, k] of sampled latents."""
     sound = state.apart(packed)[1]
     assert sound is not None
     return sound
