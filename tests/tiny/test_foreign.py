@@ -387,11 +387,13 @@ def test_the_pipelines_own_check_names_the_nearest(engine: Open) -> None:
     ours = engine("ltx")
     pipe = ours.pipe.own
     request = Request.of(PROMPT, CASES["ltx"])
-    plan = make_foreign_plan(request, Inputs(), Abilities(pipe), pipe.scheduler)
+    able, step = Abilities(pipe), lambda _done, _total: None
+    plan = make_foreign_plan(request, Inputs(), able, pipe.scheduler)
     with pytest.raises(InputError, match="nearest are 32 and 64"):
-        ours.pipe.call(pipe, replace(plan, width=48), {"prompt": PROMPT, "width": 48})
+        ours.pipe.make(able, replace(plan, width=48), pipe.scheduler,
+                       {"prompt": PROMPT, "width": 48}, step)
     with pytest.raises(InputError, match="LTXPipeline refuses this: Provide either"):
-        ours.pipe.call(pipe, plan, {"prompt": None})
+        ours.pipe.make(able, plan, pipe.scheduler, {"prompt": None}, step)
 
 
 def test_a_rate_that_the_model_does_not_know_is_said(

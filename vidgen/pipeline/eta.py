@@ -24,13 +24,14 @@ class Clock:
     """Maps progress to the fraction done and the seconds left.
 
     Args:
-        made: the estimate of the clips; loading is left out.
+        made: estimate of all clips, or of each.
+        num_clips: clips of one estimate.
         done: numbers of clips finished by an earlier run, from 1.
-        one_by_one: False: all clips are sampled before the first is written, as in one generation,
-            and `made` is of all of them. True: each is written at once, and `made` is of one clip,
-            or a list of every one's.
-        parallel: whether several clips of a list are made at a time; the time left then follows
-            from the fraction done since the start.
+        one_by_one: each clip is written at once, and `made` is of one clip or a list of every
+            one's. Otherwise, as in one generation, all clips are sampled before the first is
+            written, and `made` is of all of them.
+        parallel: several clips of a list are made at a time; the time left then follows from the
+            fraction done since the start.
         now: a clock in seconds.
     """
 
@@ -64,14 +65,14 @@ class Clock:
         """Return the event's additional fields.
 
         Args:
-            stage: "prompt", "prepare", "sample", "sound", which has no estimate where another model
+            stage: "prompt", "prepare", "sample", "sound", which has no estimate if another model
                 makes it, or any other name for the writing of clips.
             done: of `total` in this stage.
             total: units of the stage.
             clip: number of the clip, from 1.
 
         Returns:
-            "fraction", 0 to 1, and "eta_s", None as long as nothing was measured on this machine.
+            "fraction", 0 to 1, and "eta_s", None until something was measured on this machine.
         """
         name = stage if stage in _STAGES else "write"
         place = name, 1 if name == "prompt" and self._common else clip
@@ -83,8 +84,8 @@ class Clock:
                 self._shares[each] = min(done / max(total, 1), 1.0) if at else float(is_over)
                 is_over &= not at
         whole = sum(self._expected.values())
-        behind = sum(share * self._expected[each] for each, share in self._shares.items())
-        fraction = min(behind / whole, 1.0) if whole else 1.0
+        reached = sum(share * self._expected[each] for each, share in self._shares.items())
+        fraction = min(reached / whole, 1.0) if whole else 1.0
         return {"fraction": round(fraction, 4), "eta_s": self._left(fraction)}
 
     def _measure(self, place: tuple[str, int], done: int, unit_s: float) -> None:

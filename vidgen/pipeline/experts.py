@@ -88,8 +88,8 @@ class Experts:
 def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None:
     """Return the level below which the low-noise expert denoises; None if the first always does.
 
-    A distilled model is a delta of the first expert and has a boundary of its own. With sound in
-    view (`hears`) a low-noise expert without sound layers is left out.
+    A distilled model is a delta of the first expert and has a boundary of its own. For sound
+    (`hears`) a low-noise expert without sound layers is left out.
     """
     parts = folder.components
     deaf = hears and "transformer_2" in parts and parts["transformer_2"].config.audio is None

@@ -1,7 +1,7 @@
 """A hook that checks every prompt before any work is done.
 
 The engine calls it, so the command line, films and the service share it. A policy is any callable;
-`WordList` implements one for a file of words, which `VIDGEN_POLICY` names by default.
+`WordList` is one for a file of words, by default the one that `VIDGEN_POLICY` names.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ class Policy(Protocol):
 
 
 class WordList:
-    """Refuses prompts that hold a word or phrase of a list.
+    """Refuses prompts that hold a word or phrase of a list, or of a UTF-8 file with one per line.
 
     Whole words count, whatever their case, width, ligatures and punctuation (Unicode NFKC, case
-    folded, invisible characters removed); in scripts without spaces any place counts.
-
-    Args:
-        words: words and phrases, or a UTF-8 file with one per line, comments after #.
+    folded, invisible characters removed); in scripts without spaces any place counts. A file's
+    comments start with #.
 
     Raises:
         InputError: a file that can't be read, or no words.

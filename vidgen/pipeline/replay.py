@@ -1,6 +1,6 @@
-"""Replay: from a recipe back to the request, the model and the machine's settings.
+"""Replay: restore the request, the model and the machine's settings from a recipe.
 
-What was made anew is compared with the old file frame by frame.
+The new file is compared with the old one frame by frame.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def request_from_recipe(
     recipe: Mapping[str, Any], folder: Path, given: Given = (),
     changes: Mapping[str, Any] | None = None,
 ) -> Request:
-    """The request that a recipe's one clip was made by.
+    """Return the request of a recipe's clip.
 
     Args:
-        recipe: as `read_recipe` gives it.
-        folder: where embedded inputs are laid down; it must last until the clip is made.
-        given: where inputs lie that are no longer in their place.
-        changes: options to take instead of the recorded ones, as `Request` has them; of `settings`
-            those that are named, None drops one.
+        recipe: as `read_recipe` returns it.
+        folder: for embedded inputs; it must exist until the clip is made.
+        given: new places of inputs.
+        changes: options that replace the recorded ones, as `Request` has them; of `settings` only
+            those named, None drops one.
 
     Raises:
         InputError: inputs missing or changed, by option and SHA-256; changes that don't suit; a
-            recipe that is damaged.
+            damaged recipe.
     """
     model = (changes or {}).get("model")
     changes = {name: v for name, v in (changes or {}).items() if name not in Loading.model_fields}
@@ -93,16 +93,16 @@ def loading_from_recipe(
     recipe: Mapping[str, Any], given: Given = (), changes: Mapping[str, Any] | None = None,
     *, anyway: bool = False,
 ) -> dict[str, Any]:
-    """Keywords of `load` for a recipe's model, which is found and checked.
+    """Return the arguments of `load` for a recipe's model, which is looked up and checked.
 
     Args:
-        recipe: as `read_recipe` gives it.
-        given: where the model lies, if not in its place.
-        changes: options to take instead of the recorded ones.
-        anyway: whether another model than the recorded one will do, with a warning.
+        recipe: as `read_recipe` returns it.
+        given: the model's new place, if any.
+        changes: options that replace the recorded ones.
+        anyway: only warn if the model differs from the recorded one.
 
     Raises:
-        InputError: the model isn't there, or is another one.
+        InputError: the model doesn't exist or differs.
     """
     with _reading():
         known = {"model": recipe["model"]["source"], "device": recipe["device"]}
@@ -122,7 +122,7 @@ def loading_from_recipe(
 
 
 def _devices(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """As many devices as the clip was made on, if they are here."""
+    """Return the recorded number of devices, if they exist here."""
     count, here = recorded.get("count", 1), torch.cuda.device_count() or os.cpu_count() or 1
     if not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"{count!r} devices")
@@ -151,7 +151,7 @@ def _check_model(model: str, wanted: str, anyway: bool) -> None:
 
 @contextmanager
 def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
-    """Compute on as many threads as the recipe's clip was computed on; bits depend on it."""
+    """Compute on a recipe's number of threads inside the block; bits depend on it."""
     with _reading():
         threads, now = int(recipe["machine"]["threads"]), torch.get_num_threads()
         if threads < 1:
@@ -164,7 +164,7 @@ def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
 
 
 def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
-    """Have a new recipe tell, as the old one does, of models that had a hand in the request."""
+    """Copy a recipe's records of models that made a part of the request."""
     if old.get("rewritten") and recipe["plan"]["prompt"] == old["plan"]["prompt"]:
         recipe["rewritten"] = old["rewritten"]
     pictures = [each for each in recipe["inputs"] if each["option"] == "image"]
@@ -177,7 +177,7 @@ def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Tell of a recipe that somebody else wrote or changed."""
+    """Raise InputError for any error that a foreign or edited recipe causes inside the block."""
     try:
         yield
     except VidgenError:
@@ -188,7 +188,7 @@ def _reading() -> Iterator[None]:
 
 
 def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """All options but the inputs as asked, and the seed; the rest is left to another model."""
+    """Return the requested options except for inputs, and the seed."""
     number = recipe["format_version"]
     if number != RECIPE_VERSION:
         raise InputError(f"the recipe has format {number!r}, this vidgen reads {RECIPE_VERSION}; "
@@ -198,7 +198,7 @@ def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """All options but the inputs: as asked, and as the plan settled them."""
+    """Return the options except for inputs, as the plan settled them."""
     options, plan = _asked(recipe), recipe["plan"]
     options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
@@ -231,25 +231,15 @@ def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two files' frames and sound relate.
-
-    Attributes:
-        identical: whether all of both is the same.
-        psnr_db: of all frames together; None where they are identical or can't be compared.
-        text: in words.
-    """
+    """Result of comparing two files' frames and sound."""
 
     identical: bool
-    psnr_db: float | None
-    text: str
+    psnr_db: float | None  # of all frames; None if they are identical or can't be compared
+    text: str  # in words
 
 
 def compare(path: str | Path, other: str | Path) -> Comparison:
-    """Compare what two files show and sound like, decoded.
-
-    Raises:
-        InputError: no video or picture.
-    """
+    """Compare the decoded frames and sound of two files; raise InputError for unreadable ones."""
     error, pixels, count = 0.0, 0, 0
     for frame, its_pair in zip_longest(read_frames(path), read_frames(other)):
         if frame is None or its_pair is None:
@@ -279,13 +269,9 @@ def _same_sound(path: str | Path, other: str | Path) -> bool:
 def restore_inputs(
     recipe: Mapping[str, Any], folder: Path, given: Given = (), replaced: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return a recipe's inputs as options of a request.
+    """Return a recipe's inputs as options of a request; `replaced` names options to leave out.
 
-    Args:
-        recipe: as a file holds it.
-        folder: for embedded files.
-        given: new places of inputs.
-        replaced: options whose inputs aren't needed.
+    Embedded files are written to `folder`; `given` are new places of inputs.
 
     Raises:
         InputError: inputs that are missing or changed, by option and SHA-256.

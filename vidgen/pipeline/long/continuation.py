@@ -1,4 +1,4 @@
-"""A clip that goes on: what its recipe says of how, and how long the whole becomes."""
+"""Options of a clip that continues another one: from its recipe, its length and its size."""
 
 from __future__ import annotations
 
@@ -19,17 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MadeOfClips:
-    """A kind of files that several clips make up, and that no plan of one clip stands in.
+    """A kind of files that consist of several clips, so that no plan of one clip is in them."""
 
-    Attributes:
-        name: in a sentence.
-        again: what makes one again.
-        folder: suffix of the folder beside it in which its clips lie.
-    """
-
-    name: str
-    again: str
-    folder: str
+    name: str  # in a sentence
+    again: str  # the command that makes one again
+    folder: str  # suffix of the folder next to it that holds its clips
 
 
 _MADE_OF_CLIPS = {
@@ -39,7 +33,7 @@ _MADE_OF_CLIPS = {
 
 
 def made_of_clips(recipe: Mapping[str, Any]) -> MadeOfClips | None:
-    """What a recipe is of that isn't one clip's; None for a clip's own."""
+    """Return the kind of a recipe that consists of several clips; None for one clip."""
     kinds = [kind for key, kind in _MADE_OF_CLIPS.items() if key in recipe]
     return kinds[0] if kinds and "plan" not in recipe else None
 
@@ -47,14 +41,10 @@ def made_of_clips(recipe: Mapping[str, Any]) -> MadeOfClips | None:
 def own_options(
     recipe: Mapping[str, Any], model: str | None = None, audio: Any = None
 ) -> dict[str, Any]:
-    """What a clip's recipe says of how to go on; with another model the prompt and marks alone.
+    """Return the options with which a clip continues, from its recipe as `read_recipe` returns it.
 
-    That of a film, or of a sweep, says nothing of it.
-
-    Args:
-        recipe: as `read_recipe` gives it.
-        model: that goes on with it; None: the recipe's own.
-        audio: what is given for its sound; None: the model goes on making it.
+    With another `model` than the recipe's they are its prompt and marks alone; a film or sweep has
+    none. With sound given as `audio` the model's own sound isn't continued.
 
     Raises:
         InputError: the recipe is damaged.
@@ -90,23 +80,23 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
 
 
 def with_own_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a clip that goes on: those given, else its own, setting by setting."""
+    """Return the given options over those of the recipe, setting by setting."""
     settings = {**own.get("settings", {}), **given.get("settings", {})}
     return {**own, **given, "settings": settings}
 
 
 def rate_of_still(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Fraction:
-    """Frames a second at which a picture, which has none, goes on: its recipe's or the model's."""
+    """Return the frames per second at which a picture continues: its recipe's or the model's."""
     if recipe is not None and "fps" in recipe.get("plan", ()):
         return Fraction(recipe["plan"]["fps"])
     return Fraction(folder.defaults.fps).limit_denominator(1001)
 
 
 def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float) -> dict[str, Any]:
-    """The options that make a clip longer by some seconds: prefix, fps and seconds of the whole.
+    """Return the options that lengthen a clip: prefix, fps and seconds of the whole.
 
     Raises:
-        InputError: that is less than a frame, or the whole would be longer than a request may be.
+        InputError: less than a frame is added, or the whole exceeds the limit of a request.
     """
     added = round(added_s * fps)
     if added < 1:
@@ -119,7 +109,7 @@ def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float)
 
 
 def at_own_size(request: Request, size: tuple[int, int], folder: ModelFolder) -> Request:
-    """The size (width, height) of the clip that goes on, where the model can make it."""
+    """Request the (width, height) of the continued clip if the model can make it."""
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
     side = vae.strides.hw * dit.patch_size
     fits = all(length % side == 0 for length in size)

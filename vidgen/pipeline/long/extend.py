@@ -1,8 +1,8 @@
 """Clips of any length: windows of the model's trained length, each begun with the end of the last.
 
-A window gets the clip's last latent frames as they are, known at sigma 0, and generates the next;
-pixels are never encoded if latents exist. All windows' latents are decoded in one stream. A file is
-continued from the last latents in its recipe, and its own frames stay untouched.
+A window gets the clip's last latent frames, known at sigma 0, and generates the next ones; pixels
+are never encoded if latents exist. All windows' latents are decoded in one stream. A file is
+continued from the latents in its recipe, and its own frames stay untouched.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
 rows and columns.
@@ -90,15 +90,11 @@ def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs)
 
 
 def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
-    """Pull a window's new latents towards the clip's colours, gradually up to its end.
+    """Pull a window's new latents [1, C, F, h, w] towards the clip's colours, up to its end.
 
     Each channel's mean and deviation are matched as in adaptive instance normalisation (Huang &
-    Belongie 2017, eq. 8), within bounds, and not at all at the seam.
-
-    Args:
-        latents: [1, C, F, h, w], the new ones.
-        colours: [2, C], the target mean and deviation of each channel.
-        strength: 0 changes nothing, 1 matches fully.
+    Belongie 2017, eq. 8) to `colours` [2, C], within bounds, and not at all at the seam. With
+    `strength` 0 nothing changes, 1 matches fully.
     """
     if strength == 0:
         return latents
@@ -114,7 +110,7 @@ def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LongClip:
-    """A clip that is generated window by window, the continuation of `begun` if that is given."""
+    """A clip that is generated window by window, after `begun` if given."""
 
     engine: OpenedModel
     plan: Plan
@@ -187,10 +183,6 @@ class LongClip:
         plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.rate.factor
         made = self.rate.num_shown(latents.shape[2]) - self._num_given
         colours = self._colours(latents)
-        info = ClipInfo(
-            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=max(t // factor, 1),
-        )
         if begun is None:
             ahead = plan.num_frames - plan.kept_frames
             recipe["tail"] = make_tail(latents, made, ahead, colours, self._anchor(latents), factor)
@@ -201,8 +193,11 @@ class LongClip:
             latents, begun.num_latents + made, total - plan.kept_frames, colours,
             self._anchor(latents), factor,
         )
-        given = self.rate.num_upsampled(self._num_given)
-        skipped = 1 + (given - 1) * t // factor - begun.frames_ahead
+        info = ClipInfo(
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+            recipe=recipe, stride_t=max(t // factor, 1),
+        )
+        skipped = 1 + (self.pace.finer(self._num_given) - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
             videos = self.engine.decode_video(
@@ -266,7 +261,7 @@ class LongClip:
         return latents[:, :, :1] if self.begun is None else self.begun.anchor
 
     def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
-        """Return a window's plan and state, with its share of the noise and of the stills."""
+        """Return a window's plan and state, with its part of the noise and of the stills."""
         plan, request, t, images = self.plan, self.request, self._stride_t, self.inputs.images
         first_frame = start * t
         if self.begun is not None:
@@ -298,10 +293,10 @@ class LongClip:
         return own, self.engine.prepare(own, asked, Inputs(images=mine))
 
     def _show(self, state: LatentState, made: Tensor, start: int, count: int) -> LatentState:
-        """Write the clip's latent frames `start` to `count` into the state of a window there.
+        """Write the clip's latent frames `start` to `count` into the state of a window at `start`.
 
-        VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
-        follow are the latents themselves.
+        VACE reads known frames as a clip of their own whose first frame is encoded alone; the
+        others are the latents themselves.
         """
         num_known, first, factor = count - start, start + self.num_gone, self.rate.factor
         known = made[:, :, self.rate.num_upsampled(start) :].to(state.latents)
@@ -327,10 +322,10 @@ class LongClip:
         return stacked.keep_beginning(state, kept, num_known)
 
     def _through_noise(self, state: LatentState, first: int) -> LatentState:
-        """Blur the known frames of a window if the model was trained on noisy ones.
+        """Blur a window's known frames if the model was trained on noisy ones.
 
-        So its faults don't grow from window to window. The noise is that of the clip's latent
-        frames from `first`, the window's first one, on.
+        Otherwise faults grow from window to window. The noise is that of the clip's latent frames
+        from `first`, the window's first one, on.
         """
         level = self.engine.folder.defaults.history_noise
         if level == 0:
@@ -399,7 +394,7 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
-    """Refuse stills in frames that exist as latents only; warn if nothing else is new."""
+    """Refuse stills in frames that exist only as latents; warn if no other frames are new."""
     reached, ahead = begun.num_frames + begun.frames_ahead, begun.frames_ahead
     given = {f"frame {seconds}": round(seconds * plan.fps) for seconds, _ in request.frame}
     if request.last_image is not None:
@@ -411,8 +406,6 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
     if plan.kept_frames <= reached:
         log.warning("%s: its latents stand for %d frames more than it shows; of these come the new "
                     "ones, and no prompt has a part in them", request.prefix, ahead)
-
-
 
 
 
@@ -433,7 +426,7 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
 
 
 def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Frames]:
-    """Yield frames uint8 [1, H, W, 3] of the continued clip, at the plan's size and rate."""
+    """Yield the continued clip's frames uint8 [1, H, W, 3] at the plan's size and rate."""
     assert request.prefix is not None
     assert inputs.ending is not None
     count = inputs.ending.frames_at(plan.fps)
@@ -445,11 +438,11 @@ def at_rate(
     engine: OpenedModel, latents: Tensor, had: int, wanted: int, tiles: Tiles | None = None,
     passes: int = 1,
 ) -> Tensor:
-    """Convert the frames at the end of latents [B, C, F, h, w] from oversampling `had` to `wanted`.
+    """Convert the end of latents [B, C, F, h, w] from temporal upsampling `had` to `wanted`.
 
-    They are decoded and encoded: no network predicts one from the other, and the clip itself keeps
-    the generated latents. The first is a single frame; frames before it that don't fill a latent
-    frame are left out.
+    The frames are decoded and encoded: no network predicts one from the other, and the clip itself
+    keeps the generated latents. The first is a single frame; frames before it that don't fill a
+    latent frame are dropped.
     """
     t = engine.vae_config.strides.t
     decoded = engine.decode_video(latents, tiles=tiles, oversampling=had)

@@ -1,7 +1,7 @@
-"""Rolling a clip out: turns of latent frames, each generated in view of those before it.
+"""Roll a clip out: turns of latent frames, each generated with those before it as a condition.
 
-A causal transformer caches the keys and values of finished frames, so that a turn costs the same
-wherever it is, and a clip needs no end. Training takes the same steps.
+A causal transformer caches the keys and values of finished frames, so a turn costs the same at any
+place, and a clip needs no end. Training takes the same steps.
 
 Axes: B clips, C latent channels, n frames, h w latent rows and columns, H W pixel rows and columns.
 """
@@ -85,7 +85,7 @@ class RolledClip:
 
     @torch.no_grad()
     def latents(self) -> Iterator[Tensor]:
-        """Yield latent frames [1, C, 1, h, w] float32 without end, the same ones each time."""
+        """Yield latent frames [1, C, 1, h, w] float32 without end, the same ones at each call."""
         student, roll, first = self.plan.student, self._roll, 0
         assert student is not None
         rollout = Rollout(self.context, roll, self.plan.sampler)
@@ -102,7 +102,7 @@ class RolledClip:
             first += roll.turn_frames
 
     def videos(self, start: int = 0) -> Iterator[Tensor]:
-        """Yield video [1, 3, n, H, W] of latent frame after latent frame, from frame `start` on."""
+        """Yield video [1, 3, n, H, W], one latent frame after the other, from frame `start` on."""
         t, parts = self.engine.vae_config.strides.t, self.engine.parts
         made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
         return from_frame(made, start, t)

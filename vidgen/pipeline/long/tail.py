@@ -97,12 +97,12 @@ def make_tail(
     """Return a recipe's record of a clip's last latents, from which it is continued unencoded.
 
     Args:
-        latents: of the clip, or its last ones, [1, C, F, h, w].
+        latents: the clip's last ones, [1, C, F, h, w], `oversampling` of them for each of its own.
         num_latents: latent frames of the whole clip, at its own rate.
         frames_ahead: frames at the end that were generated but not kept.
         colours: [2, C], the windows' target; None: those of `latents`.
         anchor: [1, C, 1, h, w] of the clip's start, for models that refer to it.
-        oversampling: number of `latents` for each latent frame of the clip.
+        oversampling: factor of temporal upsampling.
 
     Returns:
         JSON data with float16 in base64; None if not one latent frame fits into `TAIL_BYTES`.
