@@ -177,14 +177,12 @@ def noise_file(latents: Tensor) -> bytes:
 def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
     """Return the recipe's record of an input, from which it is restored or recognised.
 
-    Args:
-        option: name of the input's option.
-        picture: a file, hashed by its bytes; uint8 [H, W, 3], by its pixels; or latents, by the
-            bytes of a safetensors file.
+    A file is hashed by its bytes, uint8 [H, W, 3] by its pixels, latents by the bytes of a
+    safetensors file.
 
     Returns:
         `option`, `sha256` and, up to `EMBED_LIMIT` bytes, `content` in base64: the file's own, a
-        picture's as PNG. `path` is a file's name, absolute where its content is left out; `marks`
+        picture's as PNG. `path` is a file's name, absolute if its content is left out; `marks`
         are its marks of origin.
     """
     from vidgen.media.manifest import read_marks

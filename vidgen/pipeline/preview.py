@@ -68,12 +68,9 @@ class PreviewDecoder:
 
 
 class Glimpses:
-    """Shows previews of a clip's steps as often as that costs little.
+    """Shows previews of a clip's steps as often as that costs little; with `tell` None, none.
 
-    Args:
-        tell: called with each preview; None: no previews.
-        fps: of the clip.
-        clip: number of the clip, from 1.
+    `clip` is the number of the clip, from 1, and `fps` its rate.
     """
 
     def __init__(

@@ -38,12 +38,9 @@ LIMIT_BYTES = 1_000_000_000
 
 
 class PromptCache:
-    """Contexts of prompts on disk, by the content of all that shapes them.
+    """Contexts of prompts in a folder, at most `limit` bytes of them.
 
-    Args:
-        folder: created at the first write.
-        made_by: identifies the text encoder, the tokenizer, dtype and machine.
-        limit: in bytes.
+    `made_by` identifies the text encoder, the tokenizer, dtype and machine.
     """
 
     def __init__(self, folder: Path, made_by: str, limit: int = LIMIT_BYTES) -> None:
@@ -128,15 +125,11 @@ class PromptEncoder:
         if unknown:
             with self._parts.use("text_encoder"):
                 for prompt in unknown:  # each alone, so that its context depends on nothing else
-                    known[prompt] = self._run([prompt])[0][0]
+                    known[prompt] = self._run([prompt], NOTHING)[0][0]
                     self._cache.put(prompt, known[prompt])
         rows = [known[prompt].to(self._parts.device) for prompt in prompts]
         return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
-
-
-    def _run(
-        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, prompts: Sequence[str], learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         with self._parts.use("text_encoder") as encoder:
             return TextEncoder(encoder, self._tokenizer).encode(prompts, learned)

@@ -83,12 +83,10 @@ class LanguageModel:
         return tokenizer, model.to(self.device).eval()
 
     def answer(self, instruction: str, asked: Sequence[str], max_tokens: int) -> str:
-        """Return the model's greedy answer.
+        """Return the model's greedy answer, at most `max_tokens` long.
 
-        Args:
-            instruction: the system prompt.
-            asked: the user's turns and, between them, the model's earlier answers.
-            max_tokens: of the answer.
+        `instruction` is the system prompt; `asked` are the user's turns and, between them, the
+        model's earlier answers.
 
         Raises:
             InputError: a text longer than the model's context.

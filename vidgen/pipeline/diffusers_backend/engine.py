@@ -284,20 +284,9 @@ def draw_first_frame(
     """Draw a picture with a text-to-image model, which is freed afterwards.
 
     It is drawn in the wanted aspect at the model's own area, where such models are at their best,
-    and then resized.
-
-    Args:
-        folder: of the model, as diffusers saves it, or its id on the hub: SDXL, SD3, FLUX, ...
-        prompt: of the picture.
-        negative: left out with a warning if the model reads none.
-        seed: of the noise.
-        width: of the picture, in pixels.
-        height: of the picture.
-        steps: None: the model's own number.
-        guidance: guidance scale; None: the model's own.
-        device: where it computes.
-        dtype: of its weights, as torch's or by name.
-        on_event: called with progress; raising `Cancelled` stops between two steps.
+    and then resized to (width, height). `folder` is the model's, as diffusers saves it, or its id
+    on the hub: SDXL, SD3, FLUX, ... A negative prompt that it can't read is left out with a
+    warning; `steps` and `guidance` default to the model's own.
 
     Returns:
         (uint8 [height, width, 3], its record for the recipe).

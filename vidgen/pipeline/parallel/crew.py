@@ -246,9 +246,6 @@ def start_crew(
     return Crew(Link(*torchrun_place(), device, local=False), (), shard=shard)
 
 
-
-
-
 def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)

@@ -65,11 +65,7 @@ class Soundtrack:
     def under(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None = None) -> Clip:
         """Return the clip with its sound; without any it stays silent.
 
-        Args:
-            clip: without sound, or with its model's own.
-            seed: of its noise.
-            tell: called with another model's steps.
-            journal: keeps that model's sound.
+        `tell` gets the steps of another model that makes the sound of `seed`; `journal` keeps it.
 
         Raises:
             InputError: that model refuses the arguments.
