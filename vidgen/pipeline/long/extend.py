@@ -197,7 +197,8 @@ class LongClip:
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=max(t // factor, 1),
         )
-        skipped = 1 + (self.pace.finer(self._num_given) - 1) * t // factor - begun.frames_ahead
+        given = self.rate.num_upsampled(self._num_given)
+        skipped = 1 + (given - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
             videos = self.engine.decode_video(

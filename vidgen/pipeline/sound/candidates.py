@@ -109,8 +109,8 @@ def impacts_seen(
 ) -> Impacts | None:
     """Return the impacts that the model's onset detector expects in a picture [1, C, F, h, w].
 
-    The picture begins with latent frame `first` of the clip, at its own `pace`; `fps` is the rate
-    of the clip as it is shown. Times are seconds of the clip. None if the model has no detector.
+    The picture begins with latent frame `first` of the clip, at its own `latent_rate`; `fps` is
+    the clip's rate as it is shown. Times are seconds of the clip. None without a detector.
     """
     if ONSET_DETECTOR not in parts.folder.components:
         return None
