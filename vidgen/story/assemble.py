@@ -1,8 +1,8 @@
 """Rendered shots into one film: picture, sound, texts, chapters and recipe, in a stream.
 
-What can be copied is copied; the rest is encoded in pieces, each a row of closed groups of
-pictures, which lie beside the output until all are joined. So memory stays the same however long
-the film is, the same shots give the same file, and a film that was killed is begun again.
+Shots are copied where they can be; the rest is encoded in pieces of closed groups of pictures,
+which lie next to the output until all are joined. So memory is bounded, the same shots give the
+same file, and a film that was killed is begun again.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Assembled:
     """A film that was written.
 
     Attributes:
-        path: its file.
         beside: files with its texts.
-        recipe: what made it.
         notes: remarks for people.
     """
 
@@ -61,16 +59,16 @@ class Assembled:
 def assemble(
     edit: Edit, shots: Sequence[RenderedShot], on_frames: Tell = lambda _done, _total: None
 ) -> Assembled:
-    """Write a film of its shots; it replaces an existing file, and appears when it is complete.
+    """Write a film; an existing file is replaced when the new one is complete.
 
     Args:
-        edit: made of these very shots, or of their plans.
+        edit: made of these shots, or of their plans.
         shots: in the film's order.
         on_frames: called with progress.
 
     Raises:
         InputError: a shot's file that is missing or was changed, a sound that can't be used.
-        OutputError: it can't be written or the disk is full.
+        OutputError: the file can't be written, or the disk is full.
     """
     check_shots(shots)
     output, notes = edit.output, not_made(edit.film, edit.timeline)
@@ -92,7 +90,7 @@ def assemble(
 
 @contextmanager
 def _workplace(output: Path) -> Iterator[Path]:
-    """Make a folder next to the output for pieces, and remove what a kill left of earlier ones."""
+    """Make a folder for pieces next to the output, after removing those that a kill left."""
     for left in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp/"):
         try:
             lock = lock_job(left)
@@ -138,7 +136,7 @@ def _source(edit: Edit, index: int, shot: RenderedShot) -> Source:
 
 
 def _matched(edit: Edit, sources: list[Source]) -> tuple[list[Source], dict[int, Colours]]:
-    """Return sources with their tables, and the colours that shots of scenes had before."""
+    """Return sources with their tables, and the earlier colours of shots that were matched."""
     script, scenes = edit.film.script, defaultdict[str, list[int]](list)
     for index, placed in enumerate(edit.timeline.shots):
         name = placed.shot.scene
@@ -161,7 +159,7 @@ def _matched(edit: Edit, sources: list[Source]) -> tuple[list[Source], dict[int,
 def _parts(
     edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[Source], folder: Path
 ) -> tuple[list[list[int] | None], list[str]]:
-    """Return where each shot can be cut, or None; and notes on shots that are conformed."""
+    """Return the places where each shot can be cut, or None; and notes on conformed shots."""
     width, height = edit.film.size
     sample = folder / f"sample{edit.output.suffix.lower()}"
     info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)
@@ -187,7 +185,7 @@ def _written(
     edit: Edit, reels: Reels, pieces: Sequence[Piece], sources: Sequence[Source], folder: Path,
     on_frames: Tell,
 ) -> list[Stretch]:
-    """Encode what isn't copied; return the stretches of files that are the film, in order."""
+    """Encode the pieces that can't be copied; return the film's stretches of files, in order."""
     total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
     reels.on_frames = lambda done: on_frames(done, total)
     stretches: list[Stretch] = []
@@ -229,7 +227,7 @@ def _texts(edit: Edit) -> TextTrack | None:
 def _colour_facts(
     edit: Edit, before: Mapping[int, Colours], after: Mapping[int, Colours]
 ) -> list[dict[str, Any]]:
-    """Return how far apart each scene's shots were before and are now, in levels of 0 to 255."""
+    """Return how far each scene's shots differed before and differ now, in levels of 0 to 255."""
     scenes = defaultdict[str, list[int]](list)
     for index in before:
         scenes[str(edit.timeline.shots[index].shot.scene)].append(index)

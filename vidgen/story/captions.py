@@ -1,8 +1,7 @@
-"""A film's texts: captions, titles and speech, with their times, and burnt into the picture.
+"""A film's captions, titles and speech as texts with times, and burnt into the picture.
 
-Rules: a caption without a duration stays until the shot's next one or the next shot begins; one
-with a duration may go on over the following shots, to the film's end at most. Captions that are
-there at the same time stand one below the other.
+A caption without a duration stays until the shot's next one or the next shot begins; one with a
+duration may last into the following shots. Captions shown together stand one below the other.
 
 Axes: H W rows and columns.
 """
@@ -28,7 +27,7 @@ from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Timeline
 
 TITLE_S = 3.0
-"""How long a title stays, its shot's length at most."""
+"""Seconds of a title, at most its shot's length."""
 _SHARE = {"caption": 1 / 14, "title": 1 / 9}  # of the picture's height, for a line
 _LEAST = 12  # pixels of a line; smaller letters can't be read
 _WIDTH = 0.9  # of the picture, for a line
@@ -36,7 +35,7 @@ _REMEDIES = {"caption": "give captions: track", "title": "leave titles out"}
 _OUTLINE = 1 / 10  # of a line's height
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
                  "Arial.ttf")
-"""Where Pillow's own, which has little beyond ASCII, lacks a sign."""
+"""Tried where Pillow's own font, which has little beyond ASCII, lacks a sign."""
 
 Mask = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -95,7 +94,7 @@ def titles_of(script: Script, timeline: Timeline) -> list[Burnt]:
 
 
 def as_frames(cues: Sequence[Cue], timeline: Timeline) -> list[Burnt]:
-    """Return cues by the frames in which they are seen, each in one at least."""
+    """Return cues by the frames that show them, at least one each."""
     made = []
     for cue in cues:
         first = round(cue.start_s * timeline.fps)
@@ -109,17 +108,17 @@ class Burner:
     """Burns texts into frames: white with a dark outline, legible on any background.
 
     Args:
-        texts: in order of their beginning.
+        texts: to be burnt in.
         size: (width, height) of the frames.
-        font: a TrueType or OpenType file; None is Pillow's own, or one of the system's where that
-            lacks a sign.
+        font: a TrueType or OpenType file; None: Pillow's own, or a system font where that lacks a
+            sign.
 
     Attributes:
         font: the file that is used; None for Pillow's own.
         ranges: frames [first, last) that bear a text, in order; no two touch.
 
     Raises:
-        InputError: a font that can't be read, or one without a sign that a text has.
+        InputError: a font that can't be read, or that lacks a sign of a text.
     """
 
     def __init__(self, texts: Sequence[Burnt], size: tuple[int, int], font: Path | None) -> None:
@@ -176,7 +175,7 @@ class Burner:
         return made
 
     def _draw(self, text: str, kind: str) -> tuple[int, Mask, Mask]:
-        """Return the first row, how much a text hides there and the light it adds, [h, W] each."""
+        """Return a text's first row, its cover and its light, [h, W] each."""
         (width, height), lines = self.size, self._lines(text, kind)
         line, outline = self._heights(kind)
         font = self._font(kind)
@@ -206,7 +205,7 @@ class Burner:
         return [part for each in text.splitlines() for part in _wrapped(each, font, width)]
 
     def _find_font(self) -> None:
-        """Take a font that has all signs of the texts."""
+        """Choose a font that has all signs of the texts."""
         first, tried = self.font, [self.font]
         if first is None:
             tried += [path for name in _SYSTEM_FONTS if (path := _system_font(name))]

@@ -1,14 +1,13 @@
-"""A shot's frames at the film's rate and size, and a scene's shots brought near in colour.
+"""A shot's frames at the film's rate and size, and shots of a scene matched in colour.
 
-Rate: film frame n, whose middle is at (n + 1/2) / fps, shows the frame that the shot shows then, so
-frames are repeated or dropped evenly and nothing drifts; or, by flow, frames between are made by
-libavfilter's motion-compensated interpolation. Size: Lanczos, with crop or pad, never stretched.
+Rate: film frame n, whose middle is at (n + 1/2) / fps, shows the shot's frame of that time, so
+frames are repeated or dropped evenly without drift; or frames between are made by libavfilter's
+motion-compensated interpolation. Size: Lanczos, with crop or pad, never stretched.
 
-Colour: mean and deviation of each channel of a shot, over all its pixels as they go into the film
-(R'G'B', 0 to 255), are moved towards the scene's, which is the mean over its frames: Reinhard et
-al. 2001, "Color Transfer between Images", equations 10 and 11, in R'G'B' instead of l-alpha-beta
-and within limits, since shots of different things differ rightly. A shot that is near already
-stays as it is, to the bit.
+Colour: mean and deviation of each channel of a shot (R'G'B', 0 to 255) move towards the scene's
+mean over frames: Reinhard et al. 2001, "Color Transfer between Images", equations 10 and 11, in
+R'G'B' instead of l-alpha-beta and within limits, since shots of different things differ rightly. A
+shot near the scene stays unchanged, to the bit.
 
 Axes: H W rows and columns.
 """
@@ -32,7 +31,7 @@ from vidgen.media.types import Frames
 from vidgen.media.video_reader import VideoReader
 
 NEAR = 2.0
-"""Levels by which no mean of a shot that stays as it is differs from its scene's."""
+"""Most levels between the means of an unchanged shot and its scene."""
 MAX_SHIFT, MAX_GAIN = 16.0, 1.15
 """Most levels by which a mean is moved, and factor by which a deviation is."""
 
@@ -44,11 +43,9 @@ class Source:
     """A shot's file, and the film's rate and size that its frames are brought to.
 
     Attributes:
-        num_frames: frames of the film in which it is seen.
+        num_frames: frames of the film that show it.
         size: (width, height) of the film.
-        fit: crop or pad where the aspect differs.
-        rate: repeat or flow where the rate differs.
-        table: uint8 [3, 256], by which each channel's values are replaced; or None.
+        table: uint8 [3, 256], which replaces each channel's values; or None.
     """
 
     path: Path
@@ -62,7 +59,7 @@ class Source:
     table: Frames | None = None
 
     def frames(self) -> Iterator[Frames]:
-        """Yield `num_frames` frames uint8 [H, W, 3]; one is held at a time.
+        """Yield `num_frames` frames uint8 [H, W, 3], one at a time.
 
         Raises:
             InputError: the file ends too early, or is damaged.
@@ -118,7 +115,7 @@ def recoloured(frame: Frames, table: Frames) -> Frames:
 
 
 def _interpolated(frames: Iterator[Frames], rate: Fraction, fps: Fraction) -> Iterator[Frames]:
-    """Yield frames of another rate, by libavfilter's `minterpolate` with its defaults."""
+    """Yield frames at another rate, by libavfilter's `minterpolate` with its defaults."""
     graph: av.filter.Graph | None = None
     last = None
     number = -1
@@ -168,7 +165,7 @@ def _pulled(graph: av.filter.Graph) -> Iterator[Frames]:
 
 @dataclass
 class Colours:
-    """Mean and deviation of the channels of frames, gathered one frame after the other."""
+    """Mean and deviation [3] of the channels of frames."""
 
     count: int = 0
     histogram: Values = field(default_factory=lambda: np.zeros((3, 256)))
@@ -181,12 +178,12 @@ class Colours:
 
     @property
     def mean(self) -> Values:
-        """Of each channel, [3]."""
+        """Mean of each channel, [3]."""
         return np.asarray(self.histogram @ np.arange(256) / self.histogram.sum(1))
 
     @property
     def deviation(self) -> Values:
-        """Of each channel, [3]."""
+        """Standard deviation of each channel, [3]."""
         squares = self.histogram @ np.arange(256) ** 2 / self.histogram.sum(1)
         return np.asarray(np.sqrt(np.maximum(0, squares - self.mean**2)))
 
@@ -200,13 +197,13 @@ def measured(frames: Iterable[Frames]) -> Colours:
 
 
 def spread(shots: Sequence[Colours]) -> float:
-    """Return the root mean square of the distances of shots' means from the scene's."""
+    """Return the root mean square distance of shots' means from the scene's."""
     means, target = np.stack([each.mean for each in shots]), _target(shots)[0]
     return float(np.sqrt(((means - target) ** 2).mean()))
 
 
 def matching(shots: Sequence[Colours]) -> list[Frames | None]:
-    """Return for each shot of a scene a table uint8 [3, 256] of new values; None: it stays."""
+    """Return a table uint8 [3, 256] of new values for each shot of a scene; None: unchanged."""
     mean, deviation = _target(shots)
     tables: list[Frames | None] = []
     for each in shots:

@@ -1,6 +1,6 @@
 """A film's edit: all that is decided before its shots are put together.
 
-It needs the shots' lengths alone, so what can't be done is refused before anything is rendered.
+It needs only the shots' lengths, so what can't be done is refused before anything is rendered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vidgen.story.sounds import DescribedSound
 
 EDIT_VERSION = 1
-"""Of how films are put together; another one makes every film anew."""
+"""Version of the rules by which films are put together; another one makes every film again."""
 Describe = Callable[[Timeline], "tuple[list[DescribedSound], Timeline]"]
 
 
@@ -59,8 +59,8 @@ def picture_settings(name: str | None, output: str | Path) -> PictureSettings:
     """Return the settings to encode a picture into a file.
 
     Args:
-        name: of a codec; None is the one that the file's kind has by default.
-        output: the file, by its suffix.
+        name: of a codec; None: the default of the output's suffix.
+        output: the file.
 
     Raises:
         InputError: an unknown codec, or a kind of file that can't hold it.
@@ -82,12 +82,11 @@ class Edit:
     """A film with nothing left to decide.
 
     Attributes:
-        output: the film's file.
         narrated: its speech, or None.
         cues: captions and speech as texts, in order.
-        tracked: those of them that the file's track of texts holds.
+        tracked: cues in the file's track of texts.
         burner: burns texts into the picture.
-        described: sounds that are made of words before the film is put together.
+        described: sounds in words, made before the film is put together.
     """
 
     film: FilmPlan
@@ -119,11 +118,7 @@ class Edit:
         return made if len(made) > 1 else []
 
     def key(self, addresses: Sequence[str]) -> str:
-        """Return the film's address: a hash of all that it is made of.
-
-        Args:
-            addresses: those of its shots, in order.
-        """
+        """Return the film's address, given those of its shots in order."""
         script, font = self.film.script, self.burner.font
         return address_of({
             "version": EDIT_VERSION, "vidgen": __version__, "suffix": self.output.suffix.lower(),
@@ -150,18 +145,18 @@ def make_edit(
     film: FilmPlan, shots: Sequence[Measured], output: str | Path,
     rates: Sequence[Fraction] | None = None, describe: Describe | None = None,
 ) -> Edit:
-    """Settle how shots become a film.
+    """Decide how shots become a film.
 
     Args:
-        film: whose script says it.
+        film: the plan.
         shots: the film's shots in order, planned or rendered.
         output: the film's file, of a known suffix.
-        rates: frame rate of each shot; None: all have the film's.
-        describe: returns what sounds in words will become; None: nothing is made of them.
+        rates: frame rate of each shot; None: the film's.
+        describe: returns the sounds to be made of words; None: none are.
 
     Raises:
-        InputError: transitions, captions or texts that don't fit, a codec, font or sound that
-            can't be used.
+        InputError: transitions, captions or texts that don't fit, a codec, font or sound that can't
+            be used.
     """
     script, finish, target = film.script, film.script.project.finish, Path(output)
     with located(f"{script.path}: project.finish.codec"):

@@ -1,6 +1,6 @@
-"""What shots and films are made of: one dataclass a thing, as a person writes it.
+"""The parts of a script, as a person writes them.
 
-Docstrings tell each key's meaning; the published JSON Schema is made of them.
+Docstrings describe the keys; the published JSON Schema is made of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CAMERA_MOVES = {
     "truck-right": "moves to the right", "orbit-left": "orbits to the left",
     "orbit-right": "orbits to the right", "handheld": "is handheld",
 }
-"""What a prompt says that the camera does."""
+"""Moves, and their words in a prompt."""
 MAX_TAKES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """What the camera does; it is told to the model in words.
+    """The camera's motion, which the model gets in words.
 
     Attributes:
         move: one of the moves that scripts know.
@@ -56,10 +56,10 @@ class Camera:
 
 @dataclass(frozen=True, slots=True)
 class TimedPrompt:
-    """What is to be seen from a time on.
+    """A prompt from a time on.
 
     Attributes:
-        prompt: the text; `{name}` stands for a character's or place's description.
+        prompt: the picture in words; `{name}` stands for a character's or place's description.
         at: seconds from the shot's start.
     """
 
@@ -88,7 +88,7 @@ class ShotFrame:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """What is to be heard in a shot.
+    """The sound of a shot.
 
     Attributes:
         effects: description of noises, for a model that makes sound.
@@ -111,13 +111,13 @@ class Sound:
 
 @dataclass(frozen=True, slots=True)
 class Narration:
-    """A sentence that is spoken.
+    """A spoken text.
 
     Attributes:
-        text: what is said; `@FILE` is speech in a file.
-        at: seconds from the shot's start; without it, behind what is said before.
+        text: the words; `@FILE` is speech in a file.
+        at: seconds from the shot's start; default after the previous narration.
         voice: one of espeak-ng's, or the file of a Kokoro voice.
-        speaker: the character who says it; without one it is a narrator.
+        speaker: the character who speaks; default a narrator.
     """
 
     SHORT: ClassVar[str] = "text"
@@ -134,10 +134,10 @@ class Narration:
 
 @dataclass(frozen=True, slots=True)
 class Music:
-    """Music from here on, until another one begins.
+    """Music from here on, until the next one begins.
 
     Attributes:
-        file: a sound or video file; `none` ends what plays.
+        file: a sound or video file; `none` ends the music.
         prompt: description instead, for a model that makes sound.
         gain_db: louder above 0.
         loop: whether a file that is too short starts again.
@@ -157,12 +157,12 @@ class Music:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """Text in the picture or beneath it.
+    """Text in the picture or below it.
 
     Attributes:
-        text: what is to be read.
+        text: the words.
         at: seconds from the shot's start.
-        duration: seconds; without it, to the shot's end.
+        duration: seconds; default to the shot's end.
     """
 
     SHORT: ClassVar[str] = "text"
@@ -179,7 +179,7 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """How a shot follows the one before.
+    """The way from the previous shot to this one.
 
     Attributes:
         type: of transition.
@@ -198,13 +198,13 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """Somebody or something that appears in several shots and looks the same in all.
+    """Somebody or something that looks the same in several shots.
 
     Attributes:
-        description: what `{name}` in a prompt stands for.
+        description: text that replaces `{name}` in prompts.
         reference: pictures, given to models that take references.
-        seed: of the shots in which it is the first character, unless they have their own.
-        lora: adapters that know it, each PATH[:WEIGHT], used in the shots in which it appears.
+        seed: of shots without their own in which it is the first character.
+        lora: adapters that know it, each PATH[:WEIGHT], used in shots in which it appears.
         voice: in which it speaks.
     """
 
@@ -222,10 +222,10 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where shots play.
+    """The place of shots.
 
     Attributes:
-        description: what `{name}` in a prompt stands for.
+        description: text that replaces `{name}` in prompts.
         reference: pictures, given to models that take references.
     """
 
@@ -246,7 +246,7 @@ class Scene:
         title: for people, and for title cards.
         place: id of a place, which `{place}` in its shots' prompts stands for.
         style: added to its shots' prompts, before the film's.
-        match_colour: whether its shots are brought near each other's colours.
+        match_colour: whether its shots are matched in colour.
     """
 
     SHORT: ClassVar[str] = "title"
@@ -259,18 +259,18 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What shots take that don't say it themselves; as in a shot.
+    """Settings of shots that have none of their own.
 
     Attributes:
         duration: seconds.
-        negative: what is not to be seen.
-        takes: how many to make.
+        negative: words for what pictures must not show.
+        takes: number of versions of each shot.
         steps: denoising steps.
         guidance: how strongly the prompt is followed.
         sampler: name of a sampler.
         shift: of the noise schedule.
-        camera: what it does.
-        transition: how each shot follows the one before.
+        camera: its motion.
+        transition: from each shot to the next.
         lora: adapters.
     """
 
@@ -292,18 +292,18 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How shots become one film.
+    """Settings by which shots become one film.
 
     Attributes:
         codec: h264, h265, vp9, prores or ffv1; default that of the film's suffix.
-        fit: what is done to shots of another aspect: cut what sticks out, or keep all in a frame.
-        rate: what is done to shots of another rate: repeat and drop frames, or follow the flow.
-        match_colour: whether shots of a scene are brought near each other's colours.
-        captions: as a track of the file, burnt into the picture, or in files beside it alone.
+        fit: for shots of another aspect: cut what sticks out, or keep all in a frame.
+        rate: for shots of another rate: repeat and drop frames, or follow the flow.
+        match_colour: whether shots of a scene are matched in colour.
+        captions: as a track of the file, burnt into the picture, or only in files next to it.
         titles: whether the film's and the scenes' titles are burnt in.
-        font: for what is burnt in, a TrueType or OpenType file; default Pillow's own.
+        font: of burnt texts, a TrueType or OpenType file; default Pillow's own.
         loudness: of the whole film, in LUFS.
-        ending: how the film ends: a cut, fade-black or fade-white.
+        ending: of the film: a cut, fade-black or fade-white.
     """
 
     codec: str | None = None
@@ -325,7 +325,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a script was drafted from.
+    """Origin of a drafted script.
 
     Attributes:
         idea: as a person wrote it.
@@ -340,7 +340,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """What holds for the whole film.
+    """Settings of the whole film.
 
     Attributes:
         title: of the film.
@@ -350,9 +350,9 @@ class Project:
         style: added to every prompt.
         model: name, folder or hub id.
         dtype: fp32, bf16 or fp16; default the machine's best.
-        defaults: what shots take that don't say it themselves.
-        finish: how shots become one film.
-        drafted_from: what it was drafted from by a language model, if it was.
+        defaults: settings of shots that have none of their own.
+        finish: settings by which shots become one film.
+        drafted_from: origin of a script that a language model drafted.
     """
 
     title: str | None = None
@@ -368,7 +368,7 @@ class Project:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise InputError unless there are words that can be written, no more than a prompt has."""
+    """Raise InputError for a text that is empty, can't be written, or is longer than a prompt."""
     if not text.strip():
         raise InputError(f"the {name} is empty; give some words or leave it out")
     values.check_text(f"the {name}", text, MAX_PROMPT)
@@ -380,18 +380,18 @@ def _one_of(name: str, **given: object) -> None:
 
 
 def check_within(name: str, value: float | None, low: float, high: float) -> None:
-    """Raise InputError for a number outside of its range."""
+    """Raise InputError for a number out of its range."""
     if value is not None and not low <= value <= high:
         raise InputError(f"{name} is {value:g}; give a number from {low} to {high}")
 
 
 def check_takes(takes: int | None) -> None:
-    """Raise InputError for a number of takes that nobody can choose among."""
+    """Raise InputError for a number of takes out of its range."""
     if takes is not None and not 1 <= takes <= MAX_TAKES:
         raise InputError(f"takes is {takes}; give a whole number from 1 to {MAX_TAKES}")
 
 
 def check_above_zero(name: str, value: float | None, high: float) -> None:
-    """Raise InputError for seconds that are none, or too many."""
+    """Raise InputError for seconds that are 0, negative, or too many."""
     if value is not None and not 0 < value <= high:
         raise InputError(f"{name} is {value:g}; give seconds above 0, {high} at most")

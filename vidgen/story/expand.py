@@ -1,11 +1,11 @@
 """A film's prompts rewritten, and whole scripts drafted, by a language model.
 
-`prompts.json` in the shots' folder holds, by the hash of the model's files, the new text of each
-prompt, or why there is none. So a second command needs no language model, and a script that was
-changed asks for the new prompts alone.
+`prompts.json` in the shots' store holds, by the hash of the model's files, the new text of each
+prompt, or why there is none. So a second command needs no language model, and only changed prompts
+are rewritten.
 
-A draft is data from a stranger: it may name what is seen and said, and nothing else. Files, models,
-adapters and settings of the film are left to people.
+A draft is untrusted data: it may name what is seen and said, but no files, models, adapters or
+settings.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ _KEYS = {
     "shots": frozenset({"id", "scene", "place", "characters", "prompt", "duration", "camera",
                         "narration", "caption", "transition"}),
 }  # fmt: skip
-"""What a draft may hold, by where it stands."""
+"""Keys that a draft may hold, by place."""
 PROMPTS = "prompts"
 _KEEP_S = 10.0  # between two writings of the file
 
 
 def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEvent) -> Expansion:
-    """Rewrite a film's prompts by a language model, which leaves the memory afterwards.
+    """Rewrite a film's prompts by a language model, which is closed afterwards.
 
-    A prompt whose rewriting is of no use stays as it is, with a note.
+    A prompt whose rewriting is of no use stays unchanged, with a note.
 
     Args:
         script: checked.
         model: folder of the language model.
-        folder: of the film's shots, in which the new texts are kept.
-        tell: called with progress, and with prompts that stay as they are.
+        folder: of the film's shots, which keeps the new texts.
+        tell: called with progress, and with prompts that stay unchanged.
 
     Raises:
         ModelError: no such model.
@@ -104,7 +104,7 @@ def _rewrite(
     writer: LanguageModel, prompts: list[str], known: dict[str, dict[str, str]],
     keep: Callable[[], None], tell: OnEvent,
 ) -> None:
-    """Rewrite each prompt; the results are kept every few seconds."""
+    """Rewrite each prompt; keep the results every few seconds."""
     kept_s = time.monotonic()
     try:
         for done, prompt in enumerate(prompts):
@@ -184,7 +184,7 @@ def parse_draft(answer: str) -> dict[str, Any]:
     """Return the script in an answer, checked.
 
     Raises:
-        InputError: there is none, or it holds what a draft may not.
+        InputError: there is none, or it holds a key that a draft may not.
     """
     answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
     fenced = re.search(r"```(?:ya?ml)?\s*\n(.*?)(?:```|\Z)", answer, re.DOTALL)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 DRAFT_STEPS = 8
-"""Of a draft at most; half as many as the film has, where that is less."""
+"""Most steps of a draft; half the film's where that is less."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Expansion:
     """Prompts that a language model rewrote.
 
     Attributes:
-        texts: by the script's prompts, descriptions in place of the names in them.
+        texts: new text of each prompt, whose names are replaced by descriptions.
         by: the model's name, hash and library.
     """
 
@@ -34,7 +34,7 @@ class Expansion:
     by: Mapping[str, Any]
 
     def facts(self) -> dict[str, Any]:
-        """Return the recipe's entry: who wrote, and both texts of each prompt."""
+        """Return the recipe's entry: the model, and both texts of each prompt."""
         return {"by": dict(self.by), "prompts": [{"prompt": prompt, "text": text}
                                                  for prompt, text in self.texts.items()]}
 
@@ -63,7 +63,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class ShotPlan:
-    """One shot with nothing left to choose; `key` is the address of the take that is chosen."""
+    """One shot with nothing left to choose; `key` is the address of the chosen take."""
 
     shot: Shot
     key: str
@@ -76,13 +76,12 @@ class FilmPlan:
     """All shots of a film.
 
     Attributes:
-        folder: the model.
         size: (width, height) of all shots.
         suffix: of the shots' files, which decides how they are encoded.
-        loading: how the model runs: dtype and quantize.
+        loading: dtype and quantize, as in `load`.
         tiles: as in a request.
-        draft: whether to make them small and fast.
-        expansion: prompts that a language model rewrote, or None.
+        draft: whether shots are small and take few steps.
+        expansion: rewritten prompts, or None.
         shots: by id, each after those that it needs.
     """
 
@@ -99,7 +98,7 @@ class FilmPlan:
 
     @property
     def in_film(self) -> list[ShotPlan]:
-        """The shots that the film shows, in its order."""
+        """The shots that the film shows, in order."""
         return [self.shots[shot.id] for shot in self.script.shots if shot.in_film]
 
     def needed(self, names: list[str]) -> list[ShotPlan]:
@@ -119,23 +118,23 @@ class FilmPlan:
         return [plan for name, plan in self.shots.items() if not names or name in wanted]
 
     def is_heard(self, shot: Shot) -> bool:
-        """Return whether the model makes a shot's sound for its picture."""
+        """Return whether the model makes a shot's sound with its picture."""
         return SOUND in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
 
     def words(self, shot: Shot, index: int) -> str:
-        """Return one of a shot's prompts as the model is given it, with the sound it makes."""
+        """Return one of a shot's prompts as the model gets it, with the sound that it makes."""
         texts = None if self.expansion is None else self.expansion.texts
         text = self.script.words(shot, shot.prompt[index].prompt, texts)
         heard = shot.sound.effects if shot.sound is not None and self.is_heard(shot) else None
         return text if heard is None else f"{text}, with the sound of {heard}"
 
     def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
-        """Return the request for a part of a shot; `takes` adds files of other shots.
+        """Return the request for a part of a shot; `render` adds files of other shots.
 
         Args:
             shot: the shot as it is written.
             seed: of the take.
-            index: which of the shot's prompts.
+            index: of the shot's prompts.
             num_frames: frames that the part adds.
 
         Raises:

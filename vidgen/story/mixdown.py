@@ -1,9 +1,9 @@
 """A film's sound: its shots' own, music, and narration over both.
 
-Shots' sounds cross in their transitions at equal power, and meet at cuts with a ramp of 5 ms.
-Music plays from its shot's beginning until the next music or `none`, and fades out in a second.
-Under narration all of it goes down. Levels are those of the files and the script's `gain_db`; the
-whole is brought to one loudness when it is written.
+Shots' sounds cross in transitions at equal power, and meet at cuts with a ramp of 5 ms. Music plays
+from its shot's beginning until the next music or `none`, and fades out in a second. Narration ducks
+all of it. Levels are those of the files and the script's `gain_db`; loudness is set when the film
+is written.
 
 Axes: N samples, c channels.
 """
@@ -52,7 +52,6 @@ class Narrated:
 
     Attributes:
         samples: float32 [N, 1], as long as the film.
-        sentences: in order.
         speakers: of each sentence, None for the narrator.
         voices: facts of each voice, for the recipe.
     """
@@ -71,7 +70,7 @@ class Narrated:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The recipe's entries, as a clip's has them."""
+        """The recipe's entries, as for a clip."""
         return {"voice": list(self.voices), "sentences": [asdict(s) for s in self.sentences],
                 "duck_db": DUCK_DB, "duck_down_s": DUCK_DOWN_S, "duck_up_s": DUCK_UP_S}
 
@@ -97,10 +96,10 @@ def _files_of(script: Script, shot: Shot) -> list[Path]:
 
 
 def check_sounds(script: Script, timeline: Timeline) -> None:
-    """Open every file that is heard, once, before anything is rendered.
+    """Open every file that is heard, once.
 
     Raises:
-        InputError: the first that can't be used; names its shot.
+        InputError: the first that can't be used, with its shot.
     """
     opened = set[Path]()
     for placed in timeline.shots:
@@ -127,12 +126,12 @@ def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
 
 
 def narrate(script: Script, timeline: Timeline) -> Narrated | None:
-    """Return a film's speech; None for a film without narration.
+    """Return a film's speech, or None.
 
-    Without a time a text begins with its shot, or after the one before has ended.
+    Without a time a text begins with its shot, or after the previous one.
 
     Raises:
-        InputError: texts that overlap or last longer than the film, voices that can't be used.
+        InputError: texts that overlap or outlast the film, voices that can't be used.
     """
     said = [(placed, each) for placed in timeline.shots for each in placed.shot.narration]
     if not said:
@@ -162,7 +161,7 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
 def _begin(
     script: Script, timeline: Timeline, placed: Placed, said: Narration, free: float | None
 ) -> float:
-    """Return the time at which a text begins; `free` is the end of the one before."""
+    """Return the time at which a text begins; `free` is the end of the previous one."""
     start = timeline.seconds(placed.start)
     if said.at is None:
         return start if free is None else max(start, free + PAUSE_S)
@@ -197,8 +196,8 @@ def mixed(
     """Mix the sound of a film.
 
     Args:
-        script: whose files are relative to its folder.
-        timeline: of the film.
+        script: the film's.
+        timeline: the film's.
         paths: of the shots, whose own sound is heard where the script names no file.
         narrated: the speech.
 
@@ -304,7 +303,7 @@ def _amplify(sound: Samples, gain_db: float) -> None:
 
 
 def _equal_power(length: int) -> Samples:
-    """Return a ramp from 1 to 0 whose square and that of its mirror image sum to 1."""
+    """Return a ramp from 1 to 0 whose square and its mirror image's sum to 1."""
     return np.cos(np.pi / 2 * (np.arange(length) + 0.5) / max(1, length)).astype(np.float32)
 
 

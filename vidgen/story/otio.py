@@ -1,8 +1,7 @@
 """A film's edit for editing programs, by OpenTimelineIO, an optional package.
 
-Shots are clips of one video track, with their transitions between them: a cut lies in the middle of
-what the shots share, and the transition reaches over it to both sides. Narration, music and sounds
-are audio tracks, captions markers.
+Shots are clips of one video track; a cut lies in the middle of a transition, which reaches over it
+to both sides. Narration, music and sounds are audio tracks, captions markers.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
     Args:
         edit: of the film.
         shots: rendered, in order.
-        folder: where the file is to lie; paths are relative to it where they can be.
+        folder: of the `.otio` file; paths are relative to it where they can be.
     """
     script, fps = edit.film.script, edit.timeline.fps
     timeline = Timeline(script.project.title or script.path.stem, metadata={
@@ -89,7 +88,7 @@ def _cuts(edit: Edit) -> Iterator[tuple[Placed, int, int]]:
 
 
 def _with_gaps(clips: Iterable[tuple[int, Clip]]) -> Iterator[Item]:
-    """Yield clips, each with the sample at which it begins, and the silence between them."""
+    """Yield clips, each with its first sample, and the silence between them."""
     at = 0
     for first, clip in clips:
         if first > at:

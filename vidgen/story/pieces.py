@@ -1,10 +1,10 @@
-"""A film cut into pieces: some copied as packets, the others made frame by frame and encoded.
+"""A film in pieces: some are copied as packets, the others made frame by frame and encoded.
 
-A shot that is encoded as the film is to be, and whose frames go into it as they are, is copied from
-key frame to key frame; around transitions and texts the rest is encoded in segments of its own.
+A shot that is encoded as the film and shown unchanged is copied from key frame to key frame;
+transitions and texts are encoded in segments of their own.
 
 At frame n of a transition over N frames the second shot's share is s = (n + 1) / (N + 1): neither
-the first nor the last frame is one shot alone, for those lie next to the transition.
+the first nor the last frame is one shot alone, as those are its neighbours.
 
 Axes: H W rows and columns.
 """
@@ -31,7 +31,7 @@ class Piece:
     """Frames `first` up to `last` of the film.
 
     Attributes:
-        shot: place in the timeline of the shot whose packets are copied; None: they are encoded.
+        shot: place in the timeline of the shot whose packets are copied; None: encoded.
     """
 
     first: int
@@ -47,8 +47,7 @@ def pieces_of(
     Args:
         timeline: of the film.
         burnt: frames [first, last) of the film that bear texts, in order.
-        parts: for each shot the frames at which its packets can be parted, its end included; or
-            None where nothing of it can be copied.
+        parts: frames at which each shot's packets can be cut, its end included; None: nowhere.
     """
     pieces: list[Piece] = []
 
@@ -102,7 +101,7 @@ class Reels:
         on_frames: called with the number of frames made so far.
 
     Attributes:
-        seen: the colours of each shot's frames that were made while it was alone.
+        seen: colours of each shot's frames that were made while it was shown alone.
     """
 
     timeline: Timeline
@@ -160,17 +159,14 @@ class Reels:
 
 
 def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
-    """Return a frame in the transition between two shots.
+    """Return a frame of a transition between two shots, uint8 [H, W, 3].
 
     Args:
         kind: "dissolve", "fade-black" or "fade-white" (through the colour), "wipe-left" or
             "wipe-right" (the edge moves that way), "slide-left" or "slide-right" (both shots do).
-        first: uint8 [H, W, 3], of the shot before.
-        second: the same of the shot that follows.
+        first: uint8 [H, W, 3] of the first shot.
+        second: uint8 [H, W, 3] of the second shot.
         share: of the second, above 0 and below 1.
-
-    Returns:
-        uint8 [H, W, 3].
     """
     if kind == "dissolve":
         mixed = first + share * (second.astype(np.float32) - first)
@@ -196,6 +192,6 @@ def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
 
 
 def faded(kind: str, frame: Frames, share: float) -> Frames:
-    """Return a frame uint8 [H, W, 3] of which `share` is left, the rest black or white."""
+    """Return a frame uint8 [H, W, 3] mixed with black or white, of which `share` is left."""
     mixed = share * frame.astype(np.float32) + (1 - share) * _COLOURS[kind]
     return np.asarray(np.rint(mixed), np.uint8)

@@ -1,9 +1,8 @@
 """From shots to requests, their addresses, and the time and memory that they take.
 
-A shot's address follows from all that shapes its pixels: the request of each of its parts, the
-model's files, adapters, pictures, and the addresses of the shots that it goes on from or shows. So
-an existing shot is recognised without a look at any other, and a change reaches all shots that
-depend on it, and nothing else.
+A shot's address covers the request of each of its parts, the model's files, adapters, pictures, and
+the addresses of the shots that it goes on from or shows. So a change reaches all shots that depend
+on it, and nothing else.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ log = logging.getLogger(__name__)
 
 LONGEST_S = 3600
 ADDRESS_VERSION = 1
-"""Of how addresses and files are made; another version renders every shot again."""
+"""Version of the rules for addresses and files; another one renders every shot again."""
 DRAFT_ASPECT = 0.1
-"""How far the aspect of a draft may be from the film's, as a logarithm."""
+"""Most that the aspects of a draft and its film differ, as a logarithm."""
 _HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix"})
 _DEFAULTS = {name: default for name, default in DEFAULTS.items() if name not in _HASHED}
 
@@ -120,14 +119,14 @@ def estimates(
 
     Args:
         film: the film.
-        parts: the shot, the take, and which part of it.
-        device: where they are rendered.
+        parts: the shot, the take, and the index of its part.
+        device: that renders them.
         have: bytes that are free there; None: unknown.
         dtype: the script's or the device's best.
-        offload: as in `load`; None leaves it to what fits.
+        offload: as in `load`; None: the least that fits.
 
     Raises:
-        ModelError: a part that doesn't fit the memory; names its shot and what would fit.
+        ModelError: a part that doesn't fit the memory, with its shot and what would fit.
     """
     known: dict[Any, Estimate] = {}
     shown_again = OVERLAP * _configs(film.folder)[0].strides.t
@@ -261,7 +260,7 @@ class _Planner:
         return Take(seed, tuple(parts))
 
     def _check(self, shot: Shot, request: Request, index: int, num_frames: int) -> None:
-        """Refuse conditions that the model can't meet, and texts that it can't read."""
+        """Refuse conditions that the model can't meet, and texts that are too long for it."""
         stand_ins: dict[str, Any] = {}
         for name, key in (("image", "first_frame"), ("last_image", "last_frame")):
             if isinstance(getattr(shot, key), ShotFrame):
@@ -298,7 +297,7 @@ class _Planner:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """Return a request's given options but for its files."""
+    """Return a request's given options without its files."""
     given = {name: getattr(request, name) for name in _DEFAULTS}
     return {n: str(v) if isinstance(v, Fraction) else v for n, v in given.items()
             if v != _DEFAULTS[n]}

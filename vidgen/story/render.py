@@ -1,4 +1,9 @@
-"""A film's shots rendered, by one worker or several, and the best take of each chosen."""
+"""A film's shots rendered, by one worker or several, and the best take of each chosen.
+
+The best take has the fewest faults in its file's checks. Where the model's folder has a verifier,
+it then scores each take for what the prompts name; otherwise the checks alone decide. Among equals
+the first take is kept.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +46,11 @@ class Renderer:
 
     Args:
         store: of the shots.
-        engine: opens the model; called in each worker when it gets its first shot. For several
-            workers it must be picklable: a function of a module, or functools.partial of one.
+        engine: opens the model, once in each worker; picklable for several workers.
         tell: called with progress, notes and files, as events; `clip` counts the parts.
-        overwrite: begin stopped shots again, instead of going on.
+        overwrite: begin stopped shots again, instead of resuming them.
         staff: the workers; a single one is this process.
-        on_preview: called with each part while it forms, where a single worker makes them.
+        on_preview: called with each part while it forms, for a single worker.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Renderer:
         """Render missing shots; yield each shot in this order, as soon as it exists.
 
         Raises:
-            InputError: a shot that can't be made; names it.
+            InputError: a shot that can't be made, with its place in the script.
         """
         self.store.folder.mkdir(parents=True, exist_ok=True)
         ahead: deque[tuple[ShotPlan, bool]] = deque()
@@ -117,7 +121,7 @@ class Renderer:
         return self.film.script.where(plan.shot)
 
     def _forget(self, key: str) -> None:
-        """Under `overwrite`, remove what was kept of a part that was stopped."""
+        """Under `overwrite`, remove the journal of a part that was stopped."""
         folder = job_folder(path := self.store.path(key))
         if not (self.overwrite and folder.is_dir()):
             return
@@ -164,8 +168,8 @@ class PartJob:
 
     Attributes:
         shot: its id.
-        take: which of the shot's takes.
-        index: which of the take's parts.
+        take: index among the shot's takes.
+        index: among the take's parts.
         clip: number of the part among all that are rendered.
         note: reported when it begins.
     """
@@ -221,7 +225,7 @@ class ShotWork(EngineWork):
         write_request(self.engine, request, path, tell, told, cut, self.on_preview)
 
     def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
-        """Return the request for a part, and how many of its first frames are another file's."""
+        """Return the request for a part, and how many of its first frames another file holds."""
         film, shot = self.film, plan.shot
         num_frames, last = take.parts[index].num_frames, len(take.parts) - 1
         request = film.request(shot, take.seed, index, num_frames)
@@ -286,7 +290,6 @@ class TakeScore:
     """The quality of a take.
 
     Attributes:
-        seed: of the take.
         path: name of its file.
         faults: kinds of findings that are faults.
         warnings: kinds of findings that may be meant.
@@ -322,14 +325,7 @@ def best_take(scores: Sequence[TakeScore]) -> dict[str, Any]:
 def score_take(
     seed: int, path: Path, findings: Sequence[Finding], verified: Sequence[Verified] = ()
 ) -> TakeScore:
-    """Score a take.
-
-    Args:
-        seed: of the take.
-        path: its file.
-        findings: of its checks.
-        verified: the verifier's scores; empty: the checks alone decide.
-    """
+    """Score a take by the findings of its checks, and by the verifier where there is one."""
     faults = tuple(each.kind for each in findings if each.severity == "fault")
     warnings = tuple(each.kind for each in findings if each.severity == "warning")
     reasons = [each.text for each in findings] or ["the checks found nothing"]
@@ -343,7 +339,7 @@ def verify_take(model: OpenedModel, path: Path, parts: Sequence[Part]) -> Iterat
     """Yield the verifier's score for each prompt of a take that names something it knows.
 
     Args:
-        model: that made it; nothing is scored without a verifier.
+        model: that made the take; without a verifier nothing is scored.
         path: the take's file.
         parts: the stretches that the file holds, each under a prompt.
     """

@@ -1,8 +1,8 @@
 """The script of a film: its shots, in order, and what they share.
 
-YAML and JSON files hold a script as it is, tables a row per shot, plain lists a prompt per line.
-Docstrings tell each key's meaning; the published JSON Schema is made of them. What can be checked
-within one shot is checked when it is made, what needs the whole script in `_check`.
+YAML and JSON files hold a script as it is, tables a row for each shot, plain lists a prompt for
+each line. Docstrings describe the keys; the published JSON Schema is made of them. A shot checks
+itself, `_check` what needs the whole script.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from vidgen.story.elements import (
 
 VERSION = 1
 NAME = re.compile(r"\w[\w-]{0,63}")
-"""Of shots, characters, places and scenes."""
+"""Names of shots, characters, places and scenes."""
 _LISTS = frozenset({".txt", ".csv"})
 _SUFFIXES = (".yaml", ".yml", ".json", *sorted(_LISTS))
 _SEVERAL = ("characters", "lora")
 MAX_SHOTS = 100_000
 SILENCE = Path("none")
-"""Written as the file of music that ends what plays."""
+"""Written as the file of music that ends the one before."""
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -56,31 +56,31 @@ class Shot:
     """One shot.
 
     Attributes:
-        prompt: what is to be seen; or several, each with its time, the first at 0.
-        id: by which others name it; default the prompt's first words.
+        prompt: the picture in words; or several prompts, each with its time, the first at 0.
+        id: name for other shots; default the prompt's first words.
         scene: id of its scene.
         place: id of its place; default the scene's.
         characters: ids of characters that appear though no prompt names them.
         duration: seconds.
         frames: number of frames instead; 1 is a still.
-        negative: what is not to be seen.
+        negative: words for what the picture must not show.
         seed: default that of its first character, else drawn from the film's and the id.
-        takes: how many to make, of seeds N, N+1, ...; the best is kept.
+        takes: number of versions, of seeds N, N+1, ...; the best is kept.
         steps: denoising steps.
         guidance: how strongly the prompt is followed.
         sampler: name of a sampler.
         shift: of the noise schedule.
         lora: adapters, each PATH[:WEIGHT].
-        camera: what it does.
+        camera: its motion.
         first_frame: a picture, or a frame of another shot.
         last_frame: a picture, or a frame of another shot.
         continue_from: id of a shot whose last latents it goes on from.
         in_film: false for one that is made for other shots alone.
-        sound: what is to be heard.
-        narration: what is spoken.
+        sound: noises and voices of the shot.
+        narration: spoken text.
         music: from here on.
         caption: text in the picture.
-        transition: how it follows the shot before.
+        transition: from the previous shot.
     """
 
     prompt: tuple[TimedPrompt, ...] = field(metadata=ONE)
@@ -128,7 +128,7 @@ class Shot:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Ids of the shots that must be there before it."""
+        """Ids of the shots that must exist before it."""
         shown = (each.shot for each in (self.first_frame, self.last_frame)
                  if isinstance(each, ShotFrame))
         return (*((self.continue_from,) if self.continue_from is not None else ()), *shown)
@@ -141,7 +141,7 @@ class Script:
     Attributes:
         shots: one after the other.
         version: of the format.
-        project: what holds for the whole film.
+        project: settings of the whole film.
         characters: by name.
         places: by name.
         scenes: by id.
@@ -162,15 +162,15 @@ class Script:
 
     @classmethod
     def read(cls, path: str | Path) -> Script:
-        """Read a script and check it. Files are only read: what a person wrote stays as it is.
+        """Read a script and check it; files are never changed.
 
         Args:
             path: .yaml, .json, .csv (a header of a shot's keys, then a row for each; several
-                characters are parted by semicolons) or .txt (a prompt a line; empty lines and those
-                that begin with # are left out).
+                characters are separated by semicolons) or .txt (a prompt a line, without empty
+                lines and lines that begin with #).
 
         Raises:
-            InputError: what is wrong, with line, key and remedy.
+            InputError: the fault, with line, key and remedy.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -225,12 +225,12 @@ class Script:
         return _BRACES.sub(meant, text)
 
     def words(self, shot: Shot, text: str, rewritten: Mapping[str, str] | None = None) -> str:
-        """Return a prompt as the model is given it, with descriptions, camera and styles.
+        """Return a prompt as the model gets it, with descriptions, camera and styles.
 
         Args:
-            shot: that the prompt belongs to.
+            shot: of the prompt.
             text: the prompt.
-            rewritten: texts to take instead, by the prompts with descriptions.
+            rewritten: new texts by prompts with descriptions.
         """
         seen = self.described(shot, text)
         seen = (rewritten or {}).get(seen, seen)
@@ -281,7 +281,7 @@ class Script:
 
 
 def _check(script: Script, written: Located) -> None:
-    """Check what needs the whole script: names, ids, needs, files; `written` knows the lines."""
+    """Check what needs the whole script; `written` knows the lines."""
     _check_own_names(script, written)
     if len(script.shots) > MAX_SHOTS:
         raise InputError(f"{script.path} has {len(script.shots)} shots; give {MAX_SHOTS} at most")
@@ -372,7 +372,7 @@ def _cell(key: str, text: str) -> Any:
 
 
 def _finished(script: Script, path: Path, mapping: Located) -> Script:
-    """Give every shot an id, remember the lines, and check the whole."""
+    """Give every shot an id, keep the lines, and check the whole."""
     lines: dict[str, int] = {}
     taken = {shot.id for shot in script.shots if shot.id}
     shots, seen = [], dict[str, int]()
@@ -445,7 +445,7 @@ def _check_names(script: Script, shot: Shot) -> None:
 
 
 def files_of(script: Script, shot: Shot) -> Iterator[tuple[str, Path]]:
-    """Yield every file that a shot names, with its key; voices and adapters may be names."""
+    """Yield the key and path of every file that a shot names; voices and adapters may be names."""
     for key in ("first_frame", "last_frame"):
         if isinstance(file := getattr(shot, key), Path):
             yield key, file

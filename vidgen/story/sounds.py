@@ -1,7 +1,6 @@
 """Sound and music that a script describes in words, made by a text-to-audio model, each once.
 
-They are kept as WAV next to the shots, each under an address of the model's files, the words, the
-length and the seed, and are heard like files that the script names.
+They are kept as WAV in the shots' store, and are heard like files that the script names.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from vidgen.story.film import FilmPlan
 
 SOUNDS_VERSION = 1
-"""Of how sounds are made and kept; another version makes all again."""
+"""Version of the rules for making sounds; another one makes all again."""
 _BLOCK = 1 << 16
 
 
@@ -40,7 +39,7 @@ class DescribedSound:
     Attributes:
         shot: its id.
         key: "sound" or "music".
-        model: that makes it, with the words and the length.
+        model: with the words and the length.
         seed: of its noise.
         path: of the file to be made.
     """
@@ -60,11 +59,11 @@ class DescribedSound:
 def describe_sounds(
     film: FilmPlan, timeline: Timeline, model: str, folder: Path, offload: str = "none"
 ) -> tuple[list[DescribedSound], Timeline]:
-    """Plan a film's sound and music that stand in words; nothing is made yet.
+    """Plan a film's sound and music in words; make nothing yet.
 
     Args:
         film: the film; a sound has its shot's seed.
-        timeline: of the film, from which lengths follow.
+        timeline: of the film, which gives the lengths.
         model: folder of a text-to-audio model of diffusers.
         folder: of the film's shots.
         offload: as in `load`.
@@ -89,12 +88,12 @@ def describe_sounds(
 
 
 def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
-    """Make missing sounds by one model, which stays in memory until the last is made.
+    """Make missing sounds by one model, which is loaded once.
 
     Raises:
         InputError: words that the model refuses.
         ModelError: it can't be loaded, or is out of memory.
-        OutputError: no room for them.
+        OutputError: the disk is full, or can't be written.
     """
     missing = {each.path: each for each in sounds if not each.path.is_file()}
     place = next(iter(missing.values())).model.load() if missing else None

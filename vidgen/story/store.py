@@ -45,7 +45,7 @@ class RenderedShot:
         size: (width, height).
         seed: of the take.
         findings: of the checks.
-        choice: which take was chosen and why; None of a single take.
+        choice: the chosen take and the reason; None for a single take.
         made: whether it was rendered now.
     """
 
@@ -60,7 +60,7 @@ class RenderedShot:
     made: bool = False
 
     def as_data(self) -> dict[str, Any]:
-        """Return JSON data: what was made, and in `shot` the script's fields."""
+        """Return JSON data, with the script's fields in `shot`."""
         return {
             "id": self.shot.id, "path": str(self.path), "num_frames": self.num_frames,
             "fps": str(self.fps), "duration_s": float(self.num_frames / self.fps),

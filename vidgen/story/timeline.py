@@ -1,8 +1,8 @@
 """The place of every shot in the film, in whole frames by exact fractions.
 
-The ideal times are sums of the shots' lengths less the transitions', as fractions of a second; each
-is rounded by itself, never a sum of what was rounded. So every cut, and the whole film, lies within
-half a frame of its ideal time, however many shots there are.
+Ideal times are sums of the shots' lengths less the transitions', as fractions of a second. Each is
+rounded by itself, so every cut, and the whole film, lies within half a frame of its ideal time,
+however many shots there are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CUT = Transition()
 
 
 class Measured(Protocol):
-    """A shot and its frames at its own rate: as it is planned, or as it was rendered."""
+    """A shot and its number of frames at its own rate: planned or rendered."""
 
     @property
     def shot(self) -> Shot:
@@ -29,7 +29,7 @@ class Measured(Protocol):
 
     @property
     def num_frames(self) -> int:
-        """Its frames, at its own rate."""
+        """Frames at the shot's own rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,10 @@ class Placed:
     """A shot in the film.
 
     Attributes:
-        shot: the shot as it is written.
-        start: frame of the film at which it is first seen, as part of a transition or not.
-        num_frames: of the film in which it is seen.
-        overlap: how many of these, at its beginning, it shares with the shot before.
-        transition: how it follows that.
+        start: frame of the film that first shows it, in a transition or not.
+        num_frames: of the film that show it.
+        overlap: number of these, at its beginning, that it shares with the previous shot.
+        transition: from the previous shot.
     """
 
     shot: Shot
@@ -61,7 +60,7 @@ class Section:
     """Frames `first` up to `last` of the film, of one shot or of two in transition.
 
     Attributes:
-        shots: places in the timeline of the shots seen; the second takes over from the first.
+        shots: places in the timeline; the second shot takes over from the first.
         kind: the transition, or "cut" for one shot alone.
     """
 
@@ -121,14 +120,14 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
     """Place shots in a film.
 
     Args:
-        script: whose transitions and ending count.
+        script: gives transitions and ending.
         shots: the film's shots, in order.
         rates: frame rate of each.
         fps: frame rate of the film.
 
     Raises:
-        InputError: a transition that is longer than the shots have frames for, or a shot shorter
-            than a frame of the film.
+        InputError: a transition longer than the shots have frames for, or a shot shorter than a
+            frame of the film.
     """
     placed: list[Placed] = []
     begin = end = Fraction(0)  # ideal, of the shot before, in frames of the film
@@ -157,7 +156,7 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
 
 
 def _transition(script: Script, shot: Shot, *, is_first: bool) -> Transition:
-    """Return how a shot follows the one before; the first can only fade in from a colour."""
+    """Return how a shot follows the previous one; the first can only fade in from a colour."""
     how = script.option(shot, "transition") or CUT
     return CUT if is_first and how.type not in ("fade-black", "fade-white") else how
 
