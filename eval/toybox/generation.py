@@ -74,7 +74,7 @@ def sampled(
         own = [(text[rows], count[rows.to(count.device)]) for text, count in contexts]
         return engine.sample(plan, state, own, regional=told.rows(rows) if told else None)
 
-    return sample_best(engine.parts, plan, state, read, draw)
+    return sample_best(engine.loader, plan, state, read, draw)
 
 
 def _rolled(engine: Engine, plan: Plan) -> Tensor:
@@ -114,7 +114,7 @@ def generate_with_sound(
         def sample(state: LatentState, _window: int, texts: Contexts = texts) -> Tensor:
             return engine.sample(denoised, state, texts)
 
-        own = own_sound(engine.parts, replace(plan, seed=seed), Request(prompt=read[row]), None)
+        own = own_sound(engine.loader, replace(plan, seed=seed), Request(prompt=read[row]), None)
         own.follow(picture[row : row + 1], sample, Journal(None))
         sounds.append(torch.from_numpy(own.decode()[0][:, 0]))
     return pixels(engine, picture, plan.oversampling), torch.stack(sounds)
@@ -142,7 +142,7 @@ def pixels(engine: Engine, latents: Tensor, oversampling: int = 1) -> Tensor:
 @torch.no_grad()
 def sound_round_trip(engine: Engine, sound: Tensor) -> Tensor:
     """Sound [B, N] at the sound VAE's rate encoded and decoded, clamped, on the CPU."""
-    with engine.parts.use("sound_vae") as vae:
+    with engine.loader.use("sound_vae") as vae:
         decoded = vae.decode(vae.encode(sound.to(engine.device)), sound.shape[1])
     return decoded.float().clamp(-1, 1).cpu()
 

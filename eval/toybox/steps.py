@@ -119,7 +119,7 @@ def timed_clip(
     plan = replace(engine.plan(request, Inputs()), oversampling=1)
     state, sigmas = engine.prepare(plan, request, Inputs()), sigmas_of(plan)
     caches = make_caches(plan.cache, sigmas, plan.guidance)
-    with denoising(engine.parts, plan, state, contexts, NO_LORAS, 1.0, caches) as denoise:
+    with denoising(engine.loader, plan, state, contexts, NO_LORAS, 1.0, caches) as denoise:
         start = time.perf_counter()
         latents = sample_state(plan.sampler, denoise, state, sigmas)
         seconds = time.perf_counter() - start

@@ -55,7 +55,7 @@ def engine(folder: Path) -> Engine:
 @contextmanager
 def content_from(engine: Engine, enough: float) -> Iterator[Verifier]:
     """The engine's verifier, content from a score."""
-    with engine.parts.use(VERIFIER) as verifier:
+    with engine.loader.use(VERIFIER) as verifier:
         before = verifier.config
         verifier.config = replace(before, enough=enough)
         try:
@@ -280,12 +280,12 @@ def test_a_finished_clip_is_scored_in_chunks_as_its_latents_are(engine):
     with content_from(engine, ALWAYS) as verifier:
         shown = verifier.shown(engine.encode_video(video))[0]
         whole = score(shown, verifier.config.wants_in(PROMPT))
-        verified = verify_video(engine.parts, video.split([2, 4, 3], dim=2), PROMPT)
+        verified = verify_video(engine.loader, video.split([2, 4, 3], dim=2), PROMPT)
         assert verified is not None
         assert (verified.names, verified.is_enough) == ("car", True)
         assert verified.score == pytest.approx(whole, abs=1e-5)
     with content_from(engine, NEVER):
-        verified = verify_video(engine.parts, [video], PROMPT)
+        verified = verify_video(engine.loader, [video], PROMPT)
         assert verified is not None
         assert not verified.is_enough
-    assert verify_video(engine.parts, [video], "an old lighthouse") is None
+    assert verify_video(engine.loader, [video], "an old lighthouse") is None

@@ -24,7 +24,7 @@ from vidgen.models.image import prepare_image
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.codec import encode_pixels
 from vidgen.pipeline.inputs import pixels_of
-from vidgen.pipeline.loader import DTYPES, Parts
+from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.training.data import cache as caching
 from vidgen.training.data.cache import make_cache
@@ -80,7 +80,7 @@ def cache(data, tiny_model, tmp_path_factory) -> DataConfig:
 
 def test_latents_are_what_the_vae_makes_of_the_frames(cache, data, tiny_model):
     dataset = open_dataset(cache, tiny_model, batch_size=1)
-    parts = Parts(open_model(str(tiny_model)), torch.device("cpu"), torch.float32)
+    parts = ModelLoader(open_model(str(tiny_model)), torch.device("cpu"), torch.float32)
     assert dataset.buckets == {Bucket(48, 32, 1): 2, Bucket(48, 32, 9): 3, Bucket(48, 32, 17): 3}
     for index, item in enumerate(dataset.items):
         batch = dataset.item_batch([index])
@@ -104,7 +104,7 @@ def test_latents_are_what_the_vae_makes_of_the_frames(cache, data, tiny_model):
 def test_contexts_are_those_of_generation(cache, tiny_model):
     dataset = open_dataset(cache, tiny_model, batch_size=3)
     folder = open_model(str(tiny_model))
-    parts = Parts(folder, torch.device("cpu"), DTYPES[best_dtype(torch.device("cpu"))])
+    parts = ModelLoader(folder, torch.device("cpu"), DTYPES[best_dtype(torch.device("cpu"))])
     prompts = PromptEncoder(parts, PromptTokenizer(folder.tokenizer))
     batch = dataset.batch(0)
     for row, caption in enumerate(batch["captions"]):
@@ -249,7 +249,7 @@ def test_items_of_one_film_are_encoded_apart_and_alike(tiny_model, tmp_path, mon
     monkeypatch.setattr(caching, "_PER_JOB", 1)
     assert cached(shared, tiny_model)["encoded"] == 3
     one, two = (open_dataset(each, tiny_model, with_context=False) for each in (at_once, shared))
-    parts = Parts(open_model(str(tiny_model)), torch.device("cpu"), torch.float32)
+    parts = ModelLoader(open_model(str(tiny_model)), torch.device("cpu"), torch.float32)
     frames = Clip.from_file(path).frames
     for index, item in enumerate(one.items):
         made = one.item_batch([index])["latents"]
@@ -324,7 +324,7 @@ def test_wan_models_get_what_their_conditions_need(data, tmp_path, variant):
     dataset = open_dataset(config, model, batch_size=1)
     index = next(i for i, item in enumerate(dataset.items) if item.name == "short0.mkv")
     batch = dataset.item_batch([index])
-    parts = Parts(folder, torch.device("cpu"), torch.float32)
+    parts = ModelLoader(folder, torch.device("cpu"), torch.float32)
     frames = list(Clip.from_file(data / "short0.mkv").frames[:9])
     video = pixels_of(frames, *size, "crop")
     assert torch.allclose(batch["latents"], encode_pixels(parts, video), atol=1e-4)

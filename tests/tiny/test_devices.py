@@ -238,7 +238,7 @@ def test_four_devices_share_guidance_tokens_and_weights(
     taken, same = map(computed, runs[-2:])
     assert taken == same
     assert not all(taken)
-    with engine.parts.use("transformer") as dit:
+    with engine.loader.use("transformer") as dit:
         whole = SpacetimeDiT(DIT_PRESETS["tiny"])
         here = sum(p.to_local().numel() for p in dit.blocks.parameters())
         assert here < 0.4 * sum(p.numel() for p in whole.blocks.parameters())

@@ -25,7 +25,7 @@ from vidgen.weights.student import STUDENT
 def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
     """A model that makes sound and has a student; and one that also has a deaf second expert."""
     alone = build_tiny_model(tmp_path_factory.mktemp("models") / "alone", sound=True)
-    with load(str(alone), dtype="fp32").parts.use("transformer") as dit:
+    with load(str(alone), dtype="fp32").loader.use("transformer") as dit:
         write_student(make_adapter(dit), StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), alone)
     both = add_low_expert(Path(shutil.copytree(alone, alone.parent / "both")), 0.9)
     one, two = (load(str(folder), device="cpu", dtype="fp32") for folder in (alone, both))
@@ -90,8 +90,8 @@ def test_an_adapter_of_the_expert_that_rests_is_told_of(
     engines: tuple[Engine, Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, both = engines
-    with both.parts.use("transformer"):
-        adapter = make_adapter(both.parts.expert("transformer_2"), seed=5)
+    with both.loader.use("transformer"):
+        adapter = make_adapter(both.loader.expert("transformer_2"), seed=5)
     write_lora(adapter, tmp_path / "low.safetensors", "vidgen")
     asked = {"audio": "none", "lora": [f"{tmp_path / 'low.safetensors'}@low"]}
     (plain,) = clips_of(engines[1:], audio="none")

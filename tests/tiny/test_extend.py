@@ -117,7 +117,7 @@ def test_many_latents_lie_in_a_file_and_are_the_same(engine, monkeypatch):
 
 def test_frames_stream_out_as_whole_decoding_gives_them(engine):
     clip = make(engine, seconds=47 / 12)
-    with engine.parts.use("vae") as vae:
+    with engine.loader.use("vae") as vae:
         whole = vae.decode(clip.latents).clamp(-1, 1)[0, :, :47]
     frames = ((whole + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     assert clip.num_frames == 47
@@ -165,7 +165,7 @@ def test_frames_behind_a_file_are_those_of_one_decode_of_all_latents(engine, sho
     exact = replace(long, begun=whole)
     latents, _ = denoise(engine, exact)
     clip = exact.clip(latents, {})
-    with engine.parts.use("vae") as vae:
+    with engine.loader.use("vae") as vae:
         decoded = vae.decode(latents).clamp(-1, 1)[0, :, 47:72]
     frames = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     assert np.abs(frames.astype(int) - clip.frames[47:].astype(int)).max() <= 1
@@ -358,7 +358,7 @@ def test_vace_reads_what_came_before_as_known_frames(tmp_path):
     assert mask[:, :, 2:].all()
     fresh = seen[0]["state"].control[:, :, state.num_references :]
     assert torch.equal(changed, fresh[:, C : 2 * C])
-    with vace.parts.use("vae") as vae:
+    with vace.loader.use("vae") as vae:
         frame = vae.decode(latents[:, :, :3]).clamp(-1, 1)[:, :, 4:5]
         torch.testing.assert_close(kept[:, :, :1], vae.encode(frame), rtol=0, atol=1e-4)
     assert torch.equal(latents[:, :, 3:], seen[1]["made"][:, :, 2:])

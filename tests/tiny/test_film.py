@@ -164,7 +164,7 @@ def test_a_verifier_scores_each_prompt_of_every_take(tmp_path_factory, tmp_path)
     (three,) = told["shots"]
     takes = three["choice"]["takes"]
     assert [[each["names"] for each in take["verified"]] for take in takes] == [["cat", "cat"]] * 2
-    with load(str(model), device="cpu", dtype="fp32").parts.use(VERIFIER) as verifier:
+    with load(str(model), device="cpu", dtype="fp32").loader.use(VERIFIER) as verifier:
         enough = verifier.config.enough
     for take in takes:
         assert all(0 < each["score"] < 1 for each in take["verified"])

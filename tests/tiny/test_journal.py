@@ -249,7 +249,7 @@ def test_decoding_from_the_middle_is_bit_equal(engine, start):
 
 def test_decoding_from_the_middle_begins_no_earlier_than_it_must(engine, monkeypatch):
     latents = torch.randn(1, engine.vae_config.latent_channels, 40, 4, 4)
-    with engine.parts.use("vae") as vae:
+    with engine.loader.use("vae") as vae:
         sizes: list[int] = []
         stream = type(vae).stream_decode
 

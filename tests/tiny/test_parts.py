@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import available_memory
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline.loader import EXPERTS, Parts
+from vidgen.pipeline.loader import EXPERTS, ModelLoader
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.stream import block_of
@@ -66,8 +66,8 @@ def size_of(module: torch.nn.Module) -> int:
     return sum(value.nbytes for value in module.state_dict().values())
 
 
-def parts_of(folder: ModelFolder, offload: str, dtype=torch.bfloat16, **more) -> Parts:
-    return Parts(folder, CPU, dtype, offload, **more)
+def parts_of(folder: ModelFolder, offload: str, dtype=torch.bfloat16, **more) -> ModelLoader:
+    return ModelLoader(folder, CPU, dtype, offload, **more)
 
 
 def test_none_keeps_what_was_used(folder, live_bytes):

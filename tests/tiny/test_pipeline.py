@@ -246,7 +246,7 @@ def test_seconds_generate_the_next_count_and_trim(engine: Engine) -> None:
 
 def test_streamed_chunks_equal_whole_decode(engine: Engine) -> None:
     clip = engine.generate(PROMPT, seed=2)
-    with engine.parts.use("vae") as vae:
+    with engine.loader.use("vae") as vae:
         whole = vae.decode(clip.latents).clamp(-1, 1)
     frames = ((whole[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     difference = np.abs(frames.astype(int) - clip.frames.astype(int))
@@ -300,7 +300,7 @@ def test_strength_zero_is_the_reconstruction_and_one_is_text(
     source = tmp_path / "source.mkv"
     engine.generate(PROMPT, seed=9).save(source)
     pixels = torch.from_numpy(vidgen.Clip.from_file(source).frames).permute(3, 0, 1, 2)[None]
-    with engine.parts.use("vae") as vae:
+    with engine.loader.use("vae") as vae:
         encoded = vae.encode(pixels.float() / 127.5 - 1)
     kept = engine.generate(PROMPT, seed=1, video=str(source), strength=0.0)
     assert torch.allclose(kept.latents, encoded, atol=1e-5)

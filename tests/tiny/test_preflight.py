@@ -264,7 +264,7 @@ def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch)
     times = []
     for _ in range(3):
         start = time.process_time()
-        made = preflight(engine.parts, plan, request, engine.asked)
+        made = preflight(engine.loader, plan, request, engine.asked)
         times.append(time.process_time() - start)
     assert min(times) < 0.05
     assert not made.measured
@@ -278,10 +278,10 @@ def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     monkeypatch.setattr("vidgen.pipeline.setups.available_memory", lambda _: have)
     with pytest.raises(ModelError, match=r"33 frames of 512x512 needs .* are free; what would fit"
                                          r".*--size 1\d\dx1\d\d") as refused:
-        preflight(engine.parts, plan, request, engine.asked)
+        preflight(engine.loader, plan, request, engine.asked)
     size = re.search(r"--size (\d+x\d+)", str(refused.value))[1]
     smaller = Request.of("a cat", {"seed": 1, "size": size, "frames": 33})
-    preflight(engine.parts, engine.plan(*engine.read(smaller)), smaller, engine.asked)
+    preflight(engine.loader, engine.plan(*engine.read(smaller)), smaller, engine.asked)
 
 
 def test_the_setup_is_chosen_to_fit(tiny_model):
@@ -304,7 +304,7 @@ def test_the_setup_is_chosen_to_fit(tiny_model):
 def test_an_engine_left_to_choose_takes_what_fits_each_clip(tiny_model, monkeypatch):
     need = estimate(*planned(tiny_model, size="96x96", steps=1), FP32).peak_bytes
     loaded = load(str(tiny_model), dtype="fp32")
-    held = sum(loaded.parts.needed_bytes(role, offload="stage") for role in loaded.parts.resident)
+    held = sum(loaded.loader.needed_bytes(role, offload="stage") for role in loaded.loader.resident)
     monkeypatch.setattr("vidgen.pipeline.setups.available_memory",
                         lambda _: need - 1 - held)
     told = []

@@ -14,7 +14,7 @@ from train.toybox.model_files import save_module
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline import prompts
-from vidgen.pipeline.loader import Parts
+from vidgen.pipeline.loader import ModelLoader
 from vidgen.pipeline.prompts import PromptCache, PromptEncoder
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
@@ -37,7 +37,7 @@ def folder(tmp_path) -> ModelFolder:
 
 def encoder_of(folder: ModelFolder, dtype=torch.float32, *, length=512) -> PromptEncoder:
     tokenizer = PromptTokenizer(folder.tokenizer, length)
-    return PromptEncoder(Parts(folder, CPU, dtype, "stage"), tokenizer)
+    return PromptEncoder(ModelLoader(folder, CPU, dtype, "stage"), tokenizer)
 
 
 def forbid_loading(monkeypatch) -> None:
@@ -54,7 +54,7 @@ def entries(cache: Path) -> list[Path]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_known_prompt_needs_no_text_encoder_and_gives_the_same_bits(folder, monkeypatch, dtype):
     expected = []
-    with Parts(folder, CPU, dtype).use("text_encoder") as network:
+    with ModelLoader(folder, CPU, dtype).use("text_encoder") as network:
         text = TextEncoder(network, PromptTokenizer(folder.tokenizer))
         expected = [text.encode([prompt]) for prompt in TEXTS]
     first = [encoder_of(folder, dtype).encode([prompt]) for prompt in TEXTS]
@@ -181,8 +181,8 @@ def test_what_was_unused_longest_goes_first(tmp_path):
 )
 def test_int8_is_another_cache(folder):
     tokenizer = PromptTokenizer(folder.tokenizer)
-    plain = PromptCache.of(Parts(folder, CPU, torch.bfloat16), tokenizer)
-    small = PromptCache.of(Parts(folder, CPU, torch.bfloat16, quantize="int8"), tokenizer)
+    plain = PromptCache.of(ModelLoader(folder, CPU, torch.bfloat16), tokenizer)
+    small = PromptCache.of(ModelLoader(folder, CPU, torch.bfloat16, quantize="int8"), tokenizer)
     plain.put("a", torch.ones(1, 2))
     assert small.get("a") is None
     assert plain.get("a") is not None

@@ -63,7 +63,7 @@ def seeing_two(engine: Engine) -> Iterator[list[Tensor]]:
         shares[:, :, :, :, width - 1] = torch.tensor([0.5, 0.4, 0.1]).view(1, 3, 1, 1)
         return shares
 
-    with engine.parts.use(VERIFIER) as verifier:
+    with engine.loader.use(VERIFIER) as verifier:
         before, verifier.where = verifier.where, where  # type: ignore[method-assign]
         shows = verifier.shown
 
@@ -126,7 +126,7 @@ def test_how_things_look_is_told_where_it_is_settled(engine: Engine) -> None:
     assert bound is not None
     latents = torch.zeros(1, engine.vae_config.latent_channels, 3, 8, 8)
     alone = [told(name) for name in ("car does", "cat does", "car looks", "cat looks")]
-    with bound.applied(engine.parts, new_state(latents), told("all"), alone) as denoise:
+    with bound.applied(engine.loader, new_state(latents), told("all"), alone) as denoise:
         for level in (0.9, 0.8, 0.7, 0.5):
             denoise(latents, torch.tensor([level]))
     does, looks = ["all", "car does", "cat does"], ["all", "car looks", "cat looks"]
@@ -214,7 +214,7 @@ def test_what_it_takes_is_foreseen(engine: Engine) -> None:
     def seconds(prompt: str, **options: Any) -> float:
         request = Request.of(prompt, OPTIONS | options)
         plan = engine.plan(request, Inputs())
-        stages = preflight(engine.parts, plan, request, engine.asked).stages
+        stages = preflight(engine.loader, plan, request, engine.asked).stages
         return next(stage.seconds for stage in stages if stage.name == "denoise")
 
     free, one, two = seconds(TWO, settings={"binding": 0}), seconds(ONE), seconds(TWO)

@@ -44,7 +44,7 @@ SIGMAS = (1.0, 0.7, 0.4, 0.0)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that makes sound, and has a roller: turns of two latent frames that see four."""
     folder = build_tiny_model(tmp_path_factory.mktemp("roller") / "tiny", sound=True)
-    with load(str(folder), dtype="fp32").parts.use("transformer") as dit:
+    with load(str(folder), dtype="fp32").loader.use("transformer") as dit:
         adapter = make_adapter(dit)
     roll = RollConfig(turn_frames=2, window_frames=4, history_noise=0.2)
     write_student(adapter, StudentConfig("euler", SIGMAS, 3.0, roll=roll), folder)
@@ -88,7 +88,7 @@ def test_turns_taken_in_at_once_are_those_taken_in_one_by_one(engine: Engine) ->
     context = engine.encode_texts([PROMPT])
     roll = RollConfig(turn_frames=2, window_frames=6, history_noise=0.2)
     once, turns = (Rollout(context, roll, "euler") for _ in range(2))
-    with torch.no_grad(), engine.parts.use("transformer") as dit, dit.causal(2):
+    with torch.no_grad(), engine.loader.use("transformer") as dit, dit.causal(2):
         once.remember(dit, latents[:, :, :4], noise[:, :, :4])
         for part in (slice(0, 2), slice(2, 4)):
             turns.remember(dit, latents[:, :, part], noise[:, :, part])
@@ -119,7 +119,7 @@ def test_a_first_frame_stands_and_adapters_add_up(
     decoded = next(iter(engine.decode_video(still)))
     shown = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     assert (torch.tensor(clip.frames[0]) == shown.permute(1, 2, 3, 0)[0]).all()
-    with engine.parts.use("transformer") as dit:
+    with engine.loader.use("transformer") as dit:
         write_lora(make_adapter(dit), tmp_path / "own.safetensors", "vidgen")
     plain = engine.generate(PROMPT, seed=3, roll=True, frames=21).frames
     both = engine.generate(
@@ -173,7 +173,7 @@ def test_the_pre_flight_counts_turns(engine: Engine) -> None:
     read = [window.frames for window in counted.windows]
     assert read == [2, 4, *[6] * (len(read) - 2)]
     assert counted.decoded == 2 * len(counted.windows) >= plan.latents.num_frames
-    made = preflight(engine.parts, plan, request, engine.asked)
+    made = preflight(engine.loader, plan, request, engine.asked)
     assert "sound" not in [stage.name for stage in made.stages]
 
 

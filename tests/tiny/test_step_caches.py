@@ -58,7 +58,7 @@ def measured(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def passes(engine: Engine) -> Iterator[list[int]]:
     """Numbers of the blocks that run."""
     seen: list[int] = []
-    with engine.parts.use("transformer") as model:
+    with engine.loader.use("transformer") as model:
         hooks = [
             block.register_forward_hook(lambda *_, i=i: seen.append(i))
             for i, block in enumerate(model.blocks)

@@ -130,7 +130,7 @@ def test_a_clip_that_was_cut_goes_on_cut(
     request = Request.of(PROMPT, options)
     wholes = [estimate(engine.folder, plan, request, replace(setup, offload=offload)).peak_bytes
               for offload in ("none", "stage", "block")]
-    held = sum(engine.parts.needed_bytes(role, offload="stage") for role in engine.parts.resident)
+    held = sum(engine.loader.needed_bytes(role, offload="stage") for role in engine.loader.resident)
     monkeypatch.setattr(setups, "available_memory", lambda _: min(wholes) - 1 - held)
     told, journal = [], Journal(tmp_path / "clip.mkv")
     straight = engine.generate(request, on_estimate=told.append)

@@ -43,7 +43,7 @@ def test_what_is_in_memory_changes_nothing(folders: dict[str, Path], variant: st
         # weights that come block by block are not packed, which rounds otherwise
         tolerance = 1e-4 if offload == "block" else 0
         torch.testing.assert_close(latents, whole.latents, atol=tolerance, rtol=tolerance)
-        assert part.parts.resident == ()
+        assert part.loader.resident == ()
 
 
 def test_both_layouts_make_the_same_clip(folders: dict[str, Path], tmp_path: Path) -> None:

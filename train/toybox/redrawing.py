@@ -108,7 +108,7 @@ class Redrawer:
             state = condition.first_frame(state, given[:, :, :1])
         contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
         noisy = state.begin()
-        with denoising(self.engine.parts, plan, state, contexts, NO_LORAS, level) as denoise:
+        with denoising(self.engine.loader, plan, state, contexts, NO_LORAS, level) as denoise:
             velocity = denoise(noisy, torch.full((len(noisy),), level, device=noisy.device))
         return state.project(denoised_of(noisy, velocity.float(), level))
 

@@ -30,7 +30,7 @@ def run(args: Namespace, report: Report) -> int:
     """Count, measure the machine if it never was, and print a table."""
     from vidgen.core.request import Loading, Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
-    from vidgen.pipeline.loader import DTYPES, Parts
+    from vidgen.pipeline.loader import DTYPES, ModelLoader
     from vidgen.pipeline.plan import require_models, require_own_model, settle
     from vidgen.pipeline.policy import enforce, policy_from_environment
     from vidgen.pipeline.setups import choose
@@ -49,7 +49,7 @@ def run(args: Namespace, report: Report) -> int:
     loading = Loading(**given_options(args, Loading))
     plan, dtype = settle(folder, request, loading.devices), loading.dtype or best_dtype(device)
     kind = DTYPES[dtype]
-    used = {kind, Parts(folder, device, kind).dtype_of("vae")}
+    used = {kind, ModelLoader(folder, device, kind).dtype_of("vae")}
     rates = {each: _rates(device, each, report) for each in used}
     have = available_memory(device)
     made = choose(folder, plan, request, loading, device, have, rates=rates, dtype=dtype)

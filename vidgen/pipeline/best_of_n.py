@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState
     from vidgen.models.verifier import Verifier
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
 
@@ -138,7 +138,7 @@ def _known(state: LatentState) -> Tensor | None:
 
 
 def sample_best(
-    parts: Parts,
+    loader: ModelLoader,
     plan: Plan,
     state: LatentState,
     prompts: Sequence[str],
@@ -150,7 +150,7 @@ def sample_best(
     """Draw candidates until each clip has one that satisfies the verifier.
 
     Args:
-        parts: the networks.
+        loader: the networks.
         plan: of the clips.
         state: the start of their first candidates.
         prompts: B, after word normalisation.
@@ -165,7 +165,7 @@ def sample_best(
     every = torch.arange(len(prompts), device=state.latents.device)
     if plan.candidates == 1:
         return sample(state, every, 0)
-    with parts.use(VERIFIER) as verifier:
+    with loader.use(VERIFIER) as verifier:
         wants, enough = wanted(verifier, state, prompts), verifier.config.enough
         best = {0: (tried.score, tried.latents[0])} if tried else {}
         unsure, count = list(range(len(prompts))), tried.count if tried else 0
@@ -188,13 +188,13 @@ def sample_best(
 
 
 def best_of_window(
-    parts: Parts, plan: Plan, state: LatentState, prompt: str, sample: Callable[..., Tensor],
+    loader: ModelLoader, plan: Plan, state: LatentState, prompt: str, sample: Callable[..., Tensor],
     on_step: Callable[..., None], journal: Journal, window: int, *, num_steps: int,
 ) -> tuple[Tensor, int]:
     """Draw candidates of one window of a clip; the journal keeps the best so far.
 
     Args:
-        parts: the networks.
+        loader: the networks.
         plan: of the window.
         state: the start of its first candidate.
         prompt: after word normalisation.
@@ -221,27 +221,27 @@ def best_of_window(
                     "seed, other words or more candidates", plan.candidates, names)
 
     keep = partial(keep_tried, journal, window)
-    return sample_best(parts, plan, state, [prompt], draw, tried, keep, doubt), rejected
+    return sample_best(loader, plan, state, [prompt], draw, tried, keep, doubt), rejected
 
 
 @torch.no_grad()
-def verify_video(parts: Parts, video: Iterable[Tensor], prompt: str) -> Verified | None:
+def verify_video(loader: ModelLoader, video: Iterable[Tensor], prompt: str) -> Verified | None:
     """Score a finished clip against a prompt with the model's verifier, in bounded memory.
 
     Args:
-        parts: the networks, a verifier among them.
+        loader: the networks, a verifier among them.
         video: successive chunks [1, 3, t, H, W] in [-1, 1] that fill whole latent frames.
         prompt: after word normalisation.
 
     Returns:
         The verdict; None where the prompt names nothing that the verifier knows.
     """
-    with parts.use("vae") as vae, parts.use(VERIFIER) as verifier:
+    with loader.use("vae") as vae, loader.use(VERIFIER) as verifier:
         wants = verifier.config.wants_in(prompt)
         if not wants:
             return None
         dtype = next(vae.parameters()).dtype
-        latents = vae.stream_encode(chunk.to(parts.device, dtype) for chunk in video)
+        latents = vae.stream_encode(chunk.to(loader.device, dtype) for chunk in video)
         shown = torch.cat([verifier.shown(each)[0] for each in latents])
         sure = score(shown, wants)
         return Verified(verifier.config.names(wants), sure, sure >= verifier.config.enough)

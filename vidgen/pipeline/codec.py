@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.types import Frames
     from vidgen.models.vae import CausalVAE
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.weights.folder import ModelFolder
 
 IN_MEMORY = 64_000_000
@@ -57,7 +57,8 @@ def encode_passes_of(folder: ModelFolder) -> int:
 
 
 def encode_pixels(
-    parts: Parts, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
+    loader: ModelLoader, video: Tensor, tiles: Tiles | None = None, passes: int = 1,
+    oversampling: int = 1,
 ) -> Tensor:
     """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
@@ -71,10 +72,10 @@ def encode_pixels(
             frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles))
         return torch.cat(list(frames), dim=2).float()
 
-    with parts.use("vae") as network:
+    with loader.use("vae") as network:
         vae = network.at_rate(oversampling)
         dtype = next(vae.parameters()).dtype
-        latents = wanted = encoded([video.to(parts.device, dtype)])
+        latents = wanted = encoded([video.to(loader.device, dtype)])
         for _ in range(1, passes):
             shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles)
             latents = latents + BACK_SHARE * (wanted - encoded(part.clamp(-1, 1) for part in shown))
@@ -90,14 +91,14 @@ def _decoded(
 
 
 @torch.no_grad()
-def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
+def refine_first(loader: ModelLoader, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
     """Optimise a first frame's latents through the decoder (Abdal et al. 2019, Alg. 1).
 
     A first latent frame is decoded by itself, so it shows the same in every clip. The latents [B,
     C, 1, h, w] of the picture [B, 3, 1, H, W] in [-1, 1] take `num_steps` of Adam, at a rate that
     falls to zero; the result is never further from its picture than they were.
     """
-    with parts.use("vae") as vae:
+    with loader.use("vae") as vae:
         dtype, target = next(vae.parameters()).dtype, picture.to(latents)
         refined = best = latents
         least = torch.full((len(latents),), torch.inf, device=latents.device)
@@ -123,17 +124,17 @@ def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int)
 
 
 def decode_latents(
-    parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None,
+    loader: ModelLoader, latents: Tensor, begin: int = 0, end: int | None = None,
     tiles: Tiles | None = None, oversampling: int = 1,
 ) -> Iterator[Tensor]:
     """Yield video [B, 3, n, H, W] of each latent frame from `begin` to `end` of [B, C, F, h, w]."""
     frames = latents[:, :, :end].split(1, dim=2)
-    return decode_frames(parts, frames, begin, tiles, oversampling)
+    return decode_frames(loader, frames, begin, tiles, oversampling)
 
 
 @torch.no_grad()
 def decode_frames(
-    parts: Parts, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
+    loader: ModelLoader, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
     oversampling: int = 1,
 ) -> Iterator[Tensor]:
     """Yield video [B, 3, n, H, W] of each latent frame [B, C, 1, h, w] of a clip from `begin` on.
@@ -141,11 +142,11 @@ def decode_frames(
     Decoding starts earlier by the decoder's look-back, so that its caches, and the frames, are
     bit-equal.
     """
-    with parts.use("vae") as network:
+    with loader.use("vae") as network:
         vae = network.at_rate(oversampling)
         dtype = next(vae.parameters()).dtype
         first = max(0, begin - vae.receptive_frames() + 1)
-        pieces = (frame.to(parts.device, dtype) for frame in islice(frames, first, None))
+        pieces = (frame.to(loader.device, dtype) for frame in islice(frames, first, None))
         for index, video in enumerate(_decoded(vae, pieces, tiles), first):
             if index >= begin:
                 yield video

@@ -36,7 +36,7 @@ from vidgen.weights.student import STUDENT
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.types import Contexts, Plan
 
@@ -46,8 +46,8 @@ ALONE = "alone"
 
 @contextmanager
 def denoising(
-    parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
-    caches: StepCaches | None = None, regional: RegionalPrompts | None = None,
+    loader: ModelLoader, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
+    level: float, caches: StepCaches | None = None, regional: RegionalPrompts | None = None,
 ) -> Iterator[Denoise]:
     """Yield the guided model for sampling from sigma `level` on.
 
@@ -59,13 +59,13 @@ def denoising(
     others = regional.contexts if regional else []
     with ExitStack() as stack:
         made = stack.enter_context(denoisers(
-            parts, plan, state, [*asked.values(), *others], loras, level, caches=caches,
+            loader, plan, state, [*asked.values(), *others], loras, level, caches=caches,
             branches=[*asked, *[ALONE] * len(others)],
         ))
         by_branch, alone = dict(zip(asked, made, strict=False)), made[len(asked) :]
         conditional = by_branch[PROMPT]
         if regional is not None:
-            conditional = stack.enter_context(regional.applied(parts, state, conditional, alone))
+            conditional = stack.enter_context(regional.applied(loader, state, conditional, alone))
         if len(asked) == 1:
             yield conditional
         else:
@@ -78,8 +78,8 @@ def denoising(
 
 @contextmanager
 def denoisers(
-    parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
-    ranks: Ranks | None = None, caches: StepCaches | None = None, *,
+    loader: ModelLoader, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
+    level: float, ranks: Ranks | None = None, caches: StepCaches | None = None, *,
     branches: Sequence[str] = BRANCHES,
 ) -> Iterator[list[Denoise]]:
     """Yield the model under each of the contexts, named by `branches`; arguments as in `denoising`.
@@ -87,15 +87,15 @@ def denoisers(
     With `ranks` each call runs on all of them together, and all get the same result.
     """
     if plan.student is not None:
-        loras = loras.beside(parts.deltas(STUDENT))
+        loras = loras.beside(loader.deltas(STUDENT))
     if state.sound is not None:
         takes = state.sound.takes  # several sounds of a clip are adjacent in the batch
         contexts = [(features.repeat_interleave(takes, 0), lengths.repeat_interleave(takes, 0))
                     for features, lengths in contexts]
     hides_given = plan.guidance.known_scale is not None
     listens = state.is_known and state.sound is not None and ranks is None
-    boundary = boundary_of(parts.folder, plan, hears=state.sound is not None)
-    with experts(parts, boundary, loras, level) as given:
+    boundary = boundary_of(loader.folder, plan, hears=state.sound is not None)
+    with experts(loader, boundary, loras, level) as given:
         made = []
         for branch, context in zip(branches, contexts, strict=False):
             seen = state
@@ -104,18 +104,19 @@ def denoisers(
             elif branch == UNSHOWN:
                 seen = unshown(state)
             if listens:
-                made.append(_listener(parts, plan, seen, context, given))
+                made.append(_listener(loader, plan, seen, context, given))
                 continue
             cache_at = partial(caches.at, branch) if caches and branch != ALONE else None
-            made.append(_denoiser(parts, plan, seen, context, given, ranks, cache_at))
+            made.append(_denoiser(loader, plan, seen, context, given, ranks, cache_at))
         yield made
 
 
 def _denoiser(
-    parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts,
-    ranks: Ranks | None, cache_at: Callable[[float, TokenPart | None], StepCache] | None,
+    loader: ModelLoader, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor],
+    given: Experts, ranks: Ranks | None,
+    cache_at: Callable[[float, TokenPart | None], StepCache] | None,
 ) -> Denoise:
-    patch = parts.folder.components["transformer"].config.patch_size
+    patch = loader.folder.components["transformer"].config.patch_size
     options: dict[str, Any] = {"image_context": state.image_context, "ranks": ranks}
     if state.control is not None:
         options |= {"control": state.control, "control_scale": plan.control_scale}
@@ -132,7 +133,7 @@ def _denoiser(
         part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(latents)))
         inputs = network_inputs(
             state, latents, sigma, context, patch=patch, whole=whole_timesteps(plan.sampler),
-            frames_per_s=_frames_per_s(parts, plan),
+            frames_per_s=_frames_per_s(loader, plan),
         )
         step_cache = cache_at(level, part) if cache_at else None
         made = given.at(level)(**inputs, step_cache=step_cache, **options)
@@ -142,7 +143,8 @@ def _denoiser(
 
 
 def _listener(
-    parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
+    loader: ModelLoader, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor],
+    given: Experts,
 ) -> Denoise:
     """Return the model under one prompt for sounds of a known picture, which passes only once.
 
@@ -156,7 +158,7 @@ def _listener(
         dit, (picture, sound) = given.at(float(sigma[0])), state.apart(latents)
         assert sound is not None
         tokens = _audio_tokens(
-            state, sound, sigma, _frames_per_s(parts, plan),
+            state, sound, sigma, _frames_per_s(loader, plan),
             whole=whole_timesteps(plan.sampler),
         )
         if tokens.sees_video and dit not in recorded:
@@ -170,8 +172,8 @@ def _listener(
     return denoise
 
 
-def _frames_per_s(parts: Parts, plan: Plan) -> float:
-    return float(plan.fps) / parts.folder.components["vae"].config.strides.t
+def _frames_per_s(loader: ModelLoader, plan: Plan) -> float:
+    return float(plan.fps) / loader.folder.components["vae"].config.strides.t
 
 
 def _audio_tokens(

@@ -194,7 +194,7 @@ class Engine(OpenedModel):
             option = "preview" if previewed else "devices"
             raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
                              "written, on one device; leave one of them out")
-        estimate = preflight(self.parts, plan, request, self.asked)
+        estimate = preflight(self.loader, plan, request, self.asked)
         self.adopt(estimate.setup)
         if request.strict:
             require_backend(asked_backend(), self.device, DTYPES[self.dtype])

@@ -16,7 +16,7 @@ from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 if TYPE_CHECKING:
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.dit_types import DiTConfig
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Plan
     from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
@@ -58,8 +58,8 @@ def hashes_of(path: Path) -> list[str]:
 class Experts:
     """Gives the transformer of a noise level, with its adapters attached, inside `experts`."""
 
-    def __init__(self, parts: Parts, boundary: float | None, loras: Loras) -> None:
-        self._parts, self._boundary, self._loras = parts, boundary, loras
+    def __init__(self, loader: ModelLoader, boundary: float | None, loras: Loras) -> None:
+        self._loader, self._boundary, self._loras = loader, boundary, loras
         self._attached = ExitStack()
         self._role: ExpertRole | None = None
 
@@ -68,7 +68,7 @@ class Experts:
         role = self.role_at(sigma)
         if role != self._role:
             self.release()  # before the other one may take this one's memory
-            self._module = self._parts.expert(role)
+            self._module = self._loader.expert(role)
             own = self._loras.adapters.get(role, ())
             self._attached.enter_context(attached(self._module, own))
             self._role = role
@@ -91,20 +91,20 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None
     A distilled model is a delta of the first expert and has a boundary of its own. For sound
     (`hears`) a low-noise expert without sound layers is left out.
     """
-    parts = folder.components
-    deaf = hears and "transformer_2" in parts and parts["transformer_2"].config.audio is None
-    if deaf or "transformer_2" not in parts:
+    networks = folder.components
+    deaf = hears and "transformer_2" in networks and networks["transformer_2"].config.audio is None
+    if deaf or "transformer_2" not in networks:
         return None
     return folder.defaults.boundary if plan.student is None else plan.student.boundary
 
 
 @contextmanager
 def experts(
-    parts: Parts, boundary: float | None, loras: Loras, start_sigma: float
+    loader: ModelLoader, boundary: float | None, loras: Loras, start_sigma: float
 ) -> Iterator[Experts]:
     """Yield the transformers from `start_sigma` on; detach their adapters at the end."""
-    given = Experts(parts, boundary, loras)
-    with parts.use(given.role_at(start_sigma)):
+    given = Experts(loader, boundary, loras)
+    with loader.use(given.role_at(start_sigma)):
         try:
             yield given
         finally:

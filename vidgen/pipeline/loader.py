@@ -48,7 +48,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Parts:
+class ModelLoader:
     """Loads and frees a model's networks; refuses those that can't fit.
 
     Args:
@@ -128,7 +128,7 @@ class Parts:
 
     def expert(self, role: ExpertRole) -> SpacetimeDiT:
         """Return a transformer in a block of `use("transformer")`; the other is freed first."""
-        assert self._users[EXPERTS[0]], "experts are given inside `with parts.use('transformer')`"
+        assert self._users[EXPERTS[0]], "experts are given inside `with loader.use('transformer')`"
         with self._lock:
             dit: SpacetimeDiT = self._get(role)
             return dit

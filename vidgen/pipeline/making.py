@@ -60,7 +60,7 @@ class Making:
             self.contexts()  # before pictures are encoded
             self.report("prepare", 0, 1)
             if self.request.follow_audio and self.track.bed is not None:
-                followed = followed_sound(self.model.parts, plan, self.track.bed).beside
+                followed = followed_sound(self.model.loader, plan, self.track.bed).beside
             draw = Windows(self, glimpses, len(long.windows) if long else 1, kept.num_windows)
             if long:
                 latents = long.sample(draw, kept.done, kept.keep_window, followed)
@@ -111,7 +111,7 @@ class Making:
         """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
         plan = sound_plan(self.plan, self.model.folder.defaults)
         own = own_sound(
-            self.model.parts, self.plan, self.request, self._long.stretch if self._long else None
+            self.model.loader, self.plan, self.request, self._long.stretch if self._long else None
         )
 
         def sample(state: LatentState, number: int) -> Tensor:
@@ -162,7 +162,7 @@ class Windows:
             made = sample(state, on_step=on_step, resume=making.kept.take_state())
         else:
             made, rejected = best_of_window(
-                making.model.parts, plan, state, making.prompt, sample, on_step, making.kept,
+                making.model.loader, plan, state, making.prompt, sample, on_step, making.kept,
                 self.number, num_steps=num_steps,
             )
             self.others += rejected

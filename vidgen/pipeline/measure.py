@@ -35,7 +35,7 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
         state = engine.prepare(plan, request, inputs)
         caches = StepCaches(lambda _: Probe())
         level = float(sigmas[0])
-        with denoising(engine.parts, plan, state, contexts, NO_LORAS, level, caches) as denoise:
+        with denoising(engine.loader, plan, state, contexts, NO_LORAS, level, caches) as denoise:
             sample_state(plan.sampler, denoise, state, sigmas)
     return magnitudes_of(caches)
 

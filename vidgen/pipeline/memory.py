@@ -27,7 +27,7 @@ from vidgen.ops import native
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES, used_backend
 from vidgen.pipeline.experts import boundary_of
 from vidgen.pipeline.levels import sigmas_of
-from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, Parts
+from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.sound.candidates import drawn_at_once
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
@@ -174,10 +174,10 @@ class _Job:
         self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
         self.on_cpu, self.dtype = setup.device.type == "cpu", DTYPES[setup.dtype]
         # quantised sizes are asked for below; torchao isn't needed to know them
-        self.parts = Parts(folder, setup.device, self.dtype, setup.offload)
+        self.loader = ModelLoader(folder, setup.device, self.dtype, setup.offload)
         self.vae: VAEConfig = folder.components["vae"].config
         self.dit: DiTConfig = folder.components["transformer"].config
-        self.vae_dtype = self.parts.dtype_of("vae")
+        self.vae_dtype = self.loader.dtype_of("vae")
         self.rates, self.vae_rates = (
             rates.get(dtype) or known_rates(setup.device, dtype) or NOMINAL
             for dtype in (self.dtype, self.vae_dtype)
@@ -284,7 +284,7 @@ class _Job:
         listening = self.dit.num_layers * layer + max(
             self.pass_bytes(self.tokens), self.pass_bytes(heard) + takes * layer)
         at_once = max(min(whole, SOUND_AT_ONCE), heard if takes > 1 else 0)
-        decoding = sound_bytes(vae.config, at_once, self.parts.dtype_of("sound_vae").itemsize)
+        decoding = sound_bytes(vae.config, at_once, self.loader.dtype_of("sound_vae").itemsize)
         self.add("sound", seconds, max(listening, decoding), *EXPERTS[:1] * len(windows),
                  "sound_vae")
 
@@ -337,10 +337,10 @@ class _Job:
     def weight_bytes(self, role: Role) -> int:
         """Count a network's weights, without those of a mapped file that nothing reads."""
         offload: Offload = "block" if self.setup.offload == "block" else "stage"
-        size = self.parts.needed_bytes(
+        size = self.loader.needed_bytes(
             role, offload=offload, quantize=self.setup.quantize or "none")
         idle = {"text_encoder": "shared.", "vae": "-" if self.passes.encoded else "encoder."}
-        weights = self.parts.weights(role, self.dtype)
+        weights = self.loader.weights(role, self.dtype)
         if role not in idle or not self.on_cpu or self.setup.quantize or not weights.stay_mapped:
             return size
         return size - weights.num_bytes(name for name in weights.names

@@ -38,7 +38,7 @@ from vidgen.pipeline.codec import (
 )
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import settles, sigmas_of, split_of
-from vidgen.pipeline.loader import DTYPES, Parts
+from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.types import NO_LORAS, Contexts, Loras, Plan
@@ -79,29 +79,29 @@ class OpenedModel:
         if crew is not None:
             crew.open(folder, asked.quantize)
         self._open(first_setup(folder, device, asked))
-        self.parts.check()
+        self.loader.check()
         if self.offload == "none":  # report damaged files now
             for role in folder.components:
-                with self.parts.use(role):
+                with self.loader.use(role):
                     pass
 
     def _open(self, setup: Setup) -> None:
         self.dtype, self.offload = setup.dtype, setup.offload
-        self.parts = Parts(
+        self.loader = ModelLoader(
             self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
             None if self.crew is None else self.crew.mesh,
         )
-        self.prompts = PromptEncoder(self.parts, self.tokenizer)
+        self.prompts = PromptEncoder(self.loader, self.tokenizer)
 
     def adopt(self, setup: Setup) -> None:
         """Switch to another setup; networks loaded for the old one are freed."""
         if (setup.dtype, setup.offload) != (self.dtype, self.offload):
-            self.parts.close()
+            self.loader.close()
             self._open(setup)
 
     def close(self) -> None:
         """Free the networks and other devices; the engine can't be used afterwards."""
-        self.parts.close()
+        self.loader.close()
         if self.crew is not None:
             self.crew.close()
 
@@ -129,7 +129,7 @@ class OpenedModel:
 
         See `encode_pixels` for `passes`, `CausalVAE.at_rate` for `oversampling`.
         """
-        return encode_pixels(self.parts, video, tiles, passes, oversampling)
+        return encode_pixels(self.loader, video, tiles, passes, oversampling)
 
     def encode_first(
         self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
@@ -140,7 +140,7 @@ class OpenedModel:
         fit.
         """
         if num_steps and tiles is None:
-            return refine_first(self.parts, picture, self.encode_video(picture), num_steps)
+            return refine_first(self.loader, picture, self.encode_video(picture), num_steps)
         if num_steps:
             log.warning("a first frame that is taken in tiles isn't refined; leave refinement out, "
                         "or give --tiles none")
@@ -157,7 +157,7 @@ class OpenedModel:
         """
         t = self.vae_config.strides.t // oversampling
         decode = decode_latents if self.crew is None else self.crew.decode
-        made = decode(self.parts, latents, latent_of(start, t), tiles=tiles,
+        made = decode(self.loader, latents, latent_of(start, t), tiles=tiles,
                       oversampling=oversampling)
         return from_frame(made, start, t)
 
@@ -165,7 +165,7 @@ class OpenedModel:
     def describe(self, pictures: Sequence[Any]) -> Tensor:
         """Return image features [1, S, D] of one picture, or of two if the model reads two."""
         count = 1 if self.dit_config.image_positions is None else 2
-        with self.parts.use("image_encoder") as encoder:
+        with self.loader.use("image_encoder") as encoder:
             seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
             dtype = next(encoder.parameters()).dtype
             features = [encoder(pixels.to(self.device, dtype)) for pixels in seen]
@@ -258,7 +258,7 @@ class OpenedModel:
         level = float(sigmas[resume.step if resume else 0])
         assert self.crew is None or regional is None, "devices share no regional prompts"
         model = self.crew.denoising if self.crew else partial(denoising, regional=regional)
-        with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
+        with model(self.loader, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(
                     denoise, state.begin(), scheduler, plan.num_steps, strength=plan.strength,

@@ -26,7 +26,7 @@ from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_path, cache_folder, fingerprint
 from vidgen.models.text import NOTHING, TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
-from vidgen.pipeline.loader import Parts
+from vidgen.pipeline.loader import ModelLoader
 from vidgen.weights.folder import hash_files
 
 log = logging.getLogger(__name__)
@@ -47,14 +47,14 @@ class PromptCache:
         self.folder, self._made_by, self._limit = folder, made_by, limit
 
     @classmethod
-    def of(cls, parts: Parts, tokenizer: PromptTokenizer) -> PromptCache:
+    def of(cls, loader: ModelLoader, tokenizer: PromptTokenizer) -> PromptCache:
         """Return the cache of a model's text encoder, in the user's cache folder."""
-        component = parts.folder.components["text_encoder"]
-        words = sorted(parts.folder.tokenizer.glob("*.json"))
+        component = loader.folder.components["text_encoder"]
+        words = sorted(loader.folder.tokenizer.glob("*.json"))
         hashes = hash_files((*component.store.files, *words))
         facts = [
             sorted(hashes.values()), repr(component.config), tokenizer.max_length,
-            str(parts.dtype), parts.quantize, parts.device.type, fingerprint(),
+            str(loader.dtype), loader.quantize, loader.device.type, fingerprint(),
         ]
         made_by = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return cls(cache_folder() / "prompts", made_by)
@@ -101,13 +101,13 @@ class PromptCache:
 class PromptEncoder:
     """Encodes a model's prompts; a large text encoder is loaded only if the cache lacks one."""
 
-    def __init__(self, parts: Parts, tokenizer: PromptTokenizer) -> None:
-        self._parts, self._tokenizer = parts, tokenizer
+    def __init__(self, loader: ModelLoader, tokenizer: PromptTokenizer) -> None:
+        self._loader, self._tokenizer = loader, tokenizer
 
     @cached_property
     def _cache(self) -> PromptCache | None:
-        small = self._parts.folder.components["text_encoder"].store.num_bytes <= WORTHWHILE_BYTES
-        return None if small else PromptCache.of(self._parts, self._tokenizer)
+        small = self._loader.folder.components["text_encoder"].store.num_bytes <= WORTHWHILE_BYTES
+        return None if small else PromptCache.of(self._loader, self._tokenizer)
 
     def encode(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
@@ -123,13 +123,13 @@ class PromptEncoder:
         known = {prompt: context for prompt, context in asked.items() if context is not None}
         unknown = [prompt for prompt in asked if prompt not in known]
         if unknown:
-            with self._parts.use("text_encoder"):
+            with self._loader.use("text_encoder"):
                 for prompt in unknown:  # each alone, so that its context depends on nothing else
                     known[prompt] = self._run([prompt], NOTHING)[0][0]
                     self._cache.put(prompt, known[prompt])
-        rows = [known[prompt].to(self._parts.device) for prompt in prompts]
+        rows = [known[prompt].to(self._loader.device) for prompt in prompts]
         return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
     def _run(self, prompts: Sequence[str], learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with self._parts.use("text_encoder") as encoder:
+        with self._loader.use("text_encoder") as encoder:
             return TextEncoder(encoder, self._tokenizer).encode(prompts, learned)

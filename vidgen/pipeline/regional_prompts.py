@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise
     from vidgen.diffusion.state import LatentState
     from vidgen.models.verifier import VerifierConfig
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
 
 VERIFIER: Literal["verifier"] = "verifier"
 
@@ -46,12 +46,12 @@ class RegionalPrompts:
 
     @contextmanager
     def applied(
-        self, parts: Parts, state: LatentState, denoise_all: Denoise,
+        self, loader: ModelLoader, state: LatentState, denoise_all: Denoise,
         denoise_each: Sequence[Denoise],
     ) -> Iterator[Denoise]:
         """Yield the model of the prompt with regional prompts; `denoise_each` is by `contexts`."""
         count = self.labels.shape[1]
-        with parts.use(VERIFIER) as verifier:
+        with loader.use(VERIFIER) as verifier:
             known = verifier.config
             by_level = [_between(known.looks, looks, does) for does, looks in
                         zip(denoise_each[:count], denoise_each[count:], strict=True)]

@@ -15,7 +15,7 @@ from vidgen.core.errors import ModelError
 from vidgen.core.runtime import available_memory, best_dtype, size_text
 from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.models.vae_tiles import grids
-from vidgen.pipeline.loader import DTYPES, Parts
+from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.memory import estimate
 from vidgen.pipeline.timing import Rates
 from vidgen.pipeline.types import Estimate, Offload, Plan, Setup
@@ -40,25 +40,25 @@ def first_setup(
     dtype, have = asked.dtype or best_dtype(device), available_memory(device)
     for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked)):
         setup = Setup(device, name, offload, asked.quantize)
-        weights = Parts(folder, device, DTYPES[name], offload).needed_bytes(
+        weights = ModelLoader(folder, device, DTYPES[name], offload).needed_bytes(
             quantize=asked.quantize or "none")
         if have is None or weights <= (1 - SPARE) * have:
             break
     return setup
 
 
-def preflight(parts: Parts, plan: Plan, request: Request, asked: Loading) -> Estimate:
+def preflight(loader: ModelLoader, plan: Plan, request: Request, asked: Loading) -> Estimate:
     """Estimate a generation without measuring anything; choose what `asked` leaves open.
 
     Raises:
         ModelError: more than the memory holds; names what would fit.
     """
-    have = available_memory(parts.device)
+    have = available_memory(loader.device)
     if have is not None:
-        have += parts.elsewhere_bytes
-        have += sum(parts.needed_bytes(role, offload="stage") for role in parts.resident)
-    return choose(parts.folder, plan, request, asked, parts.device, have,
-                  dtype=asked.dtype or best_dtype(parts.device))
+        have += loader.elsewhere_bytes
+        have += sum(loader.needed_bytes(role, offload="stage") for role in loader.resident)
+    return choose(loader.folder, plan, request, asked, loader.device, have,
+                  dtype=asked.dtype or best_dtype(loader.device))
 
 
 def choose(

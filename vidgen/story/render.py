@@ -352,7 +352,7 @@ def verify_take(model: OpenedModel, path: Path, parts: Sequence[Part]) -> Iterat
             stretch = islice(frames, part.num_frames)
             whole = islice(stretch, 1 + (part.num_frames - 1) // stride * stride)
             prompt = read_as(part.prompt, model.tokenizer.readings(part.prompt))
-            verified = verify_video(model.parts, (as_video(f[None]) for f in whole), prompt)
+            verified = verify_video(model.loader, (as_video(f[None]) for f in whole), prompt)
             for _ in stretch:  # frames that fill no latent frame
                 pass
             if verified is not None:

@@ -186,7 +186,7 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     made = engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs())
     (context, lengths), = engine.encode_prompt(made)
     state = engine.prepare(made, Request(prompt=PROMPT, seed=3), Inputs())
-    with engine.parts.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
+    with engine.loader.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
         by_hand = sample_unipc(
             lambda noisy, sigma: velocity(
                 dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size,
@@ -216,7 +216,7 @@ def test_its_clips_are_heard_by_the_model_itself(engine: Engine) -> None:
     made = engine.generate(PROMPT, seed=3, steps=2)
     plan = sound_plan(engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs()),
                       engine.folder.defaults)
-    own = own_sound(engine.parts, plan, Request(prompt=PROMPT, seed=3), None)
+    own = own_sound(engine.loader, plan, Request(prompt=PROMPT, seed=3), None)
     contexts = engine.encode_prompt(plan)
     assert len(contexts) == 2, "it is guided"
     own.follow(made.latents, lambda state, _: engine.sample(plan, state, contexts), Journal(None))
@@ -230,7 +230,7 @@ def test_a_first_frame_stands_and_adapters_add_up(engine: Engine, tmp_path: Path
     shown = engine.encode_video(
         torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1)
     torch.testing.assert_close(clip.latents[:, :, :1], shown)
-    with engine.parts.use("transformer") as dit:
+    with engine.loader.use("transformer") as dit:
         write_lora(make_adapter(dit), tmp_path / "own.safetensors", "vidgen")
     plain = engine.generate(PROMPT, seed=3, steps=2)
     both = engine.generate(PROMPT, seed=3, steps=2, lora=[str(tmp_path / "own.safetensors")])

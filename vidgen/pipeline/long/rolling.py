@@ -89,7 +89,7 @@ class RolledClip:
         student, roll, first = self.plan.student, self._roll, 0
         assert student is not None
         rollout = Rollout(self.context, roll, self.plan.sampler)
-        parts = self.engine.parts
+        parts = self.engine.loader
         loras = self.loras.beside(parts.deltas(ROLLER))
         sigmas = torch.tensor(student.sigmas).to(self.engine.device)
         while True:
@@ -103,7 +103,7 @@ class RolledClip:
 
     def videos(self, start: int = 0) -> Iterator[Tensor]:
         """Yield video [1, 3, n, H, W], one latent frame after the other, from frame `start` on."""
-        t, parts = self.engine.vae_config.strides.t, self.engine.parts
+        t, parts = self.engine.vae_config.strides.t, self.engine.loader
         made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
         return from_frame(made, start, t)
 

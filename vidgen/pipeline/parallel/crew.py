@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.state import LatentState
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Contexts, Loras, Plan
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
@@ -103,7 +103,7 @@ class Crew:
 
     @contextmanager
     def denoising(
-        self, parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
+        self, loader: ModelLoader, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
         level: float, caches: StepCaches | None = None,
     ) -> Iterator[Denoise]:
         """Yield the guided model over all devices; arguments as in `denoise.denoising`.
@@ -121,9 +121,9 @@ class Crew:
                             remembered=self._remembered)
         ranks = self.link.ranks(division)
         with denoisers(
-            parts, plan, state, division.contexts(contexts, 0), loras, level, ranks, caches
+            loader, plan, state, division.contexts(contexts, 0), loras, level, ranks, caches
         ) as own:
-            self.order("begin", parts.dtype, parts.offload, moved(share, "cpu"))
+            self.order("begin", loader.dtype, loader.offload, moved(share, "cpu"))
             if caches is not None:
                 tie(caches, self.link, division, moved(self._remembered, self.link.device),
                     shard=self.shard)
@@ -150,12 +150,12 @@ class Crew:
         return {**self._remembered, **caches.state(numbers_only=True)}
 
     def decode(
-        self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
+        self, loader: ModelLoader, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
         oversampling: int = 1,
     ) -> Iterator[Tensor]:
         """Yield the result of `codec.decode_latents`, a stretch decoded by each device."""
         self._require_alive()
-        with parts.use("vae") as network:
+        with loader.use("vae") as network:
             vae = network.at_rate(oversampling)
             t, hw = vae.strides.t, vae.strides.hw
             shape = (latents.shape[0], 3, t, *(side * hw for side in latents.shape[3:]))
@@ -166,10 +166,10 @@ class Crew:
                       for first, end in theirs]
             coming: Iterable[Tensor] = ()
             if slices:
-                self.order("decode", parts.dtype, parts.offload, slices, tiles, oversampling)
+                self.order("decode", loader.dtype, loader.offload, slices, tiles, oversampling)
                 sizes = [end - first for first, end in theirs]
-                coming = self._coming = _Coming(self, sizes, shape, parts.dtype_of("vae"))
-            yield from decode_latents(parts, latents, *mine, tiles, oversampling)
+                coming = self._coming = _Coming(self, sizes, shape, loader.dtype_of("vae"))
+            yield from decode_latents(loader, latents, *mine, tiles, oversampling)
             yield from coming
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
-from vidgen.pipeline.loader import EXPERTS, Parts
+from vidgen.pipeline.loader import EXPERTS, ModelLoader
 from vidgen.pipeline.parallel.link import (
     FAILURE,
     LOST,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 class Member:
     """A rank's answers to orders; each order is a method of the same name."""
 
-    parts: Parts | None = None
+    loader: ModelLoader | None = None
     _caches: StepCaches | None = None
 
     def __init__(self, link: Link) -> None:
@@ -57,9 +57,9 @@ class Member:
 
     def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
         """Open the networks that the ranks share; they are loaded when they are used."""
-        if self.parts is not None:
-            self.parts.close()
-            self.parts = None
+        if self.loader is not None:
+            self.loader.close()
+            self.loader = None
         folder = open_model(model)
         assert isinstance(folder, ModelFolder)
         helping = Components({role: part for role, part in folder.components.items()
@@ -70,14 +70,14 @@ class Member:
     def begin(self, dtype: torch.dtype, offload: Offload, share: Share) -> None:
         """Prepare to denoise a clip."""
         torch.set_num_threads(share.threads)
-        parts = self._set_up(dtype, offload)
+        loader = self._set_up(dtype, offload)
         own, link = moved(share, self._link.device), self._link
         division = self._division = own.division
         self._caches = own.caches
         if own.caches is not None:
             tie(own.caches, link, division, own.remembered, shard=self._mesh is not None)
         self._denoisers = self._sampling.enter_context(denoisers(
-            parts, own.plan, own.state, division.contexts(own.contexts, link.rank), own.loras,
+            loader, own.plan, own.state, division.contexts(own.contexts, link.rank), own.loras,
             own.level, link.ranks(division), own.caches,
             branches=division.branches(link.rank),
         ))
@@ -113,10 +113,10 @@ class Member:
         """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
         if self._link.rank > len(slices):
             return
-        parts = self._set_up(dtype, offload)
+        loader = self._set_up(dtype, offload)
         latents, skipped = slices[self._link.rank - 1]
         room, sent = None, []
-        videos = decode_latents(parts, latents, skipped, tiles=tiles, oversampling=oversampling)
+        videos = decode_latents(loader, latents, skipped, tiles=tiles, oversampling=oversampling)
         for index, video in enumerate(videos):
             made = video.contiguous().view(-1).view(torch.uint8)
             if room is None:  # rank 0 may be long in coming to it
@@ -127,17 +127,17 @@ class Member:
         for work in sent:
             work.wait()
 
-    def _set_up(self, dtype: torch.dtype, offload: Offload) -> Parts:
+    def _set_up(self, dtype: torch.dtype, offload: Offload) -> ModelLoader:
         """Return the networks, held as rank 0 holds them."""
-        old = self.parts
+        old = self.loader
         if old is not None and (old.dtype, old.offload) == (dtype, offload):
             return old
         if old is not None:
             old.close()
-        self.parts = Parts(
+        self.loader = ModelLoader(
             self._folder, self._link.device, dtype, offload, self._quantize, self._mesh
         )
-        return self.parts
+        return self.loader
 
 
 def serve(link: Link) -> None:

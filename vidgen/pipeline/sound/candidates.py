@@ -24,7 +24,7 @@ from vidgen.models.onset_detector import part_times
 
 if TYPE_CHECKING:
     from vidgen.diffusion.temporal_upsampling import LatentRate
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.weights.folder import ModelFolder
 
 TOGETHER_S = 0.06
@@ -105,24 +105,24 @@ class Impacts:
 
 
 def impacts_seen(
-    parts: Parts, picture: Tensor, latent_rate: LatentRate, first: int, fps: Fraction
+    loader: ModelLoader, picture: Tensor, latent_rate: LatentRate, first: int, fps: Fraction
 ) -> Impacts | None:
     """Return the impacts that the model's onset detector expects in a picture [1, C, F, h, w].
 
     The picture begins with latent frame `first` of the clip, at its own `latent_rate`; `fps` is
     the clip's rate as it is shown. Times are seconds of the clip. None without a detector.
     """
-    if ONSET_DETECTOR not in parts.folder.components:
+    if ONSET_DETECTOR not in loader.folder.components:
         return None
-    stride_t = parts.folder.components["vae"].config.strides.t
-    with parts.use(ONSET_DETECTOR) as detector:
-        expected = detector.expected(picture.to(parts.device))[0].double().cpu()  # [F, P]
+    stride_t = loader.folder.components["vae"].config.strides.t
+    with loader.use(ONSET_DETECTOR) as detector:
+        expected = detector.expected(picture.to(loader.device))[0].double().cpu()  # [F, P]
     if latent_rate.alone:
         expected[0] = 0  # a single picture
     begins = 0 if latent_rate.alone else latent_rate.factor * (first - 1) + 1
     count, num_parts = expected.shape
     times = part_times(begins, count, num_parts, stride_t, float(fps * latent_rate.factor))
-    enough = parts.folder.components[ONSET_DETECTOR].config.enough
+    enough = loader.folder.components[ONSET_DETECTOR].config.enough
     return Impacts(times.flatten().double().numpy(), expected.flatten().numpy(), enough)
 
 

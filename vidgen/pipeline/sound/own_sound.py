@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from vidgen.media.types import Samples
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.long.tail import Stretch
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
@@ -61,7 +61,7 @@ FURTHEST_S = 0.05
 class OwnSound:
     """A clip's sound while it is made."""
 
-    parts: Parts
+    loader: ModelLoader
     plan: Plan  # of the whole clip
     latents: Tensor  # made or known so far, [1, C, K], on the CPU
     windows: Sequence[tuple[int, int]]  # [start, stop) sampled at once, in the picture's latents
@@ -93,7 +93,7 @@ class OwnSound:
             if self.latents.shape[2] and self._ends >= end:
                 continue  # made before a kill
             seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
-            shown = picture[:, :, seen].to(self.parts.device)
+            shown = picture[:, :, seen].to(self.loader.device)
 
             def denoised(state: LatentState, number: int = number) -> Tensor:
                 return sample(state, number)
@@ -121,12 +121,12 @@ class OwnSound:
 
         @torch.no_grad()
         def hear(latents: Tensor) -> Tensor:
-            with self.parts.use("sound_vae") as vae:
+            with self.loader.use("sound_vae") as vae:
                 return vae.decode(latents, latents.shape[2] * config.samples_per_token)
 
         impacts, most = None, self.plan.sound_candidates
         if most > 1:
-            impacts = impacts_seen(self.parts, shown, rate, first, self.plan.fps)
+            impacts = impacts_seen(self.loader, shown, rate, first, self.plan.fps)
         if impacts is not None:
             begin = self._span(first, 1)[0]
             known = max(0, self._ends - begin)
@@ -134,7 +134,7 @@ class OwnSound:
                 impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
                 new_from_s=known / config.tokens_per_s,
             )
-        at_once = drawn_at_once(self.parts.folder, most)
+        at_once = drawn_at_once(self.loader.folder, most)
         return best_heard(draw, hear, config.sample_rate, most, at_once, impacts)
 
     def beside(
@@ -198,8 +198,8 @@ class OwnSound:
         skip = round(behind * config.sample_rate)
         if skip < 0:
             yield np.zeros((-skip, 1), np.float32)
-        with self.parts.use("sound_vae") as vae:
-            pieces = (part.to(self.parts.device) for part in self.latents.split(AT_ONCE, dim=2))
+        with self.loader.use("sound_vae") as vae:
+            pieces = (part.to(self.loader.device) for part in self.latents.split(AT_ONCE, dim=2))
             for sound in vae.stream_decode(pieces):
                 block = sound[0, max(0, skip) :].float()
                 skip = max(0, skip) - sound.shape[1]
@@ -217,41 +217,43 @@ class OwnSound:
 
     @property
     def _config(self) -> AudioVAEConfig:
-        return _config(self.parts)
+        return _config(self.loader)
 
     @property
     def _stride_t(self) -> int:
-        stride_t: int = self.parts.folder.components["vae"].config.strides.t
+        stride_t: int = self.loader.folder.components["vae"].config.strides.t
         return stride_t
 
 
-def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
+def followed_sound(loader: ModelLoader, plan: Plan, bed: Samples) -> OwnSound:
     """Return the given sound that a clip's picture follows, known from start to end."""
-    return OwnSound(parts, plan, _encode(parts, bed, RATE), (), LatentRate(plan.oversampling))
+    return OwnSound(loader, plan, _encode(loader, bed, RATE), (), LatentRate(plan.oversampling))
 
 
-def own_sound(parts: Parts, plan: Plan, request: Request, stretch: Stretch | None) -> OwnSound:
+def own_sound(
+    loader: ModelLoader, plan: Plan, request: Request, stretch: Stretch | None
+) -> OwnSound:
     """Return the sound to make for a clip, after that of the clip it continues.
 
     `stretch` are the windows of a long clip, None for a single one.
     """
-    nothing = torch.zeros(1, _config(parts).latent_channels, 0)
+    nothing = torch.zeros(1, _config(loader).latent_channels, 0)
     if stretch is None:
         whole = [(0, plan.latents.num_frames)]
-        return OwnSound(parts, plan, nothing, whole, LatentRate(plan.oversampling))
-    own = OwnSound(parts, plan, nothing, stretch.windows, stretch.rate, stretch.num_gone)
+        return OwnSound(loader, plan, nothing, whole, LatentRate(plan.oversampling))
+    own = OwnSound(loader, plan, nothing, stretch.windows, stretch.rate, stretch.num_gone)
     if stretch.begun is None:
         return own
     own.starts_s = stretch.begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
     if own.earlier is not None:
-        config, (samples, rate) = _config(parts), own.earlier
+        config, (samples, rate) = _config(loader), own.earlier
         own.begins = own._span(own.num_gone, 1)[0]
         known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
         first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
         heard = samples[first : round(own.starts_s * rate)]
         if known > 0 and len(heard):
-            own.latents = _encode(parts, heard, rate)[:, :, :known]
+            own.latents = _encode(loader, heard, rate)[:, :, :known]
     return own
 
 
@@ -293,13 +295,13 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
 
 
 @torch.no_grad()
-def _encode(parts: Parts, samples: Samples, rate: int) -> Tensor:
+def _encode(loader: ModelLoader, samples: Samples, rate: int) -> Tensor:
     """Return latents [1, C, K] of samples [N, c], encoded second by second."""
-    config = _config(parts)
+    config = _config(loader)
     blocks = (samples[start : start + rate].mean(1, keepdims=True)
               for start in range(0, len(samples), rate))
-    with parts.use("sound_vae") as vae:
-        heard = (torch.from_numpy(block[:, 0].copy())[None].to(parts.device)
+    with loader.use("sound_vae") as vae:
+        heard = (torch.from_numpy(block[:, 0].copy())[None].to(loader.device)
                  for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
         return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
 
@@ -311,6 +313,6 @@ def _sound_of(state: LatentState, packed: Tensor) -> Tensor:
     return sound
 
 
-def _config(parts: Parts) -> AudioVAEConfig:
-    config: AudioVAEConfig = parts.folder.components["sound_vae"].config
+def _config(loader: ModelLoader) -> AudioVAEConfig:
+    config: AudioVAEConfig = loader.folder.components["sound_vae"].config
     return config

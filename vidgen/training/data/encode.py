@@ -28,7 +28,7 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.levels import upsampling_of
-from vidgen.pipeline.loader import DTYPES, Parts
+from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.training.data.config import Bucket
 from vidgen.training.data.probe import is_still
 from vidgen.training.data.select import Item
@@ -139,8 +139,8 @@ class ItemEncoder:
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
         self.folder, self.device, self.extras = folder, device, Extras.of(folder)
         self._stack = ExitStack()
-        self._pixel_parts = Parts(folder, device, torch.float32, "stage")
-        self._text_parts = Parts(folder, device, DTYPES[best_dtype(device)], "stage")
+        self._pixel_loader = ModelLoader(folder, device, torch.float32, "stage")
+        self._text_loader = ModelLoader(folder, device, DTYPES[best_dtype(device)], "stage")
         self._held: dict[Role, torch.nn.Module] = {}
         self._tokenizer: PromptTokenizer | None = None
 
@@ -158,8 +158,8 @@ class ItemEncoder:
 
     def _network(self, role: Role) -> torch.nn.Module:
         if role not in self._held:
-            parts = self._text_parts if role == "text_encoder" else self._pixel_parts
-            self._held[role] = self._stack.enter_context(parts.use(role))
+            loader = self._text_loader if role == "text_encoder" else self._pixel_loader
+            self._held[role] = self._stack.enter_context(loader.use(role))
         return self._held[role]
 
     @torch.no_grad()

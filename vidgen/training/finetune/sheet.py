@@ -99,7 +99,7 @@ class Sheets:
         engine = self._engine
         for role in engine.folder.components:
             if role in modules:
-                engine.parts.lend(role, modules[role])
+                engine.loader.lend(role, modules[role])
         with tempfile.TemporaryDirectory(prefix="vidgen-") as scratch:
             token = modules.get("token")
             loras: list[str] = []
@@ -108,7 +108,7 @@ class Sheets:
                 write_lora(Adapter("token", {}, tokens={token.token: token.row}), path, "vidgen")
                 loras = [str(path)]
             frames = [self._generate(engine, i, loras) for i in range(len(self._examples))]
-        engine.parts.close()
+        engine.loader.close()
         prompts = [example.prompt for example in self._examples]
         _write(folder / f"sheet-{step:08d}.png", frames, prompts)
 
@@ -124,11 +124,11 @@ class Sheets:
         """
         count = min(self.config.output.ab_clips, len(self._examples))
         without = [self._generate(self._engine, i, ()) for i in range(count)]
-        self._engine.parts.close()
+        self._engine.loader.close()
         is_lora = self.config.method == "lora"
         engine = self._engine if is_lora else self._open(use[0])
         with_it = [self._generate(engine, i, use if is_lora else ()) for i in range(count)]
-        engine.parts.close()
+        engine.loader.close()
         rows, labels = [], []
         for example, *pair in zip(self._examples, without, with_it, strict=False):
             rows += pair
