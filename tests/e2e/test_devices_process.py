@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 PROMPT = "a red car bounces across the desert"
 
 
-def members_of(pid: int) -> list[int]:
+def workers_of(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children
-            if "parallel.member" in Path(f"/proc/{child}/cmdline").read_text()]
+            if "parallel.worker" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def is_running(pid: int) -> bool:
@@ -50,7 +50,7 @@ def sampling(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str],
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < until
             time.sleep(0.05)
-        yield process, members_of(process.pid)
+        yield process, workers_of(process.pid)
     finally:
         process.kill()
         process.wait()
@@ -58,17 +58,17 @@ def sampling(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str],
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("victim", "code", "said"), [
-    ("member", 1, "error: device 1 of 2 failed: killed by SIGKILL"),
+    ("worker", 1, "error: device 1 of 2 failed: killed by SIGKILL"),
     ("interrupt", 130, "interrupted"),
     ("command", -9, ""),
 ])  # fmt: skip
 def test_nothing_is_left_behind(
     tiny_model: Path, tmp_path: Path, victim: str, code: int, said: str
 ) -> None:
-    with sampling(tiny_model, tmp_path) as (process, members):
-        assert len(members) == 1
+    with sampling(tiny_model, tmp_path) as (process, workers):
+        assert len(workers) == 1
         os.kill(*{
-            "member": (members[0], signal.SIGKILL), "interrupt": (process.pid, signal.SIGINT),
+            "worker": (workers[0], signal.SIGKILL), "interrupt": (process.pid, signal.SIGINT),
             "command": (process.pid, signal.SIGKILL),
         }[victim])
         _, told = process.communicate(timeout=60)
@@ -76,7 +76,7 @@ def test_nothing_is_left_behind(
         assert said in told
         assert "Traceback" not in told
     until = time.monotonic() + 20
-    while any(map(is_running, members)):
+    while any(map(is_running, workers)):
         assert time.monotonic() < until
         time.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""Several devices give what one gives: real member processes, tiny models."""
+"""Several devices give what one gives: real worker processes, tiny models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vidgen.pipeline import step_caches
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.parallel.crew import Crew, start_crew
+from vidgen.pipeline.parallel.devices import Devices, start_devices
 from vidgen.pipeline.replay import loading_from_recipe
 from vidgen.pipeline.step_caches import make_caches, write_magnitudes
 from vidgen.weights.layouts import open_model
@@ -33,15 +33,16 @@ LONG = torch.randn(1, 4, 64, 4, 4, generator=torch.Generator().manual_seed(0))
 """Latents of 253 frames, twice as many as the decoder looks back on."""
 
 
-def open_engine(folder: Path, crew: Crew | None = None) -> Engine:
-    return Engine(open_model(str(folder)), CPU, Loading(offload="none", dtype="fp32"), crew=crew)
+def open_engine(folder: Path, devices: Devices | None = None) -> Engine:
+    asked = Loading(offload="none", dtype="fp32")
+    return Engine(open_model(str(folder)), CPU, asked, devices=devices)
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Crew]:
-    crew = start_crew(2, CPU)
-    yield crew
-    crew.close()
+def two() -> Iterator[Devices]:
+    devices = start_devices(2, CPU)
+    yield devices
+    devices.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def both(tiny_model: Path, two: Crew) -> Engine:
+def both(tiny_model: Path, two: Devices) -> Engine:
     return open_engine(tiny_model, two)
 
 
@@ -80,7 +81,7 @@ def test_two_devices_give_the_frames_of_one(one: Engine, both: Engine, options: 
     "options", [{}, {"guidance": 1.0}, {"frames": 33, "cache": "forecast:0.2"}], ids=str
 )
 def test_two_devices_make_the_sound_of_one(
-    heard: Path, two: Crew, options: dict[str, object]
+    heard: Path, two: Devices, options: dict[str, object]
 ) -> None:
     engines = open_engine(heard), open_engine(heard, two)
     alone, shared = (engine.generate(PROMPT, seed=3, steps=4, **options) for engine in engines)
@@ -92,7 +93,7 @@ def test_two_devices_make_the_sound_of_one(
 def test_decoding_is_bit_equal_from_any_frame(one: Engine, both: Engine) -> None:
     for start in (0, 1, 150):
         alone, shared = (list(engine.decode_video(LONG, start)) for engine in (one, both))
-        assert both.crew._coming is not None, "too short to be shared"
+        assert both.devices._coming is not None, "too short to be shared"
         assert len(alone) == len(shared)
         assert all(map(torch.equal, alone, shared))
 
@@ -205,7 +206,7 @@ def test_a_replay_takes_as_many_devices_if_they_are_here(
         loading_from_recipe({**recipe, "devices": {"count": 10000}})
 
 
-def test_both_experts_of_wan_are_shared(two: Crew, tmp_path: Path) -> None:
+def test_both_experts_of_wan_are_shared(two: Devices, tmp_path: Path) -> None:
     from tests.wan_models import build_diffusers
 
     folder = build_diffusers(tmp_path / "wan", "i2v-a14b")
@@ -213,15 +214,15 @@ def test_both_experts_of_wan_are_shared(two: Crew, tmp_path: Path) -> None:
     options = {"seed": 1, "frames": 5, "size": "32x32", "steps": 3, "image": picture}
     for guidance in (3.5, 1.0):
         alone, shared = (
-            open_engine(folder, crew).generate(PROMPT, guidance=guidance, **options)
-            for crew in (None, two)
+            open_engine(folder, devices).generate(PROMPT, guidance=guidance, **options)
+            for devices in (None, two)
         )
         assert (alone.latents - shared.latents).abs().max() < 1e-5
         assert np.array_equal(alone.frames, shared.frames)
 
 
 def test_four_devices_share_guidance_tokens_and_weights(
-    tiny_model: Path, one: Engine, two: Crew, runs: list
+    tiny_model: Path, one: Engine, two: Devices, runs: list
 ) -> None:
     two.close()  # a process belongs to one group at a time
     with pytest.raises(DeviceError, match="gone"):
@@ -246,10 +247,10 @@ def test_four_devices_share_guidance_tokens_and_weights(
         engine.generate(PROMPT, seed=3, guidance=1.0)
     with pytest.raises(InputError, match="in use in this process"):
         load(str(tiny_model), device="cpu", devices=2)
-    os.kill(engine.crew._children[1].process.pid, signal.SIGKILL)
+    os.kill(engine.devices._children[1].process.pid, signal.SIGKILL)
     with pytest.raises(DeviceError, match="device 2 of 4 failed: killed by SIGKILL"):
         engine.generate(PROMPT, seed=3)
-    assert all(child.process.poll() is not None for child in engine.crew._children)
+    assert all(child.process.poll() is not None for child in engine.devices._children)
     with pytest.raises(DeviceError, match="gone"):
         engine.generate(PROMPT, seed=3)
 
@@ -269,4 +270,4 @@ def test_what_does_not_go_together_is_refused(
 def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="devices is 2, but torch sees 1 here; give 1 or fewer"):
-        start_crew(2, torch.device("cuda"))
+        start_devices(2, torch.device("cuda"))

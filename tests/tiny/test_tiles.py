@@ -22,7 +22,7 @@ from vidgen.pipeline import codec, setups
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.memory import estimate
-from vidgen.pipeline.parallel.crew import start_crew
+from vidgen.pipeline.parallel.devices import start_devices
 from vidgen.pipeline.plan import settle
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import choose
@@ -82,14 +82,14 @@ def test_frames_dont_depend_on_where_decoding_begins_nor_on_devices(
     alone = [*engine.decode_video(latents, 0, tiles)]
     assert len(alone) == 64
     assert all(map(torch.equal, alone[50:], engine.decode_video(latents, 1 + 49 * 4, tiles)))
-    crew = start_crew(2, CPU)
+    devices = start_devices(2, CPU)
     try:
         asked = Loading(offload="none", dtype="fp32")
-        both = Engine(open_model(str(tiny_model)), CPU, asked, crew=crew)
+        both = Engine(open_model(str(tiny_model)), CPU, asked, devices=devices)
         shared = [*both.decode_video(latents, 0, tiles)]
-        assert crew._coming is not None, "too short to be shared"
+        assert devices._coming is not None, "too short to be shared"
     finally:
-        crew.close()
+        devices.close()
     assert all(map(torch.equal, alone, shared))
 
 

@@ -5,7 +5,7 @@ import pytest
 from vidgen.core.errors import InputError
 from vidgen.pipeline import codec
 from vidgen.pipeline.codec import room_for
-from vidgen.pipeline.parallel.link import Division, divide, stretches
+from vidgen.pipeline.parallel.ipc import Division, divide, stretches
 
 
 @pytest.mark.parametrize("begin", [0, 3, 40])

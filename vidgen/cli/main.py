@@ -170,7 +170,7 @@ def _run(verb: str, *arguments: str) -> int:
     module, parser = verb_parser(verb)
     args = parser.parse(arguments)
     if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
-        from vidgen.pipeline.parallel.member import join_torchrun
+        from vidgen.pipeline.parallel.worker import join_torchrun
 
         join_torchrun()  # the process of rank 0 does all the rest
         return 0

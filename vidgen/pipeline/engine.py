@@ -71,7 +71,7 @@ def load(
         ModelError: no such model, files missing, damaged or inconsistent, or too little memory.
     """
     from vidgen.media.manifest import Signing
-    from vidgen.pipeline.parallel.crew import start_crew
+    from vidgen.pipeline.parallel.devices import start_devices
     from vidgen.weights.layouts import open_model
 
     check_picture("model", model, array=False)
@@ -91,8 +91,8 @@ def load(
                              "leave it out")
         dtype = dtype or best_dtype(place)
         return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
-    crew = start_crew(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
-    return Engine(folder, place, asked, policy, crew)
+    shared = start_devices(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
+    return Engine(folder, place, asked, policy, shared)
 
 
 def load_own(model: str, otherwise: str, **loading: Any) -> Engine:
@@ -190,7 +190,7 @@ class Engine(OpenedModel):
         from vidgen.ops.attention import asked_backend, require_backend
         from vidgen.pipeline.setups import preflight
 
-        if plan.roll and (previewed or self.crew is not None):
+        if plan.roll and (previewed or self.devices is not None):
             option = "preview" if previewed else "devices"
             raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
                              "written, on one device; leave one of them out")

@@ -76,7 +76,7 @@ class ModelLoader:
                     "offload 'block' reads weights as they lie in the files, so they can't be "
                     "int8; give 'stage' with int8, or 'block' without"
                 )
-        assert mesh is None or not (quantize or offload == "block"), "refused by start_crew"
+        assert mesh is None or not (quantize or offload == "block"), "refused by start_devices"
         if device.type == "cpu":
             reuse_freed_memory()
         self.folder, self.device, self.dtype = folder, device, dtype

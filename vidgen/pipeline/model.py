@@ -46,7 +46,7 @@ from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
-    from vidgen.pipeline.parallel.crew import Crew
+    from vidgen.pipeline.parallel.devices import Devices
     from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.types import Setup
 
@@ -59,7 +59,7 @@ class OpenedModel:
     Args:
         asked: how it is to be loaded; what is None is chosen here.
         policy: refuses prompts, or None.
-        crew: other devices that share the work, or None.
+        devices: other devices that share the work, or None.
 
     Raises:
         ModelError: damaged files, or more than the memory holds.
@@ -67,17 +67,17 @@ class OpenedModel:
 
     def __init__(
         self, folder: ModelFolder, device: torch.device, asked: Loading,
-        policy: Policy | None = None, crew: Crew | None = None,
+        policy: Policy | None = None, devices: Devices | None = None,
     ) -> None:
         from vidgen.pipeline.setups import first_setup
 
-        self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
+        self.folder, self.device, self.policy, self.devices = folder, device, policy, devices
         self.asked, self.quantize = asked, asked.quantize
         self.vae_config: VAEConfig = folder.components["vae"].config
         self.dit_config: DiTConfig = folder.components["transformer"].config
         self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
-        if crew is not None:
-            crew.open(folder, asked.quantize)
+        if devices is not None:
+            devices.open(folder, asked.quantize)
         self._open(first_setup(folder, device, asked))
         self.loader.check()
         if self.offload == "none":  # report damaged files now
@@ -89,7 +89,7 @@ class OpenedModel:
         self.dtype, self.offload = setup.dtype, setup.offload
         self.loader = ModelLoader(
             self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
-            None if self.crew is None else self.crew.mesh,
+            None if self.devices is None else self.devices.mesh,
         )
         self.prompts = PromptEncoder(self.loader, self.tokenizer)
 
@@ -102,14 +102,14 @@ class OpenedModel:
     def close(self) -> None:
         """Free the networks and other devices; the engine can't be used afterwards."""
         self.loader.close()
-        if self.crew is not None:
-            self.crew.close()
+        if self.devices is not None:
+            self.devices.close()
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
         """Settle all that the request left open; refuse what this model can't do."""
         from vidgen.pipeline.plan import settled
 
-        devices = 1 if self.crew is None else self.crew.size
+        devices = 1 if self.devices is None else self.devices.size
         plan = settled(request, self.folder, inputs, self.tokenizer, devices)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):
@@ -156,7 +156,7 @@ class OpenedModel:
         many latent frames stand for each one of the clip.
         """
         t = self.vae_config.strides.t // oversampling
-        decode = decode_latents if self.crew is None else self.crew.decode
+        decode = decode_latents if self.devices is None else self.devices.decode
         made = decode(self.loader, latents, latent_of(start, t), tiles=tiles,
                       oversampling=oversampling)
         return from_frame(made, start, t)
@@ -253,11 +253,11 @@ class OpenedModel:
         if caches is not None and resume is not None and resume.cache:
             caches.restore(resume.cache)
         if caches is not None and on_step is not None and remember:
-            crew = self.crew
-            on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
+            devices = self.devices
+            on_step = carrying(caches.state if devices is None else devices.remembered, on_step)
         level = float(sigmas[resume.step if resume else 0])
-        assert self.crew is None or regional is None, "devices share no regional prompts"
-        model = self.crew.denoising if self.crew else partial(denoising, regional=regional)
+        assert self.devices is None or regional is None, "devices share no regional prompts"
+        model = self.devices.denoising if self.devices else partial(denoising, regional=regional)
         with model(self.loader, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(

@@ -43,8 +43,8 @@ def make_recipe(
     if engine.device.type == "cpu":
         recipe["kernels"] = "compiled" if native.why_not() is None else "none"
     recipe["quantize"] = engine.quantize
-    if engine.crew is not None:
-        recipe["devices"] = engine.crew.facts(guided=not plan.guidance.is_off)
+    if engine.devices is not None:
+        recipe["devices"] = engine.devices.facts(guided=not plan.guidance.is_off)
     return recipe | ({"torchao": version("torchao")} if engine.quantize else {})
 
 

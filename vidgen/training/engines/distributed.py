@@ -20,7 +20,7 @@ from torch import Tensor
 from vidgen.core.errors import DeviceError, InputError, VidgenError
 from vidgen.core.runtime import choose_device, given_rank
 from vidgen.ops.parallel import Ranks
-from vidgen.pipeline.parallel.link import is_loss, torchrun_place
+from vidgen.pipeline.parallel.ipc import is_loss, torchrun_place
 from vidgen.training.config import RunConfig
 from vidgen.training.engines.lifeline import Lifeline
 

@@ -119,7 +119,7 @@ class Share:
     remembered: Mapping[str, Tensor] = field(default_factory=dict)  # memory of all ranks' caches
 
 
-class Link:
+class Channel:
     """This process's place among the ranks; all create it at the same time.
 
     `local` ranks run on one machine, so that they need only the loopback device.
@@ -224,7 +224,7 @@ def torchrun_place() -> tuple[dist.Store, int, int]:
 
 
 def tie(
-    caches: StepCaches, link: Link, division: Division, remembered: Mapping[str, Tensor], *,
+    caches: StepCaches, channel: Channel, division: Division, remembered: Mapping[str, Tensor], *,
     shard: bool,
 ) -> None:
     """Make a rank's caches decide as rank 0's do, and restore its part of the memory.
@@ -236,23 +236,23 @@ def tie(
 
     def agree(sigma: float, near: bool) -> bool:
         by_all = shard or len(branches_at(sigma)) == division.guidance
-        return link.agreed(near, division, by_all=by_all)
+        return channel.agreed(near, division, by_all=by_all)
 
     caches.agree = agree
     caches.memories.clear()
-    caches.restore(remembered, division.branches(link.rank))
+    caches.restore(remembered, division.branches(channel.rank))
 
 
-def collect(caches: StepCaches, link: Link, division: Division) -> dict[str, Tensor]:
+def collect(caches: StepCaches, channel: Channel, division: Division) -> dict[str, Tensor]:
     """Return the memory of all ranks' caches on rank 0's CPU, each rank's own elsewhere."""
     own = {name: each.cpu() for name, each in caches.state().items()}
     if division.guidance == 1:
         return own
     first_of_negative = division.sequence
-    if link.rank == first_of_negative:
+    if channel.rank == first_of_negative:
         del own["skips"]
         _send(own)
-    return own | _receive(first_of_negative) if link.rank == 0 else own
+    return own | _receive(first_of_negative) if channel.rank == 0 else own
 
 
 def _send(tensors: Mapping[str, Tensor]) -> None:

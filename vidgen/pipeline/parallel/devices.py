@@ -1,7 +1,7 @@
 """Several devices for one clip: processes that share the denoising and decoding.
 
 This process, rank 0, runs the whole pipeline: it reads, plans, samples, keeps the journal and
-writes. The others hold the transformers and the VAE and wait for orders; `member` is their program.
+writes. The others hold the transformers and the VAE and wait for orders; `worker` is their program.
 So every task, window, sampler and journal works with any number of devices.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
@@ -34,11 +34,11 @@ from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
-from vidgen.pipeline.parallel.link import (
+from vidgen.pipeline.parallel.ipc import (
     FAILURE,
     LOST,
+    Channel,
     Division,
-    Link,
     Share,
     collect,
     divide,
@@ -66,8 +66,8 @@ GRACE_S = 5.0
 """Time to wait for a rank that is to leave, or whose end is suspected."""
 
 
-class Crew:
-    """Rank 0's side of the devices; `start_crew` creates it.
+class Devices:
+    """Rank 0's side of the devices; `start_devices` creates it.
 
     If a device fails, methods raise DeviceError, and the engine can't be used afterwards.
 
@@ -76,18 +76,18 @@ class Crew:
         shard: spread the transformers' weights over the devices.
     """
 
-    def __init__(self, link: Link, children: Sequence[Child], *, shard: bool) -> None:
-        self.link, self.size, self.shard = link, link.size, shard
+    def __init__(self, channel: Channel, children: Sequence[Child], *, shard: bool) -> None:
+        self.channel, self.size, self.shard = channel, channel.size, shard
         self._children, self._num_heads = children, 0
         self._coming: _Coming | None = None
         self._sampling: Share | None = None
         self._remembered: Mapping[str, Tensor] = {}
-        self._end = weakref.finalize(self, _dissolve, link, children)
+        self._end = weakref.finalize(self, _dissolve, channel, children)
 
     @property
     def mesh(self) -> DeviceMesh | None:
         """Devices over which the transformers' weights are spread, or None."""
-        return self.link.mesh if self.shard else None
+        return self.channel.mesh if self.shard else None
 
     def open(self, folder: ModelFolder, quantize: Quantization | None) -> None:
         """Open a model on all devices."""
@@ -119,20 +119,20 @@ class Crew:
             self._remembered = {name: each.cpu() for name, each in caches.state().items()}
             share = replace(share, caches=replace(caches, memories={}, taken=[]),
                             remembered=self._remembered)
-        ranks = self.link.ranks(division)
+        ranks = self.channel.ranks(division)
         with denoisers(
             loader, plan, state, division.contexts(contexts, 0), loras, level, ranks, caches
         ) as own:
             self.order("begin", loader.dtype, loader.offload, moved(share, "cpu"))
             if caches is not None:
-                tie(caches, self.link, division, moved(self._remembered, self.link.device),
+                tie(caches, self.channel, division, moved(self._remembered, self.channel.device),
                     shard=self.shard)
             self._sampling = replace(share, caches=caches)
             try:
                 yield _guided(_Call(self, own, division), share)
             finally:
                 self._sampling, self._remembered = None, {}
-                if not self.link.broken:
+                if not self.channel.broken:
                     self.order("end")
 
     def remembered(self) -> Mapping[str, Tensor]:
@@ -146,7 +146,7 @@ class Crew:
         if caches.taken[-1][1]:
             self.order("remember")
             with self.together():
-                self._remembered = collect(caches, self.link, division)
+                self._remembered = collect(caches, self.channel, division)
         return {**self._remembered, **caches.state(numbers_only=True)}
 
     def decode(
@@ -173,8 +173,8 @@ class Crew:
             yield from coming
 
     def close(self) -> None:
-        """Dismiss the others; an engine with this crew can't be used afterwards."""
-        if self._end.alive and self._coming is not None and not self.link.broken:
+        """Dismiss the others; an engine with these devices can't be used afterwards."""
+        if self._end.alive and self._coming is not None and not self.channel.broken:
             self._coming.take_all()
         self._end()
 
@@ -185,7 +185,7 @@ class Crew:
             self._coming.take_all()
             self._coming = None
         with self.together():
-            self.link.order(*what)
+            self.channel.order(*what)
 
     def _require_alive(self) -> None:
         if not self._end.alive:
@@ -199,19 +199,19 @@ class Crew:
         except BaseException as error:
             reason = None
             if is_loss(error):
-                reason = find_failure(self._children, self.link.store, GRACE_S)
+                reason = find_failure(self._children, self.channel.store, GRACE_S)
                 reason = reason or f"the devices lost each other: {error}"
-            self.link.broken = True
+            self.channel.broken = True
             self._end()
             if reason is not None:
                 raise DeviceError(reason) from error
             raise
 
 
-def start_crew(
+def start_devices(
     devices: int | None, device: torch.device, *, shard: bool | None = False,
     offload: str | None = None, quantize: Quantization | None = None,
-) -> Crew | None:
+) -> Devices | None:
     """Start the other processes, or join torchrun's; None for one device.
 
     Raises:
@@ -243,10 +243,10 @@ def start_crew(
     if given[1] != devices:
         raise InputError(f"torchrun started {given[1]} processes, devices is {devices}; the two "
                          "must be the same")
-    return Crew(Link(*torchrun_place(), device, local=False), (), shard=shard)
+    return Devices(Channel(*torchrun_place(), device, local=False), (), shard=shard)
 
 
-def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
+def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)
     store = dist.TCPStore("127.0.0.1", 0, devices, is_master=True, wait_for_workers=False)
@@ -257,7 +257,7 @@ def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
             if reason is not None:
                 raise DeviceError(reason)
             time.sleep(0.02)
-        return Crew(Link(store, 0, devices, device, local=True), children, shard=shard)
+        return Devices(Channel(store, 0, devices, device, local=True), children, shard=shard)
     except BaseException:
         end_all(children)
         raise
@@ -280,18 +280,18 @@ def _guided(call: _Call, share: Share) -> Denoise:
 class _Call:
     """One call of the model on all devices: broadcast, compute, gather."""
 
-    def __init__(self, crew: Crew, own: list[Denoise], division: Division) -> None:
-        self._crew, self._own, self._division = crew, own, division
+    def __init__(self, devices: Devices, own: list[Denoise], division: Division) -> None:
+        self._devices, self._own, self._division = devices, own, division
 
     def __call__(self, latents: Tensor, sigma: Tensor, *wanted: int) -> tuple[Tensor, ...]:
         """Return velocities [B, C, F, h, w] under the wanted contexts."""
-        crew = self._crew
-        crew.order("denoise", latents.shape, latents.dtype, sigma.cpu(), wanted)
-        with crew.together():
+        devices = self._devices
+        devices.order("denoise", latents.shape, latents.dtype, sigma.cpu(), wanted)
+        with devices.together():
             dist.broadcast(latents.contiguous(), src=0)
             found = {
                 which: self._own[which](latents, sigma)
-                for which in self._division.turns(wanted, 0, shard=crew.shard)
+                for which in self._division.turns(wanted, 0, shard=devices.shard)
             }
             if self._division.guidance == 2 and 1 in wanted:
                 found[1] = torch.empty_like(latents)
@@ -303,12 +303,12 @@ class _Coming:
     """Chunks of `shape` that ranks 1, 2, ... decode meanwhile, in order, `sizes` of each."""
 
     def __init__(
-        self, crew: Crew, sizes: list[int], shape: tuple[int, ...], dtype: torch.dtype
+        self, devices: Devices, sizes: list[int], shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
-        self._crew, self._shape, self._dtype = crew, shape, dtype
+        self._devices, self._shape, self._dtype = devices, shape, dtype
         self._senders = deque(rank for rank, size in enumerate(sizes, 1) for _ in range(size))
         self._taken: deque[Tensor] = deque()
-        crew.link.owed = bool(self._senders)
+        devices.channel.owed = bool(self._senders)
 
     def __iter__(self) -> Iterator[Tensor]:
         while self._taken or self._senders:
@@ -324,22 +324,22 @@ class _Coming:
         return room_for(count * each).split(each) if count else ()
 
     def _receive(self, room: Tensor) -> Tensor:
-        with self._crew.together():
+        with self._devices.together():
             dist.recv(room, src=self._senders.popleft())
-        self._crew.link.owed = bool(self._senders)
+        self._devices.channel.owed = bool(self._senders)
         return room.view(self._dtype).view(self._shape)
 
 
-def _dissolve(link: Link, children: Sequence[Child]) -> None:
-    if not (link.broken or link.owed):
+def _dissolve(channel: Channel, children: Sequence[Child]) -> None:
+    if not (channel.broken or channel.owed):
         with suppress(RuntimeError):
-            link.order("close")
+            channel.order("close")
             for child in children:
                 with suppress(subprocess.TimeoutExpired):
                     child.process.wait(GRACE_S)
     end_all(children)
     with suppress(RuntimeError):
-        link.leave()
+        channel.leave()
 
 
 class Child:
@@ -349,7 +349,7 @@ class Child:
         self.rank = rank
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vidgen.pipeline.parallel.member", str(port), str(rank),
+            [sys.executable, "-m", "vidgen.pipeline.parallel.worker", str(port), str(rank),
              str(size), device],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.stderr,
             env=child_environment(),

@@ -1,6 +1,6 @@
 """The program of all ranks but 0: open the model and follow orders.
 
-`crew.start_crew` starts it as `python -m vidgen.pipeline.parallel.member PORT RANK SIZE cpu|cuda`.
+`start_devices` starts it as `python -m vidgen.pipeline.parallel.worker PORT RANK SIZE cpu|cuda`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.loader import EXPERTS, ModelLoader
-from vidgen.pipeline.parallel.link import (
+from vidgen.pipeline.parallel.ipc import (
     FAILURE,
     LOST,
     TIMEOUT,
-    Link,
+    Channel,
     Share,
     collect,
     is_loss,
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 
-class Member:
+class DeviceWorker:
     """A rank's answers to orders; each order is a method of the same name."""
 
     loader: ModelLoader | None = None
     _caches: StepCaches | None = None
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._sampling = ExitStack()
 
     def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
@@ -65,21 +65,21 @@ class Member:
         helping = Components({role: part for role, part in folder.components.items()
                               if role in (*EXPERTS, "vae")})
         self._folder, self._quantize = replace(folder, components=helping), quantize
-        self._mesh = self._link.mesh if shard else None
+        self._mesh = self._channel.mesh if shard else None
 
     def begin(self, dtype: torch.dtype, offload: Offload, share: Share) -> None:
         """Prepare to denoise a clip."""
         torch.set_num_threads(share.threads)
         loader = self._set_up(dtype, offload)
-        own, link = moved(share, self._link.device), self._link
+        own, channel = moved(share, self._channel.device), self._channel
         division = self._division = own.division
         self._caches = own.caches
         if own.caches is not None:
-            tie(own.caches, link, division, own.remembered, shard=self._mesh is not None)
+            tie(own.caches, channel, division, own.remembered, shard=self._mesh is not None)
         self._denoisers = self._sampling.enter_context(denoisers(
-            loader, own.plan, own.state, division.contexts(own.contexts, link.rank), own.loras,
-            own.level, link.ranks(division), own.caches,
-            branches=division.branches(link.rank),
+            loader, own.plan, own.state, division.contexts(own.contexts, channel.rank), own.loras,
+            own.level, channel.ranks(division), own.caches,
+            branches=division.branches(channel.rank),
         ))
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class Member:
         self, shape: torch.Size, dtype: torch.dtype, sigma: Tensor, wanted: tuple[int, ...]
     ) -> None:
         """Compute this rank's part of a velocity; the first of a group sends it."""
-        device, rank, division = self._link.device, self._link.rank, self._division
+        device, rank, division = self._channel.device, self._channel.rank, self._division
         latents = torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(latents, src=0)
         for which in division.turns(wanted, rank, shard=self._mesh is not None):
@@ -99,7 +99,7 @@ class Member:
     def remember(self) -> None:
         """Send rank 0 the memory of this rank's step caches."""
         assert self._caches is not None
-        collect(self._caches, self._link, self._division)
+        collect(self._caches, self._channel, self._division)
 
     def end(self) -> None:
         """Finish denoising."""
@@ -111,10 +111,10 @@ class Member:
         tiles: Tiles | None, oversampling: int,
     ) -> None:
         """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
-        if self._link.rank > len(slices):
+        if self._channel.rank > len(slices):
             return
         loader = self._set_up(dtype, offload)
-        latents, skipped = slices[self._link.rank - 1]
+        latents, skipped = slices[self._channel.rank - 1]
         room, sent = None, []
         videos = decode_latents(loader, latents, skipped, tiles=tiles, oversampling=oversampling)
         for index, video in enumerate(videos):
@@ -135,27 +135,27 @@ class Member:
         if old is not None:
             old.close()
         self.loader = ModelLoader(
-            self._folder, self._link.device, dtype, offload, self._quantize, self._mesh
+            self._folder, self._channel.device, dtype, offload, self._quantize, self._mesh
         )
         return self.loader
 
 
-def serve(link: Link) -> None:
+def serve(channel: Channel) -> None:
     """Follow rank 0's orders until it closes."""
-    member = Member(link)
+    worker = DeviceWorker(channel)
     try:
         while True:
-            order, *details = link.await_order()
+            order, *details = channel.await_order()
             if order == "close":
                 break
-            getattr(member, order)(*details)
+            getattr(worker, order)(*details)
     except BaseException as error:  # rank 0 reports all of them
         if is_loss(error):
             sys.exit(LOST)
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        link.store.set(FAILURE, f"device {link.rank} of {link.size} failed: {text}")
+        channel.store.set(FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
         raise
-    link.leave()
+    channel.leave()
 
 
 def join_torchrun() -> None:
@@ -165,7 +165,7 @@ def join_torchrun() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    serve(Link(store, rank, size, device, local=False))
+    serve(Channel(store, rank, size, device, local=False))
 
 
 def _leave_with_parent() -> None:
@@ -184,7 +184,7 @@ def _main(port: str, rank: str, size: str, kind: str) -> None:
     if kind == "cuda":
         device = torch.device("cuda", int(rank))
         torch.cuda.set_device(device)
-    serve(Link(store, int(rank), int(size), device, local=True))
+    serve(Channel(store, int(rank), int(size), device, local=True))
     os._exit(0)  # without the seconds it takes to take down what was imported
 
 
