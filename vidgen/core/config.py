@@ -18,7 +18,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vidgen.core.errors import InputError, kind_of, nearest, quoted
 
@@ -244,7 +244,8 @@ _SCALAR_SCHEMAS: dict[Any, dict[str, Any]] = {
 def json_schema(kind: type, title: str) -> dict[str, Any]:
     """Return the JSON Schema of what `build(kind, ...)` reads; editors complete and check by it.
 
-    Draft 2020-12 (json-schema.org). Descriptions are those of the docstrings' attributes.
+    Draft 2020-12 (json-schema.org). A field is described by the text in its `Annotated`, or in the
+    docstring's attributes.
 
     Args:
         kind: a dataclass; see `build`.
@@ -263,12 +264,15 @@ def _dataclass_schema(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
     if kind.__name__ in parts:
         return reference
     parts[kind.__name__] = {}  # known before it is filled, as it may hold itself
-    text, hints = inspect.getdoc(kind) or "", get_type_hints(kind)
+    text, hints = inspect.getdoc(kind) or "", get_type_hints(kind, include_extras=True)
     described, properties, required = _documented_attributes(text), {}, []
     for field in fields(kind):
         if not field.init:
             continue
-        schema = _hint_schema(hints[field.name], parts)
+        hint = hints[field.name]
+        if get_origin(hint) is Annotated:
+            hint, described[field.name] = get_args(hint)
+        schema = _hint_schema(hint, parts)
         if field.metadata.get("one"):
             schema = _any_of([schema["items"], schema])
         properties[field.name] = schema | _field_facts(field, described)

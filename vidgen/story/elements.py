@@ -1,6 +1,6 @@
 """The parts of a script, as a person writes them.
 
-Docstrings describe the keys; the published JSON Schema is made of them.
+The published JSON Schema describes each key by the text of its annotation.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vidgen.core import values
 from vidgen.core.config import ONE, called
@@ -28,17 +28,12 @@ MAX_TAKES = 100
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """The camera's motion, which the model gets in words.
-
-    Attributes:
-        move: one of the moves that scripts know.
-        strength: 0 to 1; up to a third is slow, from two thirds on quick.
-    """
+    """The camera's motion, which the model gets in words."""
 
     SHORT: ClassVar[str] = "move"
 
-    move: str
-    strength: float = 0.5
+    move: Annotated[str, "one of the moves that scripts know"]
+    strength: Annotated[float, "0 to 1; up to a third is slow, from two thirds on quick"] = 0.5
 
     def __post_init__(self) -> None:
         if self.move not in CAMERA_MOVES:
@@ -56,17 +51,13 @@ class Camera:
 
 @dataclass(frozen=True, slots=True)
 class TimedPrompt:
-    """A prompt from a time on.
-
-    Attributes:
-        prompt: the picture in words; `{name}` stands for a character's or place's description.
-        at: seconds from the shot's start.
-    """
+    """A prompt from a time on."""
 
     SHORT: ClassVar[str] = "prompt"
 
-    prompt: str
-    at: float = 0.0
+    prompt: Annotated[
+        str, "the picture in words; `{name}` stands for a character's or place's description"]
+    at: Annotated[float, "seconds from the shot's start"] = 0.0
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
@@ -75,34 +66,22 @@ class TimedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ShotFrame:
-    """The first or last frame of another shot, as a picture.
+    """The first or last frame of another shot, as a picture."""
 
-    Attributes:
-        shot: its id.
-        frame: which one.
-    """
-
-    shot: str
-    frame: Literal["first", "last"] = "last"
+    shot: Annotated[str, "its id"]
+    frame: Annotated[Literal["first", "last"], "which one"] = "last"
 
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """The sound of a shot.
-
-    Attributes:
-        effects: description of noises, for a model that makes sound.
-        file: a sound or video file instead.
-        gain_db: louder above 0.
-        loop: whether a file that is shorter than the shot starts again.
-    """
+    """The sound of a shot."""
 
     SHORT: ClassVar[str] = "effects"
 
-    effects: str | None = None
-    file: Path | None = None
-    gain_db: float = 0.0
-    loop: bool = False
+    effects: Annotated[str | None, "description of noises, for a model that makes sound"] = None
+    file: Annotated[Path | None, "a sound or video file instead"] = None
+    gain_db: Annotated[float, "louder above 0"] = 0.0
+    loop: Annotated[bool, "whether a file that is shorter than the shot starts again"] = False
 
     def __post_init__(self) -> None:
         _one_of("sound", effects=self.effects, file=self.file)
@@ -111,21 +90,15 @@ class Sound:
 
 @dataclass(frozen=True, slots=True)
 class Narration:
-    """A spoken text.
-
-    Attributes:
-        text: the words; `@FILE` is speech in a file.
-        at: seconds from the shot's start; default after the previous narration.
-        voice: one of espeak-ng's, or the file of a Kokoro voice.
-        speaker: the character who speaks; default a narrator.
-    """
+    """A spoken text."""
 
     SHORT: ClassVar[str] = "text"
 
-    text: str
-    at: float | None = None
-    voice: str | None = None
-    speaker: str | None = None
+    text: Annotated[str, "the words; `@FILE` is speech in a file"]
+    at: Annotated[
+        float | None, "seconds from the shot's start; default after the previous narration"] = None
+    voice: Annotated[str | None, "one of espeak-ng's, or the file of a Kokoro voice"] = None
+    speaker: Annotated[str | None, "the character who speaks; default a narrator"] = None
 
     def __post_init__(self) -> None:
         check_text("narration", self.text)
@@ -134,21 +107,14 @@ class Narration:
 
 @dataclass(frozen=True, slots=True)
 class Music:
-    """Music from here on, until the next one begins.
-
-    Attributes:
-        file: a sound or video file; `none` ends the music.
-        prompt: description instead, for a model that makes sound.
-        gain_db: louder above 0.
-        loop: whether a file that is too short starts again.
-    """
+    """Music from here on, until the next one begins."""
 
     SHORT: ClassVar[str] = "file"
 
-    file: Path | None = None
-    prompt: str | None = None
-    gain_db: float = 0.0
-    loop: bool = True
+    file: Annotated[Path | None, "a sound or video file; `none` ends the music"] = None
+    prompt: Annotated[str | None, "description instead, for a model that makes sound"] = None
+    gain_db: Annotated[float, "louder above 0"] = 0.0
+    loop: Annotated[bool, "whether a file that is too short starts again"] = True
 
     def __post_init__(self) -> None:
         _one_of("music", file=self.file, prompt=self.prompt)
@@ -157,19 +123,15 @@ class Music:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """Text in the picture or below it.
-
-    Attributes:
-        text: the words.
-        at: seconds from the shot's start.
-        duration: seconds; default to the shot's end.
-    """
+    """Text in the picture or below it."""
 
     SHORT: ClassVar[str] = "text"
 
-    text: str
-    at: float = 0.0
-    duration: float | None = field(default=None, metadata=called("seconds"))
+    text: Annotated[str, "the words"]
+    at: Annotated[float, "seconds from the shot's start"] = 0.0
+    duration: Annotated[
+        float | None,
+        "seconds; default to the shot's end"] = field(default=None, metadata=called("seconds"))
 
     def __post_init__(self) -> None:
         check_text("caption", self.text)
@@ -179,18 +141,15 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The way from the previous shot to this one.
-
-    Attributes:
-        type: of transition.
-        duration: seconds; a cut has none.
-    """
+    """The way from the previous shot to this one."""
 
     SHORT: ClassVar[str] = "type"
 
-    type: Literal["cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right",
-                  "slide-left", "slide-right"] = "cut"
-    duration: float = field(default=0.5, metadata=called("seconds"))
+    type: Annotated[
+        Literal["cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right",
+                "slide-left", "slide-right"], "kind of transition"] = "cut"
+    duration: Annotated[
+        float, "seconds; a cut has none"] = field(default=0.5, metadata=called("seconds"))
 
     def __post_init__(self) -> None:
         check_within("duration", self.duration, 0, 60)
@@ -198,23 +157,20 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """Somebody or something that looks the same in several shots.
-
-    Attributes:
-        description: text that replaces `{name}` in prompts.
-        reference: pictures, given to models that take references.
-        seed: of shots without their own in which it is the first character.
-        lora: adapters that know it, each PATH[:WEIGHT], used in shots in which it appears.
-        voice: in which it speaks.
-    """
+    """Somebody or something that looks the same in several shots."""
 
     SHORT: ClassVar[str] = "description"
 
-    description: str
-    reference: tuple[Path, ...] = field(default=(), metadata=ONE)
-    seed: int | None = None
-    lora: tuple[str, ...] = field(default=(), metadata=ONE)
-    voice: str | None = None
+    description: Annotated[str, "text that replaces `{name}` in prompts"]
+    reference: Annotated[
+        tuple[Path, ...],
+        "pictures, given to models that take references"] = field(default=(), metadata=ONE)
+    seed: Annotated[
+        int | None, "of shots without their own in which it is the first character"] = None
+    lora: Annotated[
+        tuple[str, ...], "adapters that know it, each PATH[:WEIGHT], used where it appears"
+    ] = field(default=(), metadata=ONE)
+    voice: Annotated[str | None, "in which it speaks"] = None
 
     def __post_init__(self) -> None:
         check_text("description", self.description)
@@ -222,17 +178,14 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of shots.
-
-    Attributes:
-        description: text that replaces `{name}` in prompts.
-        reference: pictures, given to models that take references.
-    """
+    """The place of shots."""
 
     SHORT: ClassVar[str] = "description"
 
-    description: str
-    reference: tuple[Path, ...] = field(default=(), metadata=ONE)
+    description: Annotated[str, "text that replaces `{name}` in prompts"]
+    reference: Annotated[
+        tuple[Path, ...],
+        "pictures, given to models that take references"] = field(default=(), metadata=ONE)
 
     def __post_init__(self) -> None:
         check_text("description", self.description)
@@ -240,50 +193,31 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Shots that belong together.
-
-    Attributes:
-        title: for people, and for title cards.
-        place: id of a place, which `{place}` in its shots' prompts stands for.
-        style: added to its shots' prompts, before the film's.
-        match_colour: whether its shots are matched in colour.
-    """
+    """Shots that belong together."""
 
     SHORT: ClassVar[str] = "title"
 
-    title: str | None = None
-    place: str | None = None
-    style: str | None = None
-    match_colour: bool = True
+    title: Annotated[str | None, "for people, and for title cards"] = None
+    place: Annotated[
+        str | None, "id of a place, which `{place}` in its shots' prompts stands for"] = None
+    style: Annotated[str | None, "added to its shots' prompts, before the film's"] = None
+    match_colour: Annotated[bool, "whether its shots are matched in colour"] = True
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Settings of shots that have none of their own.
+    """Settings of shots that have none of their own."""
 
-    Attributes:
-        duration: seconds.
-        negative: words for what pictures must not show.
-        takes: number of versions of each shot.
-        steps: denoising steps.
-        guidance: how strongly the prompt is followed.
-        sampler: name of a sampler.
-        shift: of the noise schedule.
-        camera: its motion.
-        transition: from each shot to the next.
-        lora: adapters.
-    """
-
-    duration: float | None = field(default=None, metadata=called("seconds"))
-    negative: str | None = None
-    takes: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    shift: float | None = None
-    camera: Camera | None = None
-    transition: Transition | None = None
-    lora: tuple[str, ...] = field(default=(), metadata=ONE)
+    duration: Annotated[float | None, "seconds"] = field(default=None, metadata=called("seconds"))
+    negative: Annotated[str | None, "words for what pictures must not show"] = None
+    takes: Annotated[int | None, "number of versions of each shot"] = None
+    steps: Annotated[int | None, "denoising steps"] = None
+    guidance: Annotated[float | None, "how strongly the prompt is followed"] = None
+    sampler: Annotated[str | None, "name of a sampler"] = None
+    shift: Annotated[float | None, "of the noise schedule"] = None
+    camera: Annotated[Camera | None, "its motion"] = None
+    transition: Annotated[Transition | None, "from each shot to the next"] = None
+    lora: Annotated[tuple[str, ...], "adapters"] = field(default=(), metadata=ONE)
 
     def __post_init__(self) -> None:
         check_takes(self.takes)
@@ -292,29 +226,27 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Settings by which shots become one film.
+    """Settings by which shots become one film."""
 
-    Attributes:
-        codec: h264, h265, vp9, prores or ffv1; default that of the film's suffix.
-        fit: for shots of another aspect: cut what sticks out, or keep all in a frame.
-        rate: for shots of another rate: repeat and drop frames, or follow the flow.
-        match_colour: whether shots of a scene are matched in colour.
-        captions: as a track of the file, burnt into the picture, or only in files next to it.
-        titles: whether the film's and the scenes' titles are burnt in.
-        font: of burnt texts, a TrueType or OpenType file; default Pillow's own.
-        loudness: of the whole film, in LUFS.
-        ending: of the film: a cut, fade-black or fade-white.
-    """
-
-    codec: str | None = None
-    fit: Literal["crop", "pad"] = "crop"
-    rate: Literal["repeat", "flow"] = "repeat"
-    match_colour: bool = True
-    captions: Literal["track", "burn", "beside"] = "track"
-    titles: bool = False
-    font: Path | None = None
-    loudness: float = -16.0
-    ending: Transition = field(default_factory=Transition)
+    codec: Annotated[
+        str | None, "h264, h265, vp9, prores or ffv1; default that of the film's suffix"] = None
+    fit: Annotated[
+        Literal["crop", "pad"],
+        "for shots of another aspect: cut what sticks out, or keep all in a frame"] = "crop"
+    rate: Annotated[
+        Literal["repeat", "flow"],
+        "for shots of another rate: repeat and drop frames, or follow the flow"] = "repeat"
+    match_colour: Annotated[bool, "whether shots of a scene are matched in colour"] = True
+    captions: Annotated[
+        Literal["track", "burn", "beside"],
+        "as a track of the file, burnt into the picture, or only in files next to it"] = "track"
+    titles: Annotated[bool, "whether the film's and the scenes' titles are burnt in"] = False
+    font: Annotated[
+        Path | None, "of burnt texts, a TrueType or OpenType file; default Pillow's own"] = None
+    loudness: Annotated[float, "of the whole film, in LUFS"] = -16.0
+    ending: Annotated[
+        Transition,
+        "of the film: a cut, fade-black or fade-white"] = field(default_factory=Transition)
 
     def __post_init__(self) -> None:
         check_within("loudness", self.loudness, -40, -5)
@@ -325,46 +257,33 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Origin of a drafted script.
+    """Origin of a drafted script."""
 
-    Attributes:
-        idea: as a person wrote it.
-        model: the language model that drafted it.
-        sha256: of the model's files.
-    """
-
-    idea: str
-    model: str
-    sha256: str
+    idea: Annotated[str, "as a person wrote it"]
+    model: Annotated[str, "the language model that drafted it"]
+    sha256: Annotated[str, "of the model's files"]
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """Settings of the whole film.
+    """Settings of the whole film."""
 
-    Attributes:
-        title: of the film.
-        fps: frames per second; default the model's.
-        size: WIDTHxHEIGHT; default the model's.
-        seed: from which each shot's is drawn, by its id.
-        style: added to every prompt.
-        model: name, folder or hub id.
-        dtype: fp32, bf16 or fp16; default the machine's best.
-        defaults: settings of shots that have none of their own.
-        finish: settings by which shots become one film.
-        drafted_from: origin of a script that a language model drafted.
-    """
-
-    title: str | None = None
-    fps: Fraction | None = None
-    size: str | tuple[int, int] | None = None
-    seed: int = 0
-    style: str | None = None
-    model: str = "toybox"
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    defaults: Defaults = field(default_factory=Defaults)
-    finish: Finish = field(default_factory=Finish)
-    drafted_from: Draft | None = None
+    title: Annotated[str | None, "of the film"] = None
+    fps: Annotated[Fraction | None, "frames per second; default the model's"] = None
+    size: Annotated[str | tuple[int, int] | None, "WIDTHxHEIGHT; default the model's"] = None
+    seed: Annotated[int, "from which each shot's is drawn, by its id"] = 0
+    style: Annotated[str | None, "added to every prompt"] = None
+    model: Annotated[str, "name, folder or hub id"] = "toybox"
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        "fp32, bf16 or fp16; default the machine's best"] = None
+    defaults: Annotated[
+        Defaults,
+        "settings of shots that have none of their own"] = field(default_factory=Defaults)
+    finish: Annotated[
+        Finish, "settings by which shots become one film"] = field(default_factory=Finish)
+    drafted_from: Annotated[
+        Draft | None, "origin of a script that a language model drafted"] = None
 
 
 def check_text(name: str, text: str) -> None:

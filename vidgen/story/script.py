@@ -1,8 +1,7 @@
 """The script of a film: its shots, in order, and what they share.
 
 YAML and JSON files hold a script as it is, tables a row for each shot, plain lists a prompt for
-each line. Docstrings describe the keys; the published JSON Schema is made of them. A shot checks
-itself, `_check` what needs the whole script.
+each line. A shot checks itself, `_check` what needs the whole script.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from vidgen.core.config import ONE, build, called
 from vidgen.core.config_file import Located, load_text, load_yaml
@@ -53,61 +52,50 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """One shot.
+    """One shot."""
 
-    Attributes:
-        prompt: the picture in words; or several prompts, each with its time, the first at 0.
-        id: name for other shots; default the prompt's first words.
-        scene: id of its scene.
-        place: id of its place; default the scene's.
-        characters: ids of characters that appear though no prompt names them.
-        duration: seconds.
-        frames: number of frames instead; 1 is a still.
-        negative: words for what the picture must not show.
-        seed: default that of its first character, else drawn from the film's and the id.
-        takes: number of versions, of seeds N, N+1, ...; the best is kept.
-        steps: denoising steps.
-        guidance: how strongly the prompt is followed.
-        sampler: name of a sampler.
-        shift: of the noise schedule.
-        lora: adapters, each PATH[:WEIGHT].
-        camera: its motion.
-        first_frame: a picture, or a frame of another shot.
-        last_frame: a picture, or a frame of another shot.
-        continue_from: id of a shot whose last latents it goes on from.
-        in_film: false for one that is made for other shots alone.
-        sound: noises and voices of the shot.
-        narration: spoken text.
-        music: from here on.
-        caption: text in the picture.
-        transition: from the previous shot.
-    """
-
-    prompt: tuple[TimedPrompt, ...] = field(metadata=ONE)
-    id: str = ""
-    scene: str | None = None
-    place: str | None = None
-    characters: tuple[str, ...] = field(default=(), metadata=ONE)
-    duration: float | None = field(default=None, metadata=called("seconds"))
-    frames: int | None = None
-    negative: str | None = None
-    seed: int | None = None
-    takes: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    shift: float | None = None
-    lora: tuple[str, ...] = field(default=(), metadata=ONE)
-    camera: Camera | None = None
-    first_frame: Path | ShotFrame | None = field(default=None, metadata=called("image"))
-    last_frame: Path | ShotFrame | None = field(default=None, metadata=called("last_image"))
-    continue_from: str | None = None
-    in_film: bool = True
-    sound: Sound | None = field(default=None, metadata=called("audio"))
-    narration: tuple[Narration, ...] = field(default=(), metadata=ONE | called("say"))
-    music: Music | None = None
-    caption: tuple[Caption, ...] = field(default=(), metadata=ONE)
-    transition: Transition | None = None
+    prompt: Annotated[
+        tuple[TimedPrompt, ...],
+        "the picture in words, or several prompts, each with its time, from 0 on"
+    ] = field(metadata=ONE)
+    id: Annotated[str, "name for other shots; default the prompt's first words"] = ""
+    scene: Annotated[str | None, "id of its scene"] = None
+    place: Annotated[str | None, "id of its place; default the scene's"] = None
+    characters: Annotated[
+        tuple[str, ...], "ids of characters that appear though no prompt names them"
+    ] = field(default=(), metadata=ONE)
+    duration: Annotated[float | None, "seconds"] = field(default=None, metadata=called("seconds"))
+    frames: Annotated[int | None, "number of frames instead; 1 is a still"] = None
+    negative: Annotated[str | None, "words for what the picture must not show"] = None
+    seed: Annotated[
+        int | None,
+        "default that of its first character, else drawn from the film's and the id"] = None
+    takes: Annotated[
+        int | None, "number of versions, of seeds N, N+1, ...; the best is kept"] = None
+    steps: Annotated[int | None, "denoising steps"] = None
+    guidance: Annotated[float | None, "how strongly the prompt is followed"] = None
+    sampler: Annotated[str | None, "name of a sampler"] = None
+    shift: Annotated[float | None, "of the noise schedule"] = None
+    lora: Annotated[
+        tuple[str, ...], "adapters, each PATH[:WEIGHT]"] = field(default=(), metadata=ONE)
+    camera: Annotated[Camera | None, "its motion"] = None
+    first_frame: Annotated[
+        Path | ShotFrame | None, "a picture, or a frame of another shot"
+    ] = field(default=None, metadata=called("image"))
+    last_frame: Annotated[
+        Path | ShotFrame | None, "a picture, or a frame of another shot"
+    ] = field(default=None, metadata=called("last_image"))
+    continue_from: Annotated[str | None, "id of a shot whose last latents it goes on from"] = None
+    in_film: Annotated[bool, "false for one that is made for other shots alone"] = True
+    sound: Annotated[
+        Sound | None, "noises and voices of the shot"
+    ] = field(default=None, metadata=called("audio"))
+    narration: Annotated[
+        tuple[Narration, ...], "spoken text"] = field(default=(), metadata=ONE | called("say"))
+    music: Annotated[Music | None, "from here on"] = None
+    caption: Annotated[
+        tuple[Caption, ...], "text in the picture"] = field(default=(), metadata=ONE)
+    transition: Annotated[Transition | None, "from the previous shot"] = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -136,23 +124,14 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A film as its shots, in order.
+    """A film as its shots, in order."""
 
-    Attributes:
-        shots: one after the other.
-        version: of the format.
-        project: settings of the whole film.
-        characters: by name.
-        places: by name.
-        scenes: by id.
-    """
-
-    shots: tuple[Shot, ...]
-    version: int = VERSION
-    project: Project = field(default_factory=Project)
-    characters: dict[str, Character] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
-    scenes: dict[str, Scene] = field(default_factory=dict)
+    shots: Annotated[tuple[Shot, ...], "one after the other"]
+    version: Annotated[int, "of the format"] = VERSION
+    project: Annotated[Project, "settings of the whole film"] = field(default_factory=Project)
+    characters: Annotated[dict[str, Character], "by name"] = field(default_factory=dict)
+    places: Annotated[dict[str, Place], "by name"] = field(default_factory=dict)
+    scenes: Annotated[dict[str, Scene], "by id"] = field(default_factory=dict)
     path: Path = field(default=Path("script"), init=False, compare=False)
     lines: Mapping[str, int] = field(default_factory=dict, init=False, compare=False, repr=False)
 
