@@ -147,9 +147,9 @@ def _wan_tokenizer() -> str:
 
 def _foreign(family: str) -> Callable[[Path], None]:
     def build(path: Path) -> None:
-        from tests.tiny.foreign_models import build_foreign_model
+        from tests.tiny.diffusers_models import build_diffusers_model
 
-        build_foreign_model(family, path)
+        build_diffusers_model(family, path)
 
     return build
 

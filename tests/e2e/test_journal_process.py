@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.sounds import save, tone
-from tests.tiny.foreign_models import build_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.pipeline.journal.job import JOB, MADE, job_facts, progress_text
@@ -71,7 +71,7 @@ def test_killed_twice_and_resumed_decodes_to_the_same_frames(
 
 def test_another_family_killed_twice_and_resumed(tmp_path, monkeypatch, capsys):
     """Its denoising starts anew; what its pipeline gave is decoded from where the writing was."""
-    model = build_foreign_model("ltx", tmp_path / "ltx")
+    model = build_diffusers_model("ltx", tmp_path / "ltx")
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     command = ["generate", "a red car", "--model", str(model), "--seed", "1", "--size", "64x32",

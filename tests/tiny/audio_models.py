@@ -9,7 +9,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.tiny.foreign_parts import WIDTH, flow, t5, train_tokenizer
+from tests.tiny.diffusers_parts import WIDTH, flow, t5, train_tokenizer
 
 SPECIAL = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>",
            "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<image>"}

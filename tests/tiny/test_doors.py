@@ -17,7 +17,7 @@ from tests.lora_models import make_adapter, make_dit
 from tests.models import add_verifier, build_tiny_model
 from tests.sounds import save, tone
 from tests.textures import texture
-from tests.tiny.foreign_models import build_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import verb_parser
 from vidgen.cli.options import given_options
@@ -114,7 +114,7 @@ def build(folder: Path, name: str) -> None:
     if (folder / name).exists():
         return
     if name == "sdxl":
-        build_foreign_model(name, folder / name)
+        build_diffusers_model(name, folder / name)
     elif name in ("sound", "sure"):
         build_tiny_model(folder / name, sound=name == "sound")
         if name == "sure":

@@ -17,7 +17,7 @@ from tests.tiny.audio_models import stable_audio_3
 from vidgen.cli.main import main
 from vidgen.media.probe import read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe
+from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline
 from vidgen.pipeline.sound.audio_model import AudioModel
 
 FILM = """\
@@ -61,8 +61,8 @@ def test_words_become_sound_once_and_are_heard_in_their_places(
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
 
-    def load(model: AudioModel) -> ForeignPipe:
-        place = ForeignPipe(model.folder, model.device, torch.float32, model.offload)
+    def load(model: AudioModel) -> LoadedPipeline:
+        place = LoadedPipeline(model.folder, model.device, torch.float32, model.offload)
         loaded.append(weakref.ref(place.own.transformer))
         return place
 

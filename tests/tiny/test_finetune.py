@@ -19,7 +19,7 @@ from tests.finetuning import build_clips, make_config
 from tests.lora_models import linear_paths
 from tests.models import build_tiny_model
 from tests.textures import texture
-from tests.tiny.foreign_models import build_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model
 from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import sha256_file
@@ -422,7 +422,7 @@ def test_pictures_cant_teach_a_model_that_begins_with_them(wan, tmp_path):
 
 
 def test_other_families_are_refused(tmp_path, clips):
-    folder = build_foreign_model("ltx", tmp_path / "ltx")
+    folder = build_diffusers_model("ltx", tmp_path / "ltx")
     with pytest.raises(ModelError, match="fine-tunes toybox and the Wan family"):
         finetune(make_config(folder, clips, tmp_path / "run"))
 

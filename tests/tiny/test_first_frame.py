@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.stopping import stop_at
-from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model, open_diffusers_model
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.pipeline.diffusers_backend.engine import draw_first_frame
 
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
     def folder(family: str) -> Path:
         path = root / family
-        return path if path.exists() else build_foreign_model(family, path)
+        return path if path.exists() else build_diffusers_model(family, path)
 
     return folder
 
@@ -71,7 +71,7 @@ def test_flux_draws_without_a_negative(
 
 
 def test_text_becomes_picture_becomes_clip(models: Models) -> None:
-    engine, drawer = open_foreign_model(models("ltx")), models("sdxl")
+    engine, drawer = open_diffusers_model(models("ltx")), models("sdxl")
     options: dict[str, Any] = {"size": "64x32", "frames": 9, "steps": 2, "seed": 4}
     clip = engine.generate(PROMPT, first_frame_model=str(drawer), **options)
     assert clip.recipe["plan"]["pipeline"] == "LTXImageToVideoPipeline"
@@ -83,7 +83,7 @@ def test_text_becomes_picture_becomes_clip(models: Models) -> None:
 
 
 def test_an_image_model_makes_images(models: Models, tmp_path: Path) -> None:
-    engine = open_foreign_model(models("sdxl"))
+    engine = open_diffusers_model(models("sdxl"))
     options: dict[str, Any] = {"steps": 2, "seed": 1, "guidance": 3.0, "negative": "a cat"}
     clip = engine.generate(PROMPT, frames=1, size="48x32", **options)
     assert clip.save(tmp_path / "still.png").stat().st_size > 0

@@ -36,7 +36,7 @@ from vidgen.weights.configs import (
 )
 from vidgen.weights.family import VARIANTS as FAMILY
 from vidgen.weights.family import recognise
-from vidgen.weights.folder import ForeignFolder, ModelFolder
+from vidgen.weights.folder import DiffusersFolder, ModelFolder
 from vidgen.weights.keymap import renamed
 from vidgen.weights.layouts import open_model
 from vidgen.weights.store import TensorStore
@@ -297,7 +297,7 @@ def test_another_familys_folder_is_foreign(tmp_path: Path) -> None:
     (tmp_path / "vae" / "config.json").write_text("{}")
     (tmp_path / "model_index.json").write_text('{"_class_name": "LTXPipeline"}')
     model = open_model(str(tmp_path))
-    assert isinstance(model, ForeignFolder)
+    assert isinstance(model, DiffusersFolder)
     assert (model.path, model.class_name) == (tmp_path, "LTXPipeline")
     assert len(model.content_hash) == 64
     assert model.num_bytes > 30

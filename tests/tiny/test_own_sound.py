@@ -27,7 +27,7 @@ from vidgen.pipeline.sound import candidates
 from vidgen.pipeline.sound import own_sound as own_sounds
 from vidgen.pipeline.sound.candidates import Impacts
 
-WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
+WORDS = {"seed": 3, "frames": 9, "steps": 2}
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import make_plan, require_own_model, settle
 from vidgen.pipeline.setups import choose, preflight
 from vidgen.pipeline.types import Setup
-from vidgen.weights.folder import ForeignFolder, StudentConfig
+from vidgen.weights.folder import DiffusersFolder, StudentConfig
 from vidgen.weights.layouts import open_model
 
 CPU = torch.device("cpu")
@@ -390,4 +390,4 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
 
 def test_only_own_models_are_planned():
     with pytest.raises(InputError, match="LTXPipeline"):
-        require_own_model(ForeignFolder(Path("ltx"), {}, "LTXPipeline"))
+        require_own_model(DiffusersFolder(Path("ltx"), {}, "LTXPipeline"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.stopping import stop_at
-from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model, open_diffusers_model
 from tests.tiny.test_provenance import plain_environment  # noqa: F401 - a fixture
 from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError
@@ -31,8 +31,9 @@ def engine(tiny_model: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return open_foreign_model(build_foreign_model("ltx", tmp_path_factory.mktemp("models") / "ltx"))
+def diffusers_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models") / "ltx"
+    return open_diffusers_model(build_diffusers_model("ltx", folder))
 
 
 def test_a_clip_has_its_time_and_id_from_the_engine_on(engine, tmp_path):
@@ -63,7 +64,7 @@ def test_with_a_given_time_a_request_gives_the_same_file(engine, tmp_path, monke
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("which", ["engine", "foreign"])
+@pytest.mark.parametrize("which", ["engine", "diffusers_engine"])
 def test_a_label_is_burnt_in_on_request_and_recorded(which, request):
     maker = request.getfixturevalue(which)
     options = {"seed": 1, "frames": 9, "size": "64x64", "steps": 1}
@@ -75,7 +76,7 @@ def test_a_label_is_burnt_in_on_request_and_recorded(which, request):
     assert "label" not in plain.recipe["request"]
 
 
-@pytest.mark.parametrize("which", ["engine", "foreign"])
+@pytest.mark.parametrize("which", ["engine", "diffusers_engine"])
 def test_a_policy_is_asked_before_anything_is_done(which, request, monkeypatch):
     maker = request.getfixturevalue(which)
     monkeypatch.setattr(maker, "policy", WordList(["car"]))

@@ -71,7 +71,7 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
     """Return a model's facts, or why it can't be used."""
     from vidgen.core.config import dump
     from vidgen.pipeline.settings import settings_of
-    from vidgen.weights.folder import ForeignFolder
+    from vidgen.weights.folder import DiffusersFolder
     from vidgen.weights.layouts import card_license, open_folder
 
     try:
@@ -79,7 +79,7 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
     except VidgenError as error:
         return {"name": model, "path": str(path), "problem": str(error)}
     facts: dict[str, Any] = {"name": model, "path": str(path), "bytes": folder.num_bytes}
-    if isinstance(folder, ForeignFolder):
+    if isinstance(folder, DiffusersFolder):
         return {
             **facts, "layout": "diffusers", "pipeline": folder.class_name,
             "license": card_license(path),

@@ -30,7 +30,7 @@ from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.workers.clip_work import ClipWork
 from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
 from vidgen.pipeline.workers.types import Job, Staff
-from vidgen.weights.folder import ForeignFolder, ModelFolder
+from vidgen.weights.folder import DiffusersFolder, ModelFolder
 from vidgen.weights.layouts import open_model
 
 MAX_SEEDS = 1000
@@ -141,7 +141,7 @@ def _check_place(place: Path) -> None:
 
 
 def _check_settings(
-    run: SuiteRun, folder: ModelFolder | ForeignFolder, pictures: Mapping[str, Path]
+    run: SuiteRun, folder: ModelFolder | DiffusersFolder, pictures: Mapping[str, Path]
 ) -> None:
     """Refuse settings that no clip of the model can have; prompts are checked one by one."""
     if isinstance(folder, ModelFolder):
@@ -151,7 +151,7 @@ def _check_settings(
 
 
 def _clips(
-    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | ForeignFolder, dtype: str,
+    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | DiffusersFolder, dtype: str,
     pictures: Mapping[str, Path],
 ) -> Iterator[_Clip]:  # fmt: skip
     """Yield every clip of the suite, by prompt, then by seed."""
@@ -194,7 +194,7 @@ def _stem(prompt: str, taken: dict[str, int]) -> str:
 
 
 def _make(
-    run: SuiteRun, folder: ModelFolder | ForeignFolder, dtype: str, clips: Sequence[_Clip],
+    run: SuiteRun, folder: ModelFolder | DiffusersFolder, dtype: str, clips: Sequence[_Clip],
     store: Store, staff: Staff, tell: OnEvent,
 ) -> dict[str, str]:
     """Make missing clips; return the names of those that failed, with the reason."""

@@ -37,7 +37,7 @@ from vidgen.pipeline.types import (
     Progress,
     Reporter,
 )
-from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.folder import DiffusersFolder
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Estimate
@@ -82,15 +82,15 @@ def load(
     if shard and asked.offload is None:
         asked = asked.replace(offload="stage")
     folder, place = open_model(asked.model), choose_device(device)
-    if isinstance(folder, ForeignFolder):
-        from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+    if isinstance(folder, DiffusersFolder):
+        from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 
         if quantize or (devices or 1) > 1:
             option = f"quantize {quantize!r}" if quantize else f"devices {devices}"
             raise InputError(f"{option} works with the Wan family, not with {folder.class_name}; "
                              "leave it out")
         dtype = dtype or best_dtype(place)
-        return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
+        return DiffusersEngine(folder, place, dtype, asked.offload or "none", policy=policy)
     shared = start_devices(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
     return Engine(folder, place, asked, policy, shared)
 

@@ -37,7 +37,7 @@ from vidgen.pipeline.sound.own_sound import sound_of
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.pipeline.types import Plan, draw_seed
-from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
 
@@ -301,13 +301,13 @@ def require_models(request: Request, folder: ModelFolder) -> None:
         open_voice(request.voice)
 
 
-def require_own_model(folder: ModelFolder | ForeignFolder) -> ModelFolder:
+def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:
     """The folder, refused if another program's pipeline runs it: its insides aren't known.
 
     Raises:
         InputError: names the pipeline.
     """
-    if isinstance(folder, ForeignFolder):
+    if isinstance(folder, DiffusersFolder):
         raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
                          "embedded model and the Wan family")
     return folder

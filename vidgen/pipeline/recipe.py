@@ -20,12 +20,12 @@ from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.types import NO_LORAS, Loras
-from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder
+from vidgen.weights.folder import DiffusersFolder, ModelFolder, embedded_folder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.diffusers_backend.plan import ForeignPlan
+    from vidgen.pipeline.diffusers_backend.plan import DiffusersPlan
     from vidgen.pipeline.model import OpenedModel
     from vidgen.pipeline.types import Opened, Plan
 
@@ -48,18 +48,18 @@ def make_recipe(
     return recipe | ({"torchao": version("torchao")} if engine.quantize else {})
 
 
-def make_foreign_recipe(
-    engine: Opened, plan: ForeignPlan, request: Request, inputs: Inputs
+def make_diffusers_recipe(
+    engine: Opened, plan: DiffusersPlan, request: Request, inputs: Inputs
 ) -> dict[str, Any]:
     """Return the recipe of a clip that a diffusers pipeline makes."""
-    assert isinstance(engine.folder, ForeignFolder)
+    assert isinstance(engine.folder, DiffusersFolder)
     recipe = _common(engine, plan, request, inputs, NO_LORAS)
     recipe["model"]["class"] = engine.folder.class_name
     return recipe | {name: version(name) for name in ("diffusers", "transformers")}
 
 
 def _common(
-    engine: Opened, plan: Plan | ForeignPlan, request: Request, inputs: Inputs,
+    engine: Opened, plan: Plan | DiffusersPlan, request: Request, inputs: Inputs,
     loras: Loras,
 ) -> dict[str, Any]:
     folder, settings = engine.folder, dict(getattr(request.scheduler, "config", {}))
@@ -82,7 +82,7 @@ def _common(
     }
 
 
-def plan_facts(plan: Plan | ForeignPlan) -> dict[str, Any]:
+def plan_facts(plan: Plan | DiffusersPlan) -> dict[str, Any]:
     """Return a recipe's entry `plan`."""
     return asdict(plan) | {"fps": str(plan.fps)}
 
@@ -110,7 +110,7 @@ def identity(request: Request, **loading: Any) -> str:
     return address_of(facts)
 
 
-def _source(folder: ModelFolder | ForeignFolder) -> str:
+def _source(folder: ModelFolder | DiffusersFolder) -> str:
     """Return the name by which `open_model` finds it: hub id, embedded model's name, or path."""
     if folder.given is not None:
         return folder.given

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vidgen.models.lora import Adapter
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.weights.component import ExpertRole, Role
-    from vidgen.weights.folder import ForeignFolder, ModelFolder, RollConfig, StudentConfig
+    from vidgen.weights.folder import DiffusersFolder, ModelFolder, RollConfig, StudentConfig
     from vidgen.weights.quantize import Quantization
 
 Offload = Literal["none", "stage", "block"]
@@ -43,7 +43,7 @@ class Opened(Protocol):
     dtype: str  # of its weights: "fp32", "bf16" or "fp16"
 
     @property
-    def folder(self) -> ModelFolder | ForeignFolder:
+    def folder(self) -> ModelFolder | DiffusersFolder:
         """The model's files."""
 
     @property

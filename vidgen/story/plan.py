@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from vidgen.pipeline.types import Estimate, Offload
-    from vidgen.weights.folder import ForeignFolder, ModelFolder
+    from vidgen.weights.folder import DiffusersFolder, ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _DEFAULTS = {name: default for name, default in DEFAULTS.items() if name not in 
 
 
 def plan_film(
-    script: Script, folder: ModelFolder | ForeignFolder, *, suffix: str = ".mp4",
+    script: Script, folder: ModelFolder | DiffusersFolder, *, suffix: str = ".mp4",
     draft: bool = False, dtype: str | None = None, quantize: str | None = None,
     tiles: str = "auto", expansion: Expansion | None = None,
 ) -> FilmPlan:

@@ -27,7 +27,7 @@ from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 from vidgen.weights.component import OWN_ROLES, Component, Config, table_of
 from vidgen.weights.configs import dit_to_diffusers, dit_to_wan, vae_to_diffusers
-from vidgen.weights.folder import ForeignFolder, ModelFolder, write_model_info
+from vidgen.weights.folder import DiffusersFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, is_known, rename
 from vidgen.weights.layouts import (
     CLIP_FILE,
@@ -57,7 +57,7 @@ _AS_IS: Mapping[str, Mapping[str, Tensor]] = {}
 
 
 def convert(
-    source: ModelFolder | ForeignFolder, target: Path, to: Spelling, *,
+    source: ModelFolder | DiffusersFolder, target: Path, to: Spelling, *,
     max_shard_bytes: int = MAX_SHARD_BYTES, changed: Mapping[str, Mapping[str, Tensor]] = _AS_IS,
 ) -> list[str]:
     """Write a model in another layout; the target appears when it is complete.
@@ -80,7 +80,7 @@ def convert(
         InputError: the source is in this layout already.
         OutputError: no place to write it.
     """
-    if isinstance(source, ForeignFolder):
+    if isinstance(source, DiffusersFolder):
         raise ModelError(
             f"{source.path} is a {source.class_name}; only models of the Wan family are converted"
         )

@@ -180,7 +180,7 @@ class ModelFolder(Files):
 
 
 @dataclass(frozen=True)
-class ForeignFolder(Files):
+class DiffusersFolder(Files):
     """A diffusers folder of another family's pipeline, by its class."""
 
     class_name: str

@@ -48,7 +48,7 @@ from vidgen.weights.configs import (
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
 from vidgen.weights.folder import (
     FORMAT_VERSION,
-    ForeignFolder,
+    DiffusersFolder,
     ModelFolder,
     embedded_folder,
     list_embedded,
@@ -79,7 +79,7 @@ _CONFIG_TYPES: dict[Role, type[Any]] = {
 _SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
 
-def open_model(model: str) -> ModelFolder | ForeignFolder:
+def open_model(model: str) -> ModelFolder | DiffusersFolder:
     """Open a model.
 
     Args:
@@ -87,7 +87,7 @@ def open_model(model: str) -> ModelFolder | ForeignFolder:
             an id on the Hugging Face hub, which is downloaded where it isn't yet.
 
     Returns:
-        The model, or a `ForeignFolder` where diffusers' own pipeline has to run it.
+        The model, or a `DiffusersFolder` where diffusers' own pipeline has to run it.
 
     Raises:
         ModelError: no such model, or files missing, damaged or unknown; says what to do.
@@ -106,7 +106,7 @@ def open_model(model: str) -> ModelFolder | ForeignFolder:
     return open_folder(Path(model))
 
 
-def _reopened(model: str, given: str | None) -> ModelFolder | ForeignFolder:
+def _reopened(model: str, given: str | None) -> ModelFolder | DiffusersFolder:
     return replace(open_model(model), given=given)
 
 
@@ -119,7 +119,7 @@ def _reduced(folder: ModelFolder) -> tuple[Any, ...]:
 copyreg.pickle(ModelFolder, _reduced)  # another process opens the files where they are
 
 
-def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:
+def _open_from_hub(hub_id: str) -> ModelFolder | DiffusersFolder:
     """Open an earlier download; if it is incomplete, download the rest."""
     cached = cached_model(hub_id)
     if cached is None:
@@ -147,7 +147,7 @@ def layout_of(path: Path) -> Spelling | None:
     return "wan" if is_wan else None
 
 
-def open_folder(path: Path, given: str | None = None) -> ModelFolder | ForeignFolder:
+def open_folder(path: Path, given: str | None = None) -> ModelFolder | DiffusersFolder:
     """Open a model folder in any layout.
 
     Args:
@@ -215,7 +215,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
 
 
-def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolder:
+def _open_diffusers(path: Path, given: str | None) -> ModelFolder | DiffusersFolder:
     index = read_json(path / "model_index.json")
     class_name = str(index.get("_class_name"))
     if class_name not in WAN_PIPELINES:
@@ -223,7 +223,7 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
             file for file in path.rglob("*") if file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
-        return ForeignFolder(path, _unhashed(path, every), class_name, given)
+        return DiffusersFolder(path, _unhashed(path, every), class_name, given)
     parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     gone = [name for name in parts if not (path / name).is_dir()]
     if gone:

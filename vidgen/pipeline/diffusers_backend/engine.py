@@ -39,11 +39,11 @@ from vidgen.pipeline.diffusers_backend.journal import (
     keep_made,
     kept_made,
 )
-from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe
+from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline
 from vidgen.pipeline.diffusers_backend.plan import (
     Abilities,
-    ForeignPlan,
-    make_foreign_plan,
+    DiffusersPlan,
+    make_diffusers_plan,
     make_scheduler,
     settle,
 )
@@ -51,18 +51,18 @@ from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal.journal import Journal, journals_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.policy import Policy
-from vidgen.pipeline.recipe import make_foreign_recipe, plan_facts
+from vidgen.pipeline.recipe import make_diffusers_recipe, plan_facts
 from vidgen.pipeline.rewrite import settle_texts
 from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.types import OnPreview, Progress, Report, Reporter, draw_seed
-from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
 _WANTED = "a first frame is drawn by one such as SDXL, SD3 or FLUX, as diffusers saves it"
 
 
-class ForeignEngine:
+class DiffusersEngine:
     """Another family's model, ready to generate.
 
     Args:
@@ -77,12 +77,12 @@ class ForeignEngine:
     """
 
     def __init__(
-        self, folder: ForeignFolder, device: torch.device, dtype: str, offload: str = "none",
+        self, folder: DiffusersFolder, device: torch.device, dtype: str, offload: str = "none",
         *, loader: Any = None, policy: Policy | None = None,
     ) -> None:
         self.folder, self.device, self.dtype, self.offload = folder, device, dtype, offload
         self.policy = policy
-        self.pipe = ForeignPipe(folder, device, DTYPES[dtype], offload, loader)
+        self.pipe = LoadedPipeline(folder, device, DTYPES[dtype], offload, loader)
 
     def generate(
         self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
@@ -108,7 +108,7 @@ class ForeignEngine:
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
         able = Abilities(self.pipe.taking(next(shown, None)))
         scheduler = make_scheduler(able.pipe.scheduler, request)
-        first = make_foreign_plan(request, inputs, able, scheduler)
+        first = make_diffusers_plan(request, inputs, able, scheduler)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes, track = self._recipes(plans, request, inputs, able, journals, rewritten)
         if not all(kept.finished for kept in journals):
@@ -148,13 +148,13 @@ class ForeignEngine:
         self.pipe.close()
 
     def _recipes(
-        self, plans: Sequence[ForeignPlan], request: Request, inputs: Inputs, able: Abilities,
+        self, plans: Sequence[DiffusersPlan], request: Request, inputs: Inputs, able: Abilities,
         journals: Sequence[Journal], rewritten: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], Soundtrack | None]:
         """Return each clip's recipe, as far as it is settled, and their sound if possible."""
         recipes, track = [], None
         for plan, kept in zip(plans, journals, strict=True):
-            made = make_foreign_recipe(self, plan, request, inputs) | rewritten
+            made = make_diffusers_recipe(self, plan, request, inputs) | rewritten
             recipe = as_settled(made, kept.recipe)
             if (num_frames := recipe["plan"]["kept_frames"]) is not None:
                 known = replace(plan, kept_frames=num_frames)  # else it shows when it is made
@@ -166,7 +166,7 @@ class ForeignEngine:
         return recipes, track
 
     def _soundtrack(
-        self, request: Request, plan: ForeignPlan, able: Abilities, known: Soundtrack | None
+        self, request: Request, plan: DiffusersPlan, able: Abilities, known: Soundtrack | None
     ) -> Soundtrack:
         """Return a clip's sound, shared by clips of one length."""
         assert plan.kept_frames is not None
@@ -184,7 +184,7 @@ class ForeignEngine:
         size = request.size or able.default_size() or (512, 512)
         return with_first_frame(request, size, self.device, self.dtype)
 
-    def _warn_of_peak(self, plan: ForeignPlan) -> None:
+    def _warn_of_peak(self, plan: DiffusersPlan) -> None:
         if self.pipe.puts_off and plan.width and plan.height and (plan.num_frames or 1) > 1:
             vae = self.pipe.own.vae
             peak = peak_bytes(vae, plan.num_frames or 1, plan.height, plan.width)
@@ -196,7 +196,7 @@ class ForeignEngine:
                 )
 
     def _arguments(
-        self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities
+        self, plan: DiffusersPlan, request: Request, inputs: Inputs, able: Abilities
     ) -> dict[str, Any]:
         """Return the pipeline's arguments; parameters left out take its own defaults."""
 
@@ -230,8 +230,8 @@ class ForeignEngine:
         return given | {"output_type": "np"}
 
     def _settled(
-        self, plan: ForeignPlan, request: Request, able: Abilities, made: Made
-    ) -> ForeignPlan:
+        self, plan: DiffusersPlan, request: Request, able: Abilities, made: Made
+    ) -> DiffusersPlan:
         """Return the plan with the size and length of the result."""
         if made.frames is not None:
             size = made.frames.shape[2], made.frames.shape[1]
@@ -245,7 +245,7 @@ class ForeignEngine:
         return plan
 
     def _clip(
-        self, plan: ForeignPlan, recipe: dict[str, Any], able: Abilities, made: Made,
+        self, plan: DiffusersPlan, recipe: dict[str, Any], able: Abilities, made: Made,
         journal: Journal,
     ) -> Clip:
         """Return a lazy clip over the deferred decodings, or the frames."""
@@ -296,12 +296,12 @@ def draw_first_frame(
         InputError: the model itself refuses the arguments.
     """
     opened = open_model(str(folder))
-    if not isinstance(opened, ForeignFolder):
+    if not isinstance(opened, DiffusersFolder):
         raise ModelError(f"{folder} is no text-to-image model; {_WANTED}")
     import diffusers  # seconds, which a wrong name needn't cost
 
     names = {value: name for name, value in DTYPES.items()}
-    engine = ForeignEngine(
+    engine = DiffusersEngine(
         opened, torch.device(device), dtype if isinstance(dtype, str) else names[dtype],
         loader=diffusers.AutoPipelineForText2Image,
     )

@@ -18,15 +18,15 @@ from vidgen.pipeline.diffusers_backend.decode import (
     shown_frames,
 )
 from vidgen.pipeline.diffusers_backend.journal import Made
-from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, ForeignPlan, check_sides
-from vidgen.weights.folder import ForeignFolder
+from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
+from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.quantize import quiet_torchao
 
 Tell = Callable[[int, int], None]
 """Called with the steps done and their total."""
 
 
-class ForeignPipe:
+class LoadedPipeline:
     """A folder's pipeline, and those over the same weights that take a picture or clip as well.
 
     Args:
@@ -37,7 +37,7 @@ class ForeignPipe:
     """
 
     def __init__(
-        self, folder: ForeignFolder, device: torch.device, dtype: torch.dtype, offload: str,
+        self, folder: DiffusersFolder, device: torch.device, dtype: torch.dtype, offload: str,
         loader: Any = None,
     ) -> None:
         self.folder, self.device, self.offload = folder, device, offload
@@ -80,7 +80,7 @@ class ForeignPipe:
                              "pip install accelerate") from error
 
     def make(
-        self, able: Abilities, plan: ForeignPlan, scheduler: Any, arguments: dict[str, Any],
+        self, able: Abilities, plan: DiffusersPlan, scheduler: Any, arguments: dict[str, Any],
         tell: Tell,
     ) -> Made:
         """Run a pipeline with a request's scheduler, guidance and arguments.
@@ -107,7 +107,7 @@ class ForeignPipe:
             raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
                              "in the pipeline's own layout") from error
 
-    def _run(self, able: Abilities, plan: ForeignPlan, arguments: dict[str, Any]) -> Made:
+    def _run(self, able: Abilities, plan: DiffusersPlan, arguments: dict[str, Any]) -> Made:
         """Call the pipeline, with its decoding deferred if possible."""
 
         def length(latents: torch.Tensor) -> int:
@@ -165,7 +165,7 @@ def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
 
 
 @contextmanager
-def _lent(able: Abilities, plan: ForeignPlan, scheduler: Any) -> Iterator[None]:
+def _lent(able: Abilities, plan: DiffusersPlan, scheduler: Any) -> Iterator[None]:
     """Lend a pipeline a request's scheduler and guidance."""
     pipe, own_scheduler, own_guider = able.pipe, able.pipe.scheduler, able.guider
     pipe.scheduler = scheduler
@@ -179,7 +179,7 @@ def _lent(able: Abilities, plan: ForeignPlan, scheduler: Any) -> Iterator[None]:
             pipe.guider = own_guider
 
 
-def _load(folder: ForeignFolder, dtype: torch.dtype, loader: Any) -> Any:
+def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
     import diffusers
 
     version = diffusers.__version__

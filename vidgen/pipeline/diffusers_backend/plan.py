@@ -63,7 +63,7 @@ _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
 
 
 @dataclass(frozen=True)
-class ForeignPlan:
+class DiffusersPlan:
     """One clip or picture of another family; None leaves a value to its pipeline."""
 
     pipeline: str  # its class
@@ -239,9 +239,9 @@ class Abilities:
         return float(own) if isinstance(own, int | float) else None
 
 
-def make_foreign_plan(
+def make_diffusers_plan(
     request: Request, inputs: Inputs, able: Abilities, scheduler: Any
-) -> ForeignPlan:
+) -> DiffusersPlan:
     """Settle a request against a pipeline and its scheduler; raise InputError."""
     able.refuse(request)
     if "prompt" not in able.defaults:
@@ -257,7 +257,7 @@ def make_foreign_plan(
     own = able.defaults
     steps, rescale = own.get("num_inference_steps"), own.get("guidance_rescale")
     strength = request.strength if request.strength is not None else own.get("strength")
-    return ForeignPlan(
+    return DiffusersPlan(
         pipeline=able.name, prompt=request.prompt, negative=request.negative,
         seed=draw_seed() if request.seed is None else request.seed,
         width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
@@ -321,7 +321,7 @@ def check_sides(width: int | None, height: int | None, multiple: int) -> None:
             check_size(name, side, multiple)
 
 
-def settle(plan: ForeignPlan, width: int, height: int, num_frames: int) -> ForeignPlan:
+def settle(plan: DiffusersPlan, width: int, height: int, num_frames: int) -> DiffusersPlan:
     """Return the plan with the size and the frames that the pipeline showed."""
     kept = min(plan.kept_frames or num_frames, num_frames)
     made = plan.num_frames or num_frames

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe, stepping
+from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline, stepping
 from vidgen.pipeline.diffusers_backend.plan import defaults_of
 from vidgen.pipeline.loader import DTYPES
-from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _SETTINGS = ("num_inference_steps", "guidance_scale")
 class AudioModel:
     """A text-to-audio model for the sound of clips."""
 
-    folder: ForeignFolder  # as diffusers saves it
+    folder: DiffusersFolder  # as diffusers saves it
     prompt: str  # of the sound
     seconds: float  # of the clip
     device: torch.device
@@ -55,12 +55,12 @@ class AudioModel:
             "diffusers": version("diffusers"), "transformers": version("transformers"),
         }
 
-    def load(self) -> ForeignPipe:
+    def load(self) -> LoadedPipeline:
         """Load the model; raise ModelError if files are missing or damaged."""
-        return ForeignPipe(self.folder, self.device, DTYPES[self.dtype], self.offload)
+        return LoadedPipeline(self.folder, self.device, DTYPES[self.dtype], self.offload)
 
     def make(
-        self, seed: int, tell: Callable[[int, int], None], place: ForeignPipe | None = None
+        self, seed: int, tell: Callable[[int, int], None], place: LoadedPipeline | None = None
     ) -> tuple[Samples, int]:
         """Return the sound of a seed, float32 [N, c] of one or two channels, and its rate.
 
@@ -96,8 +96,8 @@ def open_audio_model(
     """Open a text-to-audio model for later use; raise ModelError if it is none."""
     opened = open_model(model)
     kinds = ", ".join(LENGTHS)
-    name = opened.class_name if isinstance(opened, ForeignFolder) else f"{opened.family} model"
-    if not isinstance(opened, ForeignFolder) or name not in LENGTHS:
+    name = opened.class_name if isinstance(opened, DiffusersFolder) else f"{opened.family} model"
+    if not isinstance(opened, DiffusersFolder) or name not in LENGTHS:
         raise ModelError(f"{model} is a {name}, which makes no sound from a text; --audio-model "
                          f"takes a folder of diffusers with one of {kinds}")
     dtype = "fp32" if device.type == "cpu" else dtype

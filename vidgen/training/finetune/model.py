@@ -19,7 +19,7 @@ from vidgen.training.engines.zero import share_out
 from vidgen.training.finetune.config import FinetuneConfig, SubjectSettings
 from vidgen.training.finetune.lora import inject
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import ForeignFolder, ModelFolder
+from vidgen.weights.folder import DiffusersFolder, ModelFolder
 from vidgen.weights.layouts import open_model
 
 CHOSEN = {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}
@@ -60,7 +60,7 @@ def open_trainable(model: str) -> ModelFolder:
         ModelError: no such model, or one of a family that vidgen doesn't train.
     """
     folder = open_model(model)
-    if isinstance(folder, ForeignFolder):
+    if isinstance(folder, DiffusersFolder):
         raise ModelError(
             f"{folder.name} is a {folder.class_name}; vidgen fine-tunes toybox and the Wan family"
         )

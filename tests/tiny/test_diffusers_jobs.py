@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.stopping import interrupt_in_journal
-from tests.tiny.foreign_models import build_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model
 from vidgen.cli.main import main
 from vidgen.media import write
 from vidgen.media.clip import Clip
@@ -22,7 +22,7 @@ from vidgen.pipeline.journal import job, journal
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_foreign_model("hunyuan", tmp_path_factory.mktemp("foreign") / "hunyuan")
+    return build_diffusers_model("hunyuan", tmp_path_factory.mktemp("foreign") / "hunyuan")
 
 
 @pytest.fixture

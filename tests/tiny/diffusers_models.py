@@ -13,9 +13,9 @@ import diffusers
 import torch
 import transformers
 
-from tests.tiny.foreign_parts import WIDTH, clip_text, flow, image_vae, t5, train_tokenizer
-from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
-from vidgen.weights.folder import ForeignFolder
+from tests.tiny.diffusers_parts import WIDTH, clip_text, flow, image_vae, t5, train_tokenizer
+from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
+from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
 
 
@@ -343,14 +343,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 """Builders by name; each gives a pipeline with random weights."""
 
 
-def open_foreign_model(path: Path, dtype: str = "fp32", offload: str = "none") -> ForeignEngine:
+def open_diffusers_model(path: Path, dtype: str = "fp32", offload: str = "none") -> DiffusersEngine:
     """An engine over a folder, on the CPU."""
     folder = open_model(str(path))
-    assert isinstance(folder, ForeignFolder)
-    return ForeignEngine(folder, torch.device("cpu"), dtype, offload)
+    assert isinstance(folder, DiffusersFolder)
+    return DiffusersEngine(folder, torch.device("cpu"), dtype, offload)
 
 
-def build_foreign_model(family: str, folder: Path) -> Path:
+def build_diffusers_model(family: str, folder: Path) -> Path:
     """Write one family's tiny model folder, the same weights each time."""
     torch.manual_seed(0)
     FAMILIES[family]().save_pretrained(folder)

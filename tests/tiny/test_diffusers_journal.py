@@ -14,12 +14,12 @@ import torch
 
 from tests.sounds import save, tone
 from tests.stopping import interrupt_behind, stop_at
-from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model, open_diffusers_model
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.pipeline.diffusers_backend.decode import Decode, decode_all, stream_decode
-from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 from vidgen.pipeline.diffusers_backend.journal import Made, keep_made, kept_made
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import MADE, job_facts, job_folder, progress_text, read_job
@@ -35,16 +35,16 @@ CASES: dict[str, dict[str, Any]] = {
     "mochi": {"size": "32x32"},  # its own length
     "animatediff": {"size": "32x32", "frames": 19},  # picture by picture, 16 at a time
 }
-Open = Callable[[str], ForeignEngine]
+Open = Callable[[str], DiffusersEngine]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Open:
     root, opened = tmp_path_factory.mktemp("foreign"), {}
 
-    def get(family: str) -> ForeignEngine:
+    def get(family: str) -> DiffusersEngine:
         if family not in opened:
-            opened[family] = open_foreign_model(build_foreign_model(family, root / family))
+            opened[family] = open_diffusers_model(build_diffusers_model(family, root / family))
         return opened[family]
 
     return get
@@ -62,7 +62,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "x.mkv"
 
 
-def make(engine: ForeignEngine, family: str, kept: Any = None, **options: Any) -> Clip:
+def make(engine: DiffusersEngine, family: str, kept: Any = None, **options: Any) -> Clip:
     wanted = {"seed": 3, "steps": 2, **CASES.get(family, {}), **options}
     clip = engine.generate(PROMPT, journal=kept, **wanted)
     assert isinstance(clip, Clip)
@@ -198,7 +198,7 @@ class Sectioned(diffusers.LTXPipeline):
 def test_frames_are_kept_where_decoding_cannot_wait(
     engine: Open, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, whole = open_foreign_model(engine("ltx").folder.path), out.with_name("whole.mkv")
+    ours, whole = open_diffusers_model(engine("ltx").folder.path), out.with_name("whole.mkv")
     ours.pipe.own = Sectioned(**ours.pipe.own.components)
     make(ours, "ltx", frames=17).save(whole)
     with pytest.raises(KeyboardInterrupt):

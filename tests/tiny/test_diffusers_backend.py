@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.sounds import save, tone
-from tests.tiny.foreign_models import FAMILIES, build_foreign_model, open_foreign_model
+from tests.tiny.diffusers_models import FAMILIES, build_diffusers_model, open_diffusers_model
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
@@ -25,10 +25,10 @@ from vidgen.pipeline.diffusers_backend.decode import (
     stream_decode,
     temporal_tiles,
 )
-from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 from vidgen.pipeline.diffusers_backend.plan import Abilities
 from vidgen.pipeline.inputs import Inputs
-from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.folder import DiffusersFolder
 
 PROMPT = "a red car bounces across the desert"
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sd3": {"size": "32x32", "frames": 1},
     "flux": {"size": "32x32", "frames": 1},
 }
-Open = Callable[[str], ForeignEngine]
+Open = Callable[[str], DiffusersEngine]
 
 
 @pytest.fixture(scope="session")
@@ -57,24 +57,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         path = root / family
-        return path if path.exists() else build_foreign_model(family, path)
+        return path if path.exists() else build_diffusers_model(family, path)
 
     return folder
 
 
 @pytest.fixture(scope="session")
 def engine(models: Callable[[str], Path]) -> Open:
-    opened: dict[str, ForeignEngine] = {}
+    opened: dict[str, DiffusersEngine] = {}
 
-    def get(family: str) -> ForeignEngine:
+    def get(family: str) -> DiffusersEngine:
         if family not in opened:
-            opened[family] = open_foreign_model(models(family))
+            opened[family] = open_diffusers_model(models(family))
         return opened[family]
 
     return get
 
 
-def generate(engine: ForeignEngine, family: str, **options: Any) -> Any:
+def generate(engine: DiffusersEngine, family: str, **options: Any) -> Any:
     return engine.generate(PROMPT, **{"seed": 3, "steps": 2, **CASES[family], **options})
 
 
@@ -264,7 +264,7 @@ def test_a_clip_that_feeds_on_its_own_frames_is_decoded_at_once(engine: Open) ->
         def __new__(cls, frames):
             return super().__new__(cls, (frames,))
 
-    ours = open_foreign_model(engine("ltx").folder.path)
+    ours = open_diffusers_model(engine("ltx").folder.path)
     ours.pipe.own = Sectioned(**ours.pipe.own.components)
     clip = generate(ours, "ltx")
     assert clip.latents is None
@@ -332,7 +332,7 @@ def test_guidance_reaches_the_component_that_guides(engine: Open) -> None:
 
 @pytest.mark.parametrize("family", ["hunyuan_i2v", "mochi", "skyreels"])
 def test_it_runs_in_bf16(models: Callable[[str], Path], family: str) -> None:
-    ours = open_foreign_model(models(family), dtype="bf16", offload="stage")
+    ours = open_diffusers_model(models(family), dtype="bf16", offload="stage")
     clip = generate(ours, family)
     assert ours.pipe.own.transformer.dtype == torch.bfloat16
     assert clip.frames.std() > 1
@@ -382,13 +382,13 @@ def test_what_cannot_be_honoured_is_refused(
 def test_the_pipelines_own_check_names_the_nearest(engine: Open) -> None:
     from dataclasses import replace
 
-    from vidgen.pipeline.diffusers_backend.plan import make_foreign_plan
+    from vidgen.pipeline.diffusers_backend.plan import make_diffusers_plan
 
     ours = engine("ltx")
     pipe = ours.pipe.own
     request = Request.of(PROMPT, CASES["ltx"])
     able, step = Abilities(pipe), lambda _done, _total: None
-    plan = make_foreign_plan(request, Inputs(), able, pipe.scheduler)
+    plan = make_diffusers_plan(request, Inputs(), able, pipe.scheduler)
     with pytest.raises(InputError, match="nearest are 32 and 64"):
         ours.pipe.make(able, replace(plan, width=48), pipe.scheduler,
                        {"prompt": PROMPT, "width": 48}, step)
@@ -406,16 +406,16 @@ def test_a_rate_that_the_model_does_not_know_is_said(
 
 
 def test_damaged_and_unknown_folders(models: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = ForeignFolder(tmp_path, {}, "TomorrowPipeline")
+    folder = DiffusersFolder(tmp_path, {}, "TomorrowPipeline")
     with pytest.raises(ModelError, match=f"diffusers {diffusers.__version__} doesn't have"):
-        ForeignEngine(folder, torch.device("cpu"), "fp32")
+        DiffusersEngine(folder, torch.device("cpu"), "fp32")
     for place in ("vae", "text_encoder"):
         damaged = tmp_path / place
         shutil.copytree(models("ltx"), damaged)
         weights = next((damaged / place).glob("*.safetensors"))
         weights.write_bytes(weights.read_bytes()[:1000])
         with pytest.raises(ModelError, match="copy it again"):
-            open_foreign_model(damaged)
+            open_diffusers_model(damaged)
         weights.unlink()
         with pytest.raises(ModelError, match="copy it again"):
-            open_foreign_model(damaged)
+            open_diffusers_model(damaged)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
+from tests.tiny.diffusers_models import build_diffusers_model, open_diffusers_model
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.pipeline.recorded import differences
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         path = root / family
-        return path if path.exists() else build_foreign_model(family, path)
+        return path if path.exists() else build_diffusers_model(family, path)
 
     return folder
 
@@ -49,7 +49,7 @@ def test_a_recipe_gives_the_same_clip(
     models: Callable[[str], Path], case: str, tmp_path: Path
 ) -> None:
     family, options = CASES[case]
-    engine = open_foreign_model(models(family))
+    engine = open_diffusers_model(models(family))
     made = engine.generate(PROMPT, seed=5, steps=2, **options)
     recipe = json.loads(json.dumps(made.recipe))
     again = engine.generate(request_from_recipe(recipe, tmp_path))
@@ -60,7 +60,7 @@ def test_a_recipe_gives_the_same_clip(
 def test_the_command_line_replays_them(
     models: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = open_foreign_model(models("ltx"))
+    engine = open_diffusers_model(models("ltx"))
     path = engine.generate(PROMPT, seed=5, steps=2, size="64x32", frames=9).save(tmp_path / "a.mkv")
     assert main(["replay", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -71,7 +71,7 @@ def test_the_command_line_replays_them(
 def test_a_clip_is_made_anew_from_its_reimagined_one(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    engine = open_foreign_model(models("cogvideox"))
+    engine = open_diffusers_model(models("cogvideox"))
     options = {"seed": 5, "steps": 2, "size": "32x32"}
     source = engine.generate(PROMPT, frames=9, **options).save(tmp_path / "a.mkv")
     made = engine.generate(PROMPT, video=str(source), strength=0.7, **options)
@@ -83,7 +83,7 @@ def test_a_clip_is_made_anew_from_its_reimagined_one(
 def test_a_drawn_first_frame_is_restored_and_its_model_still_named(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    engine = open_foreign_model(models("ltx"))
+    engine = open_diffusers_model(models("ltx"))
     options: dict[str, Any] = {"seed": 5, "steps": 2, "size": "64x32", "frames": 9}
     drawer = str(models("sdxl"))
     made = engine.generate(PROMPT, first_frame_model=drawer, **options)
@@ -103,7 +103,7 @@ def test_a_drawn_first_frame_is_restored_and_its_model_still_named(
 def test_sound_is_compared_too(
     models: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = open_foreign_model(models("ltx2"))
+    engine = open_diffusers_model(models("ltx2"))
     clip = engine.generate(PROMPT, seed=5, steps=2, size="64x64", frames=9)
     path = clip.save(tmp_path / "a.mkv")
     assert Clip.from_file(path).sound is not None
