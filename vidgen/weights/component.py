@@ -1,4 +1,4 @@
-"""A component of a model: its architecture, and the files' tensors under our names."""
+"""Components of a model: an architecture each, with the files' tensors under our names."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Source, View
 
 ExpertRole = Literal["transformer", "transformer_2"]
-"""Of the transformers: one alone, or two that share the noise levels."""
+"""Transformers: a single one, or two that share the noise levels."""
 OwnRole = Literal["sound_vae", "verifier", "onset_detector"]
-"""Of parts that no other program has: they lie as vidgen has them in every layout."""
+"""Components that no other program has; they have vidgen's layout in every folder."""
 Role = Literal["vae", "transformer", "transformer_2", "text_encoder", "image_encoder", OwnRole]
 OWN_ROLES: tuple[OwnRole, ...] = get_args(OwnRole)
 Config = (VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig | VerifierConfig
@@ -50,20 +50,19 @@ CLASSES: dict[Role, type[nn.Module]] = {
     "verifier": Verifier, "onset_detector": OnsetDetector,
 }
 _ANY_SIZE = 1 << 20
-"""A number in a config that is no cause for doubt, however small the files."""
+"""Largest number in a config that is accepted with any size of files."""
 
 
 @dataclass(frozen=True)
 class Component(Generic[Config_co]):
-    """A part of a model, opened but not loaded.
+    """A component of a model, opened but not loaded.
 
     Attributes:
         config: its architecture.
-        store: its tensors as the files have them, without those that no module of ours takes.
-        names: stored name -> our parameter's. An unknown name stays as it is, so that loading
-            refuses it.
-        rest: tensors without a place in our module, which converting keeps: CLIP's text tower, an
-            embedding that is there twice.
+        store: its tensors by the files' names, without those that our module doesn't have.
+        names: stored name -> our parameter's. Unknown names stay, so that loading refuses them.
+        rest: tensors that our module doesn't have, which converting keeps: CLIP's text tower, an
+            embedding that is stored twice.
         spellings: of the names in `store` and `rest`.
     """
 
@@ -77,11 +76,7 @@ class Component(Generic[Config_co]):
     def load(
         self, dtype: torch.dtype, device: torch.device | str, quantize: Any = None, **options: Any
     ) -> nn.Module:
-        """Build the module and give it its weights; options are `load_module`'s.
-
-        Raises:
-            ModelError: files that don't fit the architecture; names the tensors.
-        """
+        """Build the module and load its weights; options and errors are `load_module`'s."""
         self._check_depth()
         return load_module(
             self.build, self.store, dtype, device,
@@ -89,11 +84,11 @@ class Component(Generic[Config_co]):
         )
 
     def build(self) -> nn.Module:
-        """Build the module, its weights not yet set."""
+        """Build the module without its weights."""
         return CLASSES[self.role](self.config)
 
     def _check_depth(self) -> None:
-        """Refuse a config of more layers than tensors before so many are built."""
+        """Refuse a config of more layers than tensors, before they are built."""
         count = len(self.store.names)
         for name in ("num_layers", "num_blocks"):
             if getattr(self.config, name, 0) > count:
@@ -103,11 +98,7 @@ class Component(Generic[Config_co]):
                 )
 
     def check_sizes(self) -> None:
-        """Refuse a config with a size that no network of these files can have.
-
-        Raises:
-            ModelError: names it.
-        """
+        """Raise ModelError for a config with a size that no network of these files can have."""
         held = sum(math.prod(self.store.shape(name)) for name in self.store.names)
         for name, value in vars(self.config).items():
             sizes = value if isinstance(value, tuple) else (value,)
@@ -119,11 +110,7 @@ class Component(Generic[Config_co]):
                 )
 
     def require_complete(self) -> None:
-        """Refuse tensors that are missing, surplus or of another shape, without reading them.
-
-        Raises:
-            ModelError: names them.
-        """
+        """Raise ModelError for missing, surplus or misshapen tensors, without reading them."""
         self._check_depth()
         with torch.device("meta"):
             expected = {k: tuple(v.shape) for k, v in self.build().state_dict().items()}
@@ -139,7 +126,7 @@ class Component(Generic[Config_co]):
 
 
 class Components(dict[Role, Component[Config]]):
-    """A model's parts by their roles, each of its role's architecture."""
+    """A model's components by their roles, each with its role's type of config."""
 
     @overload
     def __getitem__(self, role: Literal["vae"], /) -> Component[VAEConfig]: ...
@@ -163,7 +150,7 @@ class Components(dict[Role, Component[Config]]):
 
 
 def fp32_parts(role: Role, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return parts of names of weights that stay float32 where the others are `dtype`."""
+    """Return parts of the names of weights that stay float32 where others are `dtype`."""
     always = getattr(CLASSES[role], "fp32_weights", ())
     beside = getattr(CLASSES[role], "fp32_beside_fp16", ()) if dtype == torch.float16 else ()
     return (*always, *beside)
@@ -183,7 +170,7 @@ def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ..
 def assemble(
     role: Role, config: Config, sources: Sequence[tuple[Spelling, TensorStore]]
 ) -> Component[Config]:
-    """Assemble a component from its files: the main ones and those that a conversion set aside."""
+    """Assemble a component from its files, and those that a conversion set aside."""
     names: dict[str, str] = {}
     taken: dict[str, Source] = {}
     rest: dict[str, Source] = {}

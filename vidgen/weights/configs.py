@@ -1,4 +1,4 @@
-"""Architectures: in a component's `config.json`, in three layouts, or read from tensors' shapes."""
+"""Architectures, read from `config.json` in three layouts or inferred from tensors' shapes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,7 @@ CLIP_HEADS = 16
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ModelError: missing or not that.
-    """
+    """Read a JSON file that holds an object; raise ModelError if it can't be read."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -57,17 +53,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a component folder; raise ModelError if it is missing or no JSON."""
+    """Read `config.json` of a component folder; see `read_json`."""
     return read_json(folder / "config.json")
 
 
 def config_of(config_type: type[Any], folder: Path) -> Any:
-    """Build a component's frozen dataclass from its `config.json`; refuse other keys by name."""
+    """Build a component's config from its `config.json`; see `config_from`."""
     return config_from(config_type, read_config(folder), str(folder / "config.json"))
 
 
 def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str) -> Any:
-    """Build a frozen dataclass from its settings; refuse other keys by name."""
+    """Build a component's config; raise ModelError for unknown keys and impossible values."""
     unknown = sorted(settings.keys() - {each.name for each in fields(config_type)})
     if unknown:
         raise ModelError(
@@ -80,7 +76,7 @@ def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str)
 
 
 def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `DiTConfig` that a `config.json` of diffusers gives.
+    """Return fields of `DiTConfig` from diffusers' `config.json`.
 
     Raises:
         ModelError: another transformer, or a setting that ours doesn't have.
@@ -107,11 +103,7 @@ def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """Return `config.json` of diffusers' `WanTransformer3DModel` or `WanVACETransformer3DModel`.
-
-    Raises:
-        ModelError: an attention pattern that diffusers doesn't have.
-    """
+    """Return diffusers' `config.json`; raise ModelError for a pattern that it doesn't have."""
     if config.pattern != "full":
         raise ModelError(f"diffusers' Wan has no attention pattern {config.pattern!r}, only 'full'")
     settings = {
@@ -128,7 +120,7 @@ def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 
 
 def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `DiTConfig` that a `config.json` of the Wan repositories gives."""
+    """Return fields of `DiTConfig` from Wan's own `config.json`."""
     fields = {
         ours: settings[theirs] for ours, theirs in _WAN_DIT_NAMES.items() if theirs in settings
     }
@@ -138,14 +130,9 @@ def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_wan(config: DiTConfig, model_type: str) -> dict[str, Any]:
-    """Return `config.json` of Wan's own `WanModel` or `VaceWanModel`.
+    """Return Wan's own `config.json`; raise ModelError for a pattern that it doesn't have.
 
-    Args:
-        config: ours.
-        model_type: Wan's word for the variant: t2v, i2v, flf2v, vace, ti2v.
-
-    Raises:
-        ModelError: an attention pattern that Wan doesn't have.
+    `model_type` is Wan's word for the variant: t2v, i2v, flf2v, vace, ti2v.
     """
     if config.pattern != "full":
         raise ModelError(f"Wan has no attention pattern {config.pattern!r}, only 'full'")
@@ -162,7 +149,7 @@ def dit_to_wan(config: DiTConfig, model_type: str) -> dict[str, Any]:
 
 
 def vae_from_diffusers(settings: Mapping[str, Any]) -> VAEConfig:
-    """Return the config in a `config.json` of diffusers' `AutoencoderKLWan`.
+    """Return the config from `config.json` of diffusers' `AutoencoderKLWan`.
 
     Raises:
         ModelError: another VAE, or a setting that ours doesn't have.
@@ -203,12 +190,10 @@ def vae_to_diffusers(config: VAEConfig) -> dict[str, Any]:
 
 
 def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
-    """Infer the architecture of a transformer.
+    """Infer the architecture of a transformer from its tensors' shapes, by our names.
 
-    Args:
-        shapes: of its tensors, by our names.
-        known: fields that a config file gives; heads and the layers of a control don't follow from
-            shapes, and are taken from the published models.
+    `known` are fields of a config file. Heads and control layers don't follow from shapes, and are
+    those of the published models.
 
     Raises:
         ModelError: tensors that no transformer of ours has.
@@ -243,7 +228,7 @@ def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
 
 
 def infer_text(shapes: Shapes) -> TextConfig:
-    """Infer the architecture of a UMT5 encoder, from the shapes by our names."""
+    """Infer the architecture of a UMT5 encoder from shapes by our names."""
     with _reading("text encoder"):
         attention = "encoder.block.0.layer.0.SelfAttention"
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
@@ -257,7 +242,7 @@ def infer_text(shapes: Shapes) -> TextConfig:
 
 
 def infer_image(shapes: Shapes) -> ImageConfig:
-    """Infer the architecture of CLIP's vision tower, from the shapes by our names."""
+    """Infer the architecture of CLIP's vision tower from shapes by our names."""
     with _reading("image encoder"):
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         tokens = shapes["embeddings.position_embedding.weight"][0]
@@ -269,10 +254,10 @@ def infer_image(shapes: Shapes) -> ImageConfig:
 
 
 def infer_vae(shapes: Shapes) -> VAEConfig:
-    """Infer the architecture of a VAE, from the shapes by Wan's own names.
+    """Infer the architecture of a VAE from shapes by Wan's names.
 
-    The statistics of its latents are in no file; they are those of the published VAE with as many
-    channels, and none for other numbers.
+    The statistics of its latents are in no file: they are those of the published VAE with as many
+    channels, if any.
     """
     with _reading("VAE"):
         stages = _vae_stages(shapes)
@@ -295,12 +280,12 @@ def infer_vae(shapes: Shapes) -> VAEConfig:
 
 
 def _is_nested(shapes: Shapes) -> bool:
-    """Return whether the encoder's layers are counted within their stage, as in Wan 2.2."""
+    """Return whether the encoder's layers are counted by stage, as in Wan 2.2."""
     return any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in shapes)
 
 
 def _vae_stages(shapes: Shapes) -> list[tuple[int, int, bool]]:
-    """Return blocks, width and whether frames are halved, for each stage of the encoder."""
+    """Return (blocks, width, whether frames are halved) of each stage of the encoder."""
     layers = r"encoder\.downsamples\.(\d+)" + (
         r"\.downsamples\.(\d+)" if _is_nested(shapes) else r"()"
     )
@@ -321,14 +306,14 @@ def _vae_stages(shapes: Shapes) -> list[tuple[int, int, bool]]:
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:
-    """Count the modules of a list: one more than the highest index."""
+    """Return the number of modules in a list: one more than the highest index."""
     found = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
     return max(found, default=-1) + 1
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turn errors from missing or misshapen tensors into one that names the component."""
+    """Turn errors of missing or misshapen tensors into a ModelError that names the component."""
     try:
         yield
     except KeyError as error:

@@ -1,9 +1,8 @@
-"""A model folder in another layout, tensor for tensor and bit for bit, and back.
+"""Convert a model folder to another layout, bit for bit and reversibly.
 
-Data without a place in the other layout is kept with it and comes back on the way back: the facts
-of `model.json` and our configs in `vidgen.json`, tensors in `rest/`. An unknown tensor is an error.
-Wan's layout has its VAE and encoders pickled, as Wan's own programs read them; everything else is
-safetensors.
+Data without a place in the other layout is kept for the way back: the facts of `model.json` and our
+configs in `vidgen.json`, tensors in `rest/`. Unknown tensors are errors. Wan's layout has its VAE
+and encoders pickled, as Wan's own programs read them; everything else is safetensors.
 """
 
 from __future__ import annotations
@@ -64,11 +63,11 @@ def convert(
 
     Args:
         source: the model.
-        target: the folder to make; it must not exist.
+        target: a new folder.
         to: "diffusers": for `from_pretrained` of diffusers' Wan pipelines. "wan": for Wan's own
             programs. "vidgen": ours, with hashes.
         max_shard_bytes: most bytes of a weight file.
-        changed: by role and our names, tensors that replace the files', in their dtype; only with
+        changed: tensors that replace the files', in their dtype, by role and our names; only with
             `to` "vidgen". The model's students and magnitudes, which don't fit them, are left out.
 
     Returns:
@@ -125,7 +124,7 @@ def convert(
 def _sort(
     component: Component[Config], to: Spelling
 ) -> tuple[dict[str, Lazy], dict[Spelling, dict[str, Source]]]:
-    """Return a component's tensors by the names of a layout, and those without one by their own."""
+    """Return a component's tensors by the names of a layout, and those without one by spelling."""
     placed: dict[str, Lazy] = {}
     left: dict[Spelling, dict[str, Source]] = {}
     every = {name: view.source(name) for view in (component.store, component.rest)
@@ -146,7 +145,7 @@ def _sort(
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor in memory, to be written in the dtype of the one whose place it takes."""
+    """A tensor in memory, to be written in the dtype of the one that it replaces."""
 
     value: Tensor
     dtype: torch.dtype
@@ -193,7 +192,7 @@ def _write_wan(
 
 
 def _config(config: Config, to: Spelling) -> dict[str, Any]:
-    """Return a component's `config.json`; the encoders' is transformers' in both layouts."""
+    """Return a component's `config.json`; that of encoders is transformers' in both layouts."""
     if isinstance(config, TextConfig | ImageConfig):
         return config.to_transformers()
     if to == "diffusers" and isinstance(config, VAEConfig):
@@ -263,7 +262,7 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
 
 
 def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
-    """Copy a model's preview map and magnitudes, as far as they still hold."""
+    """Copy a model's preview map and magnitudes, as far as they still apply."""
     preview, magnitudes = source.path / _PREVIEW, source.path / _MAGNITUDES
     if preview.is_file():
         (folder / _PREVIEW).parent.mkdir()
@@ -276,7 +275,7 @@ def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
 
 
 def _keep_clip_tokenizer(source: ModelFolder, folder: Path, to: Spelling) -> None:
-    """Copy the tokenizer of CLIP's text tower, which only Wan's own programs load."""
+    """Copy the tokenizer of CLIP's text tower, which only Wan's own programs use."""
     here = source.path if source.layout == "wan" else source.path / REST
     if (here / CLIP_TOKENIZER).is_dir():
         there = folder if to == "wan" else folder / REST

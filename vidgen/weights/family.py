@@ -1,7 +1,7 @@
-"""The Wan family's variants and their defaults.
+"""Variants of the Wan family and their defaults.
 
-Figures are those of the published programs (Wan-Video/Wan2.1 and Wan2.2, `generate.py` and
-`wan/configs`), the negative prompts are the releases' own.
+Figures are of the published programs (Wan-Video/Wan2.1 and Wan2.2, `generate.py` and
+`wan/configs`); negative prompts are those of the releases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Task = Literal[
     "text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "control",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
-"""Inputs that a clip can be made from; "text" is for models that need nothing else."""
+"""Inputs of a clip; "text" is for models that need no other."""
 
 Conditioning = Literal["tokens", "channels", "control", "none"]
 
@@ -35,19 +35,17 @@ _LARGE = ((1280, 720), (720, 1280), *_SMALL)
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """Settings of a generation that the request leaves open.
+    """A model's defaults for settings of a generation.
 
     Args:
         guidance_scale: of a model with two experts, the high-noise one's.
         guidance_scale_2: the low-noise expert's; None: the same.
         guidance_interval: (lowest, highest) sigma at which guidance applies.
-        settings: what this model can do and others can't, by name; see
-            `vidgen.pipeline.settings`. Without a name the model lacks that feature.
+        settings: of the features that this model has, by name; see `vidgen.pipeline.settings`.
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
-        sizes: (width, height) the model was trained on; others are warned about.
-        max_frames: longest clip it was trained on.
-        history_noise: share of noise in the view of earlier windows of a long clip, in models that
-            were taught to see through it.
+        sizes: (width, height) of its training clips; others cause a warning.
+        max_frames: of its longest training clips.
+        history_noise: noise level of earlier windows of a long clip, in models trained with it.
     """
 
     num_steps: int
@@ -70,7 +68,7 @@ class ModelDefaults:
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model of the family."""
+    """A published model of the family."""
 
     name: str
     family: str
@@ -130,13 +128,13 @@ VARIANTS: dict[str, Variant] = {
 def recognise(
     dit: DiTConfig, *, num_experts: int, name: str, expand_timesteps: bool = False
 ) -> Variant:
-    """Return the variant that a transformer belongs to.
+    """Return the variant of a transformer.
 
     Args:
         dit: its architecture.
         num_experts: transformers of the model, 1 or 2.
-        name: of the folder, which alone tells 480p from 720p in Wan 2.1's image-to-video.
-        expand_timesteps: whether known tokens carry time 0, as diffusers' TI2V folders say.
+        name: of the folder; only this distinguishes 480p and 720p in Wan 2.1's image-to-video.
+        expand_timesteps: whether known tokens have time 0, from diffusers' TI2V folders.
 
     Raises:
         ModelError: channels that no published variant has.
@@ -161,7 +159,7 @@ def recognise(
     if dit.image_dim:
         return VARIANTS["i2v-14b-720p" if re.search(r"720", name) else "i2v-14b-480p"]
     variant = VARIANTS["i2v-a14b"]
-    if num_experts == 1:  # one of its experts, alone
+    if num_experts == 1:  # one of its experts
         alone = replace(variant.defaults, boundary=None, guidance_scale_2=None)
         return replace(variant, defaults=alone)
     return variant

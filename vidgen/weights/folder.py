@@ -1,10 +1,10 @@
-"""Models on disk, opened but not loaded: the types of folders, their files and hashes.
+"""Models on disk, opened but not loaded: types of folders, their files and hashes.
 
-Our own layout: `model.json`, `vae/`, `transformer/`, `text_encoder/` and, where a model has
-them, `transformer_2/`, `image_encoder/`, `sound_vae/`, `verifier/` and `onset_detector/` (each
-`config.json` and `model.safetensors`, or shards with an index) and `tokenizer/`. `config.json` of
-our own modules is their frozen dataclass; the encoders' are ordinary transformers ones. `layouts`
-opens them, diffusers' folders and Wan's own.
+vidgen's layout is `model.json`, `tokenizer/` and a folder for each component: `vae/`,
+`transformer/`, `text_encoder/` and optionally `transformer_2/`, `image_encoder/`, `sound_vae/`,
+`verifier/` and `onset_detector/`. Each has `config.json` and `model.safetensors`, or shards with an
+index. `config.json` is the component's frozen dataclass, or for encoders transformers' config.
+`layouts` opens these folders, and those of diffusers and Wan.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MIN_BYTES = 1_000_000
 """Smaller files are hashed each time."""
-_SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
+_SETTLED_S = 2.0  # a file changed more recently may change again with the same time stamp
 
 
 @dataclass(frozen=True)
 class RollConfig:
-    """Settings of a roll-out: turns of latent frames, each in view of those before it.
+    """Settings of a roll-out, which makes a clip in turns that see earlier ones.
 
     Args:
         turn_frames: latent frames of a turn, which see each other.
         window_frames: most latent frames before a turn that it sees.
-        history_noise: share of noise in its view of them, so that the faults of a turn aren't taken
-            for the picture; from 0 to below 1.
+        history_noise: their noise level there, so that faults of a turn don't accumulate; from 0 to
+            below 1.
 
     Raises:
-        ValueError: turns of no frame, a window shorter than a turn, or nothing but noise.
+        ValueError: values out of these ranges, or a window shorter than a turn.
     """
 
     turn_frames: int = 3
@@ -64,15 +64,15 @@ class RollConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Sampling of a student, without guidance.
+    """Sampling of a few-step adapter (student), without guidance.
 
     Args:
-        sampler: that it was taught, one of `SAMPLERS`.
-        sigmas: noise levels that it was taught on, from 1 down to 0.
-        guidance_scale: of its teacher, which it has folded in.
-        roll: of one that makes a clip turn by turn; None: it makes clips as a whole.
-        boundary: below which the model's expert at low noise denoises, with its delta if it has
-            one; None: nowhere.
+        sampler: of its training, one of `SAMPLERS`.
+        sigmas: noise levels of its training, from 1 down to 0.
+        guidance_scale: of its teacher, distilled into it.
+        roll: for a student that makes a clip turn by turn; None: it makes whole clips.
+        boundary: sigma below which the model's low-noise expert denoises, with its delta if there
+            is one; None: nowhere.
 
     Raises:
         ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
@@ -99,10 +99,10 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class Files:
-    """A folder's files, by their names in it.
+    """A folder's files.
 
     Attributes:
-        files: name -> SHA-256 that it should have, or "" where nobody said.
+        files: name -> recorded SHA-256, or "".
     """
 
     path: Path
@@ -110,10 +110,10 @@ class Files:
 
     @cached_property
     def content_hash(self) -> str:
-        """One SHA-256 over the names and hashes of all the model's files, but cards (`.md`).
+        """SHA-256 over the names and hashes of all files but cards (`.md`).
 
         Raises:
-            ModelError: a file is not the one that was recorded.
+            ModelError: a file's hash isn't the recorded one.
         """
         names = sorted(name for name in self.files if not name.endswith(".md"))
         hashes = hash_files(self.path / name for name in names)
@@ -130,7 +130,7 @@ class Files:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the model's files on disk."""
+        """Total size of the files."""
         return sum((self.path / name).stat().st_size for name in self.files)
 
 
@@ -141,13 +141,13 @@ class ModelFolder(Files):
     Attributes:
         family: "toybox", "wan2.1" or "wan2.2".
         tasks: see `TASKS`; without "text" a clip needs one of the others.
-        layout: whose it is.
+        layout: of the folder.
         tokenizer: the folder with `tokenizer.json`.
-        image_processor: the folder of the image encoder's processor, where there is one.
+        image_processor: the folder of the image encoder's processor, or None.
         variant: of the family, by its name in `family.VARIANTS`.
         given: another name of the model: the argument of `open_model`.
-        student: of its delta that makes clips in few steps, where there is one.
-        roller: of its delta that makes them turn by turn, where there is one.
+        student: few-step adapter for whole clips, or None.
+        roller: few-step adapter for roll-outs, or None.
     """
 
     name: str
@@ -166,7 +166,7 @@ class ModelFolder(Files):
 
     @property
     def conditioning(self) -> Conditioning:
-        """Way of known frames into the transformer.
+        """Input of known frames to the transformer.
 
         "tokens": in place, their tokens at time 0. "channels": in channels after the noisy latents,
         with a mask. "control": through VACE's control blocks. "none": not at all.
@@ -181,19 +181,19 @@ class ModelFolder(Files):
 
 @dataclass(frozen=True)
 class DiffusersFolder(Files):
-    """A diffusers folder of another family's pipeline, by its class."""
+    """A diffusers folder of another family's pipeline."""
 
     class_name: str
     given: str | None = None
 
     @property
     def name(self) -> str:
-        """The hub's id, or the folder's name."""
+        """Hub id, or the folder's name."""
         return self.given or self.path.name
 
 
 def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the SHA-256 of each file, from a cache where path, size and time of change are equal.
+    """Return the SHA-256 of each file, cached by path, size and time of change.
 
     A cache that can't be read or written is ignored.
     """
@@ -248,7 +248,7 @@ def write_model_info(
     path: Path, *, name: str, family: str, license_name: str, tasks: tuple[str, ...],
     defaults: ModelDefaults, variant: str | None = None,
 ) -> None:
-    """Write `model.json` over whatever component files lie in `path` now."""
+    """Write `model.json` for the component files in `path`."""
     names = sorted(
         str(file.relative_to(path))
         for file in path.rglob("*")

@@ -1,8 +1,8 @@
-"""One name for each tensor, three spellings: ours, diffusers' and the original Wan checkpoints'.
+"""Names of tensors in three spellings: ours, diffusers' and the original Wan checkpoints'.
 
-Each table row is a module or parameter path in all three, `{i}` standing for a number; what follows
-the path (`.weight`, `.lora_A.weight`) is kept. None: the tensor has no place there. A key that no
-row names is unknown, and an error.
+Each table row is a module or parameter path in all three, `{i}` for a number; the rest of a name
+(`.weight`, `.lora_A.weight`) is kept. None: the tensor doesn't exist there. A key without a row is
+unknown, and an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Names(NamedTuple):
 
 
 def rename(key: str, table: tuple[Names, ...], source: Spelling, target: Spelling) -> str | None:
-    """Spell a key of `source` as `target` does; None if it isn't in the table or has no match."""
+    """Return a key of `source` in the spelling `target`; None if it has none."""
     for pattern, template in _rules(table, source, target):
         match = pattern.fullmatch(key)
         if match:
@@ -43,7 +43,7 @@ def renamed(
 
 
 def is_known(key: str, table: tuple[Names, ...], spelling: Spelling) -> bool:
-    """Return whether the table names a key, with a place in other spellings or without."""
+    """Return whether the table has a key, whether or not other spellings have it."""
     return any(pattern.fullmatch(key) for pattern, _ in _rules(table, spelling, "vidgen"))
 
 
@@ -98,7 +98,7 @@ _IMAGE_EMBED: tuple[Names, ...] = (
 
 
 def _under(path: Names, parts: tuple[Names, ...]) -> list[Names]:
-    """Return rows within a module; without a place of either there is none."""
+    """Return rows of a module's parts; None in either path is None."""
     return [
         Names(*(
             None if above is None or below is None else f"{above}.{below}"
@@ -189,10 +189,10 @@ IMAGE_KEYS: tuple[Names, ...] = (
 
 
 def image_keys(keys: Iterable[str]) -> tuple[Names, ...]:
-    """Return the table of an image encoder that has these keys.
+    """Return the table of an image encoder with these keys.
 
-    Published folders have CLIP's vision tower under `vision_model`, as transformers wrote it up to
-    version 4.
+    Published folders have CLIP's vision tower under `vision_model`, as transformers up to version 4
+    wrote it.
     """
     if not any(key.startswith("vision_model.") for key in keys):
         return IMAGE_KEYS
@@ -224,8 +224,8 @@ _VAE_RESAMPLE: tuple[Names, ...] = (
 def vae_keys(config: VAEConfig) -> tuple[Names, ...]:
     """Return the table of `CausalVAE(config)`.
 
-    With stage shortcuts (Wan 2.2) blocks are counted within their stage. Without (Wan 2.1), Wan
-    counts the blocks and resamplers of all stages in one list, and diffusers does in the encoder.
+    With stage shortcuts (Wan 2.2) blocks are counted by stage. Without (Wan 2.1), Wan counts the
+    blocks and resamplers of all stages in one list, and so does diffusers in the encoder.
     """
     rows = [
         Names("encoder.to_moments", "quant_conv", "conv1"),

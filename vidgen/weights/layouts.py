@@ -1,7 +1,7 @@
-"""Opening a model by its name, hub id or folder, in vidgen's, diffusers' or Wan's own layout.
+"""Open a model by its name, hub id or folder, in vidgen's, diffusers' or Wan's own layout.
 
-Data of an earlier conversion without a place in a layout lies in `vidgen.json` (the facts of
-`model.json` and our configs) and `rest/ROLE.SPELLING.safetensors`.
+A conversion keeps data without a place in a layout in `vidgen.json` (the facts of `model.json` and
+our configs) and `rest/ROLE.SPELLING.safetensors`.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def open_model(model: str) -> ModelFolder | DiffusersFolder:
 
     Args:
         model: an embedded model's name; a folder in vidgen's, diffusers' or Wan's own layout; or
-            an id on the Hugging Face hub, which is downloaded where it isn't yet.
+            an id on the Hugging Face hub, which is downloaded if necessary.
 
     Returns:
-        The model, or a `DiffusersFolder` where diffusers' own pipeline has to run it.
+        The model, or a `DiffusersFolder` for diffusers' own pipelines.
 
     Raises:
         ModelError: no such model, or files missing, damaged or unknown; says what to do.
@@ -135,7 +135,7 @@ def _open_from_hub(hub_id: str) -> ModelFolder | DiffusersFolder:
 
 
 def layout_of(path: Path) -> Spelling | None:
-    """Return a folder's layout; None if it holds no model."""
+    """Return a folder's layout; None if it is no model."""
     if (path / "model.json").is_file():
         return "vidgen"
     if (path / "model_index.json").is_file():
@@ -148,11 +148,7 @@ def layout_of(path: Path) -> Spelling | None:
 
 
 def open_folder(path: Path, given: str | None = None) -> ModelFolder | DiffusersFolder:
-    """Open a model folder in any layout.
-
-    Args:
-        path: the folder.
-        given: the user's name for it, where that is another.
+    """Open a model folder in any layout; `given` is the user's name for it, if another.
 
     Raises:
         ModelError: no model, or one that is incomplete, damaged or of an unknown kind.
@@ -167,7 +163,7 @@ def open_folder(path: Path, given: str | None = None) -> ModelFolder | Diffusers
             return _open_wan(path, given)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError,
             RecursionError) as error:
-        raise ModelError(  # JSON that is whole, but of another shape
+        raise ModelError(  # valid JSON, but of another shape
             f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); copy the whole "
             "folder again"
         ) from error
@@ -311,7 +307,7 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
 
 
 def _own_parts(path: Path) -> dict[Role, Component[Config]]:
-    """Return the parts that lie in vidgen's layout in every layout."""
+    """Return the components that have vidgen's layout in every folder."""
     return {
         role: assemble(role, config_of(_CONFIG_TYPES[role], folder), [("vidgen", _shards(folder))])
         for role in OWN_ROLES if ((folder := path / role) / "config.json").is_file()
@@ -323,7 +319,7 @@ def _student_files(path: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> TensorStore:
-    """Open the tensors of a component's folder, which must be those in its index."""
+    """Open the tensors of a component's folder, which must match its index."""
     store = TensorStore(find_files(folder))
     if len(store.files) == 1:
         return store
@@ -341,7 +337,7 @@ def _shards(folder: Path) -> TensorStore:
 
 
 def _published(path: Path, pattern: str, what: str, usual: str | None = None) -> TensorStore:
-    """Open a component that Wan publishes as one file, pickled or not."""
+    """Open a component that Wan publishes as one file, pickled or safetensors."""
     found = [p for suffix in (".pth", ".safetensors") for p in sorted(path.glob(pattern + suffix))]
     if not found:
         raise ModelError(
@@ -366,7 +362,7 @@ def _processor(path: Path) -> Path | None:
 
 
 def _encoder_config(role: Role, folder: Path, processor: Path | None) -> Config | None:
-    """Return the config of a text or image encoder, which is transformers' in two layouts."""
+    """Return the config of a text or image encoder, in transformers' format."""
     if role == "text_encoder":
         return TextConfig.from_transformers(read_config(folder))
     if role == "image_encoder":
@@ -385,7 +381,7 @@ def _noted_config(note: Mapping[str, Any], role: Role) -> Config | None:
 
 
 def _set_aside(path: Path, role: Role) -> list[tuple[Spelling, TensorStore]]:
-    """Open the tensors that an earlier conversion set aside."""
+    """Open the tensors that a conversion set aside."""
     return [
         (spelling, TensorStore([file]))
         for spelling in get_args(Spelling)
@@ -396,7 +392,7 @@ def _set_aside(path: Path, role: Role) -> list[tuple[Spelling, TensorStore]]:
 def _shapes(
     store: TensorStore, table: tuple[Names, ...], spelling: Spelling
 ) -> dict[str, tuple[int, ...]]:
-    """Return shapes by our names of the tensors that have one."""
+    """Return shapes by our names, of tensors that have one."""
     names = renamed(store.names, table, spelling, "vidgen")
     return {ours: store.shape(name) for name, ours in names.items()}
 
@@ -412,7 +408,7 @@ def _require(path: Path, components: Components) -> None:
 
 
 def _check_readers(path: Path, components: Components) -> None:
-    """Refuse parts for other latents than the VAE's."""
+    """Refuse components for other latents than the VAE's."""
     if "vae" not in components:
         return
     ours = components["vae"].config.latent_channels
@@ -425,7 +421,7 @@ def _check_readers(path: Path, components: Components) -> None:
 
 
 def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return fields of a `ModelFolder` from `model.json` or a conversion's note of it."""
+    """Return fields of a `ModelFolder` from `model.json` or a conversion's note."""
     try:
         return {
             "name": info["name"], "family": info["family"], "license": info["license"],
@@ -440,7 +436,7 @@ def _recognised(
     path: Path, given: str | None, components: Components, *,
     expand_timesteps: bool = False, **settled: Any,
 ) -> dict[str, Any]:
-    """Return fields of a `ModelFolder` from its transformer; `settled` are its own defaults."""
+    """Return fields of a `ModelFolder` from its transformer; `settled` are known defaults."""
     dit = components["transformer"].config
     name = given or path.resolve().name
     experts = 2 if "transformer_2" in components else 1
@@ -456,7 +452,7 @@ def _recognised(
 
 
 def card_license(path: Path) -> str | None:
-    """Return the licence that a folder's model card names, or None."""
+    """Return the licence in a folder's model card, or None."""
     card = path / "README.md"
     text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -466,7 +462,7 @@ def card_license(path: Path) -> str | None:
 
 
 def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults that a diffusers folder's scheduler and index give."""
+    """Return the defaults in a diffusers folder's scheduler and index."""
     config = path / "scheduler" / "scheduler_config.json"
     settings = read_json(config) if config.is_file() else {}
     found = {
@@ -480,7 +476,7 @@ def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 def _unhashed(
     path: Path, small: Iterable[Path], components: Components | None = None
 ) -> dict[str, str]:
-    """List a folder's files, of which no hashes are recorded."""
+    """List a folder's files, without recorded hashes."""
     weights = [
         file for part in (components or {}).values()
         for file in (*part.store.files, *part.rest.files)

@@ -1,4 +1,4 @@
-"""Modules built on the meta device and given their tensors from files, and written back."""
+"""Build modules on the meta device, and load their weights from files one at a time."""
 
 from __future__ import annotations
 
@@ -30,11 +30,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Map all tensors of a safetensors file.
-
-    Raises:
-        ModelError: missing, truncated or not safetensors.
-    """
+    """Map all tensors of a safetensors file; raise ModelError if it can't be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
@@ -44,7 +40,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out `normal_`: on the meta device it does nothing, but imports 800 modules for it."""
+    """Skips `normal_`, which does nothing on the meta device but imports 800 modules."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -68,24 +64,24 @@ def load_module(
     mesh: DeviceMesh | None = None,
     each: Callable[[nn.Parameter], None] | None = None,
 ) -> Module:
-    """Build a module without memory, then give it the files' tensors, one at a time.
+    """Build a module without memory, then load the files' tensors, one at a time.
 
     Args:
         make: builds the module; called on the meta device.
         source: the component's folder of safetensors, or its tensors.
         dtype: of floating-point weights.
-        device: where they end up.
+        device: of the weights.
         keep_fp32: parts of names of weights that stay float32.
-        names: stored name -> the module's; those not in it are the same.
-        quantize: what the linear layers of the blocks become.
-        stream: leave the blocks' weights in the files; they come while they are used.
-        packed: lay linear layers out for this CPU, where that pays; see `ops.linear`.
-        mesh: devices over which the blocks' weights are spread, each reading its share.
-        each: called with every parameter as soon as it is read, before the next one is.
+        names: stored name -> the module's, where they differ.
+        quantize: for the linear layers of the blocks.
+        stream: leave the blocks' weights in the files until they are used.
+        packed: pack linear layers for this CPU where that is faster; see `ops.linear`.
+        mesh: devices over which the blocks' weights are sharded.
+        each: called with every parameter as soon as it is read.
 
     Raises:
         ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
-        InputError: `quantize` that can't be had, or together with `stream`.
+        InputError: `quantize` isn't possible, or together with `stream`.
     """
     store = source if isinstance(source, TensorStore) else TensorStore(find_files(source))
     weights, device = Weights(store, dtype, keep_fp32, names), torch.device(device)
@@ -119,11 +115,10 @@ def load_module(
 def _shard_blocks(
     module: nn.Module, weights: Weights, device: torch.device, mesh: DeviceMesh
 ) -> None:
-    """Spread a module's blocks over devices in a row by FSDP2 (Zhao et al. 2023), for inference.
+    """Shard a module's blocks over devices by FSDP2 (Zhao et al. 2023), for inference.
 
-    Each device holds a share of every block and gets the rest when the block runs. Each reads only
-    its own share from the files, so no device and no process ever holds the whole. The module must
-    run on all devices together.
+    Each device reads and holds a share of every block, and gets the rest when the block runs; none
+    ever holds the whole. The module must run on all devices together.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -154,10 +149,9 @@ def _fill(
     layers: Mapping[str, nn.Linear], change: Callable[[nn.Linear], Any],
     each: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Give a module its weights but those `left` in the files, and `change` its `layers`.
+    """Load a module's weights except those `left` in the files, and `change` its `layers`.
 
-    Each layer is changed as soon as it is read, so that only one is in memory in both forms; then
-    `each` gets the parameter.
+    Each layer is changed as soon as it is read, so that only one is in memory in both forms.
     """
     mapped = weights.stay_mapped and device.type == "cpu" and not layers
     parameters = {name for name, _ in module.named_parameters()}
@@ -174,7 +168,7 @@ def _fill(
             change(layer)
         if each is not None and name in parameters:
             each(module.get_parameter(name))
-        if read > often and not mapped:  # what was copied need not stay in memory twice
+        if read > often and not mapped:  # so that copied weights aren't in memory twice
             weights.store.release()
             trim_memory()
             read = 0
@@ -188,7 +182,7 @@ def _fill(
 
 
 def _check(module: nn.Module, weights: Weights) -> None:
-    """Refuse weights of another module."""
+    """Raise ModelError for weights of another module."""
     state = module.state_dict()
     expected = {name: tuple(value.shape) for name, value in state.items()}
     given = {name: weights.shape(name) for name in weights.names}
@@ -217,9 +211,9 @@ def _check(module: nn.Module, weights: Weights) -> None:
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the system.
 
-    Before glibc 2.38 aligned allocations rarely fit in the holes that others left, so loading and
+    Before glibc 2.38 aligned allocations rarely fit into holes left by others, so loading and
     quantising layers of a few megabytes could leave several times the weights in holes.
     """
     if sys.platform == "linux":

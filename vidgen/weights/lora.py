@@ -1,4 +1,4 @@
-"""LoRA files of any dialect, read and written."""
+"""Read and write LoRA files of any dialect."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EXPERT_HEADER = "vidgen.expert"
 """Key of the expert in a file's header."""
 _TEXTS = (".yaml", ".yml", ".json", ".txt", ".md")
 MAX_WEIGHT = 100
-"""Of a LoRA, in size; beyond it nothing but noise is left."""
+"""Largest weight of a LoRA, of either sign; with more only noise is left."""
 _GRAMMAR = "--lora takes PATH[:WEIGHT][@high|@low]"
 
 
@@ -59,8 +59,8 @@ class LoraChoice:
     Args:
         path: file, or folder with `adapter_config.json`.
         weight: factor of all its changes, of any sign.
-        expert: of two experts the one that takes it; None: the one that its file names, else both,
-            or the only transformer.
+        expert: the one of two that takes it; None: the one that its file names, else both, or the
+            only transformer.
 
     Raises:
         InputError: a weight beyond `MAX_WEIGHT`.
@@ -93,12 +93,12 @@ def parse_option(text: str) -> LoraChoice:
 def read_choices(
     choices: Sequence[LoraChoice], config: DiTConfig, expert: Expert | None = None
 ) -> list[tuple[Adapter, float]]:
-    """Read the adapters for one transformer, with their weights, as `attached` takes them.
+    """Read the adapters for one transformer, with their weights, for `attached`.
 
     Args:
         choices: all of a request.
         config: of the transformer.
-        expert: the transformer's role of a model's two; None: it is the only one.
+        expert: which of a model's two it is; None: the only one.
 
     Raises:
         InputError: a choice for one expert of a model that has no two.
@@ -125,25 +125,21 @@ def read_choices(
 
 
 def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None) -> Adapter:
-    """Read a LoRA of any dialect; every tensor finds its place or the file is refused.
+    """Read a LoRA of any dialect by our names, mapped from the file in its dtype.
 
     Tensors of text encoders are left out with a warning; parts that change nothing are reported.
 
     Args:
-        path: a safetensors file or one that torch.load reads as plain tensors, or a folder with
-            one such file, or one for each expert that names it, and perhaps PEFT's
-            `adapter_config.json`.
-        config: of the transformer it is for.
-        expert: which of a model's two transformers that is: from a file with tensors for both it
-            takes `transformer.` (high) or `transformer_2.` (low), maybe none; None: the only one.
-
-    Returns:
-        The adapter by our names, tensors mapped from the file in its dtype.
+        path: a safetensors file or a pickle of plain tensors, or a folder with one such file, or
+            one for each expert, and optionally PEFT's `adapter_config.json`.
+        config: of the transformer.
+        expert: which of a model's two it is: from a file with tensors for both it takes
+            `transformer.` (high) or `transformer_2.` (low), maybe none; None: the only one.
 
     Raises:
         InputError: no such file.
         ModelError: unreadable, another method than LoRA, or tensors without a place, of wrong
-            rank or shape, not finite: their number and the first names.
+            rank or shape, or not finite: their number and the first names.
     """
     source = Path(path)
     file, peft = _locate(source, expert)
@@ -186,13 +182,13 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
 
 
 def expert_of(path: Path) -> Expert | None:
-    """Return the expert of two that a LoRA's file names as its own, or None."""
+    """Return the expert that a LoRA's file names, or None."""
     named = _header(path).get(EXPERT_HEADER) if path.is_file() else None
     return next((each for each in EXPERTS if each == named), None)
 
 
 def _locate(source: Path, expert: Expert | None) -> tuple[Path, dict[str, Any]]:
-    """Return the file of tensors for an expert, and PEFT's config in its folder."""
+    """Return the file of tensors for an expert, and PEFT's config in its folder, or {}."""
     if not source.exists():
         raise InputError(f"LoRA {source} doesn't exist; {_GRAMMAR}")
     if source.suffix.lower() in _TEXTS:
@@ -225,7 +221,7 @@ def _header(file: Path) -> dict[str, str]:
 
 
 class _Layer(NamedTuple):
-    """Tensors of one layer by their kind, and its name as spelled in the file."""
+    """Tensors of one layer by their kind, and its name in the file."""
 
     spelled: str
     tensors: dict[Kind, Tensor]
@@ -270,7 +266,7 @@ def _assemble(
 def _combine(
     name: str, layers: Mapping[str, _Layer], scaling: Scaling, parameters: Mapping[str, Any]
 ) -> tuple[Adapter, list[str]]:
-    """Return products and differences of all layers, and names of layers that lack a part."""
+    """Return the adapter of all layers, and the names of layers that lack a part."""
     low_rank: dict[str, LowRank] = {}
     deltas: dict[str, Tensor] = {}
     halves = []
@@ -321,18 +317,18 @@ def write_lora(
 ) -> None:
     """Write an adapter as a safetensors file, or as PEFT's folder.
 
-    Where a dialect has no alpha, scales go into the second factor, as float32 where its own dtype
-    can't hold the product.
+    In dialects without alpha, scales are multiplied into the second factor, as float32 where its
+    own dtype can't hold the product.
 
     Args:
         adapter: its tensors keep their dtype.
         path: replaced if it exists.
         dialect: one of `DIALECTS`.
-        expert: of two experts its own, for the file's header, or None.
+        expert: of two, for the file's header, or None.
 
     Raises:
         InputError: unknown dialect.
-        ModelError: parts that the dialect has no name for: number and first names.
+        ModelError: parts without a name in the dialect: number and first names.
         OutputError: it can't be written.
     """
     tensors = spelled(adapter, dialect)
@@ -381,7 +377,7 @@ def spelled(adapter: Adapter, title: str) -> dict[str, Tensor]:
         put(path, f"{dialect.sides[1]}.weight", up.reshape(*up.shape, *(1,) * (down.ndim - 2)))
         if dialect.alpha:
             put(path, "alpha", torch.tensor(part.scale * down.shape[0]))
-        if needs_bias:  # PEFT has them for all layers or for none
+        if needs_bias:  # PEFT has biases for all layers or for none
             bias = left.pop(f"{path}.bias", up.new_zeros(up.shape[0]))
             put(path, f"{dialect.sides[1]}.bias", bias)
     for name, delta in left.items():
@@ -407,9 +403,9 @@ def _scaled(up: Tensor, scale: float) -> Tensor:
 
 
 def _peft_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Return `adapter_config.json` of layers whose alpha is their rank.
+    """Return `adapter_config.json` of layers with alpha = rank.
 
-    PEFT matches patterns at a path's end, so those of a whole path begin with "^".
+    PEFT matches patterns at a path's end, so patterns of a whole path begin with "^".
     """
     ranks = {
         name.removeprefix(prefix).removesuffix(".lora_A.weight"): tensor.shape[0]

@@ -1,7 +1,7 @@
-"""LoRA files' spellings: names of tensors, and the scale of a product.
+"""Dialects of LoRA files: names of tensors, and scales of products.
 
-A name is a prefix, a layer's path in one of the keymap's spellings, dotted or with underscores, and
-what the tensor is: `lora_A` or `lora_down`, `lora_B` or `lora_up`, `alpha`, or a difference.
+A name is a prefix, a layer's path in one of the keymap's spellings, with dots or underscores, and
+the tensor's kind: `lora_A` or `lora_down`, `lora_B` or `lora_up`, `alpha`, or a difference.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _OTHER_METHODS = {
 
 
 class Dialect(NamedTuple):
-    """Spelling of a LoRA by a family of tools.
+    """Names in LoRA files of a family of tools.
 
     Args:
         spelling: of layers.
         prefix: of all names.
-        sides: of the two factors.
+        sides: names of the two factors.
         flat: whether a layer's path has underscores for dots.
         alpha: whether scales are written; else they are multiplied into the second factor.
-        diffs: whether it has names for differences that no product goes with.
+        diffs: whether it has names for differences without a product.
     """
 
     spelling: Spelling
@@ -78,7 +78,7 @@ DIALECTS: dict[str, Dialect] = {
 
 
 class TensorName(NamedTuple):
-    """Parts of a LoRA tensor's name: the layer as spelled, its kind, and its transformer."""
+    """Parts of a LoRA tensor's name: the layer in the file's spelling, kind and transformer."""
 
     layer: str
     kind: Kind
@@ -86,7 +86,7 @@ class TensorName(NamedTuple):
 
 
 def parse_name(name: str) -> TensorName | None:
-    """Split a name into its parts; None: it names no LoRA tensor."""
+    """Split a name into its parts; None if it is of no LoRA tensor."""
     prefix = _PREFIX.match(name)
     low_noise = prefix is not None and prefix["low"] is not None
     match = _TENSOR.fullmatch(name, 0 if prefix is None else prefix.end())
@@ -102,12 +102,12 @@ def parse_name(name: str) -> TensorName | None:
 
 
 def is_of_text_encoder(name: str) -> bool:
-    """Return whether a tensor changes a text encoder, not the DiT."""
+    """Return whether a tensor is for a text encoder, not the DiT."""
     return _TEXT_ENCODER.match(name) is not None
 
 
 def other_method(names: tuple[str, ...]) -> str | None:
-    """Return the method of the tensors, if it isn't LoRA."""
+    """Return the method of the tensors if it isn't LoRA, else None."""
     for method, marks in _OTHER_METHODS.items():
         if any(mark in name for name in names for mark in marks):
             return method
@@ -116,7 +116,7 @@ def other_method(names: tuple[str, ...]) -> str | None:
 
 @lru_cache(maxsize=8)
 def layer_places(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
-    """Return a model without memory, and our paths of layers and parameters by `flat` spellings."""
+    """Return a model on the meta device, and our paths of its layers by `flat` spellings."""
     with torch.device("meta"):
         module = SpacetimeDiT(config)
     places: dict[str, str] = {}
@@ -131,19 +131,19 @@ def layer_places(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
 
 
 def flat(path: str) -> str:
-    """Spell a path with underscores for dots, as kohya's trainers do."""
+    """Replace the dots of a path by underscores, as kohya's trainers do."""
     return path.replace(".", "_")
 
 
 class Scaling:
-    """The scale of each product where the file has no alpha of its own: PEFT's config, or 1.
+    """Scales of products without an alpha in the file: from PEFT's config, or 1.
 
     Args:
-        config: of PEFT, from `adapter_config.json` or a safetensors header; empty: scale 1.
-        source: named in messages.
+        config: of PEFT, from `adapter_config.json` or a safetensors header, or empty.
+        source: in messages.
 
     Raises:
-        ModelError: the config asks for what is no plain LoRA.
+        ModelError: the config is of no plain LoRA.
     """
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
@@ -163,7 +163,7 @@ class Scaling:
             raise ModelError(f"{source} has an unreadable lora_alpha: {error}") from error
 
     def __call__(self, layer: str, rank: int) -> float:
-        """Return the scale of a layer, by its path as spelled in the file."""
+        """Return the scale of a layer, by its path in the file's spelling."""
         if self.alpha is None:
             return 1.0
         alpha = next((a for pattern, a in self.alphas if pattern.fullmatch(layer)), self.alpha)
@@ -171,7 +171,7 @@ class Scaling:
 
 
 def config_in_header(header: Mapping[str, str], *, low_noise: bool) -> dict[str, Any]:
-    """Return PEFT's config from a safetensors file's metadata, where diffusers stores it, or {}."""
+    """Return PEFT's config that diffusers stores in a safetensors header, or {}."""
     try:
         stored = json.loads(header.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):

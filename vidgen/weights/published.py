@@ -1,4 +1,4 @@
-"""Published models: those on the Hugging Face hub, and the Wan family by name, to plan with."""
+"""Published models: on the Hugging Face hub, and the Wan family by name, for planning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """Return the folder of an earlier download, perhaps incomplete; the hub isn't asked."""
+    """Return the folder of an earlier download, perhaps incomplete, without network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -49,7 +49,7 @@ def fetch_model(hub_id: str) -> Path:
     """Download a model, or its missing files, and return its folder.
 
     Raises:
-        ModelError: it can't be had; says how to provide it.
+        ModelError: it can't be downloaded; says how to provide it.
     """
     from huggingface_hub import snapshot_download
 
@@ -83,13 +83,7 @@ def list_cached() -> list[tuple[str, Path]]:
 
 
 class Likenesses(TensorStore):
-    """Tensors without data: the names and shapes of a network's weights, and a dtype for all.
-
-    Args:
-        role: of the network.
-        config: its architecture.
-        dtype: in which they are published.
-    """
+    """Tensors without data: names and shapes of a network's weights, and one dtype."""
 
     def __init__(self, role: Role, config: Config, dtype: torch.dtype) -> None:
         super().__init__(())
@@ -115,13 +109,9 @@ def is_here(model: str) -> bool:
 
 
 def published(model: str) -> ModelFolder | None:
-    """Return a published model by its name; None for any other name.
+    """Return a published model for planning by a name that contains its own; else None.
 
-    It can be planned with, not loaded: its components have their architectures, and `files` is
-    empty.
-
-    Args:
-        model: as `open_model` takes it; case and text around the name don't matter.
+    It can't be loaded: its components have architectures only, and `files` is empty.
     """
     found = _NAME.search(model.lower())
     name = f"{found['kind']}-{found['size']}" if found else ""

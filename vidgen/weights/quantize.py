@@ -1,8 +1,7 @@
-"""Weights in int8, one scale a row, through torchao: half the memory of bfloat16.
+"""Quantise weights to int8, one scale a row, by torchao: half the memory of bfloat16.
 
-Only the linear layers inside blocks change, nearly all of a large transformer; embeddings, norms,
-modulation, heads and what stays float32 by policy keep their precision. Products still run in the
-weights' own dtype: a layer's weight is widened while it is used.
+Only the linear layers inside blocks change, which are nearly all of a large transformer. Products
+run in the weights' own dtype: a layer's weight is converted while it is used.
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize_layer(layer: nn.Linear, kind: Quantization = "int8") -> None:
-    """Quantise one layer's weight in place.
-
-    Raises:
-        InputError: torchao is missing or doesn't work here, or the weights are float16.
-    """
+    """Quantise one layer's weight in place; errors are `require_torchao`'s."""
     if kind != "int8":
         raise InputError(f"quantize is {kind!r}; the only kind is 'int8'")
     transform, config = require_torchao(layer.weight.dtype)
@@ -47,7 +42,7 @@ _REMEDY = "pip install 'vidgen[quant]' brings one that can, or go without int8"
 
 
 def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None], Any]:
-    """Import torchao's transform and its settings: symmetric, one scale an output row.
+    """Return torchao's transform and its settings: symmetric, one scale an output row.
 
     Raises:
         InputError: torchao is missing or doesn't work here, or the weights are float16.
@@ -70,9 +65,9 @@ def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None
 
 @contextmanager
 def quiet_torchao() -> Iterator[None]:
-    """Keep torchao's import from reporting kernels of other machines and what torch deprecates.
+    """Silence messages of torchao's import about other machines and torch's deprecations.
 
-    diffusers imports it as well, wherever it is installed.
+    diffusers imports it, too, wherever it is installed.
     """
     names = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
     loggers = [logging.getLogger(name) for name in names]

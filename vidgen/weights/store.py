@@ -1,7 +1,6 @@
 """Tensors in files: one safetensors file, shards with an index, or a published `.pth`.
 
-Nothing is read before it is used: tensors are windows on the mapped file, so the operating system
-brings pages in when they are touched and may drop them again.
+Files are mapped: the operating system reads pages when they are used, and may drop them again.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch import Tensor
 from vidgen.core.errors import ModelError
 
 WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
-"""Stems under which transformers and diffusers save weights."""
+"""Stems of transformers' and diffusers' weight files."""
 SCALE = "_scale"
-"""Suffix of an int8 matrix's name in that of its rows' scales, as compressed-tensors has it."""
+"""Suffix of the name of an int8 matrix's scales, as in compressed-tensors."""
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
@@ -68,17 +67,17 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 class TensorStore:
-    """The tensors of one component by name, mapped from its files.
+    """The tensors of one component by name, mapped from its files, which are opened on first use.
 
     A matrix or kernel [n, ...] stored in int8 with scales [n, 1] appears as bfloat16.
 
     Args:
-        files: safetensors shards, or `.pth` files of plain state dicts, which are only ever read
-            as tensors, never as code. Opened on first use.
+        files: safetensors shards, or `.pth` files of plain state dicts, which are read as tensors
+            only, never as code.
 
     Raises:
-        ModelError: on first use, by file: missing, truncated, not of its format, or a tensor that
-            lies in two files.
+        ModelError: on first use: a file is missing, truncated or not of its format, or two hold the
+            same tensor.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -87,7 +86,7 @@ class TensorStore:
 
     @cached_property
     def _entries(self) -> dict[str, tuple[Path, Tensor]]:
-        """File, and an empty likeness on the meta device, of each tensor."""
+        """File of each tensor, and an empty tensor like it on the meta device."""
         entries: dict[str, tuple[Path, Tensor]] = {}
         for path in self.files:
             names, read = _open(path)
@@ -103,7 +102,7 @@ class TensorStore:
 
     @cached_property
     def _scales(self) -> dict[str, str]:
-        """Names of int8 matrices' scales, by those of the matrices."""
+        """Name of an int8 matrix -> name of its scales."""
         every, found = self._entries, {}
         for name, (_, stored) in every.items():
             _, scales = every.get(name + SCALE, (None, None))
@@ -120,15 +119,15 @@ class TensorStore:
         return tuple(name for name in self._entries if name not in hidden)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         return tuple(self._entries[name][1].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor, without reading it."""
+        """Return the dtype of a tensor without reading it."""
         return torch.bfloat16 if name in self._scales else self._entries[name][1].dtype
 
     def is_mapped(self, name: str) -> bool:
-        """Return whether the file is a tensor's memory, stored as `get` returns it."""
+        """Return whether `get` returns a tensor in the mapped file."""
         return name not in self._scales
 
     @property
@@ -137,7 +136,7 @@ class TensorStore:
         return sum(tensor.nbytes for _, tensor in self._entries.values())
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor on the CPU; mapped, its bytes come from the disk when they are used."""
+        """Return a tensor on the CPU, mapped if `is_mapped`."""
         value = self._read(name)
         scales = self._scales.get(name)
         if scales is None:
@@ -153,18 +152,18 @@ class TensorStore:
         return read(name)
 
     def release(self) -> None:
-        """Close the files: pages leave memory unless a tensor still shows them; `get` reopens."""
+        """Close the files, so that pages without a tensor leave memory; `get` reopens them."""
         self._readers = {}
 
 
 class Weights:
-    """A store's tensors as weights of a module: by its names, in the dtype they are used in.
+    """A store's tensors as weights of a module, by its names and in its dtype.
 
     Args:
-        store: where they lie.
+        store: of the tensors.
         dtype: of floating-point weights.
-        keep_fp32: parts of names of weights that are float32 whatever `dtype` is.
-        names: stored name -> the module's; those not in it are the same.
+        keep_fp32: parts of names of weights that stay float32.
+        names: stored name -> the module's, where they differ.
 
     Raises:
         ModelError: unreadable files, or two tensors for one weight.
@@ -204,14 +203,14 @@ class Weights:
         return self.store.shape(self._stored[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype a weight is used in."""
+        """Return the dtype of a weight in the module."""
         stored = self.store.dtype(self._stored[name])
         if not stored.is_floating_point:
             return stored
         return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
 
     def num_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Return the bytes of all weights, or of the named ones, in the dtype they are used in."""
+        """Return the bytes of all weights, or of the named ones, in the module."""
         chosen = self.names if names is None else names
         return sum(self.dtype(name).itemsize * math.prod(self.shape(name)) for name in chosen)
 
@@ -221,9 +220,9 @@ class Weights:
 
     @cached_property
     def stay_mapped(self) -> bool:
-        """Whether nearly all tensors are stored as they are used, so that the file is the memory.
+        """Whether nearly all tensors are stored in the module's dtype, so that they stay mapped.
 
-        Otherwise all are copied: one tensor that stays keeps its whole file's pages resident.
+        Otherwise all are copied, since one mapped tensor keeps its whole file's pages resident.
         """
         def changes(name: str, stored: str) -> bool:
             return (self.store.dtype(stored) != self.dtype(name)

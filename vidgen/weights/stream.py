@@ -1,7 +1,7 @@
-"""Blocks whose weights lie in files and come one block ahead of their use.
+"""Stream the weights of blocks from files, one block ahead of use.
 
 A forward pass runs its blocks one after another, so memory for two is enough: while one computes, a
-thread brings the next from the mapped file and casts it. On a GPU the copy runs on a stream of its
+thread reads the next from the mapped file and casts it. On a GPU the copy runs on a stream of its
 own from pinned memory. The results are those of a module in memory, bit for bit.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"(\D+\.\d+)\..+")
 _ALIGN = 256
-"""Bytes; what CUDA's allocator aligns to, and more than any processor's vectors need."""
+"""Bytes; the alignment of CUDA's allocator, and more than that of any CPU's vectors."""
 
 
 def block_of(name: str) -> str | None:
@@ -30,7 +30,7 @@ def block_of(name: str) -> str | None:
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group names of weights by their block, without those of no block."""
+    """Group names of weights by their block; others are left out."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         block = block_of(name)
@@ -64,7 +64,7 @@ class _Place(NamedTuple):
 
 
 class _Slot:
-    """Memory for one block: where it is used and, for a GPU, the pinned memory on the way."""
+    """Memory for one block, and pinned memory for a GPU's copies."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -76,7 +76,7 @@ class _Slot:
             self.leave()  # after whatever used this memory before
 
     def send(self, side: torch.cuda.Stream | None) -> None:
-        """Copy what was staged, after the computation that used this memory before."""
+        """Copy the staged weights, after the last computation with this memory."""
         if side is not None:
             side.wait_event(self.left)
             with torch.cuda.stream(side):
@@ -98,12 +98,12 @@ class _Slot:
 
 
 class BlockStream:
-    """Brings each block's weights before its forward pass and takes them away after it.
+    """Assigns each block's weights before its forward pass and removes them after it.
 
     Args:
         module: with blocks on the meta device; it runs one at a time, in any order that repeats.
         weights: of the module.
-        device: where the blocks compute.
+        device: of the computation.
     """
 
     def __init__(self, module: nn.Module, weights: Weights, device: torch.device) -> None:
@@ -125,7 +125,7 @@ class BlockStream:
             self._hook(module.get_submodule(path), i)
 
     def close(self) -> None:
-        """Stop the thread and let the memory go; the module can't run any more."""
+        """Stop the thread and free the memory; the module can't run any more."""
         self._thread.shutdown(cancel_futures=True)
         for hook in self._hooks:
             hook.remove()
@@ -146,8 +146,8 @@ class BlockStream:
         ]
 
     def _enter(self, index: int) -> None:
-        """Give a block its weights and fetch the next block's."""
-        if self._inside is not None:  # Ctrl-C passes by the hook that leaves a block
+        """Assign a block's weights and fetch the next block's."""
+        if self._inside is not None:  # Ctrl-C skips the hook that leaves a block
             self._leave(self._inside)
         if self._ahead is None or self._ahead[0] != index:
             if self._ahead is not None:
@@ -175,28 +175,22 @@ class BlockStream:
         return index, self._thread.submit(self._load, index, self._next)
 
     def _load(self, index: int, slot: _Slot) -> None:
-        """In the thread: from the mapped file, cast, to where the block will use it."""
+        """Read and cast a block's weights, in the thread."""
         slot.wait_staging()
         for place in self._places[index]:
             place.view(slot.staging).copy_(self._weights.get(place.name))
-        self._weights.store.release()  # or the file's pages would stay in memory
+        self._weights.store.release()  # or the file's pages stay in memory
         slot.send(self._side)
 
 
 def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> BlockStream:
-    """Let a module's blocks take their weights from files, one block ahead of use.
+    """Stream a module's blocks, which are on the meta device; return the stream, to be closed.
 
-    Args:
-        module: with its blocks on the meta device and all else in place.
-        weights: of the module.
-        device: where the blocks compute.
-
-    Returns:
-        The stream, to be closed after the module's last use; also the module's attribute
-        `block_stream`. Its forward pass raises ModelError if a file can't be read any more.
+    It is also the module's attribute `block_stream`. The forward pass raises ModelError if a file
+    can't be read any more.
     """
     stream = BlockStream(module, weights, device)
-    module.__dict__["block_stream"] = stream  # it is no part of the module
+    module.__dict__["block_stream"] = stream  # not a submodule
     return stream
 
 

@@ -1,9 +1,9 @@
-"""A model's few-step students: low-rank deltas of its weights, each in a folder of its own.
+"""A model's few-step adapters (students): low-rank deltas of its weights, with a folder each.
 
-`student` makes whole clips; `roller` is causal in time and makes a clip turn by turn, without end.
-A delta has guidance folded in (Meng et al. 2023) and knows one grid of noise levels, which
-`config.json` names; `model.safetensors` is a LoRA of our own dialect, and so is
-`model_2.safetensors`, where there is one, for the model's expert at low noise.
+`student` makes whole clips; `roller` is causal in time and makes endless clips turn by turn. Both
+have guidance distilled into them (Meng et al. 2023) for the noise levels in `config.json`.
+`model.safetensors` is a LoRA of our own dialect, and so is the optional `model_2.safetensors` for
+the model's low-noise expert.
 """
 
 from __future__ import annotations
@@ -26,15 +26,11 @@ STUDENTS = (STUDENT, ROLLER)
 WEIGHTS: dict[ExpertRole, str] = {
     "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
 }
-"""Files of the deltas, by the model's transformer."""
+"""Files of the deltas, by transformer."""
 
 
 def open_students(model: Path) -> dict[str, Any]:
-    """Return each student's config in a model's folder by name, or None where it has none.
-
-    Raises:
-        ModelError: a config is damaged.
-    """
+    """Return the config of each name in `STUDENTS`, or None; raise ModelError for a damaged one."""
     folders = {name: model / name for name in STUDENTS}
     return {
         name: config_of(StudentConfig, folder) if (folder / "config.json").is_file() else None
@@ -43,20 +39,14 @@ def open_students(model: Path) -> dict[str, Any]:
 
 
 def student_parts(model: Path, name: str = STUDENT) -> tuple[ExpertRole, ...]:
-    """Return the transformers of a model that a student in its folder changes."""
+    """Return the transformers for which a model's student has deltas."""
     return tuple(part for part, file in WEIGHTS.items() if (model / name / file).is_file())
 
 
 def read_student(
     model: Path, config: DiTConfig, name: str = STUDENT, part: ExpertRole = "transformer"
 ) -> Adapter:
-    """Read a student's delta in a model's folder.
-
-    Args:
-        model: the model's folder.
-        config: of its transformer.
-        name: of the student.
-        part: the transformer.
+    """Read a student's delta of a transformer with this config, in a model's folder.
 
     Raises:
         ModelError: missing, damaged, or of another transformer.

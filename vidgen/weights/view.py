@@ -1,7 +1,7 @@
-"""Tensors chosen from stores, some of them parts of larger ones.
+"""Views of stores: chosen tensors, some of them parts of larger ones.
 
-Wan's published CLIP has a text tower besides the vision tower and fuses its projections; here it
-is opened as the vision tower of transformers has it, and put together again when it is written.
+Wan's published CLIP fuses its projections and has a text tower, too; a view splits it into the
+tensors of transformers' vision tower, and they are fused again when written.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Source:
         return whole if self.part is None else self.part(whole)
 
     def get(self) -> Tensor:
-        """The tensor itself, mapped."""
+        """Return the tensor, mapped."""
         value = self.store.get(self.name)
         return value if self.part is None else self.part(value)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A tensor made of several, or of one in another shape."""
+    """A tensor made of several, or a reshaped one."""
 
     parts: tuple[Lazy, ...]
     make: Callable[..., Tensor]
@@ -56,12 +56,12 @@ class Joined:
         return self.make(*(part.likeness for part in self.parts))
 
     def get(self) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor."""
         return self.make(*(part.get() for part in self.parts))
 
 
 class View(TensorStore):
-    """Chosen tensors of one or more stores under names of their own."""
+    """Chosen tensors of one or more stores under other names."""
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
         stores = list({id(s.store): s.store for s in sources.values()}.values())
@@ -75,15 +75,15 @@ class View(TensorStore):
         return tuple(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         return tuple(self._likeness(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor, without reading it."""
+        """Return the stored dtype of a tensor without reading it."""
         return self._likeness(name).dtype
 
     def is_mapped(self, name: str) -> bool:
-        """Whether the file is a tensor's memory."""
+        """Return whether `get` returns a tensor in the mapped file."""
         source = self._sources[name]
         return source.store.is_mapped(source.name)
 
@@ -93,7 +93,7 @@ class View(TensorStore):
         return sum(self._likeness(name).nbytes for name in self._sources)
 
     def get(self, name: str) -> Tensor:
-        """A tensor on the CPU, mapped."""
+        """Return a tensor on the CPU."""
         return self._sources[name].get()
 
     def release(self) -> None:
@@ -112,7 +112,7 @@ class View(TensorStore):
 
 
 def split_clip(store: TensorStore) -> TensorStore:
-    """Split the fused projections of Wan's CLIP and shape its embeddings as transformers' does.
+    """Split the fused projections of Wan's CLIP, and reshape its embeddings as in transformers.
 
     Any other store is returned as it is.
     """
@@ -144,8 +144,6 @@ def fuse_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         elif not any(part in name for part in _SPLIT):
             made[name] = source
     return made
-
-
 
 
 def _third(index: int) -> Change:

@@ -1,7 +1,7 @@
-"""Writing tensors one at a time, so that memory holds one, however large the file.
+"""Write files of tensors with one tensor in memory at a time.
 
-The safetensors format: eight bytes of the header's length, the header as JSON (dtype, shape and
-place of each tensor), the bytes.
+A safetensors file is the header's length in eight bytes, the header as JSON (dtype, shape and
+offsets of each tensor), and the data.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Lazy(Protocol):
         """An empty tensor of its shape and dtype on the meta device."""
 
     def get(self) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write one file; it is on the disk when this returns."""
+    """Write one file and sync it to disk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, lazy in tensors.items():
@@ -63,10 +63,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
 def write_shards(
     folder: Path, stem: str, tensors: Mapping[str, Lazy], max_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `STEM.safetensors`, or shards of at most `max_bytes` with their index.
-
-    A tensor larger than that has a shard of its own.
-    """
+    """Write `STEM.safetensors`, or shards of at most `max_bytes` (or one tensor) with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Lazy]] = [{}]
     size = total = 0
@@ -90,10 +87,7 @@ def write_shards(
 
 
 def write_pth(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write a plain state dict as PyTorch pickles it, which `torch.load(weights_only=True)` reads.
-
-    Mapped tensors stay mapped while they are written.
-    """
+    """Write a plain state dict for `torch.load(weights_only=True)`; mapped tensors stay mapped."""
     with path.open("wb") as file:
         torch.save({name: lazy.get().contiguous() for name, lazy in tensors.items()}, file)
         file.flush()
@@ -101,6 +95,6 @@ def write_pth(path: Path, tensors: Mapping[str, Lazy]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file for people to read, too."""
+    """Write an indented JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
