@@ -30,7 +30,7 @@ from train.toybox.world.sound import synthesize
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.audio import AudioVAE
-from vidgen.models.audio_spectra import Controls
+from vidgen.models.audio_spectra import Controls, to_sound
 from vidgen.models.presets import AUDIO_VAE_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint
 
@@ -86,7 +86,7 @@ def test_a_tone_is_taken_for_its_nearest_oscillators_and_noise_for_noise() -> No
     playing = (of_tone.tone[0, inside] > 0.1).any(0).nonzero().flatten().tolist()
     assert playing == [16]  # bins of 62.5 Hz
     assert float(of_tone.noise[0, inside, 10:22].max()) < 1e-3
-    heard = vae.render(of_tone)[:, : tone.shape[1]]
+    heard = to_sound(vae.config, of_tone)[:, : tone.shape[1]]
     assert float(heard[:, 2000:-2000].std()) == pytest.approx(float(tone.std()), rel=0.05)
 
     of_noise = take_apart(vae.config, *vae.spectra(noise))
@@ -94,7 +94,7 @@ def test_a_tone_is_taken_for_its_nearest_oscillators_and_noise_for_noise() -> No
     power = vae.config.compression
     mean = (of_noise.noise[:, inside] ** power).mean((1, 2), keepdim=True)
     level = (mean ** (1 / power)).expand_as(of_noise.noise)
-    steady = vae.render(Controls(torch.zeros_like(level), torch.zeros_like(level), level))
+    steady = to_sound(vae.config, Controls(torch.zeros_like(level), torch.zeros_like(level), level))
     assert 0.6 < float(steady.std() / noise.std()) < 1.1  # what was taken for tones is missing
     assert controls_distance(vae.config, of_noise, of_noise) == (0, 0)
 
@@ -105,7 +105,7 @@ def test_gains_sharpen_what_windows_blur_and_leave_the_rest() -> None:
     sound = 0.2 * torch.randn(1, 16_000, generator=draw)
     sound[:, :begins] *= 0.01
     parts = take_apart(vae.config, *vae.spectra(sound))
-    plain = vae.render(parts)
+    plain = to_sound(vae.config, parts)
     gains = attacks(vae.config, sound, plain)
     assert gains.shape == (1, parts.tone.shape[1], vae.config.gains_per_frame)
     points = gains.flatten()
@@ -113,7 +113,7 @@ def test_gains_sharpen_what_windows_blur_and_leave_the_rest() -> None:
     assert float(points[at - 9 : at - 4].max()) < -1  # what the window smears ahead
     away = torch.cat([points[20 : at - 30], points[at + 30 : -40]])
     assert float((away == 0).float().mean()) > 0.9
-    sharp = vae.render(parts._replace(attack=gains[:, :, None].expand(-1, -1, 2, -1)))
+    sharp = to_sound(vae.config, parts._replace(attack=gains[:, :, None].expand(-1, -1, 2, -1)))
     smeared, left = (float(x[:, begins - 128 : begins - 32].std()) for x in (plain, sharp))
     assert left < 0.7 * smeared
 

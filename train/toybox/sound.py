@@ -36,6 +36,7 @@ from vidgen.media.grid import contact_sheet
 from vidgen.media.onsets import flux
 from vidgen.media.types import Frames
 from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import to_sound
 from vidgen.models.presets import AUDIO_VAE_PRESETS
 from vidgen.training.optim import build_optimizers
 
@@ -177,12 +178,13 @@ class SoundTask:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         controls = self.vae.controls(latents)
         start = int(torch.randint(4096, ()))  # noise is never the same, so nothing relies on it
-        decoded = self.vae.render(controls, first_noise=start)
+        decoded = to_sound(self.vae.config, controls, first_noise=start)
         wanted = take_apart(self.vae.config, *self.vae.spectra(batch))
         parts, advance = controls_distance(self.vae.config, controls, wanted)
         attack = parts.new_zeros(())
         if controls.attack is not None:
-            gains = attacks(self.vae.config, batch, self.vae.render(wanted, first_noise=start))
+            steady = to_sound(self.vae.config, wanted, first_noise=start)
+            gains = attacks(self.vae.config, batch, steady)
             attack = (controls.attack - gains[:, :, None]).square().mean()
         stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
         mel = mel_distance(decoded, batch)

@@ -159,7 +159,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
 
     def decode_raw(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
         """Decode latents [B, C, K], not normalised, to sound [B, N], cut to `num_samples`."""
-        return self.render(self.controls(latents))[:, :num_samples]
+        return to_sound(self.config, self.controls(latents))[:, :num_samples]
 
     def controls(self, latents: Tensor, cache: StreamCache | None = None) -> Controls:
         """Decode latents [B, C, K], not normalised, to controls, T = K * frames_per_token."""
@@ -170,12 +170,6 @@ class AudioVAE(NormalizedLatents, nn.Module):
         tone, noise = (logs.clamp(max=_LOUDEST).exp() for logs in (tone, noise))
         attack = _STEEPEST * (attack / _STEEPEST).tanh().unflatten(2, (2, gains)) if gains else None
         return Controls(self.config.reach * advance.tanh(), tone, noise, attack)
-
-    def render(
-        self, controls: Controls, cache: StreamCache | None = None, first_noise: int = 0
-    ) -> Tensor:
-        """Render a decoder's frames to sound [B, T * hop]; see `audio_spectra.to_sound`."""
-        return to_sound(self.config, controls, cache, first_noise)
 
     def spectra(self, sound: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spectra of sound [B, N] that the encoder reads; see `to_spectra`."""
@@ -228,7 +222,8 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """
         cache = StreamCache() if cache is None else cache
         for piece in latents:
-            sound = self.render(self.controls(self.denormalize(piece), cache), cache)
+            controls = self.controls(self.denormalize(piece), cache)
+            sound = to_sound(self.config, controls, cache)
             cache.position += piece.shape[2]
             yield sound
 

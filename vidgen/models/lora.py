@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -121,8 +121,8 @@ def attached(
         try:
             for layer, own in parts.items():
                 layer.__dict__["_parts"] = own
-                kind = _Kind(_base(layer), frozenset(own.deltas), _is_linear(layer))
-                layer.__class__ = _adapted(kind)
+                base, deltas = _base(layer), frozenset(own.deltas)
+                layer.__class__ = _adapted(base, deltas, low_rank=_is_linear(layer))  # type: ignore[arg-type]
             yield
         finally:
             for layer, earlier, outer in before:
@@ -148,17 +148,7 @@ class _Parts:
     deltas: dict[str, Tensor]
 
 
-class _Kind(NamedTuple):
-    """Key of an adapted class."""
-
-    base: type[nn.Module]
-    deltas: frozenset[str]
-    low_rank: bool
-
-
 class _Adapted(Protocol):
-    """A layer with adapters attached."""
-
     adapted_base: type[nn.Module]
     _parts: _Parts
     _parameters: Mapping[str, Tensor]
@@ -253,16 +243,18 @@ def _base(layer: nn.Module) -> type[nn.Module]:
 
 
 @lru_cache(maxsize=64)
-def _adapted(kind: _Kind) -> type[nn.Module]:
+def _adapted(
+    base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool
+) -> type[nn.Module]:
     """Return a subclass that reads some parameters with their deltas and adds low-rank products.
 
     All layers alike share the class, so that torch.compile recognises them.
     """
-    body: dict[str, Any] = {name: _summed(name) for name in kind.deltas}
-    body["adapted_base"] = kind.base
-    if kind.low_rank:
+    body: dict[str, Any] = {name: _summed(name) for name in deltas}
+    body["adapted_base"] = base
+    if low_rank:
         body["forward"] = _forward
-    return type(kind.base.__name__, (kind.base,), body)
+    return type(base.__name__, (base,), body)
 
 
 def _summed(name: str) -> property:

@@ -30,8 +30,8 @@ from vidgen.weights.keymap import (
     rename,
     vae_keys,
 )
-from vidgen.weights.load import load_module
-from vidgen.weights.store import TensorStore
+from vidgen.weights.load import check_fit, load_module
+from vidgen.weights.store import TensorStore, Weights
 from vidgen.weights.view import Source, View
 
 ExpertRole = Literal["transformer", "transformer_2"]
@@ -113,16 +113,8 @@ class Component(Generic[Config_co]):
         """Raise ModelError for missing, surplus or misshapen tensors, without reading them."""
         self._check_depth()
         with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in self.build().state_dict().items()}
-        given = {self.names[name]: self.store.shape(name) for name in self.store.names}
-        wrong = sorted(
-            name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)
-        )
-        if wrong:
-            raise ModelError(
-                f"the {self.role}'s files don't fit its config: {len(wrong)} tensors missing, "
-                f"unknown or of another shape ({', '.join(wrong[:5])}); copy its files again"
-            )
+            module = self.build()
+        check_fit(module, Weights(self.store, torch.float32, names=self.names))
 
 
 class Components(dict[Role, Component[Config]]):

@@ -93,7 +93,7 @@ def load_module(
         raise ModelError(
             f"the config.json of {weights.place} describes no network: {reason}; copy it again"
         ) from error
-    _check(module, weights)
+    check_fit(module, weights)
     if quantize and stream:
         raise InputError("int8 weights can't be streamed block by block; give one of the two")
     left = blocks_of(weights.names) if stream or mesh is not None else {}
@@ -181,8 +181,8 @@ def _fill(
     assert not empty, f"not in any file, and made without memory: {empty}"
 
 
-def _check(module: nn.Module, weights: Weights) -> None:
-    """Raise ModelError for weights of another module."""
+def check_fit(module: nn.Module, weights: Weights) -> None:
+    """Raise ModelError for weights of another module, without reading them."""
     state = module.state_dict()
     expected = {name: tuple(value.shape) for name, value in state.items()}
     given = {name: weights.shape(name) for name in weights.names}

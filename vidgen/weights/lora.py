@@ -231,7 +231,7 @@ def _assemble(
     source: Path, store: TensorStore, names: Mapping[str, TensorName | None], config: DiTConfig,
     scaling: Scaling,
 ) -> tuple[Adapter, list[str]]:
-    """Return the adapter, and the file's problems."""
+    """Return the adapter, and descriptions of the file's problems."""
     module, places = layer_places(config)
     layers: dict[str, _Layer] = {}
     unplaced, twice, infinite = [], [], []

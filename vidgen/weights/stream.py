@@ -51,8 +51,6 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class _Place(NamedTuple):
-    """Place of a weight in its block's memory."""
-
     name: str
     offset: int
     shape: tuple[int, ...]
