@@ -114,6 +114,12 @@ def whole_timesteps(name: str) -> bool:
     return name in ("unipc", "UniPCMultistepScheduler")
 
 
+def sampler_of(name: str, state: LatentState) -> Sampler:
+    """Return one of `SAMPLERS`; it draws fresh noise from the state's own."""
+    sampler = SAMPLERS[name]
+    return partial(sampler, fresh=state.fresh) if name == "ancestral" else sampler
+
+
 def sample_state(
     name: str,
     denoise: Denoise,
@@ -127,9 +133,8 @@ def sample_state(
 
     The result is packed where the state has sound.
     """
-    own = {"fresh": state.fresh} if name == "ancestral" else {}
-    return SAMPLERS[name](
-        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume, **own
+    return sampler_of(name, state)(
+        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume
     )
 
 

@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
+from vidgen.diffusion.samplers import sampler_of, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.types import ClipInfo
@@ -265,8 +265,9 @@ class OpenedModel:
                     on_step=on_step, project=state.project, resume=resume,
                 )
             else:
-                latents = sample_state(
-                    plan.sampler, denoise, state, sigmas, on_step=on_step, resume=resume
+                latents = sampler_of(plan.sampler, state)(
+                    denoise, state.begin(), sigmas, on_step=on_step, project=state.project,
+                    resume=resume,
                 )
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
