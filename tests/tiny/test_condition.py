@@ -214,7 +214,7 @@ def test_guidance_grows_with_the_distance_from_what_is_given_in_place():
     heard = replace(first, sound=new_sound(torch.randn(2, 7, 10)))
     packed = guidance_share(heard, 2)
     assert packed.shape == heard.begin().shape
-    picture, sound = heard.apart(packed)
+    picture, sound = heard.unpack(packed)
     assert picture[1, 2, :, 3, 5].tolist() == [0, 0.5, 1, 1, 1]
     assert bool((sound == 1).all())
 

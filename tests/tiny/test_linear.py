@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vidgen.core import runtime
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import FeedForward
 from vidgen.models.lora import Adapter, LowRank, attached
@@ -93,7 +94,7 @@ def test_a_last_layer_stays_plain_for_its_rounding():
 
 
 def test_a_probe_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(runtime, "cache_folder", lambda: tmp_path)
     calls = []
 
     def quick():

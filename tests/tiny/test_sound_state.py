@@ -30,16 +30,16 @@ def test_packed_and_apart_again():
     state = make_state()
     begun = state.begin()
     assert begun.shape == (2, 4 * 3 * 16 + 5 * 7)
-    picture, sound = state.apart(begun)
+    picture, sound = state.unpack(begun)
     assert torch.equal(picture, state.latents)
     assert torch.equal(sound, state.sound.latents)
-    assert torch.equal(state.together(picture, sound), begun)
+    assert torch.equal(state.pack(picture, sound), begun)
 
 
 def test_without_sound_nothing_is_packed():
     state = replace(make_state(), sound=None)
     assert torch.equal(state.begin(), state.latents)
-    assert state.apart(state.latents) == (state.latents, None)
+    assert state.unpack(state.latents) == (state.latents, None)
     assert torch.equal(state.generated, state.denoise_mask)
 
 
@@ -54,8 +54,8 @@ def test_a_sampler_goes_to_the_same_ends_as_with_each_alone(sampler):
         return lambda latents, sigma: (latents - aim) / sigma.view(-1, *[1] * (latents.ndim - 1))
 
     def both(latents, sigma):
-        parts = zip(state.apart(latents), aims, strict=True)
-        return state.together(*(towards(aim)(part, sigma) for part, aim in parts))
+        parts = zip(state.unpack(latents), aims, strict=True)
+        return state.pack(*(towards(aim)(part, sigma) for part, aim in parts))
 
     def drawing(fresh):
         return {"fresh": fresh} if sampler == "ancestral" else {}
@@ -63,7 +63,7 @@ def test_a_sampler_goes_to_the_same_ends_as_with_each_alone(sampler):
     made = SAMPLERS[sampler](
         both, state.begin(), sigmas, project=state.project, **drawing(state.fresh)
     )
-    picture, sound = state.apart(made)
+    picture, sound = state.unpack(made)
     alone = SAMPLERS[sampler](
         towards(aims[0]), state.impose(state.latents), sigmas, project=state.impose,
         **drawing(partial(shuffled, state.latents)),

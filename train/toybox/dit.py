@@ -271,19 +271,19 @@ class DiTTask:
                   else velocity_towards(noisy, clean, batch.sigma))
         wanted_sound = None
         if heard is not None and batch.sound_noise is not None:
-            noisy = state.together(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
+            noisy = state.pack(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
             wanted_sound = velocity_of(heard.clean, batch.sound_noise)
         says = partial(
             velocity, state=state, latents=noisy, sigma=batch.sigma,
             context=(context, batch.mask.sum(1)), patch=self.dit.config.patch_size,
             frames_per_s=self.frames_per_s,
         )
-        made, sound = state.apart(says(self.dit))
+        made, sound = state.unpack(says(self.dit))
         if former is not None:
             keeps = (batch.sigma >= self.config.keep_above).view(-1, 1, 1, 1, 1)
             if bool(keeps.any()) or wanted_sound is not None:
                 with torch.no_grad():
-                    said, wanted_sound = state.apart(says(former))
+                    said, wanted_sound = state.unpack(says(former))
                 wanted = torch.where(keeps, said.float(), wanted)
         if heard is not None and wanted_sound is not None and sound is not None:
             sound_error = squared_error(sound, wanted_sound, heard.denoise_mask).mean()

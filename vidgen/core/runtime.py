@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -328,6 +329,25 @@ def cache_folder() -> Path:
     """Return the folder of what can be made again: `$XDG_CACHE_HOME/vidgen`, `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """Return the entries of a JSON file in `cache_folder`; {} if it can't be read."""
+    try:
+        entries = json.loads((cache_folder() / name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def write_cache(name: str, entries: Mapping[str, Any]) -> None:
+    """Write the entries of a JSON file in `cache_folder`, if possible."""
+    path = cache_folder() / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(entries, indent=1).encode())
+    except (OSError, OutputError):
+        pass  # its contents are made again next time
 
 
 def child_environment(**more: str) -> dict[str, str]:

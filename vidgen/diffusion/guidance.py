@@ -202,7 +202,7 @@ def guidance_share(state: LatentState, reach: int) -> Tensor | None:
     off = (moments[:, None] - given[:, None]).abs().amin(-1)
     share = (off * state.spacing / reach).clamp(max=1)[:, None, :, None, None]
     sound = None if state.sound is None else torch.ones_like(state.sound.latents[:, :1])
-    return state.together(share, sound)
+    return state.pack(share, sound)
 
 
 def _of_clips(scales: list[float], latents: Tensor) -> Tensor | float:

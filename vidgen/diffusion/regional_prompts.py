@@ -68,19 +68,19 @@ def with_regions(
         velocity = denoise_all(latents, sigma)
         if not float(sigma.max()) < legible:
             return velocity
-        guess, _ = state.apart(denoised_of(latents, velocity, sigma))
+        guess, _ = state.unpack(denoised_of(latents, velocity, sigma))
         seen = where(guess)
         shares = torch.stack([
             _shares(clip, own) for clip, own in zip(seen, labels, strict=True)
         ]).to(velocity)  # [B, n, F, h, w]
         if not bool(shares.any()):
             return velocity
-        picture, sound = state.apart(velocity)
+        picture, sound = state.unpack(velocity)
         led = picture
         for number, alone in enumerate(denoise_each):
-            other, _ = state.apart(alone(latents, sigma))
+            other, _ = state.unpack(alone(latents, sigma))
             led = led + strength * shares[:, number, None] * (other - picture)
-        return state.together(led, sound)
+        return state.pack(led, sound)
 
     return denoise
 

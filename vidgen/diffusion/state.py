@@ -159,28 +159,28 @@ class LatentState:
     def begin(self) -> Tensor:
         """Return the starting latents of a sampler: [B, C, F, h, w], with sound [B, n]."""
         sound = None if self.sound is None else self.sound.latents
-        return self.project(self.together(self.latents, sound))
+        return self.project(self.pack(self.latents, sound))
 
     def fresh(self, step: int) -> Tensor:
         """Return noise for a sampling step in a sampler's layout; see `shuffled`."""
         picture = shuffled(self.starting_noise, step)
-        return self.together(
+        return self.pack(
             picture, None if self.sound is None else shuffled(self.sound.latents, step)
         )
 
     def project(self, latents: Tensor) -> Tensor:
         """Write all known values into latents in a sampler's layout; its `project`."""
-        picture, sound = self.apart(latents)
+        picture, sound = self.unpack(latents)
         if self.sound is None or sound is None:
             return self.impose(picture)
-        return self.together(self.impose(picture), self.sound.impose(sound))
+        return self.pack(self.impose(picture), self.sound.impose(sound))
 
-    def apart(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+    def unpack(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split latents or a velocity in a sampler's layout into picture and sound."""
         return (latents, None) if self.packing is None else self.packing.unpack(latents)
 
-    def together(self, picture: Tensor, sound: Tensor | None) -> Tensor:
-        """Undo `apart`."""
+    def pack(self, picture: Tensor, sound: Tensor | None) -> Tensor:
+        """Undo `unpack`."""
         if self.packing is None or sound is None:
             return picture
         return self.packing.pack(picture, sound)
@@ -189,7 +189,7 @@ class LatentState:
     def generated(self) -> Tensor:
         """The mask of generated values in a sampler's layout."""
         sound = None if self.sound is None else self.sound.denoise_mask
-        return self.together(self.denoise_mask, sound)
+        return self.pack(self.denoise_mask, sound)
 
 
 def new_state(noise: Tensor) -> LatentState:

@@ -9,12 +9,10 @@ Axes: B batch, L tokens, D width.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_write, cache_folder, fingerprint
+from vidgen.core.runtime import fingerprint, read_cache, write_cache
 from vidgen.ops import native
 
 _ROWS = 1024
@@ -32,6 +29,7 @@ _HIDDEN_BYTES = 16_000_000
 """Most bytes of a feed-forward's hidden values: more exceeds caches and glibc's free lists."""
 _DTYPES = (torch.bfloat16, torch.float32)
 _REPEATS = 5  # of what is timed
+PROBES = "probes.json"
 
 
 class LastLinear(nn.Linear):
@@ -187,16 +185,12 @@ def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) ->
     """
     machine = fingerprint()
     key = f"{name}, {machine['cpu']}, torch {machine['torch']}, {machine['threads']} threads"
-    known = _read()
-    if key not in known:
-        known[key] = _time_in_turns(first, second)
-        try:
-            _place().parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(_place(), json.dumps(known, indent=1).encode())
-        except (OSError, OutputError):
-            pass  # measured again next time
-    ours, theirs = known[key]
-    return bool(ours < theirs)
+    match (known := read_cache(PROBES)).get(key):
+        case [float(ours), float(theirs)]:
+            return ours < theirs
+    ours, theirs = _time_in_turns(first, second)
+    write_cache(PROBES, {**known, key: [ours, theirs]})
+    return ours < theirs
 
 
 def _time_in_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
@@ -208,16 +202,3 @@ def _time_in_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple
             work()
             seen.append(time.perf_counter() - start)
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
-
-
-def _place() -> Path:
-    return cache_folder() / "probes.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        known = json.loads(_place().read_text())
-        good = isinstance(known, dict) and all(len(pair) == 2 for pair in known.values())
-    except (OSError, ValueError, TypeError):
-        return {}
-    return known if good else {}

@@ -173,7 +173,7 @@ def sample_best(
             begun = anew(state.rows(every[unsure]), count)
             made = sample(begun, every[unsure], count)
             count += 1
-            shown = verifier.shown(begun.apart(made)[0])
+            shown = verifier.shown(begun.unpack(made)[0])
             for row, latents, seen in zip(unsure, made, shown, strict=True):
                 sure = score(seen, wants[row]) if wants[row] else enough
                 if row not in best or sure > best[row][0]:

@@ -122,7 +122,7 @@ def _denoiser(
         options |= {"control": state.control, "control_scale": plan.control_scale}
 
     def num_tokens(latents: Tensor) -> list[int]:
-        picture, sound = state.apart(latents)
+        picture, sound = state.unpack(latents)
         num_stills = 0 if state.keys is None else state.keys.num_keys
         frames, (rows, columns) = picture.shape[2] + num_stills, picture.shape[3:]
         tokens = frames * (rows // patch) * (columns // patch)
@@ -137,7 +137,7 @@ def _denoiser(
         )
         step_cache = cache_at(level, part) if cache_at else None
         made = given.at(level)(**inputs, step_cache=step_cache, **options)
-        return made if isinstance(made, Tensor) else state.together(*made)
+        return made if isinstance(made, Tensor) else state.pack(*made)
 
     return denoise
 
@@ -155,7 +155,7 @@ def _listener(
     recorded: dict[nn.Module, KVCache] = {}
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        dit, (picture, sound) = given.at(float(sigma[0])), state.apart(latents)
+        dit, (picture, sound) = given.at(float(sigma[0])), state.unpack(latents)
         assert sound is not None
         tokens = _audio_tokens(
             state, sound, sigma, _frames_per_s(loader, plan),
@@ -167,7 +167,7 @@ def _listener(
                 context_lengths=lengths[::takes], extra=pictures.timed_keys,
                 positions=pictures.times, cache=recorded[dit])
         heard = dit.listen(tokens, features, context_lengths=lengths, cache=recorded.get(dit))
-        return state.together(torch.zeros_like(picture), heard)
+        return state.pack(torch.zeros_like(picture), heard)
 
     return denoise
 
@@ -209,7 +209,7 @@ def velocity(
         state, latents, sigma, context, patch=patch, whole=whole, frames_per_s=frames_per_s
     )
     made = dit(**inputs, **options)
-    return made if isinstance(made, Tensor) else state.together(*made)
+    return made if isinstance(made, Tensor) else state.pack(*made)
 
 
 def network_inputs(
@@ -217,7 +217,7 @@ def network_inputs(
     patch: int, whole: bool, frames_per_s: float | None = None,
 ) -> dict[str, Any]:
     """Return a transformer's arguments for a state's noisy latents; arguments as in `velocity`."""
-    picture, sound = state.apart(latents)
+    picture, sound = state.unpack(latents)
     seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
     audio = None
     if sound is not None and frames_per_s is not None:

@@ -68,7 +68,7 @@ class Making:
                 state = self.model.prepare(plan, self.request, self.inputs)
                 if followed:
                     state = followed(state, 0, plan.latents.num_frames)
-                latents = state.apart(draw(plan, state))[0]
+                latents = state.unpack(draw(plan, state))[0]
             kept.keep_latents(latents, long.num_shown if long else 0)
         decode = long.clip if long else partial(self.model.decode, plan)
         clip = decode(latents, recipe, kept)
@@ -145,7 +145,7 @@ class Windows:
 
         def on_step(info: StepInfo, candidate: int = 0) -> None:
             making.kept.on_step(counted_on(info, candidate))
-            seen = state.apart(info.denoised)[0]
+            seen = state.unpack(info.denoised)[0]
             apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
             shown = replace(info, denoised=seen[:, :, ::apart])
             self.glimpses.on_step(shown, state.num_references)

@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sampler_of, sample_with_scheduler
+from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.types import ClipInfo
@@ -218,10 +218,9 @@ class OpenedModel:
     ) -> Tensor:
         """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
-        With sound in the state both come packed; see `LatentState.apart`. Under temporal upsampling
-        they have the higher rate; see `vidgen.diffusion.temporal_upsampling`. `remember` adds the
-        step cache's memory to the states that `on_step` gets, and `sigmas` are the noise levels of
-        a part of the run, None for all of it.
+        With sound in the state both come packed; see `LatentState.unpack`. Temporal upsampling
+        returns the higher rate. `remember` adds the step cache's memory to the states that
+        `on_step` gets, and `sigmas` are the noise levels of a part of the run, None for all of it.
         """
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
         from vidgen.pipeline.denoise import denoising

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.protocols import OnStep, StepInfo
 from vidgen.core.request import Request
-from vidgen.core.runtime import atomic_write, cache_folder
+from vidgen.core.runtime import atomic_write, cache_folder, read_cache
 from vidgen.diffusion.cache import (
     MAX_SKIPS,
     ORDER,
@@ -101,8 +101,8 @@ def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
                 RecursionError) as error:
             raise ModelError(f"{path} is damaged ({error}); copy it again") from None
     try:
-        return _parse(json.loads((cache_folder() / FILE).read_text("utf-8"))[folder.content_hash])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _parse(read_cache(FILE)[folder.content_hash])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # never measured, or not readable: then it is measured again
 
 
@@ -111,11 +111,7 @@ def write_magnitudes(found: Magnitudes, folder: ModelFolder, into: Path | None =
     if into is not None:
         atomic_write(into / FILE, json.dumps(asdict(found)).encode())
         return into / FILE
-    path = cache_folder() / FILE
-    try:
-        known = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        known = {}
+    path, known = cache_folder() / FILE, read_cache(FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps({**known, folder.content_hash: asdict(found)}).encode())
     return path

@@ -16,14 +16,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_write, cache_folder, fingerprint, reuse_freed_memory
+from vidgen.core.runtime import fingerprint, read_cache, reuse_freed_memory, write_cache
 from vidgen.core.shapes import Tiles
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, DiTConfig
@@ -36,6 +34,7 @@ from vidgen.ops.linear import pack
 from vidgen.weights.component import Component
 
 FORMAT = 12
+CALIBRATION = "calibration.json"
 LOAD_BYTES_PER_S = 3e9
 """From files in the system's memory."""
 IN_A_RUN = 1.15
@@ -197,7 +196,7 @@ NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 6
 def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
     """Return this machine's rates if it was measured; a damaged file counts as none."""
     try:
-        entry = _entries()[_machine(device, dtype)]
+        entry = read_cache(CALIBRATION)[_machine(device, dtype)]
         points = {kind: [(float(width), float(rate)) for width, rate in each]
                   for kind, each in entry.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -210,12 +209,7 @@ def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure this machine for some seconds and save the result, if possible."""
     points = {kind: sorted(each) for kind, each in _measure(device, dtype).items()}
-    try:
-        _place().parent.mkdir(parents=True, exist_ok=True)
-        entries = _entries() | {_machine(device, dtype): points}
-        atomic_write(_place(), json.dumps(entries, indent=1).encode())
-    except (OSError, OutputError):
-        pass
+    write_cache(CALIBRATION, read_cache(CALIBRATION) | {_machine(device, dtype): points})
     return Rates(points)
 
 
@@ -226,18 +220,6 @@ def _machine(device: torch.device, dtype: torch.dtype) -> str:
     kernels = device.type == "cpu" and dtype in native.known_dtypes()
     return json.dumps([FORMAT, kernels, *(facts[name] for name in names), os.cpu_count(),
                        device.type, str(dtype)])
-
-
-def _place() -> Path:
-    return cache_folder() / "calibration.json"
-
-
-def _entries() -> dict[str, Any]:
-    try:
-        entries = json.loads(_place().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
 
 
 @torch.no_grad()

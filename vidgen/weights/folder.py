@@ -19,8 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import ModelError, OutputError
-from vidgen.core.runtime import atomic_write, cache_folder, sha256_file
+from vidgen.core.errors import ModelError
+from vidgen.core.runtime import atomic_write, read_cache, sha256_file, write_cache
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.family import Conditioning, ModelDefaults
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vidgen.weights.keymap import Spelling
 
 FORMAT_VERSION = 1
+HASHES = "hashes.json"
 MIN_BYTES = 1_000_000
 """Smaller files are hashed each time."""
 _SETTLED_S = 2.0  # a file changed more recently may change again with the same time stamp
@@ -197,40 +198,22 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
 
     A cache that can't be read or written is ignored.
     """
-    place = cache_folder() / "hashes.json"
-    known, hashes, learned = _read(place), {}, {}
+    known, hashes, learned = read_cache(HASHES), {}, {}
     for path in paths:
         facts = path.stat()
         key = str(path.resolve())
         stamp = [facts.st_size, facts.st_mtime_ns]
-        entry = known.get(key)
-        if entry is not None and entry[:2] == stamp:
-            hashes[path] = entry[2]
-            continue
+        match known.get(key):
+            case [*before, str(digest)] if before == stamp:
+                hashes[path] = digest
+                continue
         hashes[path] = sha256_file(path)
         if facts.st_size >= MIN_BYTES and time.time() - facts.st_mtime > _SETTLED_S:
             learned[key] = [*stamp, hashes[path]]
     if learned:
-        kept = {key: value for key, value in _read(place).items() if Path(key).is_file()}
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(place, json.dumps(kept | learned, indent=1).encode())
-        except (OSError, OutputError):
-            pass
+        kept = {key: each for key, each in read_cache(HASHES).items() if Path(key).is_file()}
+        write_cache(HASHES, kept | learned)
     return hashes
-
-
-def _read(place: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(place.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(entries, dict):
-        return {}
-    return {
-        key: value for key, value in entries.items()
-        if isinstance(value, list) and [type(item) for item in value] == [int, int, str]
-    }
 
 
 def embedded_folder(name: str) -> Path:

@@ -165,7 +165,7 @@ class LongClip:
                     state = condition.reference(state, anchor.to(state.latents))
             if beside is not None:
                 state = beside(state, first, stop - start)
-            picture, _ = state.apart(sample(own, state))
+            picture, _ = state.unpack(sample(own, state))
             new = picture[:, :, finer(count) - finer(start) :]
             if count:
                 hold = self.request.colour_hold

@@ -308,7 +308,7 @@ def _encode(loader: ModelLoader, samples: Samples, rate: int) -> Tensor:
 
 def _sound_of(state: LatentState, packed: Tensor) -> Tensor:
     """Return the sound [B, C, k] of sampled latents."""
-    sound = state.apart(packed)[1]
+    sound = state.unpack(packed)[1]
     assert sound is not None
     return sound
 
