@@ -47,17 +47,11 @@ AnyEntry = TypeVar("AnyEntry", bound=Ranked)
 
 @dataclass(frozen=True)
 class Entry:
-    """One model's results on one suite.
+    """One model's results on one suite."""
 
-    Attributes:
-        file: path of the results.
-        folder: one of the results' `folders`.
-        result: the whole content.
-    """
-
-    file: str
-    folder: Mapping[str, Any]
-    result: Mapping[str, Any]
+    file: str  # path of the results
+    folder: Mapping[str, Any]  # one of the results' `folders`
+    result: Mapping[str, Any]  # the whole content
 
     @property
     def rows(self) -> dict[str, Mapping[str, Any]]:

@@ -40,29 +40,20 @@ MAX_SEEDS = 1000
 class SuiteRun:
     """What to make and measure.
 
-    Args:
-        suite: file of the prompts.
-        model: name, folder or hub id.
-        seeds: clips of each prompt, of seeds `seed`, `seed` + 1, ...
-        settings: fields of `Request` that all clips share.
-        dtype: of the computation; None: the device's best.
-        networks: as in `TemporalRun`.
-        images: folder of first frames, named like their prompts.
-        augmentation: rewording of the prompts; only recorded.
-
     Raises:
         InputError: a number out of its range.
     """
 
-    suite: str
-    model: str = "toybox"
-    seeds: int = 1
+    suite: str  # file of the prompts
+    model: str = "toybox"  # name, folder or hub id
+    seeds: int = 1  # clips of each prompt, of consecutive seeds
     seed: int = 0
+    # fields of `Request` that all clips share
     settings: dict[str, Any] = field(default_factory=dict)
-    dtype: str | None = None
-    networks: Sequence[str] = ()
-    images: str | None = None
-    augmentation: str = "none"
+    dtype: str | None = None  # of the computation; None: the device's best
+    networks: Sequence[str] = ()  # as in `TemporalRun`
+    images: str | None = None  # folder of first frames, named like their prompts
+    augmentation: str = "none"  # rewording of the prompts; only recorded
     staff: Staff = field(default_factory=Staff)
 
     def __post_init__(self) -> None:

@@ -24,35 +24,25 @@ _CAMERA = re.compile(r", camera [a-z ]+$")
 
 @dataclass(frozen=True)
 class Item:
-    """One clip of a folder.
-
-    Attributes:
-        name: without its suffix; clips of the same name in several folders are pairs.
-        prompt: from its recipe, else from its name.
-        origin: `model`, `model_sha256`, `seed` and `vidgen` of its recipe, or None without one.
-    """
+    """One clip of a folder."""
 
     path: Path
-    name: str
-    prompt: str
+    name: str  # without its suffix; clips of the same name in several folders are pairs
+    prompt: str  # from its recipe, else from its name
+    # `model`, `model_sha256`, `seed` and `vidgen` of its recipe, or None without one
     origin: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class PromptSuite:
-    """A list of prompts.
+    """A list of prompts."""
 
-    Attributes:
-        name: of its file.
-        sha256: of its content.
-        dimensions: VBench's dimensions for which each prompt was written; {}: all count for all.
-        pictures: {prompt: name of its first picture} where the list says so.
-    """
-
-    name: str
-    sha256: str
+    name: str  # of its file
+    sha256: str  # of its content
     prompts: tuple[str, ...]
+    # VBench's dimensions for which each prompt was written; {}: all count for all
     dimensions: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    # {prompt: name of its first picture} where the list says so
     pictures: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

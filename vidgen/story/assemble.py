@@ -43,17 +43,12 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Assembled:
-    """A film that was written.
-
-    Attributes:
-        beside: files with its texts.
-        notes: remarks for people.
-    """
+    """A film that was written."""
 
     path: Path
-    beside: tuple[Path, ...]
+    beside: tuple[Path, ...]  # files with its texts
     recipe: Mapping[str, Any]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # remarks for people
 
 
 def assemble(

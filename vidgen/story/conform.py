@@ -40,23 +40,17 @@ Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Source:
-    """A shot's file, and the film's rate and size that its frames are brought to.
-
-    Attributes:
-        num_frames: frames of the film that show it.
-        size: (width, height) of the film.
-        table: uint8 [3, 256], which replaces each channel's values; or None.
-    """
+    """A shot's file, and the film's rate and size that its frames are brought to."""
 
     path: Path
     source_fps: Fraction
     source_frames: int
     fps: Fraction
-    num_frames: int
-    size: tuple[int, int]
+    num_frames: int  # frames of the film that show it
+    size: tuple[int, int]  # (width, height) of the film
     fit: Literal["crop", "pad"] = "crop"
     rate: Literal["repeat", "flow"] = "repeat"
-    table: Frames | None = None
+    table: Frames | None = None  # uint8 [3, 256], which replaces each channel's values; or None
 
     def frames(self) -> Iterator[Frames]:
         """Yield `num_frames` frames uint8 [H, W, 3], one at a time.

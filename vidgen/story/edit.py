@@ -79,24 +79,17 @@ def picture_settings(name: str | None, output: str | Path) -> PictureSettings:
 
 @dataclass(frozen=True)
 class Edit:
-    """A film with nothing left to decide.
-
-    Attributes:
-        narrated: its speech, or None.
-        cues: captions and speech as texts, in order.
-        tracked: cues in the file's track of texts.
-        burner: burns texts into the picture.
-        described: sounds in words, made before the film is put together.
-    """
+    """A film with nothing left to decide."""
 
     film: FilmPlan
     output: Path
     timeline: Timeline
     picture: PictureSettings
-    narrated: Narrated | None
-    cues: tuple[Cue, ...]
-    tracked: tuple[Cue, ...]
-    burner: Burner
+    narrated: Narrated | None  # its speech, or None
+    cues: tuple[Cue, ...]  # captions and speech as texts, in order
+    tracked: tuple[Cue, ...]  # cues in the file's track of texts
+    burner: Burner  # burns texts into the picture
+    # sounds in words, made before the film is put together
     described: tuple[DescribedSound, ...] = ()
 
     @property

@@ -23,15 +23,10 @@ DRAFT_STEPS = 8
 
 @dataclass(frozen=True)
 class Expansion:
-    """Prompts that a language model rewrote.
+    """Prompts that a language model rewrote."""
 
-    Attributes:
-        texts: new text of each prompt, whose names are replaced by descriptions.
-        by: the model's name, hash and library.
-    """
-
-    texts: Mapping[str, str]
-    by: Mapping[str, Any]
+    texts: Mapping[str, str]  # new text of each prompt, whose names are replaced by descriptions
+    by: Mapping[str, Any]  # the model's name, hash and library
 
     def facts(self) -> dict[str, Any]:
         """Return the recipe's entry: the model, and both texts of each prompt."""
@@ -73,27 +68,18 @@ class ShotPlan:
 
 @dataclass(frozen=True)
 class FilmPlan:
-    """All shots of a film.
-
-    Attributes:
-        size: (width, height) of all shots.
-        suffix: of the shots' files, which decides how they are encoded.
-        loading: dtype and quantize, as in `load`.
-        tiles: as in a request.
-        draft: whether shots are small and take few steps.
-        expansion: rewritten prompts, or None.
-        shots: by id, each after those that it needs.
-    """
+    """All shots of a film."""
 
     script: Script
     folder: ModelFolder
     fps: Fraction
-    size: tuple[int, int]
-    suffix: str = ".mp4"
-    loading: Mapping[str, Any] = field(default_factory=dict)
-    tiles: str = "auto"
-    draft: bool = False
-    expansion: Expansion | None = None
+    size: tuple[int, int]  # (width, height) of all shots
+    suffix: str = ".mp4"  # of the shots' files, which decides how they are encoded
+    loading: Mapping[str, Any] = field(default_factory=dict)  # dtype and quantize, as in `load`
+    tiles: str = "auto"  # as in a request
+    draft: bool = False  # whether shots are small and take few steps
+    expansion: Expansion | None = None  # rewritten prompts, or None
+    # by id, each after those that it needs
     shots: dict[str, ShotPlan] = field(default_factory=dict)
 
     @property

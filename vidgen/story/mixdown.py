@@ -48,18 +48,12 @@ _STEP = 1 << 18
 
 @dataclass(frozen=True)
 class Narrated:
-    """A film's speech.
+    """A film's speech."""
 
-    Attributes:
-        samples: float32 [N, 1], as long as the film.
-        speakers: of each sentence, None for the narrator.
-        voices: facts of each voice, for the recipe.
-    """
-
-    samples: Samples
+    samples: Samples  # float32 [N, 1], as long as the film
     sentences: tuple[Sentence, ...]
-    speakers: tuple[str | None, ...]
-    voices: tuple[dict[str, Any], ...]
+    speakers: tuple[str | None, ...]  # of each sentence, None for the narrator
+    voices: tuple[dict[str, Any], ...]  # facts of each voice, for the recipe
 
     @property
     def cues(self) -> list[Cue]:

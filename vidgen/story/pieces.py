@@ -28,14 +28,11 @@ _COLOURS = {"fade-black": 0.0, "fade-white": 255.0}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Frames `first` up to `last` of the film.
-
-    Attributes:
-        shot: place in the timeline of the shot whose packets are copied; None: encoded.
-    """
+    """Frames `first` up to `last` of the film."""
 
     first: int
     last: int
+    # place in the timeline of the shot whose packets are copied; None: encoded
     shot: int | None = None
 
 
@@ -94,19 +91,14 @@ def _unmarked(
 class Reels:
     """The film's frames, made in order; at most two shots are open at a time.
 
-    Args:
-        timeline: of the film.
-        sources: the shots' frames.
-        burner: burns texts in.
-        on_frames: called with the number of frames made so far.
-
     Attributes:
         seen: colours of each shot's frames that were made while it was shown alone.
     """
 
-    timeline: Timeline
-    sources: Sequence[Source]
-    burner: Burner
+    timeline: Timeline  # of the film
+    sources: Sequence[Source]  # the shots' frames
+    burner: Burner  # burns texts in
+    # called with the number of frames made so far
     on_frames: Callable[[int], None] = lambda _: None
     seen: dict[int, Colours] = field(default_factory=dict)
     _open: dict[int, tuple[Iterator[Frames], int]] = field(default_factory=dict)

@@ -164,21 +164,13 @@ def _named(error: Exception, name: str) -> Exception:
 
 @dataclass(frozen=True, slots=True)
 class PartJob:
-    """A part of a take to be rendered.
+    """A part of a take to be rendered."""
 
-    Attributes:
-        shot: its id.
-        take: index among the shot's takes.
-        index: among the take's parts.
-        clip: number of the part among all that are rendered.
-        note: reported when it begins.
-    """
-
-    shot: str
-    take: int
-    index: int
-    clip: int
-    note: str = ""
+    shot: str  # its id
+    take: int  # index among the shot's takes
+    index: int  # among the take's parts
+    clip: int  # number of the part among all that are rendered
+    note: str = ""  # reported when it begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,22 +279,15 @@ def _without_head(clip: Clip, head: int) -> Clip:
 
 @dataclass(frozen=True, slots=True)
 class TakeScore:
-    """The quality of a take.
-
-    Attributes:
-        path: name of its file.
-        faults: kinds of findings that are faults.
-        warnings: kinds of findings that may be meant.
-        verified: the verifier's score for each prompt that names something it knows.
-        reasons: the same in sentences.
-    """
+    """The quality of a take."""
 
     seed: int
-    path: str
-    faults: tuple[str, ...]
-    warnings: tuple[str, ...]
+    path: str  # name of its file
+    faults: tuple[str, ...]  # kinds of findings that are faults
+    warnings: tuple[str, ...]  # kinds of findings that may be meant
+    # the verifier's score for each prompt that names something it knows
     verified: tuple[Verified, ...]
-    reasons: tuple[str, ...]
+    reasons: tuple[str, ...]  # the same in sentences
 
     @property
     def rank(self) -> tuple[int, int, int, float, int]:

@@ -34,21 +34,13 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class DescribedSound:
-    """A sound that a shot describes in words.
+    """A sound that a shot describes in words."""
 
-    Attributes:
-        shot: its id.
-        key: "sound" or "music".
-        model: with the words and the length.
-        seed: of its noise.
-        path: of the file to be made.
-    """
-
-    shot: str
-    key: str
-    model: AudioModel
-    seed: int
-    path: Path
+    shot: str  # its id
+    key: str  # "sound" or "music"
+    model: AudioModel  # with the words and the length
+    seed: int  # of its noise
+    path: Path  # of the file to be made
 
     def facts(self) -> dict[str, Any]:
         """Return the recipe's entry."""

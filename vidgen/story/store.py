@@ -37,27 +37,18 @@ INDEX_VERSION = 1
 
 @dataclass(frozen=True)
 class RenderedShot:
-    """A shot whose file exists.
+    """A shot whose file exists."""
 
-    Attributes:
-        shot: the shot as it is written, with the film's transition where it has none of its own.
-        path: its file, with sound where the model makes it.
-        size: (width, height).
-        seed: of the take.
-        findings: of the checks.
-        choice: the chosen take and the reason; None for a single take.
-        made: whether it was rendered now.
-    """
-
-    shot: Shot
-    path: Path
+    shot: Shot  # the shot as it is written, with the film's transition where it has none of its own
+    path: Path  # its file, with sound where the model makes it
     num_frames: int
     fps: Fraction
-    size: tuple[int, int]
-    seed: int
-    findings: tuple[Finding, ...] = ()
+    size: tuple[int, int]  # (width, height)
+    seed: int  # of the take
+    findings: tuple[Finding, ...] = ()  # of the checks
+    # the chosen take and the reason; None for a single take
     choice: Mapping[str, Any] | None = None
-    made: bool = False
+    made: bool = False  # whether it was rendered now
 
     def as_data(self) -> dict[str, Any]:
         """Return JSON data, with the script's fields in `shot`."""

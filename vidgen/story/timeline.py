@@ -34,20 +34,13 @@ class Measured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A shot in the film.
-
-    Attributes:
-        start: frame of the film that first shows it, in a transition or not.
-        num_frames: of the film that show it.
-        overlap: number of these, at its beginning, that it shares with the previous shot.
-        transition: from the previous shot.
-    """
+    """A shot in the film."""
 
     shot: Shot
-    start: int
-    num_frames: int
-    overlap: int
-    transition: Transition
+    start: int  # frame of the film that first shows it, in a transition or not
+    num_frames: int  # of the film that show it
+    overlap: int  # number of these, at its beginning, that it shares with the previous shot
+    transition: Transition  # from the previous shot
 
     @property
     def end(self) -> int:
@@ -57,36 +50,24 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Frames `first` up to `last` of the film, of one shot or of two in transition.
-
-    Attributes:
-        shots: places in the timeline; the second shot takes over from the first.
-        kind: the transition, or "cut" for one shot alone.
-    """
+    """Frames `first` up to `last` of the film, of one shot or of two in transition."""
 
     first: int
     last: int
-    shots: tuple[int, ...]
-    kind: str = "cut"
+    shots: tuple[int, ...]  # places in the timeline; the second shot takes over from the first
+    kind: str = "cut"  # the transition, or "cut" for one shot alone
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """All shots of a film, in order.
-
-    Attributes:
-        opening: frames in which the film fades in from a colour.
-        ending: frames in which it fades out to one.
-        ending_kind: "fade-black" or "fade-white".
-        ideal_s: exact length, to which the length in frames is nearest.
-    """
+    """All shots of a film, in order."""
 
     fps: Fraction
     shots: tuple[Placed, ...]
-    opening: int
-    ending: int
-    ending_kind: str
-    ideal_s: Fraction
+    opening: int  # frames in which the film fades in from a colour
+    ending: int  # frames in which it fades out to one
+    ending_kind: str  # "fade-black" or "fade-white"
+    ideal_s: Fraction  # exact length, to which the length in frames is nearest
 
     @property
     def num_frames(self) -> int:

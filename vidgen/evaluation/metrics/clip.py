@@ -61,24 +61,16 @@ _STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
 
 @dataclass(frozen=True)
 class Measured:
-    """Measures of one clip.
+    """Measures of one clip."""
 
-    Attributes:
-        figures: by measure; None where one couldn't be taken.
-        histograms: motion histograms [K, 16] of segments of 16 frames.
-        dynamic: whether the clip moves.
-        camera: the camera's motion, by the stand-in.
-        features: of `i3d` [K, D] of segments of 16 frames, where that network is given.
-        flat: whether each frame is of a single colour, without a subject.
-    """
-
-    figures: Figures
-    histograms: list[list[float]]
+    figures: Figures  # by measure; None where one couldn't be taken
+    histograms: list[list[float]]  # motion histograms [K, 16] of segments of 16 frames
     num_frames: int
-    dynamic: bool
-    camera: list[str]
+    dynamic: bool  # whether the clip moves
+    camera: list[str]  # the camera's motion, by the stand-in
+    # of `i3d` [K, D] of segments of 16 frames, where that network is given
     features: list[list[float]] = field(default_factory=list)
-    flat: bool = False
+    flat: bool = False  # whether each frame is of a single colour, without a subject
 
 
 class _Plain:

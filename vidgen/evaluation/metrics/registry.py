@@ -15,20 +15,13 @@ PROXY = "proxy_"
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure.
+    """One measure."""
 
-    Attributes:
-        better: direction; "neither" gets no verdict.
-        about: meaning, for people.
-        possible: least and most that a clip can have.
-        yes_no: whether a clip has 0 or 1, and a folder the share of ones.
-    """
-
-    better: Better
+    better: Better  # direction; "neither" gets no verdict
     unit: str
-    about: str
-    possible: tuple[float, float] = (-math.inf, math.inf)
-    yes_no: bool = False
+    about: str  # meaning, for people
+    possible: tuple[float, float] = (-math.inf, math.inf)  # least and most that a clip can have
+    yes_no: bool = False  # whether a clip has 0 or 1, and a folder the share of ones
 
 
 _SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)

@@ -60,13 +60,9 @@ def likeness(one: Feature, other: Feature) -> float:
 
 @dataclass
 class Consistency:
-    """Likeness of a clip's features, fed in order, to the first and to the previous one.
+    """Likeness of a clip's features, fed in order, to the first and to the previous one."""
 
-    Args:
-        image: feature of the first frame that was asked for, or None.
-    """
-
-    image: Feature | None = None
+    image: Feature | None = None  # feature of the first frame that was asked for, or None
     _first: Feature | None = None
     _before: Feature | None = None
     _sums: list[float] = field(default_factory=list)

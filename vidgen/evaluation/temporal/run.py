@@ -46,26 +46,18 @@ WHOLE = 0.9
 class TemporalRun:
     """What to measure.
 
-    Args:
-        videos: folders of clips; each two are compared.
-        networks: NAME=PATH of VBench's networks; see `metrics.network_files`.
-        images: folder of the clips' first pictures.
-        prompt_suite: file of the prompts; None: the prompts of the clips that are there.
-        augmentation: rewording of the prompts before generation; only recorded.
-        workers: processes that measure in parallel; None: this one.
-        ray: address of a Ray cluster that measures, as in `Staff`.
-
     Raises:
         InputError: no folder, a folder given twice, or a number of workers out of range.
     """
 
-    videos: Sequence[str]
-    networks: Sequence[str] = ()
-    images: str | None = None
+    videos: Sequence[str]  # folders of clips; each two are compared
+    networks: Sequence[str] = ()  # NAME=PATH of VBench's networks; see `metrics.network_files`
+    images: str | None = None  # folder of the clips' first pictures
+    # file of the prompts; None: the prompts of the clips that are there
     prompt_suite: str | None = None
-    augmentation: str = "none"
-    workers: int | None = None
-    ray: str | None = None
+    augmentation: str = "none"  # rewording of the prompts before generation; only recorded
+    workers: int | None = None  # processes that measure in parallel; None: this one
+    ray: str | None = None  # address of a Ray cluster that measures, as in `Staff`
 
     def __post_init__(self) -> None:
         if not self.videos:
