@@ -93,13 +93,8 @@ class Given:
 
 
 def draw_conditions(
-    size: tuple[int, int, int, int],
-    generator: torch.Generator,
-    mix: ConditionMix,
-    strides: Strides,
-    *,
-    frame_index: Tensor | None = None,
-    patch: int = 1,
+    size: tuple[int, int, int, int], generator: torch.Generator, mix: ConditionMix,
+    strides: Strides, *, frame_index: Tensor | None = None, patch: int = 1,
 ) -> Given:
     """Draw a condition for each sample of a batch.
 
@@ -161,13 +156,8 @@ def with_given(
 
 
 def training_conditions(
-    latents: Tensor,
-    generator: torch.Generator,
-    mix: ConditionMix,
-    strides: Strides,
-    *,
-    stills: Stills | None = None,
-    patch: int = 1,
+    latents: Tensor, generator: torch.Generator, mix: ConditionMix, strides: Strides, *,
+    stills: Stills | None = None, patch: int = 1,
 ) -> LatentState:
     """Draw conditions for clips and return their state: `draw_conditions` and `with_given`."""
     batch, _, frames, height, width = latents.shape

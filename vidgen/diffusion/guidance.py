@@ -99,13 +99,8 @@ class Guidance:
 
 
 def guide(
-    conditional: Tensor,
-    unconditional: Tensor,
-    scale: float | Tensor,
-    *,
-    pull: Tensor | float = 0.0,
-    rescale: float = 0.0,
-    denoise_mask: Tensor | None = None,
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, *,
+    pull: Tensor | float = 0.0, rescale: float = 0.0, denoise_mask: Tensor | None = None,
 ) -> Tensor:
     """Extrapolate from the unconditional velocity (Ho & Salimans 2022, eq. 6).
 
@@ -125,12 +120,8 @@ def guide(
 
 
 def guided(
-    denoise_conditional: Denoise,
-    denoise_unconditional: Denoise,
-    guidance: Guidance,
-    *,
-    denoise_mask: Tensor | None = None,
-    share: Tensor | None = None,
+    denoise_conditional: Denoise, denoise_unconditional: Denoise, guidance: Guidance, *,
+    denoise_mask: Tensor | None = None, share: Tensor | None = None,
     both: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
     denoise_unshown: Denoise | None = None,
 ) -> Denoise:

@@ -45,13 +45,8 @@ OVER_TIME = (1.0, 2.0, 1.0)
 
 
 def with_regions(
-    denoise_all: Denoise,
-    denoise_each: Sequence[Denoise],
-    where: Callable[[Tensor], Tensor],
-    state: LatentState,
-    labels: Tensor,
-    strength: float,
-    legible: float,
+    denoise_all: Denoise, denoise_each: Sequence[Denoise], where: Callable[[Tensor], Tensor],
+    state: LatentState, labels: Tensor, strength: float, legible: float,
 ) -> Denoise:
     """Return the model under a prompt, with each named thing drawn by its own words.
 

@@ -37,13 +37,8 @@ UNIPC_SIGMA_MAX = 1 - 1e-6
 
 
 def sample_euler(
-    denoise: Denoise,
-    noisy: Tensor,
-    sigmas: Tensor,
-    *,
-    on_step: OnStep | None = None,
-    project: Project | None = None,
-    resume: SamplerState | None = None,
+    denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None,
+    project: Project | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
     """Integrate dx/dsigma = velocity with Euler steps (Karras et al. 2022, Alg. 1 without churn).
 
@@ -62,13 +57,8 @@ def sample_euler(
 
 
 def sample_unipc(
-    denoise: Denoise,
-    noisy: Tensor,
-    sigmas: Tensor,
-    *,
-    on_step: OnStep | None = None,
-    project: Project | None = None,
-    resume: SamplerState | None = None,
+    denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None,
+    project: Project | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
     """Integrate with UniPC-2, data prediction, B2(h) (Zhao et al. 2023, Alg. 2, Table 5).
 
@@ -81,13 +71,8 @@ def sample_unipc(
 
 
 def sample_ancestral(
-    denoise: Denoise,
-    noisy: Tensor,
-    sigmas: Tensor,
-    *,
-    fresh: Fresh | None = None,
-    on_step: OnStep | None = None,
-    project: Project | None = None,
+    denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, fresh: Fresh | None = None,
+    on_step: OnStep | None = None, project: Project | None = None,
     resume: SamplerState | None = None,
 ) -> Tensor:
     """Take steps that replace a share of the noise with fresh noise (Ho et al. 2020, Alg. 2).
@@ -121,13 +106,8 @@ def sampler_of(name: str, state: LatentState) -> Sampler:
 
 
 def sample_state(
-    name: str,
-    denoise: Denoise,
-    state: LatentState,
-    sigmas: Tensor,
-    *,
-    on_step: OnStep | None = None,
-    resume: SamplerState | None = None,
+    name: str, denoise: Denoise, state: LatentState, sigmas: Tensor, *,
+    on_step: OnStep | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
     """Sample a state by one of `SAMPLERS`, with its known values; see `sample_euler`.
 
@@ -139,13 +119,8 @@ def sample_state(
 
 
 def _integrate(
-    step: Step,
-    denoise: Denoise,
-    noisy: Tensor,
-    levels: list[float],
-    on_step: OnStep | None,
-    project: Project | None,
-    resume: SamplerState | None,
+    step: Step, denoise: Denoise, noisy: Tensor, levels: list[float], on_step: OnStep | None,
+    project: Project | None, resume: SamplerState | None,
 ) -> Tensor:
     """Call the model and `step` from level to level; `step` returns (latents, *its history)."""
     state = resume or SamplerState(0, noisy.float())
@@ -213,11 +188,7 @@ def _unipc_predict(
 
 
 def _unipc_correct(
-    levels: list[float],
-    i: int,
-    denoised: Tensor,
-    origin: Tensor,
-    before: Tensor,
+    levels: list[float], i: int, denoised: Tensor, origin: Tensor, before: Tensor,
     earlier: Tensor | None = None,
 ) -> Tensor:
     """Take UniC's step from `origin` at level i - 1 to i, where `denoised` is known now.
@@ -274,16 +245,9 @@ def scheduler_sigmas(scheduler: Any, num_steps: int, *, strength: float = 1.0) -
 
 
 def sample_with_scheduler(
-    denoise: Denoise,
-    noisy: Tensor,
-    scheduler: Any,
-    num_steps: int,
-    *,
-    strength: float = 1.0,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    project: Project | None = None,
-    resume: SamplerState | None = None,
+    denoise: Denoise, noisy: Tensor, scheduler: Any, num_steps: int, *, strength: float = 1.0,
+    generator: torch.Generator | None = None, on_step: OnStep | None = None,
+    project: Project | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
     """Sample with a diffusers flow scheduler, whose own shift and options apply.
 

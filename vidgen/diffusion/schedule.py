@@ -16,11 +16,7 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 def make_sigmas(
-    num_steps: int,
-    shift: float = 1.0,
-    *,
-    strength: float = 1.0,
-    sigma_min: float = 0.0,
+    num_steps: int, shift: float = 1.0, *, strength: float = 1.0, sigma_min: float = 0.0,
     reach_min: bool = False,
 ) -> Tensor:
     """Return the noise levels of a run: evenly spaced, then shifted.
@@ -65,13 +61,8 @@ def steps_for_strength(num_steps: int, strength: float) -> int:
 
 
 def draw_sigmas(
-    batch: int,
-    generator: torch.Generator,
-    *,
-    shift: float = 1.0,
-    mean: float | None = 0.0,
-    std: float = 1.0,
-    between: tuple[float, float] = (0.0, 1.0),
+    batch: int, generator: torch.Generator, *, shift: float = 1.0, mean: float | None = 0.0,
+    std: float = 1.0, between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Draw noise levels [B] for training, float32 in (0, 1), in random order.
 

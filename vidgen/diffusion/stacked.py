@@ -34,13 +34,8 @@ def known_frames(latents: Tensor, known: Tensor, strides: Strides) -> Tensor:
 
 
 def control(
-    state: LatentState,
-    kept: Tensor,
-    changed: Tensor,
-    wanted: Tensor,
-    references: Sequence[Tensor],
-    strides: Strides,
-    noise: Tensor,
+    state: LatentState, kept: Tensor, changed: Tensor, wanted: Tensor, references: Sequence[Tensor],
+    strides: Strides, noise: Tensor,
 ) -> LatentState:
     """Write a clip and references into `LatentState.control` (VACE: Jiang et al. 2025, sec. 3.2).
 

@@ -42,12 +42,7 @@ _BLOCK = 512
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None = None,
-    backend: Backend = "auto",
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, eq. 1), [B, H, Lq, d].
 

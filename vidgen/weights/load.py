@@ -51,17 +51,10 @@ class _Unfilled(TorchFunctionMode):
 
 
 def load_module(
-    make: Callable[[], Module],
-    source: Path | TensorStore,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    keep_fp32: tuple[str, ...] = (),
-    names: Mapping[str, str] | None = None,
-    quantize: Quantization | None = None,
-    *,
-    stream: bool = False,
-    packed: bool = False,
-    mesh: DeviceMesh | None = None,
+    make: Callable[[], Module], source: Path | TensorStore, dtype: torch.dtype,
+    device: torch.device | str, keep_fp32: tuple[str, ...] = (),
+    names: Mapping[str, str] | None = None, quantize: Quantization | None = None, *,
+    stream: bool = False, packed: bool = False, mesh: DeviceMesh | None = None,
     each: Callable[[nn.Parameter], None] | None = None,
 ) -> Module:
     """Build a module without memory, then load the files' tensors, one at a time.

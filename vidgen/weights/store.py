@@ -170,10 +170,7 @@ class Weights:
     """
 
     def __init__(
-        self,
-        store: TensorStore,
-        dtype: torch.dtype,
-        keep_fp32: tuple[str, ...] = (),
+        self, store: TensorStore, dtype: torch.dtype, keep_fp32: tuple[str, ...] = (),
         names: Mapping[str, str] | None = None,
     ) -> None:
         self.store, self._dtype, self._keep_fp32 = store, dtype, keep_fp32
