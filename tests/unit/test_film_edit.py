@@ -45,7 +45,7 @@ def shot(name, transition=None, **keys):
 def placed(shots, lengths, rates=None, fps=FPS, **project):
     script = Script(tuple(shots), project=Project(**project), scenes=SCENES)
     planned = [Planned(each, n) for each, n in zip(shots, lengths, strict=True)]
-    return script, lay_out(script, planned, rates or [fps] * len(planned), fps)
+    return lay_out(script, planned, rates or [fps] * len(planned), fps)
 
 
 SCENES = {"a": Scene("One"), "b": Scene("Two"), "c": Scene()}
@@ -58,7 +58,7 @@ def test_twelve_shots_with_transitions_keep_every_time_to_half_a_frame():
     lengths = [drawn.randint(25, 60) for _ in shots]
     rates = [drawn.choice([FPS, Fraction(24), Fraction(30000, 1001), Fraction(25)]) for _ in shots]
     lengths = [round(n / FPS * rate) for n, rate in zip(lengths, rates, strict=True)]
-    _, timeline = placed(shots, lengths, rates)
+    timeline = placed(shots, lengths, rates)
     ideal = Fraction(0)
     for number, (each, length, rate) in enumerate(zip(shots, lengths, rates, strict=True)):
         if number and each.transition.type != "cut":
@@ -77,7 +77,7 @@ def test_twelve_shots_with_transitions_keep_every_time_to_half_a_frame():
 def test_sections_tile_the_film_and_shots_of_its_rate_keep_all_their_frames(drawn, fps):
     shots = [shot(f"s{i}", (kind, ms / 1000)) for i, (kind, ms, _) in enumerate(drawn)]
     lengths = [length + 60 for *_, length in drawn]
-    _, timeline = placed(shots, lengths, fps=fps)
+    timeline = placed(shots, lengths, fps=fps)
     assert [each.num_frames for each in timeline.shots] == lengths
     sections = list(timeline.sections())
     assert (sections[0].first, sections[-1].last) == (0, timeline.num_frames)
@@ -88,7 +88,7 @@ def test_sections_tile_the_film_and_shots_of_its_rate_keep_all_their_frames(draw
 
 
 def test_cuts_share_nothing_and_a_dissolve_does():
-    _, timeline = placed([shot("a"), shot("b"), shot("c", ("dissolve", 0.5))], [12, 12, 12])
+    timeline = placed([shot("a"), shot("b"), shot("c", ("dissolve", 0.5))], [12, 12, 12])
     assert list(timeline.sections()) == [
         Section(0, 12, (0,)), Section(12, 18, (1,)), Section(18, 24, (1, 2), "dissolve"),
         Section(24, 30, (2,)),
@@ -97,18 +97,18 @@ def test_cuts_share_nothing_and_a_dissolve_does():
 
 def test_a_film_comes_out_of_a_colour_and_goes_into_one():
     ending = Finish(ending=Transition("fade-white", 0.25))
-    _, timeline = placed([shot("a", ("fade-black", 0.5))], [12], finish=ending)
+    timeline = placed([shot("a", ("fade-black", 0.5))], [12], finish=ending)
     assert list(timeline.sections()) == [
         Section(0, 6, (0,), "fade-black-in"), Section(6, 9, (0,)),
         Section(9, 12, (0,), "fade-white-out"),
     ]
-    _, plain = placed([shot("a", ("dissolve", 0.5))], [12])
+    plain = placed([shot("a", ("dissolve", 0.5))], [12])
     assert list(plain.sections()) == [Section(0, 12, (0,))]
 
 
 def test_the_films_default_transition_counts_where_a_shot_has_none():
     defaults = Defaults(transition=Transition("wipe-left", 0.25))
-    _, timeline = placed([shot("a"), shot("b"), shot("c", ("cut",))], [12] * 3, defaults=defaults)
+    timeline = placed([shot("a"), shot("b"), shot("c", ("cut",))], [12] * 3, defaults=defaults)
     assert [each.overlap for each in timeline.shots] == [0, 3, 0]
 
 
@@ -126,7 +126,7 @@ def test_a_transition_longer_than_its_shots_is_refused(shots, lengths, message):
 
 def test_a_transition_as_long_as_the_shot_before_fits_wherever_that_is_rounded():
     half = ("dissolve", 0.52)
-    _, timeline = placed([shot("a"), shot("b"), shot("c", half)], [24, 13, 25],
+    timeline = placed([shot("a"), shot("b"), shot("c", half)], [24, 13, 25],
                          [Fraction(25)] * 3)
     before, last = timeline.shots[1:]
     assert last.overlap == before.num_frames == 6
@@ -170,7 +170,7 @@ def test_slides_move_both_shots():
 
 
 def test_packets_are_copied_from_key_frame_to_key_frame():
-    _, timeline = placed([shot("a"), shot("b", ("dissolve", 0.5)), shot("c")], [30, 100, 20])
+    timeline = placed([shot("a"), shot("b", ("dissolve", 0.5)), shot("c")], [30, 100, 20])
     parts = [[0, 30], [0, 64, 100], [0, 20]]
     assert pieces_of(timeline, [], parts) == [
         Piece(0, 88), Piece(88, 124, 1), Piece(124, 144, 2),
@@ -189,7 +189,7 @@ def test_packets_are_copied_from_key_frame_to_key_frame():
 def test_pieces_hold_every_frame_once_and_copy_no_marked_one(data):
     lengths = data.draw(st.lists(st.integers(20, 90), min_size=1, max_size=5))
     shots = [shot(f"s{i}", (data.draw(st.sampled_from(KINDS)), 0.4)) for i in range(len(lengths))]
-    _, timeline = placed(shots, lengths)
+    timeline = placed(shots, lengths)
     parts = [sorted({0, n, *data.draw(st.lists(st.integers(1, n - 1), max_size=4))})
              for n in lengths]
     texts = [Burnt("x", a, min(a + 9, timeline.num_frames)) for a in sorted(data.draw(
@@ -215,25 +215,25 @@ def test_captions_stay_until_the_next_one_or_the_next_shot():
         shot("b", ("dissolve", 0.5), caption=(Caption("three", 0.25, 5.0),)),
         shot("c", caption=(Caption("four"),)),
     ]
-    script, timeline = placed(shots, [24, 24, 24])
-    assert captions_of(script, timeline) == [
+    timeline = placed(shots, [24, 24, 24])
+    assert captions_of(timeline) == [
         Cue("one", 0, 0.5), Cue("two", 0.5, 1.5), Cue("three", 1.75, 5.5), Cue("four", 3.5, 5.5),
     ]
     assert as_frames([Cue("x", 1.0, 1.01)], timeline) == [Burnt("x", 12, 13)]
 
 
 def test_a_caption_behind_its_shot_is_refused():
-    script, timeline = placed([shot("a", caption=(Caption("late", 1.0),))], [12])
+    timeline = placed([shot("a", caption=(Caption("late", 1.0),))], [12])
     with pytest.raises(InputError, match=r"shot 'a': caption 'late' begins at 1 s, but the shot"):
-        captions_of(script, timeline)
+        captions_of(timeline)
 
 
 def test_titles_open_the_film_and_every_scene():
     shots = [shot("a", scene="a"), shot("b", scene="a"), shot("c", scene="b"), shot("d", scene="c")]
-    script, timeline = placed(shots, [24, 60, 60, 60], title="Film", finish=Finish(titles=True))
-    assert titles_of(script, timeline) == [
+    timeline = placed(shots, [24, 60, 60, 60], title="Film", finish=Finish(titles=True))
+    assert titles_of(timeline) == [
         Burnt("Film\nOne", 0, 24, "title"), Burnt("Two", 84, 120, "title")]
-    assert titles_of(*placed(shots, [24] * 4, title="Film")) == []
+    assert titles_of(placed(shots, [24] * 4, title="Film")) == []
 
 
 def test_overlapping_cues_stand_below_each_other_one_at_a_time():
@@ -292,19 +292,19 @@ def test_long_texts_are_wrapped_within_the_picture():
 def test_texts_that_do_not_fit_together_are_refused(first, second, message):
     texts = Caption(first, duration=3), Caption(second or "x")
     shots = [shot("a", caption=texts[:1]), shot("b", caption=texts[1:])]
-    script, timeline = placed(shots, [24, 24])
-    burnt = as_frames(captions_of(script, timeline), timeline)
+    timeline = placed(shots, [24, 24])
+    burnt = as_frames(captions_of(timeline), timeline)
     with pytest.raises(InputError, match=message):
-        Burner(burnt, (96, 64), None).check_room(script, timeline)
-    Burner(burnt, (1280, 720), None).check_room(script, timeline)
+        Burner(burnt, (96, 64), None).check_room(timeline)
+    Burner(burnt, (1280, 720), None).check_room(timeline)
 
 
 def test_a_title_that_does_not_fit_is_refused():
-    script, timeline = placed([shot("a")], [24], title="A long title " * 9,
+    timeline = placed([shot("a")], [24], title="A long title " * 9,
                               finish=Finish(titles=True))
-    burner = Burner(titles_of(script, timeline), (96, 64), None)
+    burner = Burner(titles_of(timeline), (96, 64), None)
     with pytest.raises(InputError, match=r"shot 'a': the title .* or leave titles out"):
-        burner.check_room(script, timeline)
+        burner.check_room(timeline)
 
 
 def test_a_font_without_a_sign_is_told(tmp_path):

@@ -205,7 +205,7 @@ def _sound(
     edit: Edit, shots: Sequence[RenderedShot]
 ) -> tuple[SoundTrack | None, list[str]]:
     film, timeline = edit.film, edit.timeline
-    samples, notes = mixed(film.script, timeline, [each.path for each in shots], edit.narrated)
+    samples, notes = mixed(timeline, [each.path for each in shots], edit.narrated)
     if samples is None:
         return None, notes
     info = ClipInfo(film.fps, film.size, timeline.num_frames, samples, RATE,
@@ -257,7 +257,7 @@ def _recipe(
             "shots": [{"id": each.shot.id, "address": each.path.stem, "seed": each.seed}
                       for each in shots],
             "timeline": edit.facts(), "copied_frames": copied, "colours": colours,
-            "sounds": file_facts(film.script, edit.timeline),
+            "sounds": file_facts(edit.timeline),
             **({"described": [each.facts() for each in edit.described]} if edit.described else {}),
         },
         "encoder": encoder,

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vidgen.core.errors import InputError, quoted
 from vidgen.media.subtitles import Cue
 from vidgen.media.types import Frames
-from vidgen.story.script import Script, Shot
+from vidgen.story.script import Shot
 from vidgen.story.timeline import Timeline
 
 TITLE_S = 3.0
@@ -50,7 +50,7 @@ class Burnt:
     kind: Literal["caption", "title"] = "caption"
 
 
-def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
+def captions_of(timeline: Timeline) -> list[Cue]:
     """Return the captions of a film's shots with their times in the film.
 
     Raises:
@@ -64,10 +64,9 @@ def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
         for each in placed.shot.caption:
             start = begin + each.at
             if start >= end:
-                raise InputError(
-                    f"{script.where(placed.shot)}: caption {each.text!r} begins at {each.at:g} s, "
-                    f"but the shot lasts {end - begin:.3f} s in the film; place it earlier"
-                )
+                raise InputError(f"{timeline.script.where(placed.shot)}: caption {each.text!r} "
+                                 f"begins at {each.at:g} s, but the shot lasts {end - begin:.3f} s "
+                                 "in the film; place it earlier")
             behind = next((begin + at for at in starts if at > each.at), max(left, start))
             behind = end if behind == start else behind
             stop = behind if each.duration is None else start + each.duration
@@ -75,9 +74,9 @@ def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
     return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
 
 
-def titles_of(script: Script, timeline: Timeline) -> list[Burnt]:
+def titles_of(timeline: Timeline) -> list[Burnt]:
     """Return the film's title over its first shot and the scenes' over theirs, if wanted."""
-    made, scene = list[Burnt](), None
+    script, made, scene = timeline.script, list[Burnt](), None
     if not script.project.finish.titles:
         return made
     for index, placed in enumerate(timeline.shots):
@@ -148,7 +147,7 @@ class Burner:
                 frame = self._laid(frame, *self._drawn(text, kind))
         return frame
 
-    def check_room(self, script: Script, timeline: Timeline) -> None:
+    def check_room(self, timeline: Timeline) -> None:
         """Refuse texts that are shown together and have more lines than the picture.
 
         Raises:
@@ -162,8 +161,9 @@ class Burner:
                 lines, room = self._lines("\n".join(texts), kind), self._room(kind)
                 if len(lines) > room:
                     told = " and ".join(map(quoted, texts))
+                    shot = _shot_at(first, texts[-1], timeline)
                     raise InputError(
-                        f"{script.where(_shot_at(first, texts[-1], timeline))}: the {kind} {told} "
+                        f"{timeline.script.where(shot)}: the {kind} {told} "
                         f"takes {len(lines)} lines, but a picture of {self.size[0]}x{self.size[1]} "
                         f"has room for {room}; shorten it, make the picture larger, or {remedy}"
                     )

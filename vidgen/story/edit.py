@@ -116,7 +116,7 @@ class Edit:
         return address_of({
             "version": EDIT_VERSION, "vidgen": __version__, "suffix": self.output.suffix.lower(),
             "fps": str(self.film.fps), "size": self.film.size, "script": dump(script),
-            "shots": list(addresses), "sounds": file_facts(script, self.timeline),
+            "shots": list(addresses), "sounds": file_facts(self.timeline),
             "font": None if font is None else sha256_file(font),
             "voices": self.narrated.facts["voice"] if self.narrated else None,
         })
@@ -156,20 +156,20 @@ def make_edit(
         picture = picture_settings(finish.codec, target)
     timeline = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps)
     described: list[DescribedSound] = []
-    check_sounds(script, timeline)  # those that stand in words aren't made yet
+    check_sounds(timeline)  # those that stand in words aren't made yet
     if describe is not None:
         described, timeline = describe(timeline)
-    captions = captions_of(script, timeline)
-    narrated = narrate(script, timeline)
+    captions = captions_of(timeline)
+    narrated = narrate(timeline)
     said = narrated.cues if narrated else []
-    burnt = titles_of(script, timeline)
+    burnt = titles_of(timeline)
     tracked = {"track": [*captions, *said], "burn": said, "beside": []}[finish.captions]
     if finish.captions == "burn":
         burnt += as_frames(captions, timeline)
     font = None if finish.font is None else script.file(finish.font)
     with located(f"{script.path}: texts"):
         burner = Burner(burnt, film.size, font)
-    burner.check_room(script, timeline)
+    burner.check_room(timeline)
     return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
                 _ordered(tracked), burner, tuple(described))
 

@@ -79,23 +79,18 @@ class Playing:
     last: int
 
 
-def num_samples(timeline: Timeline) -> int:
-    """Return the number of samples of a film, at `RATE`."""
-    return _sample(timeline, timeline.num_frames)
-
-
 def _files_of(script: Script, shot: Shot) -> list[Path]:
     return [script.file(file) for key, file in files_of(script, shot)
             if key in ("sound", "music", "narration")]
 
 
-def check_sounds(script: Script, timeline: Timeline) -> None:
+def check_sounds(timeline: Timeline) -> None:
     """Open every file that is heard, once.
 
     Raises:
         InputError: the first that can't be used, with its shot.
     """
-    opened = set[Path]()
+    script, opened = timeline.script, set[Path]()
     for placed in timeline.shots:
         for path in _files_of(script, placed.shot):
             if path in opened:
@@ -119,7 +114,7 @@ def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
     return told
 
 
-def narrate(script: Script, timeline: Timeline) -> Narrated | None:
+def narrate(timeline: Timeline) -> Narrated | None:
     """Return a film's speech, or None.
 
     Without a time a text begins with its shot, or after the previous one.
@@ -127,13 +122,14 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
     Raises:
         InputError: texts that overlap or outlast the film, voices that can't be used.
     """
+    script = timeline.script
     said = [(placed, each) for placed in timeline.shots for each in placed.shot.narration]
     if not said:
         return None
-    samples, voices = room(num_samples(timeline), 1), dict[str, Voice]()
+    samples, voices = room(timeline.num_samples, 1), dict[str, Voice]()
     sentences, speakers, free = list[Sentence](), list[str | None](), 0.0
     for placed, each in said:
-        begin = _begin(script, timeline, placed, each, free if sentences else None)
+        begin = _begin(timeline, placed, each, free if sentences else None)
         with located(script.where(placed.shot)):
             text, voice = _voiced(script, each, voices)
             for words, wave in spoken(text, voice):
@@ -152,19 +148,16 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
     return Narrated(samples, tuple(sentences), tuple(speakers), facts)
 
 
-def _begin(
-    script: Script, timeline: Timeline, placed: Placed, said: Narration, free: float | None
-) -> float:
+def _begin(timeline: Timeline, placed: Placed, said: Narration, free: float | None) -> float:
     """Return the time at which a text begins; `free` is the end of the previous one."""
     start = timeline.seconds(placed.start)
     if said.at is None:
         return start if free is None else max(start, free + PAUSE_S)
     begin = start + said.at
     if free is not None and begin < free - 1e-9:
-        raise InputError(
-            f"{script.where(placed.shot)}: narration {said.text!r} begins {free - begin:.2f} s "
-            f"before the one before it ends; place it at {free - start:.2f} s or later"
-        )
+        raise InputError(f"{timeline.script.where(placed.shot)}: narration {said.text!r} begins "
+                         f"{free - begin:.2f} s before the one before it ends; place it at "
+                         f"{free - start:.2f} s or later")
     return begin
 
 
@@ -185,13 +178,12 @@ def _voiced(
 
 
 def mixed(
-    script: Script, timeline: Timeline, paths: Sequence[Path], narrated: Narrated | None
+    timeline: Timeline, paths: Sequence[Path], narrated: Narrated | None
 ) -> tuple[Samples | None, list[str]]:
     """Mix the sound of a film.
 
     Args:
-        script: the film's.
-        timeline: the film's.
+        timeline: of the film.
         paths: of the shots, whose own sound is heard where the script names no file.
         narrated: the speech.
 
@@ -201,15 +193,16 @@ def mixed(
     Raises:
         InputError: a file that can't be used.
     """
-    bed, notes, heard = room(num_samples(timeline), 2), list[str](), False
+    script, bed = timeline.script, room(timeline.num_samples, 2)
+    notes, heard = list[str](), False
     for index, (placed, path) in enumerate(zip(timeline.shots, paths, strict=True)):
         with located(script.where(placed.shot)):
-            sound, told = _of_shot(script, timeline, placed, path)
+            sound, told = _of_shot(timeline, placed, path)
         notes += told
         if sound is not None:
             heard = True
             _shape(sound, timeline, index)
-            _add(bed, sound, _sample(timeline, placed.start))
+            _add(bed, sound, timeline.sample(placed.start))
     for playing in playings(timeline):
         with located(script.where(playing.shot)):
             notes += _add_music(bed, script, playing)
@@ -221,10 +214,10 @@ def mixed(
 
 
 def _of_shot(
-    script: Script, timeline: Timeline, placed: Placed, path: Path
+    timeline: Timeline, placed: Placed, path: Path
 ) -> tuple[Samples | None, list[str]]:
     """Return a shot's sound [n, c], as long as the shot, and notes."""
-    count = _sample(timeline, placed.end) - _sample(timeline, placed.start)
+    count = timeline.sample(placed.end) - timeline.sample(placed.start)
     asked = placed.shot.sound
     if asked is None or asked.file is None:
         own = read_sound(path)
@@ -233,7 +226,7 @@ def _of_shot(
         sound = at_length(*own, count)
         _amplify(sound, 0.0 if asked is None else asked.gain_db)
         return sound, []
-    sound, notes = fit_sound(script.file(asked.file), count, loop=asked.loop,
+    sound, notes = fit_sound(timeline.script.file(asked.file), count, loop=asked.loop,
                              repeating="loop: true")
     _amplify(sound, asked.gain_db)
     return sound, notes
@@ -241,18 +234,16 @@ def _of_shot(
 
 def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
     """Fade a shot's sound in and out with its picture, in place."""
-    placed, is_last = timeline.shots[index], index == len(timeline.shots) - 1
-    before = placed.overlap if index else timeline.opening
-    behind = timeline.ending if is_last else timeline.shots[index + 1].overlap
+    before, behind = timeline.faded(index)
     seam = min(round(SEAM_S * RATE), len(sound) // 4)
-    coming, going = (min(_sample(timeline, frames), len(sound)) for frames in (before, behind))
+    coming, going = (min(timeline.sample(frames), len(sound)) for frames in (before, behind))
     if coming:
         sound[:coming] *= _equal_power(coming)[::-1, None]
     elif index:
         rise(sound, 0, seam)
     if going:
         sound[len(sound) - going :] *= _equal_power(going)[:, None]
-    elif not is_last:
+    elif index < len(timeline.shots) - 1:
         fade(sound, len(sound) - seam, len(sound))
 
 
@@ -260,11 +251,11 @@ def playings(timeline: Timeline) -> Iterator[Playing]:
     """Yield the music of a film: each from its shot until the next one begins."""
     changes = [placed for placed in timeline.shots if placed.shot.music is not None]
     for placed, behind in zip_longest(changes, changes[1:]):
-        end = num_samples(timeline) if behind is None else _sample(timeline, behind.start)
+        end = timeline.num_samples if behind is None else timeline.sample(behind.start)
         music = placed.shot.music
         assert music is not None
         if music.file is not None and music.file != SILENCE:
-            yield Playing(placed.shot, music, _sample(timeline, placed.start), end)
+            yield Playing(placed.shot, music, timeline.sample(placed.start), end)
 
 
 def _add_music(bed: Samples, script: Script, playing: Playing) -> list[str]:
@@ -301,13 +292,8 @@ def _equal_power(length: int) -> Samples:
     return np.cos(np.pi / 2 * (np.arange(length) + 0.5) / max(1, length)).astype(np.float32)
 
 
-def _sample(timeline: Timeline, frame: int) -> int:
-    """Return the sample with which a frame of the film begins."""
-    return round(frame / timeline.fps * RATE)
-
-
-def file_facts(script: Script, timeline: Timeline) -> list[dict[str, str]]:
+def file_facts(timeline: Timeline) -> list[dict[str, str]]:
     """Return path and hash of every file that is heard, for the recipe."""
     files = dict.fromkeys(file for placed in timeline.shots
-                          for file in _files_of(script, placed.shot))
+                          for file in _files_of(timeline.script, placed.shot))
     return [{"path": path.name, "sha256": sha256_file(path)} for path in files]

@@ -104,8 +104,7 @@ def _sounds(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
         if sound is None or sound.file is None:
             continue
         path = edit.film.script.file(sound.file)
-        begin, first, last = (round(frame / edit.timeline.fps * RATE)
-                              for frame in (placed.start, *ends))
+        begin, first, last = map(edit.timeline.sample, (placed.start, *ends))
         facts = {"gain_db": sound.gain_db, "loop": sound.loop}
         yield first, Clip(path.stem, _file(path, folder), _range(first - begin, last - first, RATE),
                           {"vidgen": facts})

@@ -11,25 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Protocol
+from typing import TypeAlias
 
 from vidgen.core.errors import InputError
+from vidgen.media.sound import RATE
 from vidgen.story.elements import Transition
+from vidgen.story.film import ShotPlan
 from vidgen.story.script import Script, Shot
+from vidgen.story.store import RenderedShot
 
 CUT = Transition()
 
 
-class Measured(Protocol):
-    """A shot and its number of frames at its own rate: planned or rendered."""
-
-    @property
-    def shot(self) -> Shot:
-        """The shot as it is written."""
-
-    @property
-    def num_frames(self) -> int:
-        """Frames at the shot's own rate."""
+Measured: TypeAlias = ShotPlan | RenderedShot
+"""A shot and its number of frames at its own rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +57,7 @@ class Section:
 class Timeline:
     """All shots of a film, in order."""
 
+    script: Script
     fps: Fraction
     shots: tuple[Placed, ...]
     opening: int  # frames in which the film fades in from a colour
@@ -78,12 +74,27 @@ class Timeline:
         """Return the time at which a frame of the film is shown."""
         return float(frame / self.fps)
 
+    def sample(self, frame: int) -> int:
+        """Return the first sample of a frame of the film, at `RATE`."""
+        return round(frame / self.fps * RATE)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole film, at `RATE`."""
+        return self.sample(self.num_frames)
+
+    def faded(self, index: int) -> tuple[int, int]:
+        """Return the frames that transitions take at the beginning and at the end of a shot."""
+        is_last = index == len(self.shots) - 1
+        return (self.shots[index].overlap if index else self.opening,
+                self.ending if is_last else self.shots[index + 1].overlap)
+
     def sections(self) -> Iterator[Section]:
         """Yield the film's sections, from its beginning to its end."""
         last = len(self.shots) - 1
         for index, placed in enumerate(self.shots):
             begin = placed.start + placed.overlap
-            end = placed.end - (self.ending if index == last else self.shots[index + 1].overlap)
+            end = placed.end - self.faded(index)[1]
             if placed.overlap:
                 kind = placed.transition.type
                 yield Section(placed.start, begin, (index - 1, index), kind)
@@ -129,10 +140,10 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
         begin, end = start, start + length
     ending = script.project.finish.ending
     made = Timeline(
-        fps, tuple(placed), _nearest(_seconds(placed[0].transition) * fps),
+        script, fps, tuple(placed), _nearest(_seconds(placed[0].transition) * fps),
         _nearest(_seconds(ending) * fps), ending.type, end / fps,
     )
-    _check_room(script, made)
+    _check_room(made)
     return made
 
 
@@ -150,16 +161,13 @@ def _nearest(value: Fraction) -> int:
     return floor(value + Fraction(1, 2))
 
 
-def _check_room(script: Script, timeline: Timeline) -> None:
+def _check_room(timeline: Timeline) -> None:
     """Refuse a shot with fewer frames than the transitions at its ends take."""
-    shots, last = timeline.shots, len(timeline.shots) - 1
-    for index, placed in enumerate(shots):
-        before = placed.overlap if index else timeline.opening
-        behind = timeline.ending if index == last else shots[index + 1].overlap
+    for index, placed in enumerate(timeline.shots):
+        before, behind = timeline.faded(index)
         if before + behind > placed.num_frames:
+            lacking = timeline.seconds(before + behind - placed.num_frames)
             raise InputError(
-                f"{script.where(placed.shot)} has {placed.num_frames} frames, fewer than the "
-                f"transitions at its beginning ({before}) and end ({behind}) take; shorten them by "
-                f"{float((before + behind - placed.num_frames) / timeline.fps):.3f} s, or make the "
-                "shot longer"
-            )
+                f"{timeline.script.where(placed.shot)} has {placed.num_frames} frames, fewer than "
+                f"the transitions at its beginning ({before}) and end ({behind}) take; shorten "
+                f"them by {lacking:.3f} s, or make the shot longer")
