@@ -143,6 +143,8 @@ def settle_texts(
 ) -> tuple[Request, dict[str, Any]]:
     """Recall jobs' settings, rewrite the prompt if requested, and apply the policy to every text.
 
+    A journal that began with a rewritten prompt keeps it.
+
     Returns:
         The request with the final prompt, and the recipe's entries about it.
 
@@ -150,28 +152,19 @@ def settle_texts(
         InputError: a text that the policy refuses, or a damaged journal.
     """
     enforce(policy, request)
-    request, rewritten = settle_prompt(recall(request, journals), journals)
-    enforce(policy, request)
-    return request, rewritten
-
-
-def settle_prompt(
-    request: Request, journals: Sequence[Journal] = ()
-) -> tuple[Request, dict[str, Any]]:
-    """Return a request with the final prompt, and the recipe's entries about it.
-
-    A journal that began with a rewritten prompt keeps it.
-    """
+    request = recall(request, journals)
     if request.expand is None:
         return request, {}
-    sha256 = LanguageModel(request.expand).sha256
+    sha256, found = LanguageModel(request.expand).sha256, None
     for recipe in (journal.recipe or {} for journal in journals):
         kept = recipe.get("rewritten")
         if kept and (kept["prompt"], kept["by"]["sha256"]) == (request.prompt, sha256):
-            text = recipe["plan"]["prompt"]
-            return request.replace(prompt=text, expand=None), {"rewritten": kept}
-    text, record = rewrite_prompt(request.expand, request.prompt)
-    return request.replace(prompt=text, expand=None), {"rewritten": record}
+            found = recipe["plan"]["prompt"], kept
+            break
+    text, record = found or rewrite_prompt(request.expand, request.prompt)
+    request = request.replace(prompt=text, expand=None)
+    enforce(policy, request)
+    return request, {"rewritten": record}
 
 
 def rewrite_prompt(folder: str | Path, prompt: str) -> tuple[str, dict[str, Any]]:

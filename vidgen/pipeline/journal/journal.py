@@ -28,14 +28,9 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
 from vidgen.media.types import Segment
+from vidgen.pipeline import recorded
 from vidgen.pipeline.journal import job
 from vidgen.pipeline.journal.job import JOB, MADE, SOUND, STATE, TRIED
-from vidgen.pipeline.recorded import (
-    decisive_differences,
-    recorded_readings,
-    recorded_tiles,
-    require_same,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +99,7 @@ class Journal:
         if not self.unfinished:
             return True
         made = read_recipe(self.output)  # a kill may have come after the file, before the end
-        return made is not None and not decisive_differences(made, self.recipe or {})
+        return made is not None and not recorded.decisive_differences(made, self.recipe or {})
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -241,7 +236,7 @@ class Journal:
             return
         there = self.folder if self.unfinished else self.output
         assert there is not None
-        require_same(there, old, recipe)
+        recorded.require_same(there, old, recipe)
 
     @property
     def _has_result(self) -> bool:
@@ -361,9 +356,9 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
         if request.seed is None and "plan" in recipe:
             request = request.replace(seed=recipe["plan"]["seed"] - index)
         if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
-            request = request.replace(tiles=recorded_tiles(recipe["plan"]))
+            request = request.replace(tiles=recorded.recorded_tiles(recipe["plan"]))
         if request.readings == "auto" and "readings" in recipe.get("plan", ()):
-            request = request.replace(readings=recorded_readings(recipe["plan"]))
+            request = request.replace(readings=recorded.recorded_readings(recipe["plan"]))
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:
             _use_threads(threads, journal)

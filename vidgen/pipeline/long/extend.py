@@ -39,18 +39,8 @@ from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo
 from vidgen.pipeline.codec import first_frames, room_for
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
-from vidgen.pipeline.long.tail import (
-    OVERLAP,
-    TAIL_FRAMES,
-    Beginning,
-    Stretch,
-    colours_of,
-    keeps_to_start,
-    make_tail,
-    split_windows,
-    tail_of,
-    window_size,
-)
+from vidgen.pipeline.long import tail
+from vidgen.pipeline.long.tail import Beginning, Stretch
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
@@ -78,7 +68,7 @@ def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs)
     Raises:
         InputError: the model, an option or the overlap doesn't permit several windows.
     """
-    size = window_size(engine.folder, engine.vae_config.strides)
+    size = tail.window_size(engine.folder, engine.vae_config.strides)
     if request.prefix is None and plan.latents.num_frames <= size:
         return None
     _check(plan, request, engine.folder)
@@ -98,7 +88,7 @@ def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
     """
     if strength == 0:
         return latents
-    mean, deviation = colours_of(latents).to(latents.device)
+    mean, deviation = tail.colours_of(latents).to(latents.device)
     wanted_mean, wanted_deviation = colours.to(latents.device)
     limit = MAX_SHIFT * wanted_deviation
     shift = torch.clamp(strength * (wanted_mean - mean), -limit, limit)
@@ -125,9 +115,9 @@ class LongClip:
         if self.begun is not None:
             missing = self.plan.kept_frames - self.begun.num_frames - self.begun.frames_ahead
             total = given + max(math.ceil(missing / t), 0)
-        size = window_size(self.engine.folder, self.engine.vae_config.strides)
-        overlap = self.request.overlap or min(OVERLAP, size - 1)
-        return split_windows(given, total, size, min(overlap, given or overlap))
+        size = tail.window_size(self.engine.folder, self.engine.vae_config.strides)
+        overlap = self.request.overlap or min(tail.OVERLAP, size - 1)
+        return tail.split_windows(given, total, size, min(overlap, given or overlap))
 
     def sample(
         self, sample: Sample, done: Tensor | None = None,
@@ -182,17 +172,16 @@ class LongClip:
         """Return a lazy clip of `sample`'s latents; add the last ones to the recipe."""
         plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.rate.factor
         made = self.rate.num_shown(latents.shape[2]) - self._num_given
-        colours = self._colours(latents)
-        if begun is None:
-            ahead = plan.num_frames - plan.kept_frames
-            recipe["tail"] = make_tail(latents, made, ahead, colours, self._anchor(latents), factor)
-            return self.engine.decode(plan, latents, recipe, journal)
-        total = begun.num_frames + begun.frames_ahead + made * t
-        recipe["hand_over"] = begun.hand_over
-        recipe["tail"] = make_tail(
-            latents, begun.num_latents + made, total - plan.kept_frames, colours,
+        earlier, total = 0, plan.num_frames
+        if begun is not None:
+            earlier, total = begun.num_latents, begun.num_frames + begun.frames_ahead + made * t
+            recipe["hand_over"] = begun.hand_over
+        recipe["tail"] = tail.make_tail(
+            latents, earlier + made, total - plan.kept_frames, self._colours(latents),
             self._anchor(latents), factor,
         )
+        if begun is None:
+            return self.engine.decode(plan, latents, recipe, journal)
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=max(t // factor, 1),
@@ -253,11 +242,11 @@ class LongClip:
         """Return the target colours: the beginning's, else those of the first window."""
         if self.begun is not None:
             return self.begun.colours
-        return colours_of(latents[:, :, : self.rate.num_upsampled(self.windows[0][1])])
+        return tail.colours_of(latents[:, :, : self.rate.num_upsampled(self.windows[0][1])])
 
     def _anchor(self, latents: Tensor) -> Tensor | None:
         """Return the clip's first latent frame, [1, C, 1, h, w], if later windows get it."""
-        if not keeps_to_start(self.engine.folder, self.request):
+        if not tail.keeps_to_start(self.engine.folder, self.request):
             return None
         return latents[:, :, :1] if self.begun is None else self.begun.anchor
 
@@ -301,7 +290,7 @@ class LongClip:
         """
         num_known, first, factor = count - start, start + self.num_gone, self.rate.factor
         known = made[:, :, self.rate.num_upsampled(start) :].to(state.latents)
-        past = made[:, :, -max(TAIL_FRAMES, (num_known + 1) * factor) :]
+        past = made[:, :, -max(tail.TAIL_FRAMES, (num_known + 1) * factor) :]
         if factor > 1:
             shown = self._noised(known, "history finer", LatentRate(factor).num_upsampled(first))
             mask = torch.zeros_like(known[:, :1], dtype=torch.bool)
@@ -380,7 +369,7 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
     """
     assert request.prefix is not None
     assert inputs.ending is not None
-    begun = tail_of(inputs.ending, engine.folder, plan)
+    begun = tail.tail_of(inputs.ending, engine.folder, plan)
     if isinstance(begun, str):
         log.warning("%s %s; its last frames are encoded, which costs some sharpness",
                     request.prefix, begun)
@@ -412,7 +401,7 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
 
 def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
     t, total = engine.vae_config.strides.t, 0
-    ending: deque[Frames] = deque(maxlen=1 + (TAIL_FRAMES - 1) * t)
+    ending: deque[Frames] = deque(maxlen=1 + (tail.TAIL_FRAMES - 1) * t)
     for frame in earlier_frames(plan, request, inputs):
         ending.append(frame[0])
         total += 1
@@ -421,7 +410,7 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
     latents = engine.encode_video(video, plan.tiles, plan.encode_passes, plan.oversampling).cpu()
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
-        num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
+        num_latents=1 + math.ceil((total - 1) / t), colours=tail.colours_of(latents),
         hand_over="pixels", anchor=latents[:, :, :1], rate=LatentRate(plan.oversampling),
     )
 

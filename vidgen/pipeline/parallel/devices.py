@@ -34,19 +34,7 @@ from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
-from vidgen.pipeline.parallel.ipc import (
-    FAILURE,
-    LOST,
-    Channel,
-    Division,
-    Share,
-    collect,
-    divide,
-    is_loss,
-    stretches,
-    tie,
-    torchrun_place,
-)
+from vidgen.pipeline.parallel import ipc
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -76,11 +64,11 @@ class Devices:
         shard: spread the transformers' weights over the devices.
     """
 
-    def __init__(self, channel: Channel, children: Sequence[Child], *, shard: bool) -> None:
+    def __init__(self, channel: ipc.Channel, children: Sequence[Child], *, shard: bool) -> None:
         self.channel, self.size, self.shard = channel, channel.size, shard
         self._children, self._num_heads = children, 0
         self._coming: _Coming | None = None
-        self._sampling: Share | None = None
+        self._sampling: ipc.Share | None = None
         self._remembered: Mapping[str, Tensor] = {}
         self._end = weakref.finalize(self, _dissolve, channel, children)
 
@@ -98,7 +86,7 @@ class Devices:
 
     def facts(self, *, guided: bool) -> dict[str, Any]:
         """Return the recipe's entry; raise InputError if more devices than can share the model."""
-        division = divide(self.size, self._num_heads, guided=guided)
+        division = ipc.divide(self.size, self._num_heads, guided=guided)
         return {"count": self.size, **asdict(division), "shard": self.shard}
 
     @contextmanager
@@ -113,8 +101,8 @@ class Devices:
         self._require_alive()
         if self._sampling is not None:
             raise InputError("these devices are at another clip; generate in turns")
-        division = divide(self.size, self._num_heads, guided=len(contexts) > 1)
-        share = Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
+        division = ipc.divide(self.size, self._num_heads, guided=len(contexts) > 1)
+        share = ipc.Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
         if caches is not None:
             self._remembered = {name: each.cpu() for name, each in caches.state().items()}
             share = replace(share, caches=replace(caches, memories={}, taken=[]),
@@ -125,8 +113,8 @@ class Devices:
         ) as own:
             self.order("begin", loader.dtype, loader.offload, moved(share, "cpu"))
             if caches is not None:
-                tie(caches, self.channel, division, moved(self._remembered, self.channel.device),
-                    shard=self.shard)
+                remembered = moved(self._remembered, self.channel.device)
+                ipc.tie(caches, self.channel, division, remembered, shard=self.shard)
             self._sampling = replace(share, caches=caches)
             try:
                 yield _guided(_Call(self, own, division), share)
@@ -146,7 +134,7 @@ class Devices:
         if caches.taken[-1][1]:
             self.order("remember")
             with self.together():
-                self._remembered = collect(caches, self.channel, division)
+                self._remembered = ipc.collect(caches, self.channel, division)
         return {**self._remembered, **caches.state(numbers_only=True)}
 
     def decode(
@@ -160,7 +148,7 @@ class Devices:
             t, hw = vae.strides.t, vae.strides.hw
             shape = (latents.shape[0], 3, t, *(side * hw for side in latents.shape[3:]))
             back = vae.receptive_frames() - 1
-            mine, *others = stretches(begin, latents.shape[2], self.size, back)
+            mine, *others = ipc.stretches(begin, latents.shape[2], self.size, back)
             theirs = [(first, end) for first, end in others if end > first]
             slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))
                       for first, end in theirs]
@@ -198,7 +186,7 @@ class Devices:
             yield
         except BaseException as error:
             reason = None
-            if is_loss(error):
+            if ipc.is_loss(error):
                 reason = find_failure(self._children, self.channel.store, GRACE_S)
                 reason = reason or f"the devices lost each other: {error}"
             self.channel.broken = True
@@ -243,7 +231,7 @@ def start_devices(
     if given[1] != devices:
         raise InputError(f"torchrun started {given[1]} processes, devices is {devices}; the two "
                          "must be the same")
-    return Devices(Channel(*torchrun_place(), device, local=False), (), shard=shard)
+    return Devices(ipc.Channel(*ipc.torchrun_place(), device, local=False), (), shard=shard)
 
 
 def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
@@ -257,13 +245,13 @@ def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
             if reason is not None:
                 raise DeviceError(reason)
             time.sleep(0.02)
-        return Devices(Channel(store, 0, devices, device, local=True), children, shard=shard)
+        return Devices(ipc.Channel(store, 0, devices, device, local=True), children, shard=shard)
     except BaseException:
         end_all(children)
         raise
 
 
-def _guided(call: _Call, share: Share) -> Denoise:
+def _guided(call: _Call, share: ipc.Share) -> Denoise:
     def conditional(latents: Tensor, sigma: Tensor) -> Tensor:
         return call(latents, sigma, 0)[0]
 
@@ -280,7 +268,7 @@ def _guided(call: _Call, share: Share) -> Denoise:
 class _Call:
     """One call of the model on all devices: broadcast, compute, gather."""
 
-    def __init__(self, devices: Devices, own: list[Denoise], division: Division) -> None:
+    def __init__(self, devices: Devices, own: list[Denoise], division: ipc.Division) -> None:
         self._devices, self._own, self._division = devices, own, division
 
     def __call__(self, latents: Tensor, sigma: Tensor, *wanted: int) -> tuple[Tensor, ...]:
@@ -330,7 +318,7 @@ class _Coming:
         return room.view(self._dtype).view(self._shape)
 
 
-def _dissolve(channel: Channel, children: Sequence[Child]) -> None:
+def _dissolve(channel: ipc.Channel, children: Sequence[Child]) -> None:
     if not (channel.broken or channel.owed):
         with suppress(RuntimeError):
             channel.order("close")
@@ -366,7 +354,7 @@ class Child:
     def fate(self) -> str | None:
         """Return how it failed; None if it didn't, or only because another one did."""
         code = self.process.poll()
-        if code is None or code == LOST:
+        if code is None or code == ipc.LOST:
             return None
         return exit_text(code, self.stderr)
 
@@ -378,8 +366,8 @@ def find_failure(
     until = time.monotonic() + patience_s
     while True:
         with suppress(RuntimeError):
-            if store.check([FAILURE]):
-                return store.get(FAILURE).decode()
+            if store.check([ipc.FAILURE]):
+                return store.get(ipc.FAILURE).decode()
         for child in children:
             fate = child.fate()
             if fate is not None:

@@ -23,17 +23,7 @@ from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.loader import EXPERTS, ModelLoader
-from vidgen.pipeline.parallel.ipc import (
-    FAILURE,
-    LOST,
-    TIMEOUT,
-    Channel,
-    Share,
-    collect,
-    is_loss,
-    tie,
-    torchrun_place,
-)
+from vidgen.pipeline.parallel import ipc
 from vidgen.pipeline.types import Offload
 from vidgen.weights.component import Components
 from vidgen.weights.folder import ModelFolder
@@ -51,7 +41,7 @@ class DeviceWorker:
     loader: ModelLoader | None = None
     _caches: StepCaches | None = None
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: ipc.Channel) -> None:
         self._channel = channel
         self._sampling = ExitStack()
 
@@ -67,7 +57,7 @@ class DeviceWorker:
         self._folder, self._quantize = replace(folder, components=helping), quantize
         self._mesh = self._channel.mesh if shard else None
 
-    def begin(self, dtype: torch.dtype, offload: Offload, share: Share) -> None:
+    def begin(self, dtype: torch.dtype, offload: Offload, share: ipc.Share) -> None:
         """Prepare to denoise a clip."""
         torch.set_num_threads(share.threads)
         loader = self._set_up(dtype, offload)
@@ -75,7 +65,7 @@ class DeviceWorker:
         division = self._division = own.division
         self._caches = own.caches
         if own.caches is not None:
-            tie(own.caches, channel, division, own.remembered, shard=self._mesh is not None)
+            ipc.tie(own.caches, channel, division, own.remembered, shard=self._mesh is not None)
         self._denoisers = self._sampling.enter_context(denoisers(
             loader, own.plan, own.state, division.contexts(own.contexts, channel.rank), own.loras,
             own.level, channel.ranks(division), own.caches,
@@ -99,7 +89,7 @@ class DeviceWorker:
     def remember(self) -> None:
         """Send rank 0 the memory of this rank's step caches."""
         assert self._caches is not None
-        collect(self._caches, self._channel, self._division)
+        ipc.collect(self._caches, self._channel, self._division)
 
     def end(self) -> None:
         """Finish denoising."""
@@ -140,7 +130,7 @@ class DeviceWorker:
         return self.loader
 
 
-def serve(channel: Channel) -> None:
+def serve(channel: ipc.Channel) -> None:
     """Follow rank 0's orders until it closes."""
     worker = DeviceWorker(channel)
     try:
@@ -150,22 +140,22 @@ def serve(channel: Channel) -> None:
                 break
             getattr(worker, order)(*details)
     except BaseException as error:  # rank 0 reports all of them
-        if is_loss(error):
-            sys.exit(LOST)
+        if ipc.is_loss(error):
+            sys.exit(ipc.LOST)
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        channel.store.set(FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
+        channel.store.set(ipc.FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
         raise
     channel.leave()
 
 
 def join_torchrun() -> None:
     """Serve as a rank of torchrun until the end."""
-    store, rank, size = torchrun_place()
+    store, rank, size = ipc.torchrun_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    serve(Channel(store, rank, size, device, local=False))
+    serve(ipc.Channel(store, rank, size, device, local=False))
 
 
 def _leave_with_parent() -> None:
@@ -178,13 +168,13 @@ def _main(port: str, rank: str, size: str, kind: str) -> None:
     logging.basicConfig(level=logging.ERROR)
     warnings.simplefilter("ignore")  # rank 0 gives the same
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    store = dist.TCPStore("127.0.0.1", int(port), int(size), is_master=False, timeout=TIMEOUT)
+    store = dist.TCPStore("127.0.0.1", int(port), int(size), is_master=False, timeout=ipc.TIMEOUT)
     store.set(f"here/{rank}", "")
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device("cuda", int(rank))
         torch.cuda.set_device(device)
-    serve(Channel(store, int(rank), int(size), device, local=True))
+    serve(ipc.Channel(store, int(rank), int(size), device, local=True))
     os._exit(0)  # without the seconds it takes to take down what was imported
 
 
