@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Any
 from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.request import DEFAULTS, OUTPUT, Request
+from vidgen.core.request import OUTPUT, Request
 from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
     from vidgen.pipeline.journal.journal import Journal
 
-_APART = frozenset({
-    "prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix", "control",
-    "latents", "lora", "tiles", "seed", "count", "retry", "strict", "expand",
-})
-"""What a recipe holds elsewhere than with the other options, or what no single clip depends on."""
+_APART = ("seed", "count", "retry", "strict", "expand")
+"""Options that no single clip's recognition depends on."""
 
 
 def output_names(output: str | None, request: Request) -> list[str]:
@@ -95,42 +92,26 @@ def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
 
 def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any]], bool]:
     """Return a check of whether a recipe is of this very command, but for its seed."""
-    from vidgen.pipeline.experts import hashes_of
-    from vidgen.pipeline.inputs import read_inputs
+    from vidgen.pipeline.recipe import request_facts
+    from vidgen.pipeline.recorded import recorded_request
     from vidgen.weights.layouts import open_model
-    from vidgen.weights.lora import parse_option
 
-    given = _given(request)
-    inputs = [[each["option"], each["sha256"]] for each in read_inputs(request).records]
-    loras = [[hashes_of(one.path), one.weight, one.expert]
-             for one in map(parse_option, request.lora)]
-    model = open_model(args.model).content_hash
+    def as_data(facts: dict[str, Any]) -> dict[str, Any]:
+        asked = {name: value for name, value in facts["request"].items() if name not in _APART}
+        plain: dict[str, Any] = json.loads(json.dumps(facts | {"request": asked}))
+        return plain
+
+    given, model = as_data(request_facts(request)), open_model(args.model).content_hash
 
     def is_of_command(recipe: Mapping[str, Any]) -> bool:
-        plan = recipe.get("plan")
-        if not plan or recipe.get("rewritten", plan)["prompt"] != request.prompt:
-            return False
-        asked = {name: value for name, value in recipe["request"].items() if name not in _APART}
-        used = [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]]
         return (
-            asked == given
+            bool(recipe.get("plan")) and as_data(recorded_request(recipe)) == given
             and ("rewritten" in recipe) == (request.expand is not None)
-            and recipe["frame_times_s"] == [float(seconds) for seconds, _ in request.frame]
-            and [[each["option"], each["sha256"]] for each in recipe["inputs"]] == inputs
-            and used == loras
             and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
             and recipe["model"]["sha256"] == model
         )
 
     return is_of_command
-
-
-def _given(request: Request) -> dict[str, Any]:
-    """Return the given options but for files, as a recipe holds them."""
-    told = {name: value for name, default in DEFAULTS.items()
-            if name not in _APART and (value := getattr(request, name)) != default}
-    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
-    return plain
 
 
 def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int], range]:

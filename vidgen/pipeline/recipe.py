@@ -87,18 +87,25 @@ def plan_facts(plan: Plan | DiffusersPlan) -> dict[str, Any]:
     return asdict(plan) | {"fps": str(plan.fps)}
 
 
+def request_facts(request: Request) -> dict[str, Any]:
+    """Return all that a request says of its clips, as `recorded_request` of their recipes."""
+    return {
+        "prompt": request.prompt, "request": _asked(request),
+        "frame_times_s": [float(seconds) for seconds, _ in request.frame],
+        "inputs": [[r["option"], r["sha256"]] for r in read_inputs(request).records],
+        "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
+                  for choice in map(parse_option, request.lora)],
+    }
+
+
 def identity(request: Request, **loading: Any) -> str:
     """Return the address of one clip of a given seed, by all that shapes it.
 
     `loading` are the engine's loading options, with the model by its content hash.
     """
     facts = {
-        "vidgen": __version__, "loading": loading, "prompt": request.prompt,
-        "request": _asked(request), "tiles": request.tiles,
-        "frame_times_s": [float(seconds) for seconds, _ in request.frame],
-        "inputs": [[r["option"], r["sha256"]] for r in read_inputs(request).records],
-        "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
-                  for choice in map(parse_option, request.lora)],
+        "vidgen": __version__, "loading": loading, "tiles": request.tiles,
+        **request_facts(request),
     }
     if asked_backend() != "auto":
         facts["attention"] = asked_backend()
