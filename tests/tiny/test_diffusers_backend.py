@@ -19,14 +19,14 @@ from tests.tiny.diffusers_models import FAMILIES, build_diffusers_model, open_di
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
-from vidgen.pipeline.diffusers_backend.decode import (
+from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
+from vidgen.pipeline.diffusers_backend.plan import Abilities
+from vidgen.pipeline.diffusers_backend.result import (
     Decode,
     decoding_put_off,
     stream_decode,
     temporal_tiles,
 )
-from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
-from vidgen.pipeline.diffusers_backend.plan import Abilities
 from vidgen.pipeline.inputs import Inputs
 from vidgen.weights.folder import DiffusersFolder
 

@@ -18,9 +18,15 @@ from tests.tiny.diffusers_models import build_diffusers_model, open_diffusers_mo
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
 from vidgen.media.clip import Clip
-from vidgen.pipeline.diffusers_backend.decode import Decode, decode_all, stream_decode
 from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
-from vidgen.pipeline.diffusers_backend.journal import Made, keep_made, kept_made
+from vidgen.pipeline.diffusers_backend.result import (
+    Decode,
+    Made,
+    decode_all,
+    keep_made,
+    kept_made,
+    stream_decode,
+)
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import MADE, job_facts, job_folder, progress_text, read_job
 from vidgen.pipeline.journal.journal import Journal

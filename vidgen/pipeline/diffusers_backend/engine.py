@@ -32,13 +32,6 @@ from vidgen.media.read import fit
 from vidgen.media.sound import RATE
 from vidgen.media.types import ClipInfo, Frames
 from vidgen.pipeline.codec import to_frames
-from vidgen.pipeline.diffusers_backend.decode import decode_all, peak_bytes
-from vidgen.pipeline.diffusers_backend.journal import (
-    Made,
-    as_settled,
-    keep_made,
-    kept_made,
-)
 from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline
 from vidgen.pipeline.diffusers_backend.plan import (
     Abilities,
@@ -46,6 +39,14 @@ from vidgen.pipeline.diffusers_backend.plan import (
     make_diffusers_plan,
     make_scheduler,
     settle,
+)
+from vidgen.pipeline.diffusers_backend.result import (
+    Made,
+    as_settled,
+    decode_all,
+    keep_made,
+    kept_made,
+    peak_bytes,
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal.journal import Journal, journals_of

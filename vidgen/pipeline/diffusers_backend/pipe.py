@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.pipeline.diffusers_backend.decode import (
+from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
+from vidgen.pipeline.diffusers_backend.result import (
+    Made,
     decoding_put_off,
     prepare_vae,
     shown_frames,
 )
-from vidgen.pipeline.diffusers_backend.journal import Made
-from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.quantize import quiet_torchao
 
