@@ -94,7 +94,7 @@ def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
         plan = engine.plan(request, Inputs())
         prepared = engine.prepare(plan, request, Inputs())
         own = own_sounds.own_sound(engine.loader, plan, request, None)
-        return own.beside(prepared, 0, plan.latents.num_frames).sound
+        return own.add_to(prepared, 0, plan.latents.num_frames).sound
 
     short, long = state(9), state(17)
     count = short.latents.shape[2]
@@ -201,7 +201,7 @@ def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine)
     for each in (plan, at_once):
         prepared = engine.prepare(each, Request.of("a cat", WORDS), Inputs())
         own = own_sounds.own_sound(engine.loader, each, Request.of("a cat", WORDS), None)
-        states.append(own.beside(prepared, 0, each.latents.num_frames).sound)
+        states.append(own.add_to(prepared, 0, each.latents.num_frames).sound)
     late, sharp = states
     assert sharp.start_s - late.start_s == pytest.approx(0.02)
     assert torch.equal(late.latents, sharp.latents)

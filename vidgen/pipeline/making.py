@@ -60,7 +60,7 @@ class Making:
             self.contexts()  # before pictures are encoded
             self.report("prepare", 0, 1)
             if self.request.follow_audio and self.track.bed is not None:
-                followed = followed_sound(self.model.loader, plan, self.track.bed).beside
+                followed = followed_sound(self.model.loader, plan, self.track.bed).add_to
             draw = Windows(self, glimpses, len(long.windows) if long else 1, kept.num_windows)
             if long:
                 latents = long.sample(draw, kept.done, kept.keep_window, followed)

@@ -68,26 +68,27 @@ class PreviewDecoder:
 
 
 class Glimpses:
-    """Shows previews of a clip's steps as often as that costs little; with `tell` None, none.
+    """Shows previews of a clip's steps as often as that costs little; with `on_preview` None, none.
 
     `clip` is the number of the clip, from 1, and `fps` its rate.
     """
 
     def __init__(
-        self, engine: OpenedModel, tell: OnPreview | None, fps: Fraction, clip: int
+        self, engine: OpenedModel, on_preview: OnPreview | None, fps: Fraction, clip: int
     ) -> None:
-        self._tell, self._clip, self._fps = tell, clip, fps / engine.vae_config.strides.t
+        self._on_preview, self._clip = on_preview, clip
+        self._fps = fps / engine.vae_config.strides.t
         self._due_s = 0.0
-        if tell is not None:
+        if on_preview is not None:
             self._decoder = open_preview(engine)
 
     def on_step(self, info: StepInfo, num_references: int = 0) -> None:
         """Show a step, if it is time; its first `num_references` latent frames are left out."""
         start = time.monotonic()
-        if self._tell is None or start < self._due_s:
+        if self._on_preview is None or start < self._due_s:
             return
         frames = self._decoder(info.denoised[:, :, num_references:])
-        self._tell(Preview(frames, self._fps, self._clip, info.step))
+        self._on_preview(Preview(frames, self._fps, self._clip, info.step))
         end = time.monotonic()
         self._due_s = end + PATIENCE * (end - start)
 

@@ -59,8 +59,8 @@ class LanguageModel:
         """Hash of its weights' and tokenizer's files."""
         names = sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("*.json"))
         hashes = hash_files(names)
-        told = "".join(f"{path.name} {hashes[path]}\n" for path in names)
-        return hashlib.sha256(told.encode()).hexdigest()
+        lines = "".join(f"{path.name} {hashes[path]}\n" for path in names)
+        return hashlib.sha256(lines.encode()).hexdigest()
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:

@@ -85,10 +85,10 @@ def _memory(choice: CacheChoice, branch: str) -> Memory:
 
 def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> OnStep:
     """Wrap `on_step` so that each step's state includes the caches' memory."""
-    def tell(info: StepInfo) -> None:
+    def with_memory(info: StepInfo) -> None:
         on_step(replace(info, state=replace(info.state, cache=remember())))
 
-    return tell
+    return with_memory
 
 
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:

@@ -1,1 +1,1 @@
-"""Other families through diffusers' pipelines, behind our own request and clip."""
+"""Other families through diffusers' pipelines, with our own request and clip."""

@@ -22,7 +22,7 @@ from vidgen.pipeline.diffusers_backend.result import (
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.quantize import quiet_torchao
 
-Tell = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the steps done and their total."""
 
 
@@ -81,7 +81,7 @@ class LoadedPipeline:
 
     def make(
         self, able: Abilities, plan: DiffusersPlan, scheduler: Any, arguments: dict[str, Any],
-        tell: Tell,
+        on_step: OnProgress,
     ) -> Made:
         """Run a pipeline with a request's scheduler, guidance and arguments.
 
@@ -90,7 +90,7 @@ class LoadedPipeline:
             ModelError: out of memory.
         """
         try:
-            with _lent(able, plan, scheduler), stepping(able.pipe, tell):
+            with _lent(able, plan, scheduler), stepping(able.pipe, on_step):
                 return self._run(able, plan, arguments)
         except ValueError as error:
             rule = re.search(r"divisible by (\d+)", str(error))
@@ -130,8 +130,8 @@ class LoadedPipeline:
 class _StepBar:
     """Replaces a pipeline's progress bar, so that every family reports its steps."""
 
-    def __init__(self, iterable: Any, total: int | None, tell: Tell) -> None:
-        self._iterable, self._tell = iterable, tell
+    def __init__(self, iterable: Any, total: int | None, on_step: OnProgress) -> None:
+        self._iterable, self._on_step = iterable, on_step
         self._done, self._total = 0, len(iterable) if total is None else total
 
     def __enter__(self) -> _StepBar:
@@ -148,13 +148,13 @@ class _StepBar:
     def update(self, count: int = 1) -> None:
         """Report a step; raising from here stops the pipeline between two of them."""
         self._done = min(self._done + count, self._total)
-        self._tell(self._done, self._total)
+        self._on_step(self._done, self._total)
 
 
 @contextmanager
-def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
+def stepping(pipe: Any, on_step: OnProgress) -> Iterator[None]:
     """Make a pipeline report its steps, and free the device if it is stopped at one."""
-    pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, tell)
+    pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, on_step)
     try:
         yield
     except BaseException:

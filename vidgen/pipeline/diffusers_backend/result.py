@@ -159,8 +159,8 @@ def peak_bytes(vae: Any, num_frames: int, height: int, width: int) -> int | None
         return None
     config = vae.config
     names = ("decoder_block_out_channels", "block_out_channels", "base_dim")
-    told = next((config[name] for name in names if config.get(name)), 128)
-    channels: int = told if isinstance(told, int) else min(told)
+    widths = next((config[name] for name in names if config.get(name)), 128)
+    channels: int = widths if isinstance(widths, int) else min(widths)
     size: int = next(vae.parameters()).element_size()
     patch: int = config.get("patch_size") or 1
     return 3 * channels * num_frames * height * width * size // patch**2

@@ -1,1 +1,1 @@
-"""Kill and resume: what a running generation keeps, and how it goes on."""
+"""Kill and resume: the saved state of a running generation."""

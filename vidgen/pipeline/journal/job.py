@@ -63,8 +63,8 @@ def lock_job(folder: Path) -> TextIO | None:
 def sweep(folder: Path) -> None:
     """Remove the temporary files that a killed process left in a job and next to its output."""
     name = glob.escape(folder.name.removesuffix(SUFFIX))
-    beside = folder.parent.glob(f".{name}.{'[0-9a-f]' * 8}.tmp")
-    for left in (*beside, *folder.rglob("*.tmp")):
+    outside = folder.parent.glob(f".{name}.{'[0-9a-f]' * 8}.tmp")
+    for left in (*outside, *folder.rglob("*.tmp")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
@@ -98,12 +98,12 @@ def job_facts(folder: Path) -> dict[str, Any]:
     try:
         plan = read_job(folder)["recipe"]["plan"]
         stage = _stage(folder, plan)
-        told = {"prompt": plan["prompt"], "seed": plan["seed"]}
+        asked = {"prompt": plan["prompt"], "seed": plan["seed"]}
     except InputError as error:
         return facts | {"problem": str(error)}
     except (KeyError, TypeError) as error:
         return facts | {"problem": f"{folder} is damaged ({type(error).__name__}: {error})"}
-    return facts | stage | told
+    return facts | stage | asked
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
@@ -141,9 +141,9 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         windows = kept_paths(folder, window_path)
         until = _read_facts(windows[-1])["until"] if windows else 0
         done = facts["step"] if facts.get("behind") == until else 0  # else of an earlier window
-        told = {"stage": "sample", "done": done,
-                "total": facts.get("num_steps", plan["num_steps"])}
-        return told | {"window": len(windows) + 1} if windows else told
+        stage = {"stage": "sample", "done": done,
+                 "total": facts.get("num_steps", plan["num_steps"])}
+        return stage | {"window": len(windows) + 1} if windows else stage
     total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
     written = sum(_read_facts(path)["num_frames"] for path in kept_paths(folder, segment_path))
     return {"stage": "write", "done": written, "total": total - facts.get("num_shown", 0)}

@@ -122,7 +122,7 @@ class LongClip:
     def sample(
         self, sample: Sample, done: Tensor | None = None,
         keep: Callable[[Tensor], None] | None = None,
-        beside: Callable[[LatentState, int, int], LatentState] | None = None,
+        add_sound: Callable[[LatentState, int, int], LatentState] | None = None,
     ) -> Tensor:
         """Return all windows' latents after those of the beginning, [1, C, F, h, w] on the CPU.
 
@@ -133,7 +133,7 @@ class LongClip:
             sample: denoises one window.
             done: last argument of `keep` in an earlier run, to resume after it.
             keep: called with all latents so far after each window.
-            beside: adds a given sound to a window's state, from its first latent frame and their
+            add_sound: adds a given sound to a window's state, from its first latent frame and their
                 number.
         """
         count, finer = self._num_given, self.rate.num_upsampled
@@ -153,8 +153,8 @@ class LongClip:
                 state = self._show(state, latents[:, :, : finer(count)], start, count)
                 if (anchor := self._anchor(latents)) is not None:
                     state = condition.reference(state, anchor.to(state.latents))
-            if beside is not None:
-                state = beside(state, first, stop - start)
+            if add_sound is not None:
+                state = add_sound(state, first, stop - start)
             picture, _ = state.unpack(sample(own, state))
             new = picture[:, :, finer(count) - finer(start) :]
             if count:

@@ -5,7 +5,6 @@ Axes: N samples, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline, stepping
+from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline, OnProgress, stepping
 from vidgen.pipeline.diffusers_backend.plan import defaults_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.weights.folder import DiffusersFolder
@@ -60,7 +59,7 @@ class AudioModel:
         return LoadedPipeline(self.folder, self.device, DTYPES[self.dtype], self.offload)
 
     def make(
-        self, seed: int, tell: Callable[[int, int], None], place: LoadedPipeline | None = None
+        self, seed: int, on_step: OnProgress, place: LoadedPipeline | None = None
     ) -> tuple[Samples, int]:
         """Return the sound of a seed, float32 [N, c] of one or two channels, and its rate.
 
@@ -77,7 +76,7 @@ class AudioModel:
             "generator": torch.Generator("cpu").manual_seed(seed),
         }
         try:
-            with stepping(pipe, tell):
+            with stepping(pipe, on_step):
                 waves = pipe(**arguments).audios[0]
         except ValueError as error:
             raise InputError(f"{name} refuses this: {error}") from error

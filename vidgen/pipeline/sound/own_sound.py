@@ -116,7 +116,7 @@ class OwnSound:
         def draw(takes: range) -> Tensor:
             self.extra_rounds += takes.start > 0
             known = finished_upsampled(shown.expand(len(takes), *[-1] * 4), rate, self._stride_t)
-            state = self.beside(known, first, count, takes)
+            state = self.add_to(known, first, count, takes)
             return _sound_of(state, sample(state))
 
         @torch.no_grad()
@@ -137,7 +137,7 @@ class OwnSound:
         at_once = drawn_at_once(self.loader.folder, most)
         return best_heard(draw, hear, config.sample_rate, most, at_once, impacts)
 
-    def beside(
+    def add_to(
         self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)
     ) -> LatentState:
         """Add the sound of a stretch, as far as it is known, to the picture's state.
@@ -194,8 +194,8 @@ class OwnSound:
     def _blocks(self) -> Iterator[Samples]:
         """Yield the decoded sound, blocks [n, 1], from `starts_s` on."""
         config = self._config
-        behind = self.starts_s - self.begins / Fraction(config.tokens_per_s)
-        skip = round(behind * config.sample_rate)
+        early_s = self.starts_s - self.begins / Fraction(config.tokens_per_s)
+        skip = round(early_s * config.sample_rate)
         if skip < 0:
             yield np.zeros((-skip, 1), np.float32)
         with self.loader.use("sound_vae") as vae:

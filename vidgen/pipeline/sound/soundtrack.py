@@ -7,7 +7,6 @@ file that can't be used costs nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from vidgen.media.clip import Clip
     from vidgen.media.types import Samples
+    from vidgen.pipeline.diffusers_backend.pipe import OnProgress
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.sound.audio_model import AudioModel
     from vidgen.pipeline.types import Opened
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Source = Literal["none", "own", "file", "prefix", "model"]
-Tell = Callable[[int, int], None]
-"""Called with the steps done and their total."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,26 @@ class Soundtrack:
     @property
     def facts(self) -> dict[str, Any]:
         """The recipe's entry `sound`, if any."""
-        told: dict[str, Any] = {} if self.source == "own" else {"source": self.source}
+        facts: dict[str, Any] = {} if self.source == "own" else {"source": self.source}
         if self.source in ("file", "model"):
-            told["loop"] = self.loop
+            facts["loop"] = self.loop
         if self.model is not None:
-            told["model"] = self.model.facts()
+            facts["model"] = self.model.facts()
         if self.speech is not None:
-            told["speech"] = {
+            facts["speech"] = {
                 "voice": self.speech.voice,
                 "sentences": [asdict(sentence) for sentence in self.speech.sentences],
                 "duck_db": DUCK_DB, "duck_down_s": DUCK_DOWN_S, "duck_up_s": DUCK_UP_S,
             }
-        return {"sound": told} if told else {}
+        return {"sound": facts} if facts else {}
 
-    def under(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None = None) -> Clip:
+    def under(
+        self, clip: Clip, seed: int, on_step: OnProgress, journal: Journal | None = None
+    ) -> Clip:
         """Return the clip with its sound; without any it stays silent.
 
-        `tell` gets the steps of another model that makes the sound of `seed`; `journal` keeps it.
+        `on_step` gets the steps of another model that makes the sound of `seed`; `journal` keeps
+        it.
 
         Raises:
             InputError: that model refuses the arguments.
@@ -74,7 +75,7 @@ class Soundtrack:
         if self.source == "own" and self.speech is None:  # at its own rate
             clip.info = replace(clip.info, loudness=TARGET_LUFS)
             return clip
-        sound = self._bed(clip, seed, tell, journal)
+        sound = self._bed(clip, seed, on_step, journal)
         loudness = None if self.source == "prefix" else TARGET_LUFS  # which has its level
         if self.speech is not None:
             spans = [(each.start_s, each.end_s) for each in self.speech.sentences]
@@ -82,12 +83,14 @@ class Soundtrack:
         clip.info = replace(clip.info, sound=sound, sound_rate=RATE, loudness=loudness)
         return clip
 
-    def _bed(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None) -> Samples | None:
+    def _bed(
+        self, clip: Clip, seed: int, on_step: OnProgress, journal: Journal | None
+    ) -> Samples | None:
         """Return the sound under the speech, at `RATE` and as long as the clip."""
         if self.model is not None:
             made = journal.kept_sound() if journal else None
             if made is None:
-                made = self.model.make(seed, tell)
+                made = self.model.make(seed, on_step)
                 if journal:
                     journal.keep_sound(*made)
             return at_length(*made, self.num_samples, loop=self.loop)
