@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from vidgen.evaluation.statistics import wilson_interval
-from vidgen.evaluation.temporal.comparison import compare
+from vidgen.evaluation.temporal.comparison import compare, figures
 from vidgen.evaluation.temporal.report import pairs_text
-from vidgen.evaluation.temporal.summary import figures
 
 
 def rows(values, dynamic=True, seeds=1, **more):

@@ -19,9 +19,8 @@ from vidgen.core.pages import Cell, Table
 from vidgen.core.store import address_of
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.suite import prompt_of
-from vidgen.evaluation.temporal.comparison import HEADLINE, compare
+from vidgen.evaluation.temporal.comparison import HEADLINE, by_name, compare
 from vidgen.evaluation.temporal.report import SUBTOTALS, figure_cell, subtotal_cell
-from vidgen.evaluation.temporal.summary import by_name
 
 _SHOWN = (
     HEADLINE, "subject_consistency", PROXY + "subject_consistency", "background_consistency",

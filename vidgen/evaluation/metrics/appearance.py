@@ -38,8 +38,7 @@ def gradient_feature(frame: Frames) -> NDArray[np.float64]:
     cells = np.arange(_CELLS * 16) // 16
     index = (cells[:, None] * _CELLS + cells) * _ANGLES + bins
     sums = np.bincount(index.ravel(), lengths.ravel(), _CELLS * _CELLS * _ANGLES)
-    feature: NDArray[np.float64] = np.sqrt(sums)
-    return feature
+    return np.asarray(np.sqrt(sums))
 
 
 def color_feature(frame: Frames) -> NDArray[np.float64]:
@@ -59,8 +58,7 @@ def color_feature(frame: Frames) -> NDArray[np.float64]:
         weight = np.prod(np.where(corner, part, 1 - part), axis=1)
         index = (level[:, 0] * _LEVELS + level[:, 1]) * _LEVELS + level[:, 2]
         sums += np.bincount(index, weight, _LEVELS**3)
-    feature: NDArray[np.float64] = np.sqrt(sums)
-    return feature
+    return np.asarray(np.sqrt(sums))
 
 
 def sharpness(frame: Frames) -> float:

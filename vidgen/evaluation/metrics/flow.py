@@ -53,24 +53,20 @@ class FlowEstimator:
         if scale >= 1:
             return frame
         size = round(width * scale), round(height * scale)
-        smaller: Frames = self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA)
-        return smaller
+        return np.asarray(self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA))
 
     def grey(self, frame: Frames) -> NDArray[np.uint8]:
         """Return the luma [H, W] of a frame [H, W, 3]."""
-        luma: NDArray[np.uint8] = self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2GRAY)
-        return luma
+        return np.asarray(self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2GRAY))
 
     def flow(self, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> Flow:
         """Return the flow [H, W, 2] from one luma [H, W] to another."""
-        found: Flow = self._search.calc(one, other, None)
-        return found
+        return np.asarray(self._search.calc(one, other, None))
 
     def widened(self, mask: Mask) -> Mask:
         """Return a mask [H, W] with the neighbours of its pixels."""
         beside = np.ones((3, 3), dtype=np.uint8)
-        found: Mask = self._cv2.dilate(mask.astype(np.uint8), beside).astype(bool)
-        return found
+        return np.asarray(self._cv2.dilate(mask.astype(np.uint8), beside).astype(bool))
 
     def warp(self, picture: NDArray[Any], flow: Flow) -> NDArray[Any]:
         """Fetch a picture [H, W(, C)] along a flow: out(x) = picture(x + flow(x)), bilinear."""
@@ -104,8 +100,7 @@ def sample_flow(flow: Flow, points: Points) -> Points:
     u, v = (x - left)[:, None], (y - top)[:, None]
     above = (1 - u) * flow[top, left] + u * flow[top, left + 1]
     below = (1 - u) * flow[top + 1, left] + u * flow[top + 1, left + 1]
-    found: Points = (1 - v) * above + v * below
-    return found
+    return np.asarray((1 - v) * above + v * below)
 
 
 def occluded(flow: Flow, back_here: Flow) -> Mask:
@@ -127,8 +122,7 @@ def occluded(flow: Flow, back_here: Flow) -> Mask:
     x = flow[..., 0] + np.arange(width)
     y = flow[..., 1] + np.arange(height)[:, None]
     outside = (x < 0) | (y < 0) | (x > width - 1) | (y > height - 1)
-    mask: Mask = lost | steep | outside
-    return mask
+    return np.asarray(lost | steep | outside)
 
 
 def warp_error(one: Frames, fetched: NDArray[Any], hidden: Mask) -> float | None:

@@ -283,8 +283,7 @@ def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
         estimator.warp(one, flow * np.float32(-0.5)).astype(np.float32),
         estimator.warp(other, back * np.float32(-0.5)).astype(np.float32),
     ]
-    middle: Frames = ((halves[0] + halves[1]) / 2).round().astype(np.uint8)
-    return middle
+    return np.asarray(((halves[0] + halves[1]) / 2).round().astype(np.uint8))
 
 
 def _mean_change(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -28,8 +28,7 @@ from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, pars
 from vidgen.evaluation.metrics.registry import PROXY
 from vidgen.evaluation.metrics.vbench import DIMENSIONS
 from vidgen.evaluation.suite import CLIP_SUFFIXES, Item, PromptSuite, find_images, find_items
-from vidgen.evaluation.temporal.comparison import compare
-from vidgen.evaluation.temporal.summary import by_name, dimensions, figures
+from vidgen.evaluation.temporal.comparison import by_name, compare, dimensions, figures
 from vidgen.media.read import load_image
 from vidgen.media.video_reader import TimedReader, VideoReader
 from vidgen.pipeline.workers.scheduler import run_jobs
