@@ -67,7 +67,7 @@ def _common(
         "format_version": RECIPE_VERSION,
         "vidgen": __version__,
         "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
-        "request": _asked(request),
+        "request": asked_options(request),
         "plan": plan_facts(plan),
         "scheduler": json.loads(json.dumps(settings, default=lambda v: v.tolist())) or None,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
@@ -90,7 +90,7 @@ def plan_facts(plan: Plan | DiffusersPlan) -> dict[str, Any]:
 def request_facts(request: Request) -> dict[str, Any]:
     """Return all that a request says of its clips, as `recorded_request` of their recipes."""
     return {
-        "prompt": request.prompt, "request": _asked(request),
+        "prompt": request.prompt, "request": asked_options(request),
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": [[r["option"], r["sha256"]] for r in read_inputs(request).records],
         "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
@@ -125,8 +125,8 @@ def _source(folder: ModelFolder | DiffusersFolder) -> str:
     return folder.name if is_embedded else str(folder.path.resolve())
 
 
-def _asked(request: Request) -> dict[str, Any]:
-    """Return the options that were given; pictures are among the inputs."""
+def asked_options(request: Request) -> dict[str, Any]:
+    """Return the options that were given, without files, prompt and tiles."""
     given = {
         name: getattr(request, name) for name in Request.model_fields if name not in _ELSEWHERE
     }

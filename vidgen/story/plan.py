@@ -12,11 +12,12 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, located
-from vidgen.core.request import DEFAULTS, Loading, Request
+from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.core.store import address_of
@@ -26,6 +27,7 @@ from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.long.tail import OVERLAP
 from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
+from vidgen.pipeline.recipe import asked_options
 from vidgen.pipeline.setups import choose
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
@@ -47,8 +49,6 @@ ADDRESS_VERSION = 1
 """Version of the rules for addresses and files; another one renders every shot again."""
 DRAFT_ASPECT = 0.1
 """Most that the aspects of a draft and its film differ, as a logarithm."""
-_HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix"})
-_DEFAULTS = {name: default for name, default in DEFAULTS.items() if name not in _HASHED}
 
 
 def plan_film(
@@ -168,7 +168,7 @@ class _Planner:
             "model": film.folder.content_hash, **film.loading,
         }
         self._settled: set[Any] = set()
-        self._hashes: dict[str, Any] = {}
+        self._picture_hash, self._lora_hashes = cache(_picture_hash), cache(hashes_of)
         if film.script.path and "reference" not in film.folder.tasks:
             kinds = (film.script.characters, film.script.places)
             if any(each.reference for kind in kinds for each in kind.values()):
@@ -250,9 +250,9 @@ class _Planner:
             if not parts and shot.continue_from is not None:
                 before = f"shot {self.film.shots[shot.continue_from].key}"
             facts = {
-                **self.same, "request": _asked(request), "inputs": self._inputs(request),
-                "loras": [[self._hash(str(choice.path), lambda c=choice: hashes_of(c.path)),
-                           choice.weight, choice.expert]
+                **self.same, "prompt": request.prompt, "tiles": request.tiles,
+                "request": asked_options(request), "inputs": self._inputs(request),
+                "loras": [[self._lora_hashes(choice.path), choice.weight, choice.expert]
                           for choice in map(parse_option, request.lora)],
                 "before": before, "shown": self._shown(shot, index),
             }
@@ -279,8 +279,7 @@ class _Planner:
     def _inputs(self, request: Request) -> list[list[str]]:
         named = [("image", request.image), ("last_image", request.last_image)]
         named += [("reference", picture) for picture in request.reference]
-        return [[option, self._hash(str(file), lambda f=file: _picture_hash(f))]
-                for option, file in named if file is not None]
+        return [[option, self._picture_hash(file)] for option, file in named if file is not None]
 
     def _shown(self, shot: Shot, index: int) -> list[list[str]]:
         """Return the frames of other shots that a part begins or ends with."""
@@ -289,18 +288,6 @@ class _Planner:
         return [[str(n), self.film.shots[each.shot].key, each.frame]
                 for n, (each, part) in enumerate(pairs)
                 if isinstance(each, ShotFrame) and index == part]
-
-    def _hash(self, name: str, make: Any) -> Any:
-        if name not in self._hashes:
-            self._hashes[name] = make()
-        return self._hashes[name]
-
-
-def _asked(request: Request) -> dict[str, Any]:
-    """Return a request's given options without its files."""
-    given = {name: getattr(request, name) for name in _DEFAULTS}
-    return {n: str(v) if isinstance(v, Fraction) else v for n, v in given.items()
-            if v != _DEFAULTS[n]}
 
 
 def _picture_hash(file: str) -> str:
