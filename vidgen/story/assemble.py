@@ -70,16 +70,18 @@ def assemble(
     check_output(output, overwrite=True, num_bytes=sum(each.path.stat().st_size for each in shots))
     sources = [_source(edit, index, shot) for index, shot in enumerate(shots)]
     with _workplace(output) as folder:
-        sources, before = _matched(edit, sources)
+        sources, scenes = _matched(edit, sources)
         parts, told = _parts(edit, shots, sources, folder)
         pieces = pieces_of(edit.timeline, edit.burner.ranges, parts)
         reels = Reels(edit.timeline, sources, edit.burner)
         stretches = _written(edit, reels, pieces, sources, folder, on_frames)
         sound, heard = _sound(edit, shots)
-        after = {index: reels.seen.get(index, colours) if sources[index].table is not None
-                 else colours for index, colours in before.items()}
-        recipe = _recipe(edit, shots, pieces, sound, _colour_facts(edit, before, after))
-        join_files(stretches, output, sound, recipe, _texts(edit), edit.chapters)
+        changed = {index: seen for index, seen in reels.seen.items()
+                   if sources[index].table is not None}
+        recipe = _recipe(edit, shots, pieces, sound, _colour_facts(scenes, changed))
+        texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
+            edit.tracked) else None
+        join_files(stretches, output, sound, recipe, texts, edit.chapters)
     return Assembled(output, write_texts(edit), recipe, (*notes, *told, *heard))
 
 
@@ -130,23 +132,24 @@ def _source(edit: Edit, index: int, shot: RenderedShot) -> Source:
     )
 
 
-def _matched(edit: Edit, sources: list[Source]) -> tuple[list[Source], dict[int, Colours]]:
-    """Return sources with their tables, and the earlier colours of shots that were matched."""
+def _matched(
+    edit: Edit, sources: list[Source]
+) -> tuple[list[Source], dict[str, dict[int, Colours]]]:
+    """Return sources with their tables, and the earlier colours of each scene's shots."""
     script, scenes = edit.film.script, defaultdict[str, list[int]](list)
     for index, placed in enumerate(edit.timeline.shots):
         name = placed.shot.scene
         if name is not None and script.scenes[name].match_colour:
             scenes[name].append(index)
-    before: dict[int, Colours] = {}
+    before: dict[str, dict[int, Colours]] = {}
     if not script.project.finish.match_colour:
         return sources, before
     made = list(sources)
-    for together in scenes.values():
+    for name, together in scenes.items():
         if len(together) < 2:
             continue
-        colours = [measured(sources[index].frames()) for index in together]
-        before |= dict(zip(together, colours, strict=True))
-        for index, table in zip(together, matching(colours), strict=True):
+        before[name] = {index: measured(sources[index].frames()) for index in together}
+        for index, table in zip(together, matching([*before[name].values()]), strict=True):
             made[index] = replace(made[index], table=table)
     return made, before
 
@@ -213,25 +216,14 @@ def _sound(
     return SoundTrack(info, CONTAINERS[edit.output.suffix.lower()].sound), notes
 
 
-def _texts(edit: Edit) -> TextTrack | None:
-    if not edit.tracked:
-        return None
-    return TextTrack(one_at_a_time(edit.tracked), edit.output.suffix.lower())
-
-
 def _colour_facts(
-    edit: Edit, before: Mapping[int, Colours], after: Mapping[int, Colours]
+    scenes: Mapping[str, Mapping[int, Colours]], changed: Mapping[int, Colours]
 ) -> list[dict[str, Any]]:
     """Return how far each scene's shots differed before and differ now, in levels of 0 to 255."""
-    scenes = defaultdict[str, list[int]](list)
-    for index in before:
-        scenes[str(edit.timeline.shots[index].shot.scene)].append(index)
     return [
-        {
-            "scene": name, "before": round(spread([before[i] for i in together]), 3),
-            "after": round(spread([after[i] for i in together]), 3),
-        }
-        for name, together in scenes.items()
+        {"scene": name, "before": round(spread([*before.values()]), 3),
+         "after": round(spread([changed.get(i, colours) for i, colours in before.items()]), 3)}
+        for name, before in scenes.items()
     ]
 
 
