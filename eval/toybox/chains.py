@@ -144,10 +144,10 @@ class Chain:
 
     def _encode(self, video: Tensor) -> Tensor:
         """Latents at the rate that clips are drawn at, on the CPU."""
-        return self.engine.encode_video(video, oversampling=self.plan.oversampling).cpu()
+        return self.engine.encode_video(video, rate=self.plan.oversampling).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        parts = self.engine.decode_video(latents, oversampling=self.plan.oversampling)
+        parts = self.engine.decode_video(latents, rate=self.plan.oversampling)
         return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
     def _truth(self, num_frames: int) -> Tensor:

@@ -128,14 +128,14 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
     """
     rate = upsampling_of(engine.folder)
     latents = engine.encode_video(
-        video, passes=encode_passes_of(engine.folder), oversampling=rate
+        video, passes=encode_passes_of(engine.folder), rate=rate
     )
     return pixels(engine, latents, rate)
 
 
 def pixels(engine: Engine, latents: Tensor, oversampling: int = 1) -> Tensor:
     """Video [B, 3, T, H, W] of latents [B, C, F, h, w], clamped, float32, on the CPU."""
-    parts = engine.decode_video(latents, oversampling=oversampling)
+    parts = engine.decode_video(latents, rate=oversampling)
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
 

@@ -76,7 +76,7 @@ def test_the_vae_holds_what_is_predicted(decode, rate):
                      else finer.stream_encode([video[:, :, : 1 + 12 // rate]])):
             del part
     fused = torch.float32 in native.known_dtypes()
-    predicted = vae_bytes(config, 12, 12, 4, decode=decode, fused=fused, oversampling=rate)
+    predicted = vae_bytes(config, 12, 12, 4, decode=decode, fused=fused, rate=rate)
     assert predicted == pytest.approx(live.peak, rel=0.3)
 
 
@@ -84,7 +84,7 @@ def test_the_vae_holds_what_is_predicted(decode, rate):
 @pytest.mark.parametrize("rate", [1, 2, 4])
 def test_parts_make_as_many_frames_as_the_vae_does(decode, rate):
     config = VAE_PRESETS["toybox"]
-    middle, parts = vae_parts(config, 4, 4, decode=decode, oversampling=rate)
+    middle, parts = vae_parts(config, 4, 4, decode=decode, rate=rate)
     pixels, latents = (parts[-1], parts[0]) if decode else (parts[0], parts[-1])
     assert (pixels.frames, latents.frames) == (config.strides.t // rate, 1)
     assert middle.frames == 1

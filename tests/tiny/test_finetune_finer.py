@@ -51,7 +51,7 @@ def test_clips_are_encoded_at_both_rates(model: Path, clips: Path, tmp_path: Pat
     assert isinstance(engine, Engine)
     with VideoReader(clips / batch["files"][0]) as video:
         pixels = pixels_of(list(video), 32, 32, "crop")
-    expected = engine.encode_video(pixels, passes=1, oversampling=2)
+    expected = engine.encode_video(pixels, passes=1, rate=2)
     torch.testing.assert_close(batch["finer"], expected, rtol=1e-4, atol=1e-4)
 
 

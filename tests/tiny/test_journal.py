@@ -263,7 +263,7 @@ def test_decoding_from_the_middle_begins_no_earlier_than_it_must(engine, monkeyp
         monkeypatch.setattr(type(vae), "stream_decode", counting)
         for rate in (1, 2):
             t, last = vae.strides.t // rate, 39
-            next(engine.decode_video(latents, 1 + (last - 1) * t, oversampling=rate))
+            next(engine.decode_video(latents, 1 + (last - 1) * t, rate=rate))
         assert sizes == [vae.receptive_frames(), vae.at_rate(2).receptive_frames()]
         assert sizes[0] < sizes[1] < 40
 

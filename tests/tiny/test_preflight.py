@@ -123,9 +123,9 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     encode, encode_first, sample = engine.encode_video, engine.encode_first, engine.sample
     begun = []
 
-    def count_encoded(video, tiles=None, passes=1, oversampling=1):
-        encoded.append((video.shape[2], oversampling))
-        return encode(video, tiles, passes, oversampling)
+    def count_encoded(video, tiles=None, passes=1, rate=1):
+        encoded.append((video.shape[2], rate))
+        return encode(video, tiles, passes, rate)
 
     def count_seen(plan, state, *rest, **told):
         tokens = 0 if state.keys is None else state.keys.latents.shape[2]

@@ -174,7 +174,7 @@ def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
     assert clip.frames.shape == plain.frames.shape
     assert clip.recipe["plan"]["oversampling"] == 2
     assert clip.recipe["plan"]["latents"] == plain.recipe["plan"]["latents"]
-    whole = torch.cat(list(engine.decode_video(clip.latents, oversampling=2)), dim=2)[0]
+    whole = torch.cat(list(engine.decode_video(clip.latents, rate=2)), dim=2)[0]
     shown = ((whole.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert (clip.frames == shown).all()
     assert (clip.frames[1:] != plain.frames[1:]).any()
@@ -224,7 +224,7 @@ def test_a_clip_to_edit_is_given_at_the_rate_that_is_drawn(engine: Engine, tmp_p
     assert untouched.latents is not None
     assert untouched.latents.shape[2] == 9
     video = torch.from_numpy(Clip.from_file(given).frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
-    encoded = engine.encode_video(video, oversampling=2)
+    encoded = engine.encode_video(video, rate=2)
     torch.testing.assert_close(untouched.latents, encoded.cpu(), rtol=0, atol=1e-4)
     plain = made(engine, video=given, strength=0.0, settings={"oversampling": 1})
     assert plain.latents is not None
@@ -278,9 +278,9 @@ def test_what_is_encoded_is_counted(
     encoded: list[tuple[int, int]] = []
     encode = engine.encode_video
 
-    def count(video: Tensor, tiles: Any = None, passes: int = 1, oversampling: int = 1) -> Tensor:
-        encoded.append((video.shape[2], oversampling))
-        return encode(video, tiles, passes, oversampling)
+    def count(video: Tensor, tiles: Any = None, passes: int = 1, rate: int = 1) -> Tensor:
+        encoded.append((video.shape[2], rate))
+        return encode(video, tiles, passes, rate)
 
     monkeypatch.setattr(engine, "encode_video", count)
     given, longer = a_video(tmp_path / "given.mkv"), a_video(tmp_path / "longer.mkv", 30)

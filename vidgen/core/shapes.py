@@ -20,9 +20,9 @@ class Strides:
     t: int
     hw: int
 
-    def at_rate(self, oversampling: int) -> Strides:
-        """Return the strides with `oversampling` latent frames for each one."""
-        return replace(self, t=self.t // oversampling)
+    def at_rate(self, rate: int) -> Strides:
+        """Return the strides with `rate` latent frames for each one."""
+        return replace(self, t=self.t // rate)
 
 
 @dataclass(frozen=True)

@@ -114,22 +114,22 @@ class VAEConfig:
             t=2 ** sum(self.temporal_downsample), hw=self.patch_size * 2 ** (self.num_stages - 1)
         )
 
-    def steady_stages(self, oversampling: int) -> tuple[bool, ...]:
+    def steady_stages(self, rate: int) -> tuple[bool, ...]:
         """Return which stages, from pixels to latents, keep the number of frames; see `at_rate`.
 
         Raises:
             InputError: a rate that this architecture doesn't have.
         """
-        if oversampling == 1:
+        if rate == 1:
             return (False,) * self.num_stages
         if self.stage_shortcuts:
-            raise InputError(f"oversampling is {oversampling}, but a VAE with stage shortcuts has "
+            raise InputError(f"oversampling is {rate}, but a VAE with stage shortcuts has "
                              "one rate; give 1")
         rates = [2**n for n in range(self.strides.t.bit_length())]
-        if oversampling not in rates:
-            raise InputError(f"oversampling is {oversampling}; a VAE of {self.strides.t} frames a "
+        if rate not in rates:
+            raise InputError(f"oversampling is {rate}; a VAE of {self.strides.t} frames a "
                              f"latent frame can take {', '.join(map(str, rates))}")
-        left, steady = rates.index(oversampling), []
+        left, steady = rates.index(rate), []
         for temporal in (*self.temporal_downsample, False):
             steady.append(temporal and left > 0)
             left -= temporal
@@ -220,7 +220,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
     """Encode video [B, 3, T, H, W] in [-1, 1] to latents [B, C, F, h, w], and decode it."""
 
     config: VAEConfig
-    oversampling: int = 1
+    rate: int = 1
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -234,25 +234,25 @@ class CausalVAE(NormalizedLatents, nn.Module):
     @property
     def strides(self) -> Strides:
         """Frames and pixels per latent frame and latent pixel."""
-        return self.config.strides.at_rate(self.oversampling)
+        return self.config.strides.at_rate(self.rate)
 
-    def at_rate(self, oversampling: int) -> CausalVAE:
+    def at_rate(self, rate: int) -> CausalVAE:
         """Return a view of this VAE with latent frames closer in time, and the same weights.
 
         Stages next to the pixels then keep the number of frames, so that no more are computed.
 
         Args:
-            oversampling: latent frames for each one of the config, a power of two up to strides.t;
-                a latent frame then holds strides.t / oversampling frames.
+            rate: latent frames for each one of the config, a power of two up to strides.t;
+                a latent frame then holds strides.t / rate frames.
 
         Raises:
             InputError: a rate that this VAE doesn't have.
         """
-        steady = self.config.steady_stages(oversampling)
-        if oversampling == self.oversampling:
+        steady = self.config.steady_stages(rate)
+        if rate == self.rate:
             return self
         view = _view(self)
-        view.oversampling = oversampling
+        view.rate = rate
         stages, flags = (*view.encoder.stages, *view.decoder.stages), (*steady, *by_decoder(steady))
         for stage, keeps in zip(stages, flags, strict=True):
             for module in stage.children():

@@ -57,8 +57,7 @@ def encode_passes_of(folder: ModelFolder) -> int:
 
 
 def encode_pixels(
-    loader: ModelLoader, video: Tensor, tiles: Tiles | None = None, passes: int = 1,
-    oversampling: int = 1,
+    loader: ModelLoader, video: Tensor, tiles: Tiles | None = None, passes: int = 1, rate: int = 1,
 ) -> Tensor:
     """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
@@ -73,7 +72,7 @@ def encode_pixels(
         return torch.cat(list(frames), dim=2).float()
 
     with loader.use("vae") as network:
-        vae = network.at_rate(oversampling)
+        vae = network.at_rate(rate)
         dtype = next(vae.parameters()).dtype
         latents = wanted = encoded([video.to(loader.device, dtype)])
         for _ in range(1, passes):
@@ -125,17 +124,17 @@ def refine_first(loader: ModelLoader, picture: Tensor, latents: Tensor, num_step
 
 def decode_latents(
     loader: ModelLoader, latents: Tensor, begin: int = 0, end: int | None = None,
-    tiles: Tiles | None = None, oversampling: int = 1,
+    tiles: Tiles | None = None, rate: int = 1,
 ) -> Iterator[Tensor]:
     """Yield video [B, 3, n, H, W] of each latent frame from `begin` to `end` of [B, C, F, h, w]."""
     frames = latents[:, :, :end].split(1, dim=2)
-    return decode_frames(loader, frames, begin, tiles, oversampling)
+    return decode_frames(loader, frames, begin, tiles, rate)
 
 
 @torch.no_grad()
 def decode_frames(
     loader: ModelLoader, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
-    oversampling: int = 1,
+    rate: int = 1,
 ) -> Iterator[Tensor]:
     """Yield video [B, 3, n, H, W] of each latent frame [B, C, 1, h, w] of a clip from `begin` on.
 
@@ -143,7 +142,7 @@ def decode_frames(
     bit-equal.
     """
     with loader.use("vae") as network:
-        vae = network.at_rate(oversampling)
+        vae = network.at_rate(rate)
         dtype = next(vae.parameters()).dtype
         first = max(0, begin - vae.receptive_frames() + 1)
         pieces = (frame.to(loader.device, dtype) for frame in islice(frames, first, None))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Encoder:
     """The parts of a model that conditions need."""
 
-    # video [1, 3, T, H, W] in [-1, 1] and the keyword `oversampling` to normalised latents [1, C,
+    # video [1, 3, T, H, W] in [-1, 1] and the keyword `rate` to normalised latents [1, C,
     # F, h, w]
     encode: Callable[..., Tensor]
     encode_first: Callable[[Tensor], Tensor]  # the same for the clip's first picture
@@ -59,7 +59,7 @@ def write_conditions(
         if settles:
             state = condition.video_at_strength(state, model.encode(clip), start_sigma)
         if finer > 1:
-            state = replace(state, video_upsampled=model.encode(clip, oversampling=finer))
+            state = replace(state, video_upsampled=model.encode(clip, rate=finer))
     ways = {"tokens": _in_place, "channels": _stacked, "control": _controlled}
     write = ways.get(model.conditioning)
     return state if write is None else write(state, plan, request, inputs, model)
@@ -84,13 +84,12 @@ def _in_place(
 
 
 def _kept(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder,
-    oversampling: int = 1,
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder, rate: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return what a mask keeps, [1, C, F, h, w], and where to generate, [1, 1, F, h, w]."""
-    strides = model.strides.at_rate(oversampling)
+    strides = model.strides.at_rate(rate)
     wanted = condition.latent_mask(_wanted(plan, request), strides, patch=model.patch)
-    latents = model.encode(_whole_clip(plan, request, inputs), oversampling=oversampling)
+    latents = model.encode(_whole_clip(plan, request, inputs), rate=rate)
     return latents.to(state.latents), wanted.to(state.latents.device)
 
 

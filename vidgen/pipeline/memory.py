@@ -90,7 +90,7 @@ def transformer_bytes(
 
 def vae_bytes(
     config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True,
-    fused: bool = False, tiles: Tiles | None = None, oversampling: int = 1,
+    fused: bool = False, tiles: Tiles | None = None, rate: int = 1,
 ) -> int:
     """Count the peak of the decoder or encoder in a stream; see `vae_parts`.
 
@@ -108,11 +108,10 @@ def vae_bytes(
         read = widest * (frames * (3 if fused else 5) + 4)
         return part.pixels * (read + 2 * frames * part.width)
 
-    middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles,
-                              oversampling=oversampling)
+    middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles, rate=rate)
     inside = sum(map(kept, parts)) + max(map(live, parts))
     if tiles is not None:  # what waits for a tile's turn, and what they put together
-        frames = config.strides.t // oversampling if whole else 1
+        frames = config.strides.t // rate if whole else 1
         picture = 3 * rows * columns * config.strides.hw**2 * frames
         inside += (AT_ONCE if whole else 1) * (middle.width * rows * columns + picture)
     return itemsize * (kept(middle) + max(live(middle), inside))
@@ -227,15 +226,15 @@ class _Job:
             live = refine_bytes(self.vae, *self.grid, self.vae_dtype.itemsize)
         if self.passes.shown:
             seconds += self.vae_s(self.passes.shown, self.plan.oversampling)
-        for frames, oversampling in self.passes.encoded:
+        for frames, rate in self.passes.encoded:
             is_refined = frames == 1 and left > 0
             left -= is_refined
             again = 0 if is_refined else self.plan.encode_passes - 1
-            latent = 1 + (frames - 1) * oversampling // self.vae.strides.t
-            seconds += (1 + again) * self.vae_s(latent, oversampling, decode=False)
-            seconds += again * self.vae_s(latent, oversampling)
+            latent = 1 + (frames - 1) * rate // self.vae.strides.t
+            seconds += (1 + again) * self.vae_s(latent, rate, decode=False)
+            seconds += again * self.vae_s(latent, rate)
             # behind a first pass what the latents show is decoded while it is encoded
-            held = sum(self.vae_bytes(oversampling, decode=decode, whole=frames > 1)
+            held = sum(self.vae_bytes(rate, decode=decode, whole=frames > 1)
                        for decode in (False, True)[: 2 if again else 1])
             # the clip as floats, twice while it is scaled, and in the VAE's dtype
             live = max(live, held + 3 * frames * self.pixels * (9 + self.vae_dtype.itemsize))
@@ -369,18 +368,17 @@ class _Job:
         return transformer_bytes(self.dit, tokens, self.dtype.itemsize, blocked=blocked,
                                  timed_tokens=timed_tokens)
 
-    def vae_s(self, frames: int, oversampling: int, *, decode: bool = True) -> float:
+    def vae_s(self, frames: int, rate: int, *, decode: bool = True) -> float:
         """Count latent frames through the VAE."""
         return self.vae_rates.seconds(vae_ops(
-            self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles,
-            oversampling=oversampling))
+            self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles, rate=rate))
 
-    def vae_bytes(self, oversampling: int, *, decode: bool, whole: bool) -> int:
+    def vae_bytes(self, rate: int, *, decode: bool, whole: bool) -> int:
         """Count the VAE's peak."""
         fused = self.on_cpu and self.vae_dtype in native.known_dtypes()
         return vae_bytes(
             self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole, fused=fused,
-            tiles=self.setup.tiles, oversampling=oversampling)
+            tiles=self.setup.tiles, rate=rate)
 
     def sound_latents(self, frames: int) -> int:
         """Count the sound latents of the picture's latent frames."""

@@ -123,13 +123,13 @@ class OpenedModel:
         return self.prompts.encode(prompts, learned)
 
     def encode_video(
-        self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
+        self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, rate: int = 1
     ) -> Tensor:
         """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
-        See `encode_pixels` for `passes`, `CausalVAE.at_rate` for `oversampling`.
+        See `encode_pixels` for `passes`, `CausalVAE.at_rate` for `rate`.
         """
-        return encode_pixels(self.loader, video, tiles, passes, oversampling)
+        return encode_pixels(self.loader, video, tiles, passes, rate)
 
     def encode_first(
         self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
@@ -148,17 +148,16 @@ class OpenedModel:
 
     @torch.no_grad()
     def decode_video(
-        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None, oversampling: int = 1
+        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None, rate: int = 1
     ) -> Iterator[Tensor]:
         """Decode normalised latents [B, C, F, h, w] to chunks [B, 3, n, H, W], from a frame on.
 
-        The frames depend neither on `start` nor on the number of devices. With `oversampling`, that
+        The frames depend neither on `start` nor on the number of devices. With `rate`, that
         many latent frames stand for each one of the clip.
         """
-        t = self.vae_config.strides.t // oversampling
+        t = self.vae_config.strides.t // rate
         decode = decode_latents if self.devices is None else self.devices.decode
-        made = decode(self.loader, latents, latent_of(start, t), tiles=tiles,
-                      oversampling=oversampling)
+        made = decode(self.loader, latents, latent_of(start, t), tiles=tiles, rate=rate)
         return from_frame(made, start, t)
 
     @torch.no_grad()
@@ -280,9 +279,8 @@ class OpenedModel:
             unseen = plan.num_frames - plan.kept_frames
             anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
             recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor,
-                                       oversampling=plan.oversampling)
-        videos = partial(self.decode_video, latents, tiles=plan.tiles,
-                         oversampling=plan.oversampling)
+                                       rate=plan.oversampling)
+        videos = partial(self.decode_video, latents, tiles=plan.tiles, rate=plan.oversampling)
         return self.lazy(plan, videos, recipe, latents, journal)
 
     def lazy(

@@ -41,10 +41,10 @@ class Window(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A video's number of frames, and the oversampling of its encoding."""
+    """A video's number of frames, and the rate of its encoding."""
 
     frames: int
-    oversampling: int = 1
+    rate: int = 1
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class VAEPart(NamedTuple):
 
 def vae_parts(
     config: VAEConfig, rows: int, columns: int, *, decode: bool, tiles: Tiles | None = None,
-    every_tile: bool = False, oversampling: int = 1,
+    every_tile: bool = False, rate: int = 1,
 ) -> tuple[VAEPart, list[VAEPart]]:
     """Return the middle of the decoder or encoder, which is never cut, and the rest in order.
 
@@ -133,8 +133,8 @@ def vae_parts(
     widths = [dim * mult for mult in config.channel_mults]
     first = config.latent_channels if decode else widths[-1]
     middle = VAEPart((first, *[widths[-1]] * 4), widths[-1], 1, rows * columns)
-    temporal, steady = (*config.temporal_downsample, False), config.steady_stages(oversampling)
-    frames, came, parts = config.strides.t // oversampling, dim, list[VAEPart]()
+    temporal, steady = (*config.temporal_downsample, False), config.steady_stages(rate)
+    frames, came, parts = config.strides.t // rate, dim, list[VAEPart]()
     if decode:
         widths, temporal, steady = widths[::-1], (*temporal[-2::-1], False), by_decoder(steady)
         frames, came = 1, widths[0]
@@ -153,14 +153,14 @@ def vae_parts(
 
 def vae_ops(
     config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
-    tiles: Tiles | None = None, oversampling: int = 1,
+    tiles: Tiles | None = None, rate: int = 1,
 ) -> list[Op]:
     """Count a clip of latent frames of rows x columns through the decoder or encoder.
 
     The first latent frame gives one frame, which only the last of three taps see.
     """
     middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles, every_tile=True,
-                              oversampling=oversampling)
+                              rate=rate)
     return [Op("conv", part.width, 2 * 27 * sum(part.inputs) * part.width * part.pixels
                * (1 / 3 + (frames - 1) * part.frames)) for part in (middle, *parts)]
 

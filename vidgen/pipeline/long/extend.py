@@ -435,7 +435,7 @@ def at_rate(
     latent frame are dropped.
     """
     t = engine.vae_config.strides.t
-    decoded = engine.decode_video(latents, tiles=tiles, oversampling=had)
+    decoded = engine.decode_video(latents, tiles=tiles, rate=had)
     shown = torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded], dim=2)
     whole = 1 + (shown.shape[2] - 1) // t * t
     return engine.encode_video(shown[:, :, -whole:], tiles, passes, wanted).cpu()

@@ -92,17 +92,17 @@ def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple
 
 def make_tail(
     latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None,
-    anchor: Tensor | None = None, oversampling: int = 1,
+    anchor: Tensor | None = None, rate: int = 1,
 ) -> dict[str, Any] | None:
     """Return a recipe's record of a clip's last latents, from which it is continued unencoded.
 
     Args:
-        latents: the clip's last ones, [1, C, F, h, w], `oversampling` of them for each of its own.
+        latents: the clip's last ones, [1, C, F, h, w], `rate` of them for each of its own.
         num_latents: latent frames of the whole clip, at its own rate.
         frames_ahead: frames at the end that were generated but not kept.
         colours: [2, C], the windows' target; None: those of `latents`.
         anchor: [1, C, 1, h, w] of the clip's start, for models that refer to it.
-        oversampling: factor of temporal upsampling.
+        rate: factor of temporal upsampling.
 
     Returns:
         JSON data with float16 in base64; None if not one latent frame fits into `TAIL_BYTES`.
@@ -110,7 +110,7 @@ def make_tail(
     frame_bytes = latents[:, :, :1].numel() * 2 * 4 // 3
     count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
     if count < latents.shape[2]:
-        count -= count % oversampling  # whole ones of the clip
+        count -= count % rate  # whole ones of the clip
     if count == 0:
         return None
     kept = {} if anchor is None else {"anchor": _text(anchor[0])}

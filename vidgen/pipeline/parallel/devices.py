@@ -139,12 +139,12 @@ class Devices:
 
     def decode(
         self, loader: ModelLoader, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
-        oversampling: int = 1,
+        rate: int = 1,
     ) -> Iterator[Tensor]:
         """Yield the result of `codec.decode_latents`, a stretch decoded by each device."""
         self._require_alive()
         with loader.use("vae") as network:
-            vae = network.at_rate(oversampling)
+            vae = network.at_rate(rate)
             t, hw = vae.strides.t, vae.strides.hw
             shape = (latents.shape[0], 3, t, *(side * hw for side in latents.shape[3:]))
             back = vae.receptive_frames() - 1
@@ -154,10 +154,10 @@ class Devices:
                       for first, end in theirs]
             coming: Iterable[Tensor] = ()
             if slices:
-                self.order("decode", loader.dtype, loader.offload, slices, tiles, oversampling)
+                self.order("decode", loader.dtype, loader.offload, slices, tiles, rate)
                 sizes = [end - first for first, end in theirs]
                 coming = self._coming = _Coming(self, sizes, shape, loader.dtype_of("vae"))
-            yield from decode_latents(loader, latents, *mine, tiles, oversampling)
+            yield from decode_latents(loader, latents, *mine, tiles, rate)
             yield from coming
 
     def close(self) -> None:

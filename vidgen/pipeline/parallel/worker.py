@@ -98,7 +98,7 @@ class DeviceWorker:
 
     def decode(
         self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]],
-        tiles: Tiles | None, oversampling: int,
+        tiles: Tiles | None, rate: int,
     ) -> None:
         """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
         if self._channel.rank > len(slices):
@@ -106,7 +106,7 @@ class DeviceWorker:
         loader = self._set_up(dtype, offload)
         latents, skipped = slices[self._channel.rank - 1]
         room, sent = None, []
-        videos = decode_latents(loader, latents, skipped, tiles=tiles, oversampling=oversampling)
+        videos = decode_latents(loader, latents, skipped, tiles=tiles, rate=rate)
         for index, video in enumerate(videos):
             made = video.contiguous().view(-1).view(torch.uint8)
             if room is None:  # rank 0 may be long in coming to it

@@ -221,10 +221,10 @@ class ItemEncoder:
 
     @torch.no_grad()
     def _encode(
-        self, frames: Iterable[Frames | Tensor], bucket: Bucket, oversampling: int = 1
+        self, frames: Iterable[Frames | Tensor], bucket: Bucket, rate: int = 1
     ) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
-        vae = self._network("vae").at_rate(oversampling)
+        vae = self._network("vae").at_rate(rate)
 
         def chunks() -> Iterator[Tensor]:
             for frame in frames:
