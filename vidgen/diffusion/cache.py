@@ -326,7 +326,7 @@ class StepCaches:
         if memory.numbers and not self._is_one_expert(memory.numbers[0], sigma):
             memory.forget()
         is_asked = self.branches_at is None or branch in self.branches_at(sigma)
-        return (_Pass if is_asked else _Company)(self, branch, memory)
+        return (_Pass if is_asked else _UnusedPass)(self, branch, memory)
 
     def spares(self, branch: str, memory: Memory) -> bool:
         """Return whether this pass uses the prediction of `memory`."""
@@ -405,7 +405,7 @@ class _Pass:
         self.memory.keep(tokens)
 
 
-class _Company(_Pass):
+class _UnusedPass(_Pass):
     """A pass of an unused branch, for processes that share its weights; it remembers nothing."""
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:  # noqa: ARG002

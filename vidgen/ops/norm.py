@@ -171,7 +171,7 @@ def modulated_norm(
 
 
 def by_runs(function: Callable[..., Made], vectors: TokenVectors, *args: Any) -> Made:
-    """Call a function of tokens and their runs' vectors; `train.toybox.fusing` compiles it here."""
+    """Call a function of tokens and their runs' vectors; may be replaced to compile it."""
     del vectors
     return function(*args)
 

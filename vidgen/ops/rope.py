@@ -85,7 +85,7 @@ def normed_heads(
 def plain_heads(
     x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
-    """Do `normed_heads` without our kernels; `train.toybox.fusing` replaces it."""
+    """Do `normed_heads` without our kernels; may be replaced to compile it."""
     out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
     return out
 

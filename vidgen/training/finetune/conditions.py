@@ -86,20 +86,20 @@ class Conditions:
     weights: Mapping[str, float]
 
     def write(
-        self, batch: Mapping[str, Any], draw: torch.Generator, oversampling: int = 1
+        self, batch: Mapping[str, Any], draw: torch.Generator, rate: int = 1
     ) -> LatentState:
         """The state of a batch of the dataset; its `clean` are the latents.
 
         Args:
             batch: as `Dataset.batch` gives it, on the CPU.
             draw: a CPU generator; what is drawn depends on it alone.
-            oversampling: latent frames for each of the clip's; above 1 `finer` are the latents.
+            rate: latent frames for each of the clip's; above 1 `finer` are the latents.
         """
-        if oversampling > 1:
+        if rate > 1:
             batch = {**batch, "latents": batch["finer"]}
             if "still_index" in batch:
-                batch["still_index"] = batch["still_index"] * oversampling
-            return replace(self._state(batch, draw), spacing=1 / oversampling)
+                batch["still_index"] = batch["still_index"] * rate
+            return replace(self._state(batch, draw), spacing=1 / rate)
         return self._state(batch, draw)
 
     def _state(self, batch: Mapping[str, Any], draw: torch.Generator) -> LatentState:

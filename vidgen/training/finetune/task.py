@@ -132,7 +132,7 @@ class FinetuneTask:
             len(data["latents"]), draw, between=self._levels(role), **self._density
         )
         shown = seed_of(self.config.run.seed, step, -2) / 2**63 < SHOWN_SHARE
-        rate = 1 if shown else self._oversampling(role)
+        rate = 1 if shown else self._rate(role)
         return self._assemble(data, draw, sigma, role, self.conditions, rate)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -209,14 +209,14 @@ class FinetuneTask:
         kinds = self.conditions.weights
         kind = next(name for name in ("text", "first", "both", *kinds) if kinds.get(name))
         conditions = replace(self.conditions, weights={kind: 1.0})
-        levels, rate = torch.full((len(files),), sigma), self._oversampling(role)
+        levels, rate = torch.full((len(files),), sigma), self._rate(role)
         return self._assemble(data, draw, levels, role, conditions, rate)
 
     def _assemble(
         self, data: Mapping[str, Any], draw: torch.Generator, sigma: Tensor, role: str,
-        conditions: Conditions, oversampling: int,
+        conditions: Conditions, rate: int,
     ) -> Batch:
-        rate = oversampling if "finer" in data else 1  # pictures have one rate
+        rate = rate if "finer" in data else 1  # pictures have one rate
         state = conditions.write(data, draw, rate).to(self.device)
         noise = torch.randn(state.clean.shape, generator=draw).to(self.device)
         if self.subject is None:
@@ -289,7 +289,7 @@ class FinetuneTask:
             return 0.0, 1.0
         return (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
 
-    def _oversampling(self, role: str) -> int:
+    def _rate(self, role: str) -> int:
         """Latent frames for each of a clip's that a transformer draws, where it may be finer."""
         return upsampling_of(self.folder) if role == EXPERTS[1] else 1
 
