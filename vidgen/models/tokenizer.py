@@ -108,7 +108,8 @@ class PromptTokenizer:
 
         Without a list of words in the folder the model knows all of language.
         """
-        return [(word, self._reader.near(word)) for word in self._unknown(prompt)]
+        unknown = (word for word in self._ill_known(prompt) if word not in self.words)
+        return [(word, self._reader.near(word)) for word in unknown]
 
     def readings(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return words of a prompt with their replacements for the model.
@@ -131,9 +132,6 @@ class PromptTokenizer:
                 for word in self._ill_known(prompt)
                 if word in readings or word not in self.words]  # fmt: skip
         return [f"the model {remark}" for remark in said]
-
-    def _unknown(self, prompt: str) -> list[str]:
-        return [word for word in self._ill_known(prompt) if word not in self.words]
 
     def _ill_known(self, prompt: str) -> list[str]:
         """Return words that the model was never taught, or too seldom."""
