@@ -236,15 +236,12 @@ class Script:
         known = {shot.id: shot for shot in self.shots}
         found: dict[str, Shot] = {}
         for shot in self.shots:
-            ahead, way = [(shot, iter(shot.needs))], {shot.id: shot}
-            if shot.id in found:
-                continue
-            while ahead:
-                now, needs = ahead[-1]
-                wanted = next((name for name in needs if name not in found), None)
+            way = {shot.id: shot}  # each needs the next one
+            while way:
+                now = next(reversed(way.values()))
+                wanted = next((name for name in now.needs if name not in found), None)
                 if wanted is None:
                     found[now.id] = now
-                    ahead.pop()
                     del way[now.id]
                 elif wanted in way:
                     names = [*way][[*way].index(wanted) :]
@@ -254,7 +251,6 @@ class Script:
                     raise InputError(f"{self.where(now)} needs the unknown shot {wanted!r}; "
                                      f"{nearest(wanted, known)}")
                 else:
-                    ahead.append((known[wanted], iter(known[wanted].needs)))
                     way[wanted] = known[wanted]
         return [*found.values()]
 
