@@ -15,8 +15,8 @@ from vidgen.core.runtime import (
     check_output,
     choose_device,
     fingerprint,
-    megabytes,
     sha256_file,
+    size_text,
 )
 
 
@@ -157,7 +157,7 @@ def test_a_folder_with_other_things_is_never_replaced(tmp_path):
 
 
 def test_lack_of_space_is_found_before_the_work(tmp_path):
-    with pytest.raises(OutputError, match=r"may need .* MB, but only .* MB are free"):
+    with pytest.raises(OutputError, match=r"may need .* GB, but only .* [MG]B are free"):
         check_output(tmp_path / "a.mp4", num_bytes=10**18)
 
 
@@ -179,8 +179,8 @@ def test_a_full_disk_says_what_was_written_and_what_is_free(tmp_path):
 def test_hash_and_sizes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 1000)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 1000).hexdigest()
-    assert megabytes(1_250_000) == "1.2 MB"
-    assert megabytes(999) == "999 bytes"
+    assert size_text(1_250_000) == "1.2 MB"
+    assert size_text(999) == "999 bytes"
 
 
 def test_devices_are_checked_by_name():

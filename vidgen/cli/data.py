@@ -159,7 +159,7 @@ def _cache(
     known: Survey, config: DataConfig, folder: ModelFolder, model: str, args: Namespace,
     report: Report,
 ) -> int:
-    from vidgen.core.runtime import choose_device, megabytes
+    from vidgen.core.runtime import choose_device, size_text
     from vidgen.training.data.cache import make_cache
 
     for fate in known.selection.fates:
@@ -171,7 +171,7 @@ def _cache(
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]
     lines.append(
         f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "
-        f"{made['captions']} captions, {megabytes(made['bytes'])}"
+        f"{made['captions']} captions, {size_text(made['bytes'])}"
     )
     report.result(made, "\n".join(lines))
     return int(bool(made["failed"]))

@@ -73,11 +73,11 @@ def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _line(facts: Mapping[str, Any]) -> str:
-    from vidgen.core.runtime import megabytes
+    from vidgen.core.runtime import size_text
     from vidgen.pipeline.journal.job import progress_text
 
     head = "removed " if "removed" in facts else ""
-    parts = [progress_text(facts), f"{_age(facts['age_s'])} old", megabytes(facts["bytes"])]
+    parts = [progress_text(facts), f"{_age(facts['age_s'])} old", size_text(facts["bytes"])]
     parts += ["being made now"] if facts["running"] else []
     parts += [facts["problem"]] if "problem" in facts else []
     parts += [f"not removed: {facts['kept']}"] if "kept" in facts else []

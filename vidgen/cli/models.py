@@ -94,11 +94,11 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
 
 
 def _line(facts: dict[str, Any], width: int) -> str:
-    from vidgen.core.runtime import megabytes
+    from vidgen.core.runtime import size_text
 
     if "problem" in facts:
         return f"{facts['name']:<{width}}  can't be used: {facts['problem']}"
-    head = f"{facts['name']:<{width}} {megabytes(facts['bytes']):>9}"
+    head = f"{facts['name']:<{width}} {size_text(facts['bytes']):>9}"
     if "pipeline" in facts:
         license_name = facts["license"] or "no licence named in its card"
         return f"{head}  {facts['pipeline']}, run by diffusers, {license_name}"

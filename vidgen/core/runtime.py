@@ -118,7 +118,7 @@ def write_error(target: Path, error: OSError, partial: Path | None = None) -> Ou
         written = partial.stat().st_size if partial and partial.is_file() else 0
         free = shutil.disk_usage(target.parent).free
         return OutputError(
-            f"no space left for {target}: {megabytes(written)} written, {megabytes(free)} free; "
+            f"no space left for {target}: {size_text(written)} written, {size_text(free)} free; "
             "make room or choose another disk"
         )
     reason = error.strerror or error
@@ -159,7 +159,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise OutputError(
-            f"{target} may need {megabytes(num_bytes)}, but only {megabytes(free)} are free; "
+            f"{target} may need {size_text(num_bytes)}, but only {size_text(free)} are free; "
             "make room or choose another disk"
         )
 
@@ -184,14 +184,11 @@ def lock_file(path: Path) -> TextIO | None:
     return file
 
 
-def megabytes(num_bytes: int) -> str:
-    """A size for people, in units of 1000."""
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
-
-
 def size_text(num_bytes: int) -> str:
-    """A size for people, in gigabytes where it is that large."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)
+    """Return a size for people, in bytes, MB or GB, units of 1000."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
 
 
 def slug(text: str) -> str:

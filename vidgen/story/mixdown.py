@@ -247,15 +247,19 @@ def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
         fade(sound, len(sound) - seam, len(sound))
 
 
+def music_spans(timeline: Timeline) -> Iterator[tuple[Placed, int]]:
+    """Yield each shot with which music changes, and the frame of the next change."""
+    changes = [placed for placed in timeline.shots if placed.shot.music is not None]
+    for placed, following in zip_longest(changes, changes[1:]):
+        yield placed, timeline.num_frames if following is None else following.start
+
+
 def playings(timeline: Timeline) -> Iterator[Playing]:
     """Yield the music of a film: each from its shot until the next one begins."""
-    changes = [placed for placed in timeline.shots if placed.shot.music is not None]
-    for placed, behind in zip_longest(changes, changes[1:]):
-        end = timeline.num_samples if behind is None else timeline.sample(behind.start)
+    for placed, end in music_spans(timeline):
         music = placed.shot.music
-        assert music is not None
-        if music.file is not None and music.file != SILENCE:
-            yield Playing(placed.shot, music, timeline.sample(placed.start), end)
+        if music is not None and music.file not in (None, SILENCE):
+            yield Playing(placed.shot, music, timeline.sample(placed.start), timeline.sample(end))
 
 
 def _add_music(bed: Samples, script: Script, playing: Playing) -> list[str]:

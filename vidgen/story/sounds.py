@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.core.store import Store, address_of
 from vidgen.media.sound import sound_frame
 from vidgen.pipeline.sound.audio_model import AudioModel, open_audio_model
-from vidgen.story.mixdown import MUSIC_FADE_S
+from vidgen.story.mixdown import MUSIC_FADE_S, music_spans
 from vidgen.story.timeline import Placed, Timeline
 from vidgen.weights.load import trim_memory
 
@@ -104,9 +103,7 @@ def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
 
 def _words(timeline: Timeline) -> Iterator[tuple[Placed, str, str, float]]:
     """Yield (shot, key, words, seconds) of each description, in the film's order."""
-    changes = [placed for placed in timeline.shots if placed.shot.music is not None]
-    ends = {placed.shot.id: timeline.num_frames if behind is None else behind.start
-            for placed, behind in zip_longest(changes, changes[1:])}
+    ends = {placed.shot.id: end for placed, end in music_spans(timeline)}
     for placed in timeline.shots:
         sound, music = placed.shot.sound, placed.shot.music
         if sound is not None and sound.effects is not None:

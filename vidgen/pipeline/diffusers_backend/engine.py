@@ -23,7 +23,7 @@ from PIL import Image
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.core.runtime import megabytes
+from vidgen.core.runtime import size_text
 from vidgen.core.shapes import size_for_aspect
 from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
@@ -193,7 +193,7 @@ class DiffusersEngine:
                 log.warning(
                     "%s has no temporal tiles: %d frames of %dx%d are decoded at once, in about "
                     "%s beside the model", type(vae).__name__, plan.num_frames, plan.width,
-                    plan.height, megabytes(peak),
+                    plan.height, size_text(peak),
                 )
 
     def _arguments(
