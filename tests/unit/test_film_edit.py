@@ -141,7 +141,7 @@ def test_a_shot_shorter_than_a_frame_of_the_film_is_refused():
 
 
 def test_an_ending_that_needs_another_shot_is_refused():
-    with pytest.raises(InputError, match="needs a shot behind it"):
+    with pytest.raises(InputError, match="needs a shot after it"):
         Finish(ending=Transition("dissolve"))
 
 

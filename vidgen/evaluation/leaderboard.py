@@ -84,8 +84,8 @@ class Entry:
     def settings(self) -> str:
         """Settings of the generation, as far as known: runs of one model may differ in them."""
         made = self.result.get("generation", {})
-        told = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
-        return ", ".join(f"{name} {value}" for name, value in told.items())
+        known = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
+        return ", ".join(f"{name} {value}" for name, value in known.items())
 
     @property
     def model(self) -> str:
@@ -126,7 +126,7 @@ def read_results(
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             RecursionError) as error:
         raise InputError(f"{path} holds no results of vidgen eval SUITE or temporal "
-                         f"({type(error).__name__}: {error}); make it anew") from None
+                         f"({type(error).__name__}: {error}); make it again") from None
 
 
 def _entries(path: str, result: Mapping[str, Any]) -> list[Entry]:
@@ -222,4 +222,4 @@ def _words(value: Any) -> str:
         return ", ".join(f"{k} {str(v)[:12]}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return "not told" if value is None else str(value)
+    return "unknown" if value is None else str(value)

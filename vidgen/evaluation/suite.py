@@ -83,14 +83,15 @@ class PromptSuite:
         known = {file_stem(prompt): prompt for prompt in self.prompts}
         known |= {prompt: prompt for prompt in self.prompts}
         # a reworded prompt stands in the recipe, that of the suite in the name
-        told = [(item, known.get(item.prompt) or known.get(prompt_of(item.name))) for item in items]
-        inside = [replace(item, prompt=prompt) for item, prompt in told if prompt is not None]
+        matched = [(item, known.get(item.prompt) or known.get(prompt_of(item.name)))
+                   for item in items]
+        inside = [replace(item, prompt=prompt) for item, prompt in matched if prompt is not None]
         if not inside:
             raise InputError(
                 f"no clip of {items[0].path.parent} belongs to a prompt of {self.name}; name them "
                 f"'{self.prompts[0][:60]}-0.mp4', or leave out --prompt-suite"
             )
-        outside = [item for item, prompt in told if prompt is None]
+        outside = [item for item, prompt in matched if prompt is None]
         shown = {item.prompt for item in inside}
         return inside, outside, [prompt for prompt in self.prompts if prompt not in shown]
 
@@ -144,7 +145,7 @@ def find_items(folder: str | Path) -> list[Item]:
 def _item(path: Path) -> Item:
     try:
         recipe = read_recipe(path) or {}
-    except InputError:  # a damaged file; told when it is measured
+    except InputError:  # damaged; the error comes when it is measured
         recipe = {}
     plan, model = recipe.get("plan"), recipe.get("model")
     if not isinstance(plan, dict) or not isinstance(model, dict):

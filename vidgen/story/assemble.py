@@ -71,7 +71,7 @@ def assemble(
     sources = [_source(edit, index, shot) for index, shot in enumerate(shots)]
     with _workplace(output) as folder:
         sources, scenes = _matched(edit, sources)
-        parts, told = _parts(edit, shots, sources, folder)
+        parts, conformed = _parts(edit, shots, sources, folder)
         pieces = pieces_of(edit.timeline, edit.burner.ranges, parts)
         reels = Reels(edit.timeline, sources, edit.burner)
         stretches = _written(edit, reels, pieces, sources, folder, on_frames)
@@ -82,7 +82,7 @@ def assemble(
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
         join_files(stretches, output, sound, recipe, texts, edit.chapters)
-    return Assembled(output, write_texts(edit), recipe, (*notes, *told, *heard))
+    return Assembled(output, write_texts(edit), recipe, (*notes, *conformed, *heard))
 
 
 @contextmanager

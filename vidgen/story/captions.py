@@ -67,9 +67,9 @@ def captions_of(timeline: Timeline) -> list[Cue]:
                 raise InputError(f"{timeline.script.where(placed.shot)}: caption {each.text!r} "
                                  f"begins at {each.at:g} s, but the shot lasts {end - begin:.3f} s "
                                  "in the film; place it earlier")
-            behind = next((begin + at for at in starts if at > each.at), max(left, start))
-            behind = end if behind == start else behind
-            stop = behind if each.duration is None else start + each.duration
+            following_s = next((begin + at for at in starts if at > each.at), max(left, start))
+            following_s = end if following_s == start else following_s
+            stop = following_s if each.duration is None else start + each.duration
             cues.append(Cue(each.text, start, min(stop, film_end)))
     return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
 
@@ -160,10 +160,10 @@ class Burner:
                 texts = [each.text for each in seen if each.kind == kind] or [""]
                 lines, room = self._lines("\n".join(texts), kind), self._room(kind)
                 if len(lines) > room:
-                    told = " and ".join(map(quoted, texts))
+                    shown = " and ".join(map(quoted, texts))
                     shot = _shot_at(first, texts[-1], timeline)
                     raise InputError(
-                        f"{timeline.script.where(shot)}: the {kind} {told} "
+                        f"{timeline.script.where(shot)}: the {kind} {shown} "
                         f"takes {len(lines)} lines, but a picture of {self.size[0]}x{self.size[1]} "
                         f"has room for {room}; shorten it, make the picture larger, or {remedy}"
                     )

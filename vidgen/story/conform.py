@@ -72,7 +72,7 @@ class Source:
                 count += 1
                 yield frame
         if count < self.source_frames:
-            raise InputError(f"{self.path} ends behind frame {count} of {self.source_frames}: it "
+            raise InputError(f"{self.path} ends after frame {count} of {self.source_frames}: it "
                              "was changed or damaged; remove it and render it again")
 
     def _repeated(self) -> Iterator[Frames]:
@@ -94,7 +94,7 @@ class Source:
                 return
             yield frame
             made += 1
-        while made < self.num_frames:  # behind the last there is nothing to go towards
+        while made < self.num_frames:  # after the last frame there is nothing to interpolate to
             assert frame is not None
             yield frame
             made += 1
@@ -119,7 +119,7 @@ def _interpolated(frames: Iterator[Frames], rate: Fraction, fps: Fraction) -> It
         _push(graph, frame, number, rate)
         yield from _pulled(graph)
     if graph is not None and last is not None:
-        for extra in (1, 2):  # the filter makes nothing behind the last frame but one
+        for extra in (1, 2):  # the filter makes nothing after the last frame but one
             _push(graph, last, number + extra, rate)
         graph.push(None)
         yield from _pulled(graph)

@@ -251,7 +251,7 @@ class Finish:
     def __post_init__(self) -> None:
         check_within("loudness", self.loudness, -40, -5)
         if self.ending.type not in ("cut", "fade-black", "fade-white"):
-            raise InputError(f"ending is {self.ending.type!r}, which needs a shot behind it; give "
+            raise InputError(f"ending is {self.ending.type!r}, which needs a shot after it; give "
                              "cut, fade-black or fade-white")
 
 

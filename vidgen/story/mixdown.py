@@ -102,16 +102,16 @@ def check_sounds(timeline: Timeline) -> None:
 
 def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
     """Return notes on sound that is described in words, where no model makes it."""
-    told = []
+    notes = []
     for key, words in (("sound", "effects"), ("music", "prompt")):
         names = [each.shot.id for each in timeline.shots
                  if getattr(getattr(each.shot, key), words, None) is not None
                  and not (key == "sound" and film.is_heard(each.shot))]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            told.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, which "
+            notes.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, which "
                         "make no sound; give files, or --audio-model FOLDER")
-    return told
+    return notes
 
 
 def narrate(timeline: Timeline) -> Narrated | None:
@@ -142,7 +142,7 @@ def narrate(timeline: Timeline) -> Narrated | None:
         late = free - timeline.seconds(timeline.num_frames)
         if late > 0.001:
             raise InputError(f"{script.where(placed.shot)}: narration {each.text!r} ends "
-                             f"{late:.2f} s behind the film; shorten it, place it earlier, or make "
+                             f"{late:.2f} s after the film; shorten it, place it earlier, or make "
                              "the last shots longer")
     facts = tuple(voice.facts for voice in voices.values()) or ({"engine": "file"},)
     return Narrated(samples, tuple(sentences), tuple(speakers), facts)
@@ -197,8 +197,8 @@ def mixed(
     notes, heard = list[str](), False
     for index, (placed, path) in enumerate(zip(timeline.shots, paths, strict=True)):
         with located(script.where(placed.shot)):
-            sound, told = _of_shot(timeline, placed, path)
-        notes += told
+            sound, own_notes = _of_shot(timeline, placed, path)
+        notes += own_notes
         if sound is not None:
             heard = True
             _shape(sound, timeline, index)
@@ -234,9 +234,9 @@ def _of_shot(
 
 def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
     """Fade a shot's sound in and out with its picture, in place."""
-    before, behind = timeline.faded(index)
+    before, after = timeline.faded(index)
     seam = min(round(SEAM_S * RATE), len(sound) // 4)
-    coming, going = (min(timeline.sample(frames), len(sound)) for frames in (before, behind))
+    coming, going = (min(timeline.sample(frames), len(sound)) for frames in (before, after))
     if coming:
         sound[:coming] *= _equal_power(coming)[::-1, None]
     elif index:

@@ -126,10 +126,10 @@ def _narration(edit: Edit) -> Iterator[tuple[int, Clip]]:
                           _range(0, last - first, RATE), {"vidgen": {}})
 
 
-def _transition(kind: str, before: int, behind: int, fps: Fraction) -> Transition:
+def _transition(kind: str, before: int, after: int, fps: Fraction) -> Transition:
     known = TransitionTypes.SMPTE_Dissolve if kind == "dissolve" else TransitionTypes.Custom
     rate = float(fps)
-    return Transition(kind, known, RationalTime(before, rate), RationalTime(behind, rate),
+    return Transition(kind, known, RationalTime(before, rate), RationalTime(after, rate),
                       {"vidgen": {"type": kind}})
 
 

@@ -211,10 +211,10 @@ class ShotWork(EngineWork):
             tell({"event": "note", "text": payload.note, "shot": payload.shot})
         take = plan.takes[payload.take]
         request, head = self._request(plan, take, payload.index)
-        told = {"clip": payload.clip, "shot": payload.shot, "seed": take.seed}
+        facts = {"clip": payload.clip, "shot": payload.shot, "seed": take.seed}
         cut = partial(_without_head, head=head) if head and not payload.index else None
         path = self.store.path(take.parts[payload.index].key)
-        write_request(self.engine, request, path, tell, told, cut, self.on_preview)
+        write_request(self.engine, request, path, tell, facts, cut, self.on_preview)
 
     def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
         """Return the request for a part, and how many of its first frames another file holds."""

@@ -99,7 +99,7 @@ class Shot:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise InputError("the list of prompts is empty; say what is to be seen")
+            raise InputError("the list of prompts is empty; describe the picture")
         if self.id and not NAME.fullmatch(self.id):
             raise InputError(f"id {self.id!r} is no name; give up to 64 letters, digits, _ and -")
         times = [each.at for each in self.prompt]
@@ -214,9 +214,9 @@ class Script:
         seen = self.described(shot, text)
         seen = (rewritten or {}).get(seen, seen)
         camera: Camera | None = self.option(shot, "camera")
-        behind = [part for part in (camera and camera.words, self._scene(shot).style,
+        added = [part for part in (camera and camera.words, self._scene(shot).style,
                                     self.project.style) if part]
-        return ", ".join([seen.rstrip(".") if behind else seen, *behind])
+        return ", ".join([seen.rstrip(".") if added else seen, *added])
 
     def cast(self, shot: Shot) -> list[str]:
         """Return the names of the characters and places in a shot, each once, in order."""

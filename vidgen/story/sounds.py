@@ -91,8 +91,8 @@ def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
     for path, each in missing.items():
         event = {"event": "progress", "stage": f"{each.key} of {each.shot}"}
 
-        def report(done: int, total: int, told: dict[str, str] = event) -> None:
-            tell({**told, "done": done, "total": total})
+        def report(done: int, total: int, facts: dict[str, str] = event) -> None:
+            tell({**facts, "done": done, "total": total})
 
         samples, rate = each.model.make(each.seed, report, place)
         _write(path, samples, rate)

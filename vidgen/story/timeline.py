@@ -131,12 +131,12 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
             raise InputError(
                 f"{script.where(each.shot)}: {how.type} of {how.duration:g} s is longer than the "
                 f"shot before, which lasts {float((end - begin) / fps):g} s; shorten it")
-        first, behind = _nearest(start), _nearest(start + length)
-        if first == behind:
+        first, end_frame = _nearest(start), _nearest(start + length)
+        if first == end_frame:
             raise InputError(f"{script.where(each.shot)} is shown for no frame at {fps} fps: it "
                              f"lasts {float(length / fps):g} s; make it longer")
         overlap = placed[-1].end - first if placed else 0
-        placed.append(Placed(each.shot, first, behind - first, overlap, how))
+        placed.append(Placed(each.shot, first, end_frame - first, overlap, how))
         begin, end = start, start + length
     ending = script.project.finish.ending
     made = Timeline(
@@ -164,10 +164,10 @@ def _nearest(value: Fraction) -> int:
 def _check_room(timeline: Timeline) -> None:
     """Refuse a shot with fewer frames than the transitions at its ends take."""
     for index, placed in enumerate(timeline.shots):
-        before, behind = timeline.faded(index)
-        if before + behind > placed.num_frames:
-            lacking = timeline.seconds(before + behind - placed.num_frames)
+        before, after = timeline.faded(index)
+        if before + after > placed.num_frames:
+            lacking = timeline.seconds(before + after - placed.num_frames)
             raise InputError(
                 f"{timeline.script.where(placed.shot)} has {placed.num_frames} frames, fewer than "
-                f"the transitions at its beginning ({before}) and end ({behind}) take; shorten "
+                f"the transitions at its beginning ({before}) and end ({after}) take; shorten "
                 f"them by {lacking:.3f} s, or make the shot longer")

@@ -65,8 +65,8 @@ class FlowEstimator:
 
     def widened(self, mask: Mask) -> Mask:
         """Return a mask [H, W] with the neighbours of its pixels."""
-        beside = np.ones((3, 3), dtype=np.uint8)
-        return np.asarray(self._cv2.dilate(mask.astype(np.uint8), beside).astype(bool))
+        neighbours = np.ones((3, 3), dtype=np.uint8)
+        return np.asarray(self._cv2.dilate(mask.astype(np.uint8), neighbours).astype(bool))
 
     def warp(self, picture: NDArray[Any], flow: Flow) -> NDArray[Any]:
         """Fetch a picture [H, W(, C)] along a flow: out(x) = picture(x + flow(x)), bilinear."""

@@ -69,7 +69,7 @@ class TemporalRun:
     @property
     def staff(self) -> Staff:
         """The workers: one thread for each clip, so that all get the same numbers."""
-        patience = Patience(stall=math.inf)  # of a clip's measures no progress is told
+        patience = Patience(stall=math.inf)  # measures report no progress
         return Staff(self.workers, self.ray, threads=1, patience=patience)
 
 
@@ -249,7 +249,7 @@ def _measure(
         if not isinstance(scores, str):
             log.add([(key, scores)])
         tell({"event": "progress", "stage": "measure", "done": done, "total": total})
-    for folder in folders:  # in the order of names, whoever was ready first
+    for folder in folders:  # in the order of names
         folder.scores = {item.name: _asked(folder.scores[item.name], item, folder.suite)
                          for item in folder.items if item.name in folder.scores}  # fmt: skip
         folder.failed = dict(sorted(folder.failed.items()))
