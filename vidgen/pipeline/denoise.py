@@ -94,7 +94,7 @@ def denoisers(
                     for features, lengths in contexts]
     hides_given = plan.guidance.known_scale is not None
     listens = state.is_known and state.sound is not None and ranks is None
-    boundary = boundary_of(loader.folder, plan, hears=state.sound is not None)
+    boundary = boundary_of(loader.folder, plan, has_audio=state.sound is not None)
     with experts(loader, boundary, loras, level) as given:
         made = []
         for branch, context in zip(branches, contexts, strict=False):

@@ -85,15 +85,15 @@ class Experts:
         self._role = None
 
 
-def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None:
+def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | None:
     """Return the level below which the low-noise expert denoises; None if the first always does.
 
     A distilled model is a delta of the first expert and has a boundary of its own. For sound
-    (`hears`) a low-noise expert without sound layers is left out.
+    (`has_audio`) a low-noise expert without sound layers is left out.
     """
-    networks = folder.components
-    deaf = hears and "transformer_2" in networks and networks["transformer_2"].config.audio is None
-    if deaf or "transformer_2" not in networks:
+    if "transformer_2" not in folder.components:
+        return None
+    if has_audio and folder.components["transformer_2"].config.audio is None:
         return None
     return folder.defaults.boundary if plan.student is None else plan.student.boundary
 

@@ -46,7 +46,7 @@ def split_at(sigmas: Tensor, boundary: float | None) -> int:
 
 def split_of(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:
     """How many steps of a plan over these levels are drawn at the rate that is shown."""
-    return split_at(sigmas, boundary_of(folder, plan, hears=False))
+    return split_at(sigmas, boundary_of(folder, plan, has_audio=False))
 
 
 def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:

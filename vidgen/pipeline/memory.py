@@ -253,7 +253,7 @@ class _Job:
         timed = self.request.mask is not None and folder.conditioning == "tokens"
         live = self.remembered * self.dtype.itemsize
         live += self.pass_bytes(self.tokens, timed_tokens=timed)
-        alone = boundary_of(folder, self.plan, hears=bool(self.request.follow_audio)) is None
+        alone = boundary_of(folder, self.plan, has_audio=bool(self.request.follow_audio)) is None
         self.add("denoise", seconds, live, *EXPERTS[: 1 if alone else 2] * len(windows))
 
     def sound(self) -> None:

@@ -266,7 +266,7 @@ def settled(
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:
     """Tell which adapters are for a low-noise expert that has no part in this clip."""
     two = "transformer_2" in folder.components
-    if two and boundary_of(folder, plan, hears=bool(request.follow_audio)) is None:
+    if two and boundary_of(folder, plan, has_audio=bool(request.follow_audio)) is None:
         for option in request.lora:
             if parse_option(option).expert == "low":
                 log.warning("%s changes nothing in this clip, which the first expert makes alone: "
