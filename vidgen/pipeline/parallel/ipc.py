@@ -25,7 +25,6 @@ from vidgen.diffusion.guidance import BRANCHES
 from vidgen.ops.parallel import Ranks
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
     from vidgen.diffusion.cache import StepCaches
@@ -246,31 +245,14 @@ def tie(
 def collect(caches: StepCaches, channel: Channel, division: Division) -> dict[str, Tensor]:
     """Return the memory of all ranks' caches on rank 0's CPU, each rank's own elsewhere."""
     own = {name: each.cpu() for name, each in caches.state().items()}
+    first_of_negative, cpu = division.sequence, torch.device("cpu")
     if division.guidance == 1:
         return own
-    first_of_negative = division.sequence
     if channel.rank == first_of_negative:
         del own["skips"]
-        _send(own)
-    return own | _receive(first_of_negative) if channel.rank == 0 else own
-
-
-def _send(tensors: Mapping[str, Tensor]) -> None:
-    facts = {name: (each.shape, each.dtype) for name, each in tensors.items()}
-    dist.send_object_list([facts], dst=0, device=torch.device("cpu"))
-    for each in tensors.values():
-        dist.send(_as_bytes(each), dst=0)
-
-
-def _receive(rank: int) -> dict[str, Tensor]:
-    box: list[Any] = [None]
-    dist.recv_object_list(box, src=rank, device=torch.device("cpu"))
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in box[0].items()}
-    for each in tensors.values():
-        dist.recv(_as_bytes(each), src=rank)
-    return tensors
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return a view as bytes for a back end that doesn't support the dtype."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
+        dist.send_object_list([own], dst=0, device=cpu)
+    elif channel.rank == 0:
+        box: list[Any] = [None]
+        dist.recv_object_list(box, src=first_of_negative, device=cpu)
+        own |= box[0]
+    return own
