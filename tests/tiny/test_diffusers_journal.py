@@ -114,7 +114,7 @@ def test_stopped_at_each_stage(
     assert [p.done for p in told if p.stage == "sample"] == [1, 2]
     clip.journal.pause()  # type: ignore[union-attr]
     assert progress_text(job_facts(job_folder(out))) == f"write, frame 0 of {clip.num_frames}"
-    calls = calls_of(monkeypatch, ours.pipe, "call")
+    calls = calls_of(monkeypatch, ours.pipe, "make")
     for frames in (0, clip.num_frames * 2 // 3):  # while it decodes and writes
         with pytest.raises(KeyboardInterrupt):
             make(ours, family, Journal(out, resume=True)).save(
@@ -209,7 +209,7 @@ def test_frames_are_kept_where_decoding_cannot_wait(
     make(ours, "ltx", frames=17).save(whole)
     with pytest.raises(KeyboardInterrupt):
         make(ours, "ltx", Journal(out), frames=17).save(out, on_frames=interrupt_behind(0))
-    calls = calls_of(monkeypatch, ours.pipe, "call")
+    calls = calls_of(monkeypatch, ours.pipe, "make")
     clip = make(ours, "ltx", Journal(out, resume=True), frames=17)
     assert (clip.latents, calls) == (None, [])
     clip.save(out)
