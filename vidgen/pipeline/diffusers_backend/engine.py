@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
-from vidgen.media.sound import RATE
 from vidgen.media.types import ClipInfo, Frames
 from vidgen.pipeline.codec import to_frames
 from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline
@@ -111,7 +110,19 @@ class DiffusersEngine:
         scheduler = make_scheduler(able.pipe.scheduler, request)
         first = make_diffusers_plan(request, inputs, able, scheduler)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
-        recipes, track = self._recipes(plans, request, inputs, able, journals, rewritten)
+
+        @cache  # clips of one length share it
+        def track(num_frames: int) -> Soundtrack:
+            return make_soundtrack(request, num_frames, first.fps, self, has_sound=able.has_sound)
+
+        recipes = []
+        for plan, kept in zip(plans, journals, strict=True):
+            recipe = make_diffusers_recipe(self, plan, request, inputs) | rewritten
+            recipe = as_settled(recipe, kept.recipe)
+            known = recipe["plan"]["kept_frames"]  # None: it shows when the clip is made
+            recipe = stamped(recipe | (track(known).facts if known else {}), kept.recipe)
+            kept.check(recipe)
+            recipes.append(recipe)
         if not all(kept.finished for kept in journals):
             self._warn_of_peak(first)
 
@@ -120,60 +131,38 @@ class DiffusersEngine:
             if kept.finished:
                 clips.append(kept.clip())
                 continue
-
             report = Reporter(on_event, index, request.count)
-
-            def on_step(
-                done: int, total: int, kept: Journal = kept, report: Report = report
-            ) -> None:
-                kept.keep_job()
-                report("sample", done, total)
-
             with kept.running(recipe):
                 made = kept_made(kept)
                 if made is None:
-                    report("prompt", 0, 1)
-                    arguments = self._arguments(plan, request, inputs, able)
-                    made = self.pipe.make(able, plan, scheduler, arguments, on_step)
+                    made = self._made(plan, scheduler, request, inputs, able, kept, report)
                     keep_made(kept, made)
                 settled = self._settled(plan, request, able, made)
-                track = self._soundtrack(request, settled, able, track)
-                whole = recipe | {"plan": plan_facts(settled)} | track.facts
+                assert settled.kept_frames is not None
+                sound = track(settled.kept_frames)
+                whole = recipe | {"plan": plan_facts(settled)} | sound.facts
                 kept.keep_recipe(whole)
                 clip = self._clip(settled, whole, able, made, kept)
-                clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
+                clips.append(sound.under(clip, plan.seed, partial(report, "sound"), kept))
         return clips if request.count > 1 else clips[0]
 
     def close(self) -> None:
         """Free the pipeline's memory; this engine can't be used afterwards."""
         self.pipe.close()
 
-    def _recipes(
-        self, plans: Sequence[DiffusersPlan], request: Request, inputs: Inputs, able: Abilities,
-        journals: Sequence[Journal], rewritten: dict[str, Any],
-    ) -> tuple[list[dict[str, Any]], Soundtrack | None]:
-        """Return each clip's recipe, as far as it is settled, and their sound if possible."""
-        recipes, track = [], None
-        for plan, kept in zip(plans, journals, strict=True):
-            made = make_diffusers_recipe(self, plan, request, inputs) | rewritten
-            recipe = as_settled(made, kept.recipe)
-            if (num_frames := recipe["plan"]["kept_frames"]) is not None:
-                known = replace(plan, kept_frames=num_frames)  # else it shows when it is made
-                track = self._soundtrack(request, known, able, track)
-                recipe |= track.facts
-            recipe = stamped(recipe, kept.recipe)
-            kept.check(recipe)
-            recipes.append(recipe)
-        return recipes, track
+    def _made(
+        self, plan: DiffusersPlan, scheduler: Any, request: Request, inputs: Inputs,
+        able: Abilities, kept: Journal, report: Report,
+    ) -> Made:
+        """Run the pipeline; from its first step on the job is kept."""
 
-    def _soundtrack(
-        self, request: Request, plan: DiffusersPlan, able: Abilities, known: Soundtrack | None
-    ) -> Soundtrack:
-        """Return a clip's sound, shared by clips of one length."""
-        assert plan.kept_frames is not None
-        if known is not None and known.num_samples == round(plan.kept_frames / plan.fps * RATE):
-            return known
-        return make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=able.has_sound)
+        def on_step(done: int, total: int) -> None:
+            kept.keep_job()
+            report("sample", done, total)
+
+        report("prompt", 0, 1)
+        arguments = self._arguments(plan, request, inputs, able)
+        return self.pipe.make(able, plan, scheduler, arguments, on_step)
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """Read the request's pictures; draw a first frame if a model is given for it."""
