@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -68,18 +69,14 @@ class LanguageModel:
         from transformers.utils import logging
 
         own = {"local_files_only": True, "trust_remote_code": False}
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, **own)
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype="auto", use_safetensors=True, **own)
+            with without_bars(logging):
+                tokenizer = AutoTokenizer.from_pretrained(self.path, **own)
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path, dtype="auto", use_safetensors=True, **own)
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"{self.path} can't be opened as a language model: {first}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
         return tokenizer, model.to(self.device).eval()
 
     def answer(self, instruction: str, asked: Sequence[str], max_tokens: int) -> str:
@@ -136,6 +133,19 @@ class LanguageModel:
         vars(self).pop("_loaded", None)
         gc.collect()
         trim_memory()
+
+
+@contextmanager
+def without_bars(*libraries: Any) -> Iterator[None]:
+    """Hide loading bars of `utils.logging` modules, which would break into our own report."""
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def settle_texts(

@@ -19,6 +19,7 @@ from vidgen.pipeline.diffusers_backend.result import (
     prepare_vae,
     shown_frames,
 )
+from vidgen.pipeline.rewrite import without_bars
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.quantize import quiet_torchao
 
@@ -181,6 +182,8 @@ def _lent(able: Abilities, plan: DiffusersPlan, scheduler: Any) -> Iterator[None
 
 def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
     import diffusers
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     version = diffusers.__version__
     if getattr(diffusers, folder.class_name, None) is None:
@@ -188,7 +191,7 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
                          "doesn't have; install a newer diffusers")
     damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
-        with quiet_torchao(), _no_bars():
+        with quiet_torchao(), without_bars(logging, transformers_logging):
             pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
                 str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
             )
@@ -201,19 +204,3 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
         raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
                          "show; give a text-to-video, image-to-video or text-to-image model")
     return pipe
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hide both libraries' loading bars, which would break into our own report."""
-    from diffusers.utils import logging as diffusers_reports
-    from transformers.utils import logging as transformers_reports
-
-    shown = [r for r in (diffusers_reports, transformers_reports) if r.is_progress_bar_enabled()]
-    for reports in shown:
-        reports.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for reports in shown:
-            reports.enable_progress_bar()
