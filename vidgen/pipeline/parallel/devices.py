@@ -17,9 +17,10 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -117,11 +118,26 @@ class Devices:
                 ipc.tie(caches, self.channel, division, remembered, shard=self.shard)
             self._sampling = replace(share, caches=caches)
             try:
-                yield _guided(_Call(self, own, division), share)
+                yield _guided(partial(self._velocities, own, division), share)
             finally:
                 self._sampling, self._remembered = None, {}
                 if not self.channel.broken:
                     self.order("end")
+
+    def _velocities(
+        self, own: list[Denoise], division: ipc.Division, latents: Tensor, sigma: Tensor,
+        *wanted: int,
+    ) -> tuple[Tensor, ...]:
+        """Return velocities [B, C, F, h, w] under the wanted contexts, computed by all devices."""
+        self.order("denoise", latents.shape, latents.dtype, sigma.cpu(), wanted)
+        with self.together():
+            dist.broadcast(latents.contiguous(), src=0)
+            found = {which: own[which](latents, sigma)
+                     for which in division.turns(wanted, 0, shard=self.shard)}
+            if division.guidance == 2 and 1 in wanted:
+                found[1] = torch.empty_like(latents)
+                dist.recv(found[1], src=division.sequence)
+        return tuple(found[which] for which in wanted)
 
     def remembered(self) -> Mapping[str, Tensor]:
         """Return the memory of all ranks' step caches, on the CPU, inside `denoising` after a step.
@@ -251,7 +267,7 @@ def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
         raise
 
 
-def _guided(call: _Call, share: ipc.Share) -> Denoise:
+def _guided(call: Callable[..., tuple[Tensor, ...]], share: ipc.Share) -> Denoise:
     def conditional(latents: Tensor, sigma: Tensor) -> Tensor:
         return call(latents, sigma, 0)[0]
 
@@ -263,28 +279,6 @@ def _guided(call: _Call, share: ipc.Share) -> Denoise:
         share=guidance_share(share.state, share.plan.guidance.reach),
         both=lambda latents, sigma: call(latents, sigma, 0, 1),
     )
-
-
-class _Call:
-    """One call of the model on all devices: broadcast, compute, gather."""
-
-    def __init__(self, devices: Devices, own: list[Denoise], division: ipc.Division) -> None:
-        self._devices, self._own, self._division = devices, own, division
-
-    def __call__(self, latents: Tensor, sigma: Tensor, *wanted: int) -> tuple[Tensor, ...]:
-        """Return velocities [B, C, F, h, w] under the wanted contexts."""
-        devices = self._devices
-        devices.order("denoise", latents.shape, latents.dtype, sigma.cpu(), wanted)
-        with devices.together():
-            dist.broadcast(latents.contiguous(), src=0)
-            found = {
-                which: self._own[which](latents, sigma)
-                for which in self._division.turns(wanted, 0, shard=devices.shard)
-            }
-            if self._division.guidance == 2 and 1 in wanted:
-                found[1] = torch.empty_like(latents)
-                dist.recv(found[1], src=self._division.sequence)
-        return tuple(found[which] for which in wanted)
 
 
 class _Coming:
