@@ -46,7 +46,14 @@ from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import noise_file, read_mask
-from vidgen.pipeline.journal.job import job_facts, read_arrays, read_job, read_segment, segment_path
+from vidgen.pipeline.journal.job import (
+    SEGMENTS,
+    job_facts,
+    part_path,
+    read_arrays,
+    read_job,
+    read_segment,
+)
 from vidgen.pipeline.policy import WordList
 from vidgen.pipeline.replay import restore_inputs
 from vidgen.training.config import RunConfig
@@ -84,7 +91,7 @@ def _job_in(folder: Path) -> None:
     problem = job_facts(folder / JOB).get("problem")
     read_job(folder / JOB)
     read_arrays(folder / JOB / "state.safetensors")
-    read_segment(segment_path(folder / JOB, 0))
+    read_segment(part_path(folder / JOB, SEGMENTS, 0))
     assert not problem, "what is read has no problem"
 
 

@@ -25,12 +25,13 @@ from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import (
+    SEGMENTS,
     job_facts,
     job_folder,
+    part_path,
     progress_text,
     read_job,
     read_segment,
-    segment_path,
 )
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.types import Progress
@@ -316,7 +317,7 @@ def test_a_damaged_journal_is_refused_by_file(engine, out, name, damage):
 def test_a_segment_in_another_ones_place_is_refused(engine, out):
     with pytest.raises(KeyboardInterrupt):
         go(engine, out, False).save(out, on_frames=interrupt_behind(32))
-    shutil.copy(segment_path(job_folder(out), 0), segment_path(job_folder(out), 1))
+    shutil.copy(part_path(job_folder(out), SEGMENTS, 0), part_path(job_folder(out), SEGMENTS, 1))
     with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
         go(engine, out)
 
@@ -324,8 +325,8 @@ def test_a_segment_in_another_ones_place_is_refused(engine, out):
 def test_a_removed_segment_is_made_again(engine, out, straight):
     with pytest.raises(KeyboardInterrupt):
         go(engine, out, False).save(out, on_frames=interrupt_behind(32))
-    first = segment_path(job_folder(out), 0)
-    shutil.copy(first, segment_path(job_folder(out), 3))
+    first = part_path(job_folder(out), SEGMENTS, 0)
+    shutil.copy(first, part_path(job_folder(out), SEGMENTS, 3))
     first.unlink()
     go(engine, out).save(out)
     assert content(out) == straight

@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -138,14 +138,14 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     state = next((folder / name for name in (MADE, STATE) if (folder / name).is_file()), None)
     facts = {} if state is None else _read_facts(state)
     if not facts.get("finished"):
-        windows = kept_paths(folder, window_path)
+        windows = kept_paths(folder, WINDOWS)
         until = _read_facts(windows[-1])["until"] if windows else 0
         done = facts["step"] if facts.get("behind") == until else 0  # else of an earlier window
         stage = {"stage": "sample", "done": done,
                  "total": facts.get("num_steps", plan["num_steps"])}
         return stage | {"window": len(windows) + 1} if windows else stage
     total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
-    written = sum(_read_facts(path)["num_frames"] for path in kept_paths(folder, segment_path))
+    written = sum(_read_facts(path)["num_frames"] for path in kept_paths(folder, SEGMENTS))
     return {"stage": "write", "done": written, "total": total - facts.get("num_shown", 0)}
 
 
@@ -183,29 +183,23 @@ def read_job(folder: Path) -> dict[str, Any]:
     return job
 
 
-def segment_path(folder: Path, index: int) -> Path:
-    """Return the path of a segment."""
-    return folder / SEGMENTS / f"{index:05d}.safetensors"
+def part_path(folder: Path, kind: str, index: int) -> Path:
+    """Return the path of a segment (`kind` is `SEGMENTS`) or of a window's latents (`WINDOWS`)."""
+    return folder / kind / f"{index:05d}.safetensors"
 
 
-def window_path(folder: Path, index: int) -> Path:
-    """Return the path of a window's latents."""
-    return folder / WINDOWS / f"{index:05d}.safetensors"
-
-
-def kept_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]:
+def kept_paths(folder: Path, kind: str) -> list[Path]:
     """Return a job's segments or windows up to the first that is missing."""
     paths: list[Path] = []
-    while (path := path_of(folder, len(paths))).is_file():
+    while (path := part_path(folder, kind, len(paths))).is_file():
         paths.append(path)
     return paths
 
 
-def counted_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]:
+def counted_paths(folder: Path, kind: str) -> list[Path]:
     """Return the result of `kept_paths`; remove files after a missing one."""
-    kept = kept_paths(folder, path_of)
-    place = path_of(folder, 0).parent
-    for path in sorted(place.glob("*.safetensors"))[len(kept):]:
+    kept = kept_paths(folder, kind)
+    for path in sorted((folder / kind).glob("*.safetensors"))[len(kept):]:
         with suppress(PermissionError):  # one that stays is written over
             path.unlink()
     return kept

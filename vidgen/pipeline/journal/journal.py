@@ -30,7 +30,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.types import Segment
 from vidgen.pipeline import recorded
 from vidgen.pipeline.journal import job
-from vidgen.pipeline.journal.job import JOB, MADE, SOUND, STATE, TRIED
+from vidgen.pipeline.journal.job import JOB, MADE, SEGMENTS, SOUND, STATE, TRIED, WINDOWS
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ class Journal:
         """Save the last finished window, given all latents so far [1, C, n, h, w]."""
         self._latest = self.state = None
         if self.keeps:
-            path = job.window_path(self.folder, self.num_windows)
+            path = job.part_path(self.folder, WINDOWS, self.num_windows)
             new = done[:, :, self._num_done :]
             self._save_state({"latents": new}, {"until": done.shape[2]}, path)
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
@@ -195,7 +195,7 @@ class Journal:
 
     def segments(self) -> Iterator[Segment]:
         """Yield the finished segments, from the clip's start."""
-        kept = job.kept_paths(self.folder, job.segment_path) if self.num_frames else ()
+        kept = job.kept_paths(self.folder, SEGMENTS) if self.num_frames else ()
         return map(job.read_segment, kept)
 
     def keep(self, segment: Segment) -> None:
@@ -269,7 +269,7 @@ class Journal:
         import torch
 
         windows = [torch.from_numpy(job.read_arrays(path, "latents")[0]["latents"])
-                   for path in job.counted_paths(self.folder, job.window_path)]
+                   for path in job.counted_paths(self.folder, WINDOWS)]
         self.done = torch.cat(windows, dim=2) if windows else None
         self.num_windows = len(windows)
         self._num_done = 0 if self.done is None else self.done.shape[2]
@@ -295,7 +295,7 @@ class Journal:
                               "move it away, or give --overwrite to start anew")
 
     def _count_segments(self) -> None:
-        kept = job.counted_paths(self.folder, job.segment_path)
+        kept = job.counted_paths(self.folder, SEGMENTS)
         self._num_segments = len(kept)
         self.num_frames = sum(job.read_segment(path).num_frames for path in kept)
 
@@ -311,7 +311,7 @@ class Journal:
         if pending:
             with self._saving():
                 for index, segment in enumerate(pending, self._num_segments):
-                    job.write_segment(job.segment_path(self.folder, index), segment)
+                    job.write_segment(job.part_path(self.folder, SEGMENTS, index), segment)
             self._num_segments += len(pending)
 
     def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path) -> None:
