@@ -23,9 +23,9 @@ from vidgen.pipeline.journal import journal as journals
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.sound import candidates
+from vidgen.pipeline.sound import best_of_n
 from vidgen.pipeline.sound import own_sound as own_sounds
-from vidgen.pipeline.sound.candidates import Impacts
+from vidgen.pipeline.sound.best_of_n import Impacts
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2}
 
@@ -117,7 +117,7 @@ def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monk
 
         with monkeypatch.context() as patched:
             patched.setattr(SpacetimeDiT, "forward", see)
-            patched.setattr(candidates, "most_agreed", choose)
+            patched.setattr(best_of_n, "most_agreed", choose)
             clip = engine.generate("a cat", **WORDS, guidance=3.0, settings={"audio_candidates": 3})
         [(sounds, rate)] = told
         assert (len(sounds), rate) == (3, 16_000)
@@ -158,7 +158,7 @@ def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch)
                                 if p.stage == "sound" else None)
         return clip.sound[:, 0], torch.cat(rounds)
 
-    monkeypatch.setattr(candidates, "find_onsets", see)
+    monkeypatch.setattr(best_of_n, "find_onsets", see)
     for at in (9, 12, 17, 20):
         sound, sounds = generate(at, enough=2)
         assert [len(made) for made in rounds] == [4, 4, 2]
@@ -183,9 +183,9 @@ def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch
     def see(draw, hear, rate, _most, _at_once, impacts):
         made = draw(range(1))
         told.append((impacts.times, hear(made).shape[1] / rate))
-        return candidates.Kept(made[0])
+        return best_of_n.Kept(made[0])
 
-    monkeypatch.setattr(own_sounds, "best_heard", see)
+    monkeypatch.setattr(own_sounds, "best_sound", see)
     settings = {"audio_candidates": 2, "audio_delay": 0}
     looking.generate("a cat", **WORDS | {"frames": 33, "settings": settings})
     assert len(told) > 1

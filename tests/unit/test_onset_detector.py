@@ -20,13 +20,13 @@ from vidgen.models.onset_detector import (
     part_times,
     smeared,
 )
-from vidgen.pipeline.sound.candidates import (
+from vidgen.pipeline.sound.best_of_n import (
     AT_ONCE,
     ON_TIME,
     ONSET_DETECTOR,
     Impacts,
     Lateness,
-    best_heard,
+    best_sound,
     impacts_seen,
 )
 
@@ -52,7 +52,7 @@ def kept(sounds: torch.Tensor, impacts: Impacts | None, most: int | None = None)
         return numbers[list(takes)]
 
     most = len(sounds) if most is None else most
-    best = best_heard(draw, lambda made: sounds[made.flatten().long()], RATE, most,
+    best = best_sound(draw, lambda made: sounds[made.flatten().long()], RATE, most,
                       most if impacts is None else min(AT_ONCE, most), impacts)
     assert drawn == list(range(len(drawn)))
     return int(best.latents), len(drawn)

@@ -58,7 +58,7 @@ from vidgen.models.verifier import VerifierConfig
 from vidgen.models.words import split_words
 from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.regional_prompts import VERIFIER
-from vidgen.pipeline.sound.candidates import ONSET_DETECTOR
+from vidgen.pipeline.sound.best_of_n import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.finetune.model import open_trainable

@@ -29,7 +29,7 @@ from vidgen.pipeline.experts import boundary_of
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
 from vidgen.pipeline.passes import count_passes
-from vidgen.pipeline.sound.candidates import drawn_at_once
+from vidgen.pipeline.sound.best_of_n import drawn_at_once
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.step_caches import TENSORS_HELD

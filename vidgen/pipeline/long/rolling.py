@@ -89,11 +89,11 @@ class RolledClip:
         student, roll, first = self.plan.student, self._roll, 0
         assert student is not None
         rollout = Rollout(self.context, roll, self.plan.sampler)
-        parts = self.engine.loader
-        loras = self.loras.beside(parts.deltas(ROLLER))
+        loader = self.engine.loader
+        loras = self.loras.beside(loader.deltas(ROLLER))
         sigmas = torch.tensor(student.sigmas).to(self.engine.device)
         while True:
-            with experts(parts, None, loras, 1.0) as given:
+            with experts(loader, None, loras, 1.0) as given:
                 dit = given.at(1.0)
                 with dit.causal(roll.turn_frames):
                     made = rollout.turn(dit, self._begin(first), sigmas)
@@ -103,8 +103,8 @@ class RolledClip:
 
     def videos(self, start: int = 0) -> Iterator[Tensor]:
         """Yield video [1, 3, n, H, W], one latent frame after the other, from frame `start` on."""
-        t, parts = self.engine.vae_config.strides.t, self.engine.loader
-        made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
+        t, loader = self.engine.vae_config.strides.t, self.engine.loader
+        made = decode_frames(loader, self.latents(), latent_of(start, t), self.plan.tiles)
         return from_frame(made, start, t)
 
     @property

@@ -29,11 +29,11 @@ from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
 from vidgen.pipeline.settings import settled_value
-from vidgen.pipeline.sound.candidates import (
+from vidgen.pipeline.sound.best_of_n import (
     ON_TIME,
     Kept,
     Lateness,
-    best_heard,
+    best_sound,
     drawn_at_once,
     impacts_seen,
 )
@@ -135,7 +135,7 @@ class OwnSound:
                 new_from_s=known / config.tokens_per_s,
             )
         at_once = drawn_at_once(self.loader.folder, most)
-        return best_heard(draw, hear, config.sample_rate, most, at_once, impacts)
+        return best_sound(draw, hear, config.sample_rate, most, at_once, impacts)
 
     def add_to(
         self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)

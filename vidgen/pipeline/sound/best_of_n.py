@@ -138,7 +138,7 @@ def drawn_at_once(folder: ModelFolder, most: int) -> int:
     return min(AT_ONCE, most) if ONSET_DETECTOR in folder.components else most
 
 
-def best_heard(
+def best_sound(
     draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
     at_once: int, impacts: Impacts | None,
 ) -> Kept:
