@@ -28,6 +28,7 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
+from vidgen.pipeline.long.tail import Stretch
 from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.sound.best_of_n import (
     ON_TIME,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.loader import ModelLoader
-    from vidgen.pipeline.long.tail import Stretch
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
     from vidgen.weights.folder import ModelFolder
@@ -117,7 +117,9 @@ class OwnSound:
             self.extra_rounds += takes.start > 0
             known = finished_upsampled(shown.expand(len(takes), *[-1] * 4), rate, self._stride_t)
             state = self.add_to(known, first, count, takes)
-            return _sound_of(state, sample(state))
+            sound = state.unpack(sample(state))[1]
+            assert sound is not None
+            return sound
 
         @torch.no_grad()
         def hear(latents: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ class OwnSound:
 
     @property
     def _config(self) -> AudioVAEConfig:
-        return _config(self.loader)
+        return self.loader.folder.components["sound_vae"].config
 
     @property
     def _stride_t(self) -> int:
@@ -237,17 +239,18 @@ def own_sound(
 
     `stretch` are the windows of a long clip, None for a single one.
     """
-    nothing = torch.zeros(1, _config(loader).latent_channels, 0)
+    config = loader.folder.components["sound_vae"].config
     if stretch is None:
         whole = [(0, plan.latents.num_frames)]
-        return OwnSound(loader, plan, nothing, whole, LatentRate(plan.oversampling))
+        stretch = Stretch(whole, LatentRate(plan.oversampling), 0, None)
+    nothing = torch.zeros(1, config.latent_channels, 0)
     own = OwnSound(loader, plan, nothing, stretch.windows, stretch.rate, stretch.num_gone)
     if stretch.begun is None:
         return own
     own.starts_s = stretch.begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
     if own.earlier is not None:
-        config, (samples, rate) = _config(loader), own.earlier
+        samples, rate = own.earlier
         own.begins = own._span(own.num_gone, 1)[0]
         known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
         first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
@@ -297,22 +300,10 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
 @torch.no_grad()
 def _encode(loader: ModelLoader, samples: Samples, rate: int) -> Tensor:
     """Return latents [1, C, K] of samples [N, c], encoded second by second."""
-    config = _config(loader)
+    config = loader.folder.components["sound_vae"].config
     blocks = (samples[start : start + rate].mean(1, keepdims=True)
               for start in range(0, len(samples), rate))
     with loader.use("sound_vae") as vae:
         heard = (torch.from_numpy(block[:, 0].copy())[None].to(loader.device)
                  for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
         return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
-
-
-def _sound_of(state: LatentState, packed: Tensor) -> Tensor:
-    """Return the sound [B, C, k] of sampled latents."""
-    sound = state.unpack(packed)[1]
-    assert sound is not None
-    return sound
-
-
-def _config(loader: ModelLoader) -> AudioVAEConfig:
-    config: AudioVAEConfig = loader.folder.components["sound_vae"].config
-    return config
