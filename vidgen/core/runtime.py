@@ -112,6 +112,15 @@ def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
             file.write(content)
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file another name, or copy it where the file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_error(target: Path, error: OSError, partial: Path | None = None) -> OutputError:
     """An error of the operating system as a message that says what to do."""
     if error.errno in _FULL:

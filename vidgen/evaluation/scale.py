@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
-from vidgen.core.runtime import atomic_path, best_dtype, choose_device
+from vidgen.core.runtime import atomic_path, best_dtype, choose_device, link
 from vidgen.core.store import Store
 from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
@@ -85,33 +83,29 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     """
     suite = PromptSuite.read(run.suite)
     folder = open_model(run.model)
-    dtype = run.dtype or best_dtype(choose_device())
+    run = replace(run, dtype=run.dtype or best_dtype(choose_device()))
     place = Path(output).with_suffix(".clips")
     _check_place(place)
     pictures = _first_pictures(run.images, suite, on_event)
-    clips = list(_clips(run, suite, folder, dtype, pictures))
+    clips = list(_clips(run, suite, folder, pictures))
     _check_settings(run, folder, pictures)
     store = Store(place / "made")
     store.folder.mkdir(parents=True, exist_ok=True)
     staff = settle_threads(store.folder, run.staff, on_event)
-    failed = _make(run, folder, dtype, clips, store, staff, on_event)
+    failed = _make(run, folder, clips, store, staff, on_event)
     there = {clip.name: store.path(clip.address) for clip in clips if clip.name not in failed}
     if not there:
         raise InputError(f"no clip could be made: {next(iter(failed.values()))}")
     _lay_out(place / "named", there)
-    result = run_temporal(
-        TemporalRun(
-            (str(place / "named"),), run.networks, run.images, run.suite, run.augmentation,
-            staff.workers, staff.ray,
-        ),
-        output, on_event,
-    )  # fmt: skip
+    measuring = TemporalRun((str(place / "named"),), run.networks, run.images, run.suite,
+                            run.augmentation, staff.workers, staff.ray)
+    result = run_temporal(measuring, output, on_event)
     (measured,) = result["folders"]
     measured["name"] = folder.name
     measured["failed"] |= {f"{name}.mp4": why for name, why in failed.items()}
     result["generation"] = {
         "model": {"name": folder.name, "sha256": folder.content_hash},
-        "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": dtype,
+        "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": run.dtype,
         "settings": _recorded(run.settings),
         "threads": staff.threads, "clips": len(clips),
     }  # fmt: skip
@@ -142,7 +136,7 @@ def _check_settings(
 
 
 def _clips(
-    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | DiffusersFolder, dtype: str,
+    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | DiffusersFolder,
     pictures: Mapping[str, Path],
 ) -> Iterator[_Clip]:  # fmt: skip
     """Yield every clip of the suite, by prompt, then by seed."""
@@ -154,7 +148,7 @@ def _clips(
                 "audio": "none", "seed": run.seed + number, **run.settings,
                 **({"image": str(pictures[prompt])} if prompt in pictures else {}),
             })
-            address = identity(request, model=folder.content_hash, dtype=dtype)
+            address = identity(request, model=folder.content_hash, dtype=run.dtype)
             yield _Clip(request, address, f"{stem}-{number}")
 
 
@@ -185,8 +179,8 @@ def _stem(prompt: str, taken: dict[str, int]) -> str:
 
 
 def _make(
-    run: SuiteRun, folder: ModelFolder | DiffusersFolder, dtype: str, clips: Sequence[_Clip],
-    store: Store, staff: Staff, tell: OnEvent,
+    run: SuiteRun, folder: ModelFolder | DiffusersFolder, clips: Sequence[_Clip], store: Store,
+    staff: Staff, tell: OnEvent,
 ) -> dict[str, str]:
     """Make missing clips; return the names of those that failed, with the reason."""
     names: dict[str, list[str]] = {}
@@ -201,7 +195,7 @@ def _make(
             name=names[address][0])
         for address, request in missing.items()
     )
-    work = ClipWork(partial(load, run.model, dtype=dtype), folder.content_hash)
+    work = ClipWork(partial(load, run.model, dtype=run.dtype), folder.content_hash)
     try:
         for outcome in run_jobs(jobs, work, staff, tell):
             if outcome.error is not None:
@@ -225,7 +219,4 @@ def _lay_out(place: Path, files: dict[str, Path]) -> None:
         if path.exists() and path.samefile(file):
             continue
         with atomic_path(path) as temporary:
-            try:
-                os.link(file, temporary)
-            except OSError:  # a file system without links
-                shutil.copy2(file, temporary)
+            link(file, temporary)

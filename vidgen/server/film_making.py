@@ -19,7 +19,7 @@ from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import OWN_FILE
-from vidgen.core.runtime import available_memory
+from vidgen.core.runtime import available_memory, link
 from vidgen.media.probe import read_recipe
 from vidgen.pipeline.eta import Clock
 from vidgen.server.layout import (
@@ -28,7 +28,6 @@ from vidgen.server.layout import (
     SHOTS,
     STORYBOARD,
     THUMBNAIL,
-    link,
     shot_file,
 )
 from vidgen.server.making import Stopwatch, peak_memory, reset_peak_memory, write_stills

@@ -15,14 +15,13 @@ Imported by all processes of the service, so it needs neither torch nor libav.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import link
 from vidgen.server.schema import FilmAsk
 from vidgen.server.types import Upload
 
@@ -45,15 +44,6 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
     b"OggS": ("sound", ".ogg"), b"ID3": ("sound", ".mp3"),
 }
 _FONTS = (b"\0\1\0\0", b"OTTO", b"true")
-
-
-def link(source: Path, target: Path) -> None:
-    """Link a file under another name, or copy it where the disk has no links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def lay_down(ask: FilmAsk, folder: Path) -> Path:

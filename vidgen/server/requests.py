@@ -26,10 +26,11 @@ from urllib.parse import urljoin, urlsplit
 from pydantic import ValidationError
 
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.runtime import link
 from vidgen.server.body import write_upload
 from vidgen.server.errors import ApiError, from_validation
 from vidgen.server.jobs import Jobs
-from vidgen.server.layout import INPUTS, VIDEO, Medium, link, sniff
+from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
 from vidgen.server.schema import ExtraParams, LoraAsk, Shape, Strict
 from vidgen.server.settings import Settings
 from vidgen.server.types import Upload

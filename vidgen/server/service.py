@@ -14,12 +14,13 @@ from typing import Any
 import anyio
 
 from vidgen.core.errors import OutputError
+from vidgen.core.runtime import link
 from vidgen.server.errors import ApiError
 from vidgen.server.hub import Hub
 from vidgen.server.jobs import Jobs
 from vidgen.server.judging import Judge
 from vidgen.server.keys import Crowd, Keys, Pace
-from vidgen.server.layout import INPUTS, lay_down, link, take_over
+from vidgen.server.layout import INPUTS, lay_down, take_over
 from vidgen.server.metrics import Metrics
 from vidgen.server.requests import Place, Translator, parse
 from vidgen.server.scheduler import Scheduler
