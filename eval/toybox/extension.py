@@ -43,8 +43,8 @@ from eval.toybox.rulers.drift import LOOKS
 from eval.toybox.suite.items import endless_prompts
 from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
+from vidgen.core.store import ScoreLog
 from vidgen.evaluation.statistics import mean_interval
-from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.long.extend import COLOUR_HOLD
 from vidgen.pipeline.long.tail import ANCHOR_TASK, OVERLAP

@@ -44,8 +44,8 @@ from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError, exit_code
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
+from vidgen.core.store import ScoreLog
 from vidgen.evaluation.statistics import mean_interval, paired_interval
-from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 

@@ -37,9 +37,9 @@ from train.toybox.world.scenes import Scene
 from vidgen.core.errors import InputError, exit_code
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
+from vidgen.core.store import ScoreLog
 from vidgen.diffusion.samplers import sample_state
 from vidgen.evaluation.statistics import paired_interval
-from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.media.cells import psnr, ssim
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig

@@ -23,7 +23,7 @@ from train.toybox.world.subject import Subject
 from vidgen.core.errors import InputError, ModelError, exit_code
 from vidgen.core.runtime import atomic_write, fingerprint
 from vidgen.core.shapes import check_count
-from vidgen.evaluation.temporal.run import ScoreLog
+from vidgen.core.store import ScoreLog
 from vidgen.pipeline.engine import Engine, load
 
 

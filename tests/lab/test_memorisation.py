@@ -12,7 +12,7 @@ import pytest
 from tests.programs import ROOT, load_program
 from train.toybox.world.render import render
 from vidgen.core.errors import InputError
-from vidgen.evaluation.temporal.run import ScoreLog
+from vidgen.core.store import ScoreLog
 
 
 @pytest.fixture(scope="module")

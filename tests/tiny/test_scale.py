@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.mutations import mutate
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, OutputError
+from vidgen.core.store import ScoreLog
 from vidgen.evaluation.leaderboard import Entry, page, read_entries
 from vidgen.evaluation.scale import SuiteRun
-from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.media.probe import read_recipe
 
 PROMPTS = ("a red car bounces", "a cat/dog moves left", "a cat, camera pans left")

@@ -9,18 +9,20 @@ clips in such folders, and resume by making what is missing:
         ADDRESS.mp4.vidgen-job/  the journal of one that was stopped, which resumes from it
         NAME.json                what is known of an address or of the whole folder
 
-All of it may be removed at any time.
+All of it may be removed at any time. Scores of clips, too small for files of their own, are lines
+of a log by the same kind of address.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.runtime import atomic_write
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_write, write_error
 
 
 def address_of(facts: Any) -> str:
@@ -73,3 +75,39 @@ class Store:
 
     def _data_path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+class ScoreLog:
+    """Scores by content address, one JSON line each, safe against kills at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.scores = path, dict[str, dict[str, Any]]()
+        try:
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        except OSError as error:
+            raise InputError(f"{path}, where scores are kept, can't be read: {error.strerror}; "
+                             "move it away, or name another output") from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                key, scores = entry["key"], entry["scores"]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                continue  # cut short by a kill, or no scores
+            if isinstance(key, str) and isinstance(scores, dict):
+                self.scores[key] = scores
+
+    def add(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Append scores.
+
+        Raises:
+            OutputError: the disk is full, or the file can't be written.
+        """
+        try:
+            with self.path.open("a+b") as file:
+                if file.tell() and not self.path.read_bytes().endswith(b"\n"):
+                    file.write(b"\n")
+                for key, scores in entries:
+                    self.scores[key] = scores
+                    file.write(json.dumps({"key": key, "scores": scores}).encode() + b"\n")
+        except OSError as error:
+            raise write_error(self.path, error) from None

@@ -33,7 +33,7 @@ from train.toybox.world.scenes import SEED_RANGES
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
-from vidgen.evaluation.temporal.run import ScoreLog
+from vidgen.core.store import ScoreLog
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
 from vidgen.pipeline.workers.types import Job, Patience, Staff

@@ -21,8 +21,8 @@ from train.toybox.world.captions import prompts
 from train.toybox.world.scenes import Scene
 from train.toybox.world.subject import Subject
 from vidgen.core.protocols import OnEvent
+from vidgen.core.store import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
-from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.experts import hashes_of

@@ -20,8 +20,8 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import fingerprint, sha256_file, write_error
-from vidgen.core.store import address_of
+from vidgen.core.runtime import fingerprint, sha256_file
+from vidgen.core.store import ScoreLog, address_of
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
@@ -98,42 +98,6 @@ class _Job:
     prompt: str
     image: str | None
     networks: tuple[tuple[str, str], ...]
-
-
-class ScoreLog:
-    """Scores by content address, one JSON line each, safe against kills at any moment."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.scores = path, dict[str, dict[str, Any]]()
-        try:
-            lines = path.read_bytes().splitlines() if path.exists() else []
-        except OSError as error:
-            raise InputError(f"{path}, where scores are kept, can't be read: {error.strerror}; "
-                             "move it away, or name another output") from None
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                key, scores = entry["key"], entry["scores"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                continue  # cut short by a kill, or no scores
-            if isinstance(key, str) and isinstance(scores, dict):
-                self.scores[key] = scores
-
-    def add(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Append scores.
-
-        Raises:
-            OutputError: the disk is full, or the file can't be written.
-        """
-        try:
-            with self.path.open("a+b") as file:
-                if file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                    file.write(b"\n")
-                for key, scores in entries:
-                    self.scores[key] = scores
-                    file.write(json.dumps({"key": key, "scores": scores}).encode() + b"\n")
-        except OSError as error:
-            raise write_error(self.path, error) from None
 
 
 def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
