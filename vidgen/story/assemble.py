@@ -73,8 +73,9 @@ def assemble(
         sources, scenes = _matched(edit, sources)
         parts, conformed = _parts(edit, shots, sources, folder)
         pieces = pieces_of(edit.timeline, edit.burner.ranges, parts)
-        reels = Reels(edit.timeline, sources, edit.burner)
-        stretches = _written(edit, reels, pieces, sources, folder, on_frames)
+        total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
+        reels = Reels(edit.timeline, sources, edit.burner, lambda done: on_frames(done, total))
+        stretches = _written(edit, reels, pieces, folder)
         sound, heard = _sound(edit, shots)
         changed = {index: seen for index, seen in reels.seen.items()
                    if sources[index].table is not None}
@@ -180,19 +181,16 @@ def _parts(
 
 
 def _written(
-    edit: Edit, reels: Reels, pieces: Sequence[Piece], sources: Sequence[Source], folder: Path,
-    on_frames: Tell,
+    edit: Edit, reels: Reels, pieces: Sequence[Piece], folder: Path
 ) -> list[Stretch]:
     """Encode the pieces that can't be copied; return the film's stretches of files, in order."""
-    total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
-    reels.on_frames = lambda done: on_frames(done, total)
     stretches: list[Stretch] = []
     try:
         for number, piece in enumerate(pieces):
             count = piece.last - piece.first
             if piece.shot is not None:
                 start = edit.timeline.shots[piece.shot].start
-                stretches.append(Stretch(sources[piece.shot].path, piece.first - start,
+                stretches.append(Stretch(reels.sources[piece.shot].path, piece.first - start,
                                          piece.last - start))
                 continue
             path = folder / f"{number}{edit.output.suffix.lower()}"
