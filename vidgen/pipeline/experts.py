@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
 from vidgen.models.lora import attached
-from vidgen.pipeline.types import Loras
-from vidgen.weights.folder import hash_files
+from vidgen.pipeline.types import Loras, Plan
+from vidgen.weights.folder import ModelFolder, hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.dit_types import DiTConfig
     from vidgen.pipeline.loader import ModelLoader
-    from vidgen.pipeline.types import Plan
     from vidgen.weights.component import ExpertRole, Role
-    from vidgen.weights.folder import ModelFolder
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
 from vidgen.pipeline.types import Offload
-from vidgen.weights.component import fp32_parts
+from vidgen.weights.component import ExpertRole, Role, fp32_parts
 from vidgen.weights.load import trim_memory
-from vidgen.weights.quantize import require_torchao
+from vidgen.weights.quantize import Quantization, require_torchao
 from vidgen.weights.store import Weights
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
 from vidgen.weights.student import read_student, student_parts
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
     from vidgen.models.verifier import Verifier
-    from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
-    from vidgen.weights.quantize import Quantization
 
 EXPERTS: tuple[ExpertRole, ...] = ("transformer", "transformer_2")
 STREAMED: tuple[Role, ...] = (*EXPERTS, "text_encoder")

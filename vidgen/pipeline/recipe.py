@@ -19,7 +19,7 @@ from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.rewrite import LanguageModel
-from vidgen.pipeline.types import NO_LORAS, Loras
+from vidgen.pipeline.types import NO_LORAS, Loras, Opened, Plan
 from vidgen.weights.folder import DiffusersFolder, ModelFolder, embedded_folder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
@@ -27,7 +27,6 @@ from vidgen.weights.lora import parse_option
 if TYPE_CHECKING:
     from vidgen.pipeline.diffusers_backend.plan import DiffusersPlan
     from vidgen.pipeline.model import OpenedModel
-    from vidgen.pipeline.types import Opened, Plan
 
 RECIPE_VERSION = 1
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",

@@ -14,19 +14,16 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import choose_device
 from vidgen.core.values import MAX_PROMPT
-from vidgen.pipeline.journal.journal import recall
+from vidgen.pipeline.journal.journal import Journal, recall
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.weights.folder import hash_files
 from vidgen.weights.load import trim_memory
-
-if TYPE_CHECKING:
-    from vidgen.pipeline.journal.journal import Journal
 
 INSTRUCTION = (
     "You write prompts for a model that makes short video clips. Rewrite the user's prompt as one "

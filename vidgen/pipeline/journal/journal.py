@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
-from vidgen.media.types import Segment
+from vidgen.media.types import Samples, Segment
 from vidgen.pipeline import recorded
 from vidgen.pipeline.journal import job
 from vidgen.pipeline.journal.job import JOB, MADE, SEGMENTS, SOUND, STATE, TRIED, WINDOWS
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vidgen.core.request import Request
-    from vidgen.media.types import Samples
 
 log = logging.getLogger(__name__)
 

@@ -26,17 +26,17 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.shapes import LatentShape
+from vidgen.core.shapes import LatentShape, Tiles
 from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.state import UpsampledKnown
+from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.diffusion.temporal_upsampling import LatentRate
-from vidgen.media.clip import Clip
+from vidgen.media.clip import Clip, Keeper
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
 from vidgen.media.read import fit
-from vidgen.media.types import ClipInfo
+from vidgen.media.types import ClipInfo, Frames
 from vidgen.pipeline.codec import first_frames, room_for
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long import tail
@@ -44,10 +44,6 @@ from vidgen.pipeline.long.tail import Beginning, Stretch
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
-    from vidgen.core.shapes import Tiles
-    from vidgen.diffusion.state import LatentState
-    from vidgen.media.clip import Keeper
-    from vidgen.media.types import Frames
     from vidgen.pipeline.model import OpenedModel
     from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder

@@ -25,7 +25,7 @@ from vidgen.models.dit_types import KVCache
 from vidgen.pipeline.codec import decode_frames, from_frame, latent_of
 from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.experts import experts
-from vidgen.pipeline.types import Loras
+from vidgen.pipeline.types import Loras, Plan
 from vidgen.weights.folder import RollConfig
 from vidgen.weights.student import ROLLER
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.model import OpenedModel
-    from vidgen.pipeline.types import Plan
 
 
 class Rollout:

@@ -32,7 +32,7 @@ from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import child_environment, exit_text, given_rank
 from vidgen.core.values import check_whole
 from vidgen.diffusion.guidance import guidance_share, guided
-from vidgen.diffusion.state import moved
+from vidgen.diffusion.state import LatentState, moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.parallel import ipc
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.diffusion.state import LatentState
     from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Contexts, Loras, Plan
     from vidgen.weights.folder import ModelFolder
