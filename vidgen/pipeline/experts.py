@@ -56,16 +56,18 @@ def hashes_of(path: Path) -> list[str]:
 class Experts:
     """Gives the transformer of a noise level, with its adapters attached, inside `experts`."""
 
-    def __init__(self, loader: ModelLoader, boundary: float | None, loras: Loras) -> None:
+    def __init__(
+        self, loader: ModelLoader, boundary: float | None, loras: Loras, attached: ExitStack
+    ) -> None:
         self._loader, self._boundary, self._loras = loader, boundary, loras
-        self._attached = ExitStack()
+        self._attached = attached
         self._role: ExpertRole | None = None
 
     def at(self, sigma: float) -> SpacetimeDiT:
         """Return the transformer at `sigma`: the low-noise expert below the boundary."""
         role = self.role_at(sigma)
         if role != self._role:
-            self.release()  # before the other one may take this one's memory
+            self._attached.close()  # before the other one may take this one's memory
             self._module = self._loader.expert(role)
             own = self._loras.adapters.get(role, ())
             self._attached.enter_context(attached(self._module, own))
@@ -76,11 +78,6 @@ class Experts:
         """Return the role of the transformer at `sigma`."""
         low = self._boundary is not None and sigma < self._boundary
         return "transformer_2" if low else "transformer"
-
-    def release(self) -> None:
-        """Detach the adapters."""
-        self._attached.close()
-        self._role = None
 
 
 def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | None:
@@ -101,9 +98,7 @@ def experts(
     loader: ModelLoader, boundary: float | None, loras: Loras, start_sigma: float
 ) -> Iterator[Experts]:
     """Yield the transformers from `start_sigma` on; detach their adapters at the end."""
-    given = Experts(loader, boundary, loras)
-    with loader.use(given.role_at(start_sigma)):
-        try:
-            yield given
-        finally:
-            given.release()
+    adapters = ExitStack()
+    given = Experts(loader, boundary, loras, adapters)
+    with loader.use(given.role_at(start_sigma)), adapters:
+        yield given
