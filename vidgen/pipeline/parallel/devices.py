@@ -28,9 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.core.errors import DeviceError, InputError
-from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import child_environment, exit_text, given_rank
-from vidgen.core.values import check_whole
 from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import LatentState, moved
 from vidgen.pipeline.codec import decode_latents, room_for
@@ -225,7 +223,6 @@ def start_devices(
         if shard:
             raise InputError("shard spreads weights over devices; give --devices 2 or more")
         return None
-    check_whole("devices", devices, 1, MAX_DEVICES)
     shard = bool(shard)
     if shard and (quantize or offload == "block"):
         raise InputError("weights that are spread over devices can be neither int8 nor read block "
