@@ -204,20 +204,22 @@ class Scene:
     match_colour: Annotated[bool, "whether its shots are matched in colour"] = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Settings of shots that have none of their own."""
+    """Settings of a shot, or of all shots that have none of their own."""
 
     duration: Annotated[float | None, "seconds"] = field(default=None, metadata=called("seconds"))
-    negative: Annotated[str | None, "words for what pictures must not show"] = None
-    takes: Annotated[int | None, "number of versions of each shot"] = None
+    negative: Annotated[str | None, "words for what the picture must not show"] = None
+    takes: Annotated[
+        int | None, "number of versions, of seeds N, N+1, ...; the best is kept"] = None
     steps: Annotated[int | None, "denoising steps"] = None
     guidance: Annotated[float | None, "how strongly the prompt is followed"] = None
     sampler: Annotated[str | None, "name of a sampler"] = None
     shift: Annotated[float | None, "of the noise schedule"] = None
     camera: Annotated[Camera | None, "its motion"] = None
-    transition: Annotated[Transition | None, "from each shot to the next"] = None
-    lora: Annotated[tuple[str, ...], "adapters"] = field(default=(), metadata=ONE)
+    transition: Annotated[Transition | None, "from the previous shot"] = None
+    lora: Annotated[
+        tuple[str, ...], "adapters, each PATH[:WEIGHT]"] = field(default=(), metadata=ONE)
 
     def __post_init__(self) -> None:
         check_takes(self.takes)

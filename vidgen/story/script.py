@@ -25,6 +25,7 @@ from vidgen.story.elements import (
     Camera,
     Caption,
     Character,
+    Defaults,
     Music,
     Narration,
     Place,
@@ -33,9 +34,6 @@ from vidgen.story.elements import (
     ShotFrame,
     Sound,
     TimedPrompt,
-    Transition,
-    check_above_zero,
-    check_takes,
 )
 
 VERSION = 1
@@ -51,7 +49,7 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
+class Shot(Defaults):
     """One shot."""
 
     prompt: Annotated[
@@ -64,21 +62,10 @@ class Shot:
     characters: Annotated[
         tuple[str, ...], "ids of characters that appear though no prompt names them"
     ] = field(default=(), metadata=ONE)
-    duration: Annotated[float | None, "seconds"] = field(default=None, metadata=called("seconds"))
     frames: Annotated[int | None, "number of frames instead; 1 is a still"] = None
-    negative: Annotated[str | None, "words for what the picture must not show"] = None
     seed: Annotated[
         int | None,
         "default that of its first character, else drawn from the film's and the id"] = None
-    takes: Annotated[
-        int | None, "number of versions, of seeds N, N+1, ...; the best is kept"] = None
-    steps: Annotated[int | None, "denoising steps"] = None
-    guidance: Annotated[float | None, "how strongly the prompt is followed"] = None
-    sampler: Annotated[str | None, "name of a sampler"] = None
-    shift: Annotated[float | None, "of the noise schedule"] = None
-    lora: Annotated[
-        tuple[str, ...], "adapters, each PATH[:WEIGHT]"] = field(default=(), metadata=ONE)
-    camera: Annotated[Camera | None, "its motion"] = None
     first_frame: Annotated[
         Path | ShotFrame | None, "a picture, or a frame of another shot"
     ] = field(default=None, metadata=called("image"))
@@ -95,7 +82,6 @@ class Shot:
     music: Annotated[Music | None, "from here on"] = None
     caption: Annotated[
         tuple[Caption, ...], "text in the picture"] = field(default=(), metadata=ONE)
-    transition: Annotated[Transition | None, "from the previous shot"] = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -111,8 +97,7 @@ class Shot:
         if self.continue_from is not None and self.first_frame is not None:
             raise InputError("continue_from and first_frame are both given; the shot begins with "
                              "one of them")
-        check_takes(self.takes)
-        check_above_zero("duration", self.duration, 3600)
+        Defaults.__post_init__(self)  # with slots, super() would need its arguments
 
     @property
     def needs(self) -> tuple[str, ...]:
