@@ -394,7 +394,6 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
                     "ones, and no prompt has a part in them", request.prefix, ahead)
 
 
-
 def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
     t, total = engine.vae_config.strides.t, 0
     ending: deque[Frames] = deque(maxlen=1 + (tail.TAIL_FRAMES - 1) * t)
