@@ -10,7 +10,6 @@ from typing import Any
 from vidgen.core.config import flattened
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Tiles
-from vidgen.diffusion.samplers import SAMPLERS
 
 FACTS = (
     "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
@@ -111,6 +110,8 @@ def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
 
     A scheduler of diffusers isn't among them.
     """
+    from vidgen.diffusion.samplers import SAMPLERS  # torch, which a journal needn't load
+
     steps = {"steps": plan["num_steps"]}
     if plan.get("student") is not None:
         return steps
