@@ -41,7 +41,7 @@ from vidgen.media.types import Segment
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
 MADE, SOUND, HEARD = "made.safetensors", "sound.safetensors", "heard.safetensors"
@@ -140,7 +140,7 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     if not facts.get("finished"):
         windows = kept_paths(folder, WINDOWS)
         until = _read_facts(windows[-1])["until"] if windows else 0
-        done = facts["step"] if facts.get("behind") == until else 0  # else of an earlier window
+        done = facts["step"] if facts.get("num_done") == until else 0  # else of an earlier window
         stage = {"stage": "sample", "done": done,
                  "total": facts.get("num_steps", plan["num_steps"])}
         return stage | {"window": len(windows) + 1} if windows else stage

@@ -278,7 +278,7 @@ class Journal:
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
             if facts.get("finished"):
                 self.latents = tensors["latents"]
-            elif facts["behind"] == self._num_done:  # else of a window that was finished since
+            elif facts["num_done"] == self._num_done:  # else of a window that was finished since
                 self.state = job.state_of(facts["step"], tensors)
         self._count_segments()
 
@@ -304,7 +304,7 @@ class Journal:
     def _flush(self) -> None:
         if self._latest is not None:
             info, self._latest = self._latest, None
-            facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
+            facts = {"step": info.step, "num_steps": info.num_steps, "num_done": self._num_done}
             self._save_state(job.state_tensors(info.state), facts, self.folder / STATE)
         pending, self._pending = self._pending, []
         if pending:
