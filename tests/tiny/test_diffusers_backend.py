@@ -23,7 +23,7 @@ from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 from vidgen.pipeline.diffusers_backend.plan import Abilities
 from vidgen.pipeline.diffusers_backend.result import (
     Decode,
-    decoding_put_off,
+    deferred_decoding,
     stream_decode,
     temporal_tiles,
 )
@@ -154,7 +154,7 @@ def test_decoding_waits_for_frames(engine: Open) -> None:
     ours = engine("hunyuan")
     clip = generate(ours, "hunyuan")
     assert clip.latents.shape == (1, 4, 3, 4, 4)
-    with decoding_put_off(ours.pipe.own.vae, lambda _latents: 9) as noted:
+    with deferred_decoding(ours.pipe.own.vae, lambda _latents: 9) as noted:
         _ = clip.frames
     assert len(noted) == 1
     assert torch.equal(noted[0].latents, clip.latents)

@@ -21,10 +21,10 @@ from vidgen.media.clip import Clip
 from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 from vidgen.pipeline.diffusers_backend.result import (
     Decode,
-    Made,
+    PipelineResult,
     decode_all,
-    keep_made,
-    kept_made,
+    keep_result,
+    kept_result,
     stream_decode,
 )
 from vidgen.pipeline.journal import job, journal
@@ -318,10 +318,11 @@ def test_what_a_vae_takes_comes_back_as_it_was(out: Path) -> None:
     steps = torch.tensor([7], dtype=torch.int64)
     arguments = (0.1, None, [steps, "x"], (True,))
     options = {"generator": generator, "scales": torch.rand(2).half(), "more": {"n": 2}}
-    made = Made(9, [Decode(latents, arguments, options)], 4, None, np.ones((5, 2), np.float32), 24)
+    sound = np.ones((5, 2), np.float32)
+    made = PipelineResult(9, [Decode(latents, arguments, options)], 4, None, sound, 24)
     with (kept := Journal(out)).running({"plan": {}}):
-        keep_made(kept, made)
-        again = kept_made(kept)
+        keep_result(kept, made)
+        again = kept_result(kept)
     kept.pause()
     assert again is not None
     (one,), (two,) = made.decodings, again.decodings
@@ -341,10 +342,10 @@ def test_what_a_vae_takes_comes_back_as_it_was(out: Path) -> None:
 def test_what_cannot_be_written_down_costs_the_journal_and_not_the_clip(
     out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = Made(9, [Decode(torch.zeros(1, 4, 3, 2, 2), (object(),), {})])
+    made = PipelineResult(9, [Decode(torch.zeros(1, 4, 3, 2, 2), (object(),), {})])
     with (kept := Journal(out)).running({"plan": {}}):
-        keep_made(kept, made)
+        keep_result(kept, made)
         assert "decoding takes a object, which can't be written down" in caplog.text
-        assert kept_made(kept) is None
+        assert kept_result(kept) is None
     assert list(out.parent.iterdir()) == []
-    keep_made(Journal(None), replace(made, decodings=()))
+    keep_result(Journal(None), replace(made, decodings=()))

@@ -40,11 +40,11 @@ from vidgen.pipeline.diffusers_backend.plan import (
     settle,
 )
 from vidgen.pipeline.diffusers_backend.result import (
-    Made,
+    PipelineResult,
     as_settled,
     decode_all,
-    keep_made,
-    kept_made,
+    keep_result,
+    kept_result,
     peak_bytes,
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
@@ -133,10 +133,10 @@ class DiffusersEngine:
                 continue
             report = Reporter(on_event, index, request.count)
             with kept.running(recipe):
-                made = kept_made(kept)
+                made = kept_result(kept)
                 if made is None:
                     made = self._made(plan, scheduler, request, inputs, able, kept, report)
-                    keep_made(kept, made)
+                    keep_result(kept, made)
                 settled = self._settled(plan, request, able, made)
                 assert settled.kept_frames is not None
                 sound = track(settled.kept_frames)
@@ -153,7 +153,7 @@ class DiffusersEngine:
     def _made(
         self, plan: DiffusersPlan, scheduler: Any, request: Request, inputs: Inputs,
         able: Abilities, kept: Journal, report: Report,
-    ) -> Made:
+    ) -> PipelineResult:
         """Run the pipeline; from its first step on the job is kept."""
 
         def on_step(done: int, total: int) -> None:
@@ -175,7 +175,7 @@ class DiffusersEngine:
         return with_first_frame(request, size, self.device, self.dtype)
 
     def _warn_of_peak(self, plan: DiffusersPlan) -> None:
-        if self.pipe.puts_off and plan.width and plan.height and (plan.num_frames or 1) > 1:
+        if self.pipe.defers_decoding and plan.width and plan.height and (plan.num_frames or 1) > 1:
             vae = self.pipe.own.vae
             peak = peak_bytes(vae, plan.num_frames or 1, plan.height, plan.width)
             if peak is not None:
@@ -220,7 +220,7 @@ class DiffusersEngine:
         return given | {"output_type": "np"}
 
     def _settled(
-        self, plan: DiffusersPlan, request: Request, able: Abilities, made: Made
+        self, plan: DiffusersPlan, request: Request, able: Abilities, made: PipelineResult
     ) -> DiffusersPlan:
         """Return the plan with the size and length of the result."""
         if made.frames is not None:
@@ -235,7 +235,7 @@ class DiffusersEngine:
         return plan
 
     def _clip(
-        self, plan: DiffusersPlan, recipe: dict[str, Any], able: Abilities, made: Made,
+        self, plan: DiffusersPlan, recipe: dict[str, Any], able: Abilities, made: PipelineResult,
         journal: Journal,
     ) -> Clip:
         """Return a lazy clip over the deferred decodings, or the frames."""

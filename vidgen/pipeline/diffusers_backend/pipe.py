@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from vidgen.core.errors import InputError, ModelError
 from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
 from vidgen.pipeline.diffusers_backend.result import (
-    Made,
-    decoding_put_off,
+    PipelineResult,
+    deferred_decoding,
     prepare_vae,
     shown_frames,
 )
@@ -44,8 +44,8 @@ class LoadedPipeline:
         self.folder, self.device, self.offload = folder, device, offload
         self.own = _load(folder, dtype, loader)
         self._placed: Any = None
-        self.puts_off = hasattr(getattr(self.own, "vae", None), "decode")
-        if self.puts_off:
+        self.defers_decoding = hasattr(getattr(self.own, "vae", None), "decode")
+        if self.defers_decoding:
             prepare_vae(self.own.vae)
 
     def taking(self, option: str | None) -> Any:
@@ -83,7 +83,7 @@ class LoadedPipeline:
     def make(
         self, able: Abilities, plan: DiffusersPlan, scheduler: Any, arguments: dict[str, Any],
         on_step: OnProgress,
-    ) -> Made:
+    ) -> PipelineResult:
         """Run a pipeline with a request's scheduler, guidance and arguments.
 
         Raises:
@@ -108,7 +108,9 @@ class LoadedPipeline:
             raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
                              "in the pipeline's own layout") from error
 
-    def _run(self, able: Abilities, plan: DiffusersPlan, arguments: dict[str, Any]) -> Made:
+    def _run(
+        self, able: Abilities, plan: DiffusersPlan, arguments: dict[str, Any]
+    ) -> PipelineResult:
         """Call the pipeline, with its decoding deferred if possible."""
 
         def length(latents: torch.Tensor) -> int:
@@ -116,16 +118,16 @@ class LoadedPipeline:
                 return plan.num_frames  # against the causal rule, but so the pipeline has it
             return 1 + (latents.shape[2] - 1) * able.strides.t
 
-        if self.puts_off and not able.is_image:
-            with decoding_put_off(able.pipe.vae, length) as noted:
+        if self.defers_decoding and not able.is_image:
+            with deferred_decoding(able.pipe.vae, length) as noted:
                 output = able.pipe(**arguments)
             shown = shown_frames(output[0][0]) if noted else None
             if shown is not None and (len(noted) == 1 or not noted[0].is_video):
-                return Made.of(able, output, noted, shown.start)
+                return PipelineResult.of(able, output, noted, shown.start)
             # It builds on decoded frames, or changes them afterwards: decoding can't wait.
-            self.puts_off = False
+            self.defers_decoding = False
             arguments["generator"].manual_seed(plan.seed)
-        return Made.of(able, able.pipe(**arguments))
+        return PipelineResult.of(able, able.pipe(**arguments))
 
 
 class _StepBar:

@@ -51,7 +51,7 @@ class Decode:
 
 
 @contextmanager
-def decoding_put_off(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterator[list[Decode]]:
+def deferred_decoding(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterator[list[Decode]]:
     """Make `vae.decode` within the block record its arguments and return numbered frames.
 
     `length` returns the number of frames of latents [B, C, F, h, w].
@@ -212,7 +212,7 @@ _SETTLED = ("width", "height", "num_frames", "kept_frames")
 
 
 @dataclass(frozen=True)
-class Made:
+class PipelineResult:
     """A pipeline's result for one clip."""
 
     num_frames: int  # that it shows
@@ -225,7 +225,7 @@ class Made:
     @classmethod
     def of(
         cls, able: Abilities, output: Any, decodings: Sequence[Decode] = (), cut: int = 0
-    ) -> Made:
+    ) -> PipelineResult:
         """Make it from a pipeline's output and the deferred decodings."""
         shown = output[0] if able.is_image else output[0][0]
         sound, rate = _sound(able.pipe, output)
@@ -237,7 +237,7 @@ class Made:
         return torch.cat([each.latents for each in self.decodings]) if self.decodings else None
 
 
-def keep_made(journal: Journal, made: Made) -> None:
+def keep_result(journal: Journal, made: PipelineResult) -> None:
     """Save a pipeline's result; if it can't be serialised the journal ends with a warning."""
     if not journal.keeps:
         return
@@ -254,8 +254,8 @@ def keep_made(journal: Journal, made: Made) -> None:
     journal.keep_arrays(MADE, arrays, facts)
 
 
-def kept_made(journal: Journal) -> Made | None:
-    """Return the result of `keep_made`, or None; raise InputError if damaged."""
+def kept_result(journal: Journal) -> PipelineResult | None:
+    """Return the result of `keep_result`, or None; raise InputError if damaged."""
     kept = journal.kept_arrays(MADE)
     if kept is None:
         return None
@@ -264,7 +264,7 @@ def kept_made(journal: Journal) -> Made | None:
     for each in facts["decodings"]:
         latents, arguments, options = _unpacked(each, arrays)
         decodings.append(Decode(latents, tuple(arguments), options))
-    return Made(facts["num_frames"], decodings, facts["cut"], arrays.get("frames"),
+    return PipelineResult(facts["num_frames"], decodings, facts["cut"], arrays.get("frames"),
                 arrays.get("sound"), facts["sound_rate"])
 
 
