@@ -28,7 +28,7 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.weights.convert import convert

@@ -19,7 +19,7 @@ from vidgen.media.probe import read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.engine import load
-from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.recorded import own_options
 
 PROMPT = "a red car bounces across the desert"
 extend = partial(vidgen, "extend")

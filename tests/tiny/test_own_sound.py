@@ -21,7 +21,7 @@ from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal as journals
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.sound import best_of_n
 from vidgen.pipeline.sound import own_sound as own_sounds

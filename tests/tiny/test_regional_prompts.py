@@ -27,7 +27,7 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.levels import sigmas_of
-from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.regional_prompts import VERIFIER, regional_prompts
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import preflight

@@ -58,7 +58,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.ending import read_ending
     from vidgen.media.write import CONTAINERS, check_format, require_sound
-    from vidgen.pipeline.long.continuation import (
+    from vidgen.pipeline.recorded import (
         lengthened,
         made_of_clips,
         own_options,
@@ -122,7 +122,7 @@ def _make(
     import torch
 
     from vidgen.pipeline.engine import load_own
-    from vidgen.pipeline.long.continuation import at_own_size
+    from vidgen.pipeline.recorded import at_own_size
     from vidgen.weights.family import models_with
 
     request = Request.of(options.pop("prompt"), options)

@@ -42,7 +42,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import attention_by, check_output
     from vidgen.media.probe import read_recipe
     from vidgen.media.write import check_format
-    from vidgen.pipeline.long.continuation import made_of_clips
+    from vidgen.pipeline.recorded import made_of_clips
 
     recipe = read_recipe(args.file)
     if recipe is not None and (made := made_of_clips(recipe)) is not None:

@@ -35,7 +35,7 @@ from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.continuation import (
+from vidgen.pipeline.recorded import (
     at_own_size,
     lengthened,
     own_options,

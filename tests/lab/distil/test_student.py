@@ -42,7 +42,7 @@ from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.weights.convert import convert
