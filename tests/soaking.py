@@ -33,7 +33,7 @@ from vidgen.core.errors import VidgenError
 from vidgen.media.video_reader import VideoReader
 
 CLIENTS, AHEAD = 3, 20
-VICTIMS = {"service": 3, "runner": 1, "checker": 1}
+VICTIMS = {"service": 3, "workers.process": 2}
 """Who is killed, and how often of five times."""
 SETTLED = 4
 """Jobs after which a process has all that it keeps."""

@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_and_gets_over(tiny_model, tmp_path):
         refused = served.http.post("/v1/videos", json={"prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (
             507, "insufficient_storage")
-        os.kill(served.children()["vidgen.server.runner"], signal.SIGKILL)
+        os.kill(served.children()["vidgen.pipeline.workers.process"], signal.SIGKILL)
         log = served.data.with_suffix(".log")
         wait_for(lambda: "no space is left" in log.read_text())  # to put the job back
         assert served.http.get("/health").status_code == 200

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import threading
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.lora_models import make_adapter, make_dit
 from tests.models import DEFAULTS, TASKS, build_tiny_model
@@ -17,13 +21,14 @@ from train.toybox.model_files import write_student
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.engine import load
-from vidgen.server import guard, scheduler
+from vidgen.server import checker, guard, probe, scheduler
 from vidgen.server.answers import require_completed
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError
 from vidgen.server.making import Maker
-from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
+from vidgen.server.probe import check_uploads
+from vidgen.server.service import CHECKED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
 from vidgen.server.types import Refusal
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
@@ -39,12 +44,6 @@ def service(tiny_model, tmp_path_factory):
     service.start()
     yield service
     service.stop(0.0)
-
-
-@pytest.fixture
-def asking():
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
 
 
 def seen(service, job):
@@ -85,23 +84,27 @@ def test_no_step_follows_the_one_that_a_job_is_ended_in(service, monkeypatch, ho
     assert len(told) <= 1, "the one that was told while the word was on its way"
 
 
-def test_while_many_are_judged_others_are_answered(service):
+def test_while_many_are_checked_others_are_answered(service, monkeypatch):
+    may_go, checked = threading.Event(), []
+
+    def slow(files, _limits):
+        checked.append(files)
+        assert may_go.wait(100)
+
     async def ask():
         transport = httpx.ASGITransport(make_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost",
                                      timeout=60) as client:
             wrong = {"prompt": "x", "num_frames": 8}
             asked = [asyncio.create_task(client.post("/v1/videos", json=wrong)) for _ in range(60)]
-            while len(service.judge._open) < JUDGED_AT_ONCE:
+            while len(checked) < CHECKED_AT_ONCE:
                 await asyncio.sleep(0.05)
             listed = await client.get("/v1/videos")
             assert not any(task.done() for task in asked)
-            os.kill(child.pid, signal.SIGCONT)
+            may_go.set()
             return listed, await asyncio.gather(*asked)
 
-    wait_for(lambda: service.judge._is_ready)
-    child = service.judge._child.process
-    os.kill(child.pid, signal.SIGSTOP)
+    monkeypatch.setattr(checker, "check_uploads", slow)
     listed, answers = asyncio.run(asyncio.wait_for(ask(), 100))
     assert listed.status_code == 200
     assert {answer.status_code for answer in answers} == {400}
@@ -196,15 +199,15 @@ def test_what_the_service_refuses_names_its_own_fields(service):
 
 
 def test_a_service_takes_less_of_some_settings(tmp_path, tiny_model):
-    checker = Checker(str(tiny_model), Limits())
+    made = Checker(str(tiny_model), Limits())
     options = {"prompt": "a red car", "frames": 9, "seed": 1}
     spec = {"options": {**options, "settings": {"encode_passes": 10}}}
-    assert checker.clip(str(tmp_path), spec)["num_frames"] == 9
+    assert made.clip(tmp_path, spec)["num_frames"] == 9
     for passes, told in ((11, "11 encode_passes are asked for; this service takes 10"),
                          (101, "encode_passes is 101; give a whole number from 1 to 100")):
         spec["options"]["settings"] = {"encode_passes": passes}
         with pytest.raises(InputError, match=told):
-            checker.clip(str(tmp_path), spec)
+            made.clip(tmp_path, spec)
 
 
 def test_a_clip_is_rolled_out_without_previews(tmp_path):
@@ -215,7 +218,7 @@ def test_a_clip_is_rolled_out_without_previews(tmp_path):
     write_model_info(model, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
                      defaults=DEFAULTS)
     spec = {"options": {"prompt": "a red car", "roll": True, "frames": 21, "seed": 1}}
-    assert Checker(str(model), Limits()).clip(str(tmp_path), spec)["num_frames"] == 21
+    assert Checker(str(model), Limits()).clip(tmp_path, spec)["num_frames"] == 21
     shown, told = [], []
     made = Maker(load(str(model), dtype="fp32"), told.append).make(tmp_path, spec, shown.append)
     assert (made["num_frames"], shown) == (21, [])
@@ -223,32 +226,54 @@ def test_a_clip_is_rolled_out_without_previews(tmp_path):
     assert {event["stage"] for event in told} >= {"write", "finish"}
 
 
-def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking, monkeypatch):
-    is_deaf = False
-    hear = service.judge._hear
+def picture(place, name="a.png"):
+    Image.new("RGB", (64, 48)).save(place / name)
+    return [("image", "picture", str(place / name))]
 
-    def hear_no_answer(message):
-        """As if the process had died before it answered."""
-        if not (is_deaf and message["event"] == "answer"):
-            hear(message)
 
-    def killed_while_asked(answer):
-        wait_for(lambda: service.judge._is_ready)
-        child = service.judge._child
-        if answer is None:
-            os.kill(child.process.pid, signal.SIGSTOP)
-            answer = asking.submit(service.video, LONG, BOB)
-            wait_for(lambda: service.judge._open)
-        os.kill(child.process.pid, signal.SIGKILL)
-        wait_for(lambda: service.judge._child is not child)
-        return answer
+def test_a_request_outlives_one_reader_of_its_files_and_no_more(tmp_path, monkeypatch):
+    files, started = picture(tmp_path), []
+    popen = subprocess.Popen
 
-    monkeypatch.setattr(service.judge, "_hear", hear_no_answer)
-    job = killed_while_asked(None).result(60)
-    assert job.ask["num_steps"] == 200
-    service.scheduler.cancel(job)
-    is_deaf = True
-    with pytest.raises(Refusal, match="brings the reader"):
-        killed_while_asked(killed_while_asked(None)).result(60)
-    is_deaf = False
-    service.scheduler.cancel(service.video(LONG, BOB))
+    def deadly(*arguments, **options):
+        process = popen(*arguments, **options)
+        started.append(process)
+        if len(started) <= deaths:
+            process.kill()
+        return process
+
+    monkeypatch.setattr(probe.subprocess, "Popen", deadly)
+    deaths = 1
+    check_uploads(files, Limits())
+    assert [process.returncode for process in started] == [-signal.SIGKILL, 0]
+    started.clear()
+    deaths = 2
+    with pytest.raises(Refusal, match="brings the reader of such files down"):
+        check_uploads(files, Limits())
+    assert len(started) == 2
+
+
+def test_uploads_that_hang_or_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "hangs.png")
+    monkeypatch.setattr(probe, "PATIENCE_S", 2)
+    with pytest.raises(Refusal, match="can't be read in time"):
+        check_uploads([("image", "picture", str(tmp_path / "hangs.png"))], Limits())
+    monkeypatch.undo()
+    (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    with pytest.raises(Refusal, match=r"image is no picture|image is damaged"):
+        check_uploads([("image", "picture", str(tmp_path / "damaged.png"))], Limits())
+    with pytest.raises(Refusal, match="3,072 pixels of image are asked for"):
+        check_uploads(picture(tmp_path), Limits(input_pixels=3000))
+
+
+def test_a_reader_of_uploads_has_limits_of_its_own(tmp_path):
+    order = json.dumps({"files": picture(tmp_path), "pixels": 1 << 30, "seconds": 1})
+    program = ("import resource, signal\n"
+               "from vidgen.server import probe\n"
+               "probe.main()\n"
+               "assert resource.getrlimit(resource.RLIMIT_AS)[0] == probe.MEMORY\n"
+               "assert signal.alarm(0) > 60\n"
+               "try:\n    bytearray(probe.MEMORY)\nexcept MemoryError:\n    print('full')\n")
+    ended = subprocess.run([sys.executable, "-c", program], input=order, text=True, check=True,
+                           capture_output=True)
+    assert ended.stdout == "{}full\n"

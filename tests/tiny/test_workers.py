@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.labour import Labour, Unloadable
-from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.errors import Cancelled, InputError, VidgenError
 from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs, settle_threads
+from vidgen.pipeline.workers.seats import LocalCrew
 from vidgen.pipeline.workers.types import Job, Outcome, Patience, Staff
 from vidgen.story.script import Script
 
@@ -123,6 +125,29 @@ def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
     assert outcome.result == second
     assert gone([first])
     assert any(reason in each.get("text", "") for each in told)
+
+
+def test_a_job_is_cancelled_at_its_next_event_and_no_other(tmp_path):
+    crew = LocalCrew(pickle.dumps(Labour(tmp_path)), 1, 1)
+    crew.start()
+    (seat,) = crew.seats
+
+    def outcome(job):
+        seat.begin(job)
+        while True:
+            for _, message in crew.listen(1.0):
+                if message == ("tell", {"event": "progress", "stage": "events", "done": 1}):
+                    seat.cancel("enough")
+                elif message[0] in ("done", "failed", "lost"):
+                    return message
+
+    kind, error = outcome(Job("a", ("events", 600)))
+    seat.cancel("too late")
+    assert (kind, type(error), str(error)) == ("failed", Cancelled, "enough")
+    assert outcome(Job("b", ("square", 3))) == ("done", 9)
+    seat.stop()
+    seat.end(10.0)
+    assert seat.process.returncode == 0
 
 
 def test_an_interrupt_stops_all_and_lets_them_keep_what_they_have(tmp_path):

@@ -30,14 +30,14 @@ RETRY_MS = 1000
 """Time before a browser connects again."""
 
 
-async def judged(request: Request, work: Callable[[], Answer]) -> Answer:
-    """Run work that waits for the checker, in threads of its own: other requests go on."""
-    return await anyio.to_thread.run_sync(work, limiter=service_of(request).judged_at_once)
+async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
+    """Run work that checks a request, in threads of its own: other requests go on."""
+    return await anyio.to_thread.run_sync(work, limiter=service_of(request).checked_at_once)
 
 
 async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
     """Queue a job, and return how clients see it."""
-    job = await judged(request, make)
+    job = await checked(request, make)
     return await run_in_threadpool(service_of(request).scheduler.view, job)
 
 

@@ -9,7 +9,7 @@ from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse
 
 from vidgen.server.access import Caller, Fields, FilmJob, Router, film_of, service_of
-from vidgen.server.answers import add_job_routes, content, judged, queued
+from vidgen.server.answers import add_job_routes, checked, content, queued
 from vidgen.server.errors import ApiError
 from vidgen.server.files import FILE_ANSWERS, JobFile
 from vidgen.server.layout import shot_file
@@ -30,7 +30,7 @@ async def create_film(request: Request, call: Caller, fields: Fields) -> Any:
 @router.post("/check", response_model=FilmCheck, openapi_extra=body_schema(FilmAsk))
 async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     """Hear what a script would make, or what is wrong with it; nothing is made."""
-    return await judged(request, partial(service_of(request).check_film, fields, call))
+    return await checked(request, partial(service_of(request).check_film, fields, call))
 
 
 add_job_routes(router, "film", film_of, Film, FilmPage, {

@@ -1,147 +1,116 @@
-"""The process that makes clips and films: it opens the model once and works job by job.
+"""The work of the process that makes clips and films: it opens the model once, then job by job.
 
-It receives these messages (see `ipc.py`):
-    {"do": "make", "job": ID, "kind": "video", "folder": PATH, "spec": {...}}
-    {"do": "stop", "job": ID, "why": "cancelled" or "paused"}
-
-and sends, besides "alive" and "log":
-    ready       the model is open
-    broken      text: it can't be opened; the process leaves
-    progress    job, stage, done, total and, where known, fraction, eta_s, shot
-    preview     job, step, fps, image: an animation as a data URL
-    shot        job, shot: one of a film is there
-    note        job, text
-    done        job, result
-    failed      job, code, text
-    stopped     job, why: as it was told to
-
-A stop takes effect between two steps.
+It runs as a worker of `vidgen.pipeline.workers`. A payload is a dict: `kind`, "open", "video" or
+"film"; of the last two also `folder`, the job's, and `spec`. Events of a job, each a dict:
+    progress    stage, done, total and, where known, fraction, eta_s, shot
+    preview     step, fps, image: an animation as a data URL
+    shot        shot: one of a film is finished
+    note        text
+A job's result is one of
+    {"end": "done", "result": {...}}
+    {"end": "failed", "code": ..., "text": ...}
+    {"end": "stopped", "why": "cancelled" or "paused"}
 """
 
 from __future__ import annotations
 
 import base64
 import logging
-import queue
-import sys
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError, VidgenError
-from vidgen.server.ipc import Message, Parent, TellingHandler
+from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
+from vidgen.core.protocols import OnEvent
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Preview
+    from vidgen.server.film_making import FilmMaker
+    from vidgen.server.making import Maker
 
-CANCELLED, PAUSED = "cancelled", "paused"
+OPEN, CANCELLED, PAUSED = "open", "cancelled", "paused"
 PROGRESS_PAUSE_S = 0.1
 """Between two messages on a stage's progress; steps of the sampler are always reported."""
 log = logging.getLogger(__name__)
 
 
 class Runner:
-    """Works on one job at a time."""
+    """Makes clips and films of one model; see `vidgen.pipeline.workers.types.Work`."""
+
+    _tell: OnEvent
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._jobs: queue.Queue[Message] = queue.Queue()
-        self._stops: dict[str, str] = {}
-        self._lock = threading.Lock()
-        self._now: str | None = None
-        self._told_s = 0.0
-        self.parent = Parent(self._hear)
+        self._makers: dict[str, Maker | FilmMaker] = {}
+        self._reported_s = 0.0
 
-    def run(self) -> None:
-        """Open the model and work until the parent is gone."""
-        root = logging.getLogger()
-        root.handlers = [TellingHandler(self.parent, lambda: self._now)]
-        root.setLevel(logging.INFO)
+    def __call__(self, payload: dict[str, Any], tell: OnEvent) -> dict[str, Any] | None:
+        """Open the model, or do a job and return how it ended.
+
+        Raises:
+            ModelError: the model can't be opened.
+        """
+        if payload["kind"] == OPEN:
+            self._open()
+            return None
+        self._tell = tell
+        folder, maker = Path(payload["folder"]), self._makers[payload["kind"]]
+        try:
+            result = maker.make(folder, payload["spec"], self._preview)
+        except Cancelled as error:
+            if str(error) == CANCELLED:
+                remove_half_made(folder)
+            return {"end": "stopped", "why": str(error)}
+        except Exception as error:
+            return {"end": "failed", **failure(error)}
+        return {"end": "done", "result": result}
+
+    def _open(self) -> None:
+        logging.getLogger().setLevel(logging.INFO)
         from vidgen.core.runtime import reuse_freed_memory
         from vidgen.pipeline.engine import load_own
 
         reuse_freed_memory()
-        try:
-            engine = load_own(self._model, "the service makes clips of its own models alone")
-        except VidgenError as error:
-            self.parent.tell({"event": "broken", "text": str(error)})
-            return
+        engine = load_own(self._model, "the service makes clips of its own models alone")
         from vidgen.server.film_making import FilmMaker
         from vidgen.server.making import Maker
 
-        makers: dict[str, Maker | FilmMaker] = {
-            "video": Maker(engine, self._tell), "film": FilmMaker(engine, self._tell)}
-        self.parent.tell({"event": "ready"})
-        while True:
-            job = self._jobs.get()
-            self._now = job["job"]
-            folder, make = Path(job["folder"]), makers[job["kind"]].make
-            self._finish(partial(make, folder, job["spec"], self._preview), folder)
-            self._now = None
+        self._makers = {"video": Maker(engine, self._report),
+                        "film": FilmMaker(engine, self._report)}
 
-    def _finish(self, make: Callable[[], dict[str, Any]], folder: Path) -> None:
-        """Do a job, and report how it ended."""
-        end: Message
-        try:
-            self._check_stop()
-            end = {"event": "done", "result": make()}
-        except Cancelled:
-            why = self._stops.get(self._now or "", CANCELLED)
-            end = {"event": "stopped", "why": why}
-            if why == CANCELLED:
-                remove_half_made(folder)
-        except InputError as error:
-            end = {"event": "failed", "code": "invalid_request", "text": str(error)}
-        except OutputError as error:
-            end = {"event": "failed", "code": "storage_error", "text": str(error)}
-        except ModelError as error:
-            end = {"event": "failed", "code": "model_error", "text": str(error)}
-        except MemoryError:
-            end = {"event": "failed", "code": "out_of_memory",
-                   "text": "the memory is full; ask for a smaller or shorter clip"}
-        except Exception as error:
-            full = "out of memory" in str(error).lower()
-            log.exception("the job failed")
-            end = {"event": "failed", "code": "out_of_memory" if full else "server_error",
-                   "text": "the memory of the device is full; ask for a smaller or shorter clip"
-                   if full else "the job failed for a reason of the service's own"}
-        with self._lock:
-            self._stops.clear()  # what comes from here on is for another job
-        self.parent.tell({"job": self._now, **end})
-
-    def _tell(self, event: dict[str, Any]) -> None:
-        """Pass on an event of the makers; work is stopped here, between two steps."""
-        self._check_stop()
+    def _report(self, event: dict[str, Any]) -> None:
+        """Pass on an event of the makers, those that come by the frame not too often."""
         now = time.monotonic()
         often = event["event"] == "progress" and event["stage"] in ("write", "assemble")
-        if often and now - self._told_s < PROGRESS_PAUSE_S and event["done"] < event["total"]:
+        if often and now - self._reported_s < PROGRESS_PAUSE_S and event["done"] < event["total"]:
             return
-        self._told_s = now
-        self.parent.tell({"job": self._now, **event})
-
-    def _check_stop(self) -> None:
-        with self._lock:
-            why = self._stops.get(self._now or "")
-        if why is not None:
-            raise Cancelled(why)
+        self._reported_s = now
+        self._tell(event)
 
     def _preview(self, shown: Preview) -> None:
         from vidgen.pipeline.preview import as_webp
 
         image = base64.b64encode(as_webp(shown)).decode()
-        self.parent.tell({"event": "preview", "job": self._now, "step": shown.step,
-                          "fps": float(shown.fps), "image": f"data:image/webp;base64,{image}"})
+        self._tell({"event": "preview", "step": shown.step, "fps": float(shown.fps),
+                    "image": f"data:image/webp;base64,{image}"})
 
-    def _hear(self, message: Message) -> None:
-        if message["do"] == "make":
-            self._jobs.put(message)
-        else:
-            with self._lock:
-                self._stops[message["job"]] = message["why"]
+
+def failure(error: Exception) -> dict[str, str]:
+    """Return the code and text by which clients hear of an error; log one that is our own."""
+    codes = {InputError: "invalid_request", OutputError: "storage_error",
+             ModelError: "model_error"}
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            return {"code": code, "text": str(error)}
+    if isinstance(error, MemoryError):
+        return {"code": "out_of_memory",
+                "text": "the memory is full; ask for a smaller or shorter clip"}
+    log.error("the job failed", exc_info=error)
+    if "out of memory" in str(error).lower():
+        return {"code": "out_of_memory",
+                "text": "the memory of the device is full; ask for a smaller or shorter clip"}
+    return {"code": "server_error", "text": "the job failed for a reason of the service's own"}
 
 
 def remove_half_made(folder: Path) -> None:
@@ -151,12 +120,3 @@ def remove_half_made(folder: Path) -> None:
     for path in folder.rglob(f"*{SUFFIX}"):
         with suppress(OSError):
             remove_job(path)
-
-
-def main() -> None:
-    """Run as a process: MODEL."""
-    Runner(sys.argv[1]).run()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ answers, and removes outdated jobs. The process's messages come in on another th
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import threading
 import time
@@ -16,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import OutputError
+from vidgen.pipeline.workers import types as workers
+from vidgen.pipeline.workers.seats import LocalCrew, LocalSeat, Message, Seat
 from vidgen.server.hub import Event, Hub
-from vidgen.server.ipc import HEARTBEAT_S, Child, Message
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
 from vidgen.server.metrics import Metrics
-from vidgen.server.runner import CANCELLED, PAUSED
+from vidgen.server.runner import CANCELLED, OPEN, PAUSED, Runner, failure
 from vidgen.server.settings import Settings
 from vidgen.server.types import Job
 from vidgen.server.views import Live, Place, view
 
 LOOK_S, SWEEP_S = 1.0, 10.0
-SILENCE_S = 60 * HEARTBEAT_S
+SILENCE_S = 120.0
 """A process without a heartbeat for so long hangs."""
 STOP_PATIENCE_S = 30.0
 """For a process to let go of a job that was cancelled or deleted; then it is restarted."""
@@ -43,7 +45,9 @@ class Scheduler:
         self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
         self._lock = threading.RLock()
         self._wake = threading.Event()
-        self._child: Child | None = None
+        self._work = pickle.dumps(Runner(settings.model))
+        self._child: LocalSeat | None = None
+        self._listener: threading.Thread | None = None
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
         self._running: Job | None = None
@@ -133,10 +137,13 @@ class Scheduler:
                 time.sleep(0.05)
         with self._lock:
             self._is_over = True
-            child = self._child
+            child, listener = self._child, self._listener
         self._wake.set()
-        if child is not None:
-            child.leave(2.0)
+        if child is not None and listener is not None:
+            child.stop()
+            listener.join(2.0)
+            child.process.kill()
+            listener.join()
         if self._thread.is_alive():
             self._thread.join(10.0)
 
@@ -160,8 +167,7 @@ class Scheduler:
         with self._lock:
             if self._child is None and now >= self._start_s and not self._is_draining:
                 self._heard_s = now
-                self._child = Child("vidgen.server.runner", [self.settings.model], self._hear,
-                                    self._gone)
+                self._start_child()
             child, silent = self._child, now - self._heard_s > SILENCE_S
             told_s = self._told_to_stop_s
             stuck = told_s is not None and now - told_s > STOP_PATIENCE_S
@@ -171,7 +177,27 @@ class Scheduler:
             log.error("the runner %s; it is started anew",
                       "doesn't answer any more" if silent else "doesn't stop when it is told to")
             self._heard_s = now
-            child.kill()
+            child.process.kill()
+
+    def _start_child(self) -> None:
+        crew = LocalCrew(self._work, 1, workers.Staff().num_threads)
+        crew.start()
+        self._child = crew.seats[0]
+        self._listener = threading.Thread(target=self._listen, args=(crew,), daemon=True)
+        self._listener.start()
+
+    def _listen(self, crew: LocalCrew) -> None:
+        """Take in a process's messages until it is gone."""
+        while True:
+            for seat, message in crew.listen(LOOK_S):
+                if message[0] == "lost":
+                    seat.end()
+                    self._gone(message[1])
+                    return
+                try:
+                    self._hear(seat, message)
+                except Exception:
+                    log.exception("a message could not be taken in")
 
     def _begin_next(self) -> None:
         with self._lock:
@@ -186,38 +212,46 @@ class Scheduler:
             self._running, self._live = job, Live()
             self._step_s = time.monotonic()
             self.metrics.wait.observe(max(0.0, (job.started_at or 0.0) - job.created_at))
-            self._child.send({"do": "make", "job": job.id, "kind": job.kind, "spec": job.spec,
-                              "folder": str(self.settings.job_folder(job.id))})
+            self._child.begin(workers.Job(job.id, {
+                "kind": job.kind, "spec": job.spec,
+                "folder": str(self.settings.job_folder(job.id))}))
         log.info("started", extra={"job": job.id, "attempt": job.attempt})
         self._tell_status(job)
 
-    def _hear(self, message: Message) -> None:
+    def _hear(self, seat: Seat, message: Message) -> None:
         self._heard_s = time.monotonic()
-        event = message["event"]
-        if event == "ready":
+        kind, content = message[0], message[1:]
+        if kind == "ready":
+            seat.begin(workers.Job(OPEN, {"kind": OPEN}))
+        elif kind == "log":
+            self._hear_log(*content)
+        elif not self._is_ready and kind == "done":
             with self._lock:
                 self._is_ready, self._broken, self._deaths = True, None, 0
             self._wake.set()
-        elif event == "broken":
-            self._broken = message["text"]
-            log.error("the model can't be opened: %s", message["text"])
-        elif event == "log":
-            self._hear_log(message)
-        elif "job" in message:
-            with self._lock:
-                if self._running is None or self._running.id != message["job"]:
-                    return
-                job = self._running
-            getattr(self, f"_on_{event}")(job, message)
+        elif not self._is_ready and kind == "failed":
+            self._broken = str(content[0])
+            log.error("the model can't be opened: %s", self._broken)
+            seat.stop()
+        elif kind in ("tell", "done", "failed") and (job := self._running) is not None:
+            self._hear_of(job, kind, content[0])
 
-    def _hear_log(self, message: Message) -> None:
-        level: int = getattr(logging, message["level"])
-        log.log(level, "%s", message["text"],
-                extra={"job": message["job"], "trace": message["trace"]})
-        if level >= logging.WARNING and self._running and self._running.id == message["job"]:
-            self._live.warn(without_folders(message["text"], self.settings.data))
+    def _hear_of(self, job: Job, kind: str, content: Any) -> None:
+        """Take in an event of the running job, or its end."""
+        if kind == "tell":
+            getattr(self, f"_on_{content['event']}")(job, content)
+            return
+        if kind == "failed":
+            content = {"end": "failed", **failure(content)}
+        getattr(self, f"_on_{content['end']}")(job, content)
 
-    def _on_progress(self, job: Job, message: Message) -> None:
+    def _hear_log(self, level: int, text: str, trace: str | None) -> None:
+        job = self._running
+        log.log(level, "%s", text, extra={"job": job and job.id, "trace": trace})
+        if level >= logging.WARNING and job is not None:
+            self._live.warn(without_folders(text, self.settings.data))
+
+    def _on_progress(self, job: Job, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if message["stage"] == "sample" and self._live.stage == "sample" and message["done"] > 1:
             self.metrics.step.observe(now - self._step_s)
@@ -227,19 +261,19 @@ class Scheduler:
                 "queue_position": None, "shot": self._live.shot}
         self.hub.publish(Event("progress", job.id, job.owner, told))
 
-    def _on_preview(self, job: Job, message: Message) -> None:
+    def _on_preview(self, job: Job, message: dict[str, Any]) -> None:
         self._live.preview = {"id": job.id, "object": job.kind, "shot": self._live.shot, **{
             name: message[name] for name in ("step", "fps", "image")}}
         self.hub.publish(Event("preview", job.id, job.owner, self._live.preview))
 
-    def _on_shot(self, job: Job, message: Message) -> None:
+    def _on_shot(self, job: Job, message: dict[str, Any]) -> None:
         self._live.shots[message["shot"]["id"]] = message["shot"]
         self._tell_status(job)
 
-    def _on_note(self, job: Job, message: Message) -> None:  # noqa: ARG002
+    def _on_note(self, job: Job, message: dict[str, Any]) -> None:  # noqa: ARG002
         self._live.warn(without_folders(message["text"], self.settings.data))
 
-    def _on_done(self, job: Job, message: Message) -> None:
+    def _on_done(self, job: Job, message: dict[str, Any]) -> None:
         result = {**message["result"], "warnings": self._live.warnings}
         self._learn_pace(job, result["inference_time_s"])
         for stage, seconds in result["stage_durations"].items():
@@ -247,11 +281,11 @@ class Scheduler:
         self.metrics.memory.set(result["peak_memory_mb"] * 1e6)
         self._end(job, result, None)
 
-    def _on_failed(self, job: Job, message: Message) -> None:
+    def _on_failed(self, job: Job, message: dict[str, Any]) -> None:
         code, text = message["code"], without_folders(message["text"], self.settings.data)
         self._end(job, self._live.kept(), (code, text))
 
-    def _on_stopped(self, job: Job, message: Message) -> None:
+    def _on_stopped(self, job: Job, message: dict[str, Any]) -> None:
         if message["why"] == PAUSED:
             self._write_down(job, lambda: self.jobs.put_back(job))
         else:
@@ -318,7 +352,7 @@ class Scheduler:
         with self._lock:
             is_running = self._running is not None and self._running.id == job.id
             if is_running and self._child is not None:
-                self._child.send({"do": "stop", "job": job.id, "why": why})
+                self._child.cancel(why)
                 if why == CANCELLED and self._told_to_stop_s is None:
                     self._told_to_stop_s = time.monotonic()
             return is_running

@@ -15,10 +15,10 @@ import anyio
 
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import link
+from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError
 from vidgen.server.hub import Hub
 from vidgen.server.jobs import Jobs
-from vidgen.server.judging import Judge
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, take_over
 from vidgen.server.metrics import Metrics
@@ -35,8 +35,8 @@ from vidgen.server.settings import Settings
 from vidgen.server.types import Job, Kind, NewJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
-JUDGED_AT_ONCE = 16
-"""Requests in threads that wait for the checker or for an address; others wait for a thread."""
+CHECKED_AT_ONCE = 16
+"""Requests in threads that are checked or wait for an address; others wait for a thread."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 
@@ -69,7 +69,7 @@ class Service:
         self.metrics.watch_queue(self.jobs.counts)
         self.pace, self.crowd = Pace(settings.limits.per_minute), Crowd(settings.limits.at_once)
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
-        self.judge, self.judged_at_once = Judge(settings), anyio.CapacityLimiter(JUDGED_AT_ONCE)
+        self.checked_at_once = anyio.CapacityLimiter(CHECKED_AT_ONCE)
         self.model: dict[str, Any] = {}
         self.asks = Translator(settings, self.jobs, "")
 
@@ -79,12 +79,9 @@ class Service:
         Raises:
             ModelError: the model can't be opened.
         """
-        try:
-            self.model = self.judge.model()
-            self.asks.model = self.model["name"]
-        except BaseException:
-            self.judge.close()
-            raise
+        self.checker = Checker(self.settings.model, self.settings.limits)
+        self.model = self.checker.model()
+        self.asks.model = self.model["name"]
         self._clear_up()
         self.scheduler.start()
 
@@ -92,7 +89,6 @@ class Service:
         """Finish or pause the running job, and end."""
         self.scheduler.drain(patience_s)
         self.hub.close()
-        self.judge.close()
         self.jobs.close()
 
     def video(self, fields: dict[str, Any], call: Call) -> Job:
@@ -185,7 +181,7 @@ class Service:
                 raise ApiError(404, "not_found", f"there is no film {ask.previous_film_id!r}",
                                "previous_film_id")
             take_over(self.settings.job_folder(before.id), place.folder)
-        return self.judge.ask("film", path=str(path), draft=ask.draft), path
+        return self.checker.film(path, ask.draft), path
 
     def _again(
         self, source: Job, fields: dict[str, Any], call: Call, kind: str, ask: RemixAsk | None
@@ -226,7 +222,7 @@ class Service:
         spec: dict[str, Any] = {"options": options}
         if added_s is not None:
             spec["added_s"] = added_s
-        plan = self.judge.ask("clip", folder=str(place.folder), spec=spec)
+        plan = self.checker.clip(place.folder, spec)
         options["seed"] = plan["seed"]
         echo = {
             **{name: plan[name] for name in ("prompt", "width", "height", "num_frames", "fps",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vidgen.core.errors import InputError
@@ -47,14 +45,12 @@ class Limits:
     at_once: int = 100
     deaths: int = 3
 
-    def as_words(self) -> list[str]:
-        """Return the values in order, for a command line."""
-        return [str(value) for value in astuple(self)]
 
-    @classmethod
-    def of(cls, words: Sequence[str]) -> Limits:
-        """Read the words of `as_words`."""
-        return cls(*(json.loads(word) for word in words))
+def at_most(what: str, value: float, limit: float, remedy: str = "ask for less") -> None:
+    """Raise InputError if a value is above a limit."""
+    if value > limit:
+        raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}: "
+                         f"{remedy}")
 
 
 @dataclass(frozen=True)

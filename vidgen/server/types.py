@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from vidgen.core.errors import InputError
 
-POLICY, FAILED = "content_policy_violation", "server_error"
-"""Codes of refusals by the process that checks requests."""
+POLICY = "content_policy_violation"
 Kind = Literal["video", "film"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 UNFINISHED = ("queued", "in_progress")

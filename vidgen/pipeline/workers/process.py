@@ -1,7 +1,17 @@
 """A worker's program: receive jobs, run them, report; `python -m` with a pipe's number.
 
-A thread sends a heartbeat once a second, so that a hanging worker is noticed, and a worker without
-scheduler exits: first by a signal that lets a journal save its state, then at once.
+Messages to a worker, after the work itself and its number of threads:
+    ("job", payload)        run this; one at a time
+    ("cancel", why)         stop the job at work at its next event
+and from it:
+    ("beat",)               once a second, so that a hanging worker is noticed
+    ("ready",)              the work is unpickled
+    ("tell", event)         an event of the job
+    ("log", level, text, trace)
+    ("done", result), ("failed", error)     a cancelled job failed with `Cancelled`
+
+A worker whose scheduler is gone exits: first by a signal that lets a journal save its state, then
+at once.
 """
 
 from __future__ import annotations
@@ -9,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -16,10 +27,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.errors import Cancelled, InputError, VidgenError
+from vidgen.core.protocols import OnEvent
 from vidgen.pipeline.workers.types import pin_threads
 
 BEAT_S = 1.0
@@ -28,15 +41,16 @@ Say = Callable[[tuple[Any, ...]], None]
 
 
 class LogMessages(logging.Handler):
-    """Sends warnings to the scheduler, which logs them."""
+    """Sends the root logger's records to the scheduler; its level is WARNING by default."""
 
     def __init__(self, say: Say) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one."""
-        self.say(("log", record.levelno, record.getMessage()))
+        """Send one, its traceback separately."""
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self.say(("log", record.levelno, record.getMessage(), trace))
 
 
 def tell_warnings(say: Say) -> None:
@@ -45,16 +59,16 @@ def tell_warnings(say: Say) -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, UserWarning):
-            say(("log", logging.WARNING, str(message)))
+            say(("log", logging.WARNING, str(message), None))
 
     warnings.showwarning = show
 
 
-def answer(work: Any, payload: Any, threads: int, say: Say) -> tuple[Any, ...]:
+def answer(work: Any, payload: Any, threads: int, tell: OnEvent) -> tuple[Any, ...]:
     """Run a job: ("done", result) or ("failed", error)."""
     try:
         pin_threads(threads)
-        return "done", work(payload, lambda event: say(("tell", event)))
+        return "done", work(payload, tell)
     except VidgenError as error:
         return "failed", error
     except Exception as error:
@@ -69,6 +83,32 @@ def check_place(folder: str) -> None:
     except OSError as error:
         raise InputError(f"machine {os.uname().nodename} doesn't see {folder} ({error.strerror}); "
                          "all machines must share the folders of the film and the model") from None
+
+
+class _Orders:
+    """Receives the scheduler's messages while a job runs."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._connection = connection
+        self._reason: str | None = None
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled if the job is to be stopped."""
+        if self._reason is not None:
+            raise Cancelled(self._reason)
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                kind, content = self._connection.recv()
+                if kind == "cancel":
+                    self._reason = content
+                else:
+                    self._reason = None  # what came before was for another job
+                    self.jobs.put(content)
+        _leave()
 
 
 def main() -> int:
@@ -86,9 +126,15 @@ def main() -> int:
         content, threads = connection.recv()
         tell_warnings(say)
         work = pickle.loads(content)
+        orders = _Orders(connection)
+
+        def tell(event: dict[str, Any]) -> None:
+            orders.check_cancelled()
+            say(("tell", event))
+
         say(("ready",))
         while True:
-            say(answer(work, connection.recv(), threads, say))
+            say(answer(work, orders.jobs.get(), threads, tell))
     except (EOFError, KeyboardInterrupt, BrokenPipeError, ConnectionResetError):
         return 0
 
@@ -98,10 +144,15 @@ def _beat(say: Say) -> None:
         try:
             say(("beat",))
         except OSError:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(GRACE_S)
-            os._exit(1)
+            _leave()
         time.sleep(BEAT_S)
+
+
+def _leave() -> None:
+    """Let the job save its state, then exit."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os._exit(1)
 
 
 def _stop(*_: object) -> NoReturn:

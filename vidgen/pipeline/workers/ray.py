@@ -42,14 +42,18 @@ class Actor:
         self._work, self._threads, self._folder, self._version = work, threads, folder, version
         self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._opened: Any = None
-        self._is_stopping = False
+        self._reason: str | None = None
         self._at_work: threading.Thread | None = None
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
         tell_warnings(self._said.put)
 
-    def begin(self, payload: Any) -> None:
-        """Begin a job."""
-        self._at_work = threading.Thread(target=self._do, args=(payload,), daemon=True)
+    def receive(self, kind: str, content: Any) -> None:
+        """Begin a job, or cancel the one at work."""
+        if kind == "cancel":
+            self._reason = content
+            return
+        self._reason = None
+        self._at_work = threading.Thread(target=self._do, args=(content,), daemon=True)
         self._at_work.start()
 
     def listen(self) -> list[Message]:
@@ -63,14 +67,14 @@ class Actor:
 
     def stop(self, seconds: float) -> None:
         """Stop between two steps and save the state."""
-        self._is_stopping = True
+        self._reason = "stopped"
         if self._at_work is not None:
             self._at_work.join(seconds)
 
-    def _say(self, message: Message) -> None:
-        if self._is_stopping:
-            raise Cancelled("stopped")
-        self._said.put(message)
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self._reason is not None:
+            raise Cancelled(self._reason)
+        self._said.put(("tell", event))
 
     def _do(self, payload: Any) -> None:
         try:
@@ -83,8 +87,7 @@ class Actor:
         except VidgenError as error:
             self._said.put(("failed", error))
             return
-        with suppress(Cancelled):
-            self._said.put(answer(self._opened, payload, self._threads, self._say))
+        self._said.put(answer(self._opened, payload, self._threads, self._tell))
 
 
 class RayCrew(Crew):
@@ -171,9 +174,9 @@ class RaySeat(Seat):
         """Poll the actor; its messages come to `answer`."""
         self.answer = self._actor.listen.remote()
 
-    def send(self, payload: Any) -> None:
+    def send(self, kind: str, content: Any) -> None:
         """See `Seat`."""
-        self._actor.begin.remote(payload)
+        self._actor.receive.remote(kind, content)
 
     def stop(self) -> None:
         """See `Seat`."""

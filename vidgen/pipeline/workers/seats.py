@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -42,11 +43,15 @@ class Seat(ABC):
     def begin(self, job: Job) -> None:
         """Give it a job."""
         self.job, self.moved_s = job, time.monotonic()
-        self.send(job.payload)
+        self.send("job", job.payload)
+
+    def cancel(self, why: str) -> None:
+        """Stop its job at the next event; the job fails with `Cancelled`, whose text is `why`."""
+        self.send("cancel", why)
 
     @abstractmethod
-    def send(self, payload: Any) -> None:
-        """Send a job's payload; `listen` notices a worker that is gone."""
+    def send(self, kind: str, content: Any) -> None:
+        """Send a message of `process`; `listen` notices a worker that is gone."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -131,12 +136,20 @@ class LocalSeat(Seat):
             stderr=self._stderr, env=child_environment(OMP_NUM_THREADS=str(threads), **more),
         )
         theirs.close()
-        self.send((work, threads))
-
-    def send(self, payload: Any) -> None:
-        """See `Seat`."""
+        self._lock = threading.Lock()
         with suppress(OSError):
-            self.connection.send(payload)
+            self.connection.send((work, threads))
+
+    def begin(self, job: Job) -> None:
+        """See `Seat`; only what this job writes to stderr is kept."""
+        os.ftruncate(self._stderr.fileno(), 0)
+        os.lseek(self._stderr.fileno(), 0, os.SEEK_SET)
+        super().begin(job)
+
+    def send(self, kind: str, content: Any) -> None:
+        """See `Seat`."""
+        with self._lock, suppress(OSError):
+            self.connection.send((kind, content))
 
     def fate(self) -> str:
         """Return how it ended."""

@@ -1,0 +1,160 @@
+"""Uploads decoded in a process of their own, with limits on time and memory, before they are used.
+
+A crash, a hang or a file that unpacks to gigabytes ends that process alone. `python -m` with an
+order as JSON on stdin; it answers with an object on stdout: empty, or `text`, why it refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import child_environment
+from vidgen.server.settings import Limits, at_most
+from vidgen.server.types import Refusal
+
+Content = Literal["picture", "streams", "font", "script"]
+NamedFile = tuple[str, Content, str]
+"""What a file is called in messages, what it should hold, and its path."""
+PATIENCE_S = 120
+"""For all files of a request."""
+MEMORY = 4 << 30
+"""Bytes of address space for reading them."""
+MAX_DEATHS = 2
+"""Processes that die over a request's files before it is refused; one may have other reasons."""
+_SMALLER = "send it smaller"
+_AT_ONCE = threading.BoundedSemaphore(4)
+log = logging.getLogger(__name__)
+
+
+def check_uploads(files: Sequence[NamedFile], limits: Limits) -> None:
+    """Decode files in a process of their own.
+
+    Raises:
+        Refusal: one is damaged, larger than the limits, can't be read in time, or crashes its
+            reader.
+        RuntimeError: the process failed for a reason of its own.
+    """
+    if not files:
+        return
+    order = {"files": files, "pixels": limits.input_pixels, "seconds": limits.input_seconds}
+    with _AT_ONCE:
+        answer = _answer(json.dumps(order).encode())
+    if "text" in answer:
+        raise Refusal(answer["text"])
+
+
+def _answer(order: bytes) -> dict[str, str]:
+    late = Refusal("what was sent can't be read in time; send it in a usual format")
+    for _ in range(MAX_DEATHS):
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", "vidgen.server.probe"], input=order, capture_output=True,
+                timeout=PATIENCE_S, start_new_session=True, check=False,
+                env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+            )
+        except subprocess.TimeoutExpired:
+            raise late from None
+        if ended.returncode == 0:
+            answer: dict[str, str] = json.loads(ended.stdout)
+            return answer
+        if ended.returncode > 0:
+            raise RuntimeError(ended.stderr.decode(errors="replace").strip())
+        died_by = signal.Signals(-ended.returncode)
+        log.error("a reader of uploads was killed by %s", died_by.name)
+        if died_by in (signal.SIGALRM, signal.SIGXCPU):
+            raise late
+    raise Refusal("what was sent brings the reader of such files down; send it in another format")
+
+
+def main() -> None:
+    """Decode the files of an order."""
+    order = json.load(sys.stdin.buffer)
+    _limit()
+    answer = {}
+    try:
+        for name, content, path in order["files"]:
+            _CHECKS[content](name, Path(path), order)
+    except InputError as error:
+        answer["text"] = str(error)
+    except MemoryError:
+        answer["text"] = f"what was sent takes more than {MEMORY >> 30} GiB to read; {_SMALLER}"
+    json.dump(answer, sys.stdout)
+
+
+def _limit() -> None:
+    """Limit this process, so that it ends even if its parent doesn't wait for it any more."""
+    signal.alarm(PATIENCE_S)
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, 4 * PATIENCE_S),
+                        (resource.RLIMIT_CORE, 0)):
+        with suppress(OSError, ValueError):  # a system without it, or with a lower one
+            resource.setrlimit(kind, (limit, limit))
+
+
+def _check_picture(name: str, path: Path, limits: dict[str, Any]) -> None:
+    from PIL import Image
+
+    from vidgen.media.read import decoding
+
+    with decoding(name, "save it again"), Image.open(path) as image:
+        at_most(f"pixels of {name}", image.width * image.height, limits["pixels"], _SMALLER)
+        image.load()
+
+
+def _check_streams(name: str, path: Path, limits: dict[str, Any]) -> None:
+    from vidgen.media.probe import probe
+    from vidgen.media.sound import SoundReader
+    from vidgen.media.video_reader import VideoReader
+
+    facts = probe(path)
+    for stream in facts["streams"]:
+        area = stream.get("width", 0) * stream.get("height", 0)
+        at_most(f"pixels of {name}", area, limits["pixels"], _SMALLER)
+    at_most(f"seconds of {name}", facts.get("duration_s") or 0.0, limits["seconds"],
+            "send less of it")
+    with _damage_allowed(), VideoReader(path) as reader:
+        for _ in reader:
+            pass
+    with _damage_allowed():
+        for _ in SoundReader(path):
+            pass
+
+
+@contextmanager
+def _damage_allowed() -> Iterator[None]:
+    """Suppress errors that the plan reports if they matter there, but not a lack of memory."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None
+
+
+def _check_font(_name: str, path: Path, _limits: dict[str, Any]) -> None:
+    from PIL import ImageFont
+
+    with suppress(OSError):
+        ImageFont.truetype(str(path), 16).getbbox("vidgen")
+
+
+def _check_script(_name: str, path: Path, _limits: dict[str, Any]) -> None:
+    from vidgen.core.config_file import load_yaml
+
+    load_yaml(path, "script")
+
+
+_CHECKS = {"picture": _check_picture, "streams": _check_streams, "font": _check_font,
+           "script": _check_script}
+
+if __name__ == "__main__":
+    main()
