@@ -22,12 +22,12 @@ from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.engine import load
 from vidgen.server import checker, guard, probe, scheduler
-from vidgen.server.answers import require_completed
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError
 from vidgen.server.making import Maker
 from vidgen.server.probe import check_uploads
+from vidgen.server.routes import require_completed
 from vidgen.server.service import CHECKED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
 from vidgen.server.types import Refusal

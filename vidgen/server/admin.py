@@ -10,7 +10,6 @@ from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from vidgen.server.access import COOKIE, Owner, Router, key_required, owner_of, service_of
-from vidgen.server.answers import event_stream
 from vidgen.server.errors import ApiError
 from vidgen.server.responses import (
     ERRORS,
@@ -21,6 +20,7 @@ from vidgen.server.responses import (
     Readiness,
     Session,
 )
+from vidgen.server.routes import event_stream
 from vidgen.server.service import Service
 
 router = Router(tags=["service"], responses=ERRORS)

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError, VidgenError
-from vidgen.server import admin, films, videos
+from vidgen.server import admin, routes
 from vidgen.server.access import service_of
 from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.guard import MAX_REQUESTS, App, Guard
@@ -175,9 +175,8 @@ def make_app(service: Service) -> App:
     app.add_exception_handler(VidgenError, _answer_vidgen_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.include_router(videos.router)
-    app.include_router(films.router)
-    app.include_router(admin.router)
+    for router in (routes.videos, routes.films, admin.router):
+        app.include_router(router)
     _add_page(app)
     _complete_document(app)
     return Guard(app, service)

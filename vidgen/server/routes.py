@@ -1,24 +1,36 @@
-"""Routes and answers that clips and films share: jobs, their files and their events."""
+"""Routes of clips, in OpenAI's shape, and of films: jobs, their files and their events."""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
 from fastapi import Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from vidgen.server.access import Owner, Router, service_of
+from vidgen.server.access import (
+    Caller,
+    Fields,
+    FilmJob,
+    Owner,
+    Router,
+    VideoJob,
+    film_of,
+    service_of,
+    video_of,
+)
 from vidgen.server.errors import ApiError
-from vidgen.server.files import JobFile
+from vidgen.server.files import FILE_ANSWERS, JobFile
 from vidgen.server.hub import Event
-from vidgen.server.layout import content_of
-from vidgen.server.responses import Deleted
+from vidgen.server.layout import content_of, kept_recipe, shot_file
+from vidgen.server.responses import ERRORS, Deleted, Film, FilmCheck, FilmPage, Video, VideoPage
+from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk, body_schema
 from vidgen.server.service import Service
 from vidgen.server.types import Job, Kind
 
@@ -28,6 +40,9 @@ POLL_MS = 1000
 PING_S = 15.0
 RETRY_MS = 1000
 """Time before a browser connects again."""
+_SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
+videos = Router(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
+films = Router(prefix="/v1/films", tags=["films"], responses=ERRORS)
 
 
 async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
@@ -174,3 +189,126 @@ def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
 
 def _line(event: Event) -> str:
     return f"event: {event.name}\ndata: {json.dumps(event.data)}\n\n"
+
+
+@videos.post("", response_model=Video, openapi_extra=body_schema(VideoAsk))
+async def create_video(request: Request, call: Caller, fields: Fields) -> Any:
+    """Ask for a clip."""
+    return await queued(request, partial(service_of(request).video, fields, call))
+
+
+@videos.post("/edits", response_model=Video, openapi_extra=body_schema(EditAsk))
+async def edit_video(request: Request, call: Caller, fields: Fields) -> Any:
+    """Ask for a clip re-imagined."""
+    return await queued(request, partial(service_of(request).edit, fields, call))
+
+
+@videos.post("/extensions", response_model=Video, openapi_extra=body_schema(ExtensionAsk))
+async def extend_video(request: Request, call: Caller, fields: Fields) -> Any:
+    """Ask for a clip to go on."""
+    return await queued(request, partial(service_of(request).extend, fields, call))
+
+
+@videos.post("/{video_id}/remix", response_model=Video, openapi_extra=body_schema(RemixAsk))
+async def remix_video(request: Request, call: Caller, source: VideoJob, fields: Fields) -> Any:
+    """Ask for a clip as another one was asked for, with what is given here changed."""
+    return await queued(request, partial(service_of(request).remix, source, fields, call))
+
+
+@videos.post("/{video_id}/replay", response_model=Video)
+async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
+    """Ask for a clip once more; its frames are the same."""
+    return await queued(request, partial(service_of(request).replay, source, call))
+
+
+add_job_routes(videos, "video", video_of, Video, VideoPage, {
+    "list": "Clips, the newest first.",
+    "retrieve": "A clip as it stands.",
+    "delete": "Take a clip out of the world; one that is being made stops within a step.",
+    "cancel": "End a clip that isn't finished; it stops within a step.",
+    "preview": "How a clip looks while it forms.",
+    "events_of": "What happens to a clip, as it happens.",
+})
+
+
+@videos.get("/{video_id}/content", response_class=FileResponse, responses={
+    200: {"content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}}, **FILE_ANSWERS})
+def download_video(
+    request: Request, video: VideoJob,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video", download: bool = False,
+) -> Response:
+    """A clip's file, or a still of it."""
+    return content(request, video, variant, download=download)
+
+
+@videos.get("/{video_id}/recipe", response_model=dict[str, Any])
+def recipe_of_video(request: Request, video: VideoJob) -> Any:
+    """What made a clip."""
+    require_completed(video)
+    recipe = kept_recipe(service_of(request).settings.job_folder(video.id))
+    if recipe is None:
+        raise ApiError(404, "not_found", "the video has no recipe")
+    return JSONResponse(recipe)
+
+
+@films.post("", response_model=Film, openapi_extra=body_schema(FilmAsk))
+async def create_film(request: Request, call: Caller, fields: Fields) -> Any:
+    """Ask for a film."""
+    return await queued(request, partial(service_of(request).film, fields, call))
+
+
+@films.post("/check", response_model=FilmCheck, openapi_extra=body_schema(FilmAsk))
+async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
+    """Hear what a script would make, or what is wrong with it; nothing is made."""
+    return await checked(request, partial(service_of(request).check_film, fields, call))
+
+
+add_job_routes(films, "film", film_of, Film, FilmPage, {
+    "list": "Films, the newest first.",
+    "retrieve": "A film as it stands.",
+    "delete": "Take a film out of the world; one that is being made stops within a step.",
+    "cancel": "End a film that isn't finished; shots that are there can be taken over by the next.",
+    "preview": "How the shot at work looks while it forms.",
+    "events_of": "What happens to a film, as it happens.",
+})
+
+
+@films.get("/{film_id}/content", response_class=FileResponse, responses={
+    200: {"content": {"video/mp4": {}, "image/webp": {}, "text/html": {}, "text/vtt": {},
+                      "application/x-subrip": {}}}, **FILE_ANSWERS})
+def download_film(
+    request: Request, film: FilmJob,
+    variant: Literal["video", "thumbnail", "storyboard", "srt", "vtt"] = "video",
+    download: bool = False,
+) -> Response:
+    """A film's file, or one that was written beside it."""
+    found = content(request, film, variant, download=download)
+    if variant == "storyboard":  # a page of its own, with its style in it
+        found.headers["content-security-policy"] = (
+            "default-src 'none'; img-src data:; media-src 'self'; style-src 'unsafe-inline'; "
+            "sandbox")
+    return found
+
+
+@films.get("/{film_id}/shots/{shot_id}/content", response_class=FileResponse, responses={
+    200: {"content": {"video/mp4": {}, "image/webp": {}}}, **FILE_ANSWERS})
+def download_shot(
+    request: Request, film: FilmJob, shot_id: str,
+    variant: Literal["video", "thumbnail"] = "video",
+    take: int | None = Query(None, ge=0, lt=2**63, description="seed of one of several takes"),
+) -> Response:
+    """One shot of a film, or a take of it, as soon as the shot is there."""
+    planned = {each["id"]: each for each in film.ask["shots"]}.get(shot_id)
+    if planned is None:
+        raise ApiError(404, "not_found", f"there is no shot {shot_id[:80]!r}", "shot_id")
+    folder = service_of(request).settings.job_folder(film.id)
+    shot = shot_file(folder, shot_id)
+    if not shot.is_file():
+        raise ApiError(409, "not_completed", f"the shot {shot_id!r} isn't there yet")
+    is_only = planned["takes"] == 1 and take == planned["seed"]
+    path = shot if take is None or is_only else shot_file(folder, shot_id, take)
+    if not path.is_file():
+        raise ApiError(404, "not_found", f"the shot has no take of the seed {take}", "take")
+    suffix, media = _SHOT[variant]
+    file = path.with_suffix(suffix)
+    return JobFile(file, media, file.name)
