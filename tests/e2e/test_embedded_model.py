@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from eval.toybox.generation import generate_batch
@@ -31,3 +35,12 @@ def test_clips_show_what_their_prompts_say(engine: Engine, options: dict[str, ob
     assert sum(each["place"] for each in right) >= 7
     assert sum(each["motion"] for each in right) >= 5
     assert sum(each["sprite"] for each in right) >= 4
+
+
+@pytest.mark.long
+def test_the_benchmark_measures_a_clip_loading_and_decoding() -> None:
+    script = Path(__file__).parents[2] / "scripts/bench"
+    done = subprocess.run(["bash", script, "1"], stdout=subprocess.PIPE, text=True, check=True)
+    measured = json.loads(done.stdout)
+    assert 0 < measured["imports_and_load_s"] < measured["default_clip_cold_s"]
+    assert measured["decode_329_frames_peak_mb"] < 1.2 * measured["decode_33_frames_peak_mb"]
