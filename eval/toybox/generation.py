@@ -25,6 +25,7 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.long.rolling import RolledClip
+from vidgen.pipeline.regional_prompts import RegionalPrompts
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.types import NO_LORAS, Contexts, Plan
@@ -68,13 +69,23 @@ def sampled(
     engine: Engine, plan: Plan, state: LatentState, read: Sequence[str], contexts: Contexts
 ) -> Tensor:
     """Latents [B, C, F, h, w] of the best candidate of each clip."""
-    told = engine.regional_prompts(plan, read)
+    if plan.candidates == 1:
+        told = engine.regional_prompts(plan, read)
+        return engine.sample(plan, state, contexts, regional=told)
+    made = list[Tensor]()
+    for row, prompt in enumerate(read):
+        told = engine.regional_prompts(plan, [prompt])
+        own = [(text[row : row + 1], count[row : row + 1]) for text, count in contexts]
 
-    def draw(state: LatentState, rows: Tensor, _candidate: int) -> Tensor:
-        own = [(text[rows], count[rows.to(count.device)]) for text, count in contexts]
-        return engine.sample(plan, state, own, regional=told.rows(rows) if told else None)
+        def draw(
+            state: LatentState, _candidate: int, _resume: object, own: Contexts = own,
+            told: RegionalPrompts | None = told,
+        ) -> Tensor:
+            return engine.sample(plan, state, own, regional=told)
 
-    return sample_best(engine.loader, plan, state, read, draw)
+        begun = state.rows(slice(row, row + 1))
+        made.append(sample_best(engine.loader, plan, begun, prompt, draw, Journal(None), 0, 1)[0])
+    return torch.cat(made)
 
 
 def _rolled(engine: Engine, plan: Plan) -> Tensor:

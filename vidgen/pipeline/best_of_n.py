@@ -1,8 +1,8 @@
-"""Best-of-n: draw candidates of a clip from other noise until the verifier finds what was asked.
+"""Best-of-n: draw candidates until one is good enough, and keep the one with the highest score.
 
-The verifier looks at latents, before anything is decoded; most first candidates satisfy it. Where
-none does, the one with the highest score is kept. Each window of a long clip is a clip of its own
-here, which has to show what the last frames before it show.
+Candidates of a clip are drawn from other noise; the model's verifier looks at their latents, before
+anything is decoded, and most first ones satisfy it. Each window of a long clip is a clip of its own
+here, which has to show what the last frames before it show. See `sound.best_of_n` for sounds.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels.
 """
@@ -10,10 +10,9 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,23 +40,40 @@ CANDIDATE_NOISE = -2
 """A step that no sampler takes; `shuffled` draws the second candidate's noise with it, the third's
 with one less, and so on."""
 
-Sample = Callable[["LatentState", Tensor, int], Tensor]
-"""Samples a state of some clips; also gets their numbers [n], and that of this candidate."""
-
 
 @dataclass(frozen=True)
-class Tried:
-    """The best candidate of a clip so far.
+class Best:
+    """The best candidate so far."""
 
-    Attributes:
-        count: candidates so far.
-        score: see `verifier.score`.
-        latents: [1, C, F, h, w], with sound packed as a sampler has it.
-    """
-
-    count: int
     score: float
-    latents: Tensor
+    made: Any
+    count: int  # of candidates so far
+
+
+def best_of(
+    draw: Callable[[range], Iterable[tuple[float, Any]]], most: int, enough: float, *,
+    at_once: int = 1, best: Best | None = None, keep: Callable[[Best], None] | None = None,
+) -> Best:
+    """Draw candidates until one is good enough; return the best, of equal ones the first.
+
+    Args:
+        draw: makes the candidates of a range of numbers, each with its score.
+        most: maximum number of candidates.
+        enough: score that ends the search.
+        at_once: candidates that are drawn together.
+        best: of an earlier run, which goes on with the others.
+        keep: called with the best before more are drawn.
+    """
+    count = best.count if best else 0
+    while count < most and (best is None or best.score < enough):
+        if best is not None and keep is not None:
+            keep(best)
+        numbers = range(count, count := min(count + at_once, most))
+        drawn = [Best(*each, count) for each in draw(numbers)]
+        found = [replace(best, count=count), *drawn] if best else drawn
+        best = max(found, key=lambda each: each.score)
+    assert best is not None
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,90 +154,51 @@ def _known(state: LatentState) -> Tensor | None:
 
 
 def sample_best(
-    loader: ModelLoader,
-    plan: Plan,
-    state: LatentState,
-    prompts: Sequence[str],
-    sample: Sample,
-    tried: Tried | None = None,
-    keep: Callable[[Tried], None] | None = None,
-    doubt: Callable[[str], None] | None = None,
-) -> Tensor:
-    """Draw candidates until each clip has one that satisfies the verifier.
-
-    Args:
-        loader: the networks.
-        plan: of the clips.
-        state: the start of their first candidates.
-        prompts: B, after word normalisation.
-        sample: denoises.
-        tried: the candidates of an earlier run, for a single clip.
-        keep: called with a single clip's candidates before more are drawn.
-        doubt: called with the names of the things that no candidate of a clip shows for certain.
-
-    Returns:
-        Latents [B, C, F, h, w] of the best candidates, with sound packed.
-    """
-    every = torch.arange(len(prompts), device=state.latents.device)
-    if plan.candidates == 1:
-        return sample(state, every, 0)
-    with loader.use(VERIFIER) as verifier:
-        wants, enough = wanted(verifier, state, prompts), verifier.config.enough
-        best = {0: (tried.score, tried.latents[0])} if tried else {}
-        unsure, count = list(range(len(prompts))), tried.count if tried else 0
-        while unsure and count < plan.candidates:
-            begun = anew(state.rows(every[unsure]), count)
-            made = sample(begun, every[unsure], count)
-            count += 1
-            shown = verifier.shown(begun.unpack(made)[0])
-            for row, latents, seen in zip(unsure, made, shown, strict=True):
-                sure = score(seen, wants[row]) if wants[row] else enough
-                if row not in best or sure > best[row][0]:
-                    best[row] = sure, latents
-            unsure = [row for row in unsure if best[row][0] < enough]
-            if keep is not None and unsure and count < plan.candidates:
-                keep(Tried(count, best[0][0], best[0][1][None]))
-        if doubt is not None:
-            for row in unsure:
-                doubt(verifier.config.names(wants[row]))
-    return torch.stack([best[row][1] for row in range(len(prompts))])
-
-
-def best_of_window(
-    loader: ModelLoader, plan: Plan, state: LatentState, prompt: str, sample: Callable[..., Tensor],
-    on_step: Callable[..., None], journal: Journal, window: int, *, num_steps: int,
+    loader: ModelLoader, plan: Plan, state: LatentState, prompt: str,
+    sample: Callable[[LatentState, int, SamplerState | None], Tensor], journal: Journal,
+    window: int, num_steps: int,
 ) -> tuple[Tensor, int]:
-    """Draw candidates of one window of a clip; the journal keeps the best so far.
+    """Draw candidates of one window of a clip until one satisfies the verifier.
 
     Args:
         loader: the networks.
         plan: of the window.
         state: the start of its first candidate.
         prompt: after word normalisation.
-        sample: denoises a state, given `on_step` and `resume`.
-        on_step: called after each step, with the candidate's number.
-        journal: of the clip.
+        sample: denoises the state of the candidate of a number, from a saved step on, if any.
+        journal: of the clip, keeps the best so far.
         window: number of the window.
         num_steps: of one candidate.
 
     Returns:
-        The best candidate as samplers give it, and the number of rejected ones.
+        The best candidate as samplers give it, with sound packed, and the number of rejected ones.
     """
-    tried = kept_tried(journal, window, state.latents.device)
-    rejected = tried.count if tried else 0
+    arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})
+    best = None
+    if facts.get("window") == window:
+        latents = torch.from_numpy(arrays["latents"]).to(state.latents.device)
+        best = Best(facts["score"], latents, facts["count"])
 
-    def draw(state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
-        nonlocal rejected
-        rejected = candidate
-        resume = _of_candidate(journal.take_state(), candidate, num_steps)
-        return sample(state, on_step=partial(on_step, candidate=candidate), resume=resume)
+    def keep(best: Best) -> None:
+        facts = {"window": window, "count": best.count, "score": best.score}
+        journal.keep_arrays(TRIED, {"latents": as_array(best.made)}, facts)
 
-    def doubt(names: str) -> None:
-        log.warning("none of %d candidates shows %s for certain, the surest is kept; give another "
-                    "seed, other words or more candidates", plan.candidates, names)
+    with loader.use(VERIFIER) as verifier:
+        (wants,), enough = wanted(verifier, state, [prompt]), verifier.config.enough
 
-    keep = partial(keep_tried, journal, window)
-    return sample_best(loader, plan, state, [prompt], draw, tried, keep, doubt), rejected
+        def draw(numbers: range) -> Iterator[tuple[float, Tensor]]:
+            for number in numbers:
+                begun = anew(state, number)
+                made = sample(begun, number, _of_candidate(journal.take_state(), number, num_steps))
+                shown = verifier.shown(begun.unpack(made)[0])[0]
+                yield score(shown, wants) if wants else enough, made
+
+        best = best_of(draw, plan.candidates, enough, best=best, keep=keep)
+        if best.score < enough:
+            log.warning("none of %d candidates shows %s for certain, the surest is kept; give "
+                        "another seed, other words or more candidates", plan.candidates,
+                        verifier.config.names(wants))
+    return best.made, best.count - 1
 
 
 @torch.no_grad()
@@ -245,21 +222,6 @@ def verify_video(loader: ModelLoader, video: Iterable[Tensor], prompt: str) -> V
         shown = torch.cat([verifier.shown(each)[0] for each in latents])
         sure = score(shown, wants)
         return Verified(verifier.config.names(wants), sure, sure >= verifier.config.enough)
-
-
-def keep_tried(journal: Journal, window: int, tried: Tried) -> None:
-    """Keep the best candidate so far of a clip's window in a journal."""
-    facts = {"window": window, "count": tried.count, "score": tried.score}
-    journal.keep_arrays(TRIED, {"latents": as_array(tried.latents)}, facts)
-
-
-def kept_tried(journal: Journal, window: int, device: torch.device) -> Tried | None:
-    """Return the best candidate of this window that `keep_tried` kept, or None."""
-    arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})
-    if facts.get("window") != window:
-        return None
-    latents = torch.from_numpy(arrays["latents"]).to(device)
-    return Tried(facts["count"], facts["score"], latents)
 
 
 def counted_on(info: StepInfo, candidate: int) -> StepInfo:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.media.read import fit
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.best_of_n import best_of_window, counted_on
+from vidgen.pipeline.best_of_n import counted_on, sample_best
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.long.rolling import RolledClip
@@ -161,9 +161,11 @@ class Windows:
         if plan.candidates == 1:
             made = sample(state, on_step=on_step, resume=making.kept.take_state())
         else:
-            made, rejected = best_of_window(
-                making.model.loader, plan, state, making.prompt, sample, on_step, making.kept,
-                self.number, num_steps=num_steps,
+            made, rejected = sample_best(
+                making.model.loader, plan, state, making.prompt,
+                lambda state, candidate, resume: sample(
+                    state, on_step=partial(on_step, candidate=candidate), resume=resume),
+                making.kept, self.number, num_steps,
             )
             self.others += rejected
         self.number += 1

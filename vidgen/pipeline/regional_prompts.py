@@ -39,11 +39,6 @@ class RegionalPrompts:
     labels: Tensor
     contexts: Sequence[tuple[Tensor, Tensor]]
 
-    def rows(self, index: Tensor) -> RegionalPrompts:
-        """Return those of some of the clips."""
-        contexts = [(text[index], count[index.to(count.device)]) for text, count in self.contexts]
-        return RegionalPrompts(self.strength, self.labels[index.cpu()], contexts)
-
     @contextmanager
     def applied(
         self, loader: ModelLoader, state: LatentState, denoise_all: Denoise,

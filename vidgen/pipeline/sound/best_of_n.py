@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vidgen.media.onsets import Times, find_onsets, pair_times
 from vidgen.models.onset_detector import part_times
+from vidgen.pipeline.best_of_n import best_of
 
 if TYPE_CHECKING:
     from vidgen.diffusion.temporal_upsampling import LatentRate
@@ -157,15 +158,15 @@ def best_sound(
     if impacts is None or not impacts.any_seen:
         made = draw(range(at_once))
         return Kept(made[most_agreed(hear(made), rate)])
-    fits, sounds, heard = list[float](), list[Tensor](), list[Times]()
-    for first in range(0, most, at_once):
-        sounds += (made := draw(range(first, min(first + at_once, most))))
-        heard += (onsets := find_onsets(hear(made).float().cpu(), rate))
-        fits += map(impacts.fit, onsets)
-        if max(fits) >= impacts.enough:
-            break
-    best = fits.index(max(fits))
-    return Kept(sounds[best], impacts.lateness(heard[best]))
+
+    def scored(takes: range) -> list[tuple[float, tuple[Tensor, Times]]]:
+        sounds = draw(takes)
+        heard = find_onsets(hear(sounds).float().cpu(), rate)
+        return [(impacts.fit(each), (sound, each))
+                for sound, each in zip(sounds, heard, strict=True)]
+
+    sound, onsets = best_of(scored, most, impacts.enough, at_once=at_once).made
+    return Kept(sound, impacts.lateness(onsets))
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:
