@@ -10,6 +10,8 @@ from pathlib import Path
 
 from vidgen.cli.main import VERBS, main, verb_parser
 
+COMMANDS = [*((verb,) for verb in VERBS),
+            *(("eval", suite) for suite in ("temporal", "prompts.txt", "leaderboard"))]
 FROZEN = Path(__file__).with_name("cli_options.txt")
 
 
@@ -27,9 +29,9 @@ def describe(action):
 
 def listing():
     lines = []
-    for verb in VERBS:
-        lines.append(f"vidgen {verb}")
-        lines += [describe(action) for action in verb_parser(verb)[1]._actions]
+    for verb, *words in COMMANDS:
+        lines.append(" ".join(["vidgen", verb, *words]))
+        lines += [describe(action) for action in verb_parser(verb, words)[1]._actions]
     return "\n".join(lines) + "\n"
 
 
@@ -50,8 +52,8 @@ def test_help_shows_the_basic_options_and_help_all_every_one(capsys):
 
 
 def test_every_option_has_help():
-    for verb in VERBS:
-        assert all(action.help for action in verb_parser(verb)[1]._actions)
+    for verb, *words in COMMANDS:
+        assert all(action.help for action in verb_parser(verb, words)[1]._actions)
 
 
 if __name__ == "__main__":

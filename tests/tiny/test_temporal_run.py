@@ -249,7 +249,7 @@ def test_first_pictures_are_compared(folders: tuple[Path, Path], tmp_path: Path)
         (["--videos", "none"], "no folder"),
         (["--videos", "GOOD", "--videos", "GOOD"], "twice"),
         (["--videos", "GOOD", "--workers", "0"], "workers is 0"),
-        (["--videos", "GOOD", "--steps", "3"], "--steps has no meaning for suite temporal"),
+        (["--videos", "GOOD", "--steps", "3"], "unknown option --steps"),
         (["--videos", "GOOD", "--network", "raft=none"], "TorchScript"),
         (["--videos", "GOOD", "--report", "r.txt"], "should end in .html"),
     ],

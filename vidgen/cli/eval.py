@@ -17,97 +17,75 @@ from vidgen.core.values import parse_settings
 DESCRIPTION = "Score a model or clips. A killed run goes on where it stopped when called again."
 SUFFIXES = (".txt", ".json")
 """Of lists of prompts."""
+_NAMES = ("temporal", "leaderboard")
 _SETTINGS = ("steps", "guidance", "shift", "sampler", "settings", "frames", "size")
-_SHARED = {"benchmark", "output", "overwrite", "json", "events"}
-_OF_TEMPORAL = {
-    "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "ray",
-    "report",
-}  # fmt: skip
-_OF_PROMPTS = {
-    "model", "seed", "seeds", "dtype", "network", "first_images", "augmentation", "report",
-    "workers", "ray", "threads", *_SETTINGS,
-}  # fmt: skip
 
 
 def add_arguments(parser: Parser) -> None:
-    """Declare the verb's options."""
+    """Declare the options of the suite that the command line names."""
     add = parser.add_argument
     add("benchmark", metavar="SUITE",
         help="temporal: clips of --videos, how steady they are in time; "
              "a file of prompts, .txt or .json: clips of them are made, then measured as temporal; "
              "leaderboard: --results on one page")
+    has_file = any(Path(word).suffix in SUFFIXES for word in parser.words)
+    suite = next((name for name in _NAMES if name in parser.words), "prompts" * has_file)
     add("-o", "--output", metavar="FILE", required=True,
-        help="results as JSON; the scores of single clips go to FILE.jsonl as they come")
+        help="the page as HTML" if suite == "leaderboard" else
+        "results as JSON; the scores of single clips go to FILE.jsonl as they come")
     add("--overwrite", action="store_true", help="replace existing results")
-    add("--model", default="toybox", metavar="NAME|FOLDER",
-        help="prompts: makes the clips; default %(default)s")
-    add("--seed", type=int, default=0, metavar="N",
-        help="prompts: of the first clip, the others follow; default %(default)s")
-    add("--seeds", type=int, default=1, metavar="N",
-        help="prompts: clips of each prompt, of seeds --seed and on; default %(default)s")
-    add_request_options(parser, (*_SETTINGS, "dtype"), before="prompts: ")
-    add("--results", action="append", default=[], metavar="FILE",
-        help="leaderboard: results of temporal or of prompts; may be repeated")
-    add("--videos", action="append", metavar="FOLDER",
-        help="temporal: clips to be measured; given again, the folders are compared")
-    add("--network", action="append", default=[], metavar="NAME=PATH",
-        help="temporal, prompts: a network of VBench's: dino, clip, dreamsim, raft, amt, "
-        "cotracker or i3d")
-    add("--first-images", metavar="FOLDER",
-        help="temporal, prompts: pictures with which the clips begin, named like their prompts")
-    add("--prompt-suite", metavar="FILE",
-        help="temporal: the prompts, one a line or VBench's JSON; other clips are left out")
-    add("--augmentation", default="none", metavar="TEXT",
-        help="temporal, prompts: how the prompts were reworded; recorded; default %(default)s")
-    add("--report", metavar="HTML", help="temporal, prompts: also write a page with charts")
-    add_workers(parser, "temporal, prompts: clips")
+    if suite == "temporal":
+        add("--videos", action="append", default=[], metavar="FOLDER",
+            help="clips to be measured; given again, the folders are compared")
+        add("--prompt-suite", metavar="FILE",
+            help="the prompts, one a line or VBench's JSON; other clips are left out")
+    elif suite == "leaderboard":
+        add("--results", action="append", default=[], metavar="FILE",
+            help="results of temporal or of prompts; may be repeated")
+    elif suite == "prompts":
+        add("--model", default="toybox", metavar="NAME|FOLDER",
+            help="makes the clips; default %(default)s")
+        add("--seed", type=int, default=0, metavar="N",
+            help="of the first clip, the others follow; default %(default)s")
+        add("--seeds", type=int, default=1, metavar="N",
+            help="clips of each prompt, of seeds --seed and on; default %(default)s")
+        add_request_options(parser, (*_SETTINGS, "dtype"))
+    else:
+        parser.epilog = "vidgen eval SUITE --help lists the options of a suite."
+    if suite in ("temporal", "prompts"):
+        add("--network", action="append", default=[], metavar="NAME=PATH",
+            help="a network of VBench's: dino, clip, dreamsim, raft, amt, cotracker or i3d")
+        add("--first-images", metavar="FOLDER",
+            help="pictures with which the clips begin, named like their prompts")
+        add("--augmentation", default="none", metavar="TEXT",
+            help="how the prompts were reworded; recorded; default %(default)s")
+        add("--report", metavar="HTML", help="also write a page with charts")
+        add_workers(parser, "clips", threads=suite == "prompts")
 
 
 def run(args: Namespace, report: Report) -> int:
     """Check the output, measure, write the results, show a table."""
-    kind = _kind(args.benchmark)
-    _refuse_others(args, kind)
-    if kind == "leaderboard":
+    is_list = args.benchmark not in _NAMES
+    if is_list and Path(args.benchmark).suffix not in SUFFIXES:
+        raise InputError(f"unknown suite {args.benchmark!r}; {nearest(args.benchmark, _NAMES)} Or "
+                         "give a file of prompts, .txt or .json")
+    if args.benchmark == "leaderboard":
         return _run_leaderboard(args, report)
     if Path(args.output).suffix != ".json":
         raise OutputError(f"results are JSON; {args.output} should end in .json")
-    return _run_temporal(args, report) if kind == "temporal" else _run_prompts(args, report)
+    _check_outputs(args, 1 if is_list else len(args.videos))
+    result = _run_prompts(args, report) if is_list else _run_temporal(args, report)
+    return _write_results(result, args, report)
 
 
-def _kind(benchmark: str) -> str:
-    """Return the kind of a suite; a list of prompts is one by its file."""
-    names = ("temporal", "leaderboard")
-    if benchmark in names:
-        return benchmark
-    if Path(benchmark).suffix in SUFFIXES:
-        return "prompts"
-    raise InputError(f"unknown suite {benchmark!r}; {nearest(benchmark, names)} Or give a file of "
-                     "prompts, .txt or .json")
-
-
-def _refuse_others(args: Namespace, kind: str) -> None:
-    """Refuse options that belong to another suite."""
-    parser = Parser("vidgen eval", DESCRIPTION)
-    add_arguments(parser)
-    heeded = {
-        "temporal": _OF_TEMPORAL, "prompts": _OF_PROMPTS, "leaderboard": {"results"},
-    }[kind]  # fmt: skip
-    for name, value in vars(args).items():
-        if name not in heeded | _SHARED and value != parser.get_default(name):
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} has no meaning for suite {args.benchmark}; leave it out")
-
-
-def _run_temporal(args: Namespace, report: Report) -> int:
-    """Measure clips; 1 if one couldn't be measured."""
+def _run_temporal(args: Namespace, report: Report) -> dict[str, Any]:
     from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 
     run_of = TemporalRun(
-        tuple(args.videos or ()), tuple(args.network), args.first_images, args.prompt_suite,
+        tuple(args.videos), tuple(args.network), args.first_images, args.prompt_suite,
         args.augmentation, args.workers, args.ray,
     )  # fmt: skip
-    _check_outputs(args, len(run_of.videos))
-    return _write_results(run_temporal(run_of, args.output, report), args, report)
+    return run_temporal(run_of, args.output, report)
 
 
 def _check_outputs(args: Namespace, num_folders: int) -> None:
@@ -153,8 +131,7 @@ def _layout_paths(output: Path, num_folders: int) -> list[Path]:
     return [output.with_name(f"{output.stem}{number}_eval_results.json") for number in numbers]
 
 
-def _run_prompts(args: Namespace, report: Report) -> int:
-    """Make a suite's clips, measure them, write the results; 1 if a clip failed."""
+def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
     from vidgen.evaluation.scale import SuiteRun, run_suite
     from vidgen.pipeline.workers.types import Staff
 
@@ -165,8 +142,7 @@ def _run_prompts(args: Namespace, report: Report) -> int:
         tuple(args.network), args.first_images, args.augmentation,
         Staff(args.workers, args.ray, args.threads),
     )  # fmt: skip
-    _check_outputs(args, 1)
-    return _write_results(run_suite(run_of, args.output, report), args, report)
+    return run_suite(run_of, args.output, report)
 
 
 def _run_leaderboard(args: Namespace, report: Report) -> int:

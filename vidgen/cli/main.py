@@ -119,17 +119,19 @@ def overview() -> str:
     return "\n".join([*lines, "", "  --version  print the version"])
 
 
-def verb_parser(verb: str) -> tuple[ModuleType, Parser]:
-    """Return a verb's module and its parser."""
+def verb_parser(verb: str, words: Sequence[str] = ()) -> tuple[ModuleType, Parser]:
+    """Return a verb's module and its parser, with the options that the command line calls for."""
     module = import_module(f"vidgen.cli.{verb}")
-    return module, parser_of(module, f"vidgen {verb}", is_long=verb in LONG)
+    return module, parser_of(module, f"vidgen {verb}", words, is_long=verb in LONG)
 
 
-def parser_of(module: Any, prog: str, *, is_long: bool = True) -> Parser:
+def parser_of(
+    module: Any, prog: str, words: Sequence[str] = (), *, is_long: bool = True
+) -> Parser:
     """Return the parser of a module with options like a verb's; long ones take `--events`."""
     from vidgen.cli.options import Parser
 
-    parser = Parser(prog=prog, description=module.DESCRIPTION)
+    parser = Parser(prog, module.DESCRIPTION, words)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if is_long:
@@ -167,7 +169,7 @@ def _wait_briefly() -> None:
 def _run(verb: str, *arguments: str) -> int:
     if verb not in VERBS:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
-    module, parser = verb_parser(verb)
+    module, parser = verb_parser(verb, arguments)
     args = parser.parse(arguments)
     if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
         from vidgen.pipeline.parallel.worker import join_torchrun

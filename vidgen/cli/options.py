@@ -32,10 +32,15 @@ class _HelpAll(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises `InputError` where argparse would print usage and leave."""
+    """A parser that raises `InputError` where argparse would print usage and leave.
 
-    def __init__(self, prog: str, description: str) -> None:
+    Attributes:
+        words: the command line, where a word of it decides which options exist.
+    """
+
+    def __init__(self, prog: str, description: str, words: Sequence[str] = ()) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.words = words
         self.advanced: list[argparse.Action] = []
         self._groups: dict[str, argparse._ArgumentGroup] = {}
 
@@ -184,15 +189,17 @@ def given_options(args: argparse.Namespace, of: type[Options] = Request) -> dict
             if name in of.model_fields and value not in (None, [])}
 
 
-def add_workers(parser: ArgumentParser, what: str) -> None:
-    """Declare the options of workers on `what`."""
+def add_workers(parser: ArgumentParser, what: str, *, threads: bool = True) -> None:
+    """Declare the options of workers on `what`; `threads` if their number is free."""
     add = parser.add_argument
     add("--workers", type=int, metavar="N",
         help=f"{what} beside each other, each by a process of its own; default 1")
     add("--ray", metavar="ADDRESS",
         help="by workers of a Ray cluster: auto, host:port, ray://host:port, or local; as many as "
         "--workers, else one a GPU, else one a machine")
-    add("--threads", type=int, metavar="N", help="that each worker computes on; default its share")
+    if threads:
+        add("--threads", type=int, metavar="N",
+            help="that each worker computes on; default its share")
 
 
 def choose_devices(
