@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from eval.toybox import __main__ as suites
+from tests import reference
 from tests.programs import load_program
 from vidgen.cli.eval import SUFFIXES
 from vidgen.cli.generate import PIPE
@@ -193,14 +194,16 @@ def test_python_blocks_use_what_exists(page):
 
 @pytest.mark.parametrize(
     ("verb", "page"),
-    [("generate", "generate"), ("jobs", "journal"), ("eval", "evaluation"), ("convert", "model"),
-     ("replay", "replay"), ("extend", "extend"), ("plan", "plan"), ("check", "check"),
-     ("script", "script"), ("data", "data"), ("serve", "serve"),
-     ("train", "finetune")],
+    [("generate", "reference/options"), ("plan", "reference/options"), ("sweep", "replay"),
+     ("jobs", "howto/resume"), ("eval", "howto/evaluate"), ("convert", "reference/models"),
+     ("replay", "replay"), ("extend", "howto/long_clips"), ("check", "check"),
+     ("script", "reference/script"), ("data", "howto/data"), ("serve", "reference/api"),
+     ("train", "howto/finetune")],
 )
 def test_every_option_stands_on_the_verbs_page(verb, page):
-    pages = {page, "generate"} if verb == "plan" else {page}  # which takes generate's options
-    pages |= {"temporal"} if verb == "eval" else set()  # a suite with a page of its own
+    pages = {page}
+    pages |= {"reference/options"} if verb == "sweep" else set()  # which takes generate's options
+    pages |= {"reference/metrics"} if verb == "eval" else set()  # a suite with a page of its own
     text = "".join((ROOT / f"docs/{each}.md").read_text() for each in pages)
     words = set(re.findall(r"(?<![\w-])--?[\w-]+", text))
     general = {"--help", "--help-all", "--json"}
@@ -213,11 +216,15 @@ def test_every_option_stands_on_the_verbs_page(verb, page):
 def test_every_field_of_a_request_stands_on_the_servers_page():
     from vidgen.server.schema import ExtraParams, VideoAsk
 
-    page = (ROOT / "docs/serve.md").read_text()
+    page = (ROOT / "docs/reference/api.md").read_text()
     named = set(re.findall(r"`(\w+)`", page))
     assert set(VideoAsk.model_fields) - named == set()
     row = next(line for line in page.splitlines() if line.startswith("| `extra_params`"))
     assert {"extra_params", *ExtraParams.model_fields} == set(re.findall(r"`(\w+)`", row))
+
+
+def test_the_page_of_options_is_made_from_the_code():
+    assert reference.PAGE.read_text() == reference.options_page(), "python -m tests.reference"
 
 
 def test_the_model_page_gives_the_real_sizes():
@@ -231,7 +238,7 @@ def test_the_model_page_gives_the_real_sizes():
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
 
-    page = (ROOT / "docs/model.md").read_text()
+    page = (ROOT / "docs/reference/models.md").read_text()
     with torch.device("meta"):
         vae, dit = CausalVAE(VAE_PRESETS["toybox"]), SpacetimeDiT(DIT_PRESETS["toybox"])
         parts = [vae, vae.encoder, vae.decoder, dit, UMT5Encoder(TEXT_PRESETS["toybox"])]

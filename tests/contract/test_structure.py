@@ -1,4 +1,4 @@
-"""The package is built as docs/architecture.md says: no circle, no laboratory, no sprawl."""
+"""The package is built as docs/explanation/architecture.md says: no circles, no sprawl."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from vidgen.cli.report import Report
 
-DESCRIPTION = "Fine-tune toybox or a Wan model, by LoRA or all weights; see docs/finetune.md."
+DESCRIPTION = "Fine-tune toybox or a Wan model, by LoRA or all weights; see docs/howto/finetune.md."
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -124,7 +124,7 @@ class Engine(OpenedModel):
             on_estimate: called with the estimate before the work begins.
             on_preview: called with small frames of the forming clip, for at most 2% of the time.
             journal: saves the state next to the output, one for each clip, so that a stopped or
-                killed run can resume; see docs/journal.md.
+                killed run can resume; see docs/howto/resume.md.
             options: fields of `Request`, as the command line's long options; they override a given
                 request's.
 

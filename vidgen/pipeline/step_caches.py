@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FILE = "magnitudes.json"
 """In a model's folder, or, by the model's hash, in the user's cache."""
 THRESHOLDS = {"first-block": 0.1, "magnitude": 0.05, "forecast": 0.2}
-"""Defaults: 32 dB and more against the clip without a cache; see docs/speed.md."""
+"""Defaults: 32 dB and more against the clip without a cache; see docs/howto/speed.md."""
 
 TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORDER}
 """As wide as the tokens, by method, for each branch of guidance."""

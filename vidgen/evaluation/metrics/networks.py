@@ -131,7 +131,7 @@ class Networks:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1][:200]
             raise ModelError(
-                f"{name} failed; its interface stands in docs/temporal.md: {reason}"
+                f"{name} failed; its interface stands in docs/reference/metrics.md: {reason}"
             ) from error
 
 

@@ -1,0 +1,135 @@
+"""Reference tables of the docs, made from the code.
+
+    python -m tests.reference        write docs/reference/options.md
+
+A contract test compares the page with the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from vidgen.cli.main import verb_parser
+from vidgen.cli.options import FIELDS
+from vidgen.core.request import GROUPS, MODEL, Request
+from vidgen.pipeline.settings import SETTINGS, settings_of
+from vidgen.weights.layouts import open_model
+
+PAGE = Path(__file__).parents[1] / "docs/reference/options.md"
+NAMES = {"settings": "set"}
+"""Options of the command line that have another name than the field."""
+INTRO = """\
+# Options of a generation
+
+Every option of `vidgen generate`, by the headings of `vidgen generate --help-all`. In Python the
+options are keywords of `engine.generate` with `_` for `-`; over HTTP they are
+[fields of a request](api.md). `vidgen plan` and `vidgen sweep` take the same
+options. An empty default means that the model chooses: `vidgen models --json` lists its defaults.
+
+`python -m tests.reference` makes this page from
+[`vidgen/core/request.py`](../../vidgen/core/request.py).
+"""
+LOADING = """
+In Python the options from `--model` on are keywords of `vidgen.load`.
+"""
+COMMAND = """
+## Command line only
+
+In Python: `clip.save(PATH, overwrite=...)`, a [journal](../howto/resume.md#in-python), and the
+callbacks `on_event` and `on_preview`.
+"""
+MODELS = """
+## Settings of one model
+
+What one model alone can do has no option of its own: `--set KEY=VALUE` gives it, in Python
+`settings={"candidates": 1}`, over HTTP `extra_params.settings`. The values of `toybox` are in
+`defaults.settings` of its `model.json`; `vidgen models` lists the settings of every model.
+"""
+
+
+def options_page() -> str:
+    """Return the page of all options, in Markdown."""
+    parts = [INTRO]
+    for group in GROUPS:
+        rows = [_row(name, field) for name, field in (Request.model_fields | FIELDS).items()
+                if _extra(field)["group"] == group]
+        parts += [f"## {group}\n", _table("option", "value", "default", "meaning", rows=rows)]
+        parts += [LOADING] if group == MODEL else []
+    parts += [COMMAND, _table("option", "value", "meaning", rows=_command_rows())]
+    parts += [MODELS, _table("setting", "value", "toybox", "meaning", rows=_setting_rows())]
+    return "".join(f"{part}\n" for part in parts)
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
+def _row(name: str, field: FieldInfo) -> tuple[str, ...]:
+    known = verb_parser("generate")[1].options()
+    flag = f"--{NAMES.get(name, name).replace('_', '-')}"
+    if name == "prompt":
+        shown = "`PROMPT`"
+    else:
+        shown = f"`{flag}`" if flag in known else f"`{name}`, in Python"
+    value = " ".join(each for each in (_value(name, field), _limits(field)) if each)
+    default = "" if field.default in (None, (), {}) or field.is_required() else field.default
+    return shown, value, f"{default}".replace("False", ""), f"{field.description}"
+
+
+def _value(name: str, field: FieldInfo) -> str:
+    """Return the values of an option: its choices, or what its help calls them."""
+    hint = field.annotation
+    kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            choices = (*(["auto"] if name == "offload" else []), *get_args(kind))
+            return f"`{'|'.join(choices)}`"
+    metavar = _extra(field)["metavar"]
+    return f"`{metavar}`" if metavar and name != "prompt" else ""
+
+
+def _limits(field: FieldInfo) -> str:
+    limits = {key: value for each in field.metadata for key in ("ge", "gt", "le", "max_length")
+              if (value := getattr(each, key, None)) is not None}
+    low, high = limits.get("ge"), limits.get("le")
+    if "gt" in limits:
+        return f"above {limits['gt']}, up to {_number(high)}"
+    return "" if high is None else f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: Any) -> str:
+    return "2^63 - 1" if value == 2**63 - 1 else f"{value:g}" if value < 1e5 else f"{value:,}"
+
+
+def _command_rows() -> Iterator[tuple[str, ...]]:
+    for action in verb_parser("generate")[1]._actions:
+        if action.dest not in FIELDS and action.dest != "help":
+            flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
+            shown = "|".join(action.choices) if action.choices else action.metavar
+            text = (action.help or "") % {"default": action.default}
+            yield flags, f"`{shown}`" if shown else "", text
+
+
+def _setting_rows() -> Iterator[tuple[str, ...]]:
+    own = settings_of(open_model("toybox"))
+    for name, setting in SETTINGS.items():
+        value = "true, false" if setting.kind is bool else f"{setting.low:g} to {setting.high:g}"
+        shown = own.get(name, "")
+        yield f"`{name}`", value, f"{shown:g}" if shown not in (True, "") else str(
+            shown).lower(), setting.help
+
+
+def _table(*names: str, rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [names, ("---",) * len(names), *rows]
+    return "\n".join("| " + " | ".join(each.replace("|", "\\|") for each in line) + " |"
+                     for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(options_page())
