@@ -1,4 +1,4 @@
-"""The package is built as docs/explanation/architecture.md says: no circles, no sprawl."""
+"""The package keeps docs/explanation/architecture.md: no circle, no laboratory, no sprawl."""
 
 from __future__ import annotations
 
