@@ -1,25 +1,32 @@
-"""Reference tables of the docs, made from the code.
+"""Reference tables of the docs, made from the code and its word lists.
 
-    python -m tests.reference        write docs/reference/options.md
+    python -m tests.reference        write the tables
 
-A contract test compares the page with the code.
+They are docs/reference/options.md as a whole, and what stands between <!-- words --> and
+<!-- /words --> in docs/reference/what_can_i_ask_for.md. Contract tests compare both with the code.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from train.toybox.world.captions import phrases
+from train.toybox.world.cast import SPRITES
+from train.toybox.world.scenes import TINTS
 from vidgen.cli.main import verb_parser
 from vidgen.cli.options import FIELDS
 from vidgen.core.request import GROUPS, MODEL, Request
 from vidgen.pipeline.settings import SETTINGS, settings_of
 from vidgen.weights.layouts import open_model
 
-PAGE = Path(__file__).parents[1] / "docs/reference/options.md"
+REFERENCE = Path(__file__).parents[1] / "docs/reference"
+OPTIONS, WORDS = REFERENCE / "options.md", REFERENCE / "what_can_i_ask_for.md"
+BLOCK = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
 NAMES = {"settings": "set"}
 """Options of the command line that have another name than the field."""
 INTRO = """\
@@ -131,5 +138,40 @@ def _table(*names: str, rows: Iterable[tuple[str, ...]]) -> str:
                      for line in lines)
 
 
+def words_page() -> str:
+    """Return the page of what the embedded model knows, its tables made of the world's words."""
+    return BLOCK.sub(lambda _: _words(), WORDS.read_text())
+
+
+def _words() -> str:
+    """Return the tables of subjects and of phrases, each phrase in its plainest verb."""
+    known = phrases()
+    kinds: dict[str, list[str]] = {}
+    for sprite in SPRITES.values():
+        if not sprite.reserved:
+            also = f" ({', '.join(sprite.synonyms)})" if sprite.synonyms else ""
+            kinds.setdefault(sprite.kind, []).append(f"{sprite.name}{also}")
+    rows = [(kind, ", ".join(names)) for kind, names in kinds.items()]
+    rows += [("colours", ", ".join(TINTS))]
+    rows += [(f"{size} size", ", ".join(words)) for size, words in known["sizes"].items()]
+    parts = ["## Subjects\n", _table("kind", "subject (other names)", rows=rows)]
+    for title, kind in (("Motions", "motions"), ("Two subjects", "relations"),
+                        ("Places", "places"), ("Times", "times"), ("Weathers", "weathers"),
+                        ("Cameras", "cameras"), ("Speeds", "speeds"), ("Sounds", "sounds")):
+        rows = [(name, "; ".join(_plain(text) for text in texts[:4]))
+                for name, texts in known[kind].items()]
+        parts += [f"\n## {title}\n", _table(title.lower(), "say", rows=rows)]
+    return "".join(f"{part}\n" for part in parts)
+
+
+def _plain(text: str) -> str:
+    """Return a phrase of the captions' grammar as a person would type it."""
+    text = re.sub(r"(\w+)/\w+", r"\1", text)
+    names = {"go": "moves", "go2": "moves", "direction": "left", "opposite": "right",
+             "other": "a dog", "verb": "bounces", "verb2": "spins"}
+    return text.format(**names)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(options_page())
+    OPTIONS.write_text(options_page())
+    WORDS.write_text(words_page())
