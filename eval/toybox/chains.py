@@ -28,7 +28,7 @@ from vidgen.pipeline.codec import as_video, to_frames
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.extend import LongClip
-from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, window_size
+from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, no_beginning, window_size
 from vidgen.pipeline.types import Plan
 
 WAYS = ("pixels", "latents", "held", "anchored", "rolled")
@@ -108,7 +108,7 @@ class Chain:
             return self._rolled()
         hold = 0.0 if way == "latents" else self.settings.hold
         request = self.request.replace(colour_hold=hold, settings={"anchor": way == "anchored"})
-        long = LongClip(self.engine, self.plan, request, Inputs())
+        long = LongClip(self.engine, self.plan, request, Inputs(), no_beginning(self.plan))
         return self._decode(long.sample(self._sample, done=self.first))
 
     def _sample(self, plan: Plan, state: LatentState) -> Tensor:
@@ -125,8 +125,8 @@ class Chain:
             latents = self._encode(ending)
             shown = video.shape[2]
             begun = Beginning(
-                latents, shown, 1 + (shown - 1) // t, 0, colours_of(latents), "pixels",
-                rate=LatentRate(self.plan.oversampling),
+                latents, shown, 1 + (shown - 1) // t, colours=colours_of(latents),
+                hand_over="pixels", rate=LatentRate(self.plan.oversampling),
             )
             stop = shown + (size - self.settings.overlap) * t
             long = LongClip(

@@ -69,7 +69,7 @@ class Making:
                 if followed:
                     state = followed(state, 0, plan.latents.num_frames)
                 latents = state.unpack(draw(plan, state))[0]
-            kept.keep_latents(latents, long.num_shown if long else 0)
+            kept.keep_latents(latents, long.begun.num_frames if long else 0)
         decode = long.clip if long else partial(self.model.decode, plan)
         clip = decode(latents, recipe, kept)
         if self.track.is_own:
@@ -110,9 +110,7 @@ class Making:
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
         plan = sound_plan(self.plan, self.model.folder.defaults)
-        own = own_sound(
-            self.model.loader, self.plan, self.request, self._long.stretch if self._long else None
-        )
+        own = own_sound(self.model.loader, self.plan, self.request, self._long)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:

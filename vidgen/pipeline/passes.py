@@ -11,17 +11,19 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.ending import read_ending
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.levels import settles, sigmas_of, split_of
 from vidgen.pipeline.long.tail import (
-    OVERLAP,
     TAIL_FRAMES,
+    Beginning,
     keeps_to_start,
-    split_windows,
+    no_beginning,
     tail_of,
-    window_size,
+    windows_after,
 )
 
 if TYPE_CHECKING:
@@ -59,38 +61,21 @@ class Passes:
     kept: int  # frames that are written
 
 
-class _Given(NamedTuple):
-    """The clip that a request continues."""
-
-    num_frames: int = 0
-    at_hand: int = 0  # latent frames of it
-    gone: int = 0  # latent frames before those
-    ahead: int = 0  # frames that the latents stand for beyond its own
-    is_encoded: bool = False  # whether the latents come from its last frames
-
-
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     """Count a clip's work; raise InputError if the clip that it continues is missing."""
     if plan.roll is not None:
         return _rolled(folder, plan, plan.roll, request)
-    strides = folder.components["vae"].config.strides
-    size, t, total = window_size(folder, strides), strides.t, plan.latents.num_frames
-    given = _Given()
+    t, begun = folder.components["vae"].config.strides.t, no_beginning(plan)
     if request.prefix is not None:
-        given = _given(folder, plan, os.fspath(request.prefix))
-        missing = plan.kept_frames - given.num_frames - given.ahead
-        total = given.at_hand + max(math.ceil(missing / t), 0)
-    spans = [(0, total)]
-    if given.at_hand or total > size:
-        overlap = min(request.overlap or OVERLAP, size - 1)
-        spans = split_windows(given.at_hand, total, size, min(overlap, given.at_hand or overlap))
-    encoded, shown = list[Encoded](), 0
-    if given.is_encoded:
-        encoded.append(Encoded(1 + (given.at_hand - 1) * t, plan.oversampling))
-    windows, refined, made = list[Window](), 0, given.at_hand
+        begun = _beginning(folder, plan, os.fspath(request.prefix))
+    spans = windows_after(begun, plan, request, folder)
+    encoded, shown, total = list[Encoded](), 0, spans[-1][1] if spans else begun.num_given
+    if begun.hand_over == "pixels":
+        encoded.append(Encoded(1 + (begun.num_given - 1) * t, plan.oversampling))
+    windows, refined, made = list[Window](), 0, begun.num_given
     for start, stop in spans:
         frames, known = 1 + (stop - start - 1) * t, made - start
-        first, new_from = (given.gone + start) * t, 1 + (known - 1) * t if known else 0
+        first, new_from = (begun.num_gone + start) * t, 1 + (known - 1) * t if known else 0
         new = range(first + new_from, first + frames)
         pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
         stills, own = _conditions(folder, plan, request, frames, *pictures)
@@ -110,7 +95,7 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         encoded += own
         refined += pictures[0] if folder.conditioning == "tokens" else 0
         made = stop
-    kept = max(plan.kept_frames - given.num_frames, 1)
+    kept = max(plan.kept_frames - begun.num_frames, 1)
     return Passes(tuple(windows), tuple(encoded), refined, total, shown, kept)
 
 
@@ -173,13 +158,13 @@ def _conditions(
             return 0, whole
 
 
-def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
+def _beginning(folder: ModelFolder, plan: Plan, path: str) -> Beginning:
+    """Return the beginning that a clip will have, with latents that hold no values."""
     ending = read_ending(path)
     begun = tail_of(ending, folder, plan)
     if not isinstance(begun, str):
-        at_hand = begun.num_given
-        return _Given(begun.num_frames, at_hand, begun.num_latents - at_hand, begun.frames_ahead)
+        return begun
     t, count = folder.components["vae"].config.strides.t, ending.frames_at(plan.fps)
     num_latents = 1 + (count - 1) // t
-    at_hand = min(TAIL_FRAMES, num_latents)
-    return _Given(count, at_hand, num_latents - at_hand, is_encoded=True)
+    latents = torch.empty(1, 1, min(TAIL_FRAMES, num_latents), 1, 1, device="meta")
+    return Beginning(latents, count, num_latents, hand_over="pixels")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.shapes import LatentShape, Tiles
+from vidgen.core.shapes import LatentShape
 from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
@@ -40,7 +40,7 @@ from vidgen.media.types import ClipInfo, Frames
 from vidgen.pipeline.codec import first_frames, room_for
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long import tail
-from vidgen.pipeline.long.tail import Beginning, Stretch
+from vidgen.pipeline.long.tail import Beginning
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs)
     if request.overlap is not None and request.overlap >= size:
         raise InputError(f"overlap is {request.overlap}; a window of this model has {size} latent "
                          f"frames, give {size - 1} or fewer")
-    begun = None if request.prefix is None else read_beginning(engine, plan, request, inputs)
+    begun = read_beginning(engine, plan, request, inputs)
     return LongClip(engine, plan, request, inputs, begun)
 
 
@@ -96,24 +96,18 @@ def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LongClip:
-    """A clip that is generated window by window, after `begun` if given."""
+    """A clip that is generated window by window, after `begun`."""
 
     engine: OpenedModel
     plan: Plan
     request: Request
     inputs: Inputs
-    begun: Beginning | None = None
+    begun: Beginning
 
     @cached_property
     def windows(self) -> list[tuple[int, int]]:
         """[start, stop) of each window, in latent frames from the first that exists."""
-        t, given, total = self._stride_t, self._num_given, self.plan.latents.num_frames
-        if self.begun is not None:
-            missing = self.plan.kept_frames - self.begun.num_frames - self.begun.frames_ahead
-            total = given + max(math.ceil(missing / t), 0)
-        size = tail.window_size(self.engine.folder, self.engine.vae_config.strides)
-        overlap = self.request.overlap or min(tail.OVERLAP, size - 1)
-        return tail.split_windows(given, total, size, min(overlap, given or overlap))
+        return tail.windows_after(self.begun, self.plan, self.request, self.engine.folder)
 
     def sample(
         self, sample: Sample, done: Tensor | None = None,
@@ -132,19 +126,17 @@ class LongClip:
             add_sound: adds a given sound to a window's state, from its first latent frame and their
                 number.
         """
-        count, finer = self._num_given, self.rate.num_upsampled
+        rate, hold = self.begun.rate, self.request.colour_hold
+        made = self.begun.latents if done is None else done
+        count, finer = rate.num_shown(made.shape[2]), rate.num_upsampled
         end = self.windows[-1][1] if self.windows else count
         latents = _room_for(replace(self.plan.latents, num_frames=finer(end)))
-        if self.begun is not None:
-            latents[:, :, : finer(count)] = self.begun.latents
-        if done is not None:
-            count = self.rate.num_shown(done.shape[2])
-            latents[:, :, : finer(count)] = done
+        latents[:, :, : made.shape[2]] = made
         for start, stop in self.windows:
             if stop <= count:
                 continue
             own, state = self._prepare(start, stop, num_known=count - start)
-            first = start + self.num_gone
+            first = start + self.begun.num_gone
             if count > start:
                 state = self._show(state, latents[:, :, : finer(count)], start, count)
                 if (anchor := self._anchor(latents)) is not None:
@@ -154,7 +146,6 @@ class LongClip:
             picture, _ = state.unpack(sample(own, state))
             new = picture[:, :, finer(count) - finer(start) :]
             if count:
-                hold = self.request.colour_hold
                 new = hold_colours(
                     new, self._colours(latents), COLOUR_HOLD if hold is None else hold
                 )
@@ -166,24 +157,21 @@ class LongClip:
 
     def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
         """Return a lazy clip of `sample`'s latents; add the last ones to the recipe."""
-        plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.rate.factor
-        made = self.rate.num_shown(latents.shape[2]) - self._num_given
-        earlier, total = 0, plan.num_frames
-        if begun is not None:
-            earlier, total = begun.num_latents, begun.num_frames + begun.frames_ahead + made * t
-            recipe["hand_over"] = begun.hand_over
+        plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.begun.rate.factor
+        made = begun.rate.num_shown(latents.shape[2]) - begun.num_given
+        total = begun.num_reached + made * t if begun.num_latents else plan.num_frames
         recipe["tail"] = tail.make_tail(
-            latents, earlier + made, total - plan.kept_frames, self._colours(latents),
+            latents, begun.num_latents + made, total - plan.kept_frames, self._colours(latents),
             self._anchor(latents), factor,
         )
-        if begun is None:
+        if not begun.num_latents:
             return self.engine.decode(plan, latents, recipe, journal)
+        recipe["hand_over"] = begun.hand_over
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=max(t // factor, 1),
         )
-        given = self.rate.num_upsampled(self._num_given)
-        skipped = 1 + (given - 1) * t // factor - begun.frames_ahead
+        skipped = 1 + (begun.latents.shape[2] - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
             videos = self.engine.decode_video(
@@ -210,58 +198,33 @@ class LongClip:
     def _stride_t(self) -> int:
         return self.engine.vae_config.strides.t
 
-    @property
-    def rate(self) -> LatentRate:
-        """Rate of the generated latents against the clip's."""
-        return LatentRate(self.plan.oversampling) if self.begun is None else self.begun.rate
-
-    @property
-    def num_gone(self) -> int:
-        """Latent frames of the clip before the first that exists."""
-        return 0 if self.begun is None else self.begun.num_latents - self._num_given
-
-    @property
-    def stretch(self) -> Stretch:
-        """Places of its windows in the whole clip."""
-        return Stretch(self.windows, self.rate, self.num_gone, self.begun)
-
-    @property
-    def num_shown(self) -> int:
-        """Frames of the continued clip, which stay as they are."""
-        return 0 if self.begun is None else self.begun.num_frames
-
-    @property
-    def _num_given(self) -> int:
-        return 0 if self.begun is None else self.begun.num_given
-
     def _colours(self, latents: Tensor) -> Tensor:
         """Return the target colours: the beginning's, else those of the first window."""
-        if self.begun is not None:
+        if self.begun.colours is not None:
             return self.begun.colours
-        return tail.colours_of(latents[:, :, : self.rate.num_upsampled(self.windows[0][1])])
+        return tail.colours_of(latents[:, :, : self.begun.rate.num_upsampled(self.windows[0][1])])
 
     def _anchor(self, latents: Tensor) -> Tensor | None:
         """Return the clip's first latent frame, [1, C, 1, h, w], if later windows get it."""
         if not tail.keeps_to_start(self.engine.folder, self.request):
             return None
-        return latents[:, :, :1] if self.begun is None else self.begun.anchor
+        return self.begun.anchor if self.begun.num_latents else latents[:, :, :1]
 
     def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
         """Return a window's plan and state, with its part of the noise and of the stills."""
-        plan, request, t, images = self.plan, self.request, self._stride_t, self.inputs.images
+        plan, request, begun, t = self.plan, self.request, self.begun, self._stride_t
+        images = self.inputs.images
+        start, stop = start + begun.num_gone, stop + begun.num_gone
         first_frame = start * t
-        if self.begun is not None:
-            start, stop = (n + self.num_gone for n in (start, stop))
-            last_known = self.begun.num_frames + self.begun.frames_ahead - 1
-            first_frame = start * t + last_known - (self.begun.num_latents - 1) * t
+        if begun.num_latents:
+            first_frame += begun.num_reached - 1 - (begun.num_latents - 1) * t
         shape = replace(plan.latents, num_frames=stop - start)
         own = replace(
             plan, latents=shape, num_frames=1 + (stop - start - 1) * t,
             kept_frames=plan.kept_frames - first_frame,
         )
-        noise = request.latents
-        noise = draw_noise(plan.seed, shape, first_frame=start) if noise is None else (
-            noise[:, :, start:stop])
+        noise = (draw_noise(plan.seed, shape, first_frame=start) if request.latents is None
+                 else request.latents[:, :, start:stop])
         new_from = 1 + (num_known - 1) * t if num_known else 0
         mine: dict[str, list[Any]] = {"reference": images.get("reference", []), "frame": []}
         if num_known == 0:
@@ -282,53 +245,40 @@ class LongClip:
         """Write the clip's latent frames `start` to `count` into the state of a window at `start`.
 
         VACE reads known frames as a clip of their own whose first frame is encoded alone; the
-        others are the latents themselves.
+        others are the latents themselves. A model that was trained on noisy known frames gets them
+        blurred, by the noise of their places; otherwise faults grow from window to window.
         """
-        num_known, first, factor = count - start, start + self.num_gone, self.rate.factor
-        known = made[:, :, self.rate.num_upsampled(start) :].to(state.latents)
+        engine, rate, t = self.engine, self.begun.rate, self._stride_t
+        num_known, first, factor = count - start, start + self.begun.num_gone, rate.factor
+        known, level = made[:, :, rate.num_upsampled(start) :], engine.folder.defaults.history_noise
+        known = known.to(state.latents)
         past = made[:, :, -max(tail.TAIL_FRAMES, (num_known + 1) * factor) :]
         if factor > 1:
-            shown = self._noised(known, "history finer", LatentRate(factor).num_upsampled(first))
+            shown = known
+            if level:
+                begin = LatentRate(factor).num_upsampled(first)
+                shown = add_noise(known, self._noise(known, "history finer", begin), level)
             mask = torch.zeros_like(known[:, :1], dtype=torch.bool)
             state = replace(state, known_upsampled=UpsampledKnown(
-                shown, mask, self.rate.after(start).alone))
-            past = at_rate(self.engine, past, factor, 1, self.plan.tiles, self.plan.encode_passes)
+                shown, mask, rate.after(start).alone))
+            past = at_rate(engine, past, factor, 1, self.plan)
             known = past[:, :, -num_known:].to(state.latents)
-        if self.engine.folder.conditioning != "control":
-            return self._through_noise(condition.prefix(state, known), first)
-        t = self._stride_t
-        tiles = self.plan.tiles
-        parts = self.engine.decode_video(past, tiles=tiles)
-        decoded = torch.cat([part.float().cpu() for part in parts], dim=2)
-        video = decoded[:, :, -(1 + (num_known - 1) * t) :].clamp(-1, 1)
+        if engine.folder.conditioning != "control":
+            state = condition.prefix(state, known)
+            if not level:
+                return state
+            sigma = torch.tensor([level]).to(state.latents)
+            return condition.noise_known(state, sigma, self._noise(state.latents, "history", first))
+        video = _decoded(engine, past, self.plan)[:, :, -(1 + (num_known - 1) * t) :]
         num_frames = 1 + (state.latents.shape[2] - state.num_references - 1) * t
         grey = video.new_zeros(1, 3, num_frames - video.shape[2], *video.shape[3:])
-        kept = self.engine.encode_video(torch.cat([video, grey], dim=2), tiles)
+        kept = engine.encode_video(torch.cat([video, grey], dim=2), self.plan.tiles)
         kept[:, :, 1:num_known] = known[:, :, 1:]
         return stacked.keep_beginning(state, kept, num_known)
 
-    def _through_noise(self, state: LatentState, first: int) -> LatentState:
-        """Blur a window's known frames if the model was trained on noisy ones.
-
-        Otherwise faults grow from window to window. The noise is that of the clip's latent frames
-        from `first`, the window's first one, on.
-        """
-        level = self.engine.folder.defaults.history_noise
-        if level == 0:
-            return state
-        sigma = torch.tensor([level]).to(state.latents)
-        noise = self._noise_like(state.latents, "history", first)
-        return condition.noise_known(state, sigma, noise)
-
-    def _noised(self, known: Tensor, stream: str, first: int) -> Tensor:
-        """Return latents with the noise of `_through_noise`."""
-        level = self.engine.folder.defaults.history_noise
-        return add_noise(known, self._noise_like(known, stream, first), level) if level else known
-
-    def _noise_like(self, latents: Tensor, stream: str, first: int) -> Tensor:
-        shape = replace(self.plan.latents, num_frames=latents.shape[2])
-        noise = draw_noise(self.plan.seed, shape, stream=stream, first_frame=first)
-        return noise.to(latents)
+    def _noise(self, like: Tensor, stream: str, first: int) -> Tensor:
+        shape = replace(self.plan.latents, num_frames=like.shape[2])
+        return draw_noise(self.plan.seed, shape, stream=stream, first_frame=first).to(like)
 
 
 def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
@@ -363,7 +313,8 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
     Raises:
         InputError: the recipe's latents are damaged, or include frames that are given otherwise.
     """
-    assert request.prefix is not None
+    if request.prefix is None:
+        return tail.no_beginning(plan)
     assert inputs.ending is not None
     begun = tail.tail_of(inputs.ending, engine.folder, plan)
     if isinstance(begun, str):
@@ -375,13 +326,13 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
     had, wanted = begun.rate.factor, plan.oversampling
     if had == wanted:
         return begun
-    latents = at_rate(engine, begun.latents, had, wanted, plan.tiles, plan.encode_passes)
+    latents = at_rate(engine, begun.latents, had, wanted, plan)
     return replace(begun, latents=latents, rate=LatentRate(wanted))
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
     """Refuse stills in frames that exist only as latents; warn if no other frames are new."""
-    reached, ahead = begun.num_frames + begun.frames_ahead, begun.frames_ahead
+    reached, ahead = begun.num_reached, begun.frames_ahead
     given = {f"frame {seconds}": round(seconds * plan.fps) for seconds, _ in request.frame}
     if request.last_image is not None:
         given["last_image"] = plan.kept_frames - 1
@@ -404,8 +355,7 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
     video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
     latents = engine.encode_video(video, plan.tiles, plan.encode_passes, plan.oversampling).cpu()
     return Beginning(
-        latents=latents, num_frames=total, frames_ahead=0,
-        num_latents=1 + math.ceil((total - 1) / t), colours=tail.colours_of(latents),
+        latents, total, 1 + math.ceil((total - 1) / t), colours=tail.colours_of(latents),
         hand_over="pixels", anchor=latents[:, :, :1], rate=LatentRate(plan.oversampling),
     )
 
@@ -419,18 +369,20 @@ def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fra
         yield fit(frame, plan.height, plan.width, plan.fit)[None]
 
 
-def at_rate(
-    engine: OpenedModel, latents: Tensor, had: int, wanted: int, tiles: Tiles | None = None,
-    passes: int = 1,
-) -> Tensor:
+def at_rate(engine: OpenedModel, latents: Tensor, had: int, wanted: int, plan: Plan) -> Tensor:
     """Convert the end of latents [B, C, F, h, w] from temporal upsampling `had` to `wanted`.
 
     The frames are decoded and encoded: no network predicts one from the other, and the clip itself
     keeps the generated latents. The first is a single frame; frames before it that don't fill a
     latent frame are dropped.
     """
-    t = engine.vae_config.strides.t
-    decoded = engine.decode_video(latents, tiles=tiles, rate=had)
-    shown = torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded], dim=2)
+    shown, t = _decoded(engine, latents, plan, had), engine.vae_config.strides.t
     whole = 1 + (shown.shape[2] - 1) // t * t
-    return engine.encode_video(shown[:, :, -whole:], tiles, passes, wanted).cpu()
+    made = engine.encode_video(shown[:, :, -whole:], plan.tiles, plan.encode_passes, wanted)
+    return made.cpu()
+
+
+def _decoded(engine: OpenedModel, latents: Tensor, plan: Plan, rate: int = 1) -> Tensor:
+    """Return video [B, 3, T, H, W] in [-1, 1] of latents, on the CPU."""
+    decoded = engine.decode_video(latents, tiles=plan.tiles, rate=rate)
+    return torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded], dim=2)

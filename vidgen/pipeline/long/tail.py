@@ -6,9 +6,10 @@ Axes: C latent channels, F latent frames, m of them kept, h w latent rows and co
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -38,14 +39,15 @@ AS_SHOWN = LatentRate(1)
 
 @dataclass(frozen=True)
 class Beginning:
-    """The clip that another one continues."""
+    """The clip that another one continues; without latents, nothing."""
 
     latents: Tensor  # its last ones, normalised, [1, C, m, h, w] float32
-    num_frames: int  # existing frames before the new ones
-    num_latents: int  # latent frames up to here, from the clip's start
-    frames_ahead: int  # frames of the latents beyond those that exist
-    colours: Tensor  # target mean and deviation of each channel, [2, C]
-    hand_over: Literal["latents", "pixels"]  # of a recipe, or encoded
+    num_frames: int = 0  # existing frames before the new ones
+    num_latents: int = 0  # latent frames up to here, from the clip's start
+    frames_ahead: int = 0  # frames of the latents beyond those that exist
+    # target mean and deviation of each channel, [2, C]; None: those of the first window
+    colours: Tensor | None = None
+    hand_over: Literal["latents", "pixels"] = "latents"  # of a recipe, or encoded
     anchor: Tensor | None = None  # the clip's first latent frame, [1, C, 1, h, w], if known
     rate: LatentRate = AS_SHOWN  # of the latents, and whether the first is a single frame
 
@@ -54,15 +56,22 @@ class Beginning:
         """Latent frames of the clip in `latents`."""
         return self.rate.num_shown(self.latents.shape[2])
 
+    @property
+    def num_gone(self) -> int:
+        """Latent frames of the clip before those in `latents`."""
+        return self.num_latents - self.num_given
 
-class Stretch(NamedTuple):
-    """Places of a long clip's windows."""
+    @property
+    def num_reached(self) -> int:
+        """Frames for which latents exist."""
+        return self.num_frames + self.frames_ahead
 
-    # [start, stop) of each, in latent frames from the first that exists
-    windows: Sequence[tuple[int, int]]
-    rate: LatentRate  # rate of the generated latents against the clip's
-    num_gone: int  # latent frames of the clip before the first that exists
-    begun: Beginning | None  # the clip that is continued, if any
+
+def no_beginning(plan: Plan) -> Beginning:
+    """Return the beginning of a clip that continues none."""
+    shape = plan.latents
+    nothing = torch.zeros(1, shape.channels, 0, shape.height, shape.width)
+    return Beginning(nothing, rate=LatentRate(plan.oversampling))
 
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
@@ -74,6 +83,19 @@ def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
 def window_size(folder: ModelFolder, strides: Strides) -> int:
     """Return the latent frames of the longest clip that a model was trained on."""
     return 1 + (folder.defaults.max_frames - 1) // strides.t
+
+
+def windows_after(
+    begun: Beginning, plan: Plan, request: Request, folder: ModelFolder
+) -> list[tuple[int, int]]:
+    """Return [start, stop) of a clip's windows, in latent frames from the first of `begun`."""
+    strides = folder.components["vae"].config.strides
+    size, given, total = window_size(folder, strides), begun.num_given, plan.latents.num_frames
+    if given:
+        missing = plan.kept_frames - begun.num_reached
+        total = given + max(math.ceil(missing / strides.t), 0)
+    overlap = min(request.overlap or OVERLAP, size - 1)
+    return split_windows(given, total, size, min(overlap, given or overlap))
 
 
 def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple[int, int]]:
@@ -133,16 +155,13 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
     try:
         if recipe["model"]["sha256"] != folder.content_hash:
             return None
-        tail = recipe["tail"]
+        tail, plan = recipe["tail"], recipe["plan"]
         latents = _tensor(tail["data"], tail["shape"])[None]
         anchor, (C, _, h, w) = tail.get("anchor"), tail["shape"]
-        num_latents = int(tail["num_latents"])
-        rate = LatentRate(int(recipe["plan"].get("oversampling", 1)))
-        own_frames = int(recipe["plan"]["kept_frames"]) - int(recipe.get("head_frames", 0))
+        num_latents, rate = int(tail["num_latents"]), LatentRate(int(plan.get("oversampling", 1)))
         return Beginning(
-            latents=latents, num_frames=own_frames,
-            num_latents=num_latents, frames_ahead=int(tail["frames_ahead"]),
-            colours=_tensor(tail["colours"], [2, C]), hand_over="latents",
+            latents, int(plan["kept_frames"]) - int(recipe.get("head_frames", 0)), num_latents,
+            int(tail["frames_ahead"]), _tensor(tail["colours"], [2, C]),
             anchor=None if anchor is None else _tensor(anchor, [C, 1, h, w])[None],
             rate=replace(rate, alone=latents.shape[2] == rate.num_upsampled(num_latents)),
         )

@@ -28,7 +28,7 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.long.tail import Stretch
+from vidgen.pipeline.long.tail import no_beginning
 from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.sound.best_of_n import (
     ON_TIME,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.loader import ModelLoader
+    from vidgen.pipeline.long.extend import LongClip
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
     from vidgen.weights.folder import ModelFolder
@@ -233,21 +234,20 @@ def followed_sound(loader: ModelLoader, plan: Plan, bed: Samples) -> OwnSound:
 
 
 def own_sound(
-    loader: ModelLoader, plan: Plan, request: Request, stretch: Stretch | None
+    loader: ModelLoader, plan: Plan, request: Request, long: LongClip | None
 ) -> OwnSound:
     """Return the sound to make for a clip, after that of the clip it continues.
 
-    `stretch` are the windows of a long clip, None for a single one.
+    `long` are the windows of a long clip, None for a single one.
     """
     config = loader.folder.components["sound_vae"].config
-    if stretch is None:
-        whole = [(0, plan.latents.num_frames)]
-        stretch = Stretch(whole, LatentRate(plan.oversampling), 0, None)
+    windows = [(0, plan.latents.num_frames)] if long is None else long.windows
+    begun = no_beginning(plan) if long is None else long.begun
     nothing = torch.zeros(1, config.latent_channels, 0)
-    own = OwnSound(loader, plan, nothing, stretch.windows, stretch.rate, stretch.num_gone)
-    if stretch.begun is None:
+    own = OwnSound(loader, plan, nothing, windows, begun.rate, begun.num_gone)
+    if not begun.num_latents:
         return own
-    own.starts_s = stretch.begun.num_frames / plan.fps
+    own.starts_s = begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
     if own.earlier is not None:
         samples, rate = own.earlier
