@@ -21,7 +21,7 @@ PROMPT = "a red car bounces across the desert"
 def workers_of(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children
-            if "parallel.worker" in Path(f"/proc/{child}/cmdline").read_text()]
+            if "workers.process" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def is_running(pid: int) -> bool:

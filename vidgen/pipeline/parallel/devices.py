@@ -1,8 +1,9 @@
 """Several devices for one clip: processes that share the denoising and decoding.
 
 This process, rank 0, runs the whole pipeline: it reads, plans, samples, keeps the journal and
-writes. The others hold the transformers and the VAE and wait for orders; `worker` is their program.
-So every task, window, sampler and journal works with any number of devices.
+writes. The others, workers that have this one job, hold the transformers and the VAE and wait for
+orders; `worker` is their program. So every task, window, sampler and journal works with any number
+of devices.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -11,9 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
-import tempfile
+import pickle
 import time
 import weakref
 from collections import deque
@@ -21,19 +20,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.core.errors import DeviceError, InputError
-from vidgen.core.runtime import child_environment, exit_text, given_rank
+from vidgen.core.runtime import given_rank
 from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import LatentState, moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.parallel import ipc
+from vidgen.pipeline.parallel.worker import FAILURE, join_local
+from vidgen.pipeline.workers.seats import LocalCrew
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,17 +59,17 @@ class Devices:
     If a device fails, methods raise DeviceError, and the engine can't be used afterwards.
 
     Args:
-        children: processes started here.
+        crew: processes started here, of ranks 1, 2, ...
         shard: spread the transformers' weights over the devices.
     """
 
-    def __init__(self, channel: ipc.Channel, children: Sequence[Child], *, shard: bool) -> None:
+    def __init__(self, channel: ipc.Channel, crew: LocalCrew, *, shard: bool) -> None:
         self.channel, self.size, self.shard = channel, channel.size, shard
-        self._children, self._num_heads = children, 0
+        self._crew, self._num_heads = crew, 0
         self._coming: _Coming | None = None
         self._sampling: ipc.Share | None = None
         self._remembered: Mapping[str, Tensor] = {}
-        self._end = weakref.finalize(self, _dissolve, channel, children)
+        self._end = weakref.finalize(self, _dissolve, channel, crew)
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -200,7 +201,7 @@ class Devices:
         except BaseException as error:
             reason = None
             if ipc.is_loss(error):
-                reason = find_failure(self._children, self.channel.store, GRACE_S)
+                reason = find_failure(self._crew, self.channel.store, GRACE_S)
                 reason = reason or f"the devices lost each other: {error}"
             self.channel.broken = True
             self._end()
@@ -243,23 +244,28 @@ def start_devices(
     if given[1] != devices:
         raise InputError(f"torchrun started {given[1]} processes, devices is {devices}; the two "
                          "must be the same")
-    return Devices(ipc.Channel(*ipc.torchrun_place(), device, local=False), (), shard=shard)
+    channel = ipc.Channel(*ipc.torchrun_place(), device, local=False)
+    return Devices(channel, LocalCrew(b"", 0, None), shard=shard)
 
 
 def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)
     store = dist.TCPStore("127.0.0.1", 0, devices, is_master=True, wait_for_workers=False)
-    children = [Child(rank, store.port, devices, device.type) for rank in range(1, devices)]
+    crew = LocalCrew(pickle.dumps(join_local), devices - 1, None)
     try:
-        while not store.check([f"here/{child.rank}" for child in children]):
-            reason = find_failure(children, store)
-            if reason is not None:
-                raise DeviceError(reason)
-            time.sleep(0.02)
-        return Devices(ipc.Channel(store, 0, devices, device, local=True), children, shard=shard)
+        crew.start()
+        waiting = devices - 1
+        while waiting:
+            for seat, (kind, *details) in crew.listen(1.0):
+                if kind == "lost":
+                    raise DeviceError(f"device {seat.number} of {devices} failed: {details[0]}")
+                if kind == "ready":
+                    seat.send("job", (seat.number, devices, store.port, device.type))
+                    waiting -= 1
+        return Devices(ipc.Channel(store, 0, devices, device, local=True), crew, shard=shard)
     except BaseException:
-        end_all(children)
+        crew.end()
         raise
 
 
@@ -308,66 +314,26 @@ class _Coming:
         return room.view(self._dtype).view(self._shape)
 
 
-def _dissolve(channel: ipc.Channel, children: Sequence[Child]) -> None:
+def _dissolve(channel: ipc.Channel, crew: LocalCrew) -> None:
+    grace_s = 0.0
     if not (channel.broken or channel.owed):
         with suppress(RuntimeError):
             channel.order("close")
-            for child in children:
-                with suppress(subprocess.TimeoutExpired):
-                    child.process.wait(GRACE_S)
-    end_all(children)
+            grace_s = GRACE_S
+    crew.end(grace_s)
     with suppress(RuntimeError):
         channel.leave()
 
 
-class Child:
-    """A rank's process on this machine; it exits with this one, however that ends."""
-
-    def __init__(self, rank: int, port: int, size: int, device: str) -> None:
-        self.rank = rank
-        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vidgen.pipeline.parallel.worker", str(port), str(rank),
-             str(size), device],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.stderr,
-            env=child_environment(),
-        )
-
-    def end(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.stderr.close()
-
-    def fate(self) -> str | None:
-        """Return how it failed; None if it didn't, or only because another one did."""
-        code = self.process.poll()
-        if code is None or code == ipc.LOST:
-            return None
-        return exit_text(code, self.stderr)
-
-
-def find_failure(
-    children: Sequence[Child], store: dist.Store, patience_s: float = 0.0
-) -> str | None:
+def find_failure(crew: LocalCrew, store: dist.Store, patience_s: float) -> str | None:
     """Return the first rank that failed and why, within `patience_s` seconds; None if none does."""
     until = time.monotonic() + patience_s
     while True:
         with suppress(RuntimeError):
-            if store.check([ipc.FAILURE]):
-                return store.get(ipc.FAILURE).decode()
-        for child in children:
-            fate = child.fate()
-            if fate is not None:
-                return f"device {child.rank} of {len(children) + 1} failed: {fate}"
+            if store.check([FAILURE]):
+                return store.get(FAILURE).decode()
+        for seat, message in crew.listen(0.05):
+            if message[0] == "lost":
+                return f"device {seat.number} of {len(crew.seats) + 1} failed: {message[1]}"
         if time.monotonic() >= until:
             return None
-        time.sleep(0.05)
-
-
-def end_all(children: Sequence[Child]) -> None:
-    """Kill all processes."""
-    for child in children:
-        child.end()

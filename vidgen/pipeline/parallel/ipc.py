@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that doesn't answer, though it runs, ends the others."""
-FAILURE = "failure"
-LOST = 3
-"""Exit code of a rank that stops because another one is gone."""
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 

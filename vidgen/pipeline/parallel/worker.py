@@ -1,15 +1,10 @@
-"""The program of all ranks but 0: open the model and follow orders.
-
-`start_devices` starts it as `python -m vidgen.pipeline.parallel.worker PORT RANK SIZE cpu|cuda`.
-"""
+"""The program of all ranks but 0: open the model and follow orders."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vidgen.core.protocols import OnEvent
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
@@ -33,6 +29,12 @@ if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.weights.quantize import Quantization
+
+
+FAILURE = "failure"
+"""Key of the rendezvous store at which a rank leaves the reason why it failed."""
+LOST = 3
+"""Exit code of a rank that stops because another one is gone."""
 
 
 class DeviceWorker:
@@ -130,8 +132,8 @@ class DeviceWorker:
         return self.loader
 
 
-def serve(channel: ipc.Channel) -> None:
-    """Follow rank 0's orders until it closes."""
+def serve(channel: ipc.Channel) -> bool:
+    """Follow rank 0's orders until it closes; return False if another rank is gone before."""
     worker = DeviceWorker(channel)
     try:
         while True:
@@ -141,11 +143,12 @@ def serve(channel: ipc.Channel) -> None:
             getattr(worker, order)(*details)
     except BaseException as error:  # rank 0 reports all of them
         if ipc.is_loss(error):
-            sys.exit(ipc.LOST)
+            return False
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        channel.store.set(ipc.FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
+        channel.store.set(FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
         raise
     channel.leave()
+    return True
 
 
 def join_torchrun() -> None:
@@ -155,28 +158,19 @@ def join_torchrun() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    serve(ipc.Channel(store, rank, size, device, local=False))
+    if not serve(ipc.Channel(store, rank, size, device, local=False)):
+        sys.exit(LOST)
 
 
-def _leave_with_parent() -> None:
-    sys.stdin.buffer.read()  # ends when the parent does
-    os._exit(1)
-
-
-def _main(port: str, rank: str, size: str, kind: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's, which ends this process
-    logging.basicConfig(level=logging.ERROR)
+def join_local(place: tuple[int, int, int, str], _tell: OnEvent) -> None:
+    """Serve as a rank of `start_devices`: rank, number of ranks, store's port, kind of device."""
+    rank, size, port, kind = place
+    logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # rank 0 gives the same
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    store = dist.TCPStore("127.0.0.1", int(port), int(size), is_master=False, timeout=ipc.TIMEOUT)
-    store.set(f"here/{rank}", "")
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=ipc.TIMEOUT)
     device = torch.device(kind)
     if kind == "cuda":
-        device = torch.device("cuda", int(rank))
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    serve(ipc.Channel(store, int(rank), int(size), device, local=True))
-    os._exit(0)  # without the seconds it takes to take down what was imported
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    if serve(ipc.Channel(store, rank, size, device, local=True)):
+        os._exit(0)  # without the seconds it takes to take down what was imported

@@ -20,6 +20,7 @@ import logging
 import os
 import pickle
 import queue
+import select
 import signal
 import sys
 import threading
@@ -31,9 +32,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from vidgen.core.errors import Cancelled, InputError, VidgenError
-from vidgen.core.protocols import OnEvent
-from vidgen.pipeline.workers.types import pin_threads
+from vidgen.core.errors import Cancelled, VidgenError
+from vidgen.pipeline.workers.types import Work, pin_threads
 
 BEAT_S = 1.0
 GRACE_S = 5.0
@@ -53,62 +53,63 @@ class LogMessages(logging.Handler):
         self.say(("log", record.levelno, record.getMessage(), trace))
 
 
-def tell_warnings(say: Say) -> None:
-    """Send this process's warnings from here on."""
-    logging.getLogger().addHandler(LogMessages(say))
+class Worker:
+    """The worker's side of a process or an actor: runs jobs, one at a time.
 
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if issubclass(category, UserWarning):
-            say(("log", logging.WARNING, str(message), None))
+    Args:
+        say: sends a message to the scheduler.
+        threads: of each job; None: as many as the process has.
+    """
 
-    warnings.showwarning = show
-
-
-def answer(work: Any, payload: Any, threads: int, tell: OnEvent) -> tuple[Any, ...]:
-    """Run a job: ("done", result) or ("failed", error)."""
-    try:
-        pin_threads(threads)
-        return "done", work(payload, tell)
-    except VidgenError as error:
-        return "failed", error
-    except Exception as error:
-        told = "".join(traceback.format_exception(error)).strip()
-        return "failed", VidgenError(f"a worker came upon {type(error).__name__}: {error}\n{told}")
-
-
-def check_place(folder: str) -> None:
-    """Work from a folder, or raise InputError if it doesn't exist here."""
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise InputError(f"machine {os.uname().nodename} doesn't see {folder} ({error.strerror}); "
-                         "all machines must share the folders of the film and the model") from None
-
-
-class _Orders:
-    """Receives the scheduler's messages while a job runs."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._connection = connection
+    def __init__(self, say: Say, threads: int | None) -> None:
+        self._say, self._threads = say, threads
+        self._jobs: queue.SimpleQueue[tuple[Any] | None] = queue.SimpleQueue()
         self._reason: str | None = None
-        threading.Thread(target=self._receive, daemon=True).start()
+        logging.getLogger().addHandler(LogMessages(say))
+        warnings.showwarning = self._show_warning
 
-    def check_cancelled(self) -> None:
-        """Raise Cancelled if the job is to be stopped."""
+    def receive(self, kind: str, content: Any) -> None:
+        """Take a job to `run`, or cancel the one at work."""
+        if kind == "cancel":
+            self._reason = content
+        else:
+            self._reason = None  # what came before was for another job
+            self._jobs.put((content,))
+
+    def stop(self) -> None:
+        """Cancel the job at work, and let `run` return after it."""
+        self._reason = "stopped"
+        self._jobs.put(None)
+
+    def run(self, work: Work) -> None:
+        """Run jobs as they are received."""
+        self._say(("ready",))
+        while (job := self._jobs.get()) is not None:
+            self._say(self._answer(work, *job))
+
+    def _answer(self, work: Work, payload: Any) -> tuple[Any, ...]:
+        """Run a job: ("done", result) or ("failed", error)."""
+        try:
+            if self._threads is not None:
+                pin_threads(self._threads)
+            return "done", work(payload, self._tell)
+        except VidgenError as error:
+            return "failed", error
+        except Exception as error:
+            told = "".join(traceback.format_exception(error)).strip()
+            return "failed", VidgenError(f"a worker came upon {type(error).__name__}: {error}\n"
+                                         f"{told}")
+
+    def _tell(self, event: dict[str, Any]) -> None:
         if self._reason is not None:
             raise Cancelled(self._reason)
+        self._say(("tell", event))
 
-    def _receive(self) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                kind, content = self._connection.recv()
-                if kind == "cancel":
-                    self._reason = content
-                else:
-                    self._reason = None  # what came before was for another job
-                    self.jobs.put(content)
-        _leave()
+    def _show_warning(
+        self, message: Warning | str, category: type[Warning], *_: object, **__: object
+    ) -> None:
+        if issubclass(category, UserWarning):
+            self._say(("log", logging.WARNING, str(message), None))
 
 
 def main() -> int:
@@ -121,28 +122,30 @@ def main() -> int:
         with lock:
             connection.send(message)
 
-    threading.Thread(target=_beat, args=(say,), daemon=True).start()
+    threading.Thread(target=_beat, args=(connection, say), daemon=True).start()
     try:
         content, threads = connection.recv()
-        tell_warnings(say)
+        worker = Worker(say, threads)
         work = pickle.loads(content)
-        orders = _Orders(connection)
-
-        def tell(event: dict[str, Any]) -> None:
-            orders.check_cancelled()
-            say(("tell", event))
-
-        say(("ready",))
-        while True:
-            say(answer(work, orders.jobs.get(), threads, tell))
+        threading.Thread(target=_receive, args=(connection, worker), daemon=True).start()
+        worker.run(work)
     except (EOFError, KeyboardInterrupt, BrokenPipeError, ConnectionResetError):
-        return 0
+        pass
+    return 0
 
 
-def _beat(say: Say) -> None:
+def _receive(connection: Connection, worker: Worker) -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            worker.receive(*connection.recv())
+    _leave()
+
+
+def _beat(connection: Connection, say: Say) -> None:
     while True:
         try:
-            say(("beat",))
+            if select.select([], [connection], [], 0)[1]:  # else nobody reads them now
+                say(("beat",))
         except OSError:
             _leave()
         time.sleep(BEAT_S)

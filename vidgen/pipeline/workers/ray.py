@@ -16,16 +16,19 @@ import sys
 import threading
 import time
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
-from vidgen.core.errors import Cancelled, InputError, VidgenError
-from vidgen.pipeline.workers.process import answer, check_place, tell_warnings
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
+from vidgen.pipeline.workers.process import Worker
 from vidgen.pipeline.workers.seats import Crew, Message, Seat
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.workers.types import Staff
+    from vidgen.pipeline.workers.types import Staff, Work
 
 log = logging.getLogger(__name__)
 LISTEN_S = 1.0
@@ -39,22 +42,16 @@ class Actor:
     """The worker's side; Ray creates it on a machine of the cluster."""
 
     def __init__(self, work: bytes, threads: int, folder: str, version: str) -> None:
-        self._work, self._threads, self._folder, self._version = work, threads, folder, version
-        self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._opened: Any = None
-        self._reason: str | None = None
-        self._at_work: threading.Thread | None = None
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
-        tell_warnings(self._said.put)
+        self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._worker = Worker(self._said.put, threads)
+        sent = _SentWork(work, folder, version)
+        self._thread = threading.Thread(target=self._worker.run, args=(sent,), daemon=True)
+        self._thread.start()
 
     def receive(self, kind: str, content: Any) -> None:
         """Begin a job, or cancel the one at work."""
-        if kind == "cancel":
-            self._reason = content
-            return
-        self._reason = None
-        self._at_work = threading.Thread(target=self._do, args=(content,), daemon=True)
-        self._at_work.start()
+        self._worker.receive(kind, content)
 
     def listen(self) -> list[Message]:
         """Return the messages since the last call; wait a little for the first."""
@@ -67,27 +64,38 @@ class Actor:
 
     def stop(self, seconds: float) -> None:
         """Stop between two steps and save the state."""
-        self._reason = "stopped"
-        if self._at_work is not None:
-            self._at_work.join(seconds)
+        self._worker.stop()
+        self._thread.join(seconds)
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        if self._reason is not None:
-            raise Cancelled(self._reason)
-        self._said.put(("tell", event))
 
-    def _do(self, payload: Any) -> None:
+@dataclass
+class _SentWork:
+    """Pickled work of a command, opened by the first job.
+
+    A job fails with InputError on a machine of another version, or without the command's folder.
+    """
+
+    work: bytes
+    folder: str
+    version: str
+
+    def __call__(self, payload: Any, tell: OnEvent) -> Any:
+        return self._opened(payload, tell)
+
+    @cached_property
+    def _opened(self) -> Work:
+        machine = os.uname().nodename
+        if self.version != __version__:
+            raise InputError(f"machine {machine} has vidgen {__version__}, the command "
+                             f"{self.version}; install the same on all")
         try:
-            if self._opened is None:
-                if self._version != __version__:
-                    raise InputError(f"machine {os.uname().nodename} has vidgen {__version__}, the "
-                                     f"command {self._version}; install the same on all")
-                check_place(self._folder)
-                self._opened = pickle.loads(self._work)
-        except VidgenError as error:
-            self._said.put(("failed", error))
-            return
-        self._said.put(answer(self._opened, payload, self._threads, self._tell))
+            os.chdir(self.folder)
+        except OSError as error:
+            raise InputError(f"machine {machine} doesn't see {self.folder} ({error.strerror}); "
+                             "all machines must share the folders of the film and the "
+                             "model") from None
+        work: Work = pickle.loads(self.work)
+        return work
 
 
 class RayCrew(Crew):
@@ -144,8 +152,6 @@ class RayCrew(Crew):
         except self._ray.exceptions.RayError as error:
             return [(seat, ("lost", str(error).strip().splitlines()[0]))]
         seat.ask()
-        if not seat.is_ready:
-            messages.insert(0, ("ready",))
         return [(seat, message) for message in messages or [("beat",)]]
 
     def _tell_room(self) -> None:
@@ -154,8 +160,9 @@ class RayCrew(Crew):
             self._told_room = True
             log.warning("the cluster has no room yet for %d of %d workers", missing, self._count)
 
-    def close(self) -> None:
-        """Leave the cluster, if it was joined here."""
+    def end(self, grace_s: float = 0.0) -> None:
+        """Kill all workers, and leave the cluster if it was joined here."""
+        super().end(grace_s)
         if self._is_own:
             self._ray.shutdown()
         self._stdout.__exit__(None, None, None)

@@ -26,7 +26,7 @@ from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.core.store import Store
-from vidgen.pipeline.workers.seats import Crew, LocalCrew, Seat
+from vidgen.pipeline.workers.seats import Crew, LocalCrew, Seat, visible_gpus
 from vidgen.pipeline.workers.types import (
     MAX_THREADS,
     Job,
@@ -136,7 +136,8 @@ def _open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
                          "modules, or functools.partial of them") from None
     crew: Crew
     if staff.ray is None:
-        crew = LocalCrew(content, staff.workers or 1, staff.num_threads)
+        count = staff.workers or 1
+        crew = LocalCrew(content, count, staff.num_threads, visible_gpus() if count > 1 else ())
     else:
         from vidgen.pipeline.workers.ray import RayCrew
 
@@ -147,10 +148,7 @@ def _open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
     finally:
         for seat in crew.seats:
             seat.stop()
-        until = time.monotonic() + staff.patience.grace
-        for seat in crew.seats:
-            seat.end(max(0.0, until - time.monotonic()))
-        crew.close()
+        crew.end(staff.patience.grace)
 
 
 def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[Outcome]:

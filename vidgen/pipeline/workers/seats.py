@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import IO, TYPE_CHECKING, Any
@@ -83,9 +84,11 @@ class Crew(ABC):
         seat.end()
         self.seats[seat.number - 1] = self._seat(seat.number)
 
-    @abstractmethod
-    def close(self) -> None:
-        """Free what is left when all workers are gone."""
+    def end(self, grace_s: float = 0.0) -> None:
+        """Kill all workers, after some time to leave by themselves."""
+        until = time.monotonic() + grace_s
+        for seat in self.seats:
+            seat.end(max(0.0, until - time.monotonic()))
 
     @abstractmethod
     def _seat(self, number: int) -> Seat:
@@ -93,16 +96,28 @@ class Crew(ABC):
 
 
 class LocalCrew(Crew):
-    """Processes of this machine."""
+    """Processes of this machine.
 
-    def __init__(self, work: bytes, count: int, threads: int) -> None:
+    Args:
+        work: pickled.
+        count: number of processes.
+        threads: of each job; None: as the work sets them.
+        gpus: names in CUDA_VISIBLE_DEVICES, one for each process in turn; empty: all see all.
+    """
+
+    def __init__(
+        self, work: bytes, count: int, threads: int | None, gpus: Sequence[str] = ()
+    ) -> None:
         super().__init__(count)
-        self._work, self._threads = work, threads
-        self._devices = _devices() if count > 1 else []
+        self._work, self._threads, self._gpus = work, threads, gpus
 
     def _seat(self, number: int) -> LocalSeat:
-        device = self._devices[(number - 1) % len(self._devices)] if self._devices else None
-        return LocalSeat(number, self._work, self._threads, device)
+        own: dict[str, str] = {}
+        if self._threads is not None:
+            own["OMP_NUM_THREADS"] = str(self._threads)
+        if self._gpus:
+            own["CUDA_VISIBLE_DEVICES"] = self._gpus[(number - 1) % len(self._gpus)]
+        return LocalSeat(number, self._work, self._threads, own)
 
     def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
         """See `Crew`."""
@@ -118,22 +133,20 @@ class LocalCrew(Crew):
             heard.append((seat, message))
         return heard
 
-    def close(self) -> None:
-        """Do nothing: the processes are all there is."""
-
 
 class LocalSeat(Seat):
-    """A process of this machine, with the GPU `device` or all; it exits with this one."""
+    """A process of this machine, with variables of its own; it exits with this one."""
 
-    def __init__(self, number: int, work: bytes, threads: int, device: str | None) -> None:
+    def __init__(
+        self, number: int, work: bytes, threads: int | None, own: Mapping[str, str]
+    ) -> None:
         super().__init__(number)
         self.connection, theirs = Pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        more = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vidgen.pipeline.workers.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=self._stderr, env=child_environment(OMP_NUM_THREADS=str(threads), **more),
+            stderr=self._stderr, env=child_environment(**own),
         )
         theirs.close()
         self._lock = threading.Lock()
@@ -172,7 +185,7 @@ class LocalSeat(Seat):
         self._stderr.close()
 
 
-def _devices() -> list[str]:
+def visible_gpus() -> list[str]:
     """Return the visible GPUs by their names in CUDA_VISIBLE_DEVICES."""
     import torch
 
