@@ -28,18 +28,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
     (400, "invalid_value", "size", {"prompt": "x", "size": "0x32"}),
     (400, "invalid_request", None, {"prompt": "x", "size": "4096x4096"}),
     (400, "invalid_request", None, {"prompt": "x", "size": "33x32"}),
-    (400, "invalid_value", "num_inference_steps", {"prompt": "x", "num_inference_steps": 201}),
+    (400, "invalid_request", "num_inference_steps", {"prompt": "x", "num_inference_steps": 201}),
+    (400, "invalid_value", "num_inference_steps", {"prompt": "x", "num_inference_steps": 1001}),
+    (400, "invalid_value", "guidance_scale", {"prompt": "x", "guidance_scale": 101}),
+    (400, "invalid_request", "sampler", {"prompt": "x", "extra_params": {"sampler": "x"}}),
     (400, "invalid_value", "guidance_scale", {"prompt": "x", "guidance_scale": -1}),
     (404, "model_not_found", "model", {"prompt": "x", "model": "sora-2"}),
     (400, "invalid_value", "lora", {"prompt": "x", "lora": "../../etc/passwd"}),
-    (400, "invalid_value", None, {"prompt": "x", "say": "@/etc/passwd"}),
-    (400, "invalid_value", None, {"prompt": "x", "voice": "/tmp/voice.pt"}),
+    (400, "invalid_value", "say", {"prompt": "x", "say": "@/etc/passwd"}),
+    (400, "invalid_value", "voice", {"prompt": "x", "voice": "/tmp/voice.pt"}),
     (400, "invalid_value", "image_reference", {"prompt": "x", "image_reference": "/etc/pass"}),
     (400, "urls_disabled", "image_reference", {
         "prompt": "x", "image_reference": "http://127.0.0.1/a.png"}),
     (404, "not_found", "video_reference", {"prompt": "x", "video_reference": {"id": "video_a"}}),
     (400, "invalid_request", "generate_sound", {"prompt": "x", "generate_sound": True}),
-    (400, "invalid_value", None, {"prompt": "x", "width": 32}),
+    (400, "invalid_value", "width", {"prompt": "x", "width": 32}),
 ])
 def test_bad_values_are_named(served, status, code, param, body):
     refused(served, status, code, param, json=body)

@@ -179,7 +179,7 @@ def test_a_remix_needs_a_change_and_no_prompt(service):
     for nothing in ({}, {"prompt": None}, {"model": "tiny"}):
         with pytest.raises(ApiError, match=r"nothing is changed; .* a replay"):
             service.remix(source, nothing, ANN)
-    with pytest.raises(ApiError, match="prompt is ''"):
+    with pytest.raises(ApiError, match="the prompt is empty"):
         service.remix(source, {"prompt": ""}, ANN)
 
 

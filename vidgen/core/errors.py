@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import Literal
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _SHORT = reprlib.Repr()
@@ -26,6 +27,23 @@ class InputError(VidgenError):
     """A request, file, option or config that can't be honoured as given."""
 
     exit_code = 2
+
+
+Fault = Literal["unknown", "missing", "invalid"]
+
+
+class OptionError(InputError):
+    """An option of a request that can't be honoured.
+
+    Args:
+        text: the message.
+        option: the option's name; empty if the message is about no single one.
+        kind: whether nobody knows the option, it is missing, or its value can't be taken.
+    """
+
+    def __init__(self, text: str, option: str = "", kind: Fault = "invalid") -> None:
+        super().__init__(text)
+        self.option, self.kind = option, kind
 
 
 class ModelError(VidgenError):

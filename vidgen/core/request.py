@@ -21,11 +21,15 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from vidgen.core import values
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.values import MAX_PROMPT, File, Fit
 
 MAX_DEVICES = 1024
@@ -94,17 +98,17 @@ class Options(BaseModel):
     """Options that are checked when they are given; None leaves one out.
 
     Raises:
-        InputError: on construction, with the value, the limit and the remedy.
+        OptionError: on construction, with the value, the limit and the remedy.
     """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise _refusal(type(self), error) from None
+            raise self._refusal(error) from None
 
     def replace(self, **options: Any) -> Self:
         """Return a copy with other values of some options, checked again."""
@@ -113,9 +117,61 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_pythons_own(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _given(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Take numbers of other libraries as Python's own."""
         return {name: values.plain(value) for name, value in options.items()}
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _named(
+        cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> Any:
+        """Name the option in the refusals of its own validators."""
+        try:
+            return check(value)
+        except OptionError:
+            raise
+        except InputError as error:
+            raise OptionError(str(error), str(info.field_name)) from None
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        """Return the message for an option that doesn't exist."""
+        if name in _ELSEWHERE:
+            return f"{name} is no option of a clip; {_ELSEWHERE[name]}"
+        if (meant := CALLED.get(name, name)) in Loading.model_fields:
+            return f"{name} is no option of a clip; give {meant} to vidgen.load"
+        known = set(cls.model_fields) - {"prompt"}
+        return f"unknown option {name!r}; {nearest(name, known, CALLED)}"
+
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> OptionError:
+        """Say what the first invalid option was given, what it takes, and what to do."""
+        problems = error.errors(include_url=False)
+        found = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+        name, value, kind = str(found["loc"][0]), found["input"], found["type"]
+        if kind == "extra_forbidden":
+            return OptionError(cls._unknown(name), name, "unknown")
+        if kind == "missing":
+            return OptionError(f"{name} is missing; give it", name, "missing")
+        if kind == "string_type" and (name == "prompt" or value is not None):
+            told = f"{name} must be text, not {values.shown(value)}"
+        elif value is None:
+            told = f"{name} is None; leave it out, or give a value"
+        elif kind == "string_pattern_mismatch":
+            told = f"the {name} is empty; say what is to be seen"
+        elif kind == "string_too_long":
+            limit = found["ctx"]["max_length"]
+            told = f"{name} has {len(value)} characters; shorten it to {limit}"
+        elif kind == "string_unicode":
+            told = values.broken_text(name, value)
+        elif kind == "literal_error":
+            choices = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            told = f"{name} is {values.shown(value)}; {nearest(str(value), choices)}"
+        else:
+            words = expected(cls.model_fields[name]) or found["msg"].removeprefix("Value error, ")
+            told = f"{name} is {values.shown(value)}; {words}"
+        return OptionError(told, name)
 
 
 class Loading(Options):
@@ -144,7 +200,7 @@ class Request(Options):
 
     prompt: str = option(
         ..., WHAT, "what the clip shows, up to 20,000 characters; models read fewer", "PROMPT",
-        basic=True, max_length=MAX_PROMPT)
+        basic=True, max_length=MAX_PROMPT, pattern=r"\S")
     negative: str | None = option(
         None, WHAT, "what the clip must not show", "TEXT", basic=True, max_length=MAX_PROMPT)
     seed: int | None = option(
@@ -305,13 +361,12 @@ class Request(Options):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Request:
-        if not self.prompt.strip():
-            raise InputError("the prompt is empty; say what is to be seen")
         if self.seconds is not None and self.frames is not None:
             raise InputError("seconds and frames are both given; give one of them")
         for name, needs in _NEEDS.items():
             if self.has(name) and not any(self.has(other) for other in needs):
-                raise InputError(f"{name} needs {' or '.join(needs)}; add it or leave this out")
+                raise OptionError(f"{name} needs {' or '.join(needs)}; add it or leave this out",
+                                  name)
         if self.first_frame_model is not None and self.image is not None:
             raise InputError("image and first_frame_model are both given; the first frame is one "
                              "of them")
@@ -330,45 +385,21 @@ DEFAULTS: Mapping[str, Any] = {
 """Values of the options that a request leaves out."""
 
 
-def _refusal(options: type[Options], error: ValidationError) -> InputError:
-    """Say what the first invalid option was given, what it takes, and what to do."""
-    problems = error.errors(include_url=False)
-    found = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    name, value, kind = str(found["loc"][0]), found["input"], found["type"]
-    if kind == "extra_forbidden":
-        if name in _ELSEWHERE:
-            return InputError(f"{name} is no option of a clip; {_ELSEWHERE[name]}")
-        if (meant := CALLED.get(name, name)) in Loading.model_fields:
-            return InputError(f"{name} is no option of a clip; give {meant} to vidgen.load")
-        known = set(options.model_fields) - {"prompt"}
-        return InputError(f"unknown option {name!r}; {nearest(name, known, CALLED)}")
-    if kind in ("missing", "string_type") and (name == "prompt" or value is not None):
-        return InputError(f"{name} must be text, not {values.shown(value)}")
-    if value is None:
-        return InputError(f"{name} is None; leave it out, or give a value")
-    if kind == "string_too_long":
-        limit = found["ctx"]["max_length"]
-        return InputError(f"{name} has {len(value)} characters; shorten it to {limit}")
-    if kind == "string_unicode":
-        return InputError(values.broken_text(name, value))
-    if kind == "literal_error":
-        choices = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return InputError(f"{name} is {values.shown(value)}; {nearest(str(value), choices)}")
-    return InputError(f"{name} is {values.shown(value)}; give {_expected(options, name)}")
+def limits_of(field: FieldInfo) -> dict[str, Any]:
+    """Return the least and greatest values of an option: ge, gt and le, those that it has."""
+    return {key: value for each in field.metadata for key in ("ge", "gt", "le")
+            if (value := getattr(each, key, None)) is not None}
 
 
-def _expected(options: type[Options], name: str) -> str:
-    """Return words for what an option takes, by its type and its limits."""
-    field = options.model_fields[name]
-    kinds = str(field.annotation)
+def expected(field: FieldInfo) -> str:
+    """Return the words for values that an option takes; empty for other than flags and numbers."""
+    kinds, limits = str(field.annotation), limits_of(field)
     if "bool" in kinds:
-        return "True or False"
-    limits = {key: value for each in field.metadata for key in ("ge", "gt", "le")
-              if (value := getattr(each, key, None)) is not None}
+        return "give True or False"
     number = "a whole number" if "int" in kinds else "a number"
     if "gt" in limits:
-        return f"{number} above {limits['gt']}, {limits['le']} at most"
-    return f"{number} from {limits['ge']} to {limits['le']}"
+        return f"give {number} above {limits['gt']}, {limits['le']} at most"
+    return f"give {number} from {limits['ge']} to {limits['le']}" if limits else ""
 
 
 def silenced(settings: Mapping[str, int | float | bool]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _ORIENTATION = 0x0112
 """EXIF's tag of it; 1 is upright."""
+MIN_SIDE, MAX_SIDE = 16, 8192
+"""Limits of a clip's width and height, in pixels."""
 MAX_PROMPT = 20_000
 """Characters of a prompt, or of one spoken text."""
 _CACHES = ("none", "first-block", "magnitude", "forecast")
@@ -44,11 +46,11 @@ def plain(value: Any) -> Any:
 def check_text(name: str, text: Any, limit: int) -> None:
     """Refuse what is no text, too long, or can't be written as UTF-8."""
     if not isinstance(text, str | None):
-        raise InputError(f"{name} must be text, not {text!r}")
+        raise OptionError(f"{name} must be text, not {text!r}", name)
     if text and len(text) > limit:
-        raise InputError(f"{name} has {len(text)} characters; shorten it to {limit}")
+        raise OptionError(f"{name} has {len(text)} characters; shorten it to {limit}", name)
     if text and _SURROGATE.search(text):
-        raise InputError(broken_text(name, text))
+        raise OptionError(broken_text(name, text), name)
 
 
 def broken_text(name: str, text: str) -> str:
@@ -125,7 +127,7 @@ def check_whole(name: str, value: Any, low: int, high: int) -> None:
     """Refuse anything but a whole number from `low` to `high`, or None."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and not (is_whole and low <= value <= high):
-        raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
+        raise OptionError(f"{name} is {value!r}; give a whole number from {low} to {high}", name)
 
 
 def check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
@@ -134,13 +136,13 @@ def check_number(name: str, value: Any, low: float, high: float, above: bool = F
     if value is None or (is_number and low <= value <= high and not (above and value == low)):
         return
     span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
-    raise InputError(f"{name} is {value!r}; give a number {span}")
+    raise OptionError(f"{name} is {value!r}; give a number {span}", name)
 
 
 def check_flag(name: str, value: Any) -> None:
     """Refuse anything but true, false or None; any text would count as true."""
     if not isinstance(value, bool | None):
-        raise InputError(f"{name} is {value!r}; give True or False")
+        raise OptionError(f"{name} is {value!r}; give True or False", name)
 
 
 def check_tiles(value: str) -> str:
@@ -155,15 +157,15 @@ def check_cache(value: str) -> str:
     """Refuse an unknown step cache, or a threshold that it can't have."""
     method, colon, threshold = value.partition(":")
     if method not in _CACHES:
-        raise InputError(f"cache is {value!r}; {nearest(method, _CACHES)}")
+        raise InputError(f"cache is {shown(value)}; {nearest(method, _CACHES)}")
     if colon:
         try:
             number = float(threshold)
         except ValueError:
             number = math.nan
         if method == "none" or not 0 <= number <= 100:
-            raise InputError(f"cache is {value!r}; after the colon comes a threshold from 0 to "
-                             "100, such as forecast:0.1")
+            raise InputError(f"cache is {shown(value)}; after the colon comes a threshold from 0 "
+                             "to 100, such as forecast:0.1")
     return value
 
 
@@ -188,8 +190,8 @@ def parse_readings(value: Any) -> dict[str, str] | None:
         return None if value == "auto" else {}
     pairs = [[side.strip().lower() for side in pair.split("=")] for pair in str(value).split(",")]
     if not all(len(pair) == 2 and all(pair) and " " not in pair[0] for pair in pairs):
-        raise InputError(f"readings is {value!r}; give auto, none, or words and what they are read "
-                         "as, such as bicylce=bicycle,taxi=car")
+        raise InputError(f"readings is {shown(value)}; give auto, none, or words and what they are "
+                         "read as, such as bicylce=bicycle,taxi=car")
     return dict(pairs)
 
 
@@ -200,18 +202,20 @@ def parse_fps(value: Any) -> Fraction:
         InputError: neither.
     """
     try:
-        value = plain(value)
-        if isinstance(value, bool):
+        rate = plain(value)
+        if isinstance(rate, bool):
             raise ValueError
-        if isinstance(value, float) or (isinstance(value, str) and "." in value):
+        if isinstance(rate, str) and "/" not in rate:
+            rate = float(rate)  # a fraction would write out 1e999999999
+        if isinstance(rate, float) and not rate.is_integer():
             # 23.976 and 29.97 mean the broadcast rates n * 1000 / 1001.
-            number = float(value)
-            broadcast = Fraction(round(number) * 1000, 1001)
-            exact = Fraction(number).limit_denominator(1001)
-            return broadcast if abs(number - broadcast) < 1e-3 else exact
-        return Fraction(value)
+            broadcast = Fraction(round(rate) * 1000, 1001)
+            exact = Fraction(rate).limit_denominator(1001)
+            return broadcast if abs(rate - broadcast) < 1e-3 else exact
+        return Fraction(rate)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError):
-        raise InputError(f"fps is {value!r}; give a number or one such as 24000/1001") from None
+        raise InputError(f"fps is {shown(value)}; give a number or one such as 24000/1001"
+                         ) from None
 
 
 def parse_size(value: Any) -> tuple[int, int]:
@@ -227,9 +231,9 @@ def parse_size(value: Any) -> tuple[int, int]:
     elif isinstance(value, Iterable):
         sides = tuple(map(plain, value))
     if len(sides) != 2:
-        raise InputError(f"size is {value!r}; give width and height in pixels, such as 128x96")
+        raise InputError(f"size is {shown(value)}; give width and height in pixels, such as 128x96")
     for side in sides:
-        check_whole("size", side, 16, 8192)
+        check_whole("size", side, MIN_SIDE, MAX_SIDE)
     return sides
 
 
@@ -277,7 +281,7 @@ def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
         elif isinstance(each, tuple | list) and len(each) == 2:
             pairs.append((plain(each[0]), each[1]))
         else:
-            raise InputError(f"say holds {each!r}; give {what}")
+            raise InputError(f"say holds {shown(each)}; give {what}")
     for seconds, text in pairs:
         check_number("say", seconds, 0, 3600)
         if not isinstance(text, str) or not text.strip():

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.shapes import (
     LatentShape,
@@ -73,7 +73,7 @@ def make_plan(
                              "own; set it there")
         sampler = type(sampler).__name__
     elif sampler not in SAMPLERS:
-        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}")
+        raise OptionError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}", "sampler")
     fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
     num_frames, kept = _length(
         request, defaults, fps, strides, inputs.video_seconds if inputs else None
@@ -138,8 +138,8 @@ def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Gui
     low = defaults.guidance_scale_2 if request.guidance is None else None
     if request.guidance_low is not None:
         if defaults.boundary is None:
-            raise InputError(f"guidance_low is {request.guidance_low}, but this model has no "
-                             "low-noise expert; leave it out")
+            raise OptionError(f"guidance_low is {request.guidance_low}, but this model has no "
+                              "low-noise expert; leave it out", "guidance_low")
         low = float(request.guidance_low)
     known = defaults.settings.get("image_guidance")
     of_images = request.settings.get("image_guidance")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import flattened
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OptionError
 from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.shapes import Tiles
 from vidgen.pipeline.settings import settings_to_go_on
@@ -214,11 +214,11 @@ def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float)
     """
     added = round(added_s * fps)
     if added < 1:
-        raise InputError(f"seconds is {added_s}, less than a frame at {fps} fps")
+        raise OptionError(f"seconds is {added_s}, less than a frame at {fps} fps", "seconds")
     seconds = float((num_frames + added) / fps)
     if seconds > MAX_SECONDS:
-        raise InputError(f"seconds is {added_s}, which makes the clip {seconds:g} s long; give so "
-                         f"many that it has {MAX_SECONDS} at most")
+        raise OptionError(f"seconds is {added_s}, which makes the clip {seconds:g} s long; give so "
+                          f"many that it has {MAX_SECONDS} at most", "seconds")
     return {"prefix": str(clip), "fps": fps, "seconds": seconds}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vidgen.core.errors import InputError, ModelError, nearest
+from vidgen.core.errors import InputError, ModelError, OptionError, nearest
 from vidgen.core.values import check_flag, check_number, check_whole
 
 if TYPE_CHECKING:
@@ -115,12 +115,12 @@ def check_settings(request: Request, folder: ModelFolder) -> None:
             raise ModelError(f"{folder.name}: model.json: {error}") from None
     for name, value in request.settings.items():
         if name not in SETTINGS:
-            raise InputError(f"{folder.name} has no setting {name!r}; "
-                             f"{nearest(name, settings_of(folder))}")
+            raise OptionError(f"{folder.name} has no setting {name!r}; "
+                              f"{nearest(name, settings_of(folder))}", name, "unknown")
         _check(SETTINGS[name], value)
         needs = SETTINGS[name].needs
         if needs and not any(request.has(option) for option in needs):
-            raise InputError(f"{name} needs {' or '.join(needs)}; add it or leave this out")
+            raise OptionError(f"{name} needs {' or '.join(needs)}; add it or leave this out", name)
 
 
 def _check(setting: Setting, value: Value) -> None:
@@ -156,7 +156,7 @@ def settled_value(
     if why is None:
         return own_value(name, folder) if asked is None else SETTINGS[name].kind(asked)
     if asked not in (None, off):
-        raise InputError(f"{name} is {asked}, but {why}; leave it out")
+        raise OptionError(f"{name} is {asked}, but {why}; leave it out", name)
     return SETTINGS[name].kind(off or 0)
 
 

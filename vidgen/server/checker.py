@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.errors import InputError, OptionError, VidgenError
 from vidgen.server.layout import is_font, sniff
 from vidgen.server.probe import NamedFile, check_uploads
 from vidgen.server.settings import Limits, at_most
@@ -89,7 +89,7 @@ class Checker:
         plan = settle(self.folder, request)
         self._check_plan(plan)
         for name, limit in served_limits(request).items():
-            at_most(name, request.settings[name], limit)
+            at_most(name, request.settings[name], limit, option=name)
         has_sound = SOUND in self.folder.tasks
         make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
         made = choose(self.folder, plan, request, Loading(), self.device, None,
@@ -136,7 +136,7 @@ class Checker:
         try:
             enforce_film(self.policy, film)
         except InputError as error:
-            raise Refusal(str(error), POLICY) from None
+            raise Refusal(str(error), code=POLICY) from None
         made = estimates(film, parts, self.device, None, self.dtype)
         edit = make_edit(film, film.in_film, path.with_name(FILM))
         return {
@@ -150,9 +150,9 @@ class Checker:
 
     def _check_plan(self, plan: Plan) -> None:
         at_most("pixels", plan.width * plan.height, self.limits.pixels)
-        at_most("frames", plan.kept_frames, self.limits.frames)
+        at_most("frames", plan.kept_frames, self.limits.frames, option="frames")
         at_most("seconds", float(plan.kept_frames / plan.fps), self.limits.seconds, _SHORTER)
-        at_most("steps", plan.num_steps, self.limits.steps)
+        at_most("steps", plan.num_steps, self.limits.steps, option="steps")
 
     def _enforce(self, request: Request) -> None:
         from vidgen.pipeline.policy import enforce
@@ -160,7 +160,7 @@ class Checker:
         try:
             enforce(self.policy, request)
         except InputError as error:
-            raise Refusal(str(error), POLICY) from None
+            raise Refusal(str(error), code=POLICY) from None
 
 
 @contextmanager
@@ -170,6 +170,8 @@ def refusing() -> Iterator[None]:
         yield
     except Refusal:
         raise
+    except OptionError as error:
+        raise Refusal(str(error), error.option) from None
     except VidgenError as error:
         raise Refusal(str(error)) from None
     except Exception:

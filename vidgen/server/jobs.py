@@ -22,7 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.errors import InputError, OutputError
+from vidgen.core.errors import InputError, OptionError, OutputError
 from vidgen.server.types import Conflict, Full, Job, Kind, NewJob, new_id
 
 SCHEMA_VERSION = 1
@@ -177,8 +177,8 @@ class Jobs:
                 row = self._one("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
                                 after, owner, kind)
                 if row is None:
-                    raise InputError(f"after is {after!r}, no {kind} of yours; give the last id of "
-                                     "the page before")
+                    raise OptionError(f"after is {after!r}, no {kind} of yours; give the last id "
+                                      "of the page before", "after")
                 begin = row[0]
             where = "" if begin is None else f"AND number {sign} {int(begin)}"
             rows = self._run(

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OptionError
 from vidgen.core.runtime import link
 from vidgen.server.schema import FilmAsk
 from vidgen.server.types import Upload
@@ -58,7 +58,7 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
     inputs = folder / INPUTS
     for upload in ask.files or ():
         if not isinstance(upload, Upload):
-            raise InputError("files must be files, in multipart/form-data")
+            raise OptionError("files must be files, in multipart/form-data", "files")
         _check_file(upload)
         upload.path.replace(inputs / upload.name)
     kind: str = ask.format
@@ -70,7 +70,8 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
     if isinstance(text, dict):
         kind, text = "json", json.dumps(text, ensure_ascii=False)
     if not isinstance(text, str) or not text.strip():
-        raise InputError("script is empty; give it as an object, as text, or as a file")
+        raise OptionError("script is empty; give it as an object, as text, or as a file",
+                          "script")
     (inputs / f"script.{kind}").write_text(text, encoding="utf-8")
     return inputs / f"script.{kind}"
 

@@ -1,7 +1,8 @@
 """Uploads decoded in a process of their own, with limits on time and memory, before they are used.
 
 A crash, a hang or a file that unpacks to gigabytes ends that process alone. `python -m` with an
-order as JSON on stdin; it answers with an object on stdout: empty, or `text`, why it refuses.
+order as JSON on stdin; it answers with an object on stdout: empty, or why it refuses: `text`, and
+`option`, the name of the file.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def check_uploads(files: Sequence[NamedFile], limits: Limits) -> None:
     with _AT_ONCE:
         answer = _answer(json.dumps(order).encode())
     if "text" in answer:
-        raise Refusal(answer["text"])
+        raise Refusal(answer["text"], answer["option"])
 
 
 def _answer(order: bytes) -> dict[str, str]:
@@ -84,12 +85,13 @@ def main() -> None:
     answer = {}
     try:
         for name, content, path in order["files"]:
+            answer["option"] = name
             _CHECKS[content](name, Path(path), order)
     except InputError as error:
         answer["text"] = str(error)
     except MemoryError:
         answer["text"] = f"what was sent takes more than {MEMORY >> 30} GiB to read; {_SMALLER}"
-    json.dump(answer, sys.stdout)
+    json.dump(answer if "text" in answer else {}, sys.stdout)
 
 
 def _limit() -> None:

@@ -20,31 +20,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pydantic import ValidationError
-
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest
+from vidgen.core.request import NO_AUDIO, OWN_AUDIO
 from vidgen.core.runtime import link
 from vidgen.server.body import write_upload
-from vidgen.server.errors import ApiError, from_validation
+from vidgen.server.errors import ApiError
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
-from vidgen.server.schema import ExtraParams, LoraAsk, Shape, Strict
+from vidgen.server.schema import NAMES, SHAPED, Body, LoraAsk
 from vidgen.server.settings import Settings
 from vidgen.server.types import Upload
 
-Ask = TypeVar("Ask", bound=Strict)
 Allowed = Callable[[str], bool]
 MAX_REDIRECTS = 3
 PATIENCE_S, WHOLE_S = 10.0, 60.0
 _CHUNK = 1 << 16
-_OPTIONS = {
-    "prompt": "prompt", "seconds": "seconds", "num_frames": "frames", "fps": "fps", "seed": "seed",
-    "negative_prompt": "negative", "num_inference_steps": "steps", "guidance_scale": "guidance",
-    "flow_shift": "shift", "strength": "strength", "voice": "voice",
-}
 
 
 @dataclass
@@ -78,21 +71,21 @@ class Translator:
     def options(self, ask: Any) -> dict[str, Any]:
         """Return the fields of `Request` that need no files; draw a seed if none is given."""
         self.check_model(ask.model)
-        given = ask.model_dump(exclude_none=True)
-        options = {ours: given[name] for name, ours in _OPTIONS.items() if name in given}
-        options |= given.get("extra_params", {})
-        options.setdefault("seed", secrets.randbelow(2**31))
-        if isinstance(ask, Shape):
-            if ask.width is not None:
-                options["size"] = f"{ask.width}x{ask.height}"
-            elif ask.size is not None:
-                options["size"] = ask.size
-            if ask.generate_sound is not None:
-                options["audio"] = "generate" if ask.generate_sound else "none"
-            if ask.say:
-                options["say"] = [each if isinstance(each, str) else list(each) for each in ask.say]
-            if ask.lora:
-                options["lora"] = [self._lora(each) for each in ask.lora]
+        given = dict(ask)
+        named = {option: given.get(NAMES.get(option, option)) for option in SHAPED}
+        options: dict[str, Any] = {
+            "seed": secrets.randbelow(2**31),
+            **{option: value for option, value in named.items() if value is not None},
+            **({} if ask.extra_params is None else ask.extra_params.model_dump(exclude_none=True)),
+        }
+        if "fps" in options:
+            options["fps"] = str(options["fps"])
+        if given.get("width") is not None:
+            options["size"] = (ask.width, ask.height)
+        if given.get("generate_sound") is not None:
+            options["audio"] = OWN_AUDIO if ask.generate_sound else NO_AUDIO
+        if given.get("lora"):
+            options["lora"] = [self._lora(each) for each in ask.lora]
         return options
 
     def inputs(self, ask: Any, owner: str, place: Place) -> dict[str, Any]:
@@ -164,10 +157,12 @@ class Translator:
                 raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
         return write_upload(content, place.folder)
 
-    def _lora(self, asked: LoraAsk | str) -> str:
-        if isinstance(asked, str):
-            name, _, scale = asked.partition(":")
-            asked = parse(LoraAsk, {"name": name, **({"scale": scale} if scale else {})})
+    def _lora(self, given: LoraAsk | str) -> str:
+        if isinstance(given, str):
+            name, _, scale = given.partition(":")
+            asked: LoraAsk = parse(LoraAsk, {"name": name, **({"scale": scale} if scale else {})})
+        else:
+            asked = given
         if asked.name not in self.loras:
             raise ApiError(400, "invalid_value", f"unknown lora {asked.name!r}; "
                            f"{nearest(asked.name, self.loras)}", "lora")
@@ -186,18 +181,17 @@ class Translator:
                            f"{self.model!r}", "model")
 
 
-def parse(ask: type[Ask], fields: dict[str, Any]) -> Ask:
+def parse(ask: type[Body], fields: dict[str, Any]) -> Any:
     """Check a body's fields.
 
     Raises:
         ApiError: names the first invalid field.
     """
     try:
-        return ask.model_validate(fields)
-    except ValidationError as error:
-        raise from_validation(error, {
-            None: ask.model_fields, "extra_params": ExtraParams.model_fields,
-            "lora": LoraAsk.model_fields}) from None
+        return ask(**fields)
+    except OptionError as error:
+        code = "invalid_value" if error.kind == "invalid" else f"{error.kind}_parameter"
+        raise ApiError(400, code, str(error), error.option) from None
 
 
 def is_public(address: str) -> bool:

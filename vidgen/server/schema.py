@@ -1,51 +1,87 @@
-"""Bodies of requests: fields in OpenAI's shape and, besides, under the peers' names.
+"""Bodies of requests, made of the fields of `Request` under the names of video APIs.
 
-Values may be strings, as multipart sends them; what can't be read as the right type is refused,
-and so is a field that nobody knows.
+Limits and help are those of the fields. Values may be strings, as multipart sends them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 
-from vidgen.core.errors import InputError
-from vidgen.core.request import OWN_FILE
-from vidgen.core.values import parse_fps
+from vidgen.core.errors import InputError, OptionError, nearest
+from vidgen.core.request import OWN_FILE, Options, Request, expected, limits_of
+from vidgen.core.values import MAX_SIDE, MIN_SIDE, shown
 from vidgen.server.types import Upload
 
-MAX_FPS = 240
-_FILE_OR_URL = {
-    "anyOf": [
-        {"type": "string", "format": "binary",
-         "description": "a file (multipart), or a data: or https: URL"},
-        {"type": "object", "properties": {"image_url": {"type": "string"}, "id": {
-            "type": "string", "description": "of a finished video"}}},
-    ]
+NAMES = {
+    "frames": "num_frames", "negative": "negative_prompt", "steps": "num_inference_steps",
+    "guidance": "guidance_scale", "shift": "flow_shift", "image": "image_reference",
+    "last_image": "last_image_reference", "video": "video_reference", "audio": "audio_reference",
 }
-_SIZE = r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"
-_FRACTION = r"[0-9]{1,9}/[0-9]{1,9}"
-_VOICE = re.compile(r"[a-z]{2,3}(?:-[a-z0-9]+)*(?:\+[a-z0-9]+)?", re.IGNORECASE)
+"""Names of options of `Request` in bodies; the others keep theirs."""
+CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shift")
+"""Options of a clip that goes on; what is left out is as the clip's recipe has it."""
+SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")
+"""Options of any other clip, besides files."""
+_EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "overlap", "colour_hold",
+          "roll", "label", "readings", "settings")
+MAX_SAID, MAX_LORAS, MAX_FILES = 100, 8, 100
+_VOICE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z0-9]+)*(?:\+[a-zA-Z0-9]+)?")
+
+
+class Body(Options):
+    """A body, or an object within one; null leaves a field out."""
+
+    model_config = ConfigDict(strict=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, options: Any) -> Any:
+        if not isinstance(options, dict):
+            return options  # an object within a body
+        given = {name: value for name, value in options.items() if value is not None}
+        for name, field in cls.model_fields.items():
+            if limits_of(field) and isinstance(given.get(name), bool):
+                raise OptionError(f"{name} is {given[name]}; {expected(field)}", name)
+        return given
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        return f"unknown field {name!r}; {nearest(name, cls.model_fields, NAMES)}"
+
+
+def _from_json(value: Any) -> Any:
+    """Return the value of JSON text; structured values come so in multipart."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("send valid JSON") from None
+    return value
+
+
+def _listed(value: Any) -> Any:
+    value = _from_json(value)
+    return [value] if isinstance(value, str | dict | Upload) else value
 
 
 def _reference(value: Any) -> Upload | str | dict[str, str]:
-    """A file that came in, a URL, or a finished video."""
+    """Return a file that came in, a URL, or the id of a finished video."""
     if isinstance(value, Upload):
         return value
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = _from_json(value)
+    value = _from_json(value)
     if isinstance(value, str) and re.match(r"(data|https?):", value):
         return value
     if isinstance(value, dict) and len(value) == 1:
@@ -55,212 +91,155 @@ def _reference(value: Any) -> Upload | str | dict[str, str]:
         if name in ("id", "video_id") and isinstance(inner, str):
             return {"id": inner}
         if name == "file_id":
-            raise ValueError("this service keeps no files; send the file itself")
+            raise ValueError("this service keeps no files: send the file itself")
     raise ValueError("give a file, a data: or https: URL, or {\"id\": a video's}")
 
 
-def _from_json(value: Any) -> Any:
-    """Structured values come as JSON in the strings of multipart."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError("it is no JSON") from None
-    return value
+def _spoken(said: tuple[tuple[float | None, str], ...]) -> tuple[tuple[float | None, str], ...]:
+    """Return texts to speak; refuse files of the service's machine, and too many."""
+    for _, text in said:
+        if text.startswith(OWN_FILE):
+            raise InputError(f"say holds {shown(text)}; give the text that is to be spoken")
+    if len(said) > MAX_SAID:
+        raise InputError(f"say holds {len(said)} texts; give {MAX_SAID} at most")
+    return said
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("give a number")
-    return value
+def _language(voice: str) -> str:
+    """Return a voice; refuse files of the service's machine."""
+    if not _VOICE.fullmatch(voice):
+        raise InputError(f"voice is {shown(voice)}; give a language such as en-gb")
+    return voice
 
 
-def _listed(value: Any) -> Any:
-    value = _from_json(value)
-    return [value] if isinstance(value, str | dict) else value
+def _any_of(*schemas: dict[str, Any], **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(schemas), **more})
 
 
-def _size(value: str) -> str:
-    if not re.fullmatch(_SIZE, value):
-        raise ValueError("give WIDTHxHEIGHT in pixels, such as 832x480")
-    return value
+_NULL, _NUMBER, _TEXT = {"type": "null"}, {"type": "number"}, {"type": "string"}
+_FILE = {**_TEXT, "format": "binary"}
+_FPS = limits_of(Request.model_fields["fps"])
+_SENT: dict[str, tuple[Any, ...]] = {
+    "sampler": (_any_of(_TEXT, _NULL),),
+    "fps": (_any_of({**_NUMBER, "minimum": _FPS["ge"], "maximum": _FPS["le"]},
+                    {**_TEXT, "pattern": "^[0-9]{1,9}/[0-9]{1,9}$"}, _NULL),),
+    "size": (_any_of({**_TEXT, "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"}, _NULL),),
+    "say": (BeforeValidator(_listed), AfterValidator(_spoken), _any_of(_TEXT, {
+        "type": "array", "maxItems": MAX_SAID, "items": {"anyOf": [_TEXT, {
+            "type": "array", "prefixItems": [_NUMBER, _TEXT], "minItems": 2, "maxItems": 2}]},
+    }, _NULL)),
+    "voice": (AfterValidator(_language), _any_of(
+        {**_TEXT, "pattern": f"^{_VOICE.pattern}$"}, _NULL)),
+    "settings": (_any_of({"type": "object", "additionalProperties": {
+        "type": ["boolean", "number"]}}, _NULL),),
+}
+"""Checks of the service's own, and schemas of values that have several forms."""
+Reference = Annotated[Any, PlainValidator(_reference), _any_of(
+    {**_FILE, "description": "a file (multipart), or a data: or https: URL"},
+    {"type": "object", "properties": {
+        "image_url": _TEXT, "id": {**_TEXT, "description": "of a finished video"}}})]
 
 
-def _rate(value: Any) -> str:
-    """An exact frame rate out of a number, or of text such as 24000/1001, as clips tell theirs."""
-    value = _no_bool(value)
-    try:
-        if isinstance(value, str) and not re.fullmatch(_FRACTION, value):
-            value = float(value)
-        rate = parse_fps(value)
-    except (ValueError, InputError):
-        rate = None
-    if rate is None or not 1 <= rate <= MAX_FPS:
-        raise ValueError(f"give a number from 1 to {MAX_FPS}, or one such as 24000/1001")
-    return str(rate)
+def _body(
+    name: str, base: type[Body], doc: str, options: tuple[str, ...],
+    required: tuple[str, ...] = (),
+) -> type[Body]:
+    """Return a body with options of `Request` as fields.
+
+    Args:
+        name: of the class.
+        base: with the fields that are the API's own.
+        doc: docstring of the class.
+        options: of `Request`.
+        required: those of them that can't be left out.
+    """
+    fields: dict[str, Any] = {}
+    for option in options:
+        field = Request.model_fields[option]
+        hint: Any = field.annotation
+        checks = (*field.metadata, *_SENT.get(option, ()), Field(description=field.description))
+        fields[NAMES.get(option, option)] = (
+            (Annotated[(hint, *checks)], ...) if option in required
+            else (Annotated[(hint | None, *checks)], None))
+    return create_model(name, __base__=base, __doc__=doc, __module__=__name__, **fields)
 
 
-Size = Annotated[str, AfterValidator(_size), WithJsonSchema({"type": "string", "pattern": _SIZE})]
-Reference = Annotated[Any, PlainValidator(_reference), WithJsonSchema(_FILE_OR_URL)]
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Rate = Annotated[str, PlainValidator(_rate), WithJsonSchema({"anyOf": [
-    {"type": "number", "minimum": 1, "maximum": MAX_FPS},
-    {"type": "string", "pattern": f"^{_FRACTION}$"},
-]})]
-SettingName = Annotated[str, Field(min_length=1, max_length=40)]
-Prompt = Annotated[str, Field(min_length=1, max_length=20_000)]
+ExtraParams = _body("ExtraParams", Body, "Options that engines call by their own names.", _EXTRA)
 
 
-class Strict(BaseModel):
-    """A body; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class LoraAsk(Strict):
+class LoraAsk(Body):
     """An adapter by its name in the service's folder."""
 
     name: str = Field(max_length=200)
-    scale: Number = Field(1.0, ge=-10, le=10)
+    scale: float = Field(1.0, ge=-10, le=10)
 
 
-class ExtraParams(Strict):
-    """What engines call by their own names."""
-
-    sampler: str | None = Field(None, max_length=40)
-    cache: str | None = Field(None, max_length=40)
-    fit: Literal["crop", "pad"] | None = None
-    guidance_low: Number | None = Field(None, ge=0, le=20)
-    guidance_rescale: Number | None = Field(None, ge=0, le=1)
-    overlap: Whole | None = Field(None, ge=1, le=1000)
-    colour_hold: Number | None = Field(None, ge=0, le=1)
-    roll: bool | None = None
-    label: Literal["none", "visible"] | None = None
-    readings: str | None = Field(None, max_length=2000)
-    settings: dict[SettingName, bool | int | float] | None = Field(None, max_length=40)
+class _Continued(Body):
+    model: str | None = Field(None, max_length=200, description="the served one")
+    last_image_reference: Reference | None = None
+    extra_params: Annotated[ExtraParams | None, BeforeValidator(_from_json)] = None  # type: ignore[valid-type]
 
 
-class Shape(Strict):
-    """What a clip is to be like; shared by all ways to ask for one."""
-
-    model: str | None = Field(None, max_length=200)
-    num_frames: Whole | None = Field(None, ge=1, le=100_000)
-    size: Size | None = None
-    width: Whole | None = Field(None, ge=16, le=8192)
-    height: Whole | None = Field(None, ge=16, le=8192)
-    fps: Rate | None = None
-    seed: Whole | None = Field(None, ge=0, le=2**63 - 1)
-    negative_prompt: str | None = Field(None, max_length=20_000)
-    num_inference_steps: Whole | None = Field(None, ge=1, le=200)
-    guidance_scale: Number | None = Field(None, ge=0, le=20)
-    flow_shift: Number | None = Field(None, gt=0, le=100)
-    strength: Number | None = Field(None, ge=0, le=1)
+class _Shape(_Continued):
+    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE)
+    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE)
     generate_sound: bool | None = None
     lora: Annotated[list[LoraAsk | str] | None, BeforeValidator(_listed)] = Field(
-        None, max_length=8)
-    say: Annotated[list[str | tuple[Number, str]] | None, BeforeValidator(_listed)] = Field(
-        None, max_length=100)
-    voice: str | None = Field(None, max_length=40)
-    last_image_reference: Reference | None = None
+        None, max_length=MAX_LORAS)
     audio_reference: Reference | None = None
-    extra_params: Annotated[ExtraParams | None, BeforeValidator(_from_json)] = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Shape:
-        if (self.width is None) != (self.height is None):
-            raise ValueError("width and height go together; give both, or size")
-        if self.size is not None and self.width is not None:
-            raise ValueError("size and width are both given; give one of them")
-        if self.voice is not None and not _VOICE.fullmatch(self.voice):
-            raise ValueError(f"voice is {self.voice!r}; give a language such as en-gb")
-        if self.audio_reference is not None and self.generate_sound is not None:
-            raise ValueError("audio_reference and generate_sound are both given; the sound is one "
-                             "of them")
-        for text in self.spoken():
-            if text.startswith(OWN_FILE) or not text.strip():
-                raise ValueError(f"say holds {text!r}; give the text that is to be spoken")
+    def _fits_together(self) -> Self:
+        given = self.model_fields_set
+        if len(given & {"width", "height"}) == 1:
+            raise OptionError("width and height go together; give both, or size", "width")
+        for one, other in (("size", "width"), ("seconds", "num_frames"),
+                           ("audio_reference", "generate_sound")):
+            if {one, other} <= given:
+                raise OptionError(f"{one} and {other} are both given; give one of them", one)
         return self
 
-    def spoken(self) -> list[str]:
-        """The texts of `say`."""
-        return [each if isinstance(each, str) else each[1] for each in self.say or ()]
 
-
-class _Start(Shape):
-    """A clip from its beginning."""
-
-    seconds: Number | None = Field(None, gt=0, le=3600)
+class _Start(_Shape):
     input_reference: Reference | None = None
     image_reference: Reference | None = None
     video_reference: Reference | None = None
 
-    @model_validator(mode="after")
-    def _one_length(self) -> _Start:
-        if self.seconds is not None and self.num_frames is not None:
-            raise ValueError("seconds and num_frames are both given; give one of them")
-        return self
 
-
-class VideoAsk(_Start):
-    """POST /v1/videos."""
-
-    prompt: Prompt
-
-
-class RemixAsk(_Start):
-    """POST /v1/videos/{id}/remix: what is given replaces what the source was asked with."""
-
-    prompt: Prompt | None = None
-
-
-class EditAsk(Shape):
-    """POST /v1/videos/edits."""
-
-    prompt: Prompt
+class _Edit(_Shape):
     video: Reference
-    seconds: Number | None = Field(None, gt=0, le=3600)
 
 
-class ExtensionAsk(Strict):
-    """POST /v1/videos/extensions; what is left out is as the clip's recipe has it."""
-
-    prompt: Prompt
-    seconds: Number = Field(gt=0, le=3600)
+class _Extension(_Continued):
     video: Reference
-    model: str | None = Field(None, max_length=200)
-    seed: Whole | None = Field(None, ge=0, le=2**63 - 1)
-    negative_prompt: str | None = Field(None, max_length=20_000)
-    num_inference_steps: Whole | None = Field(None, ge=1, le=200)
-    guidance_scale: Number | None = Field(None, ge=0, le=20)
-    flow_shift: Number | None = Field(None, gt=0, le=100)
-    last_image_reference: Reference | None = None
-    extra_params: Annotated[ExtraParams | None, BeforeValidator(_from_json)] = None
 
 
-def _texts(value: Any) -> Any:
-    value = _from_json(value)
-    return [value] if isinstance(value, Upload) else value
+VideoAsk = _body("VideoAsk", _Start, "POST /v1/videos.", SHAPED, ("prompt",))
+RemixAsk = _body(
+    "RemixAsk", _Start,
+    "POST /v1/videos/{id}/remix: what is given replaces what the source was asked with.", SHAPED)
+EditAsk = _body("EditAsk", _Edit, "POST /v1/videos/edits.", SHAPED, ("prompt",))
+ExtensionAsk = _body("ExtensionAsk", _Extension, "POST /v1/videos/extensions.", CONTINUED,
+                     ("prompt", "seconds"))
 
 
-class FilmAsk(Strict):
+class FilmAsk(Body):
     """POST /v1/films."""
 
-    script: Annotated[Any, WithJsonSchema({
-        "anyOf": [{"type": "object", "additionalProperties": True}, {"type": "string"}],
-        "description": "a script as an object, as text, or as a file",
-    })]
+    script: Annotated[Any, _any_of(
+        {"type": "object", "additionalProperties": True}, _TEXT,
+        description="a script as an object, as text, or as a file")]
     format: Literal["yaml", "json", "txt"] = "yaml"
     draft: bool = False
-    model: str | None = Field(None, max_length=200)
+    model: str | None = Field(None, max_length=200, description="the served one")
     previous_film_id: str | None = Field(None, max_length=100)
-    files: Annotated[list[Any] | None, BeforeValidator(_texts), WithJsonSchema({
-        "type": "array", "items": {"type": "string", "format": "binary"},
+    files: Annotated[list[Any] | None, BeforeValidator(_listed), WithJsonSchema({
+        "type": "array", "items": _FILE,
         "description": "what the script names, under those names (multipart)",
-    })] = Field(None, max_length=100)
+    })] = Field(None, max_length=MAX_FILES)
 
 
-def body_schema(ask: type[Strict]) -> dict[str, Any]:
+def body_schema(ask: type[Body]) -> dict[str, Any]:
     """A body's part of the OpenAPI document."""
     schema = ask.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)

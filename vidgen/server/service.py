@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 
 from vidgen.core.errors import OutputError
+from vidgen.core.request import OWN_AUDIO
 from vidgen.core.runtime import link
 from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError
@@ -24,13 +25,7 @@ from vidgen.server.layout import INPUTS, lay_down, take_over
 from vidgen.server.metrics import Metrics
 from vidgen.server.requests import Place, Translator, parse
 from vidgen.server.scheduler import Scheduler
-from vidgen.server.schema import (
-    EditAsk,
-    ExtensionAsk,
-    FilmAsk,
-    RemixAsk,
-    VideoAsk,
-)
+from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk
 from vidgen.server.settings import Settings
 from vidgen.server.types import Job, Kind, NewJob, Upload, new_id
 
@@ -184,7 +179,7 @@ class Service:
         return self.checker.film(path, ask.draft), path
 
     def _again(
-        self, source: Job, fields: dict[str, Any], call: Call, kind: str, ask: RemixAsk | None
+        self, source: Job, fields: dict[str, Any], call: Call, kind: str, ask: Any
     ) -> Job:
         """Queue a clip with another one's request, some of it changed."""
         with self._new("video") as place:
@@ -219,6 +214,10 @@ class Service:
             raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
                            "strength; give 0, which keeps it, to 1, or leave the clip out",
                            "strength")
+        if options.get("audio") == OWN_AUDIO and not self.model["makes_sound"]:
+            raise ApiError(400, "invalid_request", f"generate_sound is true, but the model "
+                           f"{self.model['name']!r} makes no sound; leave it out",
+                           "generate_sound")
         spec: dict[str, Any] = {"options": options}
         if added_s is not None:
             spec["added_s"] = added_s

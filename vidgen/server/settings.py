@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OptionError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -46,11 +46,13 @@ class Limits:
     deaths: int = 3
 
 
-def at_most(what: str, value: float, limit: float, remedy: str = "ask for less") -> None:
-    """Raise InputError if a value is above a limit."""
+def at_most(
+    what: str, value: float, limit: float, remedy: str = "ask for less", option: str = ""
+) -> None:
+    """Raise OptionError if a value, perhaps that of an option, is above a limit."""
     if value > limit:
-        raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}: "
-                         f"{remedy}")
+        raise OptionError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}: "
+                          f"{remedy}", option)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OptionError
 
 POLICY = "content_policy_violation"
 Kind = Literal["video", "film"]
@@ -102,11 +102,11 @@ def new_id(kind: Kind) -> str:
     return f"{kind}_{secrets.token_hex(12)}"
 
 
-class Refusal(InputError):
+class Refusal(OptionError):
     """A request that was checked and refused; `code` is for the client."""
 
-    def __init__(self, text: str, code: str = "invalid_request") -> None:
-        super().__init__(text)
+    def __init__(self, text: str, option: str = "", code: str = "invalid_request") -> None:
+        super().__init__(text, option)
         self.code = code
 
 
