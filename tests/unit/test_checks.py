@@ -11,7 +11,7 @@ import pytest
 
 from tests import textures
 from tests.programs import load_program
-from vidgen.cli.generate import set_aside
+from vidgen.cli.outputs import set_aside
 from vidgen.core.errors import InputError
 from vidgen.media.cells import psnr, ssim
 from vidgen.media.checks import (

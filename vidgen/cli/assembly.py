@@ -100,7 +100,7 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
 
     files: dict[Path, Iterable[str]] = {}
     if making.is_done:
-        report({"event": "note", "text": f"{edit.output} is done already"})
+        report.note(f"{edit.output} is done already")
         files |= {path: [text] for path, text in texts_beside(edit).items()}
     else:
         if edit.described:
@@ -109,12 +109,12 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
             make_sounds(edit.described, report)
         made = assemble(edit, shown, on_frames)
         for text in made.notes:
-            report({"event": "note", "text": text})
+            report.note(text)
         for path in (made.path, *made.beside):
-            report({"event": "written", "path": str(path)})
+            report.written(path)
         for path in making.outdated:
             path.unlink(missing_ok=True)
-            report({"event": "note", "text": f"{path} is removed; the film has no texts any more"})
+            report.note(f"{path} is removed; the film has no texts any more")
     if making.otio is not None:
         from vidgen.story.otio import otio_text
 
@@ -137,7 +137,7 @@ def _lay_beside(path: Path, parts: Iterable[str], making: Making, report: Report
                     "stays; --overwrite replaces it"})
         return
     atomic_write(path, lambda file: file.writelines(encoded))
-    report({"event": "written", "path": str(path)})
+    report.written(path)
 
 
 def _holds(path: Path, parts: Iterable[bytes]) -> bool:

@@ -109,12 +109,12 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
     layouts = _layout_paths(Path(args.output), len(result["folders"]))
     for path, folder in zip(layouts, result["folders"], strict=True):
         atomic_write(path, (json.dumps(folder["dimensions"], indent=4) + "\n").encode())
-        report({"event": "written", "path": str(path)})
+        report.written(path)
     if args.report is not None:
         atomic_write(args.report, page(result).encode())
-        report({"event": "written", "path": args.report})
+        report.written(args.report)
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
-    report({"event": "written", "path": args.output})
+    report.written(args.output)
     report.result(result, args.output)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 132)
     for table in tables(result):
@@ -163,7 +163,7 @@ def write_leaderboard(
     from vidgen.core.runtime import atomic_write
 
     atomic_write(output, html.encode())
-    report({"event": "written", "path": output})
+    report.written(output)
     lines = [f"{number}. {row['name']}: {row['verdict']}" for table in found
              for number, row in enumerate(table["rows"], 1)]
     report.result({"path": output, "tables": found}, "\n".join([*lines, output]))

@@ -9,20 +9,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.generate import judged
 from vidgen.cli.options import (
     Parser,
     add_request_options,
+    add_resume,
     choose_devices,
     given_options,
     share_threads,
-)
-from vidgen.cli.outputs import (
-    add_resume,
-    as_it_began,
-    journals_of_outputs,
-    seed_of,
-    told_how_to_go_on,
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
@@ -30,8 +23,7 @@ from vidgen.core.request import OUTPUT, Loading, Request, silenced
 from vidgen.core.values import parse_settings
 
 if TYPE_CHECKING:
-    from vidgen.cli.journals import OutputJournal
-    from vidgen.media.clip import Clip
+    from vidgen.cli.outputs import OutputJournal
 
 DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
 OPTIONS = (
@@ -55,6 +47,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
+    from vidgen.cli.outputs import journals_of_outputs, resumable, seed_of
     from vidgen.core.runtime import check_output
     from vidgen.media.ending import read_ending
     from vidgen.media.write import CONTAINERS, check_format, require_sound
@@ -107,11 +100,11 @@ def run(args: Namespace, report: Report) -> int:
     if "seed" not in given:
         earlier = seed_of(journal)
         given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
-        report({"event": "note", "text": f"seed {given['seed']}"})
+        report.note(f"seed {given['seed']}")
     if num_frames == 1 and isinstance(folder := open_model(chosen.model), ModelFolder):
         fps = rate_of_still(recipe, folder)
     length = lengthened(args.clip, num_frames, fps, args.seconds)
-    with told_how_to_go_on([journal], report), as_it_began([journal]):
+    with resumable([journal], report):
         return _make(given | length, size, chosen, output, journal, report)
 
 
@@ -121,6 +114,7 @@ def _make(
 ) -> int:
     import torch
 
+    from vidgen.cli.outputs import clip_facts
     from vidgen.pipeline.engine import load_own
     from vidgen.pipeline.recorded import at_own_size
     from vidgen.weights.family import models_with
@@ -131,26 +125,18 @@ def _make(
     able = f"models that go on from a clip: toybox, {', '.join(models_with('extend'))}"
     engine = load_own(loading.model, able, **loading.model_dump(exclude={"model"}))
     request = at_own_size(request, size, engine.folder)
-    clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
-                           on_estimate=report.expect, journal=journal)
+    clip = engine.generate(request, on_event=report.progress, on_estimate=report.expect,
+                           journal=journal)
     assert not isinstance(clip, list)
     if not journal.is_done:
         report.save(clip, output, overwrite=journal.overwrite)
-    _tell(clip, output, request, round(time.monotonic() - start, 3), report)
-    return 0
-
-
-def _tell(clip: Clip, output: str, request: Request, elapsed: float, report: Report) -> None:
-    recipe = clip.recipe or {}
-    facts = {
-        "path": output, "seed": request.seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
-        "width": clip.size[0], "height": clip.size[1],
-        "seconds": float(clip.num_frames / clip.fps), "hand_over": recipe.get("hand_over"),
-        "sound": clip.sound is not None, "captions": clip.captions, "elapsed_s": elapsed,
+    facts = clip_facts(clip, output, request.seed, report) | {
+        "hand_over": (clip.recipe or {}).get("hand_over"),
+        "elapsed_s": round(time.monotonic() - start, 3),
     }
-    facts = judged(facts, clip, report, strict=False)
     report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "
                          "{seed}, from {hand_over}\n{elapsed_s:.1f} s".format(**facts))
+    return 0
 
 
 def _longer(clip: str) -> str:

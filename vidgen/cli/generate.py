@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -14,25 +13,17 @@ from vidgen.cli.options import (
     FIELDS,
     Parser,
     add_request_options,
+    add_resume,
     choose_devices,
     given_options,
     share_threads,
-)
-from vidgen.cli.outputs import (
-    add_resume,
-    as_it_began,
-    choose_seed,
-    clip_seeds,
-    journals_of_outputs,
-    output_names,
-    told_how_to_go_on,
 )
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import MODEL, OUTPUT, Loading, Request, silenced
 
 if TYPE_CHECKING:
-    from vidgen.cli.journals import OutputJournal
+    from vidgen.cli.outputs import OutputJournal
     from vidgen.media.clip import Clip
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
@@ -64,6 +55,18 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     request = Request(**given_options(args))
+
+    from vidgen.cli.outputs import (
+        OutputJournal,
+        choose_seed,
+        clip_facts,
+        clip_seeds,
+        is_faulty,
+        journals_of_outputs,
+        output_names,
+        resumable,
+    )
+
     if args.output == PIPE:
         return _into_pipe(request, args, report)
     if request.seed is None:
@@ -75,7 +78,6 @@ def run(args: Namespace, report: Report) -> int:
 
     import torch
 
-    from vidgen.cli.journals import OutputJournal
     from vidgen.pipeline.engine import load
     from vidgen.pipeline.preview import preview_path, write_preview
 
@@ -84,14 +86,14 @@ def run(args: Namespace, report: Report) -> int:
     share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
         loading = loading.replace(offload="stage")  # nothing is left that would need a network
-    with told_how_to_go_on(journals, report), as_it_began(journals):
+    with resumable(journals, report):
         engine = load(**loading.model_dump())
 
         def hooks(kept: list[OutputJournal]) -> dict[str, Any]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
             shown = (lambda p: write_preview(p, kept[p.clip - 1].output)) if args.preview else None
             return {
-                "on_event": lambda p: report({"event": "progress", **vars(p)}), "journal": kept,
+                "on_event": report.progress, "journal": kept,
                 "on_estimate": partial(report.expect, num_clips=len(kept), done=finished),
                 "on_preview": shown,
             }
@@ -109,16 +111,15 @@ def run(args: Namespace, report: Report) -> int:
             clip, number = clips[index], (index + 1, len(paths))
             if not journals[index].is_done:
                 report.save(clip, path, number, overwrite=journals[index].overwrite)
-            while _is_faulty(clip) and (seed := next(further, None)) is not None:
-                report({"event": "note", "text": f"{path} has a fault; trying seed {seed}"})
+            while is_faulty(clip) and (seed := next(further, None)) is not None:
+                report.note(f"{path} has a fault; trying seed {seed}")
                 seeds[index] = seed
                 journals[index] = OutputJournal(path, report, overwrite=True)
                 again = request.replace(seed=seed, count=1)
                 clip = one_clip(engine.generate(again, **hooks(journals[index : index + 1])))
                 report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
-            facts = _facts(clip, path, seeds[index])
-            results.append(judged(facts, clip, report, strict=request.strict))
+            results.append(clip_facts(clip, path, seeds[index], report, strict=request.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
@@ -127,6 +128,7 @@ def run(args: Namespace, report: Report) -> int:
 
 def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
     """Roll a clip out into stdout, for as long as somebody reads."""
+    from vidgen.cli.outputs import choose_seed
     from vidgen.media.write import write_live
     from vidgen.pipeline.engine import load
 
@@ -177,52 +179,7 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bo
     return suffix in CONTAINERS
 
 
-def _is_faulty(clip: Clip) -> bool:
-    from vidgen.media.checks import verdict
-
-    return verdict(clip.findings or ()) == "fault"
-
-
-def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
-    return {
-        "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
-        "width": clip.size[0], "height": clip.size[1],
-        "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
-        "captions": clip.captions,
-    }
-
-
-def judged(
-    facts: dict[str, Any], clip: Clip, report: Report, *, strict: bool
-) -> dict[str, Any]:
-    """Return a clip's facts with its checks; under `strict` a faulty one is set aside."""
-    from vidgen.media.checks import as_data
-
-    if clip.findings is None:
-        return facts
-    found = as_data(clip.findings)
-    for finding in found["findings"]:
-        report({"event": "note", "text": f"{facts['path']}: {finding['text']}"})
-    if strict and found["verdict"] == "fault":
-        facts["path"] = str(set_aside(facts["path"]))
-        text = f"it lies at {facts['path']}; --retry N tries other seeds"
-        report({"event": "note", "text": text})
-    return {**facts, "checks": found}
-
-
 def _line(facts: dict[str, Any]) -> str:
     moving = "{num_frames} frames of {width}x{height} at {fps} fps"
     kind = "a still of {width}x{height}" if facts["num_frames"] == 1 else moving
     return ("{path}: " + kind + ", seed {seed}").format(**facts)
-
-
-def set_aside(path: str) -> Path:
-    """Move a faulty output to "name.faulty.mp4", so that it isn't taken for a good one.
-
-    An older one of that name is replaced.
-    """
-    source = Path(path)
-    target = source.with_name(f"{source.stem}.faulty{source.suffix}")
-    if target.is_dir():
-        shutil.rmtree(target)
-    return source.replace(target)

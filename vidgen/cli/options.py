@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import CALLED, Loading, Options, Request
+from vidgen.core.request import CALLED, OUTPUT, Loading, Options, Request
 from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
@@ -202,9 +202,16 @@ def add_workers(parser: ArgumentParser, what: str, *, threads: bool = True) -> N
             help="that each worker computes on; default its share")
 
 
-def choose_devices(
-    loading: Loading, journals: Sequence[Journal]
-) -> Loading:
+def add_resume(parser: Parser) -> None:
+    """Declare the options for outputs that exist or are unfinished."""
+    add = parser.group(OUTPUT).add_argument
+    add("--overwrite", action="store_true",
+        help="replace an existing output; restart an unfinished one")
+    add("--resume", action="store_true",
+        help="continue an earlier run of the same command; finished clips stay")
+
+
+def choose_devices(loading: Loading, journals: Sequence[Journal]) -> Loading:
     """Return the loading with the devices given, started by torchrun, or used by unfinished clips.
 
     If all clips are finished, one device is enough.

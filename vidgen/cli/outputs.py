@@ -1,4 +1,4 @@
-"""Outputs of a command: their names, their seeds, and what an earlier run of it left."""
+"""Outputs of a command: their names, seeds and journals, and results of an earlier run of it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,81 @@ import json
 import os
 import re
 import secrets
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.request import OUTPUT, Request
-from vidgen.core.runtime import slug
+from vidgen.core.request import Request
+from vidgen.core.runtime import ATTENTION_VARIABLE, attention_by, slug
+from vidgen.media.checks import as_data, verdict
+from vidgen.media.probe import read_recipe
+from vidgen.pipeline.journal.job import SUFFIX, job_facts, progress_text
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.recorded import recorded_request
 
 if TYPE_CHECKING:
-    from vidgen.cli.journals import OutputJournal
-    from vidgen.pipeline.journal.journal import Journal
+    from vidgen.media.clip import Clip
 
 _APART = ("seed", "count", "retry", "strict", "expand")
 """Options that no single clip's recognition depends on."""
+
+
+class OutputJournal(Journal):
+    """Reports what is done and what goes on; under `overwrite` another clip's output begins again.
+
+    Args:
+        output: the file or folder to be written.
+        report: called with notes.
+        resume: go on from what is there, if it is of the same clip.
+        overwrite: start again whatever else is there.
+
+    Attributes:
+        is_done: whether the output is this very clip already, as `check` finds out.
+
+    Raises:
+        OutputError: an unfinished job lies there, and neither was said; or a process is at it.
+    """
+
+    def __init__(
+        self, output: str, report: Report, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        super().__init__(output, resume=resume, overwrite=overwrite)
+        self.is_done, self._is_told = False, False
+        self._name, self._report = output, report
+        if resume and overwrite and not self._has_recipe():
+            self.resume = False
+
+    def check(self, recipe: dict[str, Any]) -> None:
+        """Check as a journal does; and report what is done, and what goes on.
+
+        Raises:
+            InputError: it is another clip's, and isn't to be overwritten.
+        """
+        try:
+            super().check(recipe)
+        except InputError:
+            if not self.overwrite:
+                raise
+            self.resume = False
+        self.is_done = self.finished
+        if self._is_told:
+            return
+        self._is_told = True
+        if self.is_done:
+            self._report.note(f"{self._name} is done already")
+        elif self.resume and self.unfinished and not (facts := job_facts(self.folder))["running"]:
+            self._report.note(f"{self._name} goes on: {progress_text(facts)}")
+
+    def _has_recipe(self) -> bool:
+        try:
+            return self.recipe is not None
+        except InputError:
+            return False
 
 
 def output_names(output: str | None, request: Request) -> list[str]:
@@ -49,15 +106,12 @@ def choose_seed(args: Namespace, request: Request, report: Report) -> int:
         if seeds:
             return seeds.pop()
     seed = secrets.randbelow(2**31)
-    report({"event": "note", "text": f"seed {seed}"})
+    report.note(f"seed {seed}")
     return seed
 
 
 def _seeds_of(output: str | None, request: Request) -> set[int]:
     """Return seeds of the first clip, from this command's journals and a named output."""
-    from vidgen.pipeline.journal.job import SUFFIX
-    from vidgen.pipeline.journal.journal import Journal
-
     if output is not None:
         names: list[tuple[str, int, int | None]] = [
             (path, i, None) for i, path in enumerate(output_names(output, request))
@@ -77,8 +131,6 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
 
 def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
     """Return seeds of the first clip, from the names of this command's finished clips."""
-    from vidgen.media.probe import read_recipe
-
     if args.output is not None:
         return set()
     name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(-\d+)?\.mp4")
@@ -92,20 +144,19 @@ def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
 
 def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any]], bool]:
     """Return a check of whether a recipe is of this very command, but for its seed."""
-    from vidgen.pipeline.recipe import request_facts
-    from vidgen.pipeline.recorded import recorded_request
+    from vidgen.pipeline.recipe import request_facts  # torch
     from vidgen.weights.layouts import open_model
 
-    def as_data(facts: dict[str, Any]) -> dict[str, Any]:
+    def as_json(facts: dict[str, Any]) -> dict[str, Any]:
         asked = {name: value for name, value in facts["request"].items() if name not in _APART}
         plain: dict[str, Any] = json.loads(json.dumps(facts | {"request": asked}))
         return plain
 
-    given, model = as_data(request_facts(request)), open_model(args.model).content_hash
+    given, model = as_json(request_facts(request)), open_model(args.model).content_hash
 
     def is_of_command(recipe: Mapping[str, Any]) -> bool:
         return (
-            bool(recipe.get("plan")) and as_data(recorded_request(recipe)) == given
+            bool(recipe.get("plan")) and as_json(recorded_request(recipe)) == given
             and ("rewritten" in recipe) == (request.expand is not None)
             and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
             and recipe["model"]["sha256"] == model
@@ -124,13 +175,11 @@ def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int]
     return seeds, spare[max(seeds) - spare.start + 1 :] if max(seeds) in spare else spare
 
 
-def add_resume(parser: Parser) -> None:
-    """Declare the options for outputs that exist or are unfinished."""
-    add = parser.group(OUTPUT).add_argument
-    add("--overwrite", action="store_true",
-        help="replace an existing output; restart an unfinished one")
-    add("--resume", action="store_true",
-        help="continue an earlier run of the same command; finished clips stay")
+def seed_of(journal: Journal) -> int | None:
+    """Return the seed of a job or of its finished output; None if neither has one."""
+    plan = (journal.recipe or {}).get("plan")
+    seed = plan.get("seed") if isinstance(plan, dict) else None
+    return seed if isinstance(seed, int) else None
 
 
 def journals_of_outputs(
@@ -140,8 +189,6 @@ def journals_of_outputs(
 
     Under --overwrite nothing is taken over from a clip of another `prompt`.
     """
-    from vidgen.cli.journals import OutputJournal
-
     journals = [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite)
                 for path in paths]
     for journal in journals if args.overwrite and prompt is not None else ():
@@ -153,36 +200,68 @@ def journals_of_outputs(
 
 
 @contextmanager
-def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[None]:
-    """Where work stops halfway, say what to do; not for jobs of another process."""
-    from vidgen.pipeline.journal.job import job_facts
+def resumable(
+    journals: Sequence[Journal], report: Report, attention: str | None = None
+) -> Iterator[None]:
+    """Where work stops halfway, report how it goes on; not for jobs of another process.
 
+    Attention is computed by the back end given, else by that of an unfinished clip, unless the
+    command or the environment names one.
+    """
+    if attention is None:
+        recipes = [journal.recipe or {} for journal in journals if journal.unfinished]
+        began = next((recipe["attention"] for recipe in recipes if "attention" in recipe), "auto")
+        attention = "auto" if os.environ.get(ATTENTION_VARIABLE) else str(began)
     try:
-        yield
+        with attention_by(attention):
+            yield
     except BaseException as error:
         for journal in journals:
             journal.pause()
             if isinstance(error, OutputError) and job_facts(journal.folder)["running"]:
                 continue
             if journal.unfinished and not isinstance(error, InputError):
-                text = f"{journal.output} is not finished; the same command with --resume goes on"
-                report({"event": "note", "text": text})
+                report.note(f"{journal.output} is not finished; the same command with --resume "
+                            "goes on")
         raise
 
 
-@contextmanager
-def as_it_began(journals: Sequence[Journal]) -> Iterator[None]:
-    """Where the command names no attention back end, take that of an unfinished clip."""
-    from vidgen.core.runtime import ATTENTION_VARIABLE, attention_by
+def clip_facts(
+    clip: Clip, path: str, seed: int | None, report: Report, *, strict: bool = False
+) -> dict[str, Any]:
+    """Return a written clip's facts, with what its checks found, which is reported.
 
-    recipes = [journal.recipe or {} for journal in journals if journal.unfinished]
-    began = next((recipe["attention"] for recipe in recipes if "attention" in recipe), "auto")
-    with attention_by("auto" if os.environ.get(ATTENTION_VARIABLE) else str(began)):
-        yield
+    Under `strict` a faulty clip is moved to NAME.faulty.SUFFIX.
+    """
+    facts: dict[str, Any] = {
+        "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
+        "width": clip.size[0], "height": clip.size[1],
+        "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
+        "captions": clip.captions,
+    }
+    if clip.findings is None:
+        return facts
+    found = as_data(clip.findings)
+    for finding in found["findings"]:
+        report.note(f"{path}: {finding['text']}")
+    if strict and found["verdict"] == "fault":
+        facts["path"] = str(set_aside(path))
+        report.note(f"it lies at {facts['path']}; --retry N tries other seeds")
+    return {**facts, "checks": found}
 
 
-def seed_of(journal: Journal) -> int | None:
-    """Return the seed of a job or of its finished output; None if neither has one."""
-    plan = (journal.recipe or {}).get("plan")
-    seed = plan.get("seed") if isinstance(plan, dict) else None
-    return seed if isinstance(seed, int) else None
+def is_faulty(clip: Clip) -> bool:
+    """Return whether a clip's checks found a fault."""
+    return verdict(clip.findings or ()) == "fault"
+
+
+def set_aside(path: str) -> Path:
+    """Move a faulty output to "name.faulty.mp4", so that it isn't taken for a good one.
+
+    An older one of that name is replaced.
+    """
+    source = Path(path)
+    target = source.with_name(f"{source.stem}.faulty{source.suffix}")
+    if target.is_dir():
+        shutil.rmtree(target)
+    return source.replace(target)

@@ -44,7 +44,7 @@ def run(args: Namespace, report: Report) -> int:
     if folder is None:
         folder = require_own_model(open_model(args.model))
     else:
-        report({"event": "note", "text": f"{folder.name} isn't here; planned as it is published"})
+        report.note(f"{folder.name} isn't here; planned as it is published")
     require_models(request, folder)
     loading = Loading(**given_options(args, Loading))
     plan, dtype = settle(folder, request, loading.devices), loading.dtype or best_dtype(device)
@@ -54,7 +54,7 @@ def run(args: Namespace, report: Report) -> int:
     have = available_memory(device)
     made = choose(folder, plan, request, loading, device, have, rates=rates, dtype=dtype)
     if (args.devices or 1) > 1:
-        report({"event": "note", "text": "time and memory are those of one device alone"})
+        report.note("time and memory are those of one device alone")
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
                    "width": plan.width, "height": plan.height, "num_frames": plan.num_frames,
                    "num_steps": plan.num_steps}, _table(made, have))
@@ -68,7 +68,7 @@ def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
     found = known_rates(device, dtype)
     if found is None:
         name = str(dtype).removeprefix("torch.")
-        report({"event": "note", "text": f"measuring this machine in {name}, once"})
+        report.note(f"measuring this machine in {name}, once")
         found = measure_rates(device, dtype)
     return found
 

@@ -9,13 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
-from vidgen.cli.options import Parser
-from vidgen.cli.outputs import add_resume, journals_of_outputs, told_how_to_go_on
+from vidgen.cli.options import FIELDS, Parser, add_resume
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from vidgen.cli.journals import OutputJournal
+    from vidgen.cli.outputs import OutputJournal
 
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
 _NOT_SET = ("count", "retry", "strict", "settings")
@@ -39,7 +38,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Restore, check, generate, write, compare."""
-    from vidgen.core.runtime import attention_by, check_output
+    from vidgen.cli.outputs import journals_of_outputs, resumable
+    from vidgen.core.runtime import check_output
     from vidgen.media.probe import read_recipe
     from vidgen.media.write import check_format
     from vidgen.pipeline.recorded import made_of_clips
@@ -60,8 +60,7 @@ def run(args: Namespace, report: Report) -> int:
     check_format(output, kept if is_length_kept and isinstance(kept, int) else None)
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
-    attention = recipe.get("attention")
-    with told_how_to_go_on([journal], report), attention_by(str(attention or "auto")):
+    with resumable([journal], report, attention=str(recipe.get("attention") or "auto")):
         _make(recipe, output, journal, changes, args, report)
     _tell(output, args.file, changes, report)
     return 0
@@ -86,7 +85,6 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     Raises:
         InputError: a key that is no such option, with the nearest; a value that can't be read.
     """
-    from vidgen.cli.options import FIELDS
     from vidgen.core.request import CALLED
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.settings import SETTINGS
@@ -134,15 +132,12 @@ def _make(
     from vidgen.pipeline import replay
     from vidgen.pipeline.engine import load
 
-    def on_event(progress: Any) -> None:
-        report({"event": "progress", **vars(progress)})
-
     with TemporaryDirectory() as folder, replay.recorded_threads(recipe):
         request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
         loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
         engine = load(**loading)
         clip = engine.generate(
-            request, on_event=on_event, on_estimate=report.expect, journal=journal
+            request, on_event=report.progress, on_estimate=report.expect, journal=journal
         )
         assert not isinstance(clip, list)
         if not journal.is_done:

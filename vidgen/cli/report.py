@@ -24,11 +24,12 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import size_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn, Task, TaskID
 
     from vidgen.media.clip import Clip
     from vidgen.pipeline.eta import Clock
-    from vidgen.pipeline.types import Estimate
+    from vidgen.pipeline.types import Estimate, Progress
 
 LONG_S = 600.0
 """Runs that take longer are announced before they begin."""
@@ -49,7 +50,7 @@ class Report:
         self._stack = ExitStack()
         self._events: TextIO | None = None
         self._noted: list[str] = []  # before work began
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._clock: Clock | None = None
 
@@ -92,6 +93,18 @@ class Report:
             stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
             self._advance(stage, event["done"], event["total"], event.get("eta_s"))
 
+    def note(self, text: str) -> None:
+        """Report that something was chosen or left out."""
+        self({"event": "note", "text": text})
+
+    def progress(self, progress: Progress) -> None:
+        """Report the progress of an engine."""
+        self({"event": "progress", **vars(progress)})
+
+    def written(self, path: str | os.PathLike[str]) -> None:
+        """Report an output that is complete."""
+        self({"event": "written", "path": str(path)})
+
     def _write_events(self) -> None:
         """Write noted events to their file, which the first one empties."""
         name = "stdout" if self._events_path == "-" else str(self._events_path)
@@ -119,9 +132,9 @@ class Report:
         each = made if isinstance(made, Sequence) else [made]
         self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one, parallel=beside)
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
-            self({"event": "note", "text": choice})
+            self.note(choice)
         if len(done) < num_clips and (text := long_text(each, beside=beside)):
-            self({"event": "note", "text": text})
+            self.note(text)
 
     def expect_nothing(self) -> None:
         """Report from now on neither share nor time: there is no estimate of what follows."""
@@ -134,7 +147,7 @@ class Report:
         told = {"event": "progress", "stage": f"write {path}", "total": clip.num_frames,
                 "clip": number[0], "num_clips": number[1]}
         clip.save(path, overwrite=overwrite, on_frames=lambda done: self({**told, "done": done}))
-        self({"event": "written", "path": path})
+        self.written(path)
 
     def result(self, data: dict[str, Any] | list[Any], text: str) -> None:
         """Print the result: `data` for programs or `text` for people."""

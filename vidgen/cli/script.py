@@ -158,7 +158,7 @@ def _write_draft(args: Namespace, report: Report) -> int:
     _require_yaml(path := Path(args.script), "a draft")
     check_output(path, overwrite=args.overwrite)
     script = write_draft(args.expand, args.draft_from, path)
-    report({"event": "written", "path": str(path)})
+    report.written(path)
     data = {"path": str(path), "shots": [shot.id for shot in script.shots]}
     report.result(data, f"{path}, {len(script.shots)} shots; read it, then vidgen script {path}")
     return 0
@@ -176,7 +176,7 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
     _require_yaml(path, "the example")
     check_output(path, overwrite=overwrite)
     atomic_write(path, packaged_config(EXAMPLE).read_bytes())
-    report({"event": "written", "path": str(path)})
+    report.written(path)
     report.result({"path": str(path)}, f"{path}; vidgen script {path} makes the film")
     return 0
 

@@ -6,17 +6,16 @@ import json
 import math
 import re
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import count, groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
 from vidgen.cli.options import Parser, choose_devices, given_options, share_threads
-from vidgen.cli.outputs import as_it_began, output_names, told_how_to_go_on
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
+SEED = "seed"
+"""Name of the data that hold a drawn seed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Check every setting, make missing clips, lay them out."""
     from vidgen.pipeline.journal.job import job_folder
+    from vidgen.pipeline.journal.job import sweep as sweep_up
 
     if args.count != 1 or args.retry:
         raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
@@ -78,11 +80,19 @@ def run(args: Namespace, report: Report) -> int:
     columns = _columns(args.over)
     recipe = _recipe(cells, columns, args)
     there = [path for path in (f"{stem}.png", f"{stem}.mp4") if _is_there(path, recipe, args)]
-    todo = [cell for cell in cells
-            if job_folder(cell.path).is_dir() or not cell.path.is_file()]
-    with _folder_of_clips(stem):
-        _begin(stem, args, report, is_drawn=is_drawn)
-        _make(todo, args, report)
+    todo = sorted((cell for cell in cells
+                   if job_folder(cell.path).is_dir() or not cell.path.is_file()),
+                  key=lambda cell: str(cell.loading))
+    expected = _estimates(todo)
+    for path in (f"{stem}.png", f"{stem}.mp4") if args.resume else ():
+        sweep_up(job_folder(path))
+    _store(stem).folder.mkdir(exist_ok=True)
+    if is_drawn:
+        _store(stem).keep(SEED, {"seed": args.seed})
+        report.note(f"seed {args.seed}")
+    if expected:
+        report.expect(expected, num_clips=len(todo), one_by_one=True)
+    _make(todo, report)
     _lay_out(cells, columns, recipe, stem, there, args, report)
     data: dict[str, Any] = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
@@ -125,66 +135,32 @@ def _check_axes(axes: Sequence[Axis]) -> None:
 def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
     """Return the outputs' name without suffix, and whether a seed was drawn.
 
-    One seed for all settings is settled in `args`; one that an earlier run drew is kept beside its
+    One seed for all settings is settled in `args`; one that an earlier run drew is kept with its
     clips, so that the same command finds them again.
     """
+    from vidgen.cli.outputs import output_names
     from vidgen.core.request import Request
     from vidgen.core.runtime import check_output
     from vidgen.pipeline.types import draw_seed
 
-    drawn = args.seed
-    if drawn is None:
-        drawn = _earlier_seed(args) or draw_seed()
-    request = Request(prompt=args.prompt, seed=drawn)
+    is_drawn = args.seed is None
+    if is_drawn:
+        args.seed = _earlier_seed(args) or draw_seed()
+    request = Request(prompt=args.prompt, seed=args.seed)
     output = args.output or f"{output_names(None, request)[0].removesuffix('.mp4')}-sweep.png"
     stem = output.removesuffix(suffix := Path(output).suffix)
     if suffix.lower() not in (".png", ".mp4"):
         raise InputError(f"output {output} must end in .png or .mp4; a sweep writes both")
     for suffix in (".png", ".mp4"):
         check_output(stem + suffix, overwrite=args.overwrite or args.resume)
-    if args.seed is not None:
-        return stem, False
-    note = _note(stem)
-    kept = note.read_text() if note.is_file() else ""
-    args.seed = int(kept) if kept.isdecimal() else drawn
-    return stem, True
+    kept = _store(stem).data(SEED).get("seed") if is_drawn else None
+    if isinstance(kept, int):
+        args.seed = kept
+    return stem, is_drawn
 
 
 def _store(stem: str) -> Store:
     return Store(Path(f"{stem}.cells"))
-
-
-def _note(stem: str) -> Path:
-    """Return the file of a seed that was drawn."""
-    return _store(stem).folder / "seed"
-
-
-@contextmanager
-def _folder_of_clips(stem: str) -> Iterator[None]:
-    """Make the folder of clips; remove it if it stays empty."""
-    note = _note(stem)
-    is_new = not note.parent.exists()
-    note.parent.mkdir(exist_ok=True)
-    try:
-        yield
-    finally:
-        if is_new and {*note.parent.iterdir()} <= {note}:
-            note.unlink(missing_ok=True)
-            note.parent.rmdir()
-
-
-def _begin(stem: str, args: Namespace, report: Report, *, is_drawn: bool) -> None:
-    """Clean up after a kill, and keep a seed that was drawn."""
-    from vidgen.core.runtime import atomic_write
-    from vidgen.pipeline.journal.job import job_folder
-    from vidgen.pipeline.journal.job import sweep as sweep_up
-
-    note = _note(stem)
-    for name in (f"{stem}.png", f"{stem}.mp4", note) if args.resume else ():
-        sweep_up(job_folder(name))
-    if is_drawn:
-        atomic_write(note, str(args.seed).encode())
-        report({"event": "note", "text": f"seed {args.seed}"})
 
 
 def _earlier_seed(args: Namespace) -> int | None:
@@ -204,9 +180,9 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
-    count = math.prod(len(axis.values) for axis in args.over)
-    if count > MAX_CELLS:
-        raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
+    wanted = math.prod(len(axis.values) for axis in args.over)
+    if wanted > MAX_CELLS:
+        raise InputError(f"a sheet of {wanted} clips is too large; give {MAX_CELLS} values at most")
     base = given_options(args) | given_options(args, Loading)
     base["settings"] = parse_settings(args.settings)
     cells = [
@@ -259,41 +235,24 @@ def _content_hash(model: str) -> str:
     return open_model(model).content_hash
 
 
-def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
+def _make(cells: Sequence[Cell], report: Report) -> None:
     """Make clips, grouped by their loading; an unfinished one goes on."""
     import torch
 
+    from vidgen.cli.outputs import resumable
     from vidgen.pipeline.engine import load
     from vidgen.pipeline.journal.journal import Journal
+    from vidgen.pipeline.workers.clip_work import write_request
 
-    engine, loaded, threads = None, None, torch.get_num_threads()
-    cells = sorted(cells, key=lambda cell: str(cell.loading))
-    expected = _estimates(cells)
-    if expected:
-        report.expect(expected, num_clips=len(cells), one_by_one=True)
-    for number, cell in enumerate(cells, 1):
-        told = {"clip": number, "num_clips": len(cells)}
-
-        def on_event(progress: Any, told: Mapping[str, int] = told) -> None:
-            report({"event": "progress", **vars(progress), **told})
-
-        if cell.loading != loaded:
-            if engine is not None:
-                engine.close()
-            engine, loaded = None, cell.loading  # the old one leaves before the new one comes
-            share_threads(cell.loading.devices, threads)
-            engine = load(**cell.loading.model_dump())
-        assert engine is not None
-        journal = Journal(cell.path, resume=args.resume or not args.overwrite,
-                          overwrite=args.overwrite)
-        done = journal.finished
-        with told_how_to_go_on([journal], report), as_it_began([journal]):
-            clip = engine.generate(cell.request, on_event=on_event, journal=journal)
-            assert not isinstance(clip, list)
-            if not done:
-                report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
-    if engine is not None:
-        engine.close()
+    threads, numbers = torch.get_num_threads(), count(1)
+    for loading, alike in groupby(cells, key=lambda cell: cell.loading):
+        share_threads(loading.devices, threads)
+        with closing(load(**loading.model_dump())) as engine:
+            for cell in alike:
+                journal = Journal(cell.path, resume=True)
+                with resumable([journal], report):
+                    write_request(engine, cell.request, cell.path, report,
+                                  {"clip": next(numbers), "num_clips": len(cells)})
 
 
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
@@ -324,13 +283,13 @@ def _verdict(cell: Cell, report: Report) -> str | None:
 
     found = recorded(read_recipe(cell.path))
     for finding in found or ():
-        report({"event": "note", "text": f"{cell.label}: {finding.text}"})
+        report.note(f"{cell.label}: {finding.text}")
     return None if found is None else verdict(found)
 
 
 def _columns(axes: Sequence[Axis]) -> int:
-    count = len(axes[-1].values)
-    return count if len(axes) > 1 or count < 6 else math.ceil(math.sqrt(count))
+    values = len(axes[-1].values)
+    return values if len(axes) > 1 or values < 6 else math.ceil(math.sqrt(values))
 
 
 def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, Any]:
@@ -373,4 +332,4 @@ def _lay_out(
     ):
         if path not in there:
             write_clip(path, frames, info, overwrite=args.overwrite)
-            report({"event": "written", "path": path})
+            report.written(path)
