@@ -194,9 +194,9 @@ def test_python_blocks_use_what_exists(page):
 
 @pytest.mark.parametrize(
     ("verb", "page"),
-    [("generate", "reference/options"), ("plan", "reference/options"), ("sweep", "replay"),
+    [("generate", "reference/options"), ("plan", "reference/options"), ("sweep", "howto/resume"),
      ("jobs", "howto/resume"), ("eval", "howto/evaluate"), ("convert", "reference/models"),
-     ("replay", "replay"), ("extend", "howto/long_clips"), ("check", "check"),
+     ("replay", "howto/resume"), ("extend", "howto/long_clips"), ("check", "reference/metrics"),
      ("script", "reference/script"), ("data", "howto/data"), ("serve", "reference/api"),
      ("train", "howto/finetune")],
 )

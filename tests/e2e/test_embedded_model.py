@@ -31,7 +31,7 @@ def test_clips_show_what_their_prompts_say(engine: Engine, options: dict[str, ob
     video = generate_batch(engine, plan, [text for _, text in items], list(range(len(items))))
     verdicts = embedded_judge().load(engine.device).verdicts(video)
     right = [grade(verdict, scene) for verdict, (scene, _) in zip(verdicts, items, strict=True)]
-    # far below the accuracies that are measured (docs/speed.md), far above chance
+    # far below the accuracies that are measured (docs/howto/speed.md), far above chance
     assert sum(each["place"] for each in right) >= 7
     assert sum(each["motion"] for each in right) >= 5
     assert sum(each["sprite"] for each in right) >= 4

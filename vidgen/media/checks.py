@@ -1,7 +1,7 @@
 """Checks of a clip while its frames stream past, or of a file.
 
 `ClipChecker` holds as much after an hour as after a second and costs well under a millisecond a
-frame. Every limit stands here with its reason; docs/check.md repeats them for users.
+frame. Every limit stands here with its reason; docs/reference/metrics.md repeats them for users.
 
 Axes: t frames, H W rows and columns, N samples of sound.
 """
@@ -73,7 +73,7 @@ class Finding:
     """A fault, or a possible one.
 
     Attributes:
-        kind: one word, such as "flash"; docs/check.md lists them.
+        kind: one word, such as "flash"; docs/reference/metrics.md lists them.
         severity: "fault" fails `--strict`; a "warning" may be meant.
         time_s: (start, end) in seconds; None for the whole clip.
         value: the measurement, in the unit of the limit.

@@ -63,7 +63,8 @@ def load(
             clip.
         quantize: "int8" keeps linear layers' weights in 8 bits.
         policy: refuses prompts; None: the word list named by VIDGEN_POLICY, if any.
-        devices: number of devices that share the work, None is 1; see docs/devices.md.
+        devices: number of devices that share the work, None is 1; see
+            docs/howto/memory_and_devices.md.
         shard: spread the transformers' weights over the devices, by default with offload "stage".
 
     Raises:
