@@ -1,7 +1,7 @@
 """Every Wan variant and task: the same weights and noise make the same clip in diffusers.
 
 Final latents within 1e-3 after 4 guided steps, decoded frames at 60 dB or more. What was measured
-goes to `docs/parity.md` by `python -m tests.parity.test_wan_pipelines`.
+goes to `docs/reference/models.md` by `python -m tests.parity.test_wan_pipelines`.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def test_the_same_weights_make_the_same_clip(
 
 
 def main() -> None:
-    """Print the table of `docs/parity.md`."""
+    """Print the table of `docs/reference/models.md`."""
     print("| variant | task | sampler | largest difference of latents | frames, dB |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
