@@ -125,7 +125,7 @@ def generate_with_sound(
         def sample(state: LatentState, _window: int, texts: Contexts = texts) -> Tensor:
             return engine.sample(denoised, state, texts)
 
-        own = own_sound(engine.loader, replace(plan, seed=seed), Request(prompt=read[row]), None)
+        own = own_sound(engine.loader, replace(plan, seed=seed), Request(prompt=read[row]))
         own.follow(picture[row : row + 1], sample, Journal(None))
         sounds.append(torch.from_numpy(own.decode()[0][:, 0]))
     return pixels(engine, picture, plan.oversampling), torch.stack(sounds)

@@ -110,7 +110,8 @@ class Making:
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
         plan = sound_plan(self.plan, self.model.folder.defaults)
-        own = own_sound(self.model.loader, self.plan, self.request, self._long)
+        long = (self._long.windows, self._long.begun) if self._long else ()
+        own = own_sound(self.model.loader, self.plan, self.request, *long)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:

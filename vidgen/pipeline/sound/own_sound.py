@@ -28,7 +28,7 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.long.tail import no_beginning
+from vidgen.pipeline.long.tail import Beginning, no_beginning
 from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.sound.best_of_n import (
     ON_TIME,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.loader import ModelLoader
-    from vidgen.pipeline.long.extend import LongClip
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
     from vidgen.weights.folder import ModelFolder
@@ -234,15 +233,12 @@ def followed_sound(loader: ModelLoader, plan: Plan, bed: Samples) -> OwnSound:
 
 
 def own_sound(
-    loader: ModelLoader, plan: Plan, request: Request, long: LongClip | None
+    loader: ModelLoader, plan: Plan, request: Request,
+    windows: Sequence[tuple[int, int]] | None = None, begun: Beginning | None = None,
 ) -> OwnSound:
-    """Return the sound to make for a clip, after that of the clip it continues.
-
-    `long` are the windows of a long clip, None for a single one.
-    """
-    config = loader.folder.components["sound_vae"].config
-    windows = [(0, plan.latents.num_frames)] if long is None else long.windows
-    begun = no_beginning(plan) if long is None else long.begun
+    """Return the sound to make for a clip of one window, or of several after `begun`."""
+    config, begun = loader.folder.components["sound_vae"].config, begun or no_beginning(plan)
+    windows = [(0, plan.latents.num_frames)] if windows is None else windows
     nothing = torch.zeros(1, config.latent_channels, 0)
     own = OwnSound(loader, plan, nothing, windows, begun.rate, begun.num_gone)
     if not begun.num_latents:
