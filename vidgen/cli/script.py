@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.assembly import add_exports, describing, make_film, settle
 from vidgen.cli.options import Parser, add_request_options, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
@@ -54,7 +53,12 @@ def add_arguments(parser: Parser) -> None:
         help="small, in few steps and one take, to FILM-draft.mp4")
     add("--overwrite", action="store_true",
         help="replace an existing film; start shots that were stopped anew")
-    add_exports(parser)
+    add("--storyboard", action="store_true",
+        help="write a page of all shots beside the film, FILM.html")
+    add("--otio", action="store_true",
+        help="write the edit for editing programs beside the film, FILM.otio")
+    add("--audio-model", metavar="FOLDER",
+        help="a text-to-audio model makes sound and music that stand in words")
     add_request_options(parser, ("model", "offload", "quantize", "tiles", "dtype"))
     add_workers(parser, "shots")
 
@@ -80,7 +84,9 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import make_edit
     from vidgen.story.expand import expand_prompts
+    from vidgen.story.export import FilmExport
     from vidgen.story.plan import enforce_film, plan_film
+    from vidgen.story.sounds import describe_sounds
     from vidgen.story.store import ShotStore
     from vidgen.weights.layouts import open_model
 
@@ -101,25 +107,31 @@ def run(args: Namespace, report: Report) -> int:
     plans = film.needed(args.only)
     if not (args.only or film.in_film):
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
+    describe = None if args.audio_model is None else partial(
+        describe_sounds, film, model=args.audio_model, folder=place,
+        offload="none" if args.offload == "auto" else args.offload)
+    edit = None if args.only else make_edit(film, film.in_film, output, describe=describe)
     if args.check:
-        edit = None if args.only else make_edit(
-            film, film.in_film, output, describe=describing(args, store))
         return _tell_plan(film, plans, store, staff, args, report, edit)
-    if args.only:
+    if edit is None:
         check_output(output, overwrite=True)  # its folder: the shots lie there, too
-    making = None if args.only else settle(film, store, output, args)
+    else:
+        wanted = [".otio"] * args.otio + [".html"] * args.storyboard
+        export = FilmExport(edit, store, wanted, overwrite=args.overwrite)
     start = time.monotonic()
     shots = _render(store, plans, staff, args, report)
     made = list[str]()
-    if making is not None:
+    if edit is not None:
         report.expect_nothing()
-        made = [str(output), *map(str, make_film(making, shots, report))]
+        made = [str(output), *map(str, export.write(shots, report))]
     elapsed = round(time.monotonic() - start, 3)
     data = {
         "film": made[0] if made else None, "beside": made[1:],
         "shots": [each.as_data() for each in shots], "elapsed_s": elapsed,
     }
-    report.result(data, "\n".join([*_lines(shots), *made, f"{elapsed:.1f} s"]))
+    lines = [f"{each.shot.id}: {each.path}, {each.num_frames} frames, seed {each.seed}, "
+             f"{'made now' if each.made else 'there already'}" for each in shots]
+    report.result(data, "\n".join([*lines, *made, f"{elapsed:.1f} s"]))
     return 0
 
 
@@ -195,7 +207,7 @@ def _render(
                for take, index in store.missing(plan)}.values()]
     if parts:
         staff = settle_threads(store.folder, staff, report)
-        made = _estimates(film, parts, args, staff)[0]
+        made = _estimates(film, parts, args, _memory(staff))
         report.expect(made, num_clips=len(parts), one_by_one=True, beside=not staff.is_here)
         if not staff.is_here and staff.ray is None:  # they can't each see what is left for them
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
@@ -208,8 +220,7 @@ def _render(
     except BaseException as error:
         if not isinstance(error, VidgenError) or error.exit_code != 2:
             there = sum(store.is_done(plan) for plan in plans)
-            report({"event": "note", "text": f"{there} of {len(plans)} shots are there; the "
-                    "same command goes on"})
+            report.note(f"{there} of {len(plans)} shots are there; the same command goes on")
         raise
     finally:
         renderer.close()
@@ -218,21 +229,29 @@ def _render(
     return shots
 
 
+def _memory(staff: Staff) -> int | None:
+    """Return the bytes free for each worker; None: unknown."""
+    from vidgen.core.runtime import available_memory, choose_device, num_devices
+
+    if staff.ray is not None:  # other machines' memory shows there
+        return None
+    have = available_memory(device := choose_device())
+    if have is None or staff.workers is None:
+        return have
+    return have // -(-staff.workers // num_devices(device))
+
+
 def _estimates(
-    film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, staff: Staff
-) -> tuple[list[Estimate], int | None]:
-    """Return what each part takes on this machine, and the bytes free for each worker."""
-    from vidgen.core.runtime import available_memory, best_dtype, choose_device, num_devices
+    film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, have: int | None
+) -> list[Estimate]:
+    """Return what each part takes on this machine."""
+    from vidgen.core.runtime import best_dtype, choose_device
     from vidgen.story.plan import estimates
 
     device = choose_device()
-    have, dtype = available_memory(device), film.loading["dtype"] or best_dtype(device)
-    if staff.ray is not None:
-        have = None  # other machines' memory shows there
-    elif have is not None and staff.workers is not None:
-        have //= -(-staff.workers // num_devices(device))
     offload = None if args.offload == "auto" else args.offload
-    return list(estimates(film, parts, device, have, dtype, offload)), have
+    return list(estimates(film, parts, device, have,
+                          film.loading["dtype"] or best_dtype(device), offload))
 
 
 def _tell_plan(
@@ -247,7 +266,8 @@ def _tell_plan(
     # what is there already is counted as if it weren't, for the memory that it took
     parts = [(plan, *part) for plan, left in zip(plans, missing, strict=True)
              for part in left or [(plan.takes[0], 0)]]
-    made, have = _estimates(film, parts, args, staff)
+    have = _memory(staff)
+    made = _estimates(film, parts, args, have)
     told, rows = iter(made), list[dict[str, Any]]()
     for plan, left in zip(plans, missing, strict=True):
         own = [next(told) for _ in range(max(len(left), 1))]
@@ -294,8 +314,3 @@ def _row(plan: ShotPlan, made: Sequence[Estimate], store: ShotStore, left: int) 
         "seconds": seconds if left else 0.0, "peak_bytes": max(one.peak_bytes for one in made),
         "measured": all(one.measured for one in made),
     }
-
-
-def _lines(shots: Sequence[RenderedShot]) -> list[str]:
-    return [f"{each.shot.id}: {each.path}, {each.num_frames} frames, seed {each.seed}, "
-            f"{'made now' if each.made else 'there already'}" for each in shots]
