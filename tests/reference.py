@@ -27,6 +27,8 @@ from vidgen.weights.layouts import open_model
 REFERENCE = Path(__file__).parents[1] / "docs/reference"
 OPTIONS, WORDS = REFERENCE / "options.md", REFERENCE / "what_can_i_ask_for.md"
 BLOCK = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
+_PICTURE = "![{}](words/{}.webp)\n"
+_DRAWN = ("motions", "places", "weathers")
 NAMES = {"settings": "set"}
 """Options of the command line that have another name than the field."""
 INTRO = """\
@@ -154,13 +156,16 @@ def _words() -> str:
     rows = [(kind, ", ".join(names)) for kind, names in kinds.items()]
     rows += [("colours", ", ".join(TINTS))]
     rows += [(f"{size} size", ", ".join(words)) for size, words in known["sizes"].items()]
-    parts = ["## Subjects\n", _table("kind", "subject (other names)", rows=rows)]
+    parts = ["## Subjects\n", _PICTURE.format("Subjects", "subjects"),
+             _table("kind", "subject (other names)", rows=rows)]
     for title, kind in (("Motions", "motions"), ("Two subjects", "relations"),
                         ("Places", "places"), ("Times", "times"), ("Weathers", "weathers"),
                         ("Cameras", "cameras"), ("Speeds", "speeds"), ("Sounds", "sounds")):
         rows = [(name, "; ".join(_plain(text) for text in texts[:4]))
                 for name, texts in known[kind].items()]
-        parts += [f"\n## {title}\n", _table(title.lower(), "say", rows=rows)]
+        parts += [f"\n## {title}\n"]
+        parts += [_PICTURE.format(title, kind)] if kind in _DRAWN else []
+        parts += [_table(title.lower(), "say", rows=rows)]
     return "".join(f"{part}\n" for part in parts)
 
 

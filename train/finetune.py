@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 train/finetune.py -c configs/train/wan14b_lora_8gpu.yaml
     deepspeed train/finetune.py -c configs/train/wan14b_full_8gpu_zero3.yaml
 
-Options are those of `vidgen train`; see docs/howto/finetune.md and docs/scale.md.
+Options are those of `vidgen train`; see docs/howto/finetune.md.
 """
 
 from __future__ import annotations
