@@ -19,9 +19,9 @@ FPS, SIZE = Fraction(12), (64, 48)
 COLOURS = [(200, 40, 40), (40, 180, 60), (50, 60, 210), (210, 200, 60), (120, 60, 180)]
 
 
-def painted(number: int, num_frames: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+def painted(number: int, num_frames: int) -> np.ndarray:
     """Frames uint8 [T, H, W, 3] of one colour, with a white bar that moves to the right."""
-    width, height = size
+    width, height = SIZE
     frames = np.empty((num_frames, height, width, 3), np.uint8)
     frames[:] = COLOURS[number % len(COLOURS)]
     for at, frame in enumerate(frames):
@@ -41,17 +41,14 @@ def film(folder: Path, model: Path, text: str, suffix: str = ".mp4") -> FilmPlan
     return FilmPlan(script(folder, text), open_model(str(model)), FPS, SIZE, suffix)
 
 
-def render(
-    plan: FilmPlan, folder: Path, lengths: Sequence[int], fps: Fraction = FPS,
-    size: tuple[int, int] = SIZE,
-) -> list[RenderedShot]:
+def render(plan: FilmPlan, folder: Path, lengths: Sequence[int]) -> list[RenderedShot]:
     """A painted file for every shot, of so many frames."""
     folder.mkdir(exist_ok=True)
     shots = []
     for number, (shot, length) in enumerate(zip(plan.script.shots, lengths, strict=True)):
         path = folder / f"{shot.id}{plan.suffix}"
-        write_clip(path, [painted(number, length, size)], ClipInfo(fps, size, length),
+        write_clip(path, [painted(number, length)], ClipInfo(FPS, SIZE, length),
                    overwrite=True)
-        shots.append(RenderedShot(shot, path, length, fps, size, number, made=True))
+        shots.append(RenderedShot(shot, path, length, FPS, SIZE, number, made=True))
     remember(shots)
     return shots

@@ -57,7 +57,7 @@ class Made:
         self.output = folder / name
         plan = film(folder, model, text, self.output.suffix)
         self.shots = render(plan, folder / "film.shots", lengths, **how)
-        self.edit = make_edit(plan, self.shots, self.output, [each.fps for each in self.shots])
+        self.edit = make_edit(plan, self.shots, self.output)
         self.told = assemble(self.edit, self.shots)
         self.film = self.told.recipe["film"]
 
@@ -124,32 +124,6 @@ def test_the_same_shots_give_the_same_file(make, monkeypatch, tmp_path):
         "scene: a, caption: hi, music: m.wav", "scene: a, transition: dissolve", "")
     first = make(text, [30, 30, 20]).output.read_bytes()
     assert make(text, [30, 30, 20]).output.read_bytes() == first
-
-
-def test_shots_of_another_rate_and_size_are_conformed_and_never_stretched(make):
-    made = make(shots_text("", ""), [48, 24], fps=Fraction(24), size=(96, 48))
-    seen = made.frames
-    assert seen.shape == (36, 48, 64, 3)
-    source = frames(made.shots[0].path)
-    wanted = [source[2 * n + 1][:, 16:80] for n in range(24)]  # what is shown at (n + 1/2) / 12
-    assert psnr(seen[:24], np.stack(wanted)) > 33
-    assert any("s0 has 96x48 at 24 fps; it is conformed to 64x48 at 12 fps" in each
-               for each in made.told.notes)
-    assert made.film["copied_frames"] == 0
-
-
-def test_a_slower_shot_repeats_frames_or_follows_the_flow(make):
-    text = "project: {finish: {rate: %s, fit: pad}}\n" + shots_text("")
-    steps = {}
-    for rate in ("repeat", "flow"):
-        seen = make(text % rate, [12], fps=Fraction(6), size=(64, 64)).frames
-        assert seen.shape == (24, 48, 64, 3)
-        assert (seen[:, :, :7].max((1, 2, 3)) < 24).all()  # what pads is black
-        bars = [np.flatnonzero(frame[18].min(1) > 150).mean() for frame in seen]
-        steps[rate] = np.diff(bars[2:-4])
-    assert sum(abs(steps["repeat"]) < 0.1) >= 8
-    assert sum(abs(steps["flow"]) < 0.1) <= 5
-    assert sum(steps["flow"]) == pytest.approx(sum(steps["repeat"]), abs=1.6)
 
 
 def level(samples: np.ndarray, start: float, end: float) -> float:

@@ -16,7 +16,7 @@ from vidgen.core.errors import InputError
 from vidgen.media.subtitles import Cue, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.write import CONTAINERS
 from vidgen.story.captions import Burner, Burnt, as_frames, captions_of, titles_of
-from vidgen.story.conform import MAX_SHIFT, Colours, matching, measured, recoloured, spread
+from vidgen.story.colours import MAX_SHIFT, Colours, matching, measured, recoloured, spread
 from vidgen.story.edit import CODECS, picture_settings
 from vidgen.story.elements import Caption, Defaults, Finish, Project, Scene, TimedPrompt, Transition
 from vidgen.story.pieces import Piece, blended, faded, pieces_of
@@ -42,10 +42,10 @@ def shot(name, transition=None, **keys):
     return Shot((TimedPrompt("x"),), id=name, transition=how, **keys)
 
 
-def placed(shots, lengths, rates=None, fps=FPS, **project):
+def placed(shots, lengths, fps=FPS, **project):
     script = Script(tuple(shots), project=Project(**project), scenes=SCENES)
     planned = [Planned(each, n) for each, n in zip(shots, lengths, strict=True)]
-    return lay_out(script, planned, rates or [fps] * len(planned), fps)
+    return lay_out(script, planned, fps)
 
 
 SCENES = {"a": Scene("One"), "b": Scene("Two"), "c": Scene()}
@@ -56,15 +56,13 @@ def test_twelve_shots_with_transitions_keep_every_time_to_half_a_frame():
     shots = [shot(f"s{i}", (drawn.choice(KINDS), round(drawn.uniform(0.1, 0.9), 3)))
              for i in range(12)]
     lengths = [drawn.randint(25, 60) for _ in shots]
-    rates = [drawn.choice([FPS, Fraction(24), Fraction(30000, 1001), Fraction(25)]) for _ in shots]
-    lengths = [round(n / FPS * rate) for n, rate in zip(lengths, rates, strict=True)]
-    timeline = placed(shots, lengths, rates)
+    timeline = placed(shots, lengths)
     ideal = Fraction(0)
-    for number, (each, length, rate) in enumerate(zip(shots, lengths, rates, strict=True)):
+    for number, (each, length) in enumerate(zip(shots, lengths, strict=True)):
         if number and each.transition.type != "cut":
             ideal -= Fraction(str(each.transition.duration))
         assert abs(timeline.shots[number].start - ideal * FPS) <= Fraction(1, 2)
-        ideal += length / rate
+        ideal += length / FPS
         assert abs(timeline.shots[number].end - ideal * FPS) <= Fraction(1, 2)
     assert timeline.ideal_s == ideal
     assert abs(timeline.num_frames / FPS - ideal) <= 1 / FPS / 2
@@ -125,19 +123,12 @@ def test_a_transition_longer_than_its_shots_is_refused(shots, lengths, message):
 
 
 def test_a_transition_as_long_as_the_shot_before_fits_wherever_that_is_rounded():
-    half = ("dissolve", 0.52)
-    timeline = placed([shot("a"), shot("b"), shot("c", half)], [24, 13, 25],
-                         [Fraction(25)] * 3)
-    before, last = timeline.shots[1:]
-    assert last.overlap == before.num_frames == 6
+    shots, lengths = [shot("a"), shot("x", ("dissolve", 0.1)), shot("b")], [24, 20, 13]
+    timeline = placed([*shots, shot("c", ("dissolve", 0.52))], [*lengths, 25], Fraction(25))
+    before, last = timeline.shots[2:]
+    assert last.overlap == before.num_frames == 13
     with pytest.raises(InputError, match=r"0\.53 s is longer than .* which lasts 0\.52 s"):
-        placed([shot("a"), shot("b"), shot("c", ("dissolve", 0.53))], [24, 13, 25],
-               [Fraction(25)] * 3)
-
-
-def test_a_shot_shorter_than_a_frame_of_the_film_is_refused():
-    with pytest.raises(InputError, match="shown for no frame at 12 fps"):
-        placed([shot("a")], [1], [Fraction(60)])
+        placed([*shots, shot("c", ("dissolve", 0.53))], [*lengths, 25], Fraction(25))
 
 
 def test_an_ending_that_needs_another_shot_is_refused():

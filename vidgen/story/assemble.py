@@ -30,7 +30,7 @@ from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import CONTAINERS, SEGMENT, write_clip
 from vidgen.pipeline.journal.job import SUFFIX, lock_job, sweep
-from vidgen.story.conform import Colours, Source, matching, measured, spread
+from vidgen.story.colours import Colours, Source, matching, measured, spread
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import file_facts, mixed, not_made
 from vidgen.story.pieces import Piece, Reels, pieces_of
@@ -68,10 +68,10 @@ def assemble(
     check_shots(shots)
     output, notes = edit.output, not_made(edit.film, edit.timeline)
     check_output(output, overwrite=True, num_bytes=sum(each.path.stat().st_size for each in shots))
-    sources = [_source(edit, index, shot) for index, shot in enumerate(shots)]
+    sources = [Source(each.path, each.num_frames) for each in shots]
     with _workplace(output) as folder:
         sources, scenes = _matched(edit, sources)
-        parts, conformed = _parts(edit, shots, sources, folder)
+        parts = _parts(edit, shots, sources, folder)
         pieces = pieces_of(edit.timeline, edit.burner.ranges, parts)
         total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
         reels = Reels(edit.timeline, sources, edit.burner, lambda done: on_frames(done, total))
@@ -83,7 +83,7 @@ def assemble(
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
         join_files(stretches, output, sound, recipe, texts, edit.chapters)
-    return Assembled(output, write_texts(edit), recipe, (*notes, *conformed, *heard))
+    return Assembled(output, write_texts(edit), recipe, (*notes, *heard))
 
 
 @contextmanager
@@ -125,14 +125,6 @@ def write_texts(edit: Edit) -> tuple[Path, ...]:
     return tuple(made)
 
 
-def _source(edit: Edit, index: int, shot: RenderedShot) -> Source:
-    finish, film = edit.film.script.project.finish, edit.film
-    return Source(
-        shot.path, shot.fps, shot.num_frames, film.fps, edit.timeline.shots[index].num_frames,
-        film.size, finish.fit, finish.rate,
-    )
-
-
 def _matched(
     edit: Edit, sources: list[Source]
 ) -> tuple[list[Source], dict[str, dict[int, Colours]]]:
@@ -157,18 +149,14 @@ def _matched(
 
 def _parts(
     edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[Source], folder: Path
-) -> tuple[list[list[int] | None], list[str]]:
-    """Return the places where each shot can be cut, or None; and notes on conformed shots."""
+) -> list[list[int] | None]:
+    """Return the places where each shot can be cut; None where it can't."""
     width, height = edit.film.size
     sample = folder / f"sample{edit.output.suffix.lower()}"
     info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)
     write_clip(sample, [np.zeros((1, height, width, 3), np.uint8)], info)
     parts: list[list[int] | None] = []
-    notes = []
     for shot, source in zip(shots, sources, strict=True):
-        if shot.fps != edit.film.fps or shot.size != edit.film.size:
-            notes.append(f"shot {shot.shot.id} has {shot.size[0]}x{shot.size[1]} at {shot.fps} "
-                         f"fps; it is conformed to {width}x{height} at {edit.film.fps} fps")
         if source.table is not None or why_not_joined([shot.path, sample]) is not None:
             parts.append(None)
             continue
@@ -177,7 +165,7 @@ def _parts(
             raise InputError(f"shot {shot.shot.id!r}: {shot.path} has {places[-1]} frames instead "
                              f"of {shot.num_frames}; remove it and render it again")
         parts.append(places)
-    return parts, notes
+    return parts
 
 
 def _written(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +135,7 @@ class Edit:
 
 def make_edit(
     film: FilmPlan, shots: Sequence[Measured], output: str | Path,
-    rates: Sequence[Fraction] | None = None, describe: Describe | None = None,
+    describe: Describe | None = None,
 ) -> Edit:
     """Decide how shots become a film.
 
@@ -144,7 +143,6 @@ def make_edit(
         film: the plan.
         shots: the film's shots in order, planned or rendered.
         output: the film's file, of a known suffix.
-        rates: frame rate of each shot; None: the film's.
         describe: returns the sounds to be made of words; None: none are.
 
     Raises:
@@ -154,7 +152,7 @@ def make_edit(
     script, finish, target = film.script, film.script.project.finish, Path(output)
     with located(f"{script.path}: project.finish.codec"):
         picture = picture_settings(finish.codec, target)
-    timeline = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps)
+    timeline = lay_out(script, shots, film.fps)
     described: list[DescribedSound] = []
     check_sounds(timeline)  # those that stand in words aren't made yet
     if describe is not None:

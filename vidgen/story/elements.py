@@ -232,12 +232,6 @@ class Finish:
 
     codec: Annotated[
         str | None, "h264, h265, vp9, prores or ffv1; default that of the film's suffix"] = None
-    fit: Annotated[
-        Literal["crop", "pad"],
-        "for shots of another aspect: cut what sticks out, or keep all in a frame"] = "crop"
-    rate: Annotated[
-        Literal["repeat", "flow"],
-        "for shots of another rate: repeat and drop frames, or follow the flow"] = "repeat"
     match_colour: Annotated[bool, "whether shots of a scene are matched in colour"] = True
     captions: Annotated[
         Literal["track", "burn", "beside"],

@@ -20,7 +20,7 @@ import numpy as np
 
 from vidgen.media.types import Frames
 from vidgen.story.captions import Burner
-from vidgen.story.conform import Colours, Source
+from vidgen.story.colours import Colours, Source
 from vidgen.story.timeline import Section, Timeline
 
 _COLOURS = {"fade-black": 0.0, "fade-white": 255.0}

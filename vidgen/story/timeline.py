@@ -24,7 +24,7 @@ CUT = Transition()
 
 
 Measured: TypeAlias = ShotPlan | RenderedShot
-"""A shot and its number of frames at its own rate."""
+"""A shot and its number of frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,37 +107,30 @@ class Timeline:
                 yield Section(end, placed.end, (index,), f"{self.ending_kind}-out")
 
 
-def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction],
-            fps: Fraction) -> Timeline:
+def lay_out(script: Script, shots: Sequence[Measured], fps: Fraction) -> Timeline:
     """Place shots in a film.
 
     Args:
         script: gives transitions and ending.
         shots: the film's shots, in order.
-        rates: frame rate of each.
-        fps: frame rate of the film.
+        fps: frame rate of the film and of its shots.
 
     Raises:
-        InputError: a transition longer than the shots have frames for, or a shot shorter than a
-            frame of the film.
+        InputError: a transition longer than the shots have frames for.
     """
     placed: list[Placed] = []
     begin = end = Fraction(0)  # ideal, of the shot before, in frames of the film
-    for each, rate in zip(shots, rates, strict=True):
+    for each in shots:
         how = _transition(script, each.shot, is_first=not placed)
-        length = each.num_frames / rate * fps
         start = end - (_seconds(how) * fps if placed else 0)
         if placed and start < begin:
             raise InputError(
                 f"{script.where(each.shot)}: {how.type} of {how.duration:g} s is longer than the "
                 f"shot before, which lasts {float((end - begin) / fps):g} s; shorten it")
-        first, end_frame = _nearest(start), _nearest(start + length)
-        if first == end_frame:
-            raise InputError(f"{script.where(each.shot)} is shown for no frame at {fps} fps: it "
-                             f"lasts {float(length / fps):g} s; make it longer")
+        first = _nearest(start)
         overlap = placed[-1].end - first if placed else 0
-        placed.append(Placed(each.shot, first, end_frame - first, overlap, how))
-        begin, end = start, start + length
+        placed.append(Placed(each.shot, first, each.num_frames, overlap, how))
+        begin, end = start, start + each.num_frames
     ending = script.project.finish.ending
     made = Timeline(
         script, fps, tuple(placed), _nearest(_seconds(placed[0].transition) * fps),
