@@ -2,8 +2,9 @@
 
     python -m tests.reference        write the tables
 
-They are docs/reference/options.md as a whole, and what stands between <!-- words --> and
-<!-- /words --> in docs/reference/what_can_i_ask_for.md. Contract tests compare both with the code.
+They are docs/reference/options.md as a whole, what_can_i_ask_for.md between <!-- words --> and
+<!-- /words -->, and api.md between <!-- fields --> and <!-- /fields -->. A contract test compares
+them with the code.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from vidgen.cli.main import verb_parser
 from vidgen.cli.options import FIELDS
 from vidgen.core.request import GROUPS, MODEL, Request
 from vidgen.pipeline.settings import SETTINGS, settings_of
+from vidgen.server.schema import NAMES, SHAPED
 from vidgen.weights.layouts import open_model
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference"
 OPTIONS, WORDS = REFERENCE / "options.md", REFERENCE / "what_can_i_ask_for.md"
-BLOCK = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
+API = REFERENCE / "api.md"
 _PICTURE = "![{}](words/{}.webp)\n"
 _DRAWN = ("motions", "places", "weathers")
-NAMES = {"settings": "set"}
-"""Options of the command line that have another name than the field."""
 INTRO = """\
 # Options of a generation
 
@@ -81,14 +81,17 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
 
 def _row(name: str, field: FieldInfo) -> tuple[str, ...]:
     known = verb_parser("generate")[1].options()
-    flag = f"--{NAMES.get(name, name).replace('_', '-')}"
-    if name == "prompt":
-        shown = "`PROMPT`"
-    else:
-        shown = f"`{flag}`" if flag in known else f"`{name}`, in Python"
+    flag = _flag(name)
+    shown = f"`{flag}`" if flag in known or name == "prompt" else f"`{name}`, in Python"
     value = " ".join(each for each in (_value(name, field), _limits(field)) if each)
     default = "" if field.default in (None, (), {}) or field.is_required() else field.default
     return shown, value, f"{default}".replace("False", ""), f"{field.description}"
+
+
+def _flag(name: str) -> str:
+    """Return the command line's name of a field."""
+    names = {"prompt": "PROMPT", "settings": "--set"}
+    return names.get(name) or f"--{name.replace('_', '-')}"
 
 
 def _value(name: str, field: FieldInfo) -> str:
@@ -142,7 +145,24 @@ def _table(*names: str, rows: Iterable[tuple[str, ...]]) -> str:
 
 def words_page() -> str:
     """Return the page of what the embedded model knows, its tables made of the world's words."""
-    return BLOCK.sub(lambda _: _words(), WORDS.read_text())
+    return _filled(WORDS, "words", _words())
+
+
+def api_page() -> str:
+    """Return the page of the HTTP API, its options of a generation made from the code."""
+    rows = [(f"`{NAMES.get(name, name)}`", f"`{_flag(name)}`",
+             f"{Request.model_fields[name].description}") for name in SHAPED]
+    return _filled(API, "fields", _table("field", "option", "meaning", rows=rows) + "\n")
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of each page that has tables made from the code."""
+    return {OPTIONS: options_page(), WORDS: words_page(), API: api_page()}
+
+
+def _filled(page: Path, block: str, text: str) -> str:
+    parts = re.compile(rf"(?<=<!-- {block} -->\n).*?(?=<!-- /{block} -->)", re.DOTALL)
+    return parts.sub(lambda _: text, page.read_text())
 
 
 def _words() -> str:
@@ -178,5 +198,5 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    OPTIONS.write_text(options_page())
-    WORDS.write_text(words_page())
+    for path, text in pages().items():
+        path.write_text(text)

@@ -92,7 +92,7 @@ def test_scripts_may_say_what_the_engine_knows():
 
 def test_the_page_of_keys_lists_what_the_studio_hears():
     page = (Path(__file__).parents[2] / "docs/howto/serve.md").read_text()
-    table = page.partition("## Keys\n")[2].partition("## ")[0]
+    table = page.partition("### Keys\n")[2].partition("## ")[0]
     for keys in re.findall(r"\{ keys: \[(.*?)\]", FILES["main.js"]):
         for key in re.findall(r'"([^"]+)"', keys):
             assert re.search(rf"(?<!\w){re.escape(key.replace(' ', 'Space'))}(?!\w)", table), key
