@@ -19,13 +19,13 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.best_of_n import sample_best
-from vidgen.pipeline.codec import encode_passes_of
+from vidgen.pipeline.denoise import RegionalPrompts
 from vidgen.pipeline.engine import Engine
+from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.long.rolling import RolledClip
-from vidgen.pipeline.regional_prompts import RegionalPrompts
+from vidgen.pipeline.settings import own_value
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.types import NO_LORAS, Contexts, Plan
@@ -138,9 +138,8 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
     As a clip is that is given to be edited: at the rate that the model draws at.
     """
     rate = upsampling_of(engine.folder)
-    latents = engine.encode_video(
-        video, passes=encode_passes_of(engine.folder), rate=rate
-    )
+    passes = int(own_value("encode_passes", engine.folder))
+    latents = engine.encode_video(video, passes=passes, rate=rate)
     return pixels(engine, latents, rate)
 
 

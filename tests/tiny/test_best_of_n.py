@@ -22,14 +22,13 @@ from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
 from vidgen.diffusion.state import UpsampledKnown, new_state
 from vidgen.models.verifier import Verifier, Want, score
-from vidgen.pipeline.best_of_n import anew, verify_video, wanted, with_verifier
+from vidgen.pipeline.best_of_n import VERIFIER, anew, verify_video, wanted, with_verifier
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.recorded import own_options
-from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig

@@ -18,9 +18,9 @@ from vidgen.cli.main import main
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
+from vidgen.pipeline.best_of_n import VERIFIER
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.story.plan import plan_film
 from vidgen.story.script import Script
 from vidgen.weights.layouts import open_model

@@ -23,9 +23,8 @@ from vidgen.pipeline.journal import journal as journals
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.sound import best_of_n
 from vidgen.pipeline.sound import own_sound as own_sounds
-from vidgen.pipeline.sound.best_of_n import Impacts
+from vidgen.pipeline.sound.own_sound import Impacts
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2}
 
@@ -117,7 +116,7 @@ def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monk
 
         with monkeypatch.context() as patched:
             patched.setattr(SpacetimeDiT, "forward", see)
-            patched.setattr(best_of_n, "most_agreed", choose)
+            patched.setattr(own_sounds, "most_agreed", choose)
             clip = engine.generate("a cat", **WORDS, guidance=3.0, settings={"audio_candidates": 3})
         [(sounds, rate)] = told
         assert (len(sounds), rate) == (3, 16_000)
@@ -158,7 +157,7 @@ def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch)
                                 if p.stage == "sound" else None)
         return clip.sound[:, 0], torch.cat(rounds)
 
-    monkeypatch.setattr(best_of_n, "find_onsets", see)
+    monkeypatch.setattr(own_sounds, "find_onsets", see)
     for at in (9, 12, 17, 20):
         sound, sounds = generate(at, enough=2)
         assert [len(made) for made in rounds] == [4, 4, 2]
@@ -183,7 +182,7 @@ def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch
     def see(draw, hear, rate, _most, _at_once, impacts):
         made = draw(range(1))
         told.append((impacts.times, hear(made).shape[1] / rate))
-        return best_of_n.Kept(made[0])
+        return own_sounds.Kept(made[0])
 
     monkeypatch.setattr(own_sounds, "best_sound", see)
     settings = {"audio_candidates": 2, "audio_delay": 0}

@@ -33,12 +33,11 @@ from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.pipeline import timing
 from vidgen.pipeline.engine import load
-from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.memory import KERNELS_BYTES, estimate, refine_bytes
 from vidgen.pipeline.passes import count_passes
-from vidgen.pipeline.plan import make_plan, require_own_model, settle
+from vidgen.pipeline.plan import make_plan, require_own_model, settle, with_student
 from vidgen.pipeline.setups import choose, preflight
 from vidgen.pipeline.types import Setup
 from vidgen.weights.folder import DiffusersFolder, StudentConfig

@@ -21,14 +21,14 @@ from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
 from vidgen.diffusion.regional_prompts import NO_LABEL
 from vidgen.diffusion.state import new_state
-from vidgen.pipeline.best_of_n import with_verifier
+from vidgen.pipeline.best_of_n import VERIFIER, with_verifier
+from vidgen.pipeline.denoise import regional_prompts
 from vidgen.pipeline.engine import Engine, load
+from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.recorded import own_options
-from vidgen.pipeline.regional_prompts import VERIFIER, regional_prompts
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import preflight
 from vidgen.weights.folder import RollConfig, StudentConfig

@@ -26,12 +26,12 @@ from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.write import write_live
 from vidgen.pipeline.engine import Engine, load
-from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.rolling import Rollout
 from vidgen.pipeline.passes import count_passes
+from vidgen.pipeline.plan import with_student
 from vidgen.pipeline.setups import preflight
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 from vidgen.weights.lora import write_lora

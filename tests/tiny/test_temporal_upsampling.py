@@ -150,10 +150,10 @@ def test_steps_count_through_and_go_on_from_any() -> None:
     sigmas, state = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), a_state()
 
     def run(
-        state: LatentState, levels: Tensor, on_step: OnStep | None, resume: SamplerState | None
+        state: LatentState, sigmas: Tensor, on_step: OnStep | None, resume: SamplerState | None
     ) -> Tensor:
         return sample_state(
-            "euler", lambda latents, sigma: latents * sigma.view(-1, 1, 1, 1, 1), state, levels,
+            "euler", lambda latents, sigma: latents * sigma.view(-1, 1, 1, 1, 1), state, sigmas,
             on_step=on_step, resume=resume,
         )
 

@@ -20,8 +20,8 @@ from vidgen.models.onset_detector import (
     part_times,
     smeared,
 )
-from vidgen.pipeline.sound.best_of_n import (
-    AT_ONCE,
+from vidgen.pipeline.sound.own_sound import (
+    COMPARED,
     ON_TIME,
     ONSET_DETECTOR,
     Impacts,
@@ -53,7 +53,7 @@ def kept(sounds: torch.Tensor, impacts: Impacts | None, most: int | None = None)
 
     most = len(sounds) if most is None else most
     best = best_sound(draw, lambda made: sounds[made.flatten().long()], RATE, most,
-                      most if impacts is None else min(AT_ONCE, most), impacts)
+                      most if impacts is None else min(COMPARED, most), impacts)
     assert drawn == list(range(len(drawn)))
     return int(best.latents), len(drawn)
 

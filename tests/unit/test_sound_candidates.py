@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vidgen.pipeline.sound.best_of_n import most_agreed
+from vidgen.pipeline.sound.own_sound import most_agreed
 
 RATE = 16_000
 

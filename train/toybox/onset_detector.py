@@ -25,7 +25,7 @@ from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
-from vidgen.pipeline.sound.best_of_n import ONSET_DETECTOR
+from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of
 

@@ -20,8 +20,8 @@ from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.pipeline.denoise import denoising
 from vidgen.pipeline.engine import Engine, load
+from vidgen.pipeline.experts import settles, sigmas_of
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.levels import settles, sigmas_of
 from vidgen.pipeline.types import NO_LORAS, Plan
 
 

@@ -56,9 +56,9 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import VerifierConfig
 from vidgen.models.words import split_words
+from vidgen.pipeline.best_of_n import VERIFIER
 from vidgen.pipeline.long.tail import ANCHOR_TASK
-from vidgen.pipeline.regional_prompts import VERIFIER
-from vidgen.pipeline.sound.best_of_n import ONSET_DETECTOR
+from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.finetune.model import open_trainable

@@ -25,9 +25,6 @@ from vidgen.diffusion.state import LatentState, UpsampledKnown, are_references, 
 UPSAMPLED_NOISE = -1
 """A step that no sampler takes; `shuffled` draws the noise of upsampled frames with it."""
 
-Run = Callable[[LatentState, Tensor, OnStep | None, SamplerState | None], Tensor]
-"""Samples a state over noise levels, from the start or a saved step on: clean latents."""
-
 
 @dataclass(frozen=True)
 class LatentRate:
@@ -111,8 +108,8 @@ def finished_upsampled(latents: Tensor, rate: LatentRate, stride_t: int) -> Late
 
 
 def sample_upsampled(
-    run: Run, state: LatentState, sigmas: Tensor, split: int, factor: int, stride_t: int, *,
-    on_step: OnStep | None = None, resume: SamplerState | None = None,
+    run: Callable[..., Tensor], state: LatentState, sigmas: Tensor, split: int, factor: int,
+    stride_t: int, *, on_step: OnStep | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
     """Sample a clip's first `split` steps at its own rate, the others at `factor` times that.
 
@@ -120,7 +117,7 @@ def sample_upsampled(
     second begins. Steps count through; the state after step `split` holds the first run's clip.
 
     Args:
-        run: samples.
+        run: samples a state over `sigmas`, with `on_step` and `resume`: clean latents.
         state: of the clip at its own rate.
         sigmas: [num_steps + 1] of both runs.
         split: below num_steps; 0 where the state begins from a given clip at the other rate.
@@ -148,12 +145,12 @@ def sample_upsampled(
     settled = None
     if split and (resume is None or resume.step < split):
         ends = torch.cat([sigmas[:split], sigmas[-1:]])
-        settled, resume = run(state, ends, counted_from(0), resume), None
+        settled, resume = run(state, sigmas=ends, on_step=counted_from(0), resume=resume), None
     elif split and resume is not None:  # after step `split` only its shape is needed
         settled = resume.latents if resume.step == split else state.latents
         resume = None if resume.step == split else replace(resume, step=resume.step - split)
     upsampled = upsampled_state(state, settled, levels[split], factor, stride_t)
-    return run(upsampled, sigmas[split:], counted_from(split), resume)
+    return run(upsampled, sigmas=sigmas[split:], on_step=counted_from(split), resume=resume)
 
 
 def interpolated(latents: Tensor, rate: LatentRate, stride_t: int) -> Tensor:

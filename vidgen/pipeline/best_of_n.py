@@ -2,7 +2,7 @@
 
 Candidates of a clip are drawn from other noise; the model's verifier looks at their latents, before
 anything is decoded, and most first ones satisfy it. Each window of a long clip is a clip of its own
-here, which has to show what the last frames before it show. See `sound.best_of_n` for sounds.
+here, which has to show what the last frames before it show. See `sound.own_sound` for sounds.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.journal.job import TRIED, as_array
-from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.tasks import words_alone
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+VERIFIER: Literal["verifier"] = "verifier"
 CANDIDATE_NOISE = -2
 """A step that no sampler takes; `shuffled` draws the second candidate's noise with it, the third's
 with one less, and so on."""

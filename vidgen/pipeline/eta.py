@@ -47,15 +47,15 @@ class Clock:
         self._common = not (one_by_one or parallel)  # the prompt is, of all clips
         order = [(stage, n) for n in clips for stage in _STAGES]
         if self._common:
-            order = [("prompt", 1), *((stage, n) for stage, n in order
-                                      if stage not in ("prompt", "write"))]
-            order += [("write", n) for n in clips]
-        self._expected = dict.fromkeys(order, 0.0)
-        for stage, clip in order:
-            shared = len(each) if self._common and stage != "prompt" else 1
-            self._expected[stage, clip] = sum(
-                one.seconds for one in each[clip - 1].stages if one.name in _STAGES[stage]) / shared
+            inner = [place for place in order if place[0] not in ("prompt", "write")]
+            order = [("prompt", 1), *inner, *(("write", n) for n in clips)]
         self._shares = dict.fromkeys(order, 0.0)
+        self._expected = {
+            (stage, clip): sum(one.seconds for one in each[clip - 1].stages
+                               if one.name in _STAGES[stage])
+            / (len(each) if self._common and stage != "prompt" else 1)
+            for stage, clip in order
+        }
         self._last: tuple[tuple[str, int], int, float] | None = None
         self._work: dict[str, float] = defaultdict(float)  # seconds expected, and those it took
         self._took: dict[str, float] = defaultdict(float)

@@ -1,23 +1,38 @@
-"""The transformer of a noise level: a model's only one, or one of two experts (Wan 2.2)."""
+"""A plan's noise levels, and the transformer and the frame rate of each.
+
+A model has one transformer, or two experts (Wan 2.2) that part at a noise level. Under temporal
+upsampling the frame rate changes there, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.diffusion.samplers import SAMPLERS, scheduler_sigmas
+from vidgen.diffusion.schedule import make_sigmas
 from vidgen.models.lora import attached
+from vidgen.pipeline.settings import own_value
 from vidgen.pipeline.types import Loras, Plan
 from vidgen.weights.folder import ModelFolder, hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
+    from vidgen.core.request import Request
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.dit_types import DiTConfig
     from vidgen.pipeline.loader import ModelLoader
     from vidgen.weights.component import ExpertRole, Role
+
+AT_ONE_RATE = ("control", "follow_audio", "roll")
+"""Options of clips that keep one frame rate: they are read at no finer one."""
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
@@ -102,3 +117,72 @@ def experts(
     given = Experts(loader, boundary, loras, adapters)
     with loader.use(given.role_at(start_sigma)), adapters:
         yield given
+
+
+def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:
+    """Return a plan's noise levels [num_steps + 1], or those of a diffusers scheduler."""
+    if scheduler is not None:
+        return scheduler_sigmas(scheduler, plan.num_steps, strength=plan.strength)
+    if plan.student is not None:
+        return torch.tensor(plan.student.sigmas)
+    lowest = 1e-3
+    if plan.sampler == "euler":
+        lowest = plan.shift * lowest / (1 + (plan.shift - 1) * lowest)
+    return make_sigmas(
+        plan.num_steps, plan.shift, strength=plan.strength, sigma_min=lowest,
+        reach_min=plan.sampler == "euler",
+    )
+
+
+def sigma_split(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:
+    """Return the number of steps at or above the boundary, which have the clip's frame rate."""
+    levels, boundary = sigmas.tolist()[:-1], boundary_of(folder, plan, has_audio=False)
+    return len(levels) if boundary is None else sum(level >= boundary for level in levels)
+
+
+def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
+    """Return whether any step has the clip's frame rate, as none of a clip begun below it has."""
+    return plan.oversampling == 1 or sigma_split(plan, sigmas, folder) > 0
+
+
+def upsampling_of(folder: ModelFolder) -> int:
+    """Return how many latent frames a model draws below its boundary for each one above it."""
+    return int(own_value("oversampling", folder))
+
+
+def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+    """Return the plan at the frame rate that the model draws at below its boundary.
+
+    Raises:
+        InputError: a rate that the model doesn't draw at, or that this clip can't have.
+    """
+    own, asked = upsampling_of(folder), request.settings.get("oversampling")
+    if asked not in (None, 1, own):
+        draws = ("each latent frame once; leave it out" if own == 1 else
+                 f"at most {own} latent frames for one, give 1 or {own}")
+        raise InputError(f"oversampling is {asked}; {folder.name} draws {draws}")
+    if asked == 1 or own == 1:
+        return plan
+    why = _hindrance(plan, request, folder)
+    if why is None:
+        folder.components["vae"].config.steady_stages(own)
+        return replace(plan, oversampling=own)
+    if asked is not None:
+        raise InputError(f"oversampling is {asked}, but this clip {why}; leave it out")
+    return plan
+
+
+def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
+    """Return the reason why a clip has one frame rate at all noise levels, or None."""
+    given = [option for option in AT_ONE_RATE if request.has(option)]
+    if given:
+        return f"has {given[0]}, which is read at the rate that frames are shown at"
+    if plan.sampler not in SAMPLERS:
+        return f"is sampled by {plan.sampler}, which brings its own noise levels"
+    if plan.num_frames == 1:
+        return "has a single frame"
+    sigmas = sigmas_of(plan)
+    split = sigma_split(plan, sigmas, folder)
+    if split == len(sigmas) - 1 > 0 or (split == 0 and request.strength is None):
+        return f"has no step on one side of the level {folder.defaults.boundary}"
+    return None

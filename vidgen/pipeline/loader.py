@@ -15,7 +15,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
@@ -292,13 +292,8 @@ def _empty(module: nn.Module) -> None:
     if isinstance(stream, BlockStream):
         stream.close()
     for part in module.modules():
-        for name, weight in part._parameters.items():
-            if weight is not None:
-                part._parameters[name] = nn.Parameter(_away(weight), requires_grad=False)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = _away(buffer)
-
-
-def _away(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    away = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                    tensors[name] = nn.Parameter(away, requires_grad=False)

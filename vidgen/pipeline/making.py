@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.media.read import fit
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.best_of_n import counted_on, sample_best
-from vidgen.pipeline.levels import sigmas_of
+from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
     from vidgen.media.types import Samples
+    from vidgen.pipeline.denoise import RegionalPrompts
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.model import OpenedModel
     from vidgen.pipeline.preview import Glimpses
-    from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.types import Contexts, Loras, Plan, Report
 

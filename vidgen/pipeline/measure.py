@@ -12,7 +12,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion.cache import Magnitudes, Probe, StepCaches
 from vidgen.diffusion.samplers import sample_state
 from vidgen.pipeline.denoise import denoising
-from vidgen.pipeline.levels import sigmas_of
+from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.types import NO_LORAS
 
 if TYPE_CHECKING:

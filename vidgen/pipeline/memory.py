@@ -17,7 +17,6 @@ import torch
 
 from vidgen.core.shapes import Tiles
 from vidgen.diffusion.sound import sound_span
-from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.write import PIXELS_PER_BYTE
 from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
 from vidgen.models.dit_types import DiTConfig
@@ -25,13 +24,11 @@ from vidgen.models.vae import VAEConfig
 from vidgen.models.vae_tiles import AT_ONCE
 from vidgen.ops import native
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES, used_backend
-from vidgen.pipeline.experts import boundary_of
-from vidgen.pipeline.levels import sigmas_of
+from vidgen.pipeline.experts import boundary_of, sigmas_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
 from vidgen.pipeline.passes import count_passes
-from vidgen.pipeline.sound.best_of_n import drawn_at_once
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
-from vidgen.pipeline.sound.own_sound import sound_plan
+from vidgen.pipeline.sound.own_sound import drawn_at_once, sound_plan
 from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.tasks import makes_sound
 from vidgen.pipeline.timing import (
@@ -290,8 +287,7 @@ class _Job:
     def decode(self) -> float:
         """Add decoding, and writing as far as it takes longer; return the encoder's seconds."""
         plan, kept = self.plan, self.passes.kept
-        rate = LatentRate(plan.oversampling)
-        decode_s = self.vae_s(rate.num_upsampled(self.passes.decoded), plan.oversampling)
+        decode_s = self.vae_s(plan.rate.num_upsampled(self.passes.decoded), plan.oversampling)
         live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
         # frames of a chunk: floats, bytes, in the slot
         live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
@@ -313,8 +309,7 @@ class _Job:
         """
         film = self.pixels * self.passes.kept // PIXELS_PER_BYTE
         frames = self.plan.latents.num_frames
-        rate = LatentRate(self.plan.oversampling)
-        whole = math.prod(self.plan.latents.dims) * rate.num_upsampled(frames)
+        whole = math.prod(self.plan.latents.dims) * self.plan.rate.num_upsampled(frames)
         state = STATE_TENSORS * whole // frames * self.longest // frames
         return 2 * (film + 4 * (whole // frames + state + self.remembered))
 

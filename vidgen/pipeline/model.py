@@ -7,7 +7,7 @@ rows and columns, S text or image tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from vidgen.media.clip import Clip, Keeper
 from vidgen.media.types import ClipInfo
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
-from vidgen.models.text import NOTHING
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.codec import (
@@ -36,8 +35,8 @@ from vidgen.pipeline.codec import (
     latent_of,
     refine_first,
 )
+from vidgen.pipeline.experts import settles, sigma_split, sigmas_of
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.levels import settles, sigmas_of, split_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.prompts import PromptEncoder
@@ -46,8 +45,8 @@ from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
+    from vidgen.pipeline.denoise import RegionalPrompts
     from vidgen.pipeline.parallel.devices import Devices
-    from vidgen.pipeline.regional_prompts import RegionalPrompts
     from vidgen.pipeline.types import Setup
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class OpenedModel:
             self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
             None if self.devices is None else self.devices.mesh,
         )
-        self.prompts = PromptEncoder(self.loader, self.tokenizer)
+        self.encode_texts = PromptEncoder(self.loader, self.tokenizer).encode
 
     def adopt(self, setup: Setup) -> None:
         """Switch to another setup; networks loaded for the old one are freed."""
@@ -115,12 +114,6 @@ class OpenedModel:
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):
                 log.warning("%s", remark)
         return plan
-
-    def encode_texts(
-        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
-    ) -> tuple[Tensor, Tensor]:
-        """Return context [B, S, D] and lengths [B] of prompts; `learned` are token embeddings."""
-        return self.prompts.encode(prompts, learned)
 
     def encode_video(
         self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, rate: int = 1
@@ -180,12 +173,12 @@ class OpenedModel:
         self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
     ) -> RegionalPrompts | None:
         """Return the regional prompts of things that normalised prompts name, if any."""
-        from vidgen.pipeline.regional_prompts import VERIFIER, regional_prompts
+        from vidgen.pipeline.denoise import regional_prompts
 
         if plan.binding == 0:
             return None
-        encode = partial(self.encode_texts, learned=loras.tokens)
-        return regional_prompts(self.folder.components[VERIFIER].config, read, plan.binding, encode)
+        config, encode = self.folder.components["verifier"].config, self.encode_texts
+        return regional_prompts(config, read, plan.binding, partial(encode, learned=loras.tokens))
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
@@ -222,8 +215,7 @@ class OpenedModel:
         `on_step` gets, and `sigmas` are the noise levels of a part of the run, None for all of it.
         """
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
-        from vidgen.pipeline.denoise import denoising
-        from vidgen.pipeline.regional_prompts import can_be_regional
+        from vidgen.pipeline.denoise import can_be_regional, denoising
         from vidgen.pipeline.step_caches import carrying, make_caches
 
         if sigmas is None:
@@ -233,29 +225,22 @@ class OpenedModel:
             regional = regional if can_be_regional(state) else None
             sigmas = sigmas_of(plan, scheduler)
             if plan.oversampling > 1:
-                rest: dict[str, Any] = {"loras": loras, "scheduler": scheduler,
-                                        "remember": remember, "regional": regional}
-
-                def part(
-                    state: LatentState, sigmas: Tensor, on_step: OnStep | None,
-                    resume: SamplerState | None,
-                ) -> Tensor:
-                    return OpenedModel.sample(self, plan, state, contexts, on_step,
-                                              resume=resume, sigmas=sigmas, **rest)
-
+                run = partial(
+                    OpenedModel.sample, self, plan, contexts=contexts, scheduler=scheduler,
+                    loras=loras, remember=remember, regional=regional,
+                )
                 return sample_upsampled(
-                    part, state, sigmas, split_of(plan, sigmas, self.folder), plan.oversampling,
+                    run, state, sigmas, sigma_split(plan, sigmas, self.folder), plan.oversampling,
                     self.vae_config.strides.t, on_step=on_step, resume=resume,
                 )
-        caches = make_caches(plan.cache, sigmas, plan.guidance)
+        devices, caches = self.devices, make_caches(plan.cache, sigmas, plan.guidance)
         if caches is not None and resume is not None and resume.cache:
             caches.restore(resume.cache)
         if caches is not None and on_step is not None and remember:
-            devices = self.devices
             on_step = carrying(caches.state if devices is None else devices.remembered, on_step)
         level = float(sigmas[resume.step if resume else 0])
-        assert self.devices is None or regional is None, "devices share no regional prompts"
-        model = self.devices.denoising if self.devices else partial(denoising, regional=regional)
+        assert devices is None or regional is None, "devices share no regional prompts"
+        model = devices.denoising if devices else partial(denoising, regional=regional)
         with model(self.loader, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.ending import read_ending
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.levels import settles, sigmas_of, split_of
+from vidgen.pipeline.experts import settles, sigma_split, sigmas_of
 from vidgen.pipeline.long.tail import (
     TAIL_FRAMES,
     Beginning,
@@ -82,7 +81,7 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         stills += known > 0 and keeps_to_start(folder, request)
         has_given = (folder.defaults.history_noise == 0 if known else
                      sum(pictures) > 0 and request.mask is None)
-        finer = LatentRate(plan.oversampling, alone=start == 0).num_upsampled(stop - start)
+        finer = plan.rate.after(start).num_upsampled(stop - start)
         windows.append(Window(stop - start + stills, finer + stills,
                               *_num_passes(folder, plan, has_given=has_given), has_given))
         if known and plan.oversampling > 1:  # what came before, at the other rate
@@ -121,7 +120,7 @@ def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[in
         things, legible = things * (things > 1), config.legible
     passes = [len(guidance.branches_at(sigma)) + things * (sigma < legible)
               for sigma in sigmas.tolist()[:-1]]
-    split = split_of(plan, sigmas, folder) if plan.oversampling > 1 else len(passes)
+    split = sigma_split(plan, sigmas, folder) if plan.oversampling > 1 else len(passes)
     return sum(passes[:split]), sum(passes[split:])
 
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError, OptionError, nearest
-from vidgen.core.request import MAX_SECONDS, Request
+from vidgen.core.request import MAX_SECONDS, OWN_AUDIO, Request
 from vidgen.core.shapes import (
     LatentShape,
     Strides,
@@ -27,12 +27,10 @@ from vidgen.media.speech import open_voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.codec import encoding_of
-from vidgen.pipeline.experts import boundary_of, read_loras
-from vidgen.pipeline.few_steps import with_student
+from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.levels import with_oversampling
 from vidgen.pipeline.rewrite import LanguageModel
-from vidgen.pipeline.settings import check_settings, settled_value
+from vidgen.pipeline.settings import asked_about, check_settings, settled_value
 from vidgen.pipeline.sound.own_sound import sound_of
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
@@ -44,9 +42,19 @@ from vidgen.weights.lora import parse_option
 if TYPE_CHECKING:
     from vidgen.pipeline.inputs import Inputs
     from vidgen.weights.family import ModelDefaults
-    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.folder import ModelFolder, StudentConfig
 
 log = logging.getLogger(__name__)
+
+SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval",
+            "guidance_rescale")
+"""Options that define sampling, which a student has settled; settings do so, too."""
+NOT_ROLLED = (
+    *SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference",
+    "prefix", "control", "follow_audio", "latents", "overlap", "colour_hold",
+)
+"""Options that a clip can't have that is rolled out."""
+
 
 def make_plan(
     request: Request, folder: ModelFolder, inputs: Inputs | None = None, devices: int | None = 1
@@ -261,6 +269,61 @@ def settled(
     for name, text in texts.items():
         require_short(name, read_as(text, readings), tokenizer)
     return replace(plan, readings=tuple(readings.items()))
+
+
+def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+    """Return the plan by the model's student if it has one for these steps; else as it is.
+
+    A student is taken for the step count that it was taught, when nothing else is asked of
+    sampling: no option of `SAMPLING` and no such setting, no negative prompt, no step cache, no
+    `strength`, which begins between its noise levels, and no sound to follow. The roller is taken
+    where the request asks for it.
+
+    Raises:
+        InputError: a roller that isn't there, or what it can't do.
+    """
+    if request.roll:
+        return _rolled(plan, request, folder)
+    student = folder.student
+    if student is None or request.steps != student.num_steps:
+        return plan
+    asked = [option for option in SAMPLING if request.has(option)]
+    asked += asked_about(request, "sampling")
+    if asked or plan.negative != folder.defaults.negative_prompt or request.cache != "none":
+        return plan
+    if plan.strength < 1 or request.follow_audio:
+        return plan
+    return _taken(plan, student)
+
+
+def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+    roller = folder.roller
+    if roller is None:
+        raise InputError(f"model {folder.name!r} has no roller, which roll needs; leave it out, or "
+                         "teach it one (docs/lab/training.md)")
+    negative = ("negative",) * (plan.negative != folder.defaults.negative_prompt)
+    given = [*negative, *(option for option in NOT_ROLLED if request.has(option)),
+             *asked_about(request, "sampling", "windows")]
+    if given:
+        raise InputError(f"{given[0]} doesn't go with roll, by which a clip follows from its "
+                         "prompt and first frame; leave one of them out")
+    if request.cache != "none":
+        raise InputError(f"cache is {request.cache!r}; a roller has no steps to spare, leave it "
+                         "out")
+    if request.audio == OWN_AUDIO:
+        raise InputError("audio is 'generate', but a roller makes no sound; give --audio FILE or "
+                         "leave it out")
+    if request.steps not in (None, roller.num_steps):
+        raise InputError(f"steps is {request.steps}; the roller of {folder.name!r} takes "
+                         f"{roller.num_steps}, leave it out")
+    return _taken(plan, roller)
+
+
+def _taken(plan: Plan, student: StudentConfig) -> Plan:
+    return replace(
+        plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
+        student=student,
+    )
 
 
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:

@@ -30,9 +30,7 @@ SPARE = 0.25
 Made = Callable[[Setup], Estimate]
 
 
-def first_setup(
-    folder: ModelFolder, device: torch.device, asked: Loading
-) -> Setup:
+def first_setup(folder: ModelFolder, device: torch.device, asked: Loading) -> Setup:
     """Choose the setup in which to open a model, by its weights and the free memory alone.
 
     If no setup fits, return the one that needs least.

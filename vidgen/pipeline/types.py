@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vidgen.core.values import Fit
     from vidgen.diffusion.cache import Magnitudes
     from vidgen.diffusion.guidance import Guidance
+    from vidgen.diffusion.temporal_upsampling import LatentRate
     from vidgen.media.clip import Clip
     from vidgen.media.types import Frames
     from vidgen.models.lora import Adapter
@@ -169,6 +170,13 @@ class Plan:
     oversampling: int = 1  # latent frames below the model's boundary for each above
     candidates: int = 1  # of the clip, or of each window, at most
     binding: float = 0.0  # of regional prompts, see `vidgen.diffusion.regional_prompts`
+
+    @property
+    def rate(self) -> LatentRate:
+        """Rate of its finished latents against its own latent frames."""
+        from vidgen.diffusion.temporal_upsampling import LatentRate
+
+        return LatentRate(self.oversampling)
 
     @property
     def roll(self) -> RollConfig | None:

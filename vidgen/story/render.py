@@ -22,11 +22,10 @@ from vidgen.media.checks import Finding
 from vidgen.media.join import ContinuedClip
 from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.best_of_n import Verified, verify_video
+from vidgen.pipeline.best_of_n import VERIFIER, Verified, verify_video
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.model import OpenedModel
-from vidgen.pipeline.regional_prompts import VERIFIER
 from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Staff

@@ -31,7 +31,6 @@ from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
-from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
@@ -256,7 +255,7 @@ class LongClip:
         if factor > 1:
             shown = known
             if level:
-                begin = LatentRate(factor).num_upsampled(first)
+                begin = self.plan.rate.num_upsampled(first)
                 shown = add_noise(known, self._noise(known, "history finer", begin), level)
             mask = torch.zeros_like(known[:, :1], dtype=torch.bool)
             state = replace(state, known_upsampled=UpsampledKnown(
@@ -327,7 +326,7 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
     if had == wanted:
         return begun
     latents = at_rate(engine, begun.latents, had, wanted, plan)
-    return replace(begun, latents=latents, rate=LatentRate(wanted))
+    return replace(begun, latents=latents, rate=plan.rate)
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
@@ -356,7 +355,7 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
     latents = engine.encode_video(video, plan.tiles, plan.encode_passes, plan.oversampling).cpu()
     return Beginning(
         latents, total, 1 + math.ceil((total - 1) / t), colours=tail.colours_of(latents),
-        hand_over="pixels", anchor=latents[:, :, :1], rate=LatentRate(plan.oversampling),
+        hand_over="pixels", anchor=latents[:, :, :1], rate=plan.rate,
     )
 
 

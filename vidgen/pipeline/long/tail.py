@@ -71,7 +71,7 @@ def no_beginning(plan: Plan) -> Beginning:
     """Return the beginning of a clip that continues none."""
     shape = plan.latents
     nothing = torch.zeros(1, shape.channels, 0, shape.height, shape.width)
-    return Beginning(nothing, rate=LatentRate(plan.oversampling))
+    return Beginning(nothing, rate=plan.rate)
 
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:

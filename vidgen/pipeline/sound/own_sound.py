@@ -4,7 +4,12 @@ The picture is sampled first and is the same without sound. The same transformer
 sound, with the finished picture as a condition. Sound latents lie on the clip's clock whatever its
 windows are: each window samples those heard while it is shown, and knows those sampled before.
 
-Axes: C latent channels, F latent frames, K sound latents, N samples.
+Where a picture leaves the moment of an impact open, each draw of noise puts its sound elsewhere. A
+model's onset detector predicts impacts from the picture alone; sounds are drawn until one matches.
+Without impacts, or without a detector, the sound is kept whose onsets agree best with those of the
+others (minimum Bayes risk, Kumar & Byrne 2004, eq. 2, with onsets' F-measure as the gain).
+
+Axes: C latent channels, F latent frames, N candidates, K or k sound latents, n samples.
 """
 
 from __future__ import annotations
@@ -13,36 +18,33 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
-from vidgen.diffusion.temporal_upsampling import LatentRate, finished_upsampled
+from vidgen.diffusion.temporal_upsampling import finished_upsampled
 from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
+from vidgen.media.onsets import Times, find_onsets, pair_times
 from vidgen.media.sound import RATE, read_sound, resampled, room
+from vidgen.models.onset_detector import part_times
+from vidgen.pipeline.best_of_n import best_of
 from vidgen.pipeline.journal.job import HEARD
 from vidgen.pipeline.long.tail import Beginning, no_beginning
 from vidgen.pipeline.settings import settled_value
-from vidgen.pipeline.sound.best_of_n import (
-    ON_TIME,
-    Kept,
-    Lateness,
-    best_sound,
-    drawn_at_once,
-    impacts_seen,
-)
 from vidgen.pipeline.tasks import makes_sound
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
+    from vidgen.diffusion.temporal_upsampling import LatentRate
     from vidgen.media.types import Samples
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
@@ -55,6 +57,88 @@ AT_ONCE = 256
 """Latents decoded at a time."""
 FURTHEST_S = 0.05
 """Limit of the shift that moves a clip's sound to its visible impacts."""
+TOGETHER_S = 0.06
+"""Onsets of two sounds within this distance are the same."""
+COMPARED = 4
+"""Sounds that are drawn before they are compared with the picture."""
+
+ONSET_DETECTOR: Literal["onset_detector"] = "onset_detector"
+NEAR_S = 0.1
+"""An impact and an onset within this distance match."""
+FEWEST = 0.5
+"""Impacts expected in a clip below which it counts as having none."""
+_SURE = 0.3
+"""Impacts expected near an onset from which it counts as one of them."""
+
+
+class Lateness(NamedTuple):
+    """Delay of sounds after the impacts that they match."""
+
+    total_s: float = 0.0  # sum over matches
+    met: float = 0.0  # number of matches
+
+    @property
+    def mean_s(self) -> float:
+        """Mean delay, in seconds; 0 without matches."""
+        return self.total_s / self.met if self.met else 0.0
+
+    def and_of(self, other: Lateness) -> Lateness:
+        """Return the sum of both."""
+        return Lateness(self.total_s + other.total_s, self.met + other.met)
+
+
+ON_TIME = Lateness()
+
+
+@dataclass(frozen=True)
+class Impacts:
+    """Expected impacts in a picture."""
+
+    times: NDArray[np.float64]  # moments in seconds, rising, [n]
+    expected: NDArray[np.float64]  # impacts expected at each of them, [n]
+    enough: float = 1.0  # fit of a sound that ends the search
+    new_from_s: float = 0.0  # earlier sound is given, and has no lateness
+
+    @property
+    def any_seen(self) -> bool:
+        """True if sounds can be compared with them."""
+        return float(self.expected.sum()) >= FEWEST
+
+    def later(self, seconds: float) -> Impacts:
+        """Return the same impacts, moved."""
+        return replace(self, times=self.times + seconds)
+
+    def fit(self, onsets: Times) -> float:
+        """Return the expected F-measure of a sound's onsets against them.
+
+        An onset meets at most one impact, and each expected one counts for one onset.
+        """
+        left, met = self.expected.copy(), 0.0
+        for onset in onsets:
+            near = np.abs(self.times - onset) <= NEAR_S
+            met += min(1.0, float(left[near].sum()))
+            left[near] = 0
+        total = float(self.expected.sum()) + len(onsets)
+        return 2 * met / total if total else 1.0
+
+    def lateness(self, onsets: Times) -> Lateness:
+        """Return the delay of new onsets after them."""
+        late = ON_TIME
+        for onset in onsets[onsets >= self.new_from_s]:
+            near = np.abs(self.times - onset) <= NEAR_S
+            expected = float(self.expected[near].sum())
+            if expected >= _SURE:
+                seen = float(self.times[near] @ self.expected[near]) / expected
+                met = min(1.0, expected)
+                late = late.and_of(Lateness(met * (float(onset) - seen), met))
+        return late
+
+
+class Kept(NamedTuple):
+    """The best sound: latents [C, k], and its delay after the picture."""
+
+    latents: Tensor
+    lateness: Lateness = ON_TIME
 
 
 @dataclass
@@ -229,7 +313,7 @@ class OwnSound:
 
 def followed_sound(loader: ModelLoader, plan: Plan, bed: Samples) -> OwnSound:
     """Return the given sound that a clip's picture follows, known from start to end."""
-    return OwnSound(loader, plan, _encode(loader, bed, RATE), (), LatentRate(plan.oversampling))
+    return OwnSound(loader, plan, _encode(loader, bed, RATE), (), plan.rate)
 
 
 def own_sound(
@@ -303,3 +387,73 @@ def _encode(loader: ModelLoader, samples: Samples, rate: int) -> Tensor:
         heard = (torch.from_numpy(block[:, 0].copy())[None].to(loader.device)
                  for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
         return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
+
+
+def impacts_seen(
+    loader: ModelLoader, picture: Tensor, latent_rate: LatentRate, first: int, fps: Fraction
+) -> Impacts | None:
+    """Return the impacts that the model's onset detector expects in a picture [1, C, F, h, w].
+
+    The picture begins with latent frame `first` of the clip, at its own `latent_rate`; `fps` is
+    the clip's rate as it is shown. Times are seconds of the clip. None without a detector.
+    """
+    if ONSET_DETECTOR not in loader.folder.components:
+        return None
+    stride_t = loader.folder.components["vae"].config.strides.t
+    with loader.use(ONSET_DETECTOR) as detector:
+        expected = detector.expected(picture.to(loader.device))[0].double().cpu()  # [F, P]
+    if latent_rate.alone:
+        expected[0] = 0  # a single picture
+    begins = 0 if latent_rate.alone else latent_rate.factor * (first - 1) + 1
+    count, num_parts = expected.shape
+    times = part_times(begins, count, num_parts, stride_t, float(fps * latent_rate.factor))
+    enough = loader.folder.components[ONSET_DETECTOR].config.enough
+    return Impacts(times.flatten().double().numpy(), expected.flatten().numpy(), enough)
+
+
+def drawn_at_once(folder: ModelFolder, most: int) -> int:
+    """Return the sounds drawn at once: all `most` without an onset detector."""
+    return min(COMPARED, most) if ONSET_DETECTOR in folder.components else most
+
+
+def best_sound(
+    draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
+    at_once: int, impacts: Impacts | None,
+) -> Kept:
+    """Draw sounds for a picture until one matches it; return the best.
+
+    Args:
+        draw: makes the sounds of a range of numbers, [N, C, k].
+        hear: decodes them, [N, n].
+        rate: samples per second.
+        most: maximum number of sounds.
+        at_once: see `drawn_at_once`.
+        impacts: of the picture, in the sounds' own time; None without a detector.
+    """
+    if most == 1:
+        return Kept(draw(range(1))[0])
+    if impacts is None or not impacts.any_seen:
+        made = draw(range(at_once))
+        return Kept(made[most_agreed(hear(made), rate)])
+
+    def scored(takes: range) -> list[tuple[float, tuple[Tensor, Times]]]:
+        sounds = draw(takes)
+        heard = find_onsets(hear(sounds).float().cpu(), rate)
+        return [(impacts.fit(each), (sound, each))
+                for sound, each in zip(sounds, heard, strict=True)]
+
+    sound, onsets = best_of(scored, most, impacts.enough, at_once=at_once).made
+    return Kept(sound, impacts.lateness(onsets))
+
+
+def most_agreed(sounds: Tensor, rate: int) -> int:
+    """Return the index of the sound [N, n] whose onsets agree best with the others'."""
+    onsets = find_onsets(sounds.float().cpu(), rate)
+    agreed = [sum(_agreement(one, other) for other in onsets) for one in onsets]
+    return int(np.argmax(agreed))
+
+
+def _agreement(times: Times, others: Times) -> float:
+    """Return the F-measure of two sounds' onsets; two without any agree."""
+    total = len(times) + len(others)
+    return 2 * len(pair_times(times, others, TOGETHER_S, TOGETHER_S)) / total if total else 1.0

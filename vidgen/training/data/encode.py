@@ -26,8 +26,8 @@ from vidgen.models.image import ImageEncoder, prepare_image
 from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import CausalVAE
+from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
-from vidgen.pipeline.levels import upsampling_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.training.data.config import Bucket
 from vidgen.training.data.probe import is_still

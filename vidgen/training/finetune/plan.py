@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.values import parse_size
 from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.pipeline.levels import upsampling_of
+from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import RunConfig

@@ -22,7 +22,7 @@ from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
-from vidgen.pipeline.levels import upsampling_of
+from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.data.dataset import Dataset
