@@ -54,7 +54,7 @@ callbacks `on_event` and `on_preview`.
 MODELS = """
 ## Settings of one model
 
-What one model alone can do has no option of its own: `--set KEY=VALUE` gives it, in Python
+A feature of one model is a setting instead of an option: `--set KEY=VALUE`, in Python
 `settings={"candidates": 1}`, over HTTP `extra_params.settings`. The values of `toybox` are in
 `defaults.settings` of its `model.json`; `vidgen models` lists the settings of every model.
 """
