@@ -11,7 +11,7 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.diffusion.sound import Packing, new_sound, sound_begins
+from vidgen.diffusion.sound import new_sound, sound_begins
 from vidgen.diffusion.state import new_state
 
 
@@ -80,7 +80,7 @@ def test_a_sampler_goes_to_the_same_ends_as_with_each_alone(sampler):
 
 def test_masks_count_for_all_channels_and_known_sound_carries_no_noise():
     state = make_state(sound=3)
-    picture, sound = Packing.of(state.latents, state.sound.latents).unpack(state.generated)
+    picture, sound = state.unpack(state.generated)
     assert picture.all()
     assert not sound[:, :, :3].any()
     assert sound[:, :, 3:].all()

@@ -13,17 +13,17 @@ methods decide whether a prediction is good enough, each with a threshold of whi
 The caches know no model: they see tokens, noise levels and branches of guidance. Over several
 processes each keeps its own part of the tokens, and one decides for all.
 
-Axes: B batch, L tokens of all processes, l tokens of this one with padding, D width.
+Axes: B batch, L tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,41 +41,6 @@ MAX_SIGMA = 1 - 1e-4
 """Stands for pure noise, whose log-SNR is infinite."""
 
 
-class TokenPart:
-    """The part [B, l, D] of all tokens [B, L, D] in one of several processes.
-
-    All processes of the `spread` call a method at the same time.
-    """
-
-    def __init__(self, spread: Spread) -> None:
-        self._spread = spread
-
-    def own(self, whole: Tensor) -> Tensor:
-        """Return this process's tokens of all, padded with zeros."""
-        runs = torch.split(whole, list(self._spread.lengths), dim=1)
-        return torch.cat([self._spread.split(run) for run in runs], dim=1)
-
-    def whole(self, own: Tensor) -> Tensor:
-        """Return all tokens."""
-        runs = torch.split(own, list(self._spread.shares), dim=1)
-        return torch.cat([self._spread.gather(run, i) for i, run in enumerate(runs)], dim=1)
-
-    def relative_change(self, now: Tensor, before: Tensor) -> float:
-        """Return `relative_change` over all tokens."""
-        now, before = self._unfilled(now).double(), self._unfilled(before).double()
-        sums = torch.stack([(now - before).abs().sum(), before.abs().sum()])
-        change, size = self._spread.ranks.gather(sums[None], 0).sum(0)
-        return float(change / size)
-
-    def _unfilled(self, own: Tensor) -> Tensor:
-        """Return the tokens without padding, which blocks change."""
-        spread, parts = self._spread, []
-        runs = torch.split(own, list(self._spread.shares), dim=1)
-        for run, length, share in zip(runs, spread.lengths, spread.shares, strict=True):
-            parts.append(run[:, : max(0, length - spread.ranks.rank * share)])
-        return torch.cat(parts, dim=1)
-
-
 class Memory(ABC):
     """Memory of a cache for one branch of guidance.
 
@@ -83,7 +48,7 @@ class Memory(ABC):
         tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
         numbers: the noise level of the last computed step, then the method's own.
         sigma: the noise level of the current step.
-        part: this process's part of the tokens; None: all.
+        spread: layout of the tokens over several processes; None: this one has all.
     """
 
     lead = 0
@@ -93,15 +58,15 @@ class Memory(ABC):
         self.tensors: list[Tensor] = []
         self.numbers: list[float] = []
         self.sigma = 1.0
-        self.part: TokenPart | None = None
+        self.spread: Spread | None = None
         self._restored: Sequence[Tensor] = ()
 
-    def begin(self, sigma: float, part: TokenPart | None) -> None:
+    def begin(self, sigma: float, spread: Spread | None) -> None:
         """Begin a pass at `sigma`, before any block runs."""
-        self.sigma, self.part = sigma, part
+        self.sigma, self.spread = sigma, spread
         if self._restored:
             whole, self._restored = self._restored, ()
-            self.tensors = [each if part is None else part.own(each) for each in whole]
+            self.tensors = [each if spread is None else spread.split_runs(each) for each in whole]
 
     def enter(self, start: Tensor, tokens: Tensor) -> None:
         """Note the tokens before the blocks, and after the first `lead` of them."""
@@ -129,9 +94,9 @@ class Memory(ABC):
 
     def whole(self) -> Sequence[Tensor]:
         """Return `tensors` of all processes, which call it at the same time."""
-        if self._restored or self.part is None:
+        if self._restored or self.spread is None:
             return self._restored or self.tensors
-        return [self.part.whole(each) for each in self.tensors]
+        return [self.spread.gather_runs(each) for each in self.tensors]
 
     def restore(self, numbers: Sequence[float], whole: Sequence[Tensor]) -> None:
         """Restore `numbers`, and the result of `whole`."""
@@ -139,8 +104,13 @@ class Memory(ABC):
 
     def change(self, now: Tensor, before: Tensor) -> float:
         """Return `relative_change` over the tokens of all processes."""
-        measure = relative_change if self.part is None else self.part.relative_change
-        return measure(now, before)
+        spread = self.spread
+        if spread is None:
+            return relative_change(now, before)
+        now, before = (spread.without_padding(each).double() for each in (now, before))
+        sums = torch.stack([(now - before).abs().sum(), before.abs().sum()])
+        change, size = spread.ranks.gather(sums[None], 0).sum(0)
+        return float(change / size)
 
 
 class FirstBlock(Memory):
@@ -184,12 +154,8 @@ class Magnitudes:
         return math.exp(self._log(branch, sigma_next) - self._log(branch, sigma))
 
     def _log(self, branch: str, sigma: float) -> float:
-        rising = self.sigmas[::-1]
-        logs = self.logs.get(branch, self.logs[PROMPT])[::-1]
-        sigma = min(max(sigma, rising[0]), rising[-1])
-        i = max(bisect_left(rising, sigma), 1)
-        share = (sigma - rising[i - 1]) / (rising[i] - rising[i - 1])
-        return logs[i - 1] + share * (logs[i] - logs[i - 1])
+        logs = self.logs.get(branch, self.logs[PROMPT])
+        return float(np.interp(sigma, self.sigmas[::-1], logs[::-1]))
 
 
 class Magnitude(Memory):
@@ -319,14 +285,14 @@ class StepCaches:
     _decided_by: str = ""
     _skips: int = 0
 
-    def at(self, branch: str, sigma: float, part: TokenPart | None = None) -> StepCache:
-        """Return the cache for a branch's pass at `sigma` over a part of the tokens."""
+    def at(self, branch: str, sigma: float, spread: Spread | None = None) -> StepCache:
+        """Return the cache for a branch's pass at `sigma`, of tokens over several processes."""
         memory = self._memory(branch)
-        memory.begin(sigma, part)
+        memory.begin(sigma, spread)
         if memory.numbers and not self._is_one_expert(memory.numbers[0], sigma):
             memory.forget()
         is_asked = self.branches_at is None or branch in self.branches_at(sigma)
-        return (_Pass if is_asked else _UnusedPass)(self, branch, memory)
+        return _Pass(self, branch, memory, is_asked)
 
     def spares(self, branch: str, memory: Memory) -> bool:
         """Return whether this pass uses the prediction of `memory`."""
@@ -386,33 +352,32 @@ class StepCaches:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass of a branch through the blocks."""
+    """One pass of a branch through the blocks.
+
+    An unused one, for processes that share its weights, remembers nothing.
+    """
 
     caches: StepCaches
     branch: str
     memory: Memory
+    is_used: bool
 
     @property
     def lead(self) -> int:
         return self.memory.lead
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        self.memory.enter(start, tokens)
-        is_spared = self.caches.spares(self.branch, self.memory)
-        return self.memory.reuse() if is_spared and self.memory.tensors else None
+        if self.is_used:
+            self.memory.enter(start, tokens)
+        if not self.caches.spares(self.branch, self.memory):
+            return None
+        if not self.is_used:
+            return tokens
+        return self.memory.reuse() if self.memory.tensors else None
 
     def keep(self, tokens: Tensor) -> None:
-        self.memory.keep(tokens)
-
-
-class _UnusedPass(_Pass):
-    """A pass of an unused branch, for processes that share its weights; it remembers nothing."""
-
-    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:  # noqa: ARG002
-        return tokens if self.caches.spares(self.branch, self.memory) else None
-
-    def keep(self, tokens: Tensor) -> None:
-        pass
+        if self.is_used:
+            self.memory.keep(tokens)
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:

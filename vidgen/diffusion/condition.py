@@ -75,9 +75,7 @@ def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -
     step and returns the clip; at 1 the noise stays the same, bit for bit.
     """
     noise = state.latents
-    return replace(
-        state, latents=add_noise(latents.to(noise), noise, start_sigma), noise=noise
-    )
+    return replace(state, latents=add_noise(latents.to(noise), noise, start_sigma), noise=noise)
 
 
 def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Strides) -> LatentState:
@@ -141,11 +139,9 @@ def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
     """
     side = strides.hw * patch
     touched = (pixels > 0.5).float()
-    head = F.max_pool3d(touched[:, :, :1], (1, side, side))
-    parts = [head]
-    if touched.shape[2] > 1:
-        parts.append(F.max_pool3d(touched[:, :, 1:], (strides.t, side, side)))
-    coarse = torch.cat(parts, dim=2) > 0
+    first = touched[:, :, :1].expand(-1, -1, strides.t, -1, -1)  # the first latent is one frame's
+    touched = torch.cat([first, touched[:, :, 1:]], dim=2)
+    coarse = F.max_pool3d(touched, (strides.t, side, side)) > 0
     return coarse.repeat_interleave(patch, dim=3).repeat_interleave(patch, dim=4)
 
 
@@ -153,11 +149,8 @@ def _append_key(state: LatentState, latent: Tensor, position: float) -> LatentSt
     batch = state.latents.shape[0]
     latents = latent.to(state.latents).expand(batch, -1, -1, -1, -1)
     positions = torch.full((batch, 1), position, device=latents.device)
-    if state.keys is None:
-        return replace(state, keys=KeyTokens(latents, positions))
-    assert state.keys.valid is None, "stills can't be added to a ragged batch"
-    keys = KeyTokens(
-        latents=torch.cat([state.keys.latents, latents], dim=2),
-        positions=torch.cat([state.keys.positions, positions], dim=1),
-    )
-    return replace(state, keys=keys)
+    if state.keys is not None:
+        assert state.keys.valid is None, "stills can't be added to a ragged batch"
+        latents = torch.cat([state.keys.latents, latents], dim=2)
+        positions = torch.cat([state.keys.positions, positions], dim=1)
+    return replace(state, keys=KeyTokens(latents, positions))

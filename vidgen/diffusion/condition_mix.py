@@ -120,8 +120,12 @@ def draw_conditions(
     if frame_index is None:
         frame_index = torch.zeros(batch, 0, dtype=torch.long)
     used = torch.zeros(frame_index.shape, dtype=torch.bool)
-    kinds = _draw_kinds(mix, possible, batch, generator)
-    for row, kind in enumerate(kinds):
+    kinds = list(possible)
+    weights = torch.tensor([float(getattr(mix, kind)) * possible[kind] for kind in kinds])
+    drawn = [0] * batch  # "text"
+    if weights.any():
+        drawn = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
+    for row, kind in enumerate(kinds[number] for number in drawn):
         if kind in {"first", "both"}:
             known[row, :, :1] = True
         if kind in {"last", "both"}:
@@ -166,17 +170,6 @@ def training_conditions(
         (batch, frames, height, width), generator, mix, strides, frame_index=index, patch=patch
     )
     return with_given(latents, given, None if stills is None else stills.latents, strides)
-
-
-def _draw_kinds(
-    mix: ConditionMix, possible: dict[str, bool], batch: int, generator: torch.Generator
-) -> list[str]:
-    names = list(possible)
-    weights = torch.tensor([float(getattr(mix, name)) * possible[name] for name in names])
-    if not weights.any():
-        return ["text"] * batch
-    drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
-    return [names[i] for i in drawn.tolist()]
 
 
 def _draw_int(low: int, high: int, generator: torch.Generator) -> int:

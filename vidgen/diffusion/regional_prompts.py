@@ -101,13 +101,11 @@ def regions(something: Tensor, named: Tensor) -> Tensor:
         named: [n, F, h, w], how surely it shows each of n things.
     """
     _, height, width = something.shape
-    rows, columns = torch.meshgrid(
-        torch.arange(height), torch.arange(width), indexing="ij"
-    )
-    places = torch.stack([rows, columns], dim=2).flatten(0, 1).to(something) / min(height, width)
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # [P, 2]
+    places = places.to(something) / min(height, width)
     seen = something.flatten(1)  # [F, P]
-    around = _around(something[None]).clamp(min=LEAST)
-    evidence = _around((named + LEAST).log() * something) / around
+    around = F.avg_pool2d(something[None], 3, 1, 1).clamp(min=LEAST)  # means with neighbours
+    evidence = F.avg_pool2d((named + LEAST).log() * something, 3, 1, 1) / around
     evidence = (evidence - evidence.mean(0)).flatten(2)  # [n, F, P]
     shares = _even(evidence, seen)
     trusted = TRUST * evidence.clamp(-CLEAREST, CLEAREST)
@@ -119,11 +117,6 @@ def regions(something: Tensor, named: Tensor) -> Tensor:
     distinct = torch.stack(gaps).amin(0) > LEAST_DISTANCE  # [F]
     near = F.max_pool2d(something[:, None], 3, 1, 1)[:, 0] > SEEN
     return shares.view_as(named) * (near & distinct[:, None, None])
-
-
-def _around(maps: Tensor) -> Tensor:
-    """Return means [n, F, h, w] over each latent and its neighbours."""
-    return F.avg_pool2d(maps, 3, 1, 1)
 
 
 def _even(evidence: Tensor, seen: Tensor) -> Tensor:

@@ -1,10 +1,6 @@
-"""The state of a clip's sound, and picture and sound packed into one tensor for samplers.
+"""The state of a clip's sound: one more run of tokens with its own noise, known values and times.
 
-A clip's sound is one more run of tokens with its own noise, known values and times. Samplers work
-element by element, so both are packed into one tensor.
-
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N sound latents,
-n numbers of a clip's picture and sound together.
+Axes: B batch, C latent channels, N sound latents.
 """
 
 from __future__ import annotations
@@ -76,31 +72,6 @@ def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:
     clean[:, :, :count] = latents.to(clean)
     mask[:, :, :count] = False
     return replace(sound, clean=clean, denoise_mask=mask)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Layout of a picture (C, F, h, w) and sound (C, N) in one tensor [B, n]."""
-
-    picture: tuple[int, ...]
-    sound: tuple[int, ...]
-
-    @classmethod
-    def of(cls, picture: Tensor, sound: Tensor) -> Packing:
-        """Return the packing of tensors like these."""
-        return cls(tuple(picture.shape[1:]), tuple(sound.shape[1:]))
-
-    def pack(self, picture: Tensor, sound: Tensor) -> Tensor:
-        """Return one tensor [B, n]; a single channel, as of masks, counts for all."""
-        parts = (part.expand(-1, *shape).flatten(1)
-                 for part, shape in ((picture, self.picture), (sound, self.sound)))
-        return torch.cat(list(parts), dim=1)
-
-    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the picture [B, C, F, h, w] and the sound [B, C, N]."""
-        size = torch.Size(self.picture).numel()
-        picture = packed[:, :size].reshape(-1, *self.picture)
-        return picture, packed[:, size:].reshape(-1, *self.sound)
 
 
 def sound_span(

@@ -1,9 +1,11 @@
 """The state of a clip that is denoised: its latents and all known values.
 
 Sampling and training build the model's input from it by the same function. `condition` writes a
-request's known values into it.
+request's known values into it. Samplers work element by element, so they get picture and sound
+packed into one tensor.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, n numbers of a
+clip's picture and sound together.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import shuffled
-from vidgen.diffusion.sound import Packing, SoundState
+from vidgen.diffusion.sound import SoundState
 
 FIRST_REFERENCE_POSITION = -4.0
 """Latest time position of reference images, outside of the clip."""
@@ -151,11 +153,6 @@ class LatentState:
         there: LatentState = moved(self, device)
         return there
 
-    @cached_property
-    def packing(self) -> Packing | None:
-        """Layout of picture and sound in one tensor for samplers; None without sound."""
-        return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
-
     def begin(self) -> Tensor:
         """Return the starting latents of a sampler: [B, C, F, h, w], with sound [B, n]."""
         sound = None if self.sound is None else self.sound.latents
@@ -177,13 +174,19 @@ class LatentState:
 
     def unpack(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split latents or a velocity in a sampler's layout into picture and sound."""
-        return (latents, None) if self.packing is None else self.packing.unpack(latents)
+        if self.sound is None:
+            return latents, None
+        pixels, tokens = self.latents.shape[1:], self.sound.latents.shape[1:]
+        picture, sound = latents.split([pixels.numel(), tokens.numel()], dim=1)
+        return picture.reshape(-1, *pixels), sound.reshape(-1, *tokens)
 
     def pack(self, picture: Tensor, sound: Tensor | None) -> Tensor:
-        """Undo `unpack`."""
-        if self.packing is None or sound is None:
+        """Undo `unpack`; a single channel, as of masks, counts for all."""
+        if self.sound is None or sound is None:
             return picture
-        return self.packing.pack(picture, sound)
+        parts = [picture.expand(-1, *self.latents.shape[1:]).flatten(1),
+                 sound.expand(-1, *self.sound.latents.shape[1:]).flatten(1)]
+        return torch.cat(parts, dim=1)
 
     @cached_property
     def generated(self) -> Tensor:

@@ -210,8 +210,7 @@ def spread_tokens(
         )
         for run, stream in enumerate(streams)
     ]
-    turns = [spread.split(part) for part in rope.split(spread.lengths, dim=1)]
-    return own, torch.cat(turns, dim=1), layout._replace(spread=spread)
+    return own, spread.split_runs(rope), layout._replace(spread=spread)
 
 
 def collapse_padding(

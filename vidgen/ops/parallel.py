@@ -124,6 +124,21 @@ class Spread:
         """Return a whole run [B, L, ...] of all ranks' stretches [B, l, ...]."""
         return self.ranks.gather(x, 1)[:, : self.lengths[run]]
 
+    def split_runs(self, x: Tensor) -> Tensor:
+        """Return this rank's stretches [B, l, ...] of all runs [B, L, ...]."""
+        return torch.cat([self.split(run) for run in x.split(self.lengths, dim=1)], dim=1)
+
+    def gather_runs(self, x: Tensor) -> Tensor:
+        """Return all runs [B, L, ...] of all ranks' stretches [B, l, ...]."""
+        runs = enumerate(x.split(self.shares, dim=1))
+        return torch.cat([self.gather(run, i) for i, run in runs], dim=1)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Return this rank's stretches [B, l, ...] of all runs without padding."""
+        runs = zip(x.split(self.shares, dim=1), self.lengths, self.shares, strict=True)
+        left = [run[:, : max(0, n - self.ranks.rank * share)] for run, n, share in runs]
+        return torch.cat(left, dim=1)
+
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Exchange all heads of this rank's tokens, [B, H, l, d], for all tokens of its heads."""
         size = self.ranks.size

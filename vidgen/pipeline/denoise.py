@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.diffusion.cache import TokenPart
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import (
     BRANCHES,
@@ -120,7 +119,7 @@ def denoisers(
 def _denoiser(
     loader: ModelLoader, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor],
     given: Experts, ranks: Ranks | None,
-    cache_at: Callable[[float, TokenPart | None], StepCache] | None,
+    cache_at: Callable[[float, Spread | None], StepCache] | None,
 ) -> Denoise:
     patch = loader.folder.components["transformer"].config.patch_size
     options: dict[str, Any] = {"image_context": state.image_context, "ranks": ranks}
@@ -136,12 +135,12 @@ def _denoiser(
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         level = float(sigma[0])
-        part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(latents)))
+        spread = None if ranks is None else Spread(ranks, num_tokens(latents))
         inputs = network_inputs(
             state, latents, sigma, context, patch=patch, whole=whole_timesteps(plan.sampler),
             frames_per_s=_frames_per_s(loader, plan),
         )
-        step_cache = cache_at(level, part) if cache_at else None
+        step_cache = cache_at(level, spread) if cache_at else None
         made = given.at(level)(**inputs, step_cache=step_cache, **options)
         return made if isinstance(made, Tensor) else state.pack(*made)
 
