@@ -16,7 +16,7 @@ from vidgen.media.probe import probe, read_recipe
 from vidgen.media.read import fit, load_image
 from vidgen.media.sound import read_sound
 from vidgen.media.types import ClipInfo
-from vidgen.media.video_reader import TimedReader, VideoReader
+from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import write_clip
 from vidgen.pipeline.inputs import video_frames
 
@@ -122,7 +122,7 @@ def test_pixels_that_are_not_square_become_square(tmp_path):
     with VideoReader(path) as reader:
         assert (reader.size, reader.is_plain) == ((96, 32), False)
         assert next(iter(reader)).shape == (32, 96, 3)
-    with TimedReader(path) as reader:
+    with VideoReader(path, square=False) as reader:
         assert (reader.size, reader.pixel_aspect) == ((48, 32), 2)
 
 

@@ -309,9 +309,8 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     wanted, count = told_rate(recipe), plan.get("kept_frames")
     is_film = not (Path(path).is_dir() or Path(path).suffix.lower() in PICTURE_SUFFIXES)
     sound = read_sound(path) if is_film else None
-    if Path(path).is_dir():  # which tells no rate itself
-        fps = wanted or Fraction(25)
-    else:
+    fps = wanted or Fraction(25)
+    if not Path(path).is_dir():  # which tells no rate itself
         with VideoReader(path) as reader:
             fps = reader.fps
     frames = read_frames(path)
@@ -322,7 +321,9 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     is_count = isinstance(count, int) and isinstance(left_out, int)
     count = max(count - left_out, 0) if is_count else 0
     if given is not None:
-        ways = [fit(given, height, width, mode) for mode in _ways(plan.get("fit"))]
+        modes: tuple[Fit, ...] = ("crop", "pad")
+        told = [mode for mode in modes if mode == plan.get("fit")]
+        ways = [fit(given, height, width, mode) for mode in told or modes]
         given = max(ways, key=lambda fitted: psnr(first, fitted))
     checker = ClipChecker(ClipInfo(fps, (width, height), count, samples, rate), given)
     for frame in chain([first], frames):
@@ -332,10 +333,6 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
         wanted = None
     found = [*checker.finish(), *check_length(count, fps, count, wanted)]
     return found + checker.check_ending(recipe)
-
-
-def _ways(mode: str | None) -> tuple[Fit, ...]:
-    return ("crop",) if mode == "crop" else ("pad",) if mode == "pad" else ("crop", "pad")
 
 
 def check_length(

@@ -9,7 +9,7 @@ Axes: t frames, H W rows and columns.
 
 from __future__ import annotations
 
-import struct
+import pickle
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain, islice
@@ -143,7 +143,6 @@ class Spool:
     """
 
     IN_MEMORY = 8_000_000
-    _HEAD = struct.Struct("<Qqq?")  # size, times, whether a key frame
 
     def __init__(self, folder: Path) -> None:
         self._file = SpooledTemporaryFile(max_size=self.IN_MEMORY, dir=str(folder))  # noqa: SIM115
@@ -154,16 +153,15 @@ class Spool:
 
     def add(self, packet: Encoded) -> None:
         """Append a packet."""
-        content, pts, dts, is_key = packet
-        self._file.write(self._HEAD.pack(len(content), pts, dts, is_key))
-        self._file.write(content)
+        pickle.dump(packet, self._file)
 
     def packets(self, time_base: Fraction) -> Iterator[Packet[VideoStream]]:
         """Yield the packets, their times in units of `time_base`."""
+        end = self._file.tell()
         self._file.seek(0)
-        while head := self._file.read(self._HEAD.size):
-            size, pts, dts, is_key = self._HEAD.unpack(head)
-            packet = cast("Packet[VideoStream]", av.Packet(self._file.read(size)))
+        while self._file.tell() < end:
+            content, pts, dts, is_key = pickle.load(self._file)
+            packet = cast("Packet[VideoStream]", av.Packet(content))
             packet.pts, packet.dts, packet.duration = pts, dts, 1
             packet.time_base, packet.is_keyframe = time_base, is_key
             yield packet

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MS = Fraction(1, 1000)
 _OWN_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
 
 
@@ -89,7 +90,9 @@ def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
                     return f"{path} has no picture"
                 stream = container.streams.video[0]
                 pictures.append(_picture_of(container.format.name, stream))
-                if not _is_even(stream):
+                rate = stream.average_rate
+                places = sorted(_place(each, rate) for each in _packets(stream)) if rate else None
+                if places is None or places != list(range(len(places))):
                     return f"{path} has frames at uneven times"
         except av.FFmpegError as error:
             return f"{path} can't be read: {error.strerror}"
@@ -111,15 +114,6 @@ def _picture_of(container: str, stream: VideoStream) -> dict[str, Any]:
         "pixel format": context.pix_fmt, "rate": stream.average_rate,
         "parameters": None if extra is None else bytes(extra),
     }
-
-
-def _is_even(stream: VideoStream) -> bool:
-    """Return whether the packets' frames lie at 0, 1, 2, ... times 1 / fps."""
-    rate = stream.average_rate
-    if rate is None:
-        return False
-    places = sorted(_place(packet, rate) for packet in _packets(stream))
-    return places == list(range(len(places)))
 
 
 def _packets(stream: VideoStream) -> Iterator[Packet[VideoStream]]:
@@ -162,8 +156,11 @@ def join_files(
             with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
                 container.metadata.update(_tags(last, own))
                 if chapters:
-                    listed = [_chapter(n, each) for n, each in enumerate(chapters, 1)]
-                    container.set_chapters(listed)
+                    container.set_chapters([
+                        {"id": n, "start": round(1000 * each.start_s), "time_base": _MS,
+                         "end": round(1000 * each.end_s), "metadata": {"title": each.title}}
+                        for n, each in enumerate(chapters, 1)
+                    ])
                 _copy(paths, container, tracks)
             recipe = read_recipe(last) if own is None else own
             if recipe is not None:
@@ -182,12 +179,6 @@ def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[s
         return {k: v for k, v in source.metadata.items() if k.lower() not in _OWN_TAGS}
 
 
-def _chapter(number: int, chapter: Chapter) -> Any:
-    start, end = (round(1000 * time) for time in (chapter.start_s, chapter.end_s))
-    return {"id": number, "start": start, "end": end, "time_base": Fraction(1, 1000),
-            "metadata": {"title": chapter.title}}
-
-
 def _copy(
     paths: Sequence[str | os.PathLike[str] | Stretch], container: Any,
     tracks: Sequence[SoundTrack | TextTrack],
@@ -199,7 +190,8 @@ def _copy(
         with av.open(os.fspath(path)) as source:
             stream = source.streams.video[0]
             assert stream.average_rate is not None
-            delay = max(delay, _delay(stream, stream.average_rate))
+            places = (_place(packet, stream.average_rate) for packet in _packets(stream))
+            delay = max(delay, *(n - place for n, place in enumerate(places)))  # to decode ahead
     picture, start = None, 0
     for each in stretches:
         with av.open(os.fspath(each.path)) as source:
@@ -226,11 +218,6 @@ def _copy(
             start += count
     for track in tracks:
         track.finish()
-
-
-def _delay(stream: VideoStream, rate: Fraction) -> int:
-    """Return the frames by which decoding must run ahead of showing."""
-    return max(place - _place(packet, rate) for place, packet in enumerate(_packets(stream)))
 
 
 class ContinuedClip(Clip):
@@ -274,10 +261,7 @@ class ContinuedClip(Clip):
         info = replace(self.info, num_frames=self.num_frames - self.head_frames, recipe=recipe,
                        sound=None if self.sound is None else self.sound[begin:])
 
-        def source(start: int = 0) -> Iterator[Frames]:
-            return self._added(start)
-
-        return Clip(source, info, journal=self.journal)
+        return Clip(lambda start=0: self._added(start), info, journal=self.journal)
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
@@ -297,10 +281,6 @@ class ContinuedClip(Clip):
                 for frame in reader:
                     checker.feed(frame[None])
 
-        def told(count: int) -> None:
-            if on_frames:
-                on_frames(self.head_frames + count)
-
         count = self.num_frames - self.head_frames
         info = replace(self.info, num_frames=count, sound=None)
         target = Path(name)
@@ -308,8 +288,10 @@ class ContinuedClip(Clip):
         folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
         folder.mkdir()
         try:
-            part = write_clip(folder / f"added{suffix}", self._added(done), info, on_frames=told,
-                              store=store, watch=checker)
+            part = write_clip(
+                folder / f"added{suffix}", self._added(done), info, store=store, watch=checker,
+                on_frames=on_frames and (lambda made: on_frames(self.head_frames + made)),
+            )
             self.findings = checker.findings
             sound = None
             if self.info.sound is not None:

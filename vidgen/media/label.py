@@ -110,16 +110,14 @@ def _plate(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
     return math.ceil(right - left) + border, math.ceil(bottom - top) + border
 
 
-def _capital(font: ImageFont.FreeTypeFont) -> int:
+def _capital(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
     _, top, _, bottom = font.getbbox("A")
     return math.floor(bottom - top)
 
 
 def _font(height: int) -> ImageFont.FreeTypeFont:
     """Return Pillow's own font, with capitals of at least a height in pixels."""
-    for points in range(height, 4 * height):
-        font = ImageFont.load_default(points)
-        assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-        if _capital(font) >= height:
-            return font
-    raise AssertionError("no font size has such capitals")
+    fonts = map(ImageFont.load_default, range(height, 4 * height))
+    font = next(font for font in fonts if _capital(font) >= height)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font

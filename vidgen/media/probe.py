@@ -92,18 +92,15 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         text = file.read_text("utf-8", "replace") if file.is_file() else None
     else:
         found = existing_file(path, "file")
-        text = _picture_recipe(found) or _container_recipe(found)
+        text = _picture_recipe(found)
+        if not text:
+            with open_container(found) as container:  # Matroska's tags come back in capitals
+                text = {k.lower(): v for k, v in container.metadata.items()}.get(RECIPE_KEY)
     try:
         recipe = None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the recipe in {path} is damaged: {error}") from None
     return recipe if isinstance(recipe, dict) else None
-
-
-def _container_recipe(path: Path) -> str | None:
-    with open_container(path) as container:
-        # Matroska's tags come back in capitals.
-        return {k.lower(): v for k, v in container.metadata.items()}.get(RECIPE_KEY)
 
 
 def _picture_recipe(path: Path) -> str | None:

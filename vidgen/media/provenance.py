@@ -29,7 +29,7 @@ from vidgen.core.errors import InputError
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP_BOX = uuid.UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
-_MAX_PACKET = 4_000_000
+_MAX_PACKET, _PACKET_END = 4_000_000, b"</x:xmpmeta>"
 _GIF_HEAD = b"!\xff\x0bXMP DataXMP"
 _GIF_TAIL = bytes([1, *range(255, -1, -1), 0])  # leads a reader of blocks to the end
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -256,15 +256,14 @@ def _typed(texts: dict[str, str]) -> dict[str, Any]:
 
 
 def _read_packet(path: Path, kind: str) -> bytes:
-    if kind in ("video/mp4", "video/quicktime"):
-        return _box_packet(path)
-    if kind == "image/gif":
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            start = data.find(_GIF_HEAD)
-            end = data.find(_GIF_TAIL, start)
-            return data[start + len(_GIF_HEAD) : end] if start >= 0 and end >= 0 else b""
     if kind == "video/x-matroska":
         return b""
+    if kind.startswith("video/") or kind == "image/gif":
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            head = _GIF_HEAD if kind == "image/gif" else XMP_BOX
+            start = data.find(head)
+            end = data.find(_PACKET_END, start)
+            return data[start + len(head) : end + len(_PACKET_END)] if 0 <= start < end else b""
     try:
         with Image.open(path) as image:
             packet = image.info.get("xmp", b"")
@@ -273,29 +272,10 @@ def _read_packet(path: Path, kind: str) -> bytes:
     return packet.encode() if isinstance(packet, str) else packet
 
 
-def _box_packet(path: Path) -> bytes:
-    """Find the XMP packet among an MP4 file's top-level boxes."""
-    place, end = 0, path.stat().st_size
-    with path.open("rb") as file:
-        while place + 8 <= end:
-            file.seek(place)
-            head = file.read(32)
-            size, start = int.from_bytes(head[:4], "big"), place + 24
-            if size == 1:
-                size = int.from_bytes(head[8:16], "big")
-            if head[4:8] == b"uuid" and head[8:24] == XMP_BOX:
-                file.seek(start)
-                return file.read(min(size - 24 if size else end, _MAX_PACKET))
-            if size < 8:  # 0: up to the file's end
-                break
-            place += size
-    return b""
-
-
 def _parse(packet: bytes) -> dict[str, Any]:
     """Read fields of `Marks` from an XMP packet; a damaged one has none."""
-    start, end = packet.find(b"<x:xmpmeta"), packet.rfind(b"</x:xmpmeta>")
-    packet = packet[max(start, 0) : end + 12 if end >= 0 else len(packet)]
+    start, end = packet.find(b"<x:xmpmeta"), packet.rfind(_PACKET_END)
+    packet = packet[max(start, 0) : end + len(_PACKET_END) if end >= 0 else len(packet)]
     if not packet or len(packet) > _MAX_PACKET or b"<!" in packet:  # no entities from strangers
         return {}
     try:

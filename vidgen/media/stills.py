@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from vidgen.core.runtime import atomic_path
-from vidgen.media.provenance import gif_xmp
-from vidgen.media.types import Frames
+from vidgen.media.manifest import Signing, seal
+from vidgen.media.provenance import gif_xmp, marks_of, xmp
+from vidgen.media.types import ClipInfo, Frames
 
 STILL_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", "/")
 RECIPE_KEY = "vidgen"
@@ -39,29 +39,27 @@ def still_encoder(suffix: str, quality: int | None = None) -> dict[str, Any]:
 
 
 def write_stills(
-    path: Path, suffix: str, fps: Fraction, num_frames: int, frames: Iterator[Frames],
-    recipe: Callable[[], str | None], *, options: Mapping[str, int], xmp: str = "",
-    finish: Callable[[Path], None] | None = None,
+    path: Path, suffix: str, info: ClipInfo, frames: Iterator[Frames],
+    recipe: Callable[[], str | None], options: Mapping[str, int], signing: Signing | None,
 ) -> None:
     """Write an animation, a picture or a folder of pictures, atomically.
 
     Args:
         path: the output.
         suffix: one of `STILL_SUFFIXES`.
-        fps: rate of an animation, kept on average where the format counts in 1/100 s.
-        num_frames: number of frames that will come.
+        info: of the clip; its rate is kept on average where the format counts in 1/100 s.
         frames: uint8 [H, W, 3] each.
         recipe: returns text for the metadata, once the last frame has come.
         options: of `still_encoder`.
-        xmp: packet of marks, or "" for none.
-        finish: called with a file that lacks only its name, to sign it.
+        signing: who signs a file that has a recipe, or None.
     """
     pictures = map(Image.fromarray, frames)
+    marks = "" if info.recipe is None else xmp(marks_of(info.recipe))
     if suffix == "/":
         with atomic_path(path) as folder:
             folder.mkdir()
             for index, picture in enumerate(pictures):
-                picture.save(folder / f"{index:05d}.png", pnginfo=_png_text(None, xmp))
+                picture.save(folder / f"{index:05d}.png", pnginfo=_png_text(None, marks))
             text = recipe()
             if text is not None:
                 (folder / RECIPE_FILE).write_text(text)
@@ -69,26 +67,26 @@ def write_stills(
     with atomic_path(path) as temporary:
         if suffix in (".jpg", ".jpeg"):
             picture = next(pictures)
-            temporary.write_bytes(_jpeg(picture, options, recipe() or "", xmp))
+            temporary.write_bytes(_jpeg(picture, options, recipe() or "", marks))
         else:
-            data = _animation(pictures, suffix, options, fps, num_frames, recipe, xmp)
+            data = _animation(pictures, suffix, options, info, recipe, marks)
             temporary.write_bytes(data)
-        if finish:
-            finish(temporary)
+        if info.recipe is not None:
+            seal(temporary, suffix, info.recipe, signing)
 
 
-def _png_text(recipe: str | None, xmp: str) -> PngInfo:
+def _png_text(recipe: str | None, marks: str) -> PngInfo:
     text = PngInfo()
     if recipe is not None:
         text.add_itxt(RECIPE_KEY, recipe)
-    if xmp:
-        text.add_itxt("XML:com.adobe.xmp", xmp)
+    if marks:
+        text.add_itxt("XML:com.adobe.xmp", marks)
     return text
 
 
 def _animation(
-    pictures: Iterator[Image.Image], suffix: str, options: Mapping[str, int], fps: Fraction,
-    num_frames: int, recipe: Callable[[], str | None], xmp: str,
+    pictures: Iterator[Image.Image], suffix: str, options: Mapping[str, int], info: ClipInfo,
+    recipe: Callable[[], str | None], marks: str,
 ) -> bytes:
     saved: dict[str, Any] = {}
     if suffix == ".gif":
@@ -96,8 +94,8 @@ def _animation(
     first, *others = pictures  # Pillow goes through them twice
     text = recipe()
     unit = 10 if suffix == ".gif" else 1  # milliseconds a format can count in
-    ends = [round(i * 1000 / fps / unit) * unit for i in range(num_frames + 1)]
-    if num_frames > 1:
+    ends = [round(i * 1000 / info.fps / unit) * unit for i in range(info.num_frames + 1)]
+    if info.num_frames > 1:
         durations = [late - early for early, late in pairwise(ends)]
         saved = {"save_all": True, "duration": durations, "loop": 0, "append_images": others}
     if suffix == ".gif":
@@ -106,22 +104,22 @@ def _animation(
         exif = Image.Exif()
         if text is not None:
             exif[ExifTags.Base.ImageDescription] = text
-        saved |= {**options, "exif": exif, "xmp": xmp.encode()}
+        saved |= {**options, "exif": exif, "xmp": marks.encode()}
     else:
-        saved["pnginfo"] = _png_text(text, xmp)
+        saved["pnginfo"] = _png_text(text, marks)
     buffer = io.BytesIO()
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(suffix, "PNG")
     first.save(buffer, kind, **saved)
     data = buffer.getvalue()
-    return data[:-1] + gif_xmp(xmp) + data[-1:] if suffix == ".gif" and xmp else data
+    return data[:-1] + gif_xmp(marks) + data[-1:] if suffix == ".gif" and marks else data
 
 
-def _jpeg(picture: Image.Image, options: Mapping[str, int], recipe: str, xmp: str) -> bytes:
+def _jpeg(picture: Image.Image, options: Mapping[str, int], recipe: str, marks: str) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", **options)
     data, text = buffer.getvalue(), recipe.encode()
     parts = [(_COM, text[i : i + _SEGMENT_MAX]) for i in range(0, len(text), _SEGMENT_MAX)]
-    if xmp:
-        parts.insert(0, (_APP1, b"http://ns.adobe.com/xap/1.0/\0" + xmp.encode()))
+    if marks:
+        parts.insert(0, (_APP1, b"http://ns.adobe.com/xap/1.0/\0" + marks.encode()))
     heads = b"".join(mark + (len(part) + 2).to_bytes(2, "big") + part for mark, part in parts)
     return data[:2] + heads + data[2:]

@@ -7,6 +7,7 @@ Axes: y x of cells, k colour channels and saturation.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -351,23 +352,17 @@ def pack(state: dict[str, Any]) -> Snapshot:
     arrays: dict[str, np.ndarray[Any, Any]] = {}
 
     def packed(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            name = f"seen.{len(arrays)}"
-            arrays[name] = value.copy()
-            return {"array": name}
         if isinstance(value, np.generic):
             return value.item()
-        if isinstance(value, dict):
-            return {"dict": {key: packed(each) for key, each in value.items()}}
-        if isinstance(value, list | tuple | deque):
-            items = [packed(each) for each in value]
-            kept = {type(value).__name__: items}
-            return kept | {"maxlen": value.maxlen} if isinstance(value, deque) else kept
-        if type(value).__name__ in _CLASSES:
-            return {"class": type(value).__name__, "fields": packed(vars(value))}
-        return value
+        if isinstance(value, deque):
+            return {"deque": [*value], "maxlen": value.maxlen}
+        if not isinstance(value, np.ndarray):
+            return {"class": type(value).__name__, "fields": vars(value)}
+        name = f"seen.{len(arrays)}"
+        arrays[name] = value.copy()
+        return {"array": name}
 
-    return arrays, packed(state)
+    return arrays, json.loads(json.dumps(state, default=packed))
 
 
 def unpack(snapshot: Snapshot) -> dict[str, Any]:
@@ -378,27 +373,20 @@ def unpack(snapshot: Snapshot) -> dict[str, Any]:
     """
     arrays, state = snapshot
 
-    def unpacked(data: Any) -> Any:
+    def unpacked(data: dict[str, Any]) -> Any:
         match data:
             case {"array": name}:
                 return arrays[name]
-            case {"dict": items}:
-                return {key: unpacked(each) for key, each in items.items()}
-            case {"list": items}:
-                return [unpacked(each) for each in items]
-            case {"tuple": items}:
-                return tuple(unpacked(each) for each in items)
             case {"deque": items, "maxlen": longest}:
-                return deque((unpacked(each) for each in items), longest)
+                return deque(items, longest)
             case {"class": name, "fields": fields}:
-                kind = _CLASSES[name]
-                made = object.__new__(kind)
-                vars(made).update(unpacked(fields))
+                made = object.__new__(_CLASSES[name])
+                vars(made).update(fields)
                 return made
         return data
 
     try:
-        return dict(unpacked(state))
+        return dict(json.loads(json.dumps(state), object_hook=unpacked))
     except _DAMAGES as error:
         raise InputError(f"what the checks had seen is damaged ({type(error).__name__}: {error}); "
                          "start anew with --overwrite") from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import av
 import numpy as np
@@ -33,33 +33,68 @@ from vidgen.media.read import (
 )
 from vidgen.media.types import Frames
 
-_SMALL_PIXELS = 6_000  # of `TimedFrame.small`
+_SMALL_PIXELS = 6_000  # of `VideoReader.small`
+
+
+@dataclass
+class TimedFrame:
+    """One decoded frame, for the reader that it is from.
+
+    Attributes:
+        source: as libav or Pillow decoded it.
+        ticks: time at which it is shown, in `tick_s` of the reader, from the first frame on.
+        length: duration in the same unit, as the file says; 0 where it doesn't.
+        is_damaged: whether the decoder had to conceal a part of it.
+        is_interlaced: whether it holds two moments, line by line.
+        rotation: degrees by which it is turned for showing.
+    """
+
+    source: Image.Image | av.VideoFrame
+    ticks: int
+    length: int
+    is_damaged: bool = False
+    is_interlaced: bool = False
+    rotation: int = 0
 
 
 class VideoReader:
     """A film, animation or picture, frame by frame at constant memory; iterations start over.
 
+    Args:
+        path: the file.
+        square: whether pixels that are wider or higher than that are scaled.
+
     Attributes:
         fps: exact average rate; 25 for a single picture.
-        size: (width, height) as shown, after any rotation, in square pixels.
-        stated_frames: number in the file's head, or None; a truncated file has fewer, and libav
+        size: (width, height) as shown, after any rotation.
+        stated_frames: number by the file's head, or None; a truncated file has fewer, and libav
             may not object.
+        told_frames: the same where the head tells it exactly.
+        told_s: duration in the file's head, or None.
+        tick_s: seconds that a tick of `timed` lasts, exact.
+        pixel_aspect: width of a pixel over its height, 1 where the file doesn't say.
 
     Raises:
         InputError: missing, no video, or damaged.
     """
 
-    _square = True  # scale pixels that are wider or higher than that
+    stated_frames: int | None = None
+    told_frames: int | None = None
+    told_s: Fraction | None = None
+    tick_s = Fraction(1, 1000)
+    pixel_aspect = Fraction(1)
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = existing_file(path, "video")
+    def __init__(self, path: str | os.PathLike[str], *, square: bool = True) -> None:
+        self.path, self._square = existing_file(path, "video"), square
         self._what, self._stack = f"video {self.path}", ExitStack()
+        self._reformatter = VideoReformatter()
         with self._stack, decoding(self._what, "give a video file", "can't be read"):
             self._open()
             first = next(self._decode(), None)
             if first is None:
                 raise ValueError("no frame in it can be decoded")
-            self.size = first.shape[1], first.shape[0]
+            height, width, _ = self._shown(first.source).shape
+            self.size = width, height
             self._stack = self._stack.pop_all()  # stays open
 
     def __enter__(self) -> Self:
@@ -70,18 +105,42 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[Frames]:
         """Yield frames uint8 [H, W, 3] from the first to the last."""
-        width, height = self.size
+        for frame in self.timed():
+            yield self.picture(frame)
+
+    def timed(self) -> Iterator[TimedFrame]:
+        """Yield frames from the first to the last, times rising by a tick at least."""
         with decoding(self._what, "save it again"):
-            for frame in self._decode():  # where the size changes midway, the first one stays
-                yield fit(frame, height, width, "pad")
+            yield from self._decode()
+
+    def picture(self, frame: TimedFrame) -> Frames:
+        """Return a frame as shown, uint8 [H, W, 3] of the reader's size."""
+        width, height = self.size  # where the size changes midway, the first one stays
+        return fit(self._shown(frame.source), height, width, "pad")
+
+    @property
+    def small_shape(self) -> tuple[int, int]:
+        """(h, w) of small pictures, of the aspect in which they are shown."""
+        width, height = self.size
+        scale = min(1.0, math.sqrt(_SMALL_PIXELS / (width * height)))
+        return max(2, round(height * scale)), max(2, round(width * scale))
+
+    def small(self, frame: TimedFrame) -> Frames:
+        """Return a frame at about 6,000 pixels, uint8 [h, w, 3], by means over areas."""
+        height, width = self.small_shape
+        size = (height, width) if frame.rotation % 180 else (width, height)  # before it is turned
+        if isinstance(frame.source, Image.Image):
+            small = np.array(frame.source.resize(size, Image.Resampling.BOX))
+        else:
+            small = to_rgb(frame.source, self._reformatter, size)
+        return fit(small, height, width, "pad")
 
     def _open(self) -> None:
         self._image: Image.Image | None = None
-        self._aspect = Fraction(1)
         if self.path.suffix.lower() in PICTURE_SUFFIXES:
             self._image = self._stack.enter_context(Image.open(self.path))
             check_area(self._what, self._image.size)
-            self.fps, self.stated_frames = _animation_fps(self._image), None
+            self.fps = _animation_fps(self._image)
             return
         self._container = self._stack.enter_context(
             av.open(str(self.path), metadata_errors="replace")
@@ -94,28 +153,51 @@ class VideoReader:
             raise ValueError("it is text")
         stream = self._stream = streams[0]
         coded = stream.codec_context.width, stream.codec_context.height
-        self._aspect = Fraction(stream.sample_aspect_ratio or 1)
-        check_area(self._what, _squared(*coded, self._aspect) or coded)
+        self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        check_area(self._what, _squared(*coded, self.pixel_aspect) or coded)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes told later
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        self.stated_frames = _stated_frames(self._container, stream, self.fps)
+        self.tick_s = Fraction(stream.time_base or Fraction(1, 90_000))
+        self.told_frames = self.stated_frames = stream.frames or None
+        self.told_s = None if stream.duration is None else stream.duration * self.tick_s
+        seconds = self._container.duration
+        if not stream.frames and seconds is not None and len(self._container.streams) == 1:
+            self.stated_frames = round(seconds * self.fps / av.time_base)  # sound may be longer
 
-    def _decode(self) -> Iterator[Frames]:
+    def _decode(self) -> Iterator[TimedFrame]:
         if self._image is not None:
+            ticks = 0
             for still in ImageSequence.Iterator(self._image):
-                yield np.array(still.convert("RGB"))
+                shown = still.convert("RGB")
+                length = round(still.info.get("duration", 0)) or round(1000 / self.fps)
+                yield TimedFrame(shown, ticks, length)
+                ticks += length
             return
-        reformatter = VideoReformatter()
         self._container.seek(0)
-        aspect = self._aspect if self._square else Fraction(1)
+        usual = max(1, round(1 / (self.fps * self.tick_s)))
+        first, before = None, -usual
         for frame in self._container.decode(self._stream):
-            yield to_rgb(frame, reformatter, _squared(frame.width, frame.height, aspect))
+            first = frame.pts if first is None else first
+            ticks = before + usual
+            if frame.pts is not None and first is not None:
+                ticks = max(frame.pts - first, before + 1)
+            yield TimedFrame(
+                frame, ticks, frame.duration or 0, frame.is_corrupt, frame.interlaced_frame,
+                frame.rotation % 360,
+            )
+            before = ticks
+
+    def _shown(self, source: Image.Image | av.VideoFrame) -> Frames:
+        if isinstance(source, Image.Image):
+            return np.array(source)
+        aspect = self.pixel_aspect if self._square else Fraction(1)
+        return to_rgb(source, self._reformatter, _squared(source.width, source.height, aspect))
 
     @property
     def is_plain(self) -> bool:
         """Whether its frames are evenly shown, in square pixels."""
-        return self._aspect == 1 and self.places is None
+        return self.pixel_aspect == 1 and self.places is None
 
     @cached_property
     def places(self) -> list[int] | None:
@@ -155,16 +237,6 @@ def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | Non
     if aspect == 1:
         return None
     return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
-
-
-def _stated_frames(
-    container: av.container.InputContainer, stream: Any, fps: Fraction
-) -> int | None:
-    if stream.frames:
-        return int(stream.frames)
-    if container.duration is None or len(container.streams) > 1:  # sound may be longer
-        return None
-    return round(container.duration * fps / av.time_base)
 
 
 def _animation_fps(image: Image.Image) -> Fraction:
@@ -220,116 +292,3 @@ def read_frames(path: str | os.PathLike[str]) -> Iterator[Frames]:
         return
     with VideoReader(path) as reader:
         yield from reader
-
-
-@dataclass
-class TimedFrame:
-    """One decoded frame.
-
-    Attributes:
-        ticks: time at which it is shown, in `tick_s` of the reader, from the first frame on.
-        length: duration in the same unit, as the file says; 0 where it doesn't.
-        is_damaged: whether the decoder had to conceal a part of it.
-        is_interlaced: whether it holds two moments, line by line.
-        rotation: degrees by which it is turned for showing.
-    """
-
-    ticks: int
-    length: int
-    is_damaged: bool
-    is_interlaced: bool
-    rotation: int
-    _reader: TimedReader
-    _source: object
-
-    def picture(self) -> Frames:
-        """Return it as shown, uint8 [H, W, 3] of the reader's size."""
-        width, height = self._reader.size
-        return fit(self._reader.rgb(self._source, None), height, width, "pad")
-
-    def small(self) -> Frames:
-        """Return it at about 6,000 pixels, uint8 [h, w, 3], by means over areas."""
-        width, height = self._reader.small_size
-        small = self._reader.rgb(self._source, (width, height))
-        return fit(small, *self._reader.small_shape, "pad")
-
-
-class TimedReader(VideoReader):
-    """A film or animation, frame by frame with times, at constant memory.
-
-    Attributes:
-        tick_s: seconds that a tick lasts, exact.
-        told_frames: number of frames in the file's head, or None.
-        told_s: duration in the file's head, or None.
-        pixel_aspect: width of a pixel over its height, 1 where the file doesn't say.
-
-    Raises:
-        InputError: missing, no video, or damaged.
-    """
-
-    _square = False
-
-    def _open(self) -> None:
-        super()._open()
-        self.told_frames: int | None = None
-        self.told_s: Fraction | None = None
-        self.pixel_aspect = self._aspect
-        self._reformatter = VideoReformatter()
-        if self._image is not None:
-            self.tick_s = Fraction(1, 1000)
-            return
-        stream = self._stream
-        self.tick_s = Fraction(stream.time_base or Fraction(1, 90_000))
-        self.told_frames = stream.frames or None
-        if stream.duration is not None:
-            self.told_s = stream.duration * self.tick_s
-
-    @property
-    def small_shape(self) -> tuple[int, int]:
-        """(h, w) of small pictures, of the aspect in which they are shown."""
-        width, height = self.size
-        scale = min(1.0, math.sqrt(_SMALL_PIXELS / (width * height)))
-        return max(2, round(height * scale)), max(2, round(width * scale))
-
-    @property
-    def small_size(self) -> tuple[int, int]:
-        """(width, height) of small pictures before they are turned."""
-        h, w = self.small_shape
-        return (h, w) if self._is_on_its_side else (w, h)
-
-    def rgb(self, source: object, size: tuple[int, int] | None) -> Frames:
-        """Convert a frame of libav or Pillow to uint8 [H, W, 3], of (width, height) if given."""
-        if isinstance(source, Image.Image):
-            shown = source if size is None else source.resize(size, Image.Resampling.BOX)
-            return np.array(shown)
-        return to_rgb(source, self._reformatter, size)  # type: ignore[arg-type]
-
-    def timed(self) -> Iterator[TimedFrame]:
-        """Yield frames from the first to the last, times rising by a tick at least."""
-        with decoding(self._what, "save it again"):
-            yield from self._timed()
-
-    def _timed(self) -> Iterator[TimedFrame]:
-        self._is_on_its_side = False
-        if self._image is not None:
-            ticks = 0
-            for still in ImageSequence.Iterator(self._image):
-                shown = still.convert("RGB")
-                length = round(still.info.get("duration", 0)) or round(1000 / self.fps)
-                yield TimedFrame(ticks, length, False, False, 0, self, shown)
-                ticks += length
-            return
-        self._container.seek(0)
-        usual = max(1, round(1 / (self.fps * self.tick_s)))
-        first, before = None, -usual
-        for frame in self._container.decode(self._stream):
-            first = frame.pts if first is None else first
-            ticks = before + usual
-            if frame.pts is not None and first is not None:
-                ticks = max(frame.pts - first, before + 1)
-            self._is_on_its_side = frame.rotation % 180 != 0
-            yield TimedFrame(
-                ticks, frame.duration or 0, frame.is_corrupt, frame.interlaced_frame,
-                frame.rotation % 360, self, frame,
-            )
-            before = ticks

@@ -23,7 +23,7 @@ from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.encode import Spool, configure, encode_picture, to_picture, watched
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.mastering import SoundTrack
-from vidgen.media.provenance import marks_of, stamped, tags, xmp
+from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
 from vidgen.media.types import ClipInfo, Frames, PictureSettings, SegmentStore, Watch
 
@@ -238,13 +238,8 @@ def _write_stills(
         completed = _completed(info, encoder, watch)
         return None if completed is None else recipe_text(completed)
 
-    marks, finish = "", None
-    if info.recipe is not None:
-        marks = xmp(marks_of(info.recipe))
-        finish = partial(seal, suffix=suffix, recipe=info.recipe, signing=signing)
     frames = watched(chunks, watch)
-    write_stills(path, suffix, info.fps, info.num_frames, frames, recipe,
-                 options=encoder["options"], xmp=marks, finish=finish)  # fmt: skip
+    write_stills(path, suffix, info, frames, recipe, encoder["options"], signing)
 
 
 def _write_container(

@@ -34,14 +34,15 @@ from vidgen.models.dit_blocks import (
     compute_dtype,
 )
 from vidgen.models.dit_inputs import (
-    CachedStack,
     check_inputs,
     collapse_padding,
     control_scales,
     embed_times,
+    join_tokens,
     lay_out,
     runs_of_time,
     spread_tokens,
+    with_tokens,
 )
 from vidgen.models.dit_types import (
     AudioConfig,
@@ -201,16 +202,21 @@ class SpacetimeDiT(nn.Module):
         streams, rope, layout = spread_tokens(streams, rope, layout, ranks)
         text = self._context(context, context_lengths, image_context)
         hints = self._hints(control, streams[0], rope, layout, text)
-        stack = CachedStack(step_cache, streams)
+        entered = [] if step_cache is None else streams
+        known: Tensor | None = None
         for i, block in enumerate(self.blocks):
-            if stack.recalls(i, streams):
-                break
+            if step_cache is not None and i == step_cache.lead:
+                known = step_cache.recall(join_tokens(entered), join_tokens(streams))
+                if known is not None:
+                    streams = with_tokens(streams, known)
+                    break
             streams = self._run(block, streams, rope, layout, text, cache, i)
             if i in scales:
                 [video] = streams
                 hint = next(hints).to(video.tokens.dtype)
                 streams = [video._replace(tokens=video.tokens.add(hint, alpha=scales[i]))]
-        streams = stack.leave(streams)
+        if step_cache is not None and known is None:
+            step_cache.keep(join_tokens(streams))
         if cache is not None:
             cache.advance(F_, 0 if extra is None else extra.num_keys)
         with torch.autocast(latents.device.type, enabled=False):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +33,7 @@ from vidgen.ops.rope import normed_heads
 
 Axis = Literal["all", "space", "time"]
 
+_GROUPED = {"space": "(B F) H N d", "time": "(B N) H F d"}
 _PAD_LOGIT, _PAD_KEY_BIAS = -6.5, -0.03  # see `CrossAttention.hide_pad_key`
 
 
@@ -184,16 +186,15 @@ def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """Map [B, H, F * N, d] to [B * F, H, N, d] along space, to [B * N, H, F, d] along time."""
     if axis == "all":
         return x
-    x = x.unflatten(2, (layout.num_frames, layout.frame_tokens))
-    return x.movedim(2 if axis == "space" else 3, 1).flatten(0, 1)
+    return rearrange(x, f"B H (F N) d -> {_GROUPED[axis]}", F=layout.num_frames)
 
 
 def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """Undo `_split`."""
     if axis == "all":
         return x
-    groups = layout.num_frames if axis == "space" else layout.frame_tokens
-    return x.unflatten(0, (-1, groups)).movedim(1, 2 if axis == "space" else 3).flatten(2, 3)
+    sizes = {"F": layout.num_frames, "N": layout.frame_tokens}
+    return rearrange(x, f"{_GROUPED[axis]} -> B H (F N) d", **sizes)
 
 
 class CrossAttention(nn.Module):

@@ -19,39 +19,17 @@ from vidgen.models.dit_types import AudioTokens, DiTConfig, KVCache, Layout, Str
 from vidgen.ops.parallel import Ranks, Spread
 
 
-class CachedStack:
-    """Step cache of one forward pass over the blocks; None does nothing."""
-
-    def __init__(self, step_cache: StepCache | None, streams: Sequence[Stream]) -> None:
-        self._cache = step_cache
-        self._start = None if step_cache is None else _joined(streams)
-        self._known: Tensor | None = None
-
-    def recalls(self, layer: int, streams: Sequence[Stream]) -> bool:
-        """Return whether block `layer` and those after it are skipped."""
-        if self._cache is None or self._start is None or layer != self._cache.lead:
-            return False
-        now = self._start if layer == 0 else _joined(streams)
-        self._known = self._cache.recall(self._start, now)
-        return self._known is not None
-
-    def leave(self, streams: list[Stream]) -> list[Stream]:
-        """Return the result of the last block: `streams`, or the recalled one."""
-        if self._cache is None:
-            return streams
-        if self._known is None:
-            self._cache.keep(_joined(streams))
-            return streams
-        parts = self._known.split([stream.tokens.shape[1] for stream in streams], dim=1)
-        return [
-            stream._replace(tokens=part) for part, stream in zip(parts, streams, strict=True)
-        ]
-
-
-def _joined(streams: Sequence[Stream]) -> Tensor:
+def join_tokens(streams: Sequence[Stream]) -> Tensor:
+    """Return the tokens of all streams, [B, L, D]."""
     if len(streams) == 1:
         return streams[0].tokens
     return torch.cat([stream.tokens for stream in streams], dim=1)
+
+
+def with_tokens(streams: Sequence[Stream], tokens: Tensor) -> list[Stream]:
+    """Return the streams with other tokens, joined as by `join_tokens`."""
+    parts = tokens.split([stream.tokens.shape[1] for stream in streams], dim=1)
+    return [stream._replace(tokens=part) for stream, part in zip(streams, parts, strict=True)]
 
 
 def check_inputs(

@@ -193,17 +193,6 @@ class _Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class _Stack(nn.Module):
-    def __init__(self, config: ImageConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return x
-
-
 class ImageEncoder(nn.Module):
     """CLIP's vision tower up to the states before its last layer."""
 
@@ -212,7 +201,8 @@ class ImageEncoder(nn.Module):
         self.config = config
         self.embeddings = _Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_dim, config.eps)  # transformers' spelling
-        self.encoder = _Stack(config)
+        layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(config.hidden_dim, config.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -230,7 +220,11 @@ class ImageEncoder(nn.Module):
                 "use prepare_image"
             )
         pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
-        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        *layers, _ = self.encoder["layers"].children()
+        for layer in layers:
+            x = layer(x)
+        return x
 
 
 def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:

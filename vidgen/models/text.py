@@ -123,9 +123,9 @@ class _Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_dim
         self.num_heads = config.num_heads
-        self.q = nn.Linear(config.hidden_dim, inner, bias=False)
-        self.k = nn.Linear(config.hidden_dim, inner, bias=False)
-        self.v = nn.Linear(config.hidden_dim, inner, bias=False)
+        self.q, self.k, self.v = (
+            nn.Linear(config.hidden_dim, inner, bias=False) for _ in range(3)
+        )
         self.o = nn.Linear(inner, config.hidden_dim, bias=False)
         self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
         width = config.hidden_dim**-0.5
@@ -150,8 +150,9 @@ class _FeedForward(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(config.hidden_dim, config.ffn_dim, bias=False)
-        self.wi_1 = nn.Linear(config.hidden_dim, config.ffn_dim, bias=False)
+        self.wi_0, self.wi_1 = (
+            nn.Linear(config.hidden_dim, config.ffn_dim, bias=False) for _ in range(2)
+        )
         self.wo = nn.Linear(config.ffn_dim, config.hidden_dim, bias=False)
         for layer in (self.wi_0, self.wi_1, self.wo):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -161,33 +162,19 @@ class _FeedForward(nn.Module):
         return self.wo(hidden.to(self.wo.weight.dtype))
 
 
-class _AttentionLayer(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.SelfAttention = _Attention(config)
-        self.layer_norm = _Norm(config.hidden_dim, config.eps)
-
-    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), buckets, mask)
-
-
-class _FeedForwardLayer(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.DenseReluDense = _FeedForward(config)
-        self.layer_norm = _Norm(config.hidden_dim, config.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
-
-
 class _Block(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([_AttentionLayer(config), _FeedForwardLayer(config)])
+        inner = {"SelfAttention": _Attention(config), "DenseReluDense": _FeedForward(config)}
+        self.layer: Any = nn.ModuleList(
+            nn.ModuleDict({name: each, "layer_norm": _Norm(config.hidden_dim, config.eps)})
+            for name, each in inner.items()
+        )
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        return self.layer[1](self.layer[0](x, buckets, mask))
+        attention, feed_forward = self.layer
+        x = x + attention["SelfAttention"](attention["layer_norm"](x), buckets, mask)
+        return x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x))
 
 
 class _Stack(nn.Module):

@@ -30,7 +30,7 @@ from vidgen.evaluation.metrics.vbench import DIMENSIONS
 from vidgen.evaluation.suite import CLIP_SUFFIXES, Item, PromptSuite, find_images, find_items
 from vidgen.evaluation.temporal.comparison import by_name, compare, dimensions, figures
 from vidgen.media.read import load_image
-from vidgen.media.video_reader import TimedReader, VideoReader
+from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Patience, Staff
 
@@ -247,11 +247,11 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
         InputError: the clip is damaged, cut off, or too short.
     """
     image = None if job.image is None else load_image(job.image)[0]
-    with TimedReader(job.path) as video:
-        damages = [frame.is_damaged for frame in video.timed()]
-    if any(damages):
-        raise InputError(f"{sum(damages)} of its {len(damages)} frames are damaged; save it again")
     with VideoReader(job.path) as video:
+        damages = [frame.is_damaged for frame in video.timed()]
+        if any(damages):
+            raise InputError(f"{sum(damages)} of its {len(damages)} frames are damaged; "
+                             "save it again")
         if job.networks and job.networks not in _networks:
             from vidgen.evaluation.metrics.networks import Networks
 

@@ -21,7 +21,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.media.read import fit, load_image
 from vidgen.media.types import Frames
-from vidgen.media.video_reader import TimedFrame, TimedReader
+from vidgen.media.video_reader import TimedFrame, VideoReader
 from vidgen.models.image import ImageEncoder, prepare_image
 from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
@@ -104,8 +104,8 @@ class Cursor:
         self._stack.close()
         self._recent.clear()
         if self._still is None:
-            reader = self._stack.enter_context(TimedReader(self.path))
-            self._frames = enumerate(reader.timed())
+            self._reader = self._stack.enter_context(VideoReader(self.path, square=False))
+            self._frames = enumerate(self._reader.timed())
 
     def frame(self, index: int) -> Frames:
         """Frame number `index`, uint8 [H, W, 3].
@@ -123,7 +123,8 @@ class Cursor:
                 raise InputError(f"{self.path} ends before frame {index}; was it changed? check it "
                                  "again with vidgen data check")
             self._recent.append(following)
-        return next(frame for number, frame in self._recent if number == index).picture()
+        found = next(frame for number, frame in self._recent if number == index)
+        return self._reader.picture(found)
 
 
 class ItemEncoder:

@@ -27,7 +27,7 @@ from vidgen.media.probe import probe
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.trackers import STILL, Runs, likeness
 from vidgen.media.types import Frames
-from vidgen.media.video_reader import TimedReader
+from vidgen.media.video_reader import VideoReader
 
 PROBE_VERSION = 1
 """Of what is recorded; records of another are made anew."""
@@ -168,7 +168,7 @@ def _probe_picture(path: Path) -> FileFacts:
 
 
 def _probe_video(path: Path) -> FileFacts:
-    with TimedReader(path) as reader:
+    with VideoReader(path, square=False) as reader:
         streams: list[dict[str, Any]] = probe(path)["streams"]
         stream = next((s for s in streams if s["type"] in ("video", "picture")), {})
         seen = _Watcher(reader)
@@ -184,7 +184,7 @@ def _probe_video(path: Path) -> FileFacts:
 class _Watcher:
     """Gathers facts while frames pass, in memory that grows by 12 bytes a frame."""
 
-    def __init__(self, reader: TimedReader) -> None:
+    def __init__(self, reader: VideoReader) -> None:
         self._reader, self.num_frames = reader, 0
         self._looker, self._anchored = (Looker(*reader.small_shape) for _ in range(2))
         self._ticks, self._last_length = array("q"), 0
@@ -209,7 +209,7 @@ class _Watcher:
         self._step = 1 << (index // LOOKED_AT).bit_length()
         if index % self._step:
             return
-        small = frame.small()
+        small = self._reader.small(frame)
         look = self._looker.look(small)
         self._cuts.feed(index, look.color)
         has = _flat(look) | {"frozen": self._stands_still(small)}
