@@ -64,6 +64,22 @@ SILENCE_DB = -60.0
 CLIPPING, CLIPPING_FAULT = 0.001, 0.01
 """Share of samples that stand at full scale, three or more in a row."""
 
+_OTHER_SEED = "take another seed or --dtype fp32"
+_FLASHES = (FLASHES, "{value:g} flashes in a second between {start:g} and {end:g} s can bring on "
+            "seizures; don't show it, take another seed or lower --guidance")
+_OF_SPANS: dict[str, tuple[float, str]] = {  # limit and text of findings with a time, by kind
+    "black": (FLAT, "the picture is black from {start:g} to {end:g} s; {advice}"),
+    "white": (FLAT, "the picture is blown out to white from {start:g} to {end:g} s; {advice}"),
+    "blank": (BLANK, "the picture is one colour, as values that are no numbers decode from "
+              "{start:g} to {end:g} s; {advice}"),
+    "noise": (NOISE, "the picture is noise from {start:g} to {end:g} s; {advice}"),
+    "flash": _FLASHES, "red-flash": _FLASHES,
+    "spike": (SPIKE, "the picture jumps by {value:.0%} of the range and back at {start:g} s; "
+              "take another seed or more --steps"),
+    "frozen": (FROZEN_S, "the picture stands still from {start:g} to {end:g} s in the middle of a "
+               "movement; take another seed"),
+}
+
 Severity: TypeAlias = Literal["warning", "fault"]
 Verdict: TypeAlias = Literal["clean", "warning", "fault"]
 
@@ -199,7 +215,7 @@ class ClipChecker:
             runs.finish()
         self._freezes.finish()
         self._drifts.finish()
-        found = [*self._flat_findings(), *self._motion_findings(), *self._picture_findings()]
+        found = [*self._span_findings(), *self._picture_findings()]
         if self.info.num_frames:
             found += check_length(self.num_frames, self.info.fps, self.info.num_frames)
         if self.info.sound is not None:
@@ -221,49 +237,25 @@ class ClipChecker:
     def _time(self, span: Span) -> tuple[float, float]:
         return round(span.first / self._fps, 3), round((span.last + 1) / self._fps, 3)
 
-    def _flat_findings(self) -> Iterator[Finding]:
-        words = {
-            "black": ("is black", FLAT),
-            "white": ("is blown out to white", FLAT),
-            "blank": ("is one colour, as values that are no numbers decode", BLANK),
-            "noise": ("is noise", NOISE),
+    def _span_findings(self) -> Iterator[Finding]:
+        trackers: dict[str, Runs | Flashes | Spikes | Freezes] = {
+            **self._flat, "flash": self._flashes[0], "red-flash": self._flashes[1],
+            "spike": self._spikes, "frozen": self._freezes,
         }
-        for kind, (what, limit) in words.items():
-            for span in self._flat[kind].spans.found:
+        for kind, tracker in trackers.items():
+            limit, text = _OF_SPANS[kind]
+            for span in tracker.spans.found:
                 start, end = self._time(span)
-                fades = kind in ("black", "white") and end - start <= FADE_S and (
+                value = round(end - start, 3) if kind == "frozen" else span.value
+                is_fade = kind in ("black", "white") and end - start <= FADE_S and (
                     (span.first == 0) != (span.last == self.num_frames - 1)
                 )
-                advice = "fine if a fade is meant" if fades else "take another seed or --dtype fp32"
+                is_fault = value >= SPIKE_FAULT if kind == "spike" else not is_fade
+                advice = "fine if a fade is meant" if is_fade else _OTHER_SEED
                 yield Finding(
-                    kind, "warning" if fades else "fault", (start, end), span.value, limit,
-                    f"the picture {what} from {start:g} to {end:g} s; {advice}",
+                    kind, "fault" if is_fault else "warning", (start, end), value, limit,
+                    text.format(start=start, end=end, value=value, advice=advice),
                 )
-
-    def _motion_findings(self) -> Iterator[Finding]:
-        for flashes, kind in zip(self._flashes, ("flash", "red-flash"), strict=True):
-            for span in flashes.spans.found:
-                start, end = self._time(span)
-                yield Finding(
-                    kind, "fault", (start, end), span.value, FLASHES,
-                    f"{span.value:g} flashes in a second between {start:g} and {end:g} s can bring "
-                    "on seizures; don't show it, take another seed or lower --guidance",
-                )
-        for span in self._spikes.spans.found:
-            start, end = self._time(span)
-            yield Finding(
-                "spike", "fault" if span.value >= SPIKE_FAULT else "warning", (start, end),
-                span.value, SPIKE,
-                f"the picture jumps by {span.value:.0%} of the range and back at {start:g} s; "
-                "take another seed or more --steps",
-            )
-        for span in self._freezes.spans.found:
-            start, end = self._time(span)
-            yield Finding(
-                "frozen", "fault", (start, end), round(end - start, 3), FROZEN_S,
-                f"the picture stands still from {start:g} to {end:g} s in the middle of a movement;"
-                " take another seed",
-            )
 
     def _picture_findings(self) -> Iterator[Finding]:
         is_flat = any(runs.spans.found for runs in self._flat.values())

@@ -42,14 +42,18 @@ class Grid:
         """Size in even pixels, the highest of the rates, the longest of the lengths."""
         fps = max(fps for fps, _, _ in self._facts)
         seconds = max(seconds for _, _, seconds in self._facts)
-        height, width = self._background.shape[:2]
+        height, width = self._layout[0].shape[:2]
         return ClipInfo(fps, (width, height), max(1, round(seconds * fps)))
 
     def frames(self) -> Iterator[Frames]:
         """Stream the grid, uint8 [1, H, W, 3] each."""
-        shown = [self._resampled(index) for index in range(len(self.paths))]
+        background, corners, (width, height) = self._layout
+        shown = [self._resampled(path, width, height) for path in self.paths]
         for pictures in zip(*shown, strict=True):
-            yield self._placed(pictures)[None]
+            sheet = background.copy()
+            for (x, y), picture in zip(corners, pictures, strict=True):
+                sheet[y : y + height, x : x + width] = picture
+            yield sheet[None]
 
     def still(self) -> Frames:
         """Return the grid's middle frame, uint8 [H, W, 3]."""
@@ -66,48 +70,33 @@ class Grid:
         return facts
 
     @cached_property
-    def _cell(self) -> tuple[int, int, int]:
-        """(width, height) of a clip's place in pixels, and the height of its label."""
+    def _layout(self) -> tuple[Frames, list[tuple[int, int]], tuple[int, int]]:
+        """The sheet with its labels; each clip's corner (x, y) on it; their (width, height)."""
+        rows = math.ceil(len(self.paths) / self.columns)
         width, height = (max(size[side] for _, size, _ in self._facts) for side in (0, 1))
-        scale = min(1.0, MAX_SIDE / (self.columns * width), MAX_SIDE / (self._rows * height))
+        scale = min(1.0, MAX_SIDE / (self.columns * width), MAX_SIDE / (rows * height))
         width, height = max(16, int(width * scale)), max(16, int(height * scale))
-        return width, height, max(_LABEL, height // 16)
-
-    @property
-    def _rows(self) -> int:
-        return math.ceil(len(self.paths) / self.columns)
-
-    @cached_property
-    def _step(self) -> tuple[int, int]:
-        """Pixels from one clip to the next, across and down; labels may be wider than a clip."""
-        width, height, label = self._cell
-        font = ImageFont.load_default(label - 3)
+        label = max(_LABEL, height // 16)
+        font, corners = ImageFont.load_default(label - 3), []
         longest = max(math.ceil(font.getlength(text)) for text in self.labels)
-        return max(width, min(longest, _MAX_LABEL)) + _GAP, height + label + _GAP
-
-    def _corner(self, index: int) -> tuple[int, int]:
-        """Return (x, y) of a clip's label; the clip is below it."""
-        across, down = self._step
-        return _GAP + index % self.columns * across, _GAP + index // self.columns * down
-
-    @cached_property
-    def _background(self) -> Frames:
-        (across, down), font = self._step, ImageFont.load_default(self._cell[2] - 3)
-        width, height = _GAP + self.columns * across, _GAP + self._rows * down
-        sheet = Image.new("RGB", (width + width % 2, height + height % 2), "white")
+        across = max(width, min(longest, _MAX_LABEL)) + _GAP  # labels may be wider than a clip
+        down = height + label + _GAP
+        wide, high = _GAP + self.columns * across, _GAP + rows * down
+        sheet = Image.new("RGB", (wide + wide % 2, high + high % 2), "white")
         draw = ImageDraw.Draw(sheet)
         for index, text in enumerate(self.labels):
+            x, y = _GAP + index % self.columns * across, _GAP + index // self.columns * down
             length = len(text)
             while font.getlength(text[:length]) > across - _GAP:
                 length -= 1
-            draw.text(self._corner(index), text[:length], "black", font)
-        return np.array(sheet)
+            draw.text((x, y), text[:length], "black", font)
+            corners.append((x, y + label))
+        return np.array(sheet), corners, (width, height)
 
-    def _resampled(self, index: int) -> Iterator[Frames]:
-        """Yield one clip at the grid's rate and length, and at its cell's size."""
-        width, height, _ = self._cell
+    def _resampled(self, path: Path, width: int, height: int) -> Iterator[Frames]:
+        """Yield one clip at the grid's rate and length."""
         info, wanted, picture = self.info, 0, None
-        with VideoReader(self.paths[index]) as reader:
+        with VideoReader(path) as reader:
             for shown, frame in enumerate(reader):
                 picture = fit(frame, height, width, "pad", border=255)
                 while wanted < info.num_frames and wanted * reader.fps / info.fps < shown + 1:
@@ -116,14 +105,6 @@ class Grid:
         for _ in range(wanted, info.num_frames):
             assert picture is not None
             yield picture
-
-    def _placed(self, pictures: Sequence[Frames]) -> Frames:
-        sheet = self._background.copy()
-        width, height, label = self._cell
-        for index, picture in enumerate(pictures):
-            x, y = self._corner(index)
-            sheet[y + label : y + label + height, x : x + width] = picture
-        return sheet
 
 
 def contact_sheet(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
@@ -71,8 +72,8 @@ def as_webvtt(cues: Sequence[Cue]) -> str:
     """Format cues as a WebVTT file, with the names of speakers."""
     parts = ["WEBVTT\n"]
     for cue in cues:
-        text = _escaped(_lines(cue.text))
-        voice = f"<v {_escaped(cue.speaker)}>" if cue.speaker else ""
+        text = escape(_lines(cue.text), quote=False)
+        voice = f"<v {escape(cue.speaker, quote=False)}>" if cue.speaker else ""
         parts.append(f"{_clock(cue.start_s, '.')} --> {_clock(cue.end_s, '.')}\n{voice}{text}\n")
     return "\n".join(parts)
 
@@ -124,10 +125,6 @@ def _as_ass(text: str) -> bytes:
 def _lines(text: str) -> str:
     """Leave out empty lines, which would end a cue."""
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _clock(seconds: float, mark: str) -> str:

@@ -108,14 +108,9 @@ class ImageConfig:
 
 
 _TRANSFORMERS_NAMES = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_dim": "hidden_size",
-    "ffn_dim": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "activation": "hidden_act",
-    "eps": "layer_norm_eps",
+    "image_size": "image_size", "patch_size": "patch_size", "hidden_dim": "hidden_size",
+    "ffn_dim": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "activation": "hidden_act", "eps": "layer_norm_eps",
 }
 
 

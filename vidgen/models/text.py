@@ -90,15 +90,10 @@ class TextConfig:
 
 
 _TRANSFORMERS_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_dim": "d_model",
-    "head_dim": "d_kv",
-    "ffn_dim": "d_ff",
-    "num_layers": "num_layers",
-    "num_heads": "num_heads",
+    "vocab_size": "vocab_size", "hidden_dim": "d_model", "head_dim": "d_kv", "ffn_dim": "d_ff",
+    "num_layers": "num_layers", "num_heads": "num_heads",
     "num_buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-    "eps": "layer_norm_epsilon",
+    "max_distance": "relative_attention_max_distance", "eps": "layer_norm_epsilon",
 }
 
 
