@@ -134,7 +134,7 @@ _STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "
 
 
 class ClipChecker:
-    """A `Watch` that checks frames as they come.
+    """Checks of frames as they come, on their way into a file whose recipe gets the findings.
 
     Args:
         info: the clip's rate, size, sound and length; 0 frames if that isn't known.

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,18 +21,6 @@ if TYPE_CHECKING:
     from vidgen.media.checks import ClipChecker, Finding
 
 _CHUNK = 8
-
-
-class Keeper(SegmentStore, Protocol):
-    """A store of segments for one output, so that a stopped writing can resume."""
-
-    output: Path | None
-
-    def pause(self) -> None:
-        """Note that the writing stopped."""
-
-    def close(self) -> None:
-        """Note that the output is complete."""
 
 
 class Clip:
@@ -51,7 +39,7 @@ class Clip:
         source: Callable[..., Iterator[Frames]],
         info: ClipInfo,
         latents: Tensor | None = None,
-        journal: Keeper | None = None,
+        journal: SegmentStore | None = None,
     ) -> None:
         self._source, self.info, self.latents = source, info, latents
         self.journal = journal
@@ -182,7 +170,7 @@ class Clip:
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
-        store: Keeper | None = None,
+        store: SegmentStore | None = None,
     ) -> Path:
         """Write the frames after those that are kept, and check them as they pass."""
         from vidgen.media.write import write_clip
@@ -195,7 +183,7 @@ class Clip:
             chunks = self._source(start) if start else self._source()
         written = write_clip(
             name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, store=store,
-            watch=checker,
+            checker=checker,
         )
         self.findings = checker.findings
         return written

@@ -21,12 +21,14 @@ import av
 from av.codec.context import Flags
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from vidgen.media.types import Encoded, Frames, PictureSettings, Segment, SegmentStore, Watch
+from vidgen.media.types import Encoded, Frames, PictureSettings, Segment, SegmentStore
 
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
+
+    from vidgen.media.checks import ClipChecker
 
 _SCALING = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
             | Interpolation.FULL_CHR_H_INP)
@@ -63,12 +65,12 @@ def to_picture(frame: Frames, pix_fmt: str, reformatter: VideoReformatter) -> av
     )
 
 
-def watched(chunks: Iterable[Frames], watch: Watch | None) -> Iterator[Frames]:
-    """Yield the frames [H, W, 3] of chunks one by one, each shown to the watch first."""
+def checked(chunks: Iterable[Frames], checker: ClipChecker | None) -> Iterator[Frames]:
+    """Yield the frames [H, W, 3] of chunks one by one, each shown to the checker first."""
     for chunk in chunks:
         for frame in chunk:
-            if watch:
-                watch.feed(frame[None])
+            if checker:
+                checker.feed(frame[None])
             yield frame
 
 
@@ -81,7 +83,7 @@ def encode_picture(
     first_segment: int,
     segment: int,
     store: SegmentStore | None = None,
-    watch: Watch | None = None,
+    checker: ClipChecker | None = None,
 ) -> Iterator[Encoded]:
     """Encode a stream of frames, in segments.
 
@@ -94,7 +96,7 @@ def encode_picture(
             latent frame lacks.
         segment: frames of every further segment, a fixed number of latent frames.
         store: gives the segments that are finished, and keeps the new ones.
-        watch: sees `frames`; resumes from its snapshot after the finished segments.
+        checker: sees `frames`; resumes from its snapshot after the finished segments.
 
     Yields:
         Packets in decoding order, timed in units of 1 / fps from the clip's start.
@@ -108,8 +110,8 @@ def encode_picture(
             _, pts, dts, _ = finished.packets[0]
             delay = pts - dts
         start, seen = start + finished.num_frames, finished.seen
-    if watch and seen:
-        watch.restore(seen)
+    if checker and seen:
+        checker.restore(seen)
     length = segment if start else first_segment
     for head in frames:
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
@@ -132,7 +134,7 @@ def encode_picture(
                     made.append(encoded)
                 yield encoded
         if store:
-            store.keep(Segment(count, tuple(made), watch.snapshot() if watch else None))
+            store.keep(Segment(count, tuple(made), checker.snapshot() if checker else None))
         start, length = start + count, segment
 
 

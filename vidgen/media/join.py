@@ -23,7 +23,7 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.clip import Clip, Keeper
+from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.mastering import SoundTrack
@@ -31,12 +31,12 @@ from vidgen.media.probe import read_recipe
 from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.stills import RECIPE_KEY
 from vidgen.media.subtitles import TextTrack
-from vidgen.media.types import ClipInfo, Frames
+from vidgen.media.types import ClipInfo, Frames, SegmentStore
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import CONTAINERS, check_format, recipe_text, write_clip
+from vidgen.media.write import CONTAINERS, check_format, mux, recipe_text, write_clip
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
+    from av.container import InputContainer, OutputContainer
     from av.packet import Packet
     from av.video.stream import VideoStream
 
@@ -180,44 +180,41 @@ def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[s
 
 
 def _copy(
-    paths: Sequence[str | os.PathLike[str] | Stretch], container: Any,
+    paths: Sequence[str | os.PathLike[str] | Stretch], container: OutputContainer,
     tracks: Sequence[SoundTrack | TextTrack],
 ) -> None:
     """Copy the packets, with one file open at a time: there may be more than the system allows."""
     stretches = [p if isinstance(p, Stretch) else Stretch(Path(p), 0, 1 << 62) for p in paths]
-    delay = 0
+    delay, picture = 0, None
     for path in {each.path: None for each in stretches}:
         with av.open(os.fspath(path)) as source:
             stream = source.streams.video[0]
             assert stream.average_rate is not None
             places = (_place(packet, stream.average_rate) for packet in _packets(stream))
             delay = max(delay, *(n - place for n, place in enumerate(places)))  # to decode ahead
-    picture, start = None, 0
-    for each in stretches:
-        with av.open(os.fspath(each.path)) as source:
-            stream = source.streams.video[0]
-            rate = stream.average_rate
-            assert rate is not None
             if picture is None:
                 picture = container.add_stream_from_template(stream)
-                picture.time_base = 1 / rate
-                for track in tracks:
-                    track.begin(container)
-            count = 0
+                picture.time_base = 1 / stream.average_rate
+    assert picture is not None
+    mux(container, picture, _moved(stretches, delay), tracks)
+
+
+def _moved(stretches: Sequence[Stretch], delay: int) -> Iterator[Packet[VideoStream]]:
+    """Yield the packets of stretches, each after the one before, decoded `delay` frames ahead."""
+    start = 0
+    for each in stretches:
+        with av.open(os.fspath(each.path)) as source:
+            stream, count = source.streams.video[0], 0
+            rate = cast("Fraction", stream.average_rate)
             for packet in source.demux(stream):
                 if packet.dts is None or not each.first <= _place(packet, rate) < each.last:
                     continue
                 packet.pts = start + _place(packet, rate) - each.first
                 packet.dts = start + count - delay
                 packet.time_base, packet.duration = 1 / rate, 1
-                packet.stream = picture
-                for track in tracks:
-                    track.advance(float(packet.dts / rate))
-                container.mux(packet)
+                yield packet
                 count += 1
             start += count
-    for track in tracks:
-        track.finish()
 
 
 class ContinuedClip(Clip):
@@ -239,7 +236,7 @@ class ContinuedClip(Clip):
         head_frames: int,
         added: Callable[[int], Iterator[Frames]],
         info: ClipInfo,
-        journal: Keeper | None = None,
+        journal: SegmentStore | None = None,
         *,
         label: bool = False,
     ) -> None:
@@ -265,7 +262,7 @@ class ContinuedClip(Clip):
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
-        store: Keeper | None = None,
+        store: SegmentStore | None = None,
     ) -> Path:
         """Encode the new part and append it to the file's packets."""
         suffix = check_format(name, self.num_frames, self.info.fps)
@@ -289,7 +286,7 @@ class ContinuedClip(Clip):
         folder.mkdir()
         try:
             part = write_clip(
-                folder / f"added{suffix}", self._added(done), info, store=store, watch=checker,
+                folder / f"added{suffix}", self._added(done), info, store=store, checker=checker,
                 on_frames=on_frames and (lambda made: on_frames(self.head_frames + made)),
             )
             self.findings = checker.findings

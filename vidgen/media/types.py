@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,12 +20,12 @@ Encoded: TypeAlias = tuple[bytes, int, int, bool]
 """A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
 
 Snapshot: TypeAlias = tuple[dict[str, np.ndarray[Any, Any]], Any]
-"""State of a `Watch`: arrays by name, and JSON data that names them."""
+"""State of a `ClipChecker`: arrays by name, and JSON data that names them."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An encoded segment: packets in decoding order, and the `Watch` after its last frame."""
+    """An encoded segment: packets in decoding order, and the checks after its last frame."""
 
     num_frames: int
     packets: tuple[Encoded, ...]
@@ -32,9 +33,10 @@ class Segment:
 
 
 class SegmentStore(Protocol):
-    """A clip's finished segments, of `num_frames` in all, after which its encoding can resume."""
+    """Finished segments of one output, of `num_frames` in all, after which its encoding resumes."""
 
     num_frames: int
+    output: Path | None
 
     def segments(self) -> Iterable[Segment]:
         """Return the finished segments, from the clip's start."""
@@ -42,21 +44,11 @@ class SegmentStore(Protocol):
     def keep(self, segment: Segment) -> None:
         """Keep the next segment."""
 
+    def pause(self) -> None:
+        """Note that the writing stopped."""
 
-class Watch(Protocol):
-    """An observer of a clip's frames on their way into the file, which adds to its recipe."""
-
-    def feed(self, chunk: Frames) -> None:
-        """See the next frames, uint8 [t, H, W, 3]."""
-
-    def snapshot(self) -> Snapshot:
-        """Return the state after the frames so far."""
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Resume after the frames of a snapshot."""
-
-    def report(self) -> dict[str, Any]:
-        """Return entries for the recipe, once the last frame has passed."""
+    def close(self) -> None:
+        """Note that the output is complete."""
 
 
 @dataclass(frozen=True)

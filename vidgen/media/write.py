@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -20,17 +20,21 @@ from av.video.reformatter import VideoReformatter
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.encode import Spool, configure, encode_picture, to_picture, watched
+from vidgen.media.encode import Spool, checked, configure, encode_picture, to_picture
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
-from vidgen.media.types import ClipInfo, Frames, PictureSettings, SegmentStore, Watch
+from vidgen.media.types import ClipInfo, Frames, PictureSettings, SegmentStore
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
+    from av.packet import Packet
     from av.video.stream import VideoStream
     from torch import Tensor
+
+    from vidgen.media.checks import ClipChecker
+    from vidgen.media.subtitles import TextTrack
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +131,7 @@ def write_clip(
     on_frames: Callable[[int], None] | None = None,
     store: SegmentStore | None = None,
     signing: Signing | None = None,
-    watch: Watch | None = None,
+    checker: ClipChecker | None = None,
 ) -> Path:
     """Stream a clip into a file, or a folder of PNGs, that appears when it is whole.
 
@@ -141,7 +145,7 @@ def write_clip(
         store: holds encoded segments of an earlier try, after which `chunks` begin, and keeps
             further ones; formats without segments use none.
         signing: who signs a clip that has a recipe; None takes the environment's, if it names one.
-        watch: sees every frame; the recipe holds what it then reports.
+        checker: sees every frame; the recipe holds what it then reports.
 
     Returns:
         The path written.
@@ -157,11 +161,11 @@ def write_clip(
         info = replace(info, recipe=stamped(info.recipe))
         signing = signing or Signing.from_environment()
     if suffix in CONTAINERS:
-        encode = partial(_write_container, Path(path), suffix, info, signing, store, watch)
+        encode = partial(_write_container, Path(path), suffix, info, signing, store, checker)
     else:
         if info.sound is not None:
             log.warning("%s holds no sound; the clip's sound is left out", path)
-        encode = partial(_write_stills, Path(path), suffix, info, signing, watch)
+        encode = partial(_write_stills, Path(path), suffix, info, signing, checker)
     _encode_in_thread(encode, _counted(chunks, info, on_frames, store.num_frames if store else 0))
     return Path(path)
 
@@ -221,30 +225,30 @@ def _encode_in_thread(
 
 
 def _completed(
-    info: ClipInfo, encoder: dict[str, Any], watch: Watch | None
+    info: ClipInfo, encoder: dict[str, Any], checker: ClipChecker | None
 ) -> dict[str, Any] | None:
     """Return the recipe; call it once the last frame has passed."""
-    found = watch.report() if watch else {}
+    found = checker.report() if checker else {}
     return None if info.recipe is None else {**info.recipe, "encoder": encoder, **found}
 
 
 def _write_stills(
-    path: Path, suffix: str, info: ClipInfo, signing: Signing | None, watch: Watch | None,
+    path: Path, suffix: str, info: ClipInfo, signing: Signing | None, checker: ClipChecker | None,
     chunks: Iterator[Frames],
 ) -> None:
     encoder = still_encoder(suffix, info.quality)
 
     def recipe() -> str | None:
-        completed = _completed(info, encoder, watch)
+        completed = _completed(info, encoder, checker)
         return None if completed is None else recipe_text(completed)
 
-    frames = watched(chunks, watch)
+    frames = checked(chunks, checker)
     write_stills(path, suffix, info, frames, recipe, encoder["options"], signing)
 
 
 def _write_container(
     path: Path, suffix: str, info: ClipInfo, signing: Signing | None,
-    store: SegmentStore | None, watch: Watch | None, chunks: Iterator[Frames],
+    store: SegmentStore | None, checker: ClipChecker | None, chunks: Iterator[Frames],
 ) -> None:
     kind = CONTAINERS[suffix]
     wanted = info.picture or kind.picture
@@ -255,8 +259,8 @@ def _write_container(
     with atomic_path(path) as temporary, closing(Spool(path.parent)) as spool:
         try:
             for packet in encode_picture(
-                watched(chunks, watch), picture, info.size, info.fps,
-                first_segment=first_segment, segment=SEGMENT, store=store, watch=watch,
+                checked(chunks, checker), picture, info.size, info.fps,
+                first_segment=first_segment, segment=SEGMENT, store=store, checker=checker,
             ):
                 spool.add(packet)
             encoder = {**asdict(picture), "segment": SEGMENT}
@@ -264,8 +268,13 @@ def _write_container(
             if info.sound is not None and len(info.sound):
                 sound = SoundTrack(info, kind.sound)
                 encoder["sound"] = sound.facts()
-            recipe = _completed(info, encoder, watch)
-            _mux(temporary, kind, picture, replace(info, recipe=recipe), spool, sound)
+            recipe = _completed(info, encoder, checker)
+            muxer = dict(kind.options)
+            with av.open(str(temporary), "w", format=kind.muxer, options=muxer) as container:
+                # the stream's own encoder sees no frame: it gives the header, segments the packets
+                stream = begin_stream(container, picture, replace(info, recipe=recipe))
+                stream.time_base = 1 / info.fps
+                mux(container, stream, spool.packets(1 / info.fps), [sound] if sound else [])
             if recipe is not None:
                 seal(temporary, suffix, recipe, signing)
         except av.FFmpegError as error:
@@ -284,23 +293,20 @@ def begin_stream(
     return stream
 
 
-def _mux(
-    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, spool: Spool,
-    sound: SoundTrack | None,
+def mux(
+    container: OutputContainer, stream: VideoStream, packets: Iterable[Packet[VideoStream]],
+    tracks: Sequence[SoundTrack | TextTrack],
 ) -> None:
-    with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
-        # The stream's own encoder never sees a frame: it gives the header, segments the packets.
-        stream = begin_stream(container, picture, info)
-        stream.time_base = 1 / info.fps
-        if sound:
-            sound.begin(container)
-        for packet in spool.packets(1 / info.fps):
-            packet.stream = stream
-            if sound:
-                sound.advance(float((packet.dts or 0) / info.fps))
-            container.mux(packet)
-        if sound:
-            sound.finish()
+    """Write timed packets to a container's stream, and its other tracks as the picture advances."""
+    for track in tracks:
+        track.begin(container)
+    for packet in packets:
+        packet.stream = stream
+        for track in tracks:
+            track.advance(float((packet.dts or 0) * packet.time_base))
+        container.mux(packet)
+    for track in tracks:
+        track.finish()
 
 
 def write_live(

@@ -21,8 +21,8 @@ from vidgen.core.request import Loading, Request
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
 from vidgen.diffusion.state import LatentState, new_state
-from vidgen.media.clip import Clip, Keeper
-from vidgen.media.types import ClipInfo
+from vidgen.media.clip import Clip
+from vidgen.media.types import ClipInfo, SegmentStore
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.tokenizer import PromptTokenizer, read_as
@@ -255,7 +255,8 @@ class OpenedModel:
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def decode(
-        self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
+        self, plan: Plan, latents: Tensor, recipe: dict[str, Any],
+        journal: SegmentStore | None = None,
     ) -> Clip:
         """Return a lazy clip whose chunks the VAE decodes while it is written."""
         from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
@@ -270,7 +271,7 @@ class OpenedModel:
 
     def lazy(
         self, plan: Plan, videos: Callable[[int], Iterator[Tensor]], recipe: dict[str, Any],
-        latents: Tensor | None = None, journal: Keeper | None = None,
+        latents: Tensor | None = None, journal: SegmentStore | None = None,
     ) -> Clip:
         """Return a lazy clip of the plan's length; `videos(start)` yields [1, 3, n, H, W] each."""
         from vidgen.media.label import with_label

@@ -31,11 +31,11 @@ from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
-from vidgen.media.clip import Clip, Keeper
+from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
 from vidgen.media.read import fit
-from vidgen.media.types import ClipInfo, Frames
+from vidgen.media.types import ClipInfo, Frames, SegmentStore
 from vidgen.pipeline.codec import first_frames, room_for
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long import tail
@@ -154,7 +154,9 @@ class LongClip:
                 keep(latents[:, :, : finer(count)])
         return latents
 
-    def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
+    def clip(
+        self, latents: Tensor, recipe: dict[str, Any], journal: SegmentStore | None = None
+    ) -> Clip:
         """Return a lazy clip of `sample`'s latents; add the last ones to the recipe."""
         plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.begun.rate.factor
         made = begun.rate.num_shown(latents.shape[2]) - begun.num_given
