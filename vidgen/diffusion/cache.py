@@ -184,17 +184,13 @@ class Magnitude(Memory):
 
 
 class Forecast(Memory):
-    """Extrapolates the last additions by a polynomial in log-SNR u of an order.
+    """Extrapolates the last additions by a polynomial in log-SNR u of `ORDER`.
 
     Its error with nodes u_j is f'(order+1) / (order+1)! * prod(u - u_j); every computed step, which
     is predicted, too, gives the first factor. The threshold is of the expected mean absolute error
     over the mean absolute value. `numbers` are the nodes' noise levels, the latest first, and the
     factor over that value, infinite before it is known.
     """
-
-    def __init__(self, threshold: float, order: int = ORDER) -> None:
-        super().__init__(threshold)
-        self.order = order
 
     def is_near(self) -> bool:
         """See `Memory`."""
@@ -203,10 +199,10 @@ class Forecast(Memory):
     def keep(self, tokens: Tensor) -> None:
         """See `Memory`."""
         added, nodes, factor = _difference(tokens, self._start), self.numbers[:-1], math.inf
-        if len(nodes) > self.order:
+        if len(nodes) > ORDER:
             factor = self.change(self._added(), added) / self._node_product()
-        self.tensors = [added, *self.tensors][: self.order + 1]
-        self.numbers = [*[self.sigma, *nodes][: self.order + 1], factor]
+        self.tensors = [added, *self.tensors][: ORDER + 1]
+        self.numbers = [*[self.sigma, *nodes][: ORDER + 1], factor]
 
     def _added(self) -> Tensor:
         """Return Lagrange's polynomial through the nodes, float32."""

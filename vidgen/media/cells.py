@@ -117,12 +117,12 @@ def psnr_of(error: float) -> float:
     return min(100.0, 10 * math.log10(255**2 / max(error, 1e-12)))
 
 
-def ssim(frame: Frames, reference: Frames, side: int = 8) -> float:
-    """Return the luma's structural similarity over square blocks (Wang et al. 2004, eq. 13)."""
+def ssim(frame: Frames, reference: Frames) -> float:
+    """Return the luma's structural similarity over blocks of 8x8 (Wang et al. 2004, eq. 13)."""
     def blocks(picture: Frames) -> Array:
         luma = picture @ LUMA
-        height, width = (max(1, size // side) for size in luma.shape)
-        luma = luma[: height * side, : width * side]
+        height, width = (max(1, size // 8) for size in luma.shape)
+        luma = luma[: height * 8, : width * 8]
         return luma.reshape(height, luma.shape[0] // height, width, -1).swapaxes(1, 2)
 
     a, b = blocks(frame), blocks(reference)

@@ -145,8 +145,7 @@ def at_length(
         samples = gather(resampled(parts, channels, rate, RATE), channels)
     made = room(num_samples, channels)
     count = min(num_samples, len(samples))
-    for start in range(0, count, _STEP):
-        made[start : min(start + _STEP, count)] = samples[start : min(start + _STEP, count)]
+    made[:count] = samples[:count]
     if count < num_samples - round(SLACK_S * RATE):
         fade(made, max(0, count - round(SEAM_S * RATE)), count)
         if loop and count:

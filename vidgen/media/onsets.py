@@ -90,27 +90,18 @@ def pair_times(
     Returns:
         Pairs of indices (of times, of others), rising.
     """
-    count = len(others) + 1
-    best = [(0, 0.0)] * count  # of the pairs so far: minus their number, sum of |dt|
-    choices = []
-    for at in times:
-        row, choice = [best[0]], [0]
+    # for each number of others: minus the number of pairs, their sum of |dt|, the pairs
+    best: list[tuple[int, float, list[tuple[int, int]]]] = [(0, 0.0, [])] * (len(others) + 1)
+    for i, at in enumerate(times):
+        row = [best[0]]
         for j, time in enumerate(others):
             options = [best[j + 1], row[j]]
             if -early_s <= time - at <= late_s:
-                options.append((best[j][0] - 1, best[j][1] + abs(time - at)))
-            pick = min(range(len(options)), key=options.__getitem__)
-            row.append(options[pick])
-            choice.append(pick)
+                count, distance, pairs = best[j]
+                options.append((count - 1, distance + abs(time - at), [*pairs, (i, j)]))
+            row.append(min(options, key=lambda option: option[:2]))
         best = row
-        choices.append(choice)
-    i, j, pairs = len(times), len(others), []
-    while i and j:
-        pick = choices[i - 1][j]
-        if pick == 2:
-            pairs.append((i - 1, j - 1))
-        i, j = (i - (pick != 1)), (j - (pick != 0))
-    return pairs[::-1]
+    return best[-1][2]
 
 
 def _fit(curve: NDArray[np.float32], peaks: NDArray[np.bool_]) -> Times:

@@ -132,7 +132,7 @@ class VideoReader:
         if isinstance(frame.source, Image.Image):
             small = np.array(frame.source.resize(size, Image.Resampling.BOX))
         else:
-            small = to_rgb(frame.source, self._reformatter, size)
+            small = _to_rgb(frame.source, self._reformatter, size)
         return fit(small, height, width, "pad")
 
     def _open(self) -> None:
@@ -192,7 +192,7 @@ class VideoReader:
         if isinstance(source, Image.Image):
             return np.array(source)
         aspect = self.pixel_aspect if self._square else Fraction(1)
-        return to_rgb(source, self._reformatter, _squared(source.width, source.height, aspect))
+        return _to_rgb(source, self._reformatter, _squared(source.width, source.height, aspect))
 
     @property
     def is_plain(self) -> bool:
@@ -251,16 +251,12 @@ def _durations_ms(image: Image.Image) -> Iterator[float]:
         yield frame.info.get("duration", 0)
 
 
-def to_rgb(
+def _to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None
 ) -> Frames:
     """Return a decoded frame as people see it: uint8 [H, W, 3], turned by its rotation.
 
-    Args:
-        frame: of any pixel format.
-        reformatter: kept between frames.
-        size: (width, height) before rotation to scale it to, smaller ones by means over areas;
-            None: its own.
+    It is scaled to a (width, height) before that, to smaller ones by means over areas.
     """
     exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     is_yuv = frame.format.name.startswith("yuv")

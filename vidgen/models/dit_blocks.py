@@ -190,7 +190,6 @@ def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
 
 
 def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """Undo `_split`."""
     if axis == "all":
         return x
     sizes = {"F": layout.num_frames, "N": layout.frame_tokens}

@@ -121,12 +121,7 @@ def lay_out(
 ) -> Layout:
     """Return the layout of tokens, with the bias that hides some from others."""
     stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
-    visible = visible_frames(
-        num_frames, stills, valid,
-        num_cached=0 if cache is None else cache.num_held,
-        causal_frames=config.causal_frames if config.pattern == "causal" else None,
-        device=device,
-    )
+    visible = _visible_frames(config, num_frames, stills, valid, cache, device)
     sound = 0 if audio is None else audio.latents.shape[2]
     alone = 0 if audio is None or audio.sees_video else sound
     unseen = 0 if audio is None or audio.is_seen else sound
@@ -145,23 +140,17 @@ def lay_out(
     return layout._replace(bias=F.pad(bias, (0, sound))[:, None])
 
 
-def visible_frames(
-    num_frames: int, num_stills: int, valid: Tensor | None, num_cached: int,
-    causal_frames: int | None, device: torch.device,
+def _visible_frames(
+    config: DiTConfig, num_frames: int, num_stills: int, valid: Tensor | None,
+    cache: KVCache | None, device: torch.device,
 ) -> Tensor | None:
     """Return which frames see which: bool [B or 1, F + K or 1, cached + F + K], None if all do.
 
-    Args:
-        num_frames: F.
-        num_stills: K; they follow the frames and see, in a causal model, only each other.
-        valid: [B, K] stills that may be seen, or None.
-        num_cached: frames and stills seen by all.
-        causal_frames: frames of one turn, which see no later turn; None: all see all.
-        device: of the result.
+    Of the stills, only `valid` [B, K] ones are seen; in a causal model they see only each other.
     """
-    visible = None
-    if causal_frames is not None and (num_frames > causal_frames or num_stills):
-        turn = torch.arange(num_frames, device=device) // causal_frames
+    visible, num_cached = None, 0 if cache is None else cache.num_held
+    if config.pattern == "causal" and (num_frames > config.causal_frames or num_stills):
+        turn = torch.arange(num_frames, device=device) // config.causal_frames
         turn = F.pad(turn, (0, num_stills), value=-1)
         visible = F.pad((turn[:, None] >= turn)[None], (num_cached, 0), value=True)
     if valid is None:

@@ -61,6 +61,14 @@ VAE_PRESETS: dict[str, VAEConfig] = {
     ),
 }
 
+_TOYBOX: dict[str, Any] = {
+    "in_channels": 16, "out_channels": 16, "num_heads": 4, "head_dim": 64, "num_layers": 7,
+    "ffn_dim": 896, "text_dim": 128,
+}
+_TINY: dict[str, Any] = {
+    "in_channels": 4, "out_channels": 4, "num_heads": 2, "head_dim": 12, "num_layers": 2,
+    "ffn_dim": 32, "text_dim": 16,
+}
 _WAN_DIT: dict[str, Any] = {
     "in_channels": 16, "out_channels": 16, "head_dim": 128, "text_dim": 4096,
 }
@@ -68,22 +76,11 @@ _WAN_1B: dict[str, Any] = {"num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 _WAN_14B: dict[str, Any] = {"num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 
 DIT_PRESETS: dict[str, DiTConfig] = {
-    "toybox": DiTConfig(
-        in_channels=16, out_channels=16, num_heads=4, head_dim=64, num_layers=7, ffn_dim=896,
-        text_dim=128, patch_size=2,
-        audio=AudioConfig(channels=24, ffn_dim=128, tokens_per_s=62.5),
-    ),
-    "toybox-low": DiTConfig(  # the expert at low noise, where no sound is made
-        in_channels=16, out_channels=16, num_heads=4, head_dim=64, num_layers=7, ffn_dim=896,
-        text_dim=128, patch_size=2,
-    ),
-    "tiny": DiTConfig(
-        in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
-        text_dim=16,
-    ),
+    "toybox": DiTConfig(**_TOYBOX, audio=AudioConfig(channels=24, ffn_dim=128, tokens_per_s=62.5)),
+    "toybox-low": DiTConfig(**_TOYBOX),  # the expert at low noise, where no sound is made
+    "tiny": DiTConfig(**_TINY),
     "tiny-sound": DiTConfig(
-        in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
-        text_dim=16, audio=AudioConfig(channels=4, ffn_dim=16, tokens_per_s=31.25),
+        **_TINY, audio=AudioConfig(channels=4, ffn_dim=16, tokens_per_s=31.25)
     ),
     "wan-1.3b": DiTConfig(**_WAN_DIT, **_WAN_1B),
     "wan-14b": DiTConfig(**_WAN_DIT, **_WAN_14B),
