@@ -36,10 +36,7 @@ def prefix(state: LatentState, latents: Tensor) -> LatentState:
         raise InputError(
             f"a beginning of {count} latent frames leaves nothing to generate in a clip of {total}"
         )
-    clean, mask = state.clean.clone(), state.denoise_mask.clone()
-    clean[:, :, :count] = latents.to(clean)
-    mask[:, :, :count] = False
-    return replace(state, clean=clean, denoise_mask=mask)
+    return state.begun_by(latents)
 
 
 def first_frame(state: LatentState, latent: Tensor) -> LatentState:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,33 +18,49 @@ from vidgen.core.errors import InputError
 
 
 @dataclass(frozen=True)
-class SoundState:
-    """Sound latents between noise and the result, and their known values.
+class PartlyKnown:
+    """Latents between noise and the result, and their known values.
 
     Attributes:
-        latents: [B, C, N], the starting noise, or the latest step.
-        clean: [B, C, N], the known values; anything where not known.
-        denoise_mask: [B, 1, N] bool, True where sound is generated.
-        start_s: start of the first latent, in seconds after the picture's first latent frame.
-        sees_picture: whether sound tokens attend to the picture's.
-        takes: sounds of one picture, neighbours in the batch; the picture's rows are equal.
+        latents: [B, C, N], or [B, C, F, h, w] of a picture: the starting noise, or the latest step.
+        clean: the known values, of the same shape; anything where not known.
+        denoise_mask: the same of one channel, bool, True where latents are generated.
     """
 
     latents: Tensor
     clean: Tensor
     denoise_mask: Tensor
-    start_s: float = 0.0
-    sees_picture: bool = True
-    takes: int = 1
 
     @cached_property
     def any_known(self) -> bool:
-        """Whether any of the sound is known."""
+        """Whether any latent in place is known."""
         return not bool(self.denoise_mask.all())
 
     def impose(self, latents: Tensor) -> Tensor:
         """Write the known values into latents."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
+
+    def begun_by(self, latents: Tensor) -> Self:
+        """Return the state with the first latents known, [B or 1, C, n] or [B or 1, C, n, h, w]."""
+        count, clean, mask = latents.shape[2], self.clean.clone(), self.denoise_mask.clone()
+        clean[:, :, :count] = latents.to(clean)
+        mask[:, :, :count] = False
+        return replace(self, clean=clean, denoise_mask=mask)
+
+
+@dataclass(frozen=True)
+class SoundState(PartlyKnown):
+    """Sound latents between noise and the result, and their known values.
+
+    Attributes:
+        start_s: start of the first latent, in seconds after the picture's first latent frame.
+        sees_picture: whether sound tokens attend to the picture's.
+        takes: sounds of one picture, neighbours in the batch; the picture's rows are equal.
+    """
+
+    start_s: float = 0.0
+    sees_picture: bool = True
+    takes: int = 1
 
     def levels(self, sigma: Tensor) -> Tensor:
         """Return the noise level of each latent: sigma [B], or [B, N] with 0 where it is known."""
@@ -68,10 +85,7 @@ def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:
     if count > total:
         raise InputError(f"{count} sound latents are known of a clip that has {total}; "
                          "cut them to its length")
-    clean, mask = sound.clean.clone(), sound.denoise_mask.clone()
-    clean[:, :, :count] = latents.to(clean)
-    mask[:, :, :count] = False
-    return replace(sound, clean=clean, denoise_mask=mask)
+    return sound.begun_by(latents)
 
 
 def sound_span(

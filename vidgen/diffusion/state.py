@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import shuffled
-from vidgen.diffusion.sound import SoundState
+from vidgen.diffusion.sound import PartlyKnown, SoundState
 
 FIRST_REFERENCE_POSITION = -4.0
 """Latest time position of reference images, outside of the clip."""
@@ -43,13 +43,10 @@ class UpsampledKnown(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LatentState:
+class LatentState(PartlyKnown):
     """Latents of a clip between noise and the result, and all known values.
 
     Attributes:
-        latents: [B, C, F, h, w], the starting noise, or the latest step.
-        clean: [B, C, F, h, w], the known values; anything where not known.
-        denoise_mask: [B, 1, F, h, w] bool, True where latents are generated.
         keys: known stills at times of their own, or None.
         stacked: [B, _, F, h, w] channels after the latents' in the model's input, or None.
         control: [B, _, F, h, w] input of VACE's control blocks, or None.
@@ -65,9 +62,6 @@ class LatentState:
         video_upsampled: [B, C, n, h, w], the clip that sampling begins from then, or None.
     """
 
-    latents: Tensor
-    clean: Tensor
-    denoise_mask: Tensor
     keys: KeyTokens | None = None
     stacked: Tensor | None = None
     control: Tensor | None = None
@@ -81,11 +75,6 @@ class LatentState:
     lead: float = 0.0
     known_upsampled: UpsampledKnown | None = None
     video_upsampled: Tensor | None = None
-
-    @cached_property
-    def any_known(self) -> bool:
-        """Whether any latent in place is known."""
-        return not bool(self.denoise_mask.all())
 
     @cached_property
     def is_known(self) -> bool:
@@ -143,10 +132,6 @@ class LatentState:
         return LatentState(
             self.latents[:, :, frames], self.clean[:, :, frames], self.denoise_mask[:, :, frames]
         )
-
-    def impose(self, latents: Tensor) -> Tensor:
-        """Write the known values into the picture's latents."""
-        return torch.where(self.denoise_mask, latents, self.clean.to(latents))
 
     def to(self, device: torch.device) -> LatentState:
         """Return the state on another device."""
