@@ -109,14 +109,13 @@ FIELDS = Request.model_fields | Loading.model_fields
 
 
 def add_request_options(
-    parser: Parser, names: Iterable[str], *, before: str = "", are_optional: bool = False
+    parser: Parser, names: Iterable[str], *, are_optional: bool = False
 ) -> None:
     """Declare fields of `Request` and `Loading` as options, under the headings of help.
 
     Args:
         parser: of the verb.
         names: of the fields.
-        before: put before each help text.
         are_optional: whether an option that isn't given is None instead of its default.
     """
     for name in names:
@@ -125,7 +124,9 @@ def add_request_options(
         assert isinstance(extra, dict)
         flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
         how = _reading(name, field, extra["metavar"])
-        how["help"] = _help(field, before, are_optional)
+        is_said = isinstance(field.default, str | int) and field.default not in (False, 0)
+        default = f"; default {field.default}" if is_said and not are_optional else ""
+        how["help"] = f"{field.description}{default}".replace("%", "%%")
         if name == "prompt" and not are_optional:
             flag = name
         else:
@@ -135,13 +136,6 @@ def add_request_options(
         action = parser.group(str(extra["group"])).add_argument(flag, **how)
         if not extra["basic"]:
             parser.advanced.append(action)
-
-
-def _help(field: FieldInfo, before: str, is_optional: bool) -> str:
-    is_told = isinstance(field.default, str | int) and field.default not in (False, 0)
-    is_told = is_told and not is_optional
-    default = f"; default {field.default}" if is_told else ""
-    return f"{before}{field.description}{default}".replace("%", "%%")
 
 
 def _reading(name: str, field: FieldInfo, metavar: Any) -> dict[str, Any]:

@@ -85,7 +85,9 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     folder = open_model(run.model)
     run = replace(run, dtype=run.dtype or best_dtype(choose_device()))
     place = Path(output).with_suffix(".clips")
-    _check_place(place)
+    if place.exists() and not (place / "made").is_dir():
+        raise InputError(f"{place} is there and holds no clips of an evaluation; move it away, or "
+                         "give -o another name")
     pictures = _first_pictures(run.images, suite, on_event)
     clips = list(_clips(run, suite, folder, pictures))
     _check_settings(run, folder, pictures)
@@ -103,26 +105,16 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     (measured,) = result["folders"]
     measured["name"] = folder.name
     measured["failed"] |= {f"{name}.mp4": why for name, why in failed.items()}
+    settings = {**run.settings, **run.settings.get("settings", {})}  # the model's own, too
+    settings.pop("settings", None)
     result["generation"] = {
         "model": {"name": folder.name, "sha256": folder.content_hash},
         "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": run.dtype,
-        "settings": _recorded(run.settings),
+        "settings": {name: value if isinstance(value, int | float) else str(value)
+                     for name, value in settings.items()},
         "threads": staff.threads, "clips": len(clips),
     }  # fmt: skip
     return result
-
-
-def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options that all clips share as JSON data, those of the model alone among them."""
-    plain = {name: value for name, value in options.items() if name != "settings"}
-    return {name: value if isinstance(value, int | float) else str(value)
-            for name, value in {**plain, **options.get("settings", {})}.items()}
-
-
-def _check_place(place: Path) -> None:
-    if place.exists() and not (place / "made").is_dir():
-        raise InputError(f"{place} is there and holds no clips of an evaluation; move it away, or "
-                         "give -o another name")
 
 
 def _check_settings(

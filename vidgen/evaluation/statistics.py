@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+"""Coverage of all intervals, two-sided."""
+DRAWS = 2000
+"""Resamples of a bootstrap."""
+_Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
-def wilson_interval(
-    correct: float, total: float, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
+def wilson_interval(correct: float, total: float) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927, p. 212; Brown et al. 2001, eq. 4).
 
     Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1. Without
@@ -24,22 +26,20 @@ def wilson_interval(
     Args:
         correct: successes.
         total: trials, or the number of independent ones that they are worth.
-        confidence: coverage, two-sided.
     """
     if total == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = correct / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total)
-    half *= math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    share, scale = correct / total, 1 + _Z * _Z / total
+    centre = (share + _Z * _Z / (2 * total)) / scale
+    half = _Z / scale
+    half *= math.sqrt(share * (1 - share) / total + _Z * _Z / (4 * total * total))
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == total else centre + half
     return low, high
 
 
 def rate_interval(
-    outcomes: Sequence[bool], groups: Sequence[Hashable], confidence: float = CONFIDENCE
+    outcomes: Sequence[bool], groups: Sequence[Hashable]
 ) -> tuple[float, float]:
     """Return Wilson's interval of a share whose outcomes come in groups of similar ones.
 
@@ -49,7 +49,6 @@ def rate_interval(
     Args:
         outcomes: n of them.
         groups: of each outcome, such as the prompt of a clip; a single group counts as none.
-        confidence: coverage, two-sided.
     """
     total, known = len(outcomes), len(set(groups))
     share = sum(outcomes) / total
@@ -58,25 +57,24 @@ def rate_interval(
         error = _mean_error(outcomes, groups)
         agree = share in (0.0, 1.0)
         worth = known if agree else min(worth, share * (1 - share) / max(error**2, 1e-12))
-    return wilson_interval(share * worth, worth, confidence)
+    return wilson_interval(share * worth, worth)
 
 
 def mean_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, *,
-    groups: Sequence[Hashable] | None = None, weights: Sequence[float] | None = None,
+    values: Sequence[float], *, groups: Sequence[Hashable] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Return the interval mean +- z s / sqrt(n) of a mean of dozens of values or more.
 
     Args:
         values: n of them.
-        confidence: coverage, two-sided.
         groups: of each value, such as the prompt of a clip. The deviation is that of the groups'
             sums (Liang and Zeger 1986, eq. 2.3, for a mean), times G / (G - 1). None: none belong
             together.
         weights: of each value in the mean; None: all equal.
     """
-    mean, half = fmean(values, weights), NormalDist().inv_cdf(0.5 + confidence / 2)
-    half *= _mean_error(values, groups or range(len(values)), weights)
+    mean = fmean(values, weights)
+    half = _Z * _mean_error(values, groups or range(len(values)), weights)
     return mean - half, mean + half
 
 
@@ -95,8 +93,8 @@ def _mean_error(
 
 
 def paired_interval(
-    values: Sequence[float], others: Sequence[float], confidence: float = CONFIDENCE, *,
-    groups: Sequence[Hashable] | None = None, draws: int = 2000, seed: int = 0,
+    values: Sequence[float], others: Sequence[float], *,
+    groups: Sequence[Hashable] | None = None,
     weights: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[float, float]:
     """Return the interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979).
@@ -107,16 +105,13 @@ def paired_interval(
     Args:
         values: one for each prompt.
         others: for the same prompts, in the same order.
-        confidence: coverage, two-sided.
-        groups: of each pair; None: none belong together.
-        draws: resamples, each of as many groups as there are.
-        seed: of the draws.
+        groups: of each pair; None: none belong together. Each resample has as many as there are.
         weights: of each value, and of each other value, in the two means; None: all equal.
     """
     changes = np.subtract(values, others)
     names = {name: i for i, name in enumerate(dict.fromkeys(groups or range(len(changes))))}
     of = np.array([names[name] for name in groups or range(len(changes))])
-    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    picks = np.random.default_rng(0).integers(len(names), size=(DRAWS, len(names)))
 
     def drawn(side: Sequence[float] | NDArray[Any], counts: Sequence[float] | None) -> NDArray[Any]:
         sums = np.bincount(of, side if counts is None else np.multiply(side, counts))
@@ -126,5 +121,5 @@ def paired_interval(
         means = drawn(changes, None)
     else:
         means = drawn(values, weights[0]) - drawn(others, weights[1])
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -83,7 +83,10 @@ def assemble(
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
         join_files(stretches, output, sound, recipe, texts, edit.chapters)
-    return Assembled(output, write_texts(edit), recipe, (*notes, *heard))
+    beside = texts_beside(edit)
+    for path, text in beside.items():
+        atomic_write(path, text.encode())
+    return Assembled(output, tuple(beside), recipe, (*notes, *heard))
 
 
 @contextmanager
@@ -115,14 +118,6 @@ def texts_beside(edit: Edit) -> dict[Path, str]:
         return {}
     srt, vtt = (edit.output.with_suffix(suffix) for suffix in TEXT_SUFFIXES)
     return {srt: as_srt(edit.cues), vtt: as_webvtt(edit.cues)}
-
-
-def write_texts(edit: Edit) -> tuple[Path, ...]:
-    """Write a film's texts as SubRip and WebVTT."""
-    made = texts_beside(edit)
-    for path, text in made.items():
-        atomic_write(path, text.encode())
-    return tuple(made)
 
 
 def _matched(

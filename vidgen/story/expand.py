@@ -214,23 +214,16 @@ def _without_place(text: str, path: Path) -> str:
 
 def _check_keys(data: Mapping[str, Any]) -> None:
     """Refuse all keys but those of what is seen and said."""
-    _check_known("script", data)
-    for name in ("project", "characters", "places", "scenes", "shots"):
+    parts = [("script", data), ("project", data.get("project"))]
+    for name in ("characters", "places", "scenes", "shots"):
         value = data.get(name)
-        if name == "project":
-            parts = [value]
-        else:
-            parts = list(value.values()) if isinstance(value, Mapping) else value or []
-        for part in parts if isinstance(parts, list) else []:
-            if isinstance(part, Mapping):
-                _check_known(name, part)
-
-
-def _check_known(where: str, part: Mapping[str, Any]) -> None:
-    for key in part:
-        if key not in _KEYS[where]:
-            raise InputError(f"{where} can't have the key {key[:40]!r} in a draft; "
-                             f"{nearest(key, _KEYS[where])}")
+        listed = list(value.values()) if isinstance(value, Mapping) else value
+        parts += [(name, part) for part in listed] if isinstance(listed, list) else []
+    for where, part in parts:
+        for key in part if isinstance(part, Mapping) else ():
+            if key not in _KEYS[where]:
+                raise InputError(f"{where} can't have the key {key[:40]!r} in a draft; "
+                                 f"{nearest(key, _KEYS[where])}")
 
 
 def _plain(value: Any) -> Any:

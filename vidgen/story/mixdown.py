@@ -69,16 +69,6 @@ class Narrated:
                 "duck_db": DUCK_DB, "duck_down_s": DUCK_DOWN_S, "duck_up_s": DUCK_UP_S}
 
 
-@dataclass(frozen=True)
-class Playing:
-    """Music from sample `first` up to `last`, after which it fades out."""
-
-    shot: Shot
-    music: Music
-    first: int
-    last: int
-
-
 def _files_of(script: Script, shot: Shot) -> list[Path]:
     return [script.file(file) for key, file in files_of(script, shot)
             if key in ("sound", "music", "narration")]
@@ -203,10 +193,12 @@ def mixed(
             heard = True
             _shape(sound, timeline, index)
             _add(bed, sound, timeline.sample(placed.start))
-    for playing in playings(timeline):
-        with located(script.where(playing.shot)):
-            notes += _add_music(bed, script, playing)
-        heard = True
+    for placed, end in music_spans(timeline):
+        music = placed.shot.music
+        if music is not None and music.file not in (None, SILENCE):
+            with located(script.where(placed.shot)):
+                notes += _add_music(bed, script, music, *map(timeline.sample, (placed.start, end)))
+            heard = True
     if narrated is None:
         return (bed if heard else None), notes
     spans = [(each.start_s, each.end_s) for each in narrated.sentences]
@@ -254,28 +246,21 @@ def music_spans(timeline: Timeline) -> Iterator[tuple[Placed, int]]:
         yield placed, timeline.num_frames if following is None else following.start
 
 
-def playings(timeline: Timeline) -> Iterator[Playing]:
-    """Yield the music of a film: each from its shot until the next one begins."""
-    for placed, end in music_spans(timeline):
-        music = placed.shot.music
-        if music is not None and music.file not in (None, SILENCE):
-            yield Playing(placed.shot, music, timeline.sample(placed.start), timeline.sample(end))
-
-
-def _add_music(bed: Samples, script: Script, playing: Playing) -> list[str]:
-    going = min(round(MUSIC_FADE_S * RATE), len(bed) - playing.last)
-    count = playing.last - playing.first + going
-    assert playing.music.file is not None
-    sound, notes = fit_sound(script.file(playing.music.file), count, loop=playing.music.loop,
+def _add_music(bed: Samples, script: Script, music: Music, first: int, last: int) -> list[str]:
+    """Add music from sample `first` up to `last`, after which it fades out; return notes."""
+    going = min(round(MUSIC_FADE_S * RATE), len(bed) - last)
+    count = last - first + going
+    assert music.file is not None
+    sound, notes = fit_sound(script.file(music.file), count, loop=music.loop,
                              repeating="loop: true")
-    _amplify(sound, playing.music.gain_db)
+    _amplify(sound, music.gain_db)
     if not going:  # the film ends with it
         going = min(round(MUSIC_FADE_S * RATE), count // 4)
     sound[count - going :] *= _equal_power(going)[:, None]
-    if playing.first:
+    if first:
         coming = min(round(MUSIC_FADE_S * RATE), count // 4)
         sound[:coming] *= _equal_power(coming)[::-1, None]
-    _add(bed, sound, playing.first)
+    _add(bed, sound, first)
     return notes
 
 

@@ -31,7 +31,8 @@ from opentimelineio.schema import (
 
 from vidgen.media.sound import RATE
 from vidgen.story.edit import Edit
-from vidgen.story.mixdown import playings
+from vidgen.story.mixdown import music_spans
+from vidgen.story.script import SILENCE
 from vidgen.story.store import RenderedShot
 from vidgen.story.timeline import Placed
 
@@ -111,12 +112,15 @@ def _sounds(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
 
 
 def _music(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
-    for playing in playings(edit.timeline):
-        assert playing.music.file is not None
-        path = edit.film.script.file(playing.music.file)
-        facts = {"gain_db": playing.music.gain_db, "loop": playing.music.loop}
-        yield playing.first, Clip(path.stem, _file(path, folder),
-                                  _range(0, playing.last - playing.first, RATE), {"vidgen": facts})
+    for placed, end in music_spans(edit.timeline):
+        music = placed.shot.music
+        if music is None or music.file is None or music.file == SILENCE:
+            continue
+        path = edit.film.script.file(music.file)
+        first, last = map(edit.timeline.sample, (placed.start, end))
+        facts = {"gain_db": music.gain_db, "loop": music.loop}
+        yield first, Clip(path.stem, _file(path, folder), _range(0, last - first, RATE),
+                          {"vidgen": facts})
 
 
 def _narration(edit: Edit) -> Iterator[tuple[int, Clip]]:

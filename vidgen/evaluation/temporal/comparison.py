@@ -246,6 +246,3 @@ def _mean_of_others(kernel: NDArray[np.float64]) -> float:
     """Return the mean of a square matrix without its diagonal."""
     count = len(kernel)
     return float((kernel.sum() - np.trace(kernel)) / (count * (count - 1)))
-
-
-#: Averaged over all frames instead of over clips, as there.
