@@ -109,6 +109,16 @@ def test_every_page_can_be_reached_from_the_readme():
     assert set(PAGES) <= reached
 
 
+def test_pages_that_code_names_exist():
+    named = re.compile(r"\bdocs/[\w/]+\.(?:md|json|webp|png)")
+    folders = ("vidgen", "train", "eval", "configs", "tests", "scripts")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*")
+               if path.suffix in (".py", ".yaml", ".js", ".html", "") and path.is_file()]
+    missing = {(name(path), page) for path in sources for page in named.findall(path.read_text())
+               if not (ROOT / page).exists()}
+    assert missing == set()
+
+
 @each_page
 def test_command_lines_parse(page):
     for words in commands(page):
