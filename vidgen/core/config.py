@@ -10,8 +10,6 @@ as the value of the field that it names, and a field of metadata `ONE` as its on
 
 from __future__ import annotations
 
-import inspect
-import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -235,95 +233,40 @@ def _describe(hint: Any) -> str:
     return "a list" if get_origin(hint) in (tuple, list) else "a mapping"
 
 
-_SCALAR_SCHEMAS: dict[Any, dict[str, Any]] = {
-    bool: {"type": "boolean"}, int: {"type": "integer"}, float: {"type": "number"},
-    str: {"type": "string"}, Path: {"type": "string"}, Fraction: {"type": ["number", "string"]},
-}
-
-
 def json_schema(kind: type, title: str) -> dict[str, Any]:
     """Return the JSON Schema of what `build(kind, ...)` reads; editors complete and check by it.
 
-    Draft 2020-12 (json-schema.org). A field is described by the text in its `Annotated`, or in the
-    docstring's attributes.
+    Draft 2020-12 (json-schema.org). A field is described by the text in its `Annotated`.
 
     Args:
         kind: a dataclass; see `build`.
         title: of the schema.
     """
-    parts: dict[str, Any] = {}
-    _dataclass_schema(kind, parts)
-    own = parts.pop(kind.__name__)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **own,
-            "$defs": dict(sorted(parts.items()))}
+    from pydantic import TypeAdapter
+    from pydantic.json_schema import GenerateJsonSchema
 
+    class Schema(GenerateJsonSchema):
+        """Adds the texts of fields, short forms, and that no other keys are allowed."""
 
-def _dataclass_schema(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
-    """A reference to a dataclass's schema, which is put into `parts`."""
-    reference = {"$ref": f"#/$defs/{kind.__name__}"}
-    if kind.__name__ in parts:
-        return reference
-    parts[kind.__name__] = {}  # known before it is filled, as it may hold itself
-    text, hints = inspect.getdoc(kind) or "", get_type_hints(kind, include_extras=True)
-    described, properties, required = _documented_attributes(text), {}, []
-    for field in fields(kind):
-        if not field.init:
-            continue
-        hint = hints[field.name]
-        if get_origin(hint) is Annotated:
-            hint, described[field.name] = get_args(hint)
-        schema = _hint_schema(hint, parts)
-        if field.metadata.get("one"):
-            schema = _any_of([schema["items"], schema])
-        properties[field.name] = schema | _field_facts(field, described)
-        if field.default is MISSING and field.default_factory is MISSING:
-            required.append(field.name)
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
-    if required:
-        schema["required"] = required
-    short = getattr(kind, "SHORT", None)
-    if short is not None:
-        plain = {k: v for k, v in properties[short].items() if k not in ("default", "description")}
-        schema = _any_of([plain, schema])
-    parts[kind.__name__] = {"description": text.partition("\n")[0], **schema}
-    return reference
+        def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+            made, properties = super().dataclass_schema(schema), {}
+            hints = get_type_hints(schema["cls"], include_extras=True)
+            for name, field in _fields(schema["cls"]).items():
+                part = {key: value for key, value in made["properties"][name].items()
+                        if key != "title" and not (key == "default" and value in (None, []))}
+                if field.metadata.get("one"):
+                    several = {key: part.pop(key) for key in ("type", "items")}
+                    part = {"anyOf": [several["items"], several], **part}
+                if get_origin(hints[name]) is Annotated:
+                    part["description"] = get_args(hints[name])[1]
+                properties[name] = part
+            made |= {"properties": properties, "additionalProperties": False}
+            short = getattr(schema["cls"], "SHORT", None)
+            if short is None:
+                return made
+            plain = {key: value for key, value in properties[short].items()
+                     if key not in ("default", "description")}
+            return {"anyOf": [plain, made], "description": made.pop("description")}
 
-
-def _field_facts(field: Field[Any], described: Mapping[str, str]) -> dict[str, Any]:
-    facts = {}
-    if field.name in described:
-        facts["description"] = described[field.name]
-    if field.default not in (MISSING, None, ()):
-        facts["default"] = dump(field.default)
-    return facts
-
-
-def _documented_attributes(text: str) -> dict[str, str]:
-    """The docstring's section of attributes: name -> words."""
-    _, _, section = text.partition("Attributes:\n")
-    section = re.split(r"\n\n", section)[0]
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in entries}
-
-
-def _hint_schema(hint: Any, parts: dict[str, Any]) -> dict[str, Any]:
-    origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _dataclass_schema(hint, parts)
-    if origin is Literal:
-        return {"enum": list(args)}
-    if origin in (Union, types.UnionType):
-        return _any_of([{"type": "null"} if arg is type(None) else _hint_schema(arg, parts)
-                        for arg in args])
-    if origin in (dict, Mapping):
-        return {"type": "object", "additionalProperties": _hint_schema(args[1], parts)}
-    if origin is tuple and args[-1] is not Ellipsis:
-        items = [_hint_schema(arg, parts) for arg in args]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "items": False}
-    if origin in (tuple, list):
-        return {"type": "array", "items": _hint_schema(args[0], parts)}
-    return dict(_SCALAR_SCHEMAS.get(hint, {}))
-
-
-def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    whole = TypeAdapter(kind).json_schema(schema_generator=Schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": title}
