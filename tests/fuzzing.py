@@ -49,7 +49,7 @@ from vidgen.pipeline.inputs import noise_file, read_mask
 from vidgen.pipeline.journal.job import (
     SEGMENTS,
     job_facts,
-    part_path,
+    part_name,
     read_arrays,
     read_job,
     read_segment,
@@ -91,7 +91,7 @@ def _job_in(folder: Path) -> None:
     problem = job_facts(folder / JOB).get("problem")
     read_job(folder / JOB)
     read_arrays(folder / JOB / "state.safetensors")
-    read_segment(part_path(folder / JOB, SEGMENTS, 0))
+    read_segment(folder / JOB / part_name(SEGMENTS, 0))
     assert not problem, "what is read has no problem"
 
 

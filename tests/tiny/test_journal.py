@@ -28,7 +28,7 @@ from vidgen.pipeline.journal.job import (
     SEGMENTS,
     job_facts,
     job_folder,
-    part_path,
+    part_name,
     progress_text,
     read_job,
     read_segment,
@@ -317,7 +317,7 @@ def test_a_damaged_journal_is_refused_by_file(engine, out, name, damage):
 def test_a_segment_in_another_ones_place_is_refused(engine, out):
     with pytest.raises(KeyboardInterrupt):
         go(engine, out, False).save(out, on_frames=interrupt_behind(32))
-    shutil.copy(part_path(job_folder(out), SEGMENTS, 0), part_path(job_folder(out), SEGMENTS, 1))
+    shutil.copy(job_folder(out) / part_name(SEGMENTS, 0), job_folder(out) / part_name(SEGMENTS, 1))
     with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
         go(engine, out)
 
@@ -325,8 +325,8 @@ def test_a_segment_in_another_ones_place_is_refused(engine, out):
 def test_a_removed_segment_is_made_again(engine, out, straight):
     with pytest.raises(KeyboardInterrupt):
         go(engine, out, False).save(out, on_frames=interrupt_behind(32))
-    first = part_path(job_folder(out), SEGMENTS, 0)
-    shutil.copy(first, part_path(job_folder(out), SEGMENTS, 3))
+    first = job_folder(out) / part_name(SEGMENTS, 0)
+    shutil.copy(first, job_folder(out) / part_name(SEGMENTS, 3))
     first.unlink()
     go(engine, out).save(out)
     assert content(out) == straight

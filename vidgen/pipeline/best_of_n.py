@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
-from vidgen.pipeline.journal.job import TRIED, as_array
+from vidgen.pipeline.journal.job import TRIED
 from vidgen.pipeline.settings import settled_value
 from vidgen.pipeline.tasks import words_alone
 
@@ -181,7 +181,7 @@ def sample_best(
 
     def keep(best: Best) -> None:
         facts = {"window": window, "count": best.count, "score": best.score}
-        journal.keep_arrays(TRIED, {"latents": as_array(best.made)}, facts)
+        journal.keep_arrays(TRIED, {"latents": best.made}, facts)
 
     with loader.use(VERIFIER) as verifier:
         (wants,), enough = wanted(verifier, state, [prompt]), verifier.config.enough

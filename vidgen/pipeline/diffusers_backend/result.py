@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.diffusers_backend.plan import Abilities
-from vidgen.pipeline.journal.job import MADE, as_array
+from vidgen.pipeline.journal.job import MADE
 from vidgen.pipeline.journal.journal import Journal
 
 TILE = 64
@@ -293,7 +293,7 @@ def _packed(value: Any, arrays: dict[str, Any]) -> Any:
         raise TypeError(f"decoding takes a {type(value).__name__}, which can't be written down")
     tensor = value.get_state() if is_generator else value
     name = f"decoding.{len(arrays)}"
-    arrays[name] = as_array(tensor)
+    arrays[name] = tensor
     kind = "generator" if is_generator else str(tensor.dtype).removeprefix("torch.")
     return {"tensor": name, "kind": kind, "device": str(value.device)}
 

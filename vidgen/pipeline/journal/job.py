@@ -183,15 +183,15 @@ def read_job(folder: Path) -> dict[str, Any]:
     return job
 
 
-def part_path(folder: Path, kind: str, index: int) -> Path:
-    """Return the path of a segment (`kind` is `SEGMENTS`) or of a window's latents (`WINDOWS`)."""
-    return folder / kind / f"{index:05d}.safetensors"
+def part_name(kind: str, index: int) -> str:
+    """Return a job's file of a segment (`kind` is `SEGMENTS`) or a window's latents (`WINDOWS`)."""
+    return f"{kind}/{index:05d}.safetensors"
 
 
 def kept_paths(folder: Path, kind: str) -> list[Path]:
     """Return a job's segments or windows up to the first that is missing."""
     paths: list[Path] = []
-    while (path := part_path(folder, kind, len(paths))).is_file():
+    while (path := folder / part_name(kind, len(paths))).is_file():
         paths.append(path)
     return paths
 
@@ -226,9 +226,9 @@ def read_segment(path: Path) -> Segment:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write arrays of any shapes, with JSON data; raise OutputError."""
+    """Write arrays or tensors of any shapes, with JSON data; raise OutputError."""
     text = json.dumps(facts)
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.ascontiguousarray(_as_array(each)) for name, each in arrays.items()}
     facts_of = {"facts": text, "sha256": _digest(whole, text), "name": path.name}
     atomic_write(path, save(whole, facts_of))
 
@@ -284,9 +284,11 @@ def _digest(arrays: Mapping[str, Any], text: str) -> str:
 _HISTORY, _CACHE = "history.", "cache."
 
 
-def as_array(tensor: Tensor) -> Any:
-    """Return a tensor for numpy, which has no bfloat16; float32 holds that exactly."""
-    tensor = tensor.detach().cpu()
+def _as_array(value: Any) -> Any:
+    """Return a tensor as an array; numpy has no bfloat16, which float32 holds exactly."""
+    if isinstance(value, np.ndarray):
+        return value
+    tensor = value.detach().cpu()
     return (tensor.float() if tensor.itemsize < 4 else tensor).numpy()
 
 

@@ -157,9 +157,8 @@ class Journal:
         """Save the last finished window, given all latents so far [1, C, n, h, w]."""
         self._latest = self.state = None
         if self.keeps:
-            path = job.part_path(self.folder, WINDOWS, self.num_windows)
-            new = done[:, :, self._num_done :]
-            self._save_state({"latents": new}, {"until": done.shape[2]}, path)
+            name, new = job.part_name(WINDOWS, self.num_windows), done[:, :, self._num_done :]
+            self.keep_arrays(name, {"latents": new}, {"until": done.shape[2]})
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
@@ -172,10 +171,15 @@ class Journal:
         return None if kept is None else (kept[0]["samples"], kept[1]["rate"])
 
     def keep_arrays(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
-        """Save a file of arrays with JSON data."""
-        if self.keeps:
-            with self._saving():
-                job.write_arrays(self.folder / name, arrays, facts)
+        """Save a file of arrays or tensors with JSON data."""
+        if not self.keeps:
+            return
+        if any(getattr(each, "is_cuda", False) for each in arrays.values()):
+            import torch
+
+            torch.cuda.synchronize()  # the steps that it still computes aren't the save's cost
+        with self._saving():
+            job.write_arrays(self.folder / name, arrays, facts)
 
     def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the arguments of `keep_arrays` of a file, which must hold `names`; or None."""
@@ -188,9 +192,7 @@ class Journal:
         A continued clip has `num_shown` frames already, which aren't written again.
         """
         self._latest, self.latents = None, latents
-        if self.keeps:
-            facts = {"finished": True, "num_shown": num_shown}
-            self._save_state({"latents": latents}, facts, self.folder / STATE)
+        self.keep_arrays(STATE, {"latents": latents}, {"finished": True, "num_shown": num_shown})
 
     def segments(self) -> Iterator[Segment]:
         """Yield the finished segments, from the clip's start."""
@@ -305,23 +307,13 @@ class Journal:
         if self._latest is not None:
             info, self._latest = self._latest, None
             facts = {"step": info.step, "num_steps": info.num_steps, "num_done": self._num_done}
-            self._save_state(job.state_tensors(info.state), facts, self.folder / STATE)
+            self.keep_arrays(STATE, job.state_tensors(info.state), facts)
         pending, self._pending = self._pending, []
         if pending:
             with self._saving():
                 for index, segment in enumerate(pending, self._num_segments):
-                    job.write_segment(job.part_path(self.folder, SEGMENTS, index), segment)
+                    job.write_segment(self.folder / job.part_name(SEGMENTS, index), segment)
             self._num_segments += len(pending)
-
-    def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path) -> None:
-        latents = tensors["latents"]
-        if latents.is_cuda:  # the steps that the device still computes aren't the save's cost
-            import torch
-
-            torch.cuda.synchronize(latents.device)
-        with self._saving():
-            arrays = {name: job.as_array(each) for name, each in tensors.items()}
-            job.write_arrays(path, arrays, facts)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
