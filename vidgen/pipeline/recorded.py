@@ -101,6 +101,11 @@ def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def lora_option(path: Any, record: Mapping[str, Any]) -> str:
+    """Return the option that gives an adapter's file with the weight and expert of its record."""
+    return f"{path}:{record['weight']}" + (f"@{record['expert']}" if record["expert"] else "")
+
+
 def recorded_tiles(plan: Mapping[str, Any]) -> str:
     """Return the option that gives the tiles of a recipe's plan."""
     tiles = plan.get("tiles")
@@ -166,30 +171,24 @@ def own_options(
     if made_of_clips(recipe) is not None:
         return {}
     try:
-        return _own_options(recipe, model, audio)
+        plan, asked = recipe["plan"], recipe.get("request", {})
+        marks = {"label": asked.get("label", "none")}
+        marks |= {"aigc": asked["aigc"]} if "aigc" in asked else {}
+        if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
+            return {"prompt": plan["prompt"], **marks}
+        own = {
+            "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"], **marks,
+            **recorded_sampling(plan),
+            "cache": asked.get("cache"), "readings": asked.get("readings"),
+            "settings": settings_to_go_on(plan, asked.get("settings", {}), sound=audio is None),
+            "lora": [lora_option(lora["path"], lora) for lora in recipe.get("loras", ())],
+        }
+        if "sampler" not in own:  # a scheduler of diffusers, which a command line can't give
+            own["shift"] = None
+        if (plan.get("student") or {}).get("roll"):  # its steps are of no other
+            own["steps"] = None
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"its recipe is damaged ({error}); extend a copy that is whole") from error
-
-
-def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> dict[str, Any]:
-    plan, asked = recipe["plan"], recipe.get("request", {})
-    marks = {"label": asked.get("label", "none")}
-    marks |= {"aigc": asked["aigc"]} if "aigc" in asked else {}
-    if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
-        return {"prompt": plan["prompt"], **marks}
-    own = {
-        "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"], **marks,
-        **recorded_sampling(plan), "cache": asked.get("cache"), "readings": asked.get("readings"),
-        "settings": settings_to_go_on(plan, asked.get("settings", {}), sound=audio is None),
-        "lora": [
-            f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
-            for lora in recipe.get("loras", ())
-        ],
-    }
-    if "sampler" not in own:  # a scheduler of diffusers, which a command line can't give
-        own["shift"] = None
-    if (plan.get("student") or {}).get("roll"):  # its steps are of no other
-        own["steps"] = None
     return {name: value for name, value in own.items() if value not in (None, [], {})}
 
 

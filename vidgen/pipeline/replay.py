@@ -10,8 +10,8 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import zip_longest
@@ -30,12 +30,16 @@ from vidgen.core.runtime import sha256_file
 from vidgen.media.cells import psnr_of
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.sound import read_sound
-from vidgen.media.types import Frames
 from vidgen.media.video_reader import read_frames
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import noise_file
 from vidgen.pipeline.recipe import RECIPE_VERSION
-from vidgen.pipeline.recorded import recorded_readings, recorded_sampling, recorded_tiles
+from vidgen.pipeline.recorded import (
+    lora_option,
+    recorded_readings,
+    recorded_sampling,
+    recorded_tiles,
+)
 from vidgen.pipeline.settings import replayed_settings, without_followers
 from vidgen.weights.layouts import open_model
 
@@ -324,7 +328,7 @@ def _check_given(given: Given, records: Sequence[Record]) -> None:
             raise InputError(f"input {path} does not exist")
         embedded = [record for record in wanted if "content" in record]
         if embedded and len(embedded) == len(wanted) and not any(
-            _find([Path(path)], record["sha256"], _hash_of(record)) for record in embedded
+            _is_at(Path(path), record) for record in embedded
         ):
             raise InputError(_describe(embedded[0], given))
 
@@ -336,66 +340,58 @@ def _is_meant(key: str, record: Record) -> bool:
 
 def _restore(record: Record, place: Path, given: Given) -> Any:
     """Return a picture, path, noise or text for `--lora`; None if it isn't found."""
-    option, digest = record["option"], record.get("sha256")
-    given_here = [Path(path) for key, path in given if _is_meant(key, record)]
+    option = record["option"]
+    places = [Path(path) for key, path in given if _is_meant(key, record)]
     if option == "first_frame_model":
-        return str([record["path"], *given_here][-1])
+        return str([record["path"], *places][-1])
     if "content" in record:
-        content = base64.b64decode(record["content"], validate=True)
-        return _embedded(record, content, place)
-    places = [*given_here, *([Path(record["path"])] if "path" in record else [])]
-    if option == "lora":
-        path = _find(places, digest, hashes_of)
-        expert = f"@{record['expert']}" if record["expert"] else ""
-        return path and f"{path}:{record['weight']}{expert}"
-    path = _find(places, digest, _hash_of(record))
-    return path and (load(path.read_bytes())["latents"] if option == "latents" else str(path))
+        return _embedded(record, place)
+    if "path" in record:
+        places.append(Path(record["path"]))
+    path = next((path for path in places if _is_at(path, record)), None)
+    if path is None:
+        return None
+    if option == "latents":
+        return load(path.read_bytes())["latents"]
+    return lora_option(path, record) if option == "lora" else str(path)
 
 
-def _hash_of(record: Record) -> Callable[[Path], Any]:
-    if "shape" in record:
-        return _pixel_hash
-    return _noise_hash if record["option"] == "latents" else sha256_file
+def _is_at(path: Path, record: Record) -> bool:
+    """Return whether a file is an input, by its pixels, latents, or bytes."""
+    if not path.exists():
+        return False
+    found: Any = None
+    if record["option"] == "lora":
+        found = hashes_of(path)
+    elif "shape" in record:
+        found = hashlib.sha256(load_image(path)[0].tobytes()).hexdigest()
+    elif record["option"] == "latents":
+        with suppress(OSError, SafetensorError, KeyError):
+            latents = load(path.read_bytes())["latents"]
+            found = hashlib.sha256(noise_file(latents)).hexdigest()
+    else:
+        found = sha256_file(path)
+    return found is not None and found == record.get("sha256")
 
 
-def _find(places: Sequence[Path], digest: Any, hash_of: Callable[[Path], Any]) -> Path | None:
-    there = (path for path in places if path.exists())
-    return next((path for path in there if hash_of(path) == digest), None)
-
-
-def _embedded(record: Record, content: bytes, place: Path) -> Any:
-    kept: Any = str(place)
+def _embedded(record: Record, place: Path) -> Any:
+    """Return an embedded picture, noise, or path of a file written at `place`."""
+    content, kept = base64.b64decode(record["content"], validate=True), None
     digest = hashlib.sha256(content).hexdigest()
     if "shape" in record:
-        kept = _pixels(content)
+        with Image.open(io.BytesIO(content)) as image:
+            kept = np.array(image.convert("RGB"))
         digest = hashlib.sha256(kept.tobytes()).hexdigest()
-    elif "path" in record:
-        place = place.with_suffix(Path(record["path"]).suffix)
-        place.write_bytes(content)
-        kept = str(place)
-    else:
-        kept = load(content)["latents"]
     if digest != record["sha256"]:
         raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 {digest}, "
                          f"recorded is {record['sha256']}")
-    return kept
-
-
-def _noise_hash(path: Path) -> str | None:
-    """Return the hash of the latents in a file, or None without any."""
-    try:
-        return hashlib.sha256(noise_file(load(path.read_bytes())["latents"])).hexdigest()
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _pixel_hash(path: Path) -> str:
-    return hashlib.sha256(load_image(path)[0].tobytes()).hexdigest()
-
-
-def _pixels(content: bytes) -> Frames:
-    with Image.open(io.BytesIO(content)) as image:
-        return np.array(image.convert("RGB"))
+    if kept is not None:
+        return kept
+    if "path" not in record:
+        return load(content)["latents"]
+    place = place.with_suffix(Path(record["path"]).suffix)
+    place.write_bytes(content)
+    return str(place)
 
 
 def _describe(record: Record, given: Given) -> str:

@@ -31,7 +31,6 @@ from vidgen.core.runtime import given_rank
 from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import LatentState, moved
 from vidgen.pipeline.codec import decode_latents, room_for
-from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.parallel import ipc
 from vidgen.pipeline.parallel.worker import FAILURE, join_local
 from vidgen.pipeline.workers.seats import LocalCrew
@@ -102,21 +101,16 @@ class Devices:
             raise InputError("these devices are at another clip; generate in turns")
         division = ipc.divide(self.size, self._num_heads, guided=len(contexts) > 1)
         share = ipc.Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
+        theirs, own = share, replace(share, caches=caches)
         if caches is not None:
             self._remembered = {name: each.cpu() for name, each in caches.state().items()}
-            share = replace(share, caches=replace(caches, memories={}, taken=[]),
-                            remembered=self._remembered)
-        ranks = self.channel.ranks(division)
-        with denoisers(
-            loader, plan, state, division.contexts(contexts, 0), loras, level, ranks, caches
-        ) as own:
-            self.order("begin", loader.dtype, loader.offload, moved(share, "cpu"))
-            if caches is not None:
-                remembered = moved(self._remembered, self.channel.device)
-                ipc.tie(caches, self.channel, division, remembered, shard=self.shard)
-            self._sampling = replace(share, caches=caches)
+            own = replace(own, remembered=self._remembered)
+            theirs = replace(own, caches=replace(caches, memories={}, taken=[]))
+        with ipc.shared_denoisers(loader, own, self.channel, shard=self.shard) as made:
+            self.order("begin", loader.dtype, loader.offload, moved(theirs, "cpu"))
+            self._sampling = own
             try:
-                yield _guided(partial(self._velocities, own, division), share)
+                yield _guided(partial(self._velocities, made, division), share)
             finally:
                 self._sampling, self._remembered = None, {}
                 if not self.channel.broken:

@@ -22,13 +22,17 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion.guidance import BRANCHES
+from vidgen.diffusion.state import moved
 from vidgen.ops.parallel import Ranks
+from vidgen.pipeline.denoise import denoisers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from vidgen.core.protocols import Denoise
     from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.state import LatentState
+    from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Contexts, Loras, Plan
 
 TIMEOUT = timedelta(minutes=30)
@@ -134,12 +138,11 @@ class Channel:
                 backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size,
                 timeout=TIMEOUT,
             )
-            self._whole = Ranks(None, device)
-            self._half = self._half_of(size // 2) if size > 2 and size % 2 == 0 else None
-
-    def _half_of(self, count: int) -> Ranks:
-        groups = [dist.new_group(range(first, first + count)) for first in (0, count)]
-        return Ranks(groups[self.rank // count], self.device)
+            self._whole, self._half = Ranks(None, device), None
+            if size > 2 and size % 2 == 0:
+                half = size // 2
+                groups = [dist.new_group(range(first, first + half)) for first in (0, half)]
+                self._half = Ranks(groups[rank // half], device)
 
     def ranks(self, division: Division) -> Ranks | None:
         """Return the ranks that share a sequence with this one, or None."""
@@ -219,24 +222,32 @@ def torchrun_place() -> tuple[dist.Store, int, int]:
     return dist.PrefixStore("vidgen", store), rank, size
 
 
-def tie(
-    caches: StepCaches, channel: Channel, division: Division, remembered: Mapping[str, Tensor], *,
-    shard: bool,
-) -> None:
-    """Make a rank's caches decide as rank 0's do, and restore its part of the memory.
+@contextmanager
+def shared_denoisers(
+    loader: ModelLoader, share: Share, channel: Channel, *, shard: bool
+) -> Iterator[list[Denoise]]:
+    """Yield the model under each context of this rank's group; its caches decide as rank 0's do.
 
-    With sharded weights all ranks run the same blocks at every step, so all of them agree.
+    The caches take their part of the memory of all. With sharded weights all ranks run the same
+    blocks at every step, so all of them agree.
     """
-    assert caches.branches_at is not None
-    branches_at = caches.branches_at
+    division, caches, rank = share.division, share.caches, channel.rank
+    if caches is not None:
+        branches_at = caches.branches_at
+        assert branches_at is not None
 
-    def agree(sigma: float, near: bool) -> bool:
-        by_all = shard or len(branches_at(sigma)) == division.guidance
-        return channel.agreed(near, division, by_all=by_all)
+        def agree(sigma: float, near: bool) -> bool:
+            by_all = shard or len(branches_at(sigma)) == division.guidance
+            return channel.agreed(near, division, by_all=by_all)
 
-    caches.agree = agree
-    caches.memories.clear()
-    caches.restore(remembered, division.branches(channel.rank))
+        caches.agree = agree
+        caches.memories.clear()
+        caches.restore(moved(share.remembered, channel.device), division.branches(rank))
+    with denoisers(
+        loader, share.plan, share.state, division.contexts(share.contexts, rank), share.loras,
+        share.level, channel.ranks(division), caches, branches=division.branches(rank),
+    ) as made:
+        yield made
 
 
 def collect(caches: StepCaches, channel: Channel, division: Division) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from vidgen.core.protocols import OnEvent
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents, room_for
-from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.loader import EXPERTS, ModelLoader
 from vidgen.pipeline.parallel import ipc
 from vidgen.pipeline.types import Offload
@@ -63,16 +62,11 @@ class DeviceWorker:
         """Prepare to denoise a clip."""
         torch.set_num_threads(share.threads)
         loader = self._set_up(dtype, offload)
-        own, channel = moved(share, self._channel.device), self._channel
-        division = self._division = own.division
-        self._caches = own.caches
-        if own.caches is not None:
-            ipc.tie(own.caches, channel, division, own.remembered, shard=self._mesh is not None)
-        self._denoisers = self._sampling.enter_context(denoisers(
-            loader, own.plan, own.state, division.contexts(own.contexts, channel.rank), own.loras,
-            own.level, channel.ranks(division), own.caches,
-            branches=division.branches(channel.rank),
-        ))
+        own = moved(share, self._channel.device)
+        self._division, self._caches = own.division, own.caches
+        self._denoisers = self._sampling.enter_context(
+            ipc.shared_denoisers(loader, own, self._channel, shard=self._mesh is not None)
+        )
 
     @torch.no_grad()
     def denoise(
