@@ -37,7 +37,6 @@ from vidgen.pipeline.diffusers_backend.plan import (
     DiffusersPlan,
     make_diffusers_plan,
     make_scheduler,
-    settle,
 )
 from vidgen.pipeline.diffusers_backend.result import (
     PipelineResult,
@@ -222,17 +221,18 @@ class DiffusersEngine:
     def _settled(
         self, plan: DiffusersPlan, request: Request, able: Abilities, made: PipelineResult
     ) -> DiffusersPlan:
-        """Return the plan with the size and length of the result."""
+        """Return the plan with the size and the frames that the pipeline showed."""
+        shown, kept = made.num_frames, min(plan.kept_frames or made.num_frames, made.num_frames)
         if made.frames is not None:
-            size = made.frames.shape[2], made.frames.shape[1]
+            height, width = made.frames.shape[1:3]
         else:
-            latents = made.decodings[0].latents
-            size = latents.shape[-1] * able.strides.hw, latents.shape[-2] * able.strides.hw
-        plan = settle(plan, *size, made.num_frames)
-        if request.frames is not None and (plan.kept_frames or 0) < request.frames:
-            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, plan.kept_frames,
+            sides = made.decodings[0].latents.shape[-2:]
+            height, width = (side * able.strides.hw for side in sides)
+        if request.frames is not None and kept < request.frames:
+            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, kept,
                         request.frames)
-        return plan
+        return replace(plan, width=width, height=height, num_frames=plan.num_frames or shown,
+                       kept_frames=kept)
 
     def _clip(
         self, plan: DiffusersPlan, recipe: dict[str, Any], able: Abilities, made: PipelineResult,

@@ -9,7 +9,7 @@ import inspect
 import logging
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +97,14 @@ class Abilities:
         defaults: by parameter; `inspect.Parameter.empty` if it is required.
         strides: frames and pixels a side of one latent.
         multiple: pixels a side of one token.
+        length, rate: the parameters of the clip's frames and frame rate, or None.
+        guidance: the parameter that --guidance sets, or None.
+        guider: the component that guides if the call has no parameter for it.
+        is_distilled: whether guidance is an input of the model, so that it has no unguided pass.
         is_image: whether it makes a picture, not a clip.
         has_sound: whether it makes sound along with the picture.
+        cut_frames: cut off its clip, where HunyuanVideo puts the picture first.
+        options: of a request, that it can honour.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -109,8 +115,17 @@ class Abilities:
         self.multiple = self._token_side()
         self.length = next((name for name in _LENGTH if name in self.defaults), None)
         self.rate = next((name for name in _RATE if name in self.defaults), None)
+        has_unguided = (self.defaults.get("true_cfg_scale") or 0) > 1
+        self.is_distilled = "true_cfg_scale" in self.defaults and not has_unguided
+        guidance = "true_cfg_scale" if has_unguided else "guidance_scale"
+        self.guidance = guidance if guidance in self.defaults else None
+        guider = getattr(pipe, "guider", None)
+        guides = self.guidance is None and hasattr(guider, "guidance_scale")
+        self.guider: Any = guider if guides else None
         self.is_image = self.length is None and "video" not in self.defaults
         self.has_sound = any(getattr(pipe, part, None) for part in ("audio_vae", "vocoder"))
+        puts_first = self._config.get("image_condition_type") == "latent_concat"
+        self.cut_frames = self.strides.t if puts_first else 0
         self.options = _ALWAYS | self._options()
 
     def _token_side(self) -> int:
@@ -144,32 +159,6 @@ class Abilities:
         if flow_shift(self.pipe.scheduler) is not None:
             options |= {"sampler", "shift"}
         return options
-
-    @property
-    def is_distilled(self) -> bool:
-        """Whether guidance is an input of the model, so that there is no unguided pass."""
-        return "true_cfg_scale" in self.defaults and not self._has_true_guidance
-
-    @property
-    def _has_true_guidance(self) -> bool:
-        return (self.defaults.get("true_cfg_scale") or 0) > 1
-
-    @property
-    def guidance(self) -> str | None:
-        """The parameter that --guidance sets."""
-        names = ("true_cfg_scale",) if self._has_true_guidance else ("guidance_scale",)
-        return next((name for name in names if name in self.defaults), None)
-
-    @property
-    def guider(self) -> Any:
-        """The component that guides if the call has no parameter for it."""
-        guider = getattr(self.pipe, "guider", None)
-        return guider if self.guidance is None and hasattr(guider, "guidance_scale") else None
-
-    @property
-    def cut_frames(self) -> int:
-        """Frames that the pipeline cuts off its clip, where HunyuanVideo puts the picture first."""
-        return self.strides.t if self._config.get("image_condition_type") == "latent_concat" else 0
 
     def refuse(self, request: Request) -> None:
         """Raise InputError for the first option that can't be honoured, naming those that can."""
@@ -319,13 +308,6 @@ def check_sides(width: int | None, height: int | None, multiple: int) -> None:
     for name, side in (("width", width), ("height", height)):
         if side is not None:
             check_size(name, side, multiple)
-
-
-def settle(plan: DiffusersPlan, width: int, height: int, num_frames: int) -> DiffusersPlan:
-    """Return the plan with the size and the frames that the pipeline showed."""
-    kept = min(plan.kept_frames or num_frames, num_frames)
-    made = plan.num_frames or num_frames
-    return replace(plan, width=width, height=height, num_frames=made, kept_frames=kept)
 
 
 def _first(owner: Any, names: tuple[str, ...]) -> Any:
