@@ -33,21 +33,6 @@ def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
     return _unequal(flattened(_facts(recipe, FACTS)), flattened(_facts(other, FACTS)))
 
 
-def require_same(place: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
-    """Raise InputError with the differences if `new` isn't the recipe `old` of the job `place`."""
-    if old is None:
-        raise InputError(f"{place} tells no recipe, so it may be any clip; choose another "
-                         "name or give --overwrite")
-    differ = decisive_differences(old, new)
-    if differ:
-        without = old.get("kernels") == "none" and new.get("kernels") != "none"
-        how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
-        raise InputError(
-            f"{place} is another clip's: {'; '.join(differ)}; go on with what it was made "
-            f"with{how}, choose another name, or start anew with --overwrite"
-        )
-
-
 def decisive_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the differences that keep a job from resuming: "plan.seed was 7, is 8"."""
     pairs = _unequal(_leaves(_decisive(old)), _leaves(_decisive(new)))

@@ -210,7 +210,9 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
         given = frozenset(record["option"] for record in recipe["inputs"])
         options["settings"] = replayed_settings(plan, options.get("settings", {}), given)
     if recipe["scheduler"]:
-        options["sampler"] = _scheduler(plan["sampler"], recipe["scheduler"])
+        import diffusers
+
+        options["sampler"] = getattr(diffusers, plan["sampler"]).from_config(recipe["scheduler"])
         options.pop("shift", None)
     return options
 
@@ -225,12 +227,6 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
     if kept == plan["num_frames"]:
         return options | {"frames": kept}
     return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed
-
-
-def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    import diffusers
-
-    return getattr(diffusers, name).from_config(config)
 
 
 @dataclass(frozen=True)

@@ -232,12 +232,19 @@ class Journal:
 
     def check(self, recipe: dict[str, Any]) -> None:
         """Raise InputError with the differences if the job or output is of another recipe."""
-        old = self.recipe
-        if old is None and not self.finished:
+        old, place = self.recipe, self.folder if self.unfinished else self.output
+        if old is None:
+            if self.finished:
+                raise InputError(f"{place} tells no recipe, so it may be any clip; choose another "
+                                 "name or give --overwrite")
             return
-        there = self.folder if self.unfinished else self.output
-        assert there is not None
-        recorded.require_same(there, old, recipe)
+        if differ := recorded.decisive_differences(old, recipe):
+            without = old.get("kernels") == "none" and recipe.get("kernels") != "none"
+            how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
+            raise InputError(
+                f"{place} is another clip's: {'; '.join(differ)}; go on with what it was made "
+                f"with{how}, choose another name, or start anew with --overwrite"
+            )
 
     @property
     def _has_result(self) -> bool:

@@ -32,7 +32,7 @@ from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import LatentState, moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.parallel import ipc
-from vidgen.pipeline.parallel.worker import FAILURE, join_local
+from vidgen.pipeline.parallel.worker import FAILURE, LOST, join_local
 from vidgen.pipeline.workers.seats import LocalCrew
 
 if TYPE_CHECKING:
@@ -195,13 +195,25 @@ class Devices:
         except BaseException as error:
             reason = None
             if ipc.is_loss(error):
-                reason = find_failure(self._crew, self.channel.store, GRACE_S)
-                reason = reason or f"the devices lost each other: {error}"
+                reason = self._failure() or f"the devices lost each other: {error}"
             self.channel.broken = True
             self._end()
             if reason is not None:
                 raise DeviceError(reason) from error
             raise
+
+    def _failure(self) -> str | None:
+        """Return the first rank that failed and why; None if none does within `GRACE_S`."""
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until:
+            with suppress(RuntimeError):
+                if self.channel.store.check([FAILURE]):
+                    return self.channel.store.get(FAILURE).decode()
+            for seat, (kind, *details) in self._crew.listen(0):
+                if kind == "lost" and seat.process.returncode != LOST:
+                    return f"device {seat.number} of {self.size} failed: {details[0]}"
+            time.sleep(0.05)
+        return None
 
 
 def start_devices(
@@ -317,17 +329,3 @@ def _dissolve(channel: ipc.Channel, crew: LocalCrew) -> None:
     crew.end(grace_s)
     with suppress(RuntimeError):
         channel.leave()
-
-
-def find_failure(crew: LocalCrew, store: dist.Store, patience_s: float) -> str | None:
-    """Return the first rank that failed and why, within `patience_s` seconds; None if none does."""
-    until = time.monotonic() + patience_s
-    while True:
-        with suppress(RuntimeError):
-            if store.check([FAILURE]):
-                return store.get(FAILURE).decode()
-        for seat, message in crew.listen(0.05):
-            if message[0] == "lost":
-                return f"device {seat.number} of {len(crew.seats) + 1} failed: {message[1]}"
-        if time.monotonic() >= until:
-            return None

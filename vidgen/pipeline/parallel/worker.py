@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -126,8 +127,8 @@ class DeviceWorker:
         return self.loader
 
 
-def serve(channel: ipc.Channel) -> bool:
-    """Follow rank 0's orders until it closes; return False if another rank is gone before."""
+def serve(channel: ipc.Channel) -> int:
+    """Follow rank 0's orders until it closes; return the exit code."""
     worker = DeviceWorker(channel)
     try:
         while True:
@@ -137,12 +138,12 @@ def serve(channel: ipc.Channel) -> bool:
             getattr(worker, order)(*details)
     except BaseException as error:  # rank 0 reports all of them
         if ipc.is_loss(error):
-            return False
+            return LOST
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         channel.store.set(FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
         raise
     channel.leave()
-    return True
+    return 0
 
 
 def join_torchrun() -> None:
@@ -152,12 +153,15 @@ def join_torchrun() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not serve(ipc.Channel(store, rank, size, device, local=False)):
-        sys.exit(LOST)
+    if code := serve(ipc.Channel(store, rank, size, device, local=False)):
+        sys.exit(code)
 
 
 def join_local(place: tuple[int, int, int, str], _tell: OnEvent) -> None:
-    """Serve as a rank of `start_devices`: rank, number of ranks, store's port, kind of device."""
+    """Serve as a rank of `start_devices`: rank, number of ranks, store's port, kind of device.
+
+    The process ends with it, so that the others notice a rank that they wait for in vain.
+    """
     rank, size, port, kind = place
     logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # rank 0 gives the same
@@ -166,5 +170,9 @@ def join_local(place: tuple[int, int, int, str], _tell: OnEvent) -> None:
     if kind == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    if serve(ipc.Channel(store, rank, size, device, local=True)):
-        os._exit(0)  # without the seconds it takes to take down what was imported
+    try:
+        code = serve(ipc.Channel(store, rank, size, device, local=True))
+    except Exception:
+        traceback.print_exc()  # its last line is quoted
+        code = 1
+    os._exit(code)  # without the seconds it takes to take down what was imported

@@ -76,7 +76,7 @@ class Crew(ABC):
             self.seats.append(self._seat(number))
 
     @abstractmethod
-    def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
+    def listen(self, seconds: float) -> Sequence[tuple[Seat, Message]]:
         """Return workers' messages as soon as one comes; ("lost", why) of one that is gone."""
 
     def replace(self, seat: Seat) -> None:
@@ -119,10 +119,10 @@ class LocalCrew(Crew):
             own["CUDA_VISIBLE_DEVICES"] = self._gpus[(number - 1) % len(self._gpus)]
         return LocalSeat(number, self._work, self._threads, own)
 
-    def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
+    def listen(self, seconds: float) -> list[tuple[LocalSeat, Message]]:
         """See `Crew`."""
         waiting = {seat.connection: seat for seat in self.seats}
-        heard: list[tuple[Seat, Message]] = []
+        heard: list[tuple[LocalSeat, Message]] = []
         for connection in wait(list(waiting), seconds):
             assert isinstance(connection, Connection)
             seat = waiting[connection]
