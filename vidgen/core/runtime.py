@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
 
@@ -248,17 +248,22 @@ def best_dtype(device: torch.device) -> str:
 
 
 @contextmanager
-def attention_by(backend: str) -> Iterator[None]:
-    """Have attention's `auto` mean this back end, here and in processes that are begun inside."""
-    before = os.environ.get(ATTENTION_VARIABLE)
-    if backend != "auto":
-        os.environ[ATTENTION_VARIABLE] = backend
+def environment(**variables: str) -> Iterator[None]:
+    """Set variables of the environment inside the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.pop(ATTENTION_VARIABLE, None)
-        if before is not None:
-            os.environ[ATTENTION_VARIABLE] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def attention_by(backend: str) -> AbstractContextManager[None]:
+    """Have attention's `auto` mean this back end, here and in processes that are begun inside."""
+    return environment(**{} if backend == "auto" else {ATTENTION_VARIABLE: backend})
 
 
 def num_devices(device: torch.device) -> int:

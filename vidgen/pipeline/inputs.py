@@ -20,12 +20,14 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
+from vidgen.core.shapes import num_frames_for_seconds, size_for_aspect
 from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.pipeline.codec import as_video
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
+    from vidgen.core.shapes import Strides
     from vidgen.core.values import Fit, Picture
     from vidgen.media.ending import Ending
     from vidgen.media.types import Frames
@@ -60,6 +62,26 @@ class Inputs:
             for picture in self.images.get(option, ()):
                 return picture.shape[1], picture.shape[0]
         return None
+
+    def size(
+        self, request: Request, own: tuple[int, int] | None, multiple: int
+    ) -> tuple[int, int] | None:
+        """Return a clip's (width, height): as requested, or an input's aspect at a model's area."""
+        if request.size is not None or own is None or self.picture_size is None:
+            return request.size or own
+        aspect = self.picture_size[0] / self.picture_size[1]
+        height, width = size_for_aspect(aspect, own[0] * own[1], multiple)
+        return width, height
+
+    def length(self, request: Request, fps: Fraction, strides: Strides) -> tuple[int, int] | None:
+        """Return the frames to generate and to keep; None if neither request nor input says."""
+        seconds = request.seconds
+        if seconds is None and request.frames is not None:
+            return request.frames, request.frames
+        seconds = self.video_seconds if seconds is None else seconds
+        return None if seconds is None else num_frames_for_seconds(
+            float(seconds), float(fps), strides
+        )
 
 
 def read_inputs(request: Request) -> Inputs:

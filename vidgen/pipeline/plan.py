@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import MAX_SECONDS, OWN_AUDIO, Request
-from vidgen.core.shapes import (
-    LatentShape,
-    Strides,
-    Tiles,
-    VideoShape,
-    num_frames_for_seconds,
-    size_for_aspect,
-)
+from vidgen.core.shapes import LatentShape, Tiles, VideoShape
 from vidgen.core.values import parse_readings
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
@@ -40,7 +33,6 @@ from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.inputs import Inputs
     from vidgen.weights.family import ModelDefaults
     from vidgen.weights.folder import ModelFolder, StudentConfig
 
@@ -83,16 +75,15 @@ def make_plan(
     elif sampler not in SAMPLERS:
         raise OptionError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}", "sampler")
     fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
-    num_frames, kept = _length(
-        request, defaults, fps, strides, inputs.video_seconds if inputs else None
-    )
-    width, height = _size(
-        request, defaults, strides.hw * patch, inputs.picture_size if inputs else None
-    )
+    read = inputs or Inputs()
+    own_length = defaults.num_frames, defaults.num_frames
+    num_frames, kept = read.length(request, fps, strides) or own_length
+    own_size = defaults.width, defaults.height
+    width, height = read.size(request, own_size, strides.hw * patch) or own_size
     shape = VideoShape(num_frames, height, width).latent(strides, vae.latent_channels, patch=patch)
     _check_stills(request, fps, kept)
-    if inputs is not None and inputs.ending is not None:
-        _check_beginning(inputs.ending.frames_at(fps), request, fps, kept)
+    if read.ending is not None:
+        _check_beginning(read.ending.frames_at(fps), request, fps, kept)
     if kept > MAX_SECONDS * fps and not request.roll:
         raise InputError(f"{kept} frames at {float(fps):g} frames a second last "
                          f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
@@ -179,19 +170,6 @@ def _reference_scale(request: Request, folder: ModelFolder, devices: int | None)
     return scale if request.reference else 0.0
 
 
-def _length(
-    request: Request, defaults: ModelDefaults, fps: Fraction, strides: Strides,
-    video_seconds: float | None,
-) -> tuple[int, int]:
-    if request.seconds is not None:
-        return num_frames_for_seconds(float(request.seconds), float(fps), strides)
-    if request.frames is not None:
-        return request.frames, request.frames
-    if video_seconds is not None:
-        return num_frames_for_seconds(video_seconds, float(fps), strides)
-    return defaults.num_frames, defaults.num_frames
-
-
 def _check_stills(request: Request, fps: Fraction, kept: int) -> None:
     """Refuse a known frame that the clip doesn't have, and two pictures for one frame."""
     known = [0] * request.begins_with_image + [kept - 1] * (request.last_image is not None)
@@ -209,19 +187,6 @@ def _check_stills(request: Request, fps: Fraction, kept: int) -> None:
     if twice:
         raise InputError(f"two pictures are given for frame {min(twice)}; give one of them, by "
                          "image, last_image or frame")
-
-
-def _size(
-    request: Request, defaults: ModelDefaults, multiple: int, picture: tuple[int, int] | None
-) -> tuple[int, int]:
-    if request.size is not None:
-        return request.size
-    if picture is not None:
-        height, width = size_for_aspect(
-            picture[0] / picture[1], defaults.width * defaults.height, multiple
-        )
-        return width, height
-    return defaults.width, defaults.height
 
 
 def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:

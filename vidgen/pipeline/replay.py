@@ -206,7 +206,13 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
     options, plan = _asked(recipe), recipe["plan"]
     options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
-        options = {name: v for name, v in options.items() if name != "seconds"} | _pinned(plan)
+        options |= recorded_sampling(plan) | {
+            "size": (plan["width"], plan["height"]), "fps": plan["fps"],
+            "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
+        }
+        kept, is_whole = plan["kept_frames"], plan["kept_frames"] == plan["num_frames"]
+        options["frames"] = kept if is_whole else None
+        options["seconds"] = None if is_whole else float(kept / Fraction(plan["fps"]))  # trimmed
         given = frozenset(record["option"] for record in recipe["inputs"])
         options["settings"] = replayed_settings(plan, options.get("settings", {}), given)
     if recipe["scheduler"]:
@@ -215,18 +221,6 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
         options["sampler"] = getattr(diffusers, plan["sampler"]).from_config(recipe["scheduler"])
         options.pop("shift", None)
     return options
-
-
-def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a plan of our own families."""
-    kept = plan["kept_frames"]
-    options = recorded_sampling(plan) | {
-        "size": (plan["width"], plan["height"]), "fps": plan["fps"],
-        "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
-    }
-    if kept == plan["num_frames"]:
-        return options | {"frames": kept}
-    return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import DEFAULTS, Request
-from vidgen.core.shapes import (
-    Strides,
-    check_num_frames,
-    check_size,
-    num_frames_for_seconds,
-    size_for_aspect,
-)
+from vidgen.core.shapes import Strides, check_num_frames, check_size
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.types import draw_seed
 
@@ -318,26 +312,18 @@ def _length(
     request: Request, inputs: Inputs, able: Abilities, fps: Fraction
 ) -> tuple[int | None, int | None]:
     """Return the frames to generate and to keep."""
-    own, cut = able.default_frames(), able.cut_frames
-    if request.seconds is not None or (request.frames is None and inputs.video_seconds is not None):
-        seconds = inputs.video_seconds if request.seconds is None else request.seconds
-        made, kept = num_frames_for_seconds(float(seconds or 0), float(fps), able.strides)
-        return made + cut, kept
-    if request.frames is None:
+    own, known = able.default_frames(), inputs.length(request, fps, able.strides)
+    if known is None:
         return own, None
-    if own is None or (own - 1) % able.strides.t == 0:  # else its lengths follow another rule
+    follows_strides = own is None or (own - 1) % able.strides.t == 0  # else another rule
+    if request.seconds is None and request.frames is not None and follows_strides:
         check_num_frames(request.frames, able.strides)
-    return request.frames + cut, request.frames
+    return known[0] + able.cut_frames, known[1]
 
 
 def _size(request: Request, inputs: Inputs, able: Abilities) -> tuple[int | None, int | None]:
-    own, picture = able.default_size(), inputs.picture_size
     if request.size is not None:
         check_sides(*request.size, able.multiple)
-        return request.size
-    if "height" not in able.defaults:
+    elif "height" not in able.defaults:
         return None, None
-    if picture is not None and own is not None:
-        height, width = size_for_aspect(picture[0] / picture[1], own[0] * own[1], able.multiple)
-        return width, height
-    return own or (None, None)
+    return inputs.size(request, able.default_size(), able.multiple) or (None, None)

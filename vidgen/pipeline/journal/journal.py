@@ -254,7 +254,11 @@ class Journal:
         resumes = self.resume and self.unfinished
         self.check(recipe)
         if resumes:
-            self._check_output()
+            assert self.output is not None
+            self.overwrite |= job.read_job(self.folder)["overwrite"]
+            if self.output.exists() and not self.overwrite:
+                raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
+                                  "move it away, or give --overwrite to start anew")
         self._due_s = time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
@@ -294,13 +298,6 @@ class Journal:
     def _taken(self) -> OutputError:
         return OutputError(f"{self.output} is being made by another process; wait for it, or "
                            "choose another name")
-
-    def _check_output(self) -> None:
-        assert self.output is not None
-        self.overwrite |= job.read_job(self.folder)["overwrite"]
-        if self.output.exists() and not self.overwrite:
-            raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
-                              "move it away, or give --overwrite to start anew")
 
     def _count_segments(self) -> None:
         kept = job.counted_paths(self.folder, SEGMENTS)

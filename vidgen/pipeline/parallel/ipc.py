@@ -6,10 +6,9 @@ minutes: a key in the rendezvous store wakes a rank, then a broadcast carries th
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import environment
 from vidgen.diffusion.guidance import BRANCHES
 from vidgen.diffusion.state import moved
 from vidgen.ops.parallel import Ranks
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that doesn't answer, though it runs, ends the others."""
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -133,7 +134,7 @@ class Channel:
         self.owed = False  # a rank has yet to send a result, and receives no order before
         self._count = 0
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with _on_loopback() if local else nullcontext():
+        with environment(**dict.fromkeys(_INTERFACES, _LOOPBACK) if local else {}):
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size,
                 timeout=TIMEOUT,
@@ -198,22 +199,6 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Make groups inside the block communicate over the loopback device."""
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, _LOOPBACK))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def torchrun_place() -> tuple[dist.Store, int, int]:

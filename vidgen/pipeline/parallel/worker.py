@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 
+CPU = torch.device("cpu")
 FAILURE = "failure"
 """Key of the rendezvous store at which a rank leaves the reason why it failed."""
 LOST = 3
@@ -146,13 +147,15 @@ def serve(channel: ipc.Channel) -> int:
     return 0
 
 
+def _device(index: int) -> torch.device:
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def join_torchrun() -> None:
     """Serve as a rank of torchrun until the end."""
     store, rank, size = ipc.torchrun_place()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = _device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else CPU
     if code := serve(ipc.Channel(store, rank, size, device, local=False)):
         sys.exit(code)
 
@@ -166,10 +169,7 @@ def join_local(place: tuple[int, int, int, str], _tell: OnEvent) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # rank 0 gives the same
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=ipc.TIMEOUT)
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+    device = _device(rank) if kind == "cuda" else CPU
     try:
         code = serve(ipc.Channel(store, rank, size, device, local=True))
     except Exception:

@@ -18,7 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,17 +70,6 @@ def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent) -> It
         yield from _Foreman(queue, crew, staff.patience, tell).outcomes()
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Work that is a function of a module, without events."""
-
-    function: Callable[[Any], Any]
-
-    def __call__(self, payload: Any, _tell: OnEvent) -> Any:
-        """Return the function's result for one payload."""
-        return self.function(payload)
-
-
 def results_of(
     function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: OnEvent
 ) -> Iterator[tuple[Key, Any]]:
@@ -97,11 +87,16 @@ def results_of(
     if not payloads:
         return
     keys = list(payloads)
+    staff = Staff(min(workers, len(keys)))
     jobs = (Job(str(number), payloads[key], name=str(key)) for number, key in enumerate(keys))
-    for outcome in run_jobs(jobs, Call(function), Staff(min(workers, len(keys))), tell):
+    for outcome in run_jobs(jobs, partial(_call, function), staff, tell):
         if outcome.error is not None:
             raise outcome.error
         yield keys[int(outcome.job.key)], outcome.result
+
+
+def _call(function: Callable[[Any], Any], payload: Any, _tell: OnEvent) -> Any:
+    return function(payload)
 
 
 def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREADS) -> Staff:
