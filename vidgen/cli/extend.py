@@ -51,13 +51,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.ending import read_ending
     from vidgen.media.write import CONTAINERS, check_format, require_sound
-    from vidgen.pipeline.recorded import (
-        lengthened,
-        made_of_clips,
-        own_options,
-        rate_of_still,
-        with_own_options,
-    )
+    from vidgen.pipeline import recorded
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
 
@@ -78,7 +72,7 @@ def run(args: Namespace, report: Report) -> int:
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
     recipe = ending.recipe
-    if recipe is not None and made_of_clips(recipe) is not None:
+    if recipe is not None and recorded.made_of_clips(recipe) is not None:
         recipe = None  # it goes on as any other clip does
     given = given_options(args)
     del given["seconds"]  # of the added part
@@ -86,7 +80,8 @@ def run(args: Namespace, report: Report) -> int:
     loading = given_options(args, Loading)
     if recipe is not None:
         try:
-            given = with_own_options(given, own_options(recipe, args.model, args.audio))
+            own = recorded.own_options(recipe, args.model, args.audio)
+            given = recorded.with_own_options(given, own)
             model = recipe["model"].get("source") or recipe["model"]["name"]
         except InputError as error:
             raise InputError(f"{args.clip}: {error}") from None
@@ -102,8 +97,8 @@ def run(args: Namespace, report: Report) -> int:
         given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
         report.note(f"seed {given['seed']}")
     if num_frames == 1 and isinstance(folder := open_model(chosen.model), ModelFolder):
-        fps = rate_of_still(recipe, folder)
-    length = lengthened(args.clip, num_frames, fps, args.seconds)
+        fps = recorded.rate_of_still(recipe, folder)
+    length = recorded.lengthened(args.clip, num_frames, fps, args.seconds)
     with resumable([journal], report):
         return _make(given | length, size, chosen, output, journal, report)
 

@@ -23,7 +23,6 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import MODEL, OUTPUT, Loading, Request, silenced
 
 if TYPE_CHECKING:
-    from vidgen.cli.outputs import OutputJournal
     from vidgen.media.clip import Clip
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
@@ -56,25 +55,16 @@ def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     request = Request(**given_options(args))
 
-    from vidgen.cli.outputs import (
-        OutputJournal,
-        choose_seed,
-        clip_facts,
-        clip_seeds,
-        is_faulty,
-        journals_of_outputs,
-        output_names,
-        resumable,
-    )
+    from vidgen.cli import outputs
 
     if args.output == PIPE:
         return _into_pipe(request, args, report)
     if request.seed is None:
-        request = request.replace(seed=choose_seed(args, request, report))
-    paths = output_names(args.output, request)
+        request = request.replace(seed=outputs.choose_seed(args, request, report))
+    paths = outputs.output_names(args.output, request)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
         request = request.replace(**silenced(request.settings))  # none is made for nobody to hear
-    journals = journals_of_outputs(paths, args, report, request.prompt)
+    journals = outputs.journals_of_outputs(paths, args, report, request.prompt)
 
     import torch
 
@@ -86,10 +76,10 @@ def run(args: Namespace, report: Report) -> int:
     share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
         loading = loading.replace(offload="stage")  # nothing is left that would need a network
-    with resumable(journals, report):
+    with outputs.resumable(journals, report):
         engine = load(**loading.model_dump())
 
-        def hooks(kept: list[OutputJournal]) -> dict[str, Any]:
+        def hooks(kept: list[outputs.OutputJournal]) -> dict[str, Any]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
             shown = (lambda p: write_preview(p, kept[p.clip - 1].output)) if args.preview else None
             return {
@@ -98,7 +88,7 @@ def run(args: Namespace, report: Report) -> int:
                 "on_preview": shown,
             }
 
-        seeds, spare = clip_seeds(request, journals)
+        seeds, spare = outputs.clip_seeds(request, journals)
         if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
             made = engine.generate(request, **hooks(journals))
             clips = made if isinstance(made, list) else [made]
@@ -111,15 +101,16 @@ def run(args: Namespace, report: Report) -> int:
             clip, number = clips[index], (index + 1, len(paths))
             if not journals[index].is_done:
                 report.save(clip, path, number, overwrite=journals[index].overwrite)
-            while is_faulty(clip) and (seed := next(further, None)) is not None:
+            while outputs.is_faulty(clip) and (seed := next(further, None)) is not None:
                 report.note(f"{path} has a fault; trying seed {seed}")
                 seeds[index] = seed
-                journals[index] = OutputJournal(path, report, overwrite=True)
+                journals[index] = outputs.OutputJournal(path, report, overwrite=True)
                 again = request.replace(seed=seed, count=1)
                 clip = one_clip(engine.generate(again, **hooks(journals[index : index + 1])))
                 report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
-            results.append(clip_facts(clip, path, seeds[index], report, strict=request.strict))
+            results.append(outputs.clip_facts(clip, path, seeds[index], report,
+                                              strict=request.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)

@@ -125,9 +125,7 @@ def verb_parser(verb: str, words: Sequence[str] = ()) -> tuple[ModuleType, Parse
     return module, parser_of(module, f"vidgen {verb}", words, is_long=verb in LONG)
 
 
-def parser_of(
-    module: Any, prog: str, words: Sequence[str] = (), *, is_long: bool = True
-) -> Parser:
+def parser_of(module: Any, prog: str, words: Sequence[str] = (), *, is_long: bool = True) -> Parser:
     """Return the parser of a module with options like a verb's; long ones take `--events`."""
     from vidgen.cli.options import Parser
 

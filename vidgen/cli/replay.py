@@ -92,27 +92,24 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     parser = Parser(prog="vidgen generate", description="")
     generate.add_arguments(parser)
     actions = {action.dest: action for action in parser._actions}
-    defaults = {
-        name: field.default for name, field in FIELDS.items()
-        if name in (*actions, *_PLAIN) and name not in _NOT_SET
-    }
-    options, settings = dict[str, Any](), dict[str, Any]()
-    words = ["-"]
+    known = [name for name in FIELDS if name in (*actions, *_PLAIN) and name not in _NOT_SET]
+    options, settings, words, given = dict[str, Any](), dict[str, Any](), ["-"], set[str]()
     for key, value in pairs:
         name = key.replace("-", "_")
         if name in SETTINGS:
             settings |= parse_settings(f"{name}={value}") if value else {name: None}
-            continue
-        if name not in defaults:
-            known = (*defaults, *SETTINGS)
-            raise InputError(f"unknown option {key!r}; {nearest(name, known, CALLED)}")
-        if name not in _PLAIN and value:
+        elif name not in known:
+            hint = nearest(name, (*known, *SETTINGS), CALLED)
+            raise InputError(f"unknown option {key!r}; {hint}")
+        elif name in _PLAIN or not value:
+            options[name] = value if value or name == "prompt" else FIELDS[name].default
+            given.discard(name)
+        else:
             flag = "--" + name.replace("_", "-")
             is_pair = actions[name].nargs == 2
             words += [flag, *value.split(",")] if is_pair else [f"{flag}={value}"]
-        options[name] = value if name == "prompt" or value else defaults[name]
+            given.add(name)
     parsed = vars(parser.parse(words))
-    given = [name for name, value in options.items() if value and name not in _PLAIN]
     options |= {name: parsed[name] for name in given}
     return options | ({"settings": settings} if settings else {})
 

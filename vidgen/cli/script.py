@@ -49,8 +49,7 @@ def add_arguments(parser: Parser) -> None:
     add("--schema", action="store_true", help="print the JSON Schema of scripts")
     add("--only", action="append", default=[], metavar="SHOT",
         help="render this shot and what it needs, and no film; may be repeated")
-    add("--draft", action="store_true",
-        help="small, in few steps and one take, to FILM-draft.mp4")
+    add("--draft", action="store_true", help="small, in few steps and one take, to FILM-draft.mp4")
     add("--overwrite", action="store_true",
         help="replace an existing film; start shots that were stopped anew")
     add("--storyboard", action="store_true",

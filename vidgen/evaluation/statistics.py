@@ -38,9 +38,7 @@ def wilson_interval(correct: float, total: float) -> tuple[float, float]:
     return low, high
 
 
-def rate_interval(
-    outcomes: Sequence[bool], groups: Sequence[Hashable]
-) -> tuple[float, float]:
+def rate_interval(outcomes: Sequence[bool], groups: Sequence[Hashable]) -> tuple[float, float]:
     """Return Wilson's interval of a share whose outcomes come in groups of similar ones.
 
     Outcomes are worth as many independent ones as have their deviation, p (1 - p) / s^2, at most

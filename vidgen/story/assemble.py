@@ -163,9 +163,7 @@ def _parts(
     return parts
 
 
-def _written(
-    edit: Edit, reels: Reels, pieces: Sequence[Piece], folder: Path
-) -> list[Stretch]:
+def _written(edit: Edit, reels: Reels, pieces: Sequence[Piece], folder: Path) -> list[Stretch]:
     """Encode the pieces that can't be copied; return the film's stretches of files, in order."""
     stretches: list[Stretch] = []
     try:
@@ -185,9 +183,7 @@ def _written(
     return stretches
 
 
-def _sound(
-    edit: Edit, shots: Sequence[RenderedShot]
-) -> tuple[SoundTrack | None, list[str]]:
+def _sound(edit: Edit, shots: Sequence[RenderedShot]) -> tuple[SoundTrack | None, list[str]]:
     film, timeline = edit.film, edit.timeline
     samples, notes = mixed(timeline, [each.path for each in shots], edit.narrated)
     if samples is None:

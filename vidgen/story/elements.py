@@ -278,8 +278,7 @@ class Project:
         "settings of shots that have none of their own"] = field(default_factory=Defaults)
     finish: Annotated[
         Finish, "settings by which shots become one film"] = field(default_factory=Finish)
-    drafted_from: Annotated[
-        Draft | None, "origin of a script that a language model drafted"] = None
+    drafted_from: Annotated[Draft | None, "origin of a script that a language model drafted"] = None
 
 
 def check_text(name: str, text: str) -> None:

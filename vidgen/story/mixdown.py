@@ -21,17 +21,7 @@ import numpy as np
 from vidgen.core.errors import InputError, located
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
-from vidgen.media.mix import (
-    DUCK_DB,
-    DUCK_DOWN_S,
-    DUCK_UP_S,
-    SEAM_S,
-    at_length,
-    fade,
-    fit_sound,
-    lay_over,
-    rise,
-)
+from vidgen.media import mix
 from vidgen.media.sound import RATE, SoundReader, read_sound, room
 from vidgen.media.speech import PAUSE_S, Sentence, Voice, open_voice, spoken
 from vidgen.media.subtitles import Cue
@@ -66,7 +56,7 @@ class Narrated:
     def facts(self) -> dict[str, Any]:
         """The recipe's entries, as for a clip."""
         return {"voice": list(self.voices), "sentences": [asdict(s) for s in self.sentences],
-                "duck_db": DUCK_DB, "duck_down_s": DUCK_DOWN_S, "duck_up_s": DUCK_UP_S}
+                "duck_db": mix.DUCK_DB, "duck_down_s": mix.DUCK_DOWN_S, "duck_up_s": mix.DUCK_UP_S}
 
 
 def _files_of(script: Script, shot: Shot) -> list[Path]:
@@ -151,9 +141,7 @@ def _begin(timeline: Timeline, placed: Placed, said: Narration, free: float | No
     return begin
 
 
-def _voiced(
-    script: Script, said: Narration, voices: dict[str, Voice]
-) -> tuple[str, Voice | None]:
+def _voiced(script: Script, said: Narration, voices: dict[str, Voice]) -> tuple[str, Voice | None]:
     """Return a text as `spoken` takes it, and its voice, which is opened once."""
     if said.text.startswith(OWN_FILE):
         path = script.file(Path(said.text.removeprefix(OWN_FILE)))
@@ -202,12 +190,10 @@ def mixed(
     if narrated is None:
         return (bed if heard else None), notes
     spans = [(each.start_s, each.end_s) for each in narrated.sentences]
-    return lay_over(bed if heard else None, narrated.samples, spans), notes
+    return mix.lay_over(bed if heard else None, narrated.samples, spans), notes
 
 
-def _of_shot(
-    timeline: Timeline, placed: Placed, path: Path
-) -> tuple[Samples | None, list[str]]:
+def _of_shot(timeline: Timeline, placed: Placed, path: Path) -> tuple[Samples | None, list[str]]:
     """Return a shot's sound [n, c], as long as the shot, and notes."""
     count = timeline.sample(placed.end) - timeline.sample(placed.start)
     asked = placed.shot.sound
@@ -215,11 +201,11 @@ def _of_shot(
         own = read_sound(path)
         if own is None:
             return None, []
-        sound = at_length(*own, count)
+        sound = mix.at_length(*own, count)
         _amplify(sound, 0.0 if asked is None else asked.gain_db)
         return sound, []
-    sound, notes = fit_sound(timeline.script.file(asked.file), count, loop=asked.loop,
-                             repeating="loop: true")
+    sound, notes = mix.fit_sound(timeline.script.file(asked.file), count, loop=asked.loop,
+                                 repeating="loop: true")
     _amplify(sound, asked.gain_db)
     return sound, notes
 
@@ -227,16 +213,16 @@ def _of_shot(
 def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
     """Fade a shot's sound in and out with its picture, in place."""
     before, after = timeline.faded(index)
-    seam = min(round(SEAM_S * RATE), len(sound) // 4)
+    seam = min(round(mix.SEAM_S * RATE), len(sound) // 4)
     coming, going = (min(timeline.sample(frames), len(sound)) for frames in (before, after))
     if coming:
         sound[:coming] *= _equal_power(coming)[::-1, None]
     elif index:
-        rise(sound, 0, seam)
+        mix.rise(sound, 0, seam)
     if going:
         sound[len(sound) - going :] *= _equal_power(going)[:, None]
     elif index < len(timeline.shots) - 1:
-        fade(sound, len(sound) - seam, len(sound))
+        mix.fade(sound, len(sound) - seam, len(sound))
 
 
 def music_spans(timeline: Timeline) -> Iterator[tuple[Placed, int]]:
@@ -251,8 +237,8 @@ def _add_music(bed: Samples, script: Script, music: Music, first: int, last: int
     going = min(round(MUSIC_FADE_S * RATE), len(bed) - last)
     count = last - first + going
     assert music.file is not None
-    sound, notes = fit_sound(script.file(music.file), count, loop=music.loop,
-                             repeating="loop: true")
+    sound, notes = mix.fit_sound(script.file(music.file), count, loop=music.loop,
+                                 repeating="loop: true")
     _amplify(sound, music.gain_db)
     if not going:  # the film ends with it
         going = min(round(MUSIC_FADE_S * RATE), count // 4)

@@ -72,9 +72,7 @@ def pieces_of(
     return pieces
 
 
-def _unmarked(
-    section: Section, burnt: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
+def _unmarked(section: Section, burnt: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield the frames [first, last) of a section between those that bear texts."""
     at = section.first
     for first, last in burnt[bisect_right(burnt, at, key=lambda each: each[1]) :]:

@@ -80,8 +80,7 @@ class Shot(Defaults):
     narration: Annotated[
         tuple[Narration, ...], "spoken text"] = field(default=(), metadata=ONE | called("say"))
     music: Annotated[Music | None, "from here on"] = None
-    caption: Annotated[
-        tuple[Caption, ...], "text in the picture"] = field(default=(), metadata=ONE)
+    caption: Annotated[tuple[Caption, ...], "text in the picture"] = field(default=(), metadata=ONE)
 
     def __post_init__(self) -> None:
         if not self.prompt:

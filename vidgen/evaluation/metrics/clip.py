@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vidgen.evaluation.metrics import vbench
 from vidgen.evaluation.metrics.appearance import (
     IdentityDrift,
     color_feature,
@@ -33,17 +34,6 @@ from vidgen.evaluation.metrics.motion import (
     interpolate,
 )
 from vidgen.evaluation.metrics.registry import PROXY
-from vidgen.evaluation.metrics.vbench import (
-    DYNAMIC_TOP,
-    STATIC_TOP,
-    Consistency,
-    camera_motions,
-    camera_target,
-    is_static,
-    normalise,
-    stillness,
-    top_speed,
-)
 from vidgen.media.cells import Looker
 from vidgen.media.read import fit
 from vidgen.media.trackers import STILL, Drifts
@@ -113,15 +103,16 @@ class _Originals:
     ) -> None:
         self._networks, self._target = networks, target
         self._consistencies = {
-            dimension: (getattr(networks, feature), Consistency())
+            dimension: (getattr(networks, feature), vbench.Consistency())
             for dimension, feature in _FEATURES.items() if feature in networks
         }  # fmt: skip
         self._likenesses = {} if image is None else {
-            dimension: (feature := getattr(networks, name), Consistency(feature(image, given=True)))
+            dimension: (feature := getattr(networks, name),
+                        vbench.Consistency(feature(image, given=True)))
             for dimension, (network, name) in _IMAGE_FEATURES.items() if network in networks
         }  # fmt: skip
         self._moves = SampledMotion(
-            lambda a, b: top_speed(networks.raft(a, b), DYNAMIC_TOP), fps
+            lambda a, b: vbench.top_speed(networks.raft(a, b), vbench.DYNAMIC_TOP), fps
         ) if "raft" in networks else None  # fmt: skip
         self._smooth = Smoothness(networks.amt) if "amt" in networks else None
         self._speeds: list[float] = []
@@ -152,7 +143,7 @@ class _Originals:
         self._before = frame
 
     def _static_speed(self, one: Frames, other: Frames) -> float:
-        return top_speed(self._networks.raft(one, other), STATIC_TOP)
+        return vbench.top_speed(self._networks.raft(one, other), vbench.STATIC_TOP)
 
     def figures(self, changes: list[float]) -> Figures:
         found: Figures = {"camera_motion": None} if "cotracker" in self._networks else {}
@@ -162,15 +153,15 @@ class _Originals:
             found["dynamic_degree"] = self._moves.score
             pair = (self._first, self._before)
             ends = [self._static_speed(*way) for way in (pair, pair[::-1])]
-            static = is_static(self._speeds, ends, min(self._first.shape[:2]))
-            found["temporal_flickering"] = stillness(changes) if static else None
+            static = vbench.is_static(self._speeds, ends, min(self._first.shape[:2]))
+            found["temporal_flickering"] = vbench.stillness(changes) if static else None
         if self._smooth:
             found["motion_smoothness"] = self._smooth.score
         if self._keeps:
             tracks = self._networks.cotracker(np.stack(self._all))
             short = min(self._all[0].shape[:2])
             found["camera_motion"] = float(
-                self._target in camera_motions(tracks[0], tracks[-1], short)
+                self._target in vbench.camera_motions(tracks[0], tracks[-1], short)
             )
         return found
 
@@ -200,7 +191,7 @@ def measure_clip(
     for frame in frames:
         if parts is None:
             check_flow_size(*frame.shape[:2])
-            parts = _Parts(flows, rate, frame, image, networks, camera_target(prompt))
+            parts = _Parts(flows, rate, frame, image, networks, vbench.camera_target(prompt))
         parts.feed(frame)
     if parts is None or parts.num_frames < 2:
         return Measured({}, [], 0 if parts is None else 1, False, [])
@@ -225,7 +216,7 @@ class _Parts:
             "subject": gradient_feature, "background": color_feature,
         }  # fmt: skip
         self._features = [
-            (kind, feature, Consistency(None if small is None else feature(small)))
+            (kind, feature, vbench.Consistency(None if small is None else feature(small)))
             for kind, feature in features.items()
         ]
         self._identity = IdentityDrift()
@@ -235,8 +226,8 @@ class _Parts:
         )  # fmt: skip
 
     def _speed(self, one: Frames, other: Frames) -> float:
-        return top_speed(self._flows.flow(self._flows.grey(one), self._flows.grey(other)),
-                         DYNAMIC_TOP)  # fmt: skip
+        flow = self._flows.flow(self._flows.grey(one), self._flows.grey(other))
+        return vbench.top_speed(flow, vbench.DYNAMIC_TOP)
 
     def feed(self, frame: Frames) -> None:
         working = self._flows.working(frame)
@@ -260,7 +251,8 @@ class _Parts:
             stand_ins[f"{kind}_consistency"] = consistency.score
             stand_ins[f"i2v_{kind}"] = consistency.image_score
         changes = self._plain.changes
-        stand_ins["temporal_flickering"] = stillness(changes) if self._motion.static else None
+        still = vbench.stillness(changes) if self._motion.static else None
+        stand_ins["temporal_flickering"] = still
         stand_ins["motion_smoothness"] = self._smooth.score
         stand_ins["dynamic_degree"] = self._moves.score
         camera = self._motion.camera
@@ -269,7 +261,8 @@ class _Parts:
         )
         speed = self._motion.speed or 0.0
         dynamic = speed >= MOVING_SIDES
-        steady = [normalise(n, value) for n in _STEADY if (value := stand_ins[n]) is not None]
+        known = ((name, stand_ins[name]) for name in _STEADY)
+        steady = [vbench.normalise(name, value) for name, value in known if value is not None]
         figures: Figures = {
             **(self._originals.figures(changes) if self._originals else {}),
             **{PROXY + name: value for name, value in stand_ins.items()},

@@ -42,9 +42,7 @@ class FlowEstimator:
 
     def __init__(self) -> None:
         self._cv2 = opencv()
-        self._search: Any = self._cv2.DISOpticalFlow_create(
-            self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM
-        )
+        self._search: Any = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def working(self, frame: Frames) -> Frames:
         """Return a frame [H, W, 3] averaged down to a short side of 256 pixels at most."""

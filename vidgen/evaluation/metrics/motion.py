@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vidgen.evaluation.metrics import vbench
 from vidgen.evaluation.metrics.flow import (
     Flow,
     FlowEstimator,
@@ -19,17 +20,6 @@ from vidgen.evaluation.metrics.flow import (
     occluded,
     sample_flow,
     warp_error,
-)
-from vidgen.evaluation.metrics.vbench import (
-    CAMERA_GRID,
-    DYNAMIC_TOP,
-    STATIC_TOP,
-    camera_motions,
-    is_dynamic,
-    is_static,
-    sampling_step,
-    stillness,
-    top_speed,
 )
 from vidgen.media.types import Frames
 
@@ -143,14 +133,14 @@ class MotionMeter:
 
     def _speed_since_look(self) -> float:
         """Return the fastest twentieth's speed since the last look, in short sides per second."""
-        pixels = top_speed(self._flows.flow(self._looked_at, self._grey), DYNAMIC_TOP)
+        pixels = vbench.top_speed(self._flows.flow(self._looked_at, self._grey), vbench.DYNAMIC_TOP)
         seconds = (self._index - self._last_look) / self._fps
         return float(pixels / min(self._grey.shape) / seconds)
 
     def _begin_grid(self, height: int, width: int) -> None:
         """Place the points that follow the camera, a 20th of the side away from the edges."""
-        xs = np.linspace(0.05 * width, 0.95 * width, CAMERA_GRID)
-        ys = np.linspace(0.05 * height, 0.95 * height, CAMERA_GRID)
+        xs = np.linspace(0.05 * width, 0.95 * width, vbench.CAMERA_GRID)
+        ys = np.linspace(0.05 * height, 0.95 * height, vbench.CAMERA_GRID)
         self._grid = np.stack(np.meshgrid(xs, ys), axis=-1)
         self._grid_home = self._grid.copy()
 
@@ -164,7 +154,7 @@ class MotionMeter:
             self._errors.append(error)
         self._hidden.append(float(hidden.mean()))
         self._residues.append(_mean_change(fetched, before))
-        self._static_speeds.append(top_speed(flow, STATIC_TOP))
+        self._static_speeds.append(vbench.top_speed(flow, vbench.STATIC_TOP))
         if self._flow is not None:
             self._add_flicker(frame, self._flow, flow)
         self.tracks.advance(flow, self._flows.widened(hidden))
@@ -192,13 +182,14 @@ class MotionMeter:
     def static(self) -> bool:
         """Whether the clip passes the static filter, by this flow."""
         pair = (self._first, self._grey)
-        ends = [top_speed(self._flows.flow(*way), STATIC_TOP) for way in (pair, pair[::-1])]
-        return is_static(self._static_speeds, ends, min(self._grey.shape))
+        flows = (self._flows.flow(*way) for way in (pair, pair[::-1]))
+        ends = [vbench.top_speed(flow, vbench.STATIC_TOP) for flow in flows]
+        return vbench.is_static(self._static_speeds, ends, min(self._grey.shape))
 
     @property
     def camera(self) -> list[str]:
         """The camera's motion, by VBench's rules on points that the flow carries."""
-        return camera_motions(self._grid_home, self._grid, min(self._grey.shape))
+        return vbench.camera_motions(self._grid_home, self._grid, min(self._grey.shape))
 
     def finish(self) -> None:
         """End the clip; one that is shorter than the time between looks is looked at now."""
@@ -230,7 +221,7 @@ class SampledMotion:
     """
 
     def __init__(self, speed_between: Any, fps: float) -> None:
-        self._speed_between, self._step = speed_between, sampling_step(fps)
+        self._speed_between, self._step = speed_between, vbench.sampling_step(fps)
         self._index = 0
         self._before: Frames | None = None
         self._speeds: list[float] = []
@@ -247,7 +238,7 @@ class SampledMotion:
     @property
     def score(self) -> float | None:
         """1 if the clip is dynamic, 0 if not; None without a pair."""
-        return float(is_dynamic(self._speeds, self._short)) if self._speeds else None
+        return float(vbench.is_dynamic(self._speeds, self._short)) if self._speeds else None
 
 
 class Smoothness:
@@ -272,7 +263,7 @@ class Smoothness:
     @property
     def score(self) -> float | None:
         """(255 - mean absolute difference) / 255; None for under three frames."""
-        return stillness(self._changes)
+        return vbench.stillness(self._changes)
 
 
 def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:

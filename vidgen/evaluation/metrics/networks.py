@@ -184,9 +184,7 @@ def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:
 
         picture = Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)
         return tensor(np.array(picture))
-    return F.interpolate(
-        tensor(frame), size, mode="bicubic", align_corners=False, antialias=True
-    )  # fmt: skip
+    return F.interpolate(tensor(frame), size, mode="bicubic", align_corners=False, antialias=True)
 
 
 def _short_side(frame: Frames, side: int) -> tuple[int, int]:
@@ -203,9 +201,7 @@ def centre(picture: Tensor, side: int) -> Tensor:
     return picture[..., top : top + side, left : left + side]
 
 
-def normalised(
-    picture: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]
-) -> Tensor:
+def normalised(picture: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
     """Return [1, 3, H, W], 0 to 255, at the scale that the network learned."""
     shape = (1, 3, 1, 1)
     return (picture / 255 - torch.tensor(mean).view(shape)) / torch.tensor(deviation).view(shape)

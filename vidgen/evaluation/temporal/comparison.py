@@ -188,9 +188,7 @@ def _compared(
             "pairs": len(ones), "prompts": apart, "verdict": verdict}  # fmt: skip
 
 
-def _headline(
-    steadiness: Mapping[str, Any] | None, shared: int, moving: int, unlike: int
-) -> str:
+def _headline(steadiness: Mapping[str, Any] | None, shared: int, moving: int, unlike: int) -> str:
     if not shared or steadiness is None:
         return "no pair of clips; only the two sets have distances"
     still = f"; {shared - moving} of {shared} pairs have a clip that doesn't move"
@@ -201,9 +199,7 @@ def _headline(
     return verdict + (still if moving < shared else "") + (differ if unlike else "")
 
 
-def frechet_distance(
-    ones: Features, others: Features, least: int | None = None
-) -> float | None:
+def frechet_distance(ones: Features, others: Features, least: int | None = None) -> float | None:
     """Return the distance of two sets of features as of Gaussians (Dowson and Landau 1982).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5). With features of I3D it is FVD
