@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults import ForkServer
+from tests.warm import cold, start_warm
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +48,20 @@ def server() -> Iterator[ForkServer]:
     """Forks processes that have everything imported."""
     with ForkServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_starts(request: pytest.FixtureRequest) -> None:
+    """Fork programs instead of starting them, but in the full-size runs."""
+    if sys.platform == "linux" and "not long" in request.config.option.markexpr:
+        start_warm()
+
+
+@pytest.fixture(scope="module")
+def real_starts() -> Iterator[None]:
+    """Start the programs of a module's tests as users do."""
+    with cold():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

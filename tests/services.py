@@ -99,7 +99,7 @@ class Served:
                 command = (stat.parent / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if int(words[1]) == self.process.pid and len(command) > 2:
+            if int(words[1]) == self.process.pid and len(command) > 2 and command[2]:
                 found[command[2].decode()] = int(stat.parent.name)
         return found
 
@@ -137,12 +137,14 @@ class Served:
                     yield name, json.loads(line.removeprefix("data: "))
 
 
-def wait_for(is_true: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+def wait_for(
+    is_true: Callable[[], bool], patience_s: float = PATIENCE_S, every_s: float = 0.05
+) -> None:
     """Wait until something holds."""
     until = time.monotonic() + patience_s
     while not is_true():
         assert time.monotonic() < until, "it never came true"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def is_alive(pid: int) -> bool:

@@ -13,7 +13,7 @@ from tests.soaking import soak
 from vidgen.media.clip import Clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-LONG = {"num_inference_steps": 200, "num_frames": 33, "seed": 3}
+LONG = {"num_inference_steps": 120, "num_frames": 33, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def frames(served, job, path):
 
 def test_killed_while_it_denoises_it_goes_on_there(served, tmp_path):
     job, waiting = served.create(**LONG), served.create("a cat", seed=1)
-    wait_for(is_at_step(served, job, 60))
+    wait_for(is_at_step(served, job, 30))
     children = served.children()
     assert set(children) == {"vidgen.pipeline.workers.process"}
     served.kill()
@@ -68,11 +68,11 @@ def test_killed_while_it_denoises_it_goes_on_there(served, tmp_path):
 
 def test_a_film_killed_goes_on_in_the_shot_at_work(served, tmp_path):
     shots = [{"id": "one", "prompt": "a cat", "frames": 9, "steps": 2},
-             {"id": "two", "prompt": "a red car", "frames": 17, "steps": 200}]
+             {"id": "two", "prompt": "a red car", "frames": 17, "steps": 120}]
     film = served.http.post("/v1/films", json={"script": {"shots": shots}}).json()
     kept = served.data / "films" / film["id"]
     for name, data in served.events(f"/v1/films/{film['id']}/events"):
-        if name == "progress" and data["shot"] == "two" and (data["step"] or 0) >= 60 and (
+        if name == "progress" and data["shot"] == "two" and (data["step"] or 0) >= 30 and (
             any(kept.rglob("state.safetensors"))
         ):
             break
@@ -96,23 +96,17 @@ def test_a_film_killed_goes_on_in_the_shot_at_work(served, tmp_path):
     assert np.array_equal(*made)
 
 
-def test_told_to_stop_it_puts_the_job_by(served):
+def test_told_to_stop_it_puts_the_job_by_and_the_process_at_work_may_be_killed(served):
     job = served.create(**{**LONG, "num_frames": 49})  # not done before it is looked at
     wait_for(is_at_step(served, job, 20))
     assert served.stop() == 0
     served.start()
     assert first_step(served, job) >= 20
-    done = served.finished(job["id"])
-    assert (done["status"], done["resumed"]) == ("completed", 1)
-
-
-def test_the_process_at_work_killed(served):
-    job = served.create(**LONG)
-    wait_for(is_at_step(served, job, 20))
+    assert served.video(job["id"])["resumed"] == 1
     os.kill(served.children()["vidgen.pipeline.workers.process"], signal.SIGKILL)
     assert served.http.get("/health").status_code == 200
-    wait_for(lambda: served.video(job["id"])["status"] == "queued")
-    wait_for(lambda: served.video(job["id"])["resumed"] == 1)
+    wait_for(lambda: served.video(job["id"])["status"] == "queued", every_s=0.0)
+    wait_for(lambda: served.video(job["id"])["resumed"] == 2)
     assert served.finished(job["id"])["status"] == "completed"
     assert served.finished(served.create("a cat")["id"])["status"] == "completed"
 

@@ -53,10 +53,8 @@ def browser(tmp_path_factory):
         browser.close()
 
 
-@contextmanager
-def opened(browser, served, **options):
-    """A page of its own; whatever it complains of or asks of others fails the test."""
-    context = browser.new_context(**options)
+def watched(context, served):
+    """A page, and what it complains of or asks of others."""
     context.set_default_timeout(PATIENCE_MS)
     page, wrong = context.new_page(), []
     page.on("console", lambda told: told.type == "error" and wrong.append(told.text)
@@ -65,6 +63,14 @@ def opened(browser, served, **options):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda asked: asked.url.startswith((served.url, "data:", "blob:"))
             or wrong.append(f"an outside request: {asked.url}"))
+    return page, wrong
+
+
+@contextmanager
+def opened(browser, served, **options):
+    """A page of its own; whatever it complains of or asks of others fails the test."""
+    context = browser.new_context(**options)
+    page, wrong = watched(context, served)
     page.goto(served.url)
     page.locator(".composer").wait_for()
     yield page
@@ -72,10 +78,26 @@ def opened(browser, served, **options):
     assert wrong == []
 
 
+@pytest.fixture(scope="module")
+def window(browser, served):
+    """One page for most tests: a new one for each is most of their time."""
+    context = browser.new_context()
+    yield watched(context, served)
+    context.close()
+
+
 @pytest.fixture
-def page(browser, served):
-    with opened(browser, served) as page:
-        yield page
+def page(window, served):
+    page, wrong = window
+    wrong.clear()
+    page.goto(served.url)
+    page.locator(".composer").wait_for()
+    yield page
+    page.unroute_all()
+    page.evaluate("localStorage.clear(), sessionStorage.clear()")
+    page.goto("about:blank")  # where nothing acts any more
+    page.context.clear_cookies()
+    assert wrong == []
 
 
 def make(page, prompt, **fields):
