@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import ForkServer
-from tests.warm import cold, start_warm
+from tests.warm import HARNESS, PRODUCT, start_warm
 
 
 @pytest.fixture(scope="session")
@@ -52,16 +52,10 @@ def server() -> Iterator[ForkServer]:
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_starts(request: pytest.FixtureRequest) -> None:
-    """Fork programs instead of starting them, but in the full-size runs."""
-    if sys.platform == "linux" and "not long" in request.config.option.markexpr:
-        start_warm()
-
-
-@pytest.fixture(scope="module")
-def real_starts() -> Iterator[None]:
-    """Start the programs of a module's tests as users do."""
-    with cold():
-        yield
+    """Fork programs instead of starting them; in the full-size runs only the tests' own."""
+    if sys.platform == "linux":
+        is_short = "not long" in request.config.option.markexpr
+        start_warm(HARNESS | PRODUCT if is_short else HARNESS)
 
 
 @pytest.fixture(scope="session", autouse=True)

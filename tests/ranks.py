@@ -1,16 +1,17 @@
-"""Several gloo ranks for a test: forked from a server that has imported all once, so cheap."""
+"""Several gloo ranks for a test: forked by `warm` from a process that has imported all of it."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from importlib import import_module
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ import torch.distributed as dist
 
 from vidgen.core.errors import VidgenError
 
+ROOT = Path(__file__).parents[1]
 
-def forking_context() -> ForkServerContext:
-    """A context whose server imports once, as it starts, all that ranks of any test file use."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.velocity", "tests.ranks", "deepspeed"])
-    return context
+
+def start_rank(call: Callable[..., None], *args: Any) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A process that calls `call(*args, answer)`, and the other end of the pipe `answer`."""
+    ours, theirs = Pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.ranks", str(theirs.fileno())], cwd=ROOT,
+        pass_fds=[theirs.fileno()], env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    theirs.close()
+    ours.send(sys.path)  # which test files are found by
+    ours.send((call, args))
+    return process, ours
 
 
 def run_ranks(
@@ -39,24 +48,19 @@ def run_ranks(
         timeout_s: after this they count as hanging.
         launched: don't make the group, but leave the environment that torchrun gives.
     """
-    context = forking_context()
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    children = [
-        context.Process(target=_run, args=(store.port, rank, size, launched, call, args, pipe[1]))
-        for rank, pipe in enumerate(pipes)
-    ]
+    ranks = [start_rank(_run, store.port, rank, size, launched, call, args)
+             for rank in range(size)]
     try:
-        for child in children:
-            child.start()
         answers = []
-        for ours, _ in pipes:
-            assert ours.poll(timeout_s), "the ranks hang"
-            answers.append(ours.recv())
+        for _, answer in ranks:
+            assert answer.poll(timeout_s), "the ranks hang"
+            answers.append(answer.recv())
     finally:
-        for child in children:
+        for child, answer in ranks:
             child.kill()
-            child.join()
+            child.wait()
+            answer.close()
     failures = [text for _, text in answers if text]
     assert not failures, "\n".join(failures)
     return [answer for answer, _ in answers]
@@ -102,22 +106,20 @@ class Launch:
     """
 
     def __init__(self, size: int, folder: Path, call: Callable[..., Any], *args: Any) -> None:
-        context = forking_context()
         self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(size)]
-        self.ranks = [
-            context.Process(target=_speak, args=(self.store.port, rank, size, log, call, args))
-            for rank, log in enumerate(self.logs)
-        ]
-        for rank in self.ranks:
-            rank.start()
+        started = [start_rank(_speak, self.store.port, rank, size, log, call, args)
+                   for rank, log in enumerate(self.logs)]
+        self.ranks = [process for process, _ in started]
+        self._pipes = [pipe for _, pipe in started]
 
     def codes(self, timeout_s: float) -> list[int | None]:
         """Exit codes of all ranks; None of one that has not left by then, which is killed."""
         until = time.monotonic() + timeout_s
         for rank in self.ranks:
-            rank.join(max(0.0, until - time.monotonic()))
-        codes = [rank.exitcode for rank in self.ranks]
+            with suppress(subprocess.TimeoutExpired):
+                rank.wait(max(0.0, until - time.monotonic()))
+        codes = [rank.poll() for rank in self.ranks]
         self.kill()
         return codes
 
@@ -126,11 +128,12 @@ class Launch:
         for rank in self.ranks:
             rank.kill()
         for rank in self.ranks:
-            rank.join()
+            rank.wait()
 
 
 def _speak(
-    port: int, rank: int, size: int, log: Path, call: Callable[..., Any], args: tuple[Any, ...]
+    port: int, rank: int, size: int, log: Path, call: Callable[..., Any], args: tuple[Any, ...],
+    _answer: Connection,
 ) -> None:
     os.environ.update(launch_environment(port, rank, size))
     torch.set_num_threads(1)
@@ -145,3 +148,15 @@ def _speak(
         code = error.exit_code
     sys.stderr.flush()
     os._exit(code)
+
+
+def follow_order(answer: Connection) -> None:
+    """Make the call that comes by a pipe."""
+    sys.path[:] = answer.recv()
+    call, args = answer.recv()
+    call(*args, answer)
+
+
+if __name__ == "__main__":
+    # Calls are pickled as this module's, not as __main__'s.
+    import_module("tests.ranks").follow_order(Connection(int(sys.argv[1])))

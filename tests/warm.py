@@ -3,7 +3,7 @@
 `start_warm` lets `subprocess.Popen` fork `python -m PROGRAM` from a process, the stem, that has
 imported all of `vidgen`. The new process is a child of its parent, with the command line, working
 directory, environment and files of a real start; a program that starts others has a stem of its
-own. Starts with code after `-c`, another environment for libraries or a `preexec_fn` stay real ones.
+own. Starts with another environment for libraries or a `preexec_fn` stay real ones.
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from pkgutil import walk_packages
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"vidgen", "vidgen.pipeline.workers.process", "vidgen.pipeline.parallel.worker",
-            "tests.faults", "torch.distributed.run", "train.toybox.dit", "train.toybox.vae",
-            "train/finetune.py"}  # fmt: skip
-STARTERS = {"vidgen", "torch.distributed.run"}
+HARNESS = frozenset({"tests.faults", "tests.ranks"})
+PRODUCT = frozenset({
+    "vidgen", "vidgen.pipeline.workers.process", "torch.distributed.run", "eval.toybox",
+    "deepspeed.launcher.runner", "deepspeed.launcher.launch", "train.toybox.dit",
+    "train.toybox.vae", "train/finetune.py",
+})  # fmt: skip
+STARTERS = {"vidgen", "torch.distributed.run", "deepspeed.launcher.runner",
+            "deepspeed.launcher.launch", "eval.toybox"}  # fmt: skip
 """Programs that start others."""
-LEARNING = ("peft", "torch.distributed.elastic.multiprocessing.errors")
+ZERO = ("deepspeed", "torch._inductor.compile_fx", "torch._functorch.partitioners", "networkx")
 LIBRARIES = {
     "": ("torch.distributed.tensor", "torch.distributed.fsdp", "uvicorn"),
-    "torch.distributed.run": ("torch.distributed.run",), "vidgen train": LEARNING,
-    "train/finetune.py": LEARNING, "train.toybox.vae": ("train.toybox.vae",),
-    "train.toybox.dit": ("train.toybox.dit",), "tests.faults": ("tests.fuzzing",),
+    "torch.distributed.run": ("torch.distributed.run",), "vidgen train": ("peft",),
+    "deepspeed.launcher.runner": ("deepspeed.launcher.runner", "deepspeed.launcher.launch", *ZERO),
+    "train/finetune.py": ("peft",), "train.toybox.vae": ("train.toybox.vae",),
+    "train.toybox.dit": ("train.toybox.dit",), "eval.toybox": ("eval.toybox.judge",),
+    "tests.faults": ("tests.fuzzing",),
+    "tests.ranks": ("tests.ranks", "tests.velocity", *ZERO),
 }
-"""What a stem imports before it forks any program, or the first of these."""
+"""Imported before the first program is forked, and before the first with these words."""
 AT_IMPORT = ("GOMP", "HF_", "KMP", "LANG", "LC_", "LD_", "MKL", "OMP", "OPENBLAS", "PYTHON",
              "TRANSFORMERS", "VIDGEN_NATIVE")  # fmt: skip
 """Beginnings of environment variables that libraries read as they are imported."""
@@ -55,19 +63,21 @@ class Stem:
     """This process's side of the stem, which is started with the first program.
 
     Args:
+        programs: that are forked.
         link: to a stem that runs; None: start one.
     """
 
-    def __init__(self, link: socket.socket | None = None) -> None:
-        self._link, self._owner, self._lock = link, os.getpid(), threading.Lock()
+    def __init__(self, programs: frozenset[str], link: socket.socket | None) -> None:
+        self._programs, self._link = programs, link
+        self._owner, self._lock = os.getpid(), threading.Lock()
         self.is_paused = False
 
     def can_start(self, args: Any, env: dict[str, str] | None) -> bool:
         """Whether a command line may be forked."""
-        if self.is_paused or os.getpid() != self._owner or isinstance(args, str | bytes | Path):
+        if self.is_paused or os.getpid() != self._owner or not isinstance(args, list | tuple):
             return False
         words = [os.fspath(word) for word in args]
-        if words[0] != sys.executable or _split(words)[0] not in PROGRAMS:
+        if words[0] != sys.executable or _split(words)[0] not in self._programs:
             return False
         mine, other = _read_at_import(dict(_environment())), _read_at_import(env or os.environ)
         return mine == other
@@ -92,10 +102,10 @@ class Stem:
 _stem: Stem | None = None
 
 
-def start_warm(link: socket.socket | None = None) -> None:
-    """Fork programs from here on."""
+def start_warm(programs: frozenset[str], link: socket.socket | None = None) -> None:
+    """Fork some programs from here on."""
     global _stem  # noqa: PLW0603
-    _stem = Stem(link)
+    _stem = Stem(programs, link)
     subprocess.Popen._execute_child = _execute_child
 
 
@@ -112,9 +122,9 @@ def cold() -> Iterator[None]:
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
     """The program of `python [-u] [-m] PROGRAM ...` and what follows it; "" of another line."""
-    rest = words[2:] if words[1] == "-u" else words[1:]
-    rest = rest[1:] if rest[0] == "-m" else rest
-    return rest[0], rest[1:]
+    rest = words[2:] if words[1:2] == ["-u"] else words[1:]
+    rest = rest[1:] if rest[:1] == ["-m"] else rest
+    return (rest[0], rest[1:]) if rest else ("", [])
 
 
 def _environment() -> dict[str, str]:
@@ -126,29 +136,24 @@ def _read_at_import(env: Any) -> dict[str, str]:
             if name.startswith(AT_IMPORT) and name != "PYTHONPATH"}
 
 
-def _execute_child(
-    self: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Any,
-    cwd: Any, env: Any, startupinfo: Any, creationflags: Any, shell: bool, p2cread: int,
-    p2cwrite: int, c2pread: int, c2pwrite: int, errread: int, errwrite: int, *rest: Any,
-) -> None:
-    """Stand for the method of `Popen`, whose arguments these are."""
-    given = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
-             creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
-    _, gid, gids, uid, umask, new_session, group = rest
-    usual = (None, None, False, None, None, None, -1, -1)
+def _execute_child(self: Any, *given: Any) -> None:
+    """Stand for the method of `Popen`, with its arguments."""
+    args, executable, preexec_fn, close_fds, pass_fds, cwd, env, _, _, shell = given[:10]
+    pipes, (_, gid, gids, uid, umask, new_session, group) = given[10:16], given[16:]
+    usual = (None, None, True, False, None, None, None, -1, -1)
     assert _stem is not None
-    if (executable, preexec_fn, shell, gid, gids, uid, umask, group) != usual or (
-        not close_fds or not _stem.can_start(args, env)
+    if (executable, preexec_fn, close_fds, shell, gid, gids, uid, umask, group) != usual or (
+        not _stem.can_start(args, env)
     ):
-        _REAL(self, *given, *rest)
+        _REAL(self, *given)
         return
-    pipes = (p2cread, c2pwrite, errwrite)
-    files = {number: number if pipe == -1 else pipe for number, pipe in enumerate(pipes)}
+    files = {number: number if pipe == -1 else pipe
+             for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))}
     files |= {number: number for number in pass_fds}
     self.pid = _stem.start([os.fspath(word) for word in args], cwd and os.fspath(cwd),
                            dict(os.environ if env is None else env), files, new_session=new_session)
     self._child_created = True
-    self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+    self._close_pipe_fds(*pipes)
 
 
 def _start_stem() -> socket.socket:
@@ -170,9 +175,10 @@ def _serve(link: socket.socket) -> NoReturn:
         order, files, *_ = socket.recv_fds(link, 1 << 20, 64)
         if not order:
             os._exit(0)  # without the seconds it takes to take down what was imported
-        program, words = _split(pickle.loads(order)[0])
-        for name in LIBRARIES.get(" ".join((program, *words[:1])), LIBRARIES.get(program, ())):
-            import_module(name)
+        words = set(pickle.loads(order)[0])
+        for name in chain(*(names for key, names in LIBRARIES.items() if {*key.split()} <= words)):
+            with suppress(ImportError):  # of a library that is not installed
+                import_module(name)
         told, tell = os.pipe()
         hold, go = os.pipe()
         between = os.fork()
@@ -223,7 +229,7 @@ def _become(order: tuple[Any, ...], files: list[int], hold: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _show(args)
     if kept is not None:
-        start_warm(socket.socket(fileno=kept))
+        start_warm(PRODUCT, socket.socket(fileno=kept))
     _run(program, words)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests import faults
 from tests.services import Served, png, wait_for
+from tests.warm import cold
 from vidgen.cli.main import main
 
 
@@ -112,7 +113,7 @@ def test_a_key_has_so_many_requests_under_way(tiny_model, tmp_path, capsys):
 
 
 def test_the_embedded_model_is_served_with_its_page(tmp_path):
-    with Served(Path("toybox"), tmp_path / "data") as served:
+    with cold(), Served(Path("toybox"), tmp_path / "data") as served:  # as users start it
         assert "<title>vidgen studio</title>" in served.http.get("/").text
         made = served.finished(served.create(num_frames=5, num_inference_steps=2)["id"])
         assert (made["status"], made["model"], made["size"]) == ("completed", "toybox", "128x128")

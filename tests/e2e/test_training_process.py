@@ -80,7 +80,7 @@ def finish(folder: Path, run: Path, engine: str | None) -> None:
 
 def test_a_dead_rank_stops_the_others_with_the_reason(tmp_path):
     launch = Launch(2, tmp_path, learn, tmp_path / "run", 3)
-    launch.ranks[1].join(LIMIT_S)
+    launch.ranks[1].wait(LIMIT_S)
     died = time.monotonic()
     assert launch.codes(60)[0] == 1
     assert time.monotonic() - died < 60
