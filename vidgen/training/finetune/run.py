@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,9 @@ class Monitor:
         record["mfu"] = flops_per_s / self._peak
 
 
+@cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square product here and now: what MFU is measured against."""
+    """FLOPs a second of a large square product, timed once: what MFU is measured against."""
     side = _SIDE.get(device.type, 1024)
     a = torch.ones(side, side, device=device, dtype=dtype)
     times = []
