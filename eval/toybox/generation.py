@@ -24,7 +24,7 @@ from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.rolling import RolledClip
+from vidgen.pipeline.long.rolling import rolled_videos
 from vidgen.pipeline.settings import own_value
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
@@ -91,8 +91,8 @@ def sampled(
 def _rolled(engine: Engine, plan: Plan) -> Tensor:
     made = list[Tensor]()
     context = text_contexts(engine, plan, read_prompts(engine, [plan.prompt]))[0]
-    clip = RolledClip(engine, plan, Request(prompt=plan.prompt), Inputs(), NO_LORAS, context)
-    for frames in clip.videos():
+    request = Request(prompt=plan.prompt)
+    for frames in rolled_videos(engine, plan, request, Inputs(), NO_LORAS, context):
         made.append(frames.float().clamp(-1, 1).cpu())
         if sum(part.shape[2] for part in made) >= plan.num_frames:
             break

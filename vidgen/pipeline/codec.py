@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,14 +20,11 @@ from torch import Tensor
 from vidgen.core.runtime import write_error
 from vidgen.core.shapes import Tiles
 from vidgen.models.vae_tiles import Room, decode_in_tiles, encode_in_tiles
-from vidgen.pipeline.settings import own_value, settled_value
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.media.types import Frames
     from vidgen.models.vae import CausalVAE
     from vidgen.pipeline.loader import ModelLoader
-    from vidgen.weights.folder import ModelFolder
 
 IN_MEMORY = 64_000_000
 """Bytes that stay in memory; more are put into an unnamed file."""
@@ -39,23 +36,6 @@ BACK_SHARE = 0.5
 
 
 @torch.no_grad()
-def encoding_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
-    """Return the fields of a plan that say how given pictures become latents.
-
-    Raises:
-        InputError: a first frame can't be refined by this model.
-    """
-    is_refined = "refine" in folder.defaults.settings
-    why = None if is_refined else "this model takes first frames as they are encoded"
-    return {"refine_steps": int(settled_value("refine", request, folder, why)),
-            "encode_passes": int(settled_value("encode_passes", request, folder))}
-
-
-def encode_passes_of(folder: ModelFolder) -> int:
-    """Return how often a model's VAE encodes what is given."""
-    return int(own_value("encode_passes", folder))
-
-
 def encode_pixels(
     loader: ModelLoader, video: Tensor, tiles: Tiles | None = None, passes: int = 1, rate: int = 1,
 ) -> Tensor:

@@ -34,7 +34,7 @@ from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.models.dit_types import AudioTokens, KVCache
 from vidgen.ops.parallel import Ranks, Spread
-from vidgen.pipeline.experts import Experts, boundary_of, experts
+from vidgen.pipeline.experts import TransformerAt, boundary_of, experts
 from vidgen.pipeline.types import Loras
 from vidgen.weights.student import STUDENT
 
@@ -100,7 +100,7 @@ def denoisers(
     hides_given = plan.guidance.known_scale is not None
     listens = state.is_known and state.sound is not None and ranks is None
     boundary = boundary_of(loader.folder, plan, has_audio=state.sound is not None)
-    with experts(loader, boundary, loras, level) as given:
+    with experts(loader, boundary, loras, level) as transformer_at:
         made = []
         for branch, context in zip(branches, contexts, strict=False):
             seen = state
@@ -109,16 +109,16 @@ def denoisers(
             elif branch == UNSHOWN:
                 seen = unshown(state)
             if listens:
-                made.append(_listener(loader, plan, seen, context, given))
+                made.append(_listener(loader, plan, seen, context, transformer_at))
                 continue
             cache_at = partial(caches.at, branch) if caches and branch != ALONE else None
-            made.append(_denoiser(loader, plan, seen, context, given, ranks, cache_at))
+            made.append(_denoiser(loader, plan, seen, context, transformer_at, ranks, cache_at))
         yield made
 
 
 def _denoiser(
     loader: ModelLoader, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor],
-    given: Experts, ranks: Ranks | None,
+    transformer_at: TransformerAt, ranks: Ranks | None,
     cache_at: Callable[[float, Spread | None], StepCache] | None,
 ) -> Denoise:
     patch = loader.folder.components["transformer"].config.patch_size
@@ -141,7 +141,7 @@ def _denoiser(
             frames_per_s=_frames_per_s(loader, plan),
         )
         step_cache = cache_at(level, spread) if cache_at else None
-        made = given.at(level)(**inputs, step_cache=step_cache, **options)
+        made = transformer_at(level)(**inputs, step_cache=step_cache, **options)
         return made if isinstance(made, Tensor) else state.pack(*made)
 
     return denoise
@@ -149,7 +149,7 @@ def _denoiser(
 
 def _listener(
     loader: ModelLoader, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor],
-    given: Experts,
+    transformer_at: TransformerAt,
 ) -> Denoise:
     """Return the model under one prompt for sounds of a known picture, which passes only once.
 
@@ -160,7 +160,7 @@ def _listener(
     recorded: dict[nn.Module, KVCache] = {}
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        dit, (picture, sound) = given.at(float(sigma[0])), state.unpack(latents)
+        dit, (picture, sound) = transformer_at(float(sigma[0])), state.unpack(latents)
         assert sound is not None
         tokens = _audio_tokens(
             state, sound, sigma, _frames_per_s(loader, plan),

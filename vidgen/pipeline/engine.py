@@ -28,15 +28,7 @@ from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.policy import Policy, policy_from_environment
 from vidgen.pipeline.tasks import SOUND, check_tasks
-from vidgen.pipeline.types import (
-    AnyEngine,
-    Contexts,
-    Offload,
-    OnPreview,
-    Plan,
-    Progress,
-    Reporter,
-)
+from vidgen.pipeline.types import AnyEngine, Contexts, Offload, OnPreview, Plan, Progress, Reporter
 from vidgen.weights.folder import DiffusersFolder
 
 if TYPE_CHECKING:

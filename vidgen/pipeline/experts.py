@@ -6,7 +6,7 @@ upsampling the frame rate changes there, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.loader import ModelLoader
     from vidgen.weights.component import ExpertRole, Role
 
+TransformerAt = Callable[[float], "SpacetimeDiT"]
+"""Maps a noise level to the transformer that denoises there."""
 AT_ONE_RATE = ("control", "follow_audio", "roll")
 """Options of clips that keep one frame rate: they are read at no finer one."""
 
@@ -68,33 +70,6 @@ def hashes_of(path: Path) -> list[str]:
     return sorted(hash_files(files).values())
 
 
-class Experts:
-    """Gives the transformer of a noise level, with its adapters attached, inside `experts`."""
-
-    def __init__(
-        self, loader: ModelLoader, boundary: float | None, loras: Loras, attached: ExitStack
-    ) -> None:
-        self._loader, self._boundary, self._loras = loader, boundary, loras
-        self._attached = attached
-        self._role: ExpertRole | None = None
-
-    def at(self, sigma: float) -> SpacetimeDiT:
-        """Return the transformer at `sigma`: the low-noise expert below the boundary."""
-        role = self.role_at(sigma)
-        if role != self._role:
-            self._attached.close()  # before the other one may take this one's memory
-            self._module = self._loader.expert(role)
-            own = self._loras.adapters.get(role, ())
-            self._attached.enter_context(attached(self._module, own))
-            self._role = role
-        return self._module
-
-    def role_at(self, sigma: float) -> ExpertRole:
-        """Return the role of the transformer at `sigma`."""
-        low = self._boundary is not None and sigma < self._boundary
-        return "transformer_2" if low else "transformer"
-
-
 def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | None:
     """Return the level below which the low-noise expert denoises; None if the first always does.
 
@@ -111,12 +86,27 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | 
 @contextmanager
 def experts(
     loader: ModelLoader, boundary: float | None, loras: Loras, start_sigma: float
-) -> Iterator[Experts]:
-    """Yield the transformers from `start_sigma` on; detach their adapters at the end."""
-    adapters = ExitStack()
-    given = Experts(loader, boundary, loras, adapters)
-    with loader.use(given.role_at(start_sigma)), adapters:
-        yield given
+) -> Iterator[TransformerAt]:
+    """Yield the transformer of each noise level from `start_sigma` on, with its adapters attached.
+
+    Below the boundary it is the low-noise expert.
+    """
+    now: tuple[ExpertRole, SpacetimeDiT] | None = None
+
+    def role_at(sigma: float) -> ExpertRole:
+        return "transformer_2" if boundary is not None and sigma < boundary else "transformer"
+
+    def transformer_at(sigma: float) -> SpacetimeDiT:
+        nonlocal now
+        role = role_at(sigma)
+        if now is None or now[0] != role:
+            adapters.close()  # before the other one may take this one's memory
+            now = role, loader.expert(role)
+            adapters.enter_context(attached(now[1], loras.adapters.get(role, ())))
+        return now[1]
+
+    with loader.use(role_at(start_sigma)), ExitStack() as adapters:
+        yield transformer_at
 
 
 def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:

@@ -88,7 +88,6 @@ def read_inputs(request: Request) -> Inputs:
     """Read all inputs of a request; raise InputError for one that can't be used."""
     from vidgen.media.ending import read_ending
     from vidgen.media.speech import speech_files
-    from vidgen.media.video_reader import VideoReader
 
     inputs = Inputs()
     named = [("image", request.image), ("last_image", request.last_image)]
@@ -97,37 +96,37 @@ def read_inputs(request: Request) -> Inputs:
     for option, picture in named:
         if picture is not None:
             inputs.images.setdefault(option, []).append(_pixels(option, picture))
-            inputs.records.append(record_input(option, picture))
     if request.video is not None:
-        with VideoReader(request.video) as reader:
-            inputs.video_size, inputs.video_fps = reader.size, reader.fps
-            inputs.video_seconds = reader.length() / float(reader.fps)
-        inputs.records.append(record_input("video", request.video))
+        inputs.video_size, inputs.video_fps, inputs.video_seconds = _facts(request.video)
     if request.prefix is not None:
         inputs.ending = read_ending(request.prefix)
         inputs.video_size = inputs.video_size or inputs.ending.size
-        inputs.records.append(record_input("prefix", request.prefix))
     if request.control is not None:
-        with VideoReader(request.control) as reader:
-            inputs.video_size = inputs.video_size or reader.size
-            inputs.control_fps = reader.fps
-            seconds = reader.length() / float(reader.fps)
-            inputs.video_seconds = inputs.video_seconds or seconds
-        inputs.records.append(record_input("control", request.control))
-    if request.mask is not None:
-        inputs.records.append(record_input("mask", request.mask))
-    if request.audio_file is not None:
-        inputs.records.append(record_input("audio", existing_file(request.audio_file, "audio")))
-    for file in speech_files(request.say):
-        inputs.records.append(record_input("say", existing_file(file, "say")))
+        size, inputs.control_fps, seconds = _facts(request.control)
+        inputs.video_size = inputs.video_size or size
+        inputs.video_seconds = inputs.video_seconds or seconds
     if request.latents is not None:
         if not isinstance(request.latents, Tensor):
             raise InputError(f"latents are of type {type(request.latents).__name__}; give a torch "
                              "tensor [1, C, F, h, w]")
         if not request.latents.isfinite().all():
             raise InputError("latents hold values that are no numbers; give finite ones")
-        inputs.records.append(record_input("latents", request.latents))
+    given: list[tuple[str, Any]] = [*named, *(
+        (option, getattr(request, option)) for option in ("video", "prefix", "control", "mask"))]
+    if request.audio_file is not None:
+        given.append(("audio", existing_file(request.audio_file, "audio")))
+    given += [("say", existing_file(file, "say")) for file in speech_files(request.say)]
+    given.append(("latents", request.latents))
+    inputs.records = [record_input(*each) for each in given if each[1] is not None]
     return inputs
+
+
+def _facts(path: str | os.PathLike[str]) -> tuple[tuple[int, int], Fraction, float]:
+    """Return a clip's (width, height), rate and length in seconds."""
+    from vidgen.media.video_reader import VideoReader
+
+    with VideoReader(path) as reader:
+        return reader.size, reader.fps, reader.length() / float(reader.fps)
 
 
 def video_frames(

@@ -243,7 +243,6 @@ class _Job:
         self.add("prepare", seconds, live, *roles)
 
     def denoise(self) -> None:
-        """Add all windows, each sampled once."""
         windows, folder = self.passes.windows, self.folder
         seconds = sum(window.above * self.pass_s(window.frames)
                       + window.below * self.pass_s(window.drawn) for window in windows)
@@ -346,7 +345,6 @@ class _Job:
         return 0.0 if streamed else self.folder.components[role].store.num_bytes / LOAD_BYTES_PER_S
 
     def pass_s(self, frames: int) -> float:
-        """Count a forward pass over latent frames, stills included."""
         seconds = self.rates.seconds(transformer_ops(
             self.dit, frames, self.frame_tokens, self.text_tokens,
             controlled=bool(self.dit.control_layers), image_tokens=self.image_tokens,
@@ -358,25 +356,21 @@ class _Job:
         return seconds + read_s if self.setup.quantize else seconds  # weights are widened
 
     def pass_bytes(self, tokens: int, *, timed_tokens: bool = False) -> int:
-        """Count the peak of a forward pass over tokens."""
         blocked = used_backend("auto", self.setup.device, self.dtype) == "blocked"
         return transformer_bytes(self.dit, tokens, self.dtype.itemsize, blocked=blocked,
                                  timed_tokens=timed_tokens)
 
     def vae_s(self, frames: int, rate: int, *, decode: bool = True) -> float:
-        """Count latent frames through the VAE."""
         return self.vae_rates.seconds(vae_ops(
             self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles, rate=rate))
 
     def vae_bytes(self, rate: int, *, decode: bool, whole: bool) -> int:
-        """Count the VAE's peak."""
         fused = self.on_cpu and self.vae_dtype in native.known_dtypes()
         return vae_bytes(
             self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole, fused=fused,
             tiles=self.setup.tiles, rate=rate)
 
     def sound_latents(self, frames: int) -> int:
-        """Count the sound latents of the picture's latent frames."""
         if "sound_vae" not in self.folder.components:
             return 0
         rate = self.folder.components["sound_vae"].config.tokens_per_s

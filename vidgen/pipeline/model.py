@@ -27,14 +27,7 @@ from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.codec import (
-    decode_latents,
-    encode_pixels,
-    first_frames,
-    from_frame,
-    latent_of,
-    refine_first,
-)
+from vidgen.pipeline import codec
 from vidgen.pipeline.experts import settles, sigma_split, sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import DTYPES, ModelLoader
@@ -122,7 +115,7 @@ class OpenedModel:
 
         See `encode_pixels` for `passes`, `CausalVAE.at_rate` for `rate`.
         """
-        return encode_pixels(self.loader, video, tiles, passes, rate)
+        return codec.encode_pixels(self.loader, video, tiles, passes, rate)
 
     def encode_first(
         self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
@@ -133,7 +126,7 @@ class OpenedModel:
         fit.
         """
         if num_steps and tiles is None:
-            return refine_first(self.loader, picture, self.encode_video(picture), num_steps)
+            return codec.refine_first(self.loader, picture, self.encode_video(picture), num_steps)
         if num_steps:
             log.warning("a first frame that is taken in tiles isn't refined; leave refinement out, "
                         "or give --tiles none")
@@ -149,9 +142,9 @@ class OpenedModel:
         many latent frames stand for each one of the clip.
         """
         t = self.vae_config.strides.t // rate
-        decode = decode_latents if self.devices is None else self.devices.decode
-        made = decode(self.loader, latents, latent_of(start, t), tiles=tiles, rate=rate)
-        return from_frame(made, start, t)
+        decode = codec.decode_latents if self.devices is None else self.devices.decode
+        made = decode(self.loader, latents, codec.latent_of(start, t), tiles=tiles, rate=rate)
+        return codec.from_frame(made, start, t)
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:
@@ -277,7 +270,7 @@ class OpenedModel:
         from vidgen.media.label import with_label
 
         def chunks(start: int = 0) -> Iterator[Any]:
-            return first_frames(videos(start), plan.kept_frames - start)
+            return codec.first_frames(videos(start), plan.kept_frames - start)
 
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,

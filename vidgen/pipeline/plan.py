@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import MAX_SECONDS, OWN_AUDIO, Request
@@ -19,14 +19,12 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import open_voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.pipeline.best_of_n import with_verifier
-from vidgen.pipeline.codec import encoding_of
 from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.settings import asked_about, check_settings, settled_value
-from vidgen.pipeline.sound.own_sound import sound_of
 from vidgen.pipeline.step_caches import settle_cache
-from vidgen.pipeline.tasks import check_tasks
+from vidgen.pipeline.tasks import check_tasks, makes_sound
 from vidgen.pipeline.types import Plan, draw_seed
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
@@ -103,12 +101,15 @@ def make_plan(
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
         fit=request.fit, latents=shape, tiles=_tiles(request, shape),
-        **encoding_of(request, folder), **sound_of(request, folder),
+        encode_passes=int(settled_value("encode_passes", request, folder)),
+        refine_steps=int(settled_value(
+            "refine", request, folder, None if "refine" in defaults.settings else
+            "this model takes first frames as they are encoded")),
+        **_sound_of(request, folder),
     )
 
 
 def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int) -> None:
-    """Refuse what a clip that goes on leaves no room for."""
     if num_frames >= kept:
         raise InputError(f"a beginning of {num_frames} frames leaves nothing to generate in a clip "
                          f"of {kept}; give more seconds")
@@ -147,6 +148,12 @@ def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Gui
                          "and without the prompt; leave it out")
     why = None if known is not None else "this model has no guidance of its own for given frames"
     reach = int(settled_value("image_guidance_reach", request, folder, why))
+    why = None
+    if "reference_guidance" not in defaults.settings:
+        why = "this model isn't guided by references alone"
+    elif (devices or 1) > 1:
+        why = "several devices that share a clip aren't guided by references alone"
+    reference_scale = settled_value("reference_guidance", request, folder, why)
     if known is not None:
         asked = (of_images, request.guidance, known)
         known = float(next(scale for scale in asked if scale is not None))
@@ -155,19 +162,8 @@ def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Gui
         interval=request.guidance_interval or defaults.guidance_interval,
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
-        reference_scale=_reference_scale(request, folder, devices),
-        reach=reach,
+        reference_scale=reference_scale if request.reference else 0.0, reach=reach,
     )
-
-
-def _reference_scale(request: Request, folder: ModelFolder, devices: int | None) -> float:
-    why = None
-    if "reference_guidance" not in folder.defaults.settings:
-        why = "this model isn't guided by references alone"
-    elif (devices or 1) > 1:
-        why = "several devices that share a clip aren't guided by references alone"
-    scale = settled_value("reference_guidance", request, folder, why)
-    return scale if request.reference else 0.0
 
 
 def _check_stills(request: Request, fps: Fraction, kept: int) -> None:
@@ -194,6 +190,26 @@ def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:
     if sizes and (width, height) not in sizes:
         known = ", ".join(f"{w}x{h}" for w, h in sizes)
         log.warning("the model never saw clips of %dx%d; it knows %s", width, height, known)
+
+
+def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
+    """Return the plan's fields for the model's own sound, if it makes any.
+
+    Raises:
+        InputError: a setting of such a sound where none is made.
+    """
+    if not makes_sound(request, folder.tasks):
+        for name, plain in (("audio_steps", request.steps), ("audio_candidates", 1),
+                            ("audio_delay", 0)):
+            if (value := request.settings.get(name)) not in (None, plain):
+                raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
+                                 "for its picture, and none is made here; leave it out")
+        return {}
+    return {
+        "sound_steps": int(settled_value("audio_steps", request, folder)),
+        "sound_candidates": int(settled_value("audio_candidates", request, folder)),
+        "sound_delay_s": settled_value("audio_delay", request, folder),
+    }
 
 
 def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
@@ -292,7 +308,6 @@ def _taken(plan: Plan, student: StudentConfig) -> Plan:
 
 
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:
-    """Tell which adapters are for a low-noise expert that has no part in this clip."""
     two = "transformer_2" in folder.components
     if two and boundary_of(folder, plan, has_audio=bool(request.follow_audio)) is None:
         for option in request.lora:

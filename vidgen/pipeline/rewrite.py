@@ -10,7 +10,7 @@ import gc
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +46,8 @@ class LanguageModel:
         ModelError: no such folder, or no such model in it.
     """
 
-    def __init__(self, folder: str | Path, device: str = "auto") -> None:
-        self.path, self.device = Path(folder), choose_device(device)
+    def __init__(self, folder: str | Path) -> None:
+        self.path, self.device = Path(folder), choose_device("auto")
         if not (self.path / "config.json").is_file():
             raise ModelError(f"{folder} holds no language model; give the folder of one that "
                              "transformers saved, such as Qwen2.5-1.5B-Instruct")
@@ -176,11 +176,8 @@ def settle_texts(
 
 def rewrite_prompt(folder: str | Path, prompt: str) -> tuple[str, dict[str, Any]]:
     """Return a prompt rewritten by the model in a folder, and the recipe's record of it."""
-    model = LanguageModel(folder)
-    try:
+    with closing(LanguageModel(folder)) as model:
         text, why = try_rewriting(model, prompt)
-    finally:
-        model.close()
     if why is not None:
         raise InputError(f"what {folder} made of the prompt is of no use: {why}; leave --expand "
                          "out to use your own words, or give a model that was taught to follow "

@@ -197,13 +197,13 @@ def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
     """Return this machine's rates if it was measured; a damaged file counts as none."""
     try:
         entry = read_cache(CALIBRATION)[_machine(device, dtype)]
-        points = {kind: [(float(width), float(rate)) for width, rate in each]
-                  for kind, each in entry.items()}
+        points = {kind: [(float(width), float(rate)) for width, rate in entry[kind]]
+                  for kind in NOMINAL.points}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     values = [value for each in points.values() for pair in each for value in pair]
-    complete = points.keys() >= NOMINAL.points.keys() and all(points.values())
-    return Rates(points) if complete and all(0 < each < math.inf for each in values) else None
+    valid = all(points.values()) and all(0 < each < math.inf for each in values)
+    return Rates(points) if valid else None
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

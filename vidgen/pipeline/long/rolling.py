@@ -9,8 +9,9 @@ Axes: B clips, C latent channels, n frames, h w latent rows and columns, H W pix
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,56 +72,46 @@ class Rollout:
         )
 
 
-@dataclass(frozen=True)
-class RolledClip:
-    """A clip that a model's roller makes while it is read."""
+@torch.no_grad()
+def rolled_latents(
+    engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs, loras: Loras,
+    context: tuple[Tensor, Tensor],
+) -> Iterator[Tensor]:
+    """Yield latent frames [1, C, 1, h, w] float32 without end, the same ones at each call.
 
-    engine: OpenedModel
-    plan: Plan  # its student is the model's roller
-    request: Request
-    inputs: Inputs
-    loras: Loras
-    context: tuple[Tensor, Tensor]  # features [1, S, D] and lengths [1] of its prompt
+    The plan's student is the model's roller; `context` are features [1, S, D] and lengths [1] of
+    the prompt.
+    """
+    student, roll, loader = plan.student, plan.roll, engine.loader
+    assert student is not None
+    assert roll is not None
+    turn, rollout = roll.turn_frames, Rollout(context, roll, plan.sampler)
+    loras, sigmas = loras.beside(loader.deltas(ROLLER)), torch.tensor(student.sigmas)
+    shape = replace(plan.latents, num_frames=turn)
 
-    @torch.no_grad()
-    def latents(self) -> Iterator[Tensor]:
-        """Yield latent frames [1, C, 1, h, w] float32 without end, the same ones at each call."""
-        student, roll, first = self.plan.student, self._roll, 0
-        assert student is not None
-        rollout = Rollout(self.context, roll, self.plan.sampler)
-        loader = self.engine.loader
-        loras = self.loras.beside(loader.deltas(ROLLER))
-        sigmas = torch.tensor(student.sigmas).to(self.engine.device)
-        while True:
-            with experts(loader, None, loras, 1.0) as given:
-                dit = given.at(1.0)
-                with dit.causal(roll.turn_frames):
-                    made = rollout.turn(dit, self._begin(first), sigmas)
-                    rollout.remember(dit, made, self._noise(first, "history"))
-            yield from made.split(1, dim=2)
-            first += roll.turn_frames
+    def noise(first: int, stream: str) -> Tensor:
+        return draw_noise(plan.seed, shape, stream=stream, first_frame=first).to(engine.device)
 
-    def videos(self, start: int = 0) -> Iterator[Tensor]:
-        """Yield video [1, 3, n, H, W], one latent frame after the other, from frame `start` on."""
-        t, loader = self.engine.vae_config.strides.t, self.engine.loader
-        made = decode_frames(loader, self.latents(), latent_of(start, t), self.plan.tiles)
-        return from_frame(made, start, t)
+    for first in count(step=turn):
+        with experts(loader, None, loras, 1.0) as transformer_at:
+            if first:
+                state = new_state(noise(first, "video"))
+            else:  # one latent frame to generate after the given
+                longer = replace(plan, latents=replace(shape, num_frames=turn + 1))
+                state = engine.prepare(longer, request, inputs).stretch(slice(turn))
+            dit = transformer_at(1.0)
+            with dit.causal(turn):
+                made = rollout.turn(dit, state, sigmas.to(engine.device))
+                rollout.remember(dit, made, noise(first, "history"))
+        yield from made.split(1, dim=2)
 
-    @property
-    def _roll(self) -> RollConfig:
-        assert self.plan.roll is not None
-        return self.plan.roll
 
-    def _begin(self, first: int) -> LatentState:
-        """Return the state of the turn from latent frame `first` on."""
-        turn = self._roll.turn_frames
-        if first:
-            return new_state(self._noise(first))
-        shape = replace(self.plan.latents, num_frames=turn + 1)  # one to generate after the given
-        plan = replace(self.plan, latents=shape)
-        return self.engine.prepare(plan, self.request, self.inputs).stretch(slice(turn))
-
-    def _noise(self, first: int, stream: str = "video") -> Tensor:
-        shape = replace(self.plan.latents, num_frames=self._roll.turn_frames)
-        noise = draw_noise(self.plan.seed, shape, stream=stream, first_frame=first)
-        return noise.to(self.engine.device)
+def rolled_videos(
+    engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs, loras: Loras,
+    context: tuple[Tensor, Tensor], start: int = 0,
+) -> Iterator[Tensor]:
+    """Yield video [1, 3, n, H, W] of `rolled_latents`, one by one, from frame `start` on."""
+    t = engine.vae_config.strides.t
+    latents = rolled_latents(engine, plan, request, inputs, loras, context)
+    return from_frame(
+        decode_frames(engine.loader, latents, latent_of(start, t), plan.tiles), start, t)

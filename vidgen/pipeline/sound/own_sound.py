@@ -18,14 +18,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vidgen.core.errors import InputError
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
@@ -38,8 +37,6 @@ from vidgen.models.onset_detector import part_times
 from vidgen.pipeline.best_of_n import best_of
 from vidgen.pipeline.journal.job import HEARD
 from vidgen.pipeline.long.tail import Beginning, no_beginning
-from vidgen.pipeline.settings import settled_value
-from vidgen.pipeline.tasks import makes_sound
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -173,17 +170,16 @@ class OwnSound:
             self.lateness = Lateness(*kept[1].get("lateness", ()))
         for number, (start, stop) in enumerate(self.windows):
             first, count = self.num_gone + start, stop - start
-            _, end, _ = self._span(first, count)
+            begin, end, _ = self._span(first, count)
             if self.latents.shape[2] and self._ends >= end:
                 continue  # made before a kill
             seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
             shown = picture[:, :, seen].to(self.loader.device)
-
-            def denoised(state: LatentState, number: int = number) -> Tensor:
-                return sample(state, number)
-
-            made, late = self._made(shown, self.rate.after(start), first, count, denoised)
-            self._take(made[None], first, count)
+            made, late = self._made(shown, self.rate.after(start), first, count, sample, number)
+            if not self.latents.shape[2]:
+                self.begins = begin
+            new = made[None, :, max(0, self._ends - begin) : end - begin]
+            self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
             self.lateness = self.lateness.and_of(late)
             if number + 1 < len(self.windows):
                 arrays = {"latents": self.latents.numpy()}
@@ -192,7 +188,7 @@ class OwnSound:
 
     def _made(
         self, shown: Tensor, rate: LatentRate, first: int, count: int,
-        sample: Callable[[LatentState], Tensor],
+        sample: Callable[[LatentState, int], Tensor], number: int,
     ) -> Kept:
         """Return the best sound of a stretch, `count` latent frames from `first` on."""
         config = self._config
@@ -201,7 +197,7 @@ class OwnSound:
             self.extra_rounds += takes.start > 0
             known = finished_upsampled(shown.expand(len(takes), *[-1] * 4), rate, self._stride_t)
             state = self.add_to(known, first, count, takes)
-            sound = state.unpack(sample(state))[1]
+            sound = state.unpack(sample(state, number))[1]
             assert sound is not None
             return sound
 
@@ -243,14 +239,6 @@ class OwnSound:
         if begin >= self.begins and known.shape[2]:
             sound = sound_begins(sound, known[:, :, : end - begin])
         return replace(state, sound=sound)
-
-    def _take(self, made: Tensor, first: int, count: int) -> None:
-        """Append a stretch's sound [1, C, k]."""
-        begin, end, _ = self._span(first, count)
-        if not self.latents.shape[2]:
-            self.begins = begin
-        new = made[:, :, max(0, self._ends - begin) : end - begin]
-        self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
 
     def decode(self) -> tuple[Samples, int]:
         """Return samples float32 [N, c] of the whole clip, and their rate.
@@ -338,26 +326,6 @@ def own_sound(
         if known > 0 and len(heard):
             own.latents = _encode(loader, heard, rate)[:, :, :known]
     return own
-
-
-def sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
-    """Return the plan's fields for the model's own sound, if it makes any.
-
-    Raises:
-        InputError: a setting of such a sound where none is made.
-    """
-    if not makes_sound(request, folder.tasks):
-        for name, plain in (("audio_steps", request.steps), ("audio_candidates", 1),
-                            ("audio_delay", 0)):
-            if (value := request.settings.get(name)) not in (None, plain):
-                raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
-                                 "for its picture, and none is made here; leave it out")
-        return {}
-    return {
-        "sound_steps": int(settled_value("audio_steps", request, folder)),
-        "sound_candidates": int(settled_value("audio_candidates", request, folder)),
-        "sound_delay_s": settled_value("audio_delay", request, folder),
-    }
 
 
 def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
