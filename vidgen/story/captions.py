@@ -144,7 +144,10 @@ class Burner:
         for kind in ("caption", "title"):
             text = "\n".join(each.text for each in seen if each.kind == kind)
             if text:
-                frame = self._laid(frame, *self._drawn(text, kind))
+                top, cover, light = self._drawn(text, kind)
+                frame = np.array(frame)
+                rows = frame[top : top + len(cover)]
+                rows[:] = np.rint(rows * (1 - cover[..., None]) + light[..., None])
         return frame
 
     def check_room(self, timeline: Timeline) -> None:
@@ -167,12 +170,6 @@ class Burner:
                         f"takes {len(lines)} lines, but a picture of {self.size[0]}x{self.size[1]} "
                         f"has room for {room}; shorten it, make the picture larger, or {remedy}"
                     )
-
-    def _laid(self, frame: Frames, top: int, cover: Mask, light: Mask) -> Frames:
-        made = np.array(frame)
-        rows = made[top : top + len(cover)]
-        rows[:] = np.rint(rows * (1 - cover[..., None]) + light[..., None]).astype(np.uint8)
-        return made
 
     def _draw(self, text: str, kind: str) -> tuple[int, Mask, Mask]:
         """Return a text's first row, its cover and its light, [h, W] each."""

@@ -169,7 +169,7 @@ class _Planner:
         }
         self._settled: set[Any] = set()
         self._picture_hash, self._lora_hashes = cache(_picture_hash), cache(hashes_of)
-        if film.script.path and "reference" not in film.folder.tasks:
+        if "reference" not in film.folder.tasks:
             kinds = (film.script.characters, film.script.places)
             if any(each.reference for kind in kinds for each in kind.values()):
                 self.warnings[f"model {film.folder.name!r} takes no references; characters are "

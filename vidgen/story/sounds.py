@@ -68,11 +68,14 @@ def describe_sounds(
     device = choose_device()
     opened = open_audio_model(model, "", 0.0, device=device, dtype=best_dtype(device),
                               offload=offload)
-    found = [
-        _described(film, placed, key, replace(opened, prompt=words, seconds=round(seconds, 6)),
-                   folder)
-        for placed, key, words, seconds in _words(timeline)
-    ]
+    found = list[DescribedSound]()
+    for placed, key, words, seconds in _words(timeline):
+        seed = film.shots[placed.shot.id].takes[0].seed
+        made = replace(opened, prompt=words, seconds=round(seconds, 6))
+        shaping = {name: value for name, value in made.facts().items() if name != "path"}
+        address = address_of({"version": SOUNDS_VERSION, "seed": seed, **shaping})
+        path = Store(folder, ".wav").path(address).resolve()
+        found.append(DescribedSound(placed.shot.id, key, made, seed, path))
     paths = {(each.shot, each.key): each.path for each in found}
     shots = tuple(_with_files(placed, paths) for placed in timeline.shots)
     return found, replace(timeline, shots=shots)
@@ -111,16 +114,6 @@ def _words(timeline: Timeline) -> Iterator[tuple[Placed, str, str, float]]:
         if music is not None and music.prompt is not None:
             length = timeline.seconds(ends[placed.shot.id] - placed.start)
             yield placed, "music", music.prompt, length + MUSIC_FADE_S
-
-
-def _described(
-    film: FilmPlan, placed: Placed, key: str, model: AudioModel, folder: Path
-) -> DescribedSound:
-    seed = film.shots[placed.shot.id].takes[0].seed
-    shaping = {name: value for name, value in model.facts().items() if name != "path"}
-    address = address_of({"version": SOUNDS_VERSION, "seed": seed, **shaping})
-    path = Store(folder, ".wav").path(address).resolve()
-    return DescribedSound(placed.shot.id, key, model, seed, path)
 
 
 def _with_files(placed: Placed, paths: dict[tuple[str, str], Path]) -> Placed:

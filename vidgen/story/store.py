@@ -14,7 +14,7 @@ All of it may be removed at any time: what is missing is rendered again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -116,34 +116,28 @@ def findings_of(path: Path) -> Sequence[Finding]:
     return recorded(read_recipe(path)) or []
 
 
-def remember(shots: Iterable[RenderedShot]) -> None:
-    """Keep the hashes of shots that were rendered now."""
-    made: dict[Path, dict[str, str]] = {}
-    for each in shots:
-        if each.made:
-            made.setdefault(each.path.parent, {})[each.path.name] = sha256_file(each.path)
-    for folder, sums in made.items():
-        store = Store(folder)
-        store.keep(SUMS, store.data(SUMS) | sums)
+def remember(shots: Sequence[RenderedShot]) -> None:
+    """Keep the hashes of shots of one film that were rendered now."""
+    made = {each.path.name: sha256_file(each.path) for each in shots if each.made}
+    if made:
+        store = Store(shots[0].path.parent)
+        store.keep(SUMS, store.data(SUMS) | made)
 
 
-def check_shots(shots: Iterable[RenderedShot]) -> None:
-    """Compare shots with their hashes, and keep the hashes of those that have none.
+def check_shots(shots: Sequence[RenderedShot]) -> None:
+    """Compare shots of one film with their hashes, and keep the hashes of those that have none.
 
     Raises:
         InputError: a file that is missing or was changed.
     """
-    known: dict[Path, dict[str, str]] = {}
+    store = Store(shots[0].path.parent)
+    sums = store.data(SUMS)
     for each in shots:
-        folder, name = each.path.parent, each.path.name
         if not each.path.is_file():
             raise InputError(f"shot {each.shot.id!r}: {each.path} is not there any more; the same "
                              "command renders it again")
-        if folder not in known:
-            known[folder] = Store(folder).data(SUMS)
         found = sha256_file(each.path)
-        if known[folder].setdefault(name, found) != found:
+        if sums.setdefault(each.path.name, found) != found:
             raise InputError(f"shot {each.shot.id!r}: {each.path} was changed since it was "
                              "rendered; remove it, and the same command renders it again")
-    for folder, sums in known.items():
-        Store(folder).keep(SUMS, sums)
+    store.keep(SUMS, sums)
