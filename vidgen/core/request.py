@@ -178,7 +178,7 @@ class Loading(Options):
     """How a model is loaded; see `vidgen.load`."""
 
     model: str = option(
-        "toybox", MODEL, "name, folder, checkpoint file or hub id",
+        "toybox", MODEL, "name, folder or hub id",
         "NAME|FOLDER|HUB_ID", basic=True, max_length=4096)
     dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, MODEL, "number format of the computation; default the fastest here")
