@@ -77,6 +77,7 @@ def build_wide(folder: Path) -> Path:
     """
     import torch
 
+    from train.toybox.initial import init_dit
     from train.toybox.model_files import save_module
     from train.toybox.tasks.tokenizer import train_tokenizer
     from vidgen.models.dit import SpacetimeDiT
@@ -89,7 +90,7 @@ def build_wide(folder: Path) -> Path:
 
     settings = {**vars(DIT_PRESETS["wan-1.3b"]), "num_layers": 3, "text_dim": 256}
     dit, vae = SpacetimeDiT(DiTConfig(**settings)), CausalVAE(VAE_PRESETS["wan21"])
-    dit.init_weights()
+    init_dit(dit)
     text = UMT5Encoder(TextConfig(
         vocab_size=512, hidden_dim=256, head_dim=64, ffn_dim=512, num_layers=2, num_heads=4
     ))  # fmt: skip

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from train.toybox.initial import init_dit
 from vidgen.core.runtime import atomic_write, best_dtype, fingerprint
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import SpacetimeDiT
@@ -66,7 +67,7 @@ class Random:
         torch.manual_seed(0)
         self.config, self.shape = config, shape
         self.dit = SpacetimeDiT(config)
-        self.dit.init_weights()
+        init_dit(self.dit)
         self.modules: dict[str, nn.Module] = {"transformer": self.dit}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

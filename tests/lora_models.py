@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from train.toybox.initial import init_dit
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import PatchEmbedding
 from vidgen.models.dit_types import AudioConfig, DiTConfig
@@ -23,7 +24,7 @@ DIFFS = ("blocks.0.norm_cross.weight", "blocks.0.norm_cross.bias", "blocks.1.mod
 def make_dit(config: DiTConfig = TINY, dtype: torch.dtype = torch.float32) -> SpacetimeDiT:
     torch.manual_seed(0)
     dit = SpacetimeDiT(config)
-    dit.init_weights()
+    init_dit(dit)
     for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
         parameter.data += 0.1 * torch.randn_like(parameter)
     return dit.eval().requires_grad_(requires_grad=False).to(dtype)

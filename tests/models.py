@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from train.toybox.initial import init_dit
 from train.toybox.model_files import record_files, save_module
 from train.toybox.tasks.tokenizer import train_tokenizer
 from vidgen.models.audio import AudioVAE
@@ -108,7 +109,7 @@ def own_defaults(engine: Engine, **changed: Any) -> Iterator[None]:
 
 def _transformer(preset: str) -> SpacetimeDiT:
     dit = SpacetimeDiT(DIT_PRESETS[preset])
-    dit.init_weights()
+    init_dit(dit)
     for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
         parameter.data += 0.1 * torch.randn_like(parameter)
     return dit

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from train.toybox.initial import init_dit
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
@@ -40,7 +41,7 @@ class Velocity:
         self.run, self.poison, self.kill_at, self.dropout = run, poison, kill_at, dropout
         torch.manual_seed(run.seed)
         self.dit = SpacetimeDiT(DIT_PRESETS["tiny"])
-        self.dit.init_weights()
+        init_dit(self.dit)
         for parameter in self.dit.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         if lora:

@@ -32,6 +32,7 @@ from torch import Tensor
 from eval.toybox.generation import generate_batch
 from eval.toybox.judge import Judge, embedded_judge
 from eval.toybox.suite.judging import TASKS, grade
+from train.toybox.initial import init_dit
 from train.toybox.world.captions import prompts
 from train.toybox.world.scenes import Scene
 from vidgen.core.errors import InputError, exit_code
@@ -274,7 +275,7 @@ def run_wide(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str,
     picked = json.loads(args.schedule.read_text())
     config = DiTConfig(**{**vars(DIT_PRESETS["wan-1.3b"]), "num_layers": 4})
     model = SpacetimeDiT(config).to(torch.bfloat16).eval()
-    model.init_weights()
+    init_dit(model)
     latents = torch.randn(1, config.in_channels, 6, 32, 32)  # 1,536 tokens
     context, timestep = torch.randn(1, 64, config.text_dim).bfloat16(), torch.tensor([700.0])
 

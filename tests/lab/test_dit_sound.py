@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.faults import ForkServer
 from tests.programs import run_program
+from train.toybox.initial import init_dit
 from train.toybox.model_files import save_module
 from train.toybox.phases import Phase, PhasedRun
 from train.toybox.sound_vae import load_sound_vae
@@ -209,7 +210,7 @@ def learns_sound_alone(server: ForkServer, file: Path, model: Path, folder: Path
     """Parts for sound change, pictures and whoever else draws them stay through the release."""
     out, run, dit = folder / "model", folder / "alone", SpacetimeDiT(DIT_PRESETS["tiny-sound"])
     shutil.copytree(model, out)
-    dit.init_weights()
+    init_dit(dit)
     save_module(dit.state_dict(), dit.config, out / "transformer", torch.bfloat16)
     save_module(dit.state_dict(), dit.config, out / "transformer_2", torch.bfloat16)
     (out / "student").mkdir()
@@ -233,7 +234,7 @@ def keeps_all_that_it_was_taught(server: ForkServer, file: Path, folder: Path) -
     """A run that is to forget nothing at any level has nothing to learn from any clip."""
     taught = folder / "taught"
     dit, text = SpacetimeDiT(DIT_PRESETS["tiny-sound"]), UMT5Encoder(TEXT_PRESETS["tiny"])
-    dit.init_weights()
+    init_dit(dit)
     torch.nn.init.normal_(dit.head.proj.weight, std=0.1)
     for name, part in (("transformer", dit), ("text_encoder", text)):
         save_module(part.state_dict(), part.config, taught / name, torch.float32)

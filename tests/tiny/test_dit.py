@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from train.toybox.initial import init_dit
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import ATTENTION_VARIABLE
@@ -22,7 +23,7 @@ def make_model(config: DiTConfig = TINY) -> SpacetimeDiT:
     """A model with random weights everywhere: those of a fresh one hide most of its parts."""
     torch.manual_seed(0)
     model = SpacetimeDiT(config)
-    model.init_weights()
+    init_dit(model)
     for name, parameter in model.named_parameters():
         parameter.data += torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1)
     return model.requires_grad_(False)
@@ -377,7 +378,7 @@ def text_share(model: SpacetimeDiT, monkeypatch: pytest.MonkeyPatch, text: torch
 def test_a_fresh_model_attends_to_text_and_learns_from_it(monkeypatch, scale):
     torch.manual_seed(0)
     model = SpacetimeDiT(replace(DIT_PRESETS["toybox"], num_layers=2))
-    model.init_weights()
+    init_dit(model)
     text = (scale * torch.randn(2, 16, 128)).requires_grad_()
     assert text_share(model, monkeypatch, text) > 0.8
     latents = torch.randn(2, model.config.in_channels, 2, 4, 4)

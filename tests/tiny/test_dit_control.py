@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from train.toybox.initial import init_dit
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.models.dit import SpacetimeDiT
@@ -19,7 +20,7 @@ def make_model(config: DiTConfig = WITH_CONTROL) -> SpacetimeDiT:
     """A model with random weights everywhere: those of a fresh one hide the control."""
     torch.manual_seed(0)
     model = SpacetimeDiT(config)
-    model.init_weights()
+    init_dit(model)
     for name, parameter in model.named_parameters():
         parameter.data += torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1)
     return model.requires_grad_(False)
@@ -74,7 +75,7 @@ def test_control_takes_timesteps_of_tokens_and_lengths_of_texts():
 def test_a_fresh_control_branch_changes_nothing_yet_learns():
     torch.manual_seed(0)
     model = SpacetimeDiT(WITH_CONTROL)
-    model.init_weights()
+    init_dit(model)
     model.head.proj.weight.data.normal_()
     *inputs, control = make_inputs()
     velocity = model(*inputs, control=control)

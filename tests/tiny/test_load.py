@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from train.toybox.initial import init_dit
 from train.toybox.model_files import save_module
 from vidgen.core.errors import ModelError
 from vidgen.models.dit import SpacetimeDiT
@@ -25,7 +26,7 @@ TINY = DIT_PRESETS["tiny"]
 @pytest.fixture
 def saved(tmp_path) -> tuple[SpacetimeDiT, Path]:
     dit = SpacetimeDiT(TINY)
-    dit.init_weights(torch.Generator().manual_seed(0))
+    init_dit(dit, torch.Generator().manual_seed(0))
     save_module(dit.state_dict(), TINY, tmp_path / "transformer", torch.float32)
     return dit, tmp_path / "transformer"
 

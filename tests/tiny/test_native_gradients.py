@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from train.toybox.initial import init_dit
 from vidgen.ops import linear, native, norm, rope
 from vidgen.ops.attention import attention
 from vidgen.ops.norm import TokenVectors
@@ -182,7 +183,7 @@ def test_a_step_of_a_block_needs_neither_compiler_nor_kernels(plainly, dtype):
     config = DiTConfig(in_channels=4, out_channels=4, num_heads=2, head_dim=64, num_layers=2,
                        ffn_dim=64, text_dim=16)  # fmt: skip
     model = SpacetimeDiT(config)
-    model.init_weights()
+    init_dit(model)
     latents, context = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 5, 16)
 
     def step():

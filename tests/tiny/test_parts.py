@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.models import build_tiny_model
+from train.toybox.initial import init_dit
 from train.toybox.model_files import save_module
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import available_memory
@@ -37,7 +38,7 @@ def folder(tmp_path_factory) -> ModelFolder:
     """A tiny model whose transformer has six larger blocks, with a second expert like it."""
     path = build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
     dit = SpacetimeDiT(WIDE)
-    dit.init_weights()
+    init_dit(dit)
     save_module(dit.state_dict(), WIDE, path / "transformer", torch.float32)
     found = open_model(str(path))
     parts = dict(found.components)

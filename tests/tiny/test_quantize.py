@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from train.toybox.initial import init_dit
 from train.toybox.model_files import save_module
 from vidgen.core.errors import InputError
 from vidgen.models.dit import SpacetimeDiT
@@ -51,7 +52,7 @@ def case(request, tmp_path) -> tuple[Callable[..., nn.Module], Callable[[nn.Modu
     torch.manual_seed(0)
     module = make()
     if request.param == "dit":
-        module.init_weights()
+        init_dit(module)
         for value in module.parameters():
             value.data += 0.03 * torch.randn_like(value)
     save_module(module.state_dict(), {}, tmp_path, torch.float32)
@@ -127,7 +128,7 @@ def test_loading_and_quantising_later_give_the_same_bits(case):
 def test_a_lora_works_on_int8_weights(tmp_path):
     torch.manual_seed(0)
     plain = SpacetimeDiT(DIT)
-    plain.init_weights()
+    init_dit(plain)
     for value in plain.parameters():
         value.data += 0.03 * torch.randn_like(value)
     save_module(plain.state_dict(), {}, tmp_path, torch.float32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.stopping import stop_at
+from train.toybox.initial import init_dit
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.diffusion.cache import (
@@ -284,7 +285,7 @@ def run_twice(config: DiTConfig, options: dict[str, object]) -> list[torch.Tenso
     """A plain pass, one that a forecast learns from, and one that recalls."""
     torch.manual_seed(0)
     model = SpacetimeDiT(config).eval()
-    model.init_weights()
+    init_dit(model)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     latents, context = torch.randn(1, config.in_channels, 2, 4, 4), torch.randn(

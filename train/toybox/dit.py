@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from train.toybox.fusing import fusing
+from train.toybox.initial import init_dit
 from train.toybox.phases import Phase
 from train.toybox.program import run_program
 from train.toybox.tasks.channel_weights import channel_weights
@@ -141,7 +142,7 @@ class DiTTask:
         self.dit = self._network(config.role, SpacetimeDiT, DIT_PRESETS[config.preset])
         self.text = self._network("text_encoder", UMT5Encoder, TEXT_PRESETS[config.text_preset])
         if not config.init:
-            self.dit.init_weights()
+            init_dit(self.dit)
         self.former = None
         if config.keep:
             preset = DIT_PRESETS[config.preset]

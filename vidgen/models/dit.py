@@ -25,7 +25,6 @@ from vidgen.models.dit_blocks import (
     Axis,
     Block,
     ControlBlock,
-    CrossAttention,
     FeedForward,
     Head,
     ImageEmbedding,
@@ -66,7 +65,7 @@ class AudioVideo(NamedTuple):
 
 
 class SpacetimeDiT(nn.Module):
-    """The network that predicts `velocity = noise - clean`."""
+    """The network that predicts `velocity = noise - clean`; a new one has arbitrary weights."""
 
     fp32_weights = ("modulation", "time_embed", "norm")
     """Parts of the names of parameters that stay float32 when the others are cast."""
@@ -105,34 +104,6 @@ class SpacetimeDiT(nn.Module):
             None if audio is None else audio.channels, config.eps,
         )
         self.gradient_checkpointing = False
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights for training from scratch; the first velocity is 0.
-
-        Xavier for matrices, zero for biases, gates and output. With zero gates self-attention and
-        feed-forward start as the identity (adaLN-zero, Peebles & Xie 2023, sec. 3.2).
-        Cross-attention has no gate: its output starts small.
-        """
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight, generator=generator)
-                    nn.init.zeros_(module.bias)
-            self.patch_embed.init_weights(generator)
-            for layer in (self.time_embed.up, self.time_embed.down):
-                nn.init.normal_(layer.weight, std=0.02, generator=generator)
-            nn.init.zeros_(self.time_embed.proj.weight)
-            for module in self.modules():
-                if isinstance(module, CrossAttention):
-                    module.out.weight.mul_(self.config.num_layers**-0.5)
-                    module.hide_pad_key()
-                elif isinstance(module, ControlBlock):
-                    nn.init.zeros_(module.proj_out.weight)
-            if self.config.control_channels is not None:
-                self.control_embed.init_weights(generator)
-            nn.init.zeros_(self.head.proj.weight)
-            if self.config.audio is not None:
-                nn.init.zeros_(self.head.audio_proj.weight)
 
     @contextmanager
     def causal(self, turn_frames: int) -> Iterator[None]:

@@ -34,7 +34,6 @@ from vidgen.ops.rope import normed_heads
 Axis = Literal["all", "space", "time"]
 
 _GROUPED = {"space": "(B F) H N d", "time": "(B N) H F d"}
-_PAD_LOGIT, _PAD_KEY_BIAS = -6.5, -0.03  # see `CrossAttention.hide_pad_key`
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -68,11 +67,6 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels, 1, patch_size, patch_size))
         self.bias = nn.Parameter(torch.empty(width))
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights for training from scratch."""
-        nn.init.xavier_uniform_(self.weight.flatten(1), generator=generator)
-        nn.init.zeros_(self.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map [B, L, C * p * p] to [B, L, D]."""
@@ -207,20 +201,6 @@ class CrossAttention(nn.Module):
         if image:
             self.k_image, self.v_image = nn.Linear(width, width), nn.Linear(width, width)
             self.norm_k_image = HeadsNorm(width, num_heads, eps)
-
-    def hide_pad_key(self) -> None:
-        """Draw weights with which the key of Wan's zero text rows starts unattended.
-
-        It stands for about 500 rows, so its score has log 500 = 6.2 added: with scores near 0 it
-        would take 97% of the attention. A zero row's key is the bias alone, which the norm scales
-        to length sqrt(D): a small negative constant becomes -1 everywhere, and with a positive mean
-        rho of the normalised queries its score is -sqrt(d) * rho. For text keys the bias is
-        negligible.
-        """
-        head_dim = self.q.in_features // self.num_heads
-        mean = min(0.95, -_PAD_LOGIT / math.sqrt(head_dim))
-        nn.init.constant_(self.k.bias, _PAD_KEY_BIAS)
-        nn.init.constant_(self.q.bias, mean / math.sqrt(1 - mean**2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the context into tokens x [B, L, D]."""
