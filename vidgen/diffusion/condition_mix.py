@@ -104,7 +104,7 @@ def draw_conditions(
         mix: frequencies; conditions that need missing stills or several frames leave their share to
             the others.
         strides: of the VAE.
-        frame_index: [B, K] of the stills on the CPU, see `Stills`; None: there are none.
+        frame_index: [B, K] of the stills on the CPU, see `Stills`; None: no stills.
         patch: latents a side of one token.
     """
     batch, num_frames, height, width = size
@@ -177,7 +177,7 @@ def _draw_int(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def _draw_subset(candidates: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random choice among the candidates [K] bool, at least one if there are any."""
+    """Return a random choice among the candidates [K] bool, at least one if any exist."""
     luck = torch.rand(len(candidates), generator=generator).where(candidates, 1.0)
     return candidates & ((luck < 0.5) | (luck == luck.min()))
 

@@ -165,7 +165,7 @@ def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
     """Return the state for the negative pass; guidance pulls towards all that it lacks.
 
     It lacks reference images, with `hides_given` given frames, and for sound the picture, whose
-    influence would otherwise be small beside the prompt's.
+    influence would otherwise be small against the prompt's.
     """
     return replace(
         state, keys=None if hides_given else without_references(state.keys),

@@ -79,8 +79,8 @@ class Looker:
         green = (pixels[1] - pixels[1].mean()).ravel()
         variance = float(np.dot(green, green)) / green.size
         spread = variance**0.5 if variance >= 1 else float(pixels.std(axis=(1, 2)).max())
-        beside = frame[::step, 1::step, 1]
-        pairs = (pixels[1, :, : beside.shape[1]] - beside).ravel()
+        right = frame[::step, 1::step, 1]
+        pairs = (pixels[1, :, : right.shape[1]] - right).ravel()
         rough = float(np.dot(pairs, pairs)) / max(1, pairs.size) / 2
         return Look(
             color=color,

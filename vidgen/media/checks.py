@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from vidgen.media.cells import Array, Look, Looker, psnr, ssim
-from vidgen.media.ending import ENDING, LIMIT, apart, ending_text
-from vidgen.media.probe import read_recipe, told_rate
+from vidgen.media.ending import ENDING, LIMIT, ending_distance, ending_text
+from vidgen.media.probe import read_recipe, recipe_rate
 from vidgen.media.read import PICTURE_SUFFIXES, fit, load_image
 from vidgen.media.sound import read_sound
 from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes, pack, unpack
@@ -120,9 +120,9 @@ def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
 def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
     """Return the findings in a recipe; None where it has none, or something else."""
     try:
-        told = (recipe or {})["checks"]["findings"]
+        known = (recipe or {})["checks"]["findings"]
         found = [Finding(**{**each, "time_s": each["time_s"] and tuple(each["time_s"])})
-                 for each in told]
+                 for each in known]
         verdict(found)
     except (KeyError, TypeError):
         return None
@@ -167,11 +167,11 @@ class ClipChecker:
 
     def report(self) -> dict[str, Any]:
         """Return the recipe's entries."""
-        told = {"checks": as_data(self.findings)}
-        return told if self._ended is None else told | {ENDING: ending_text(self._ended)}
+        found = {"checks": as_data(self.findings)}
+        return found if self._ended is None else found | {ENDING: ending_text(self._ended)}
 
     def snapshot(self) -> Snapshot:
-        """Return the state after the frames so far, of which there is at least one."""
+        """Return the state after the frames so far, one at least."""
         state = {name: getattr(self, name) for name in _STATE}
         return pack({**state, "before": self._looker.before})
 
@@ -224,7 +224,7 @@ class ClipChecker:
 
     def check_ending(self, recipe: Mapping[str, Any]) -> list[Finding]:
         """Compare the last frame with the one in a recipe."""
-        off = 0.0 if self._ended is None else apart(recipe, self._ended)
+        off = 0.0 if self._ended is None else ending_distance(recipe, self._ended)
         if off <= LIMIT:
             return []
         last = self.num_frames - 1
@@ -298,11 +298,11 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     given = None if image is None else load_image(image)[0]
     recipe = read_recipe(path) or {}
     plan = recipe["plan"] if isinstance(recipe.get("plan"), dict) else {}
-    wanted, count = told_rate(recipe), plan.get("kept_frames")
+    wanted, count = recipe_rate(recipe), plan.get("kept_frames")
     is_film = not (Path(path).is_dir() or Path(path).suffix.lower() in PICTURE_SUFFIXES)
     sound = read_sound(path) if is_film else None
     fps = wanted or Fraction(25)
-    if not Path(path).is_dir():  # which tells no rate itself
+    if not Path(path).is_dir():  # which has no rate of its own
         with VideoReader(path) as reader:
             fps = reader.fps
     frames = read_frames(path)
@@ -314,8 +314,8 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     count = max(count - left_out, 0) if is_count else 0
     if given is not None:
         modes: tuple[Fit, ...] = ("crop", "pad")
-        told = [mode for mode in modes if mode == plan.get("fit")]
-        ways = [fit(given, height, width, mode) for mode in told or modes]
+        asked = [mode for mode in modes if mode == plan.get("fit")]
+        ways = [fit(given, height, width, mode) for mode in asked or modes]
         given = max(ways, key=lambda fitted: psnr(first, fitted))
     checker = ClipChecker(ClipInfo(fps, (width, height), count, samples, rate), given)
     for frame in chain([first], frames):

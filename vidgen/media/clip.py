@@ -55,7 +55,7 @@ class Clip:
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
         """Open a video file; its frames are counted by decoding it once, and read when needed.
 
-        A folder of pictures has the rate that its recipe tells.
+        A folder of pictures has the rate in its recipe.
 
         Raises:
             InputError: missing, no video, or damaged.
@@ -86,10 +86,10 @@ class Clip:
     @classmethod
     def _from_folder(cls, folder: Path) -> Clip:
         from vidgen.media.checks import recorded
-        from vidgen.media.probe import read_recipe, told_rate
+        from vidgen.media.probe import read_recipe, recipe_rate
 
         files, recipe = pictures_in(folder), read_recipe(folder)
-        fps = told_rate(recipe) or Fraction(25)
+        fps = recipe_rate(recipe) or Fraction(25)
         height, width, _ = load_image(files[0])[0].shape
         info = ClipInfo(fps, (width, height), len(files), recipe=recipe)
         clip = cls(lambda: (load_image(file)[0][None] for file in files), info)
@@ -124,8 +124,8 @@ class Clip:
     @property
     def captions(self) -> list[dict[str, Any]]:
         """Spoken sentences, each with `text`, `start_s` and `end_s`."""
-        told = (self.recipe or {}).get("sound")
-        speech = told.get("speech") if isinstance(told, dict) else None
+        sound = (self.recipe or {}).get("sound")
+        speech = sound.get("speech") if isinstance(sound, dict) else None
         return list(speech.get("sentences", ())) if isinstance(speech, dict) else []
 
     @property
@@ -151,7 +151,7 @@ class Clip:
     ) -> Path:
         """Stream the clip into a file of the format its suffix names; see `write_clip`.
 
-        `findings` then tells what may be wrong with it.
+        `findings` then lists possible faults.
 
         Raises:
             InputError: unknown suffix, or too many frames for it.

@@ -57,19 +57,19 @@ class Ending:
     @property
     def is_as_told(self) -> bool:
         """Whether the last frame is the recipe's; True where no recipe has one."""
-        return self.recipe is None or apart(self.recipe, self.cells) <= LIMIT
+        return self.recipe is None or ending_distance(self.recipe, self.cells) <= LIMIT
 
 
-def apart(recipe: Mapping[str, Any], cells: Array) -> float:
+def ending_distance(recipe: Mapping[str, Any], cells: Array) -> float:
     """Return the distance of a last frame's cells from a recipe's, as `LIMIT` counts.
 
     It is 0 where the recipe has none, 255 where they have different shapes.
     """
-    told = recipe.get(ENDING)
-    if told is None:
+    known = recipe.get(ENDING)
+    if known is None:
         return 0.0
     try:
-        levels = np.frombuffer(base64.b64decode(told, validate=True), np.uint8)
+        levels = np.frombuffer(base64.b64decode(known, validate=True), np.uint8)
     except (binascii.Error, TypeError, ValueError):
         return 255.0
     if levels.size != cells.size:

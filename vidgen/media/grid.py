@@ -132,8 +132,8 @@ def contact_sheet(
         x, y = _GAP + index % columns * step_x, _GAP + index // columns * step_y
         sheet.paste(Image.fromarray(frame), (x, y))
         if index < len(labels):
-            text, behind = labels[index], labels[index + 1 : (index // columns + 1) * columns]
-            empty = next((n for n, each in enumerate(behind) if each), len(behind))
+            text, after = labels[index], labels[index + 1 : (index // columns + 1) * columns]
+            empty = next((n for n, each in enumerate(after) if each), len(after))
             while text and draw.textlength(text, font) > width + empty * step_x:
                 text = text[:-1]
             draw.text((x, y + height), text, "black", font)

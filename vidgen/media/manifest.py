@@ -294,8 +294,8 @@ def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | Non
         return replace(marks, c2pa="tampered", problems=(str(error),))
     manifest = manifest or {}
     state, problems = _judge(results)
-    told = {part.get("id"): part for part in marks.ingredients}
-    ingredients = [_signed_ingredient(entry, told) for entry in manifest.get("ingredients", ())]
+    known = {part.get("id"): part for part in marks.ingredients}
+    ingredients = [_signed_ingredient(entry, known) for entry in manifest.get("ingredients", ())]
     signature = manifest.get("signature_info") or {}
     return replace(
         _filled(marks, manifest), c2pa=state, problems=problems,
@@ -335,10 +335,10 @@ def _judge(results: dict[str, Any] | None) -> tuple[str, tuple[str, ...]]:
     return ("untrusted", codes) if codes else ("valid", codes)
 
 
-def _signed_ingredient(entry: dict[str, Any], told: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+def _signed_ingredient(entry: dict[str, Any], known: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     """Return a manifest's ingredient, completed by the marks."""
     name = entry.get("instance_id")
-    found = {"title": entry.get("title", "unnamed"), "id": name, **told.get(name, {})}
+    found = {"title": entry.get("title", "unnamed"), "id": name, **known.get(name, {})}
     if "active_manifest" in entry:
         found["c2pa"] = _judge(entry.get("validation_results"))[0]
     return {key: value for key, value in found.items() if value}

@@ -144,7 +144,7 @@ def hold_peaks(samples: Samples, rate: int) -> None:
         return
     position, before = 0, None
     for block in mastered(samples, rate, Mastering(limited=True), len(samples)):
-        if before is not None:  # what is written is no longer looked at
+        if before is not None:  # samples before it are no longer needed
             samples[position : position + len(before)] = before
             position += len(before)
         before = block

@@ -27,7 +27,7 @@ DUCK_DB, DUCK_DOWN_S, DUCK_UP_S = 12.0, 0.15, 0.4
 MIX_LUFS = -23.0
 """Level of mixed sounds (EBU R 128's); no peak of a sum comes near full scale there."""
 TELEPHONE_RATE = 16_000
-"""Below this rate there is nothing above 8 kHz; people hear that."""
+"""A lower rate holds nothing above 8 kHz, which people hear."""
 _STEP = 1 << 18
 
 

@@ -68,8 +68,8 @@ def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
     around = 2 * round(_AROUND_S / HOP_S) + 1
     padded = F.pad(curves[:, None], (around // 2, around // 2), mode="replicate")[:, 0]
     usual = padded.unfold(1, around, 1).median(2).values
-    apart = 2 * round(_APART_S / HOP_S) + 1
-    highest = F.max_pool1d(curves[:, None], apart, 1, apart // 2)[:, 0]
+    width = 2 * round(_APART_S / HOP_S) + 1
+    highest = F.max_pool1d(curves[:, None], width, 1, width // 2)[:, 0]
     above = curves - usual
     needed = (share * above.amax(1, keepdim=True)).clamp(min=_RISE)
     peaks = (curves == highest) & (above >= needed)

@@ -121,7 +121,7 @@ def _picture_recipe(path: Path) -> str | None:
     return text if isinstance(text, str) and text.startswith("{") else None
 
 
-def told_rate(recipe: Mapping[str, Any] | None) -> Fraction | None:
+def recipe_rate(recipe: Mapping[str, Any] | None) -> Fraction | None:
     """Return the frame rate in a recipe; None where it has none that a clip can have."""
     plan = (recipe or {}).get("plan")
     try:

@@ -196,7 +196,7 @@ def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the PNGs of a folder, sorted by name.
 
     Raises:
-        InputError: there are none.
+        InputError: it has none.
     """
     found = sorted(Path(folder).glob("*.png"))
     if not found:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 RATE = 48_000
-"""Samples a second of what is made for a clip; video's own rate, and Opus'."""
+"""Samples a second of a clip's sound; the usual rate of video, and of Opus."""
 IN_MEMORY = 16_000_000
 """Bytes of sound that stay in memory; more lie in an unnamed file, mapped."""
 _LATE_S = 0.002
@@ -101,13 +101,13 @@ class SoundReader:
                 raise ValueError("its sound has no rate or no channels")
             self.source_rate, self.rate = stream.rate, rate or stream.rate
             self.channels = min(2, stream.channels)
-            told = stream.duration is not None and stream.time_base is not None
+            is_stated = stream.duration is not None and stream.time_base is not None
             self.seconds = (
                 float(stream.duration * stream.time_base)  # type: ignore[operator]
-                if told else container.duration and container.duration / av.time_base
+                if is_stated else container.duration and container.duration / av.time_base
             )
             # a codec's last packet is padded to its full length
-            self._limit = round(self.seconds * self.rate) if told and self.seconds else 1 << 62
+            self._limit = round(self.seconds * self.rate) if is_stated and self.seconds else 1 << 62
 
     def __iter__(self) -> Iterator[Samples]:
         """Yield blocks float32 [n, channels], from the file's start to the track's end."""

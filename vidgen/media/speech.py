@@ -103,16 +103,16 @@ class EspeakVoice:
             [self._program, *options], input=text.encode(), capture_output=True, check=False
         )
         if made.returncode:
-            told = made.stderr.decode("utf-8", "replace").strip()
-            raise InputError(f"espeak-ng can't speak with the voice {self.name!r}: {told}; choose "
+            why = made.stderr.decode("utf-8", "replace").strip()
+            raise InputError(f"espeak-ng can't speak with the voice {self.name!r}: {why}; choose "
                              "another one with --voice")
         return made.stdout
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Program, version and voice."""
-        told = re.search(r"\d+(?:\.\d+)+", self._run("--version").decode("utf-8", "replace"))
-        return {"engine": f"espeak-ng {told[0] if told else ''}".strip(), "voice": self.name}
+        found = re.search(r"\d+(?:\.\d+)+", self._run("--version").decode("utf-8", "replace"))
+        return {"engine": f"espeak-ng {found[0] if found else ''}".strip(), "voice": self.name}
 
     def say(self, text: str) -> Samples:
         """A sentence as float32 [N, 1] at `RATE`."""

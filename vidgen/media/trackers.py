@@ -38,7 +38,7 @@ class Span:
 
 @dataclass
 class Spans:
-    """Marked frames as spans; those less than half a second apart are one.
+    """Marked frames as spans; those less than half a second from each other are one.
 
     Args:
         fps: frames per second.
@@ -253,7 +253,7 @@ class Drift:
 
 
 class Drifts:
-    """Measures how colours change while the picture stays, apart from what moves in it.
+    """Measures how colours change while the picture stays, whatever moves in it.
 
     Between looks an eighth of a second apart each channel's change is fitted by an offset, a gain,
     a shift and a zoom (the generalised dynamic image model of Negahdaripour, PAMI 1998), robustly;

@@ -69,8 +69,8 @@ class VideoReader:
         size: (width, height) as shown, after any rotation.
         stated_frames: number by the file's head, or None; a truncated file has fewer, and libav
             may not object.
-        told_frames: the same where the head tells it exactly.
-        told_s: duration in the file's head, or None.
+        header_frames: the exact number in the file's head, or None.
+        header_s: duration in the file's head, or None.
         tick_s: seconds that a tick of `timed` lasts, exact.
         pixel_aspect: width of a pixel over its height, 1 where the file doesn't say.
 
@@ -79,8 +79,8 @@ class VideoReader:
     """
 
     stated_frames: int | None = None
-    told_frames: int | None = None
-    told_s: Fraction | None = None
+    header_frames: int | None = None
+    header_s: Fraction | None = None
     tick_s = Fraction(1, 1000)
     pixel_aspect = Fraction(1)
 
@@ -155,12 +155,12 @@ class VideoReader:
         coded = stream.codec_context.width, stream.codec_context.height
         self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
         check_area(self._what, _squared(*coded, self.pixel_aspect) or coded)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes told later
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # of later sizes
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
         self.tick_s = Fraction(stream.time_base or Fraction(1, 90_000))
-        self.told_frames = self.stated_frames = stream.frames or None
-        self.told_s = None if stream.duration is None else stream.duration * self.tick_s
+        self.header_frames = self.stated_frames = stream.frames or None
+        self.header_s = None if stream.duration is None else stream.duration * self.tick_s
         seconds = self._container.duration
         if not stream.frames and seconds is not None and len(self._container.streams) == 1:
             self.stated_frames = round(seconds * self.fps / av.time_base)  # sound may be longer
@@ -217,7 +217,7 @@ class VideoReader:
         count, last = 0, None
         for frame in self:
             count, last = count + 1, frame
-        assert last is not None  # there is one at least
+        assert last is not None  # a reader has one frame at least
         return (count if self.places is None else self.places[-1] + 1), last
 
     def _times(self) -> list[Fraction]:
@@ -226,10 +226,10 @@ class VideoReader:
             lengths = [Fraction(round(ms), 1000) for ms in _durations_ms(self._image)]
             return [sum(lengths[:n], Fraction()) for n in range(len(lengths))]
         self._container.seek(0)
-        told = [packet.pts for packet in self._container.demux(self._stream) if packet.size]
-        ticks = sorted(pts for pts in told if pts is not None)
+        stated = [packet.pts for packet in self._container.demux(self._stream) if packet.size]
+        ticks = sorted(pts for pts in stated if pts is not None)
         tick_s = Fraction(self._stream.time_base or 1)
-        return [pts * tick_s for pts in ticks] if len(ticks) == len(told) else []
+        return [pts * tick_s for pts in ticks] if len(ticks) == len(stated) else []
 
 
 def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | None:
@@ -247,7 +247,7 @@ def _animation_fps(image: Image.Image) -> Fraction:
 
 def _durations_ms(image: Image.Image) -> Iterator[float]:
     for frame in ImageSequence.Iterator(image):
-        frame.load()  # WebP tells a frame's duration only then
+        frame.load()  # WebP gives a frame's duration only then
         yield frame.info.get("duration", 0)
 
 

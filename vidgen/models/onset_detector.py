@@ -1,6 +1,6 @@
 """An onset detector: find the moments at which something meets the ground in a clip's latents.
 
-A far smaller network than a generator, it tells which of several generated sounds goes with the
+A far smaller network than a generator, it finds which of several generated sounds goes with the
 picture (onset detectors that a Foley model's sound follows: Comunità et al. 2024, "SyncFusion"). It
 reads latents, so nothing is decoded.
 
@@ -22,7 +22,7 @@ _RARE = -4.0
 """Log-odds of an onset in any part of a latent frame, of an untrained detector."""
 _GROUPS = 8
 _DROPPED = 0.1
-"""Dropout of what is seen, in training."""
+"""Dropout of pooled features, in training."""
 SMEARS = 0.0, 0.25, 0.5
 """Smears of a clip over time whose predictions are averaged: generated clips are smeared, too."""
 
@@ -124,8 +124,8 @@ class OnsetDetector(nn.Module):
 
 def smeared(latents: Tensor, share: Tensor | float) -> Tensor:
     """Move latent frames of [B, C, F, h, w] by a share towards the mean of their neighbours."""
-    beside = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
-    return latents + share * ((beside[:, :, :-2] + beside[:, :, 2:]) / 2 - latents)
+    padded = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
+    return latents + share * ((padded[:, :, :-2] + padded[:, :, 2:]) / 2 - latents)
 
 
 def part_times(first: int, count: int, num_parts: int, stride_t: int, fps: float) -> Tensor:

@@ -72,7 +72,7 @@ class PromptTokenizer:
         self.rare_words = read_synonyms(rare) if rare.is_file() else {}
 
     def token_id(self, token: str) -> int:
-        """Return the id of a token as written in prompts; raise ModelError if there is none."""
+        """Return the id of a token as written in prompts; raise ModelError if it has none."""
         found = self._tokenizer.token_to_id(token)
         if found is None:
             raise ModelError(

@@ -1,6 +1,6 @@
 """A verifier: find the things of its vocabulary that a clip's latents show, with scores.
 
-It is far smaller than a generator and tells when another candidate is needed (verifiers of search
+It is far smaller than a generator and decides when another candidate is needed (verifiers of search
 over a diffusion model's noise: Ma et al. 2025, "Inference-time scaling for diffusion models beyond
 scaling denoising steps"). It reads latents, so nothing is decoded before a candidate is accepted.
 

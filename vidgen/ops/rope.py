@@ -40,7 +40,7 @@ def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int) -> Tensor:
     """Return rotations [1, N, d/2], complex64, of sound tokens, many of which share a latent frame.
 
     Angles of `time` [N], in latent frames, hardly change from one to the next; so those of rows
-    rotate by `steps` [N], in tokens, to tell neighbours apart.
+    rotate by `steps` [N], in tokens, to distinguish neighbours.
     """
     spatial = head_dim // 6
     coarse = _rotation(time, head_dim // 2 - 2 * spatial)

@@ -269,12 +269,12 @@ class _Watcher:
         return told if off < 0.5 and not _is_variable(lengths[:-1]) else rate
 
     def _notes(self, lengths: list[int]) -> list[str]:
-        notes, told = [], self._reader.told_frames
+        notes, told = [], self._reader.header_frames
         if told is not None and told != self.num_frames:
             notes.append(f"its head tells of {told} frames, {self.num_frames} can be decoded")
-        told_s, found_s = self._reader.told_s, sum(lengths) * self._reader.tick_s
-        if told_s is not None and found_s < 0.9 * told_s:
-            notes.append(f"it ends early: its head tells of {float(told_s):.2f} s, "
+        header_s, found_s = self._reader.header_s, sum(lengths) * self._reader.tick_s
+        if header_s is not None and found_s < 0.9 * header_s:
+            notes.append(f"it ends early: its head tells of {float(header_s):.2f} s, "
                          f"{float(found_s):.2f} s can be decoded")
         if self._is_interlaced:
             notes.append("it is interlaced: frames hold two moments, line by line")
