@@ -25,8 +25,7 @@ from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache, load_vae
 from train.toybox.world.scenes import SceneMix
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
-from vidgen.diffusion.sound import sound_span
-from vidgen.diffusion.state import new_state
+from vidgen.diffusion.state import new_state, sound_span
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS

@@ -17,8 +17,7 @@ from vidgen.diffusion.guidance import guidance_share
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_euler, sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.diffusion.sound import new_sound
-from vidgen.diffusion.state import denoise_inputs, new_state
+from vidgen.diffusion.state import denoise_inputs, new_sound, new_state
 
 STRIDES = Strides(t=4, hw=16)
 SHAPE = LatentShape(channels=3, num_frames=5, height=4, width=6, batch=2)

@@ -57,7 +57,7 @@ def write(frames: np.ndarray, path: Path) -> Path:
 def test_every_format_ends_as_its_recipe_tells(frames: np.ndarray, tmp_path: Path, suffix: str):
     ending = read_ending(write(frames, tmp_path / f"a{suffix}"))
     assert len(ending.recipe[ENDING]) < 1100
-    assert ending.is_as_told
+    assert ending.matches_recipe
     assert (ending.num_frames, ending.size, ending.is_plain) == (17, (64, 64), True)
 
 
@@ -75,7 +75,7 @@ def test_encoding_once_more_keeps_it_and_editing_does_not(
     film: Path, tmp_path: Path, name: str, options: tuple[str, ...], *, same: bool
 ) -> None:
     path = edited(film, tmp_path / name, *options)
-    assert read_ending(path).is_as_told is same
+    assert read_ending(path).matches_recipe is same
     assert ("ending" in {finding.kind for finding in check_file(path)}) is not same
 
 
@@ -83,9 +83,9 @@ def test_encoding_once_more_keeps_it_and_editing_does_not(
 def test_a_damaged_entry_is_no_ending(frames: np.ndarray, tmp_path: Path, told: object) -> None:
     ending = read_ending(write(frames, tmp_path / "a.mkv"))
     ending.recipe[ENDING] = told
-    assert not ending.is_as_told
+    assert not ending.matches_recipe
     del ending.recipe[ENDING]
-    assert ending.is_as_told, "files from before it was written"
+    assert ending.matches_recipe, "files from before it was written"
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.diffusion.sound import new_sound, sound_begins
-from vidgen.diffusion.state import new_state
+from vidgen.diffusion.state import new_sound, new_state, sound_begins
 
 
 def make_state(**known):

@@ -55,7 +55,7 @@ class Ending:
         return max(1, round(self.num_frames * fps / self.fps))
 
     @property
-    def is_as_told(self) -> bool:
+    def matches_recipe(self) -> bool:
         """Whether the last frame is the recipe's; True where no recipe has one."""
         return self.recipe is None or ending_distance(self.recipe, self.cells) <= LIMIT
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vidgen.core.shapes import Tiles
-from vidgen.diffusion.sound import sound_span
+from vidgen.diffusion.state import sound_span
 from vidgen.media.write import PIXELS_PER_BYTE
 from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
 from vidgen.models.dit_types import DiTConfig

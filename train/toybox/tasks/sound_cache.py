@@ -19,8 +19,7 @@ from train.toybox.world.cues import sound_cues
 from train.toybox.world.scenes import Scene
 from train.toybox.world.sound import synthesize
 from vidgen.core.errors import InputError
-from vidgen.diffusion.sound import SoundState, sound_span
-from vidgen.diffusion.state import LatentState
+from vidgen.diffusion.state import LatentState, SoundState, sound_span
 from vidgen.models.audio import AudioVAE
 from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.weights.configs import config_of

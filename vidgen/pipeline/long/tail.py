@@ -174,7 +174,7 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
 
 def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
     """Return the latents in a file's recipe, or the reason why a clip can't continue from them."""
-    if not ending.is_as_told:
+    if not ending.matches_recipe:
         return "doesn't end as its recipe tells"
     begun = read_tail(ending.recipe, folder)
     if begun is None:
