@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
-from vidgen.diffusion import condition, stacked
+from vidgen.diffusion import condition
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
@@ -99,7 +99,7 @@ def _stacked(
     pixels, wanted = _known_pixels(plan, request, inputs)
     known = wanted.amax((0, 1, 3, 4)) == 0
     latents = model.encode(pixels)
-    shown = stacked.known_frames(latents, known.to(latents.device), model.strides)
+    shown = condition.known_frames(latents, known.to(latents.device), model.strides)
     state = replace(state, stacked=shown)
     if model.describe is None:
         return state
@@ -120,7 +120,7 @@ def _controlled(
     )
     kept, changed = model.encode(pixels * (1 - wanted)), model.encode(pixels * wanted)
     wanted = wanted.to(kept)
-    return stacked.control(state, kept, changed, wanted, references, model.strides, noise)
+    return condition.control(state, kept, changed, wanted, references, model.strides, noise)
 
 
 def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor, Tensor]:

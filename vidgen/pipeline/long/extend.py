@@ -27,7 +27,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.shapes import LatentShape
-from vidgen.diffusion import condition, stacked
+from vidgen.diffusion import condition
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
@@ -275,7 +275,7 @@ class LongClip:
         grey = video.new_zeros(1, 3, num_frames - video.shape[2], *video.shape[3:])
         kept = engine.encode_video(torch.cat([video, grey], dim=2), self.plan.tiles)
         kept[:, :, 1:num_known] = known[:, :, 1:]
-        return stacked.keep_beginning(state, kept, num_known)
+        return condition.keep_beginning(state, kept, num_known)
 
     def _noise(self, like: Tensor, stream: str, first: int) -> Tensor:
         shape = replace(self.plan.latents, num_frames=like.shape[2])

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
-from vidgen.diffusion.state import new_sound, sound_begins, sound_span
+from vidgen.diffusion.state import LatentState, new_sound, sound_begins, sound_span
 from vidgen.diffusion.temporal_upsampling import finished_upsampled
 from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
@@ -40,7 +40,6 @@ from vidgen.pipeline.long.tail import Beginning, no_beginning
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.diffusion.state import LatentState
     from vidgen.diffusion.temporal_upsampling import LatentRate
     from vidgen.media.types import Samples
     from vidgen.models.audio_spectra import AudioVAEConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.shapes import Strides
-from vidgen.diffusion import stacked
+from vidgen.diffusion import condition
 from vidgen.diffusion.condition_mix import KINDS, ConditionMix, Stills, training_conditions
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.weights.folder import ModelFolder
@@ -128,7 +128,7 @@ class Conditions:
         self, state: LatentState, batch: Mapping[str, Any], kinds: list[str]
     ) -> LatentState:
         rows = [
-            stacked.known_frames(
+            condition.known_frames(
                 batch[kind][i : i + 1], self._known(state, kind), self._strides
             )
             for i, kind in enumerate(kinds)
@@ -151,7 +151,7 @@ class Conditions:
             wanted = (~known).float()[None, None, :, None, None].expand(
                 1, 1, -1, state.latents.shape[3] * side, state.latents.shape[4] * side
             )
-            rows.append(stacked.control_rows(kept, grey, wanted, self._strides))
+            rows.append(condition.control_rows(kept, grey, wanted, self._strides))
         return replace(state, control=torch.cat(rows))
 
     def _known(self, state: LatentState, kind: str) -> Tensor:
