@@ -85,6 +85,7 @@ def build_wide(folder: Path) -> Path:
     from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
     from vidgen.models.text import TextConfig, UMT5Encoder
     from vidgen.models.vae import CausalVAE
+    from vidgen.weights.configs import encoder_to_transformers
     from vidgen.weights.family import ModelDefaults
     from vidgen.weights.folder import write_model_info
 
@@ -96,9 +97,8 @@ def build_wide(folder: Path) -> Path:
     ))  # fmt: skip
     save_module(vae.state_dict(), vae.config, folder / "vae", torch.float32)
     save_module(dit.state_dict(), dit.config, folder / "transformer", torch.bfloat16)
-    save_module(
-        text.state_dict(), text.config.to_transformers(), folder / "text_encoder", torch.bfloat16
-    )
+    settings = encoder_to_transformers(text.config)
+    save_module(text.state_dict(), settings, folder / "text_encoder", torch.bfloat16)
     train_tokenizer((PROMPT, "a cat"), folder / "tokenizer", 512)
     write_model_info(
         folder, name="wide", family="wan2.1", license_name="Apache-2.0", tasks=("text", "image"),

@@ -20,6 +20,7 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
+from vidgen.weights.configs import encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
 from vidgen.weights.folder import write_model_info
 from vidgen.weights.layouts import open_model
@@ -43,9 +44,8 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
     text = UMT5Encoder(TEXT_PRESETS["tiny"])
     save_module(vae.state_dict(), vae.config, folder / "vae", torch.float32)
     save_module(dit.state_dict(), dit.config, folder / "transformer", torch.float32)
-    save_module(
-        text.state_dict(), text.config.to_transformers(), folder / "text_encoder", torch.float32
-    )
+    settings = encoder_to_transformers(text.config)
+    save_module(text.state_dict(), settings, folder / "text_encoder", torch.float32)
     if sound:
         heard = AudioVAE(AUDIO_VAE_PRESETS["tiny"])
         save_module(heard.state_dict(), heard.config, folder / "sound_vae", torch.float32)

@@ -11,13 +11,14 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.image import ImageConfig, ImageEncoder, prepare_image
 from vidgen.models.presets import IMAGE_PRESETS
+from vidgen.weights.configs import encoder_to_transformers, image_from_transformers
 
 TINY = IMAGE_PRESETS["tiny"]
 VIT_H = IMAGE_PRESETS["clip-vit-h"]
 
 
 def reference(config: ImageConfig) -> CLIPVisionModel:
-    settings = config.to_transformers()
+    settings = encoder_to_transformers(config)
     return CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
 
 
@@ -75,13 +76,13 @@ def test_a_prepared_image_equals_the_image_processor(size):
 
 
 def test_the_config_of_transformers_is_read_and_written():
-    assert ImageConfig.from_transformers(VIT_H.to_transformers()) == VIT_H
+    assert image_from_transformers(encoder_to_transformers(VIT_H)) == VIT_H
     settings = reference(TINY).config.to_dict()
     processor = CLIPImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28},
         image_mean=[0.5, 0.4, 0.3],
     ).to_dict()
-    config = ImageConfig.from_transformers(settings, processor)
+    config = image_from_transformers(settings, processor)
     assert config == replace(TINY, mean=(0.5, 0.4, 0.3))
     for bad, message in [
         ({"do_center_crop": False}, "do_center_crop is False"),
@@ -89,14 +90,14 @@ def test_the_config_of_transformers_is_read_and_written():
         ({"size": {"shortest_edge": 32}}, "size is .*32"),
     ]:
         with pytest.raises(ModelError, match=message):
-            ImageConfig.from_transformers(settings, processor | bad)
+            image_from_transformers(settings, processor | bad)
     with pytest.raises(ModelError, match="of type 'siglip'"):
-        ImageConfig.from_transformers(settings | {"model_type": "siglip"})
+        image_from_transformers(settings | {"model_type": "siglip"})
     with pytest.raises(ModelError, match="'relu'"):
-        ImageConfig.from_transformers(settings | {"hidden_act": "relu"})
+        image_from_transformers(settings | {"hidden_act": "relu"})
     del settings["hidden_size"]
     with pytest.raises(ModelError, match="lacks the field 'hidden_size'"):
-        ImageConfig.from_transformers(settings)
+        image_from_transformers(settings)
 
 
 def test_another_size_is_refused():

@@ -13,9 +13,10 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from train.toybox.tasks.tokenizer import train_tokenizer
 from vidgen.models.presets import TEXT_PRESETS
-from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, position_buckets
+from vidgen.models.text import TextEncoder, UMT5Encoder, position_buckets
 from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
 from vidgen.weights.component import fp32_parts
+from vidgen.weights.configs import encoder_to_transformers, text_from_transformers
 from vidgen.weights.load import load_module
 
 TINY = TEXT_PRESETS["tiny"]
@@ -78,7 +79,7 @@ def sentencepiece_like_folder(tmp_path_factory):
 @pytest.fixture
 def theirs():
     torch.manual_seed(0)
-    model = UMT5EncoderModel(UMT5Config(**TINY.to_transformers())).eval()
+    model = UMT5EncoderModel(UMT5Config(**encoder_to_transformers(TINY))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
@@ -88,7 +89,7 @@ def theirs():
 @pytest.mark.parametrize("length", [1, 7, 300])
 def test_encoder_equals_transformers_with_its_own_folder(theirs, tmp_path, length):
     theirs.save_pretrained(tmp_path)
-    config = TextConfig.from_transformers(json.loads((tmp_path / "config.json").read_text()))
+    config = text_from_transformers(json.loads((tmp_path / "config.json").read_text()))
     assert config == TINY
     ours = UMT5Encoder(config)
     ours.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
@@ -120,7 +121,7 @@ def test_float16_keeps_what_overflows_in_float32_as_transformers_does(theirs, tm
 def test_transformers_loads_what_we_write(tmp_path):
     ours = UMT5Encoder(TINY)
     save_file(ours.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(TINY.to_transformers()))
+    (tmp_path / "config.json").write_text(json.dumps(encoder_to_transformers(TINY)))
     theirs, info = UMT5EncoderModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     ids = torch.randint(TINY.vocab_size, (2, 9))
@@ -134,7 +135,7 @@ def test_presets_are_the_published_architecture():
     theirs = UMT5Config(
         vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
     )
-    assert TextConfig.from_transformers(theirs.to_dict()) == TEXT_PRESETS["umt5-xxl"]
+    assert text_from_transformers(theirs.to_dict()) == TEXT_PRESETS["umt5-xxl"]
     with torch.device("meta"):
         ours = UMT5Encoder(TEXT_PRESETS["umt5-xxl"]).state_dict()
         expected = UMT5EncoderModel(theirs).state_dict()
@@ -145,7 +146,7 @@ def test_presets_are_the_published_architecture():
 
 def test_position_buckets_equal_transformers_at_every_distance():
     config = TEXT_PRESETS["toybox"]
-    attention = UMT5Attention(UMT5Config(**config.to_transformers()), True, 0)
+    attention = UMT5Attention(UMT5Config(**encoder_to_transformers(config)), True, 0)
     offsets = torch.arange(600)[None, :] - torch.arange(600)[:, None]
     expected = attention._relative_position_bucket(offsets)
     assert torch.equal(position_buckets(600, config, "cpu"), expected)

@@ -16,6 +16,7 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline import prompts
 from vidgen.pipeline.loader import ModelLoader
 from vidgen.pipeline.prompts import PromptCache, PromptEncoder
+from vidgen.weights.configs import encoder_to_transformers
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
 
@@ -114,7 +115,7 @@ def test_whatever_shapes_a_context_makes_it_another(folder, own_cache, tmp_path,
     torch.manual_seed(5)
     text: TextConfig = folder.components["text_encoder"].config
     save_module(
-        UMT5Encoder(text).state_dict(), text.to_transformers(), folder.path / "text_encoder",
+        UMT5Encoder(text).state_dict(), encoder_to_transformers(text), folder.path / "text_encoder",
         torch.float32,
     )
     encoder_of(open_model(str(folder.path))).encode(TEXTS[:1])

@@ -62,7 +62,7 @@ from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.finetune.model import open_trainable
-from vidgen.weights.configs import config_of
+from vidgen.weights.configs import config_of, encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 from vidgen.weights.layouts import open_model
@@ -179,7 +179,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
             shutil.rmtree(out / STUDENT)
         save_module(made, dit, out / LOW, torch.bfloat16, INT8_FROM)
         return
-    text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
+    text = encoder_to_transformers(TEXT_PRESETS[settings["text_preset"]])
     made, words = (mixed(load_averages(run, part), part, mix, out)
                    for part in ("transformer", "text_encoder"))
     if not keep_students and settings["part"] != "sound":  # which leaves pictures as they were

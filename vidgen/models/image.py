@@ -10,15 +10,13 @@ Axes: B batch, S side of the square input in pixels, P patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.ops.attention import attention
 
@@ -27,7 +25,7 @@ Activation = Literal["gelu", "quick_gelu"]
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Architecture of an image encoder; `_TRANSFORMERS_NAMES` are transformers' fields."""
+    """Architecture of an image encoder."""
 
     image_size: int
     patch_size: int
@@ -61,75 +59,6 @@ class ImageConfig:
     def num_tokens(self) -> int:
         """Rows of the output: one for the whole image and one for each patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
-
-    @classmethod
-    def from_transformers(
-        cls, settings: Mapping[str, Any], processor: Mapping[str, Any] | None = None
-    ) -> ImageConfig:
-        """Read a `config.json` of transformers' `CLIPVisionModel`.
-
-        Args:
-            settings: the config.
-            processor: the `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's own.
-
-        Raises:
-            ModelError: another architecture, a missing setting, or a processor other than
-                `prepare_image`.
-        """
-        model_type = settings.get("model_type")
-        if model_type != "clip_vision_model" or settings.get("num_channels", 3) != 3:
-            raise ModelError(
-                f"the image encoder is of type {model_type!r} with "
-                f"{settings.get('num_channels', 3)} channels; only 'clip_vision_model' with 3 is "
-                "supported"
-            )
-        try:
-            values = {ours: settings[theirs] for ours, theirs in _TRANSFORMERS_NAMES.items()}
-        except KeyError as error:
-            raise ModelError(f"the image encoder's config.json lacks the field {error}") from None
-        if processor is not None:
-            _require_clip_processor(processor, values["image_size"])
-            for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-                if theirs in processor:
-                    values[ours] = processor[theirs]
-        try:
-            return build(cls, values, "the image encoder's config.json")
-        except InputError as error:
-            raise ModelError(str(error)) from None
-
-    def to_transformers(self) -> dict[str, Any]:
-        """Return the `config.json` of transformers' `CLIPVisionModel`."""
-        return {
-            "architectures": ["CLIPVisionModel"],
-            "model_type": "clip_vision_model",
-            **{theirs: getattr(self, ours) for ours, theirs in _TRANSFORMERS_NAMES.items()},
-            "num_channels": 3,
-        }
-
-
-_TRANSFORMERS_NAMES = {
-    "image_size": "image_size", "patch_size": "patch_size", "hidden_dim": "hidden_size",
-    "ffn_dim": "intermediate_size", "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads", "activation": "hidden_act", "eps": "layer_norm_eps",
-}
-
-
-def _require_clip_processor(processor: Mapping[str, Any], size: int) -> None:
-    """Raise ModelError for settings of an image processor that `prepare_image` doesn't follow."""
-    square = {"height": size, "width": size}
-    followed: dict[str, tuple[Any, ...]] = {
-        "size": ({"shortest_edge": size}, size),
-        "crop_size": (square, size),
-        "resample": (3,),  # bicubic
-        "rescale_factor": (1 / 255,),
-        **{f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")},
-    }
-    for key, allowed in followed.items():
-        if key in processor and processor[key] not in allowed:
-            raise ModelError(
-                f"the image processor's {key} is {processor[key]!r}; only {allowed[0]!r} is "
-                "supported with this image encoder"
-            )
 
 
 class _Embeddings(nn.Module):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidgen.core.config import build
 from vidgen.core.errors import ModelError
 from vidgen.models.tokenizer import PromptTokenizer
 
@@ -30,7 +29,7 @@ _SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Architecture of a UMT5 encoder; `_TRANSFORMERS_NAMES` are transformers' fields."""
+    """Architecture of a UMT5 encoder."""
 
     vocab_size: int
     hidden_dim: int
@@ -53,48 +52,6 @@ class TextConfig:
                 f"{self.num_buckets} position buckets up to distance {self.max_distance}: the "
                 "count must be a multiple of 4 and the distance over a quarter of it"
             )
-
-    @classmethod
-    def from_transformers(cls, settings: Mapping[str, Any]) -> TextConfig:
-        """Read a `config.json` of transformers' UMT5.
-
-        Raises:
-            ModelError: another architecture, or a setting is missing.
-        """
-        model_type = settings.get("model_type")
-        activation = settings.get("feed_forward_proj", "gated-gelu")
-        if model_type != "umt5" or activation != "gated-gelu":
-            raise ModelError(
-                f"the text encoder is of type {model_type!r} with {activation!r} layers; "
-                "only UMT5 with gated-gelu is supported"
-            )
-        try:
-            fields = {ours: settings[theirs] for ours, theirs in _TRANSFORMERS_NAMES.items()}
-        except KeyError as error:
-            raise ModelError(f"the text encoder's config.json lacks the field {error}") from None
-        return build(cls, fields, "the text encoder's config.json")
-
-    def to_transformers(self) -> dict[str, Any]:
-        """Return the `config.json` of transformers' `UMT5EncoderModel`."""
-        return {
-            "architectures": ["UMT5EncoderModel"],
-            "model_type": "umt5",
-            **{theirs: getattr(self, ours) for ours, theirs in _TRANSFORMERS_NAMES.items()},
-            "num_decoder_layers": self.num_layers,
-            "feed_forward_proj": "gated-gelu",
-            "is_encoder_decoder": True,
-            "tie_word_embeddings": True,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        }
-
-
-_TRANSFORMERS_NAMES = {
-    "vocab_size": "vocab_size", "hidden_dim": "d_model", "head_dim": "d_kv", "ffn_dim": "d_ff",
-    "num_layers": "num_layers", "num_heads": "num_heads",
-    "num_buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance", "eps": "layer_norm_epsilon",
-}
 
 
 class _Norm(nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.config import build
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.presets import VAE_PRESETS
@@ -36,6 +36,17 @@ _VAE_NAMES = {
     "channel_mults": "dim_mult", "num_blocks": "num_res_blocks",
     "temporal_downsample": "temperal_downsample", "stage_shortcuts": "is_residual",
     "latents_mean": "latents_mean", "latents_std": "latents_std",
+}
+_TEXT_NAMES = {
+    "vocab_size": "vocab_size", "hidden_dim": "d_model", "head_dim": "d_kv", "ffn_dim": "d_ff",
+    "num_layers": "num_layers", "num_heads": "num_heads",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance", "eps": "layer_norm_epsilon",
+}
+_IMAGE_NAMES = {
+    "image_size": "image_size", "patch_size": "patch_size", "hidden_dim": "hidden_size",
+    "ffn_dim": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "activation": "hidden_act", "eps": "layer_norm_eps",
 }
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_DIM = 128
@@ -187,6 +198,95 @@ def vae_to_diffusers(config: VAEConfig) -> dict[str, Any]:
         "patch_size": config.patch_size if config.patch_size > 1 else None,
         "scale_factor_temporal": config.strides.t, "scale_factor_spatial": config.strides.hw,
     }  # fmt: skip
+
+
+def text_from_transformers(settings: Mapping[str, Any]) -> TextConfig:
+    """Return the config from `config.json` of transformers' UMT5.
+
+    Raises:
+        ModelError: another architecture, or a setting is missing.
+    """
+    model_type = settings.get("model_type")
+    activation = settings.get("feed_forward_proj", "gated-gelu")
+    if model_type != "umt5" or activation != "gated-gelu":
+        raise ModelError(
+            f"the text encoder is of type {model_type!r} with {activation!r} layers; "
+            "only UMT5 with gated-gelu is supported"
+        )
+    values = _required(settings, _TEXT_NAMES, "text encoder")
+    return build(TextConfig, values, "the text encoder's config.json")
+
+
+def image_from_transformers(
+    settings: Mapping[str, Any], processor: Mapping[str, Any] | None = None
+) -> ImageConfig:
+    """Return the config from `config.json` of transformers' `CLIPVisionModel`.
+
+    Args:
+        settings: the config.
+        processor: the `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's own.
+
+    Raises:
+        ModelError: another architecture, a missing setting, or a processor other than
+            `prepare_image`.
+    """
+    model_type = settings.get("model_type")
+    if model_type != "clip_vision_model" or settings.get("num_channels", 3) != 3:
+        raise ModelError(
+            f"the image encoder is of type {model_type!r} with "
+            f"{settings.get('num_channels', 3)} channels; only 'clip_vision_model' with 3 is "
+            "supported"
+        )
+    values = _required(settings, _IMAGE_NAMES, "image encoder")
+    if processor is not None:
+        _require_clip_processor(processor, values["image_size"])
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            if theirs in processor:
+                values[ours] = processor[theirs]
+    try:
+        return build(ImageConfig, values, "the image encoder's config.json")
+    except InputError as error:
+        raise ModelError(str(error)) from None
+
+
+def _required(settings: Mapping[str, Any], names: Mapping[str, str], what: str) -> dict[str, Any]:
+    try:
+        return {ours: settings[theirs] for ours, theirs in names.items()}
+    except KeyError as error:
+        raise ModelError(f"the {what}'s config.json lacks the field {error}") from None
+
+
+def _require_clip_processor(processor: Mapping[str, Any], size: int) -> None:
+    """Raise ModelError for settings of an image processor that `prepare_image` doesn't follow."""
+    square = {"height": size, "width": size}
+    followed: dict[str, tuple[Any, ...]] = {
+        "size": ({"shortest_edge": size}, size),
+        "crop_size": (square, size),
+        "resample": (3,),  # bicubic
+        "rescale_factor": (1 / 255,),
+        **{f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")},
+    }
+    for key, allowed in followed.items():
+        if key in processor and processor[key] not in allowed:
+            raise ModelError(
+                f"the image processor's {key} is {processor[key]!r}; only {allowed[0]!r} is "
+                "supported with this image encoder"
+            )
+
+
+def encoder_to_transformers(config: TextConfig | ImageConfig) -> dict[str, Any]:
+    """Return `config.json` of transformers' `UMT5EncoderModel` or `CLIPVisionModel`."""
+    if isinstance(config, ImageConfig):
+        names = {theirs: getattr(config, ours) for ours, theirs in _IMAGE_NAMES.items()}
+        return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **names,
+                "num_channels": 3}
+    return {
+        "architectures": ["UMT5EncoderModel"], "model_type": "umt5",
+        **{theirs: getattr(config, ours) for ours, theirs in _TEXT_NAMES.items()},
+        "num_decoder_layers": config.num_layers, "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True, "tie_word_embeddings": True,
+        "pad_token_id": 0, "eos_token_id": 1,
+    }
 
 
 def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:

@@ -25,7 +25,12 @@ from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 from vidgen.weights.component import OWN_ROLES, Component, Config, table_of
-from vidgen.weights.configs import dit_to_diffusers, dit_to_wan, vae_to_diffusers
+from vidgen.weights.configs import (
+    dit_to_diffusers,
+    dit_to_wan,
+    encoder_to_transformers,
+    vae_to_diffusers,
+)
 from vidgen.weights.folder import DiffusersFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, is_known, rename
 from vidgen.weights.layouts import (
@@ -194,7 +199,7 @@ def _write_wan(
 def _config(config: Config, to: Spelling) -> dict[str, Any]:
     """Return a component's `config.json`; that of encoders is transformers' in both layouts."""
     if isinstance(config, TextConfig | ImageConfig):
-        return config.to_transformers()
+        return encoder_to_transformers(config)
     if to == "diffusers" and isinstance(config, VAEConfig):
         return vae_to_diffusers(config)
     if to == "diffusers" and isinstance(config, DiTConfig):

@@ -37,12 +37,14 @@ from vidgen.weights.configs import (
     config_of,
     dit_from_diffusers,
     dit_from_wan,
+    image_from_transformers,
     infer_dit,
     infer_image,
     infer_text,
     infer_vae,
     read_config,
     read_json,
+    text_from_transformers,
     vae_from_diffusers,
 )
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
@@ -364,10 +366,10 @@ def _processor(path: Path) -> Path | None:
 def _encoder_config(role: Role, folder: Path, processor: Path | None) -> Config | None:
     """Return the config of a text or image encoder, in transformers' format."""
     if role == "text_encoder":
-        return TextConfig.from_transformers(read_config(folder))
+        return text_from_transformers(read_config(folder))
     if role == "image_encoder":
         settings = None if processor is None else read_json(processor / "preprocessor_config.json")
-        return ImageConfig.from_transformers(read_config(folder), settings)
+        return image_from_transformers(read_config(folder), settings)
     return None
 
 
