@@ -58,14 +58,11 @@ def gather(blocks: Iterable[Samples], channels: int) -> Samples:
     with tempfile.SpooledTemporaryFile(IN_MEMORY, prefix="vidgen-") as file:
         for block in blocks:
             file.write(block.tobytes())
-        num_samples = file.tell() // (4 * channels)
-        samples = room(num_samples, channels)
+        size = file.tell()
+        if size > IN_MEMORY:
+            return np.memmap(file, np.float32, "r+", shape=(size // (4 * channels), channels))
         file.seek(0)
-        step = 1 << 20
-        for start in range(0, num_samples, step):
-            part = np.frombuffer(file.read(4 * channels * step), np.float32)
-            samples[start : start + step] = part.reshape(-1, channels)
-    return samples
+        return np.frombuffer(bytearray(file.read()), np.float32).reshape(-1, channels)
 
 
 class SoundReader:
