@@ -170,8 +170,9 @@ class Engine(OpenedModel):
             with kept.running(recipe, self.device):
                 report = Reporter(on_event, index, request.count)
                 glimpses = Glimpses(self, on_preview, each.fps, index)
-                making = Making(self, each, request, inputs, loras, contexts, track, kept, report)
-                made = making.rolled(recipe) if each.roll else making.clip(recipe, glimpses)
+                making = Making(self, each, request, inputs, loras, contexts, track, kept, report,
+                                glimpses)
+                made = making.rolled(recipe) if each.roll else making.clip(recipe)
                 clips.append(making.finished(made))
         return clips if request.count > 1 else clips[0]
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Making:
     """One clip of a request, in one window or several."""
 
@@ -51,8 +51,11 @@ class Making:
     track: Soundtrack
     kept: Journal  # its journal
     report: Report  # called with a stage, the units done, and their total
+    glimpses: Glimpses  # previews of its steps
+    window: int = 0  # number of the current one
+    rejected: int = 0  # candidates so far
 
-    def clip(self, recipe: dict[str, Any], glimpses: Glimpses) -> Clip:
+    def clip(self, recipe: dict[str, Any]) -> Clip:
         """Denoise picture and sound; return the lazy clip."""
         plan, kept, long, followed = self.plan, self.kept, self._long, None
         latents = kept.latents
@@ -61,14 +64,14 @@ class Making:
             self.report("prepare", 0, 1)
             if self.request.follow_audio and self.track.bed is not None:
                 followed = followed_sound(self.model.loader, plan, self.track.bed).add_to
-            draw = Windows(self, glimpses, len(long.windows) if long else 1, kept.num_windows)
+            self.window = kept.num_windows
             if long:
-                latents = long.sample(draw, kept.done, kept.keep_window, followed)
+                latents = long.sample(self.sample, kept.done, kept.keep_window, followed)
             else:
                 state = self.model.prepare(plan, self.request, self.inputs)
                 if followed:
                     state = followed(state, 0, plan.latents.num_frames)
-                latents = state.unpack(draw(plan, state))[0]
+                latents = state.unpack(self.sample(plan, state))[0]
             kept.keep_latents(latents, long.begun.num_frames if long else 0)
         decode = long.clip if long else partial(self.model.decode, plan)
         clip = decode(latents, recipe, kept)
@@ -125,46 +128,35 @@ class Making:
         self.kept.keep_sound(*(made := own.decode()))
         return made
 
-
-@dataclass
-class Windows:
-    """Samples one plan after the other: the windows of a long clip, or a whole clip."""
-
-    making: Making
-    glimpses: Glimpses  # previews of its steps
-    num_windows: int
-    number: int  # of the current window, from 0
-    others: int = 0  # rejected candidates so far
-
-    def __call__(self, plan: Plan, state: LatentState) -> Tensor:
+    def sample(self, plan: Plan, state: LatentState) -> Tensor:
         """Return the next window in the samplers' layout; the best of several candidates."""
-        making = self.making
-        num_steps = len(sigmas_of(plan, making.request.scheduler)) - 1
+        model, kept, scheduler = self.model, self.kept, self.request.scheduler
+        num_steps = len(sigmas_of(plan, scheduler)) - 1
+        num_windows = len(self._long.windows) if self._long else 1
 
         def on_step(info: StepInfo, candidate: int = 0) -> None:
-            making.kept.on_step(counted_on(info, candidate))
+            kept.on_step(counted_on(info, candidate))
             seen = state.unpack(info.denoised)[0]
             apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
             shown = replace(info, denoised=seen[:, :, ::apart])
             self.glimpses.on_step(shown, state.num_references)
-            others = self.others + candidate
-            done, total = self.number + others, self.num_windows + others
-            making.report("sample", done * num_steps + info.step, total * num_steps)
+            others = self.rejected + candidate
+            done, total = self.window + others, num_windows + others
+            self.report("sample", done * num_steps + info.step, total * num_steps)
 
         sample = partial(
-            making.model.sample, plan, contexts=making.contexts(),
-            scheduler=making.request.scheduler, loras=making.loras, remember=making.kept.keeps,
-            regional=making.regional,
+            model.sample, plan, contexts=self.contexts(), scheduler=scheduler, loras=self.loras,
+            remember=kept.keeps, regional=self.regional,
         )
         if plan.candidates == 1:
-            made = sample(state, on_step=on_step, resume=making.kept.take_state())
+            made = sample(state, on_step=on_step, resume=kept.take_state())
         else:
             made, rejected = sample_best(
-                making.model.loader, plan, state, making.prompt,
+                model.loader, plan, state, self.prompt,
                 lambda state, candidate, resume: sample(
                     state, on_step=partial(on_step, candidate=candidate), resume=resume),
-                making.kept, self.number, num_steps,
+                kept, self.window, num_steps,
             )
-            self.others += rejected
-        self.number += 1
+            self.rejected += rejected
+        self.window += 1
         return made
