@@ -512,7 +512,7 @@ def test_segments_come_back_as_they_were(tmp_path):
     from vidgen.media.types import Segment
 
     segment = Segment(3, ((b"abc", 0, -1, True), (b"", 2, 0, False), (b"\0", 1, 1, False)))
-    job.write_segment(tmp_path / "s", segment)
+    job.write_arrays(tmp_path / "s", *job.segment_arrays(segment))
     assert read_segment(tmp_path / "s") == segment
 
 

@@ -205,17 +205,17 @@ def counted_paths(folder: Path, kind: str) -> list[Path]:
     return kept
 
 
-def write_segment(path: Path, segment: Segment) -> None:
-    """Write a segment: its packets' bytes, concatenated, and a row of numbers for each."""
+def segment_arrays(segment: Segment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a segment as arrays, its packets' bytes and a row of numbers for each, and facts."""
     rows = [[len(data), pts, dts, key] for data, pts, dts, key in segment.packets]
     content = np.frombuffer(b"".join(data for data, *_ in segment.packets), np.uint8)
     arrays = {"content": content, "packets": np.array(rows, np.int64)}
     seen, state = segment.seen or ({}, None)
-    write_arrays(path, arrays | seen, {"num_frames": segment.num_frames, "seen": state})
+    return arrays | seen, {"num_frames": segment.num_frames, "seen": state}
 
 
 def read_segment(path: Path) -> Segment:
-    """Read the file of `write_segment`; raise InputError if damaged."""
+    """Read a file of `segment_arrays`; raise InputError if damaged."""
     arrays, facts = read_arrays(path, "content", "packets")
     content, packets, start = arrays["content"].tobytes(), [], 0
     for size, pts, dts, key in arrays["packets"].tolist():

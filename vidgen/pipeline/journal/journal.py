@@ -68,8 +68,7 @@ class Journal:
         self.done: Tensor | None = None  # [1, C, n, h, w] float32 of finished windows, on the CPU
         self.num_windows = self._num_done = 0
         self.num_frames = self._num_segments = 0  # of the finished segments
-        self._latest: StepInfo | None = None
-        self._pending: list[Segment] = []
+        self._pending: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # files to be saved
         self.keeps = False  # whether steps are saved
         self._due_s = self._cost_s = 0.0
         self._is_worth_keeping = False
@@ -139,9 +138,8 @@ class Journal:
     def on_step(self, info: StepInfo) -> None:
         """Note a step; save its state if that is cheap against the time since the last save."""
         if self.keeps:
-            self._latest = info
-            if self._is_due():
-                self._flush()
+            facts = {"step": info.step, "num_steps": info.num_steps, "num_done": self._num_done}
+            self._keep_soon(STATE, job.state_tensors(info.state), facts)
 
     def keep_job(self) -> None:
         """Keep the job from now on, even if it holds only the recipe."""
@@ -155,7 +153,8 @@ class Journal:
 
     def keep_window(self, done: Tensor) -> None:
         """Save the last finished window, given all latents so far [1, C, n, h, w]."""
-        self._latest = self.state = None
+        self.state = None
+        self._pending.pop(STATE, None)
         if self.keeps:
             name, new = job.part_name(WINDOWS, self.num_windows), done[:, :, self._num_done :]
             self.keep_arrays(name, {"latents": new}, {"until": done.shape[2]})
@@ -191,7 +190,8 @@ class Journal:
 
         A continued clip has `num_shown` frames already, which aren't written again.
         """
-        self._latest, self.latents = None, latents
+        self.latents = latents
+        self._pending.pop(STATE, None)
         self.keep_arrays(STATE, {"latents": latents}, {"finished": True, "num_shown": num_shown})
 
     def segments(self) -> Iterator[Segment]:
@@ -202,9 +202,9 @@ class Journal:
     def keep(self, segment: Segment) -> None:
         """Save the next finished segment."""
         if self.keeps:
-            self._pending.append(segment)
-            if self._is_due():
-                self._flush()
+            name = job.part_name(SEGMENTS, self._num_segments)
+            self._num_segments += 1
+            self._keep_soon(name, *job.segment_arrays(segment))
 
     def pause(self) -> None:
         """Save what isn't saved yet; remove a job that has no result."""
@@ -218,7 +218,7 @@ class Journal:
     def close(self) -> None:
         """Remove the job of a written clip."""
         self.num_frames = self._num_segments = 0
-        self._pending, self._latest = [], None
+        self._pending = {}
         if self.output is not None and self.folder.is_dir():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
@@ -304,20 +304,16 @@ class Journal:
         self._num_segments = len(kept)
         self.num_frames = sum(job.read_segment(path).num_frames for path in kept)
 
-    def _is_due(self) -> bool:
-        return time.monotonic() >= self._due_s
+    def _keep_soon(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        """Save a file with the next ones, if that is cheap against the time since the last save."""
+        self._pending[name] = arrays, facts
+        if time.monotonic() >= self._due_s:
+            self._flush()
 
     def _flush(self) -> None:
-        if self._latest is not None:
-            info, self._latest = self._latest, None
-            facts = {"step": info.step, "num_steps": info.num_steps, "num_done": self._num_done}
-            self.keep_arrays(STATE, job.state_tensors(info.state), facts)
-        pending, self._pending = self._pending, []
-        if pending:
-            with self._saving():
-                for index, segment in enumerate(pending, self._num_segments):
-                    job.write_segment(self.folder / job.part_name(SEGMENTS, index), segment)
-            self._num_segments += len(pending)
+        pending, self._pending = self._pending, {}
+        for name, (arrays, facts) in pending.items():
+            self.keep_arrays(name, arrays, facts)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
@@ -332,7 +328,7 @@ class Journal:
 
     def give_up(self, reason: object) -> None:
         """Continue without a journal, with a warning: the output itself may still find room."""
-        self.keeps, self._latest, self._pending = False, None, []
+        self.keeps, self._pending = False, {}
         log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
                     self.output, reason)
         if not self._has_result:
