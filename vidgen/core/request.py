@@ -370,6 +370,9 @@ class Request(Options):
         if self.first_frame_model is not None and self.image is not None:
             raise InputError("image and first_frame_model are both given; the first frame is one "
                              "of them")
+        if self.scheduler is not None and self.shift is not None:
+            raise InputError(f"shift is {self.shift}, but {type(self.scheduler).__name__} brings "
+                             "its own; set it there")
         if self.latents is not None and self.count > 1:
             raise InputError(f"latents are the noise of one clip, but count is {self.count}; leave "
                              "one of them out")

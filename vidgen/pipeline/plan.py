@@ -65,9 +65,6 @@ def make_plan(
     patch, strides = folder.components["transformer"].config.patch_size, vae.strides
     sampler = request.sampler or defaults.sampler
     if not isinstance(sampler, str):
-        if request.shift is not None:
-            raise InputError(f"shift is {request.shift}, but {type(sampler).__name__} brings its "
-                             "own; set it there")
         sampler = type(sampler).__name__
     elif sampler not in SAMPLERS:
         raise OptionError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}", "sampler")

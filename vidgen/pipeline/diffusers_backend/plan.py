@@ -267,13 +267,10 @@ def make_scheduler(own: Any, request: Request) -> Any:
     import diffusers
 
     sampler, shift = request.sampler, request.shift
+    if request.scheduler is not None:
+        return request.scheduler
     if sampler is None and shift is None:
         return own
-    if sampler is not None and not isinstance(sampler, str):
-        if shift is not None:
-            raise InputError(f"shift is {shift}, but {type(sampler).__name__} brings its own; set "
-                             "it there")
-        return sampler
     shift = flow_shift(own) if shift is None else float(shift)
     kinds = {"euler": _FLOW[0], "unipc": _FLOW[1]}
     if sampler is not None and sampler not in kinds:

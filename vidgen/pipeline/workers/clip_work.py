@@ -61,8 +61,7 @@ class EngineWork:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what each worker opens itself."""
-        return {name: value for name, value in vars(self).items()
-                if not isinstance(getattr(type(self), name, None), cached_property)}
+        return {name: value for name, value in vars(self).items() if name != "engine"}
 
     @cached_property
     def engine(self) -> AnyEngine:
