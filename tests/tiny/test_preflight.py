@@ -379,7 +379,7 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
     assert f"up to {size_text(long.disk_bytes)} on the disk, by an ordinary core's rates" in line
     assert f"about {duration_text(long.total_s)} for" in line
     measured = replace(long, measured=True)
-    assert long_text([measured, measured], beside=True) == (
+    assert long_text([measured, measured], parallel=True) == (
         f"this takes about {duration_text(2 * long.total_s)} of work, shared by the workers, for "
         f"1728000 frames, and up to {size_text(2 * long.disk_bytes)} on the disk"
     )

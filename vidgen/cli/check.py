@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from vidgen.cli.report import Report
 
-DESCRIPTION = "Look for what may be wrong with a clip. Exit code 1 where there is a fault."
+DESCRIPTION = "Find faults of a clip. The exit code is 1 if it has one."
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Convert, and name what the other layout has no place for."""
+    """Convert, and name the tensors that the other layout has no place for."""
     from vidgen.weights.convert import convert
     from vidgen.weights.layouts import open_model
 

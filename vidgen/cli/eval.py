@@ -14,7 +14,7 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError, nearest
 from vidgen.core.values import parse_settings
 
-DESCRIPTION = "Score a model or clips. A killed run goes on where it stopped when called again."
+DESCRIPTION = "Score a model or clips. The same command continues a run that was stopped."
 SUFFIXES = (".txt", ".json")
 """Of lists of prompts."""
 _NAMES = ("temporal", "leaderboard")

@@ -25,7 +25,7 @@ from vidgen.core.values import parse_settings
 if TYPE_CHECKING:
     from vidgen.cli.outputs import OutputJournal
 
-DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
+DESCRIPTION = "Continue a clip. Options that are left out are those of the clip's recipe."
 OPTIONS = (
     "prompt", "negative", "seed", "steps", "guidance", "sampler", "shift", "cache", "lora",
     "settings", "last_image", "reference", "overlap", "colour_hold", "fit", "audio", "audio_loop",

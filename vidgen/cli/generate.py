@@ -25,7 +25,7 @@ from vidgen.core.request import MODEL, OUTPUT, Loading, Request, silenced
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
-DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
+DESCRIPTION = "Make a clip from a prompt. Options that are left out take the model's defaults."
 BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers")
 PIPE = "-"
 ENDLESS = 99_997

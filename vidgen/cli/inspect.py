@@ -9,7 +9,7 @@ from typing import Any
 
 from vidgen.cli.report import Report
 
-DESCRIPTION = "Tell what a media file holds, where it is from, and the recipe that made it."
+DESCRIPTION = "Show a media file's streams, its marks of origin, and the recipe that made it."
 _BLOBS = ("content", "tail", "ending")
 _INLINE = 88
 """Characters of a value that still go on one line."""

@@ -11,8 +11,8 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 
 DESCRIPTION = (
-    "List clips whose making was stopped: how far each is, how old, how large. The command that "
-    "began one goes on with it by --resume."
+    "List unfinished clips with their progress, age and size. The command that began one continues "
+    "it with --resume."
 )
 
 

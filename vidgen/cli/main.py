@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from vidgen.cli.options import Parser
 
 VERBS = {
-    "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
-    "plan": "the time and memory that generate will take with the same options",
-    "extend": "a clip that goes on, its own frames untouched",
-    "script": "a film from its script, shot by shot",
-    "inspect": "what a media file holds, and the recipe that made it",
-    "replay": "a clip once more from its recipe, or with one thing changed",
-    "sweep": "a clip under several settings, side by side on a sheet and in a video",
-    "check": "flashes, freezes, drift and other faults of a clip",
-    "jobs": "clips whose making was stopped, and how to be rid of them",
-    "models": "the models that are ready to use",
+    "generate": "make a clip from a prompt, with pictures or a clip as conditions",
+    "plan": "estimate the time and memory that generate takes with the same options",
+    "extend": "continue a clip; its own frames stay unchanged",
+    "script": "make a film from its script, shot by shot",
+    "inspect": "show a media file's streams and the recipe that made it",
+    "replay": "make a clip again from its recipe, or with one change",
+    "sweep": "make a clip under several settings, side by side on a sheet and in a video",
+    "check": "find flashes, freezes, drift and other faults of a clip",
+    "jobs": "list unfinished clips, and remove them",
+    "models": "list the models that are ready to use",
     "data": "check and cache videos and pictures for fine-tuning",
     "eval": "score a model on a suite",
-    "train": "fine-tune a model on clips of your own: LoRA or all weights",
-    "convert": "a model folder in another layout",
-    "serve": "clips and films over HTTP, from a queue that forgets nothing",
+    "train": "fine-tune a model on your own clips: LoRA or all weights",
+    "convert": "write a model folder in another layout",
+    "serve": "serve clips and films over HTTP, from a durable queue",
 }
 LONG = ("generate", "extend", "script", "replay", "sweep", "data", "eval", "train", "serve")
 INTERRUPTED = 130
@@ -114,7 +114,7 @@ class ExitCode:
 
 def overview() -> str:
     """Return the text of `vidgen --help`."""
-    lines = ["usage: vidgen VERB ... (vidgen VERB --help tells its options)", ""]
+    lines = ["usage: vidgen VERB ... (vidgen VERB --help lists its options)", ""]
     lines += [f"  {verb:<10} {summary}" for verb, summary in VERBS.items()]
     return "\n".join([*lines, "", "  --version  print the version"])
 
@@ -157,7 +157,7 @@ def _mend_streams() -> None:
 def _wait_briefly() -> None:
     """Let torch's threads wait for each other for a quarter of a millisecond before they sleep.
 
-    By default they spin for some 4 ms, as long as a turn on a core: beside other work each spends
+    By default they spin for some 4 ms, as long as a turn on a core: with other work each spends
     its turns on waiting. Read when torch is imported, which no verb has been yet.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -193,7 +193,7 @@ def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
         if "--json" in arguments and not (given_rank() or (0,))[0]:
             print(json.dumps({"error": reason, "exit_code": code}))
         print(end="", flush=True)
-    except OSError:  # it can't be written, as the reason may have told
+    except OSError:  # it can't be written, which may be the reason itself
         _drop_stdout()
     return code
 

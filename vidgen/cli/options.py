@@ -187,7 +187,7 @@ def add_workers(parser: ArgumentParser, what: str, *, threads: bool = True) -> N
     """Declare the options of workers on `what`; `threads` if their number is free."""
     add = parser.add_argument
     add("--workers", type=int, metavar="N",
-        help=f"{what} beside each other, each by a process of its own; default 1")
+        help=f"{what} in parallel, each in a process of its own; default 1")
     add("--ray", metavar="ADDRESS",
         help="by workers of a Ray cluster: auto, host:port, ray://host:port, or local; as many as "
         "--workers, else one a GPU, else one a machine")

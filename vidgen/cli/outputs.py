@@ -116,7 +116,7 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
         names: list[tuple[str, int, int | None]] = [
             (path, i, None) for i, path in enumerate(output_names(output, request))
         ]
-    else:  # the name tells the first clip's seed
+    else:  # the name has the first clip's seed
         name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
         jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
         names = [(match[0], 0, int(match[1])) for match in map(name.fullmatch, jobs) if match]
@@ -229,7 +229,7 @@ def resumable(
 def clip_facts(
     clip: Clip, path: str, seed: int | None, report: Report, *, strict: bool = False
 ) -> dict[str, Any]:
-    """Return a written clip's facts, with what its checks found, which is reported.
+    """Return a written clip's facts and the findings of its checks, which are reported.
 
     Under `strict` a faulty clip is moved to NAME.faulty.SUFFIX.
     """

@@ -1,4 +1,4 @@
-"""`vidgen plan PROMPT`: what a generation will take, stage by stage, before it starts."""
+"""`vidgen plan PROMPT`: time and memory of a generation, stage by stage, before it starts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Estimate
 
 DESCRIPTION = (
-    "Tell the time and memory that `vidgen generate` with the same options will take. The first "
-    "call on a machine measures it for some seconds. What doesn't fit is refused, naming what does."
+    "Estimate the time and memory that `vidgen generate` takes with the same options. The first "
+    "call on a machine measures it for some seconds. A clip that doesn't fit is refused, and the "
+    "message names one that does."
 )
 
 

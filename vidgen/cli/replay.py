@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("file", metavar="FILE", help="what vidgen wrote: film, picture or folder of pictures")
-    add("-o", "--output", metavar="FILE", help="where to; default FILE-again beside it")
+    add("-o", "--output", metavar="FILE", help="default FILE-again, in the same folder")
     add_resume(parser)
     add("--set", dest="changes", type=key_and_value, action="append", default=[],
         metavar="KEY=VALUE", help="an option of generate to change, seed and rest locked; nothing "

@@ -65,7 +65,7 @@ class Report:
             if kind is None and self._noted:
                 self._write_events()
         finally:
-            with suppress(OSError):  # of events that couldn't be written, as was told
+            with suppress(OSError):  # of events that couldn't be written, as was reported
                 self._stack.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -114,23 +114,20 @@ class Report:
 
     def expect(
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
-        done: Collection[int] = (), one_by_one: bool = False, beside: bool = False,
+        done: Collection[int] = (), one_by_one: bool = False, parallel: bool = False,
     ) -> None:
-        """Report from now on the share that is done and the time left; announce a long run.
-
-        See `Clock`; clips that are made `beside` each other are `parallel` there.
-        """
+        """Report from now on the share done and the time left, by `Clock`; announce a long run."""
         from vidgen.pipeline.eta import Clock
 
         each = made if isinstance(made, Sequence) else [made]
-        self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one, parallel=beside)
+        self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one, parallel=parallel)
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
             self.note(choice)
-        if len(done) < num_clips and (text := long_text(each, beside=beside)):
+        if len(done) < num_clips and (text := long_text(each, parallel=parallel)):
             self.note(text)
 
     def expect_nothing(self) -> None:
-        """Report from now on neither share nor time: there is no estimate of what follows."""
+        """Report neither share nor time from now on, for work without an estimate."""
         self._clock = None
 
     def save(
@@ -209,7 +206,7 @@ def print_line(line: str, file: TextIO, name: str) -> None:
 
     Raises:
         BrokenPipeError: nobody reads any more.
-        OutputError: there is no room for it.
+        OutputError: the disk is full.
     """
     try:
         print(line, file=file, flush=True)
@@ -239,12 +236,12 @@ def _left_column() -> ProgressColumn:
     return Left()
 
 
-def long_text(made: Sequence[Estimate], *, beside: bool = False) -> str | None:
-    """What a run takes in time, frames and room on the disk, in a line; None for a short one.
+def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None:
+    """Return a run's time, frames and room on the disk, in a line; None for a short one.
 
     Args:
         made: what its clips take.
-        beside: whether several are made at a time, so that all is over sooner.
+        parallel: whether several are made at a time, so that all is over sooner.
     """
     seconds = sum(each.total_s for each in made)
     if seconds <= LONG_S:
@@ -253,13 +250,13 @@ def long_text(made: Sequence[Estimate], *, beside: bool = False) -> str | None:
                     for name in ("kept_frames", "disk_bytes"))
     guess = "" if all(each.measured for each in made) else (
         ", by an ordinary core's rates: `vidgen plan` measures this machine's")
-    work = " of work, shared by the workers," if beside else ""
+    work = " of work, shared by the workers," if parallel else ""
     return (f"this takes about {duration_text(seconds)}{work} for {frames} frames, and up to "
             f"{size_text(disk)} on the disk{guess}")
 
 
 def duration_text(seconds: float) -> str:
-    """A time for people, from minutes on."""
+    """Return a time for people, from minutes on."""
     for unit, length in (("days", 86400), ("hours", 3600)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from vidgen.story.store import RenderedShot, ShotStore
 
 DESCRIPTION = (
-    "Render a script's shots and join them. A shot that is there already is not rendered again; "
-    "one that was stopped goes on."
+    "Render a script's shots and join them. Finished shots are not rendered again; one that was "
+    "stopped continues."
 )
 EXAMPLE = "scripts/start.yaml"
 OFFLOADS = ("none", "stage", "block")
@@ -38,9 +38,9 @@ def add_arguments(parser: Parser) -> None:
     add("script", metavar="FILM", nargs="?",
         help="a script: .yaml, .json, a table .csv, or a list .txt of one prompt a line")
     add("-o", "--output", metavar="FILE",
-        help=".mp4 .mov .webm or .mkv; default FILM.mp4; its shots lie in FILM.shots beside it")
+        help=".mp4 .mov .webm or .mkv; default FILM.mp4; its shots are kept in FILM.shots")
     add("--check", action="store_true",
-        help="check the script and tell what it will take; render nothing")
+        help="check the script and estimate its time and memory; render nothing")
     add("--init", action="store_true", help="write a commented example to FILM")
     add("--draft-from", metavar="IDEA",
         help="have the language model of --expand draft a script from an idea, to FILM")
@@ -48,14 +48,14 @@ def add_arguments(parser: Parser) -> None:
         help="language model, as transformers saved it, that rewrites every prompt")
     add("--schema", action="store_true", help="print the JSON Schema of scripts")
     add("--only", action="append", default=[], metavar="SHOT",
-        help="render this shot and what it needs, and no film; may be repeated")
+        help="render this shot and those that it needs, and no film; may be repeated")
     add("--draft", action="store_true", help="small, in few steps and one take, to FILM-draft.mp4")
     add("--overwrite", action="store_true",
-        help="replace an existing film; start shots that were stopped anew")
+        help="replace an existing film; restart shots that were stopped")
     add("--storyboard", action="store_true",
-        help="write a page of all shots beside the film, FILM.html")
+        help="also write a page of all shots, FILM.html")
     add("--otio", action="store_true",
-        help="write the edit for editing programs beside the film, FILM.otio")
+        help="also write the edit for editing programs, FILM.otio")
     add("--audio-model", metavar="FOLDER",
         help="a text-to-audio model makes sound and music that stand in words")
     add_request_options(parser, ("model", "offload", "quantize", "tiles", "dtype"))
@@ -207,7 +207,7 @@ def _render(
     if parts:
         staff = settle_threads(store.folder, staff, report)
         made = _estimates(film, parts, args, _memory(staff))
-        report.expect(made, num_clips=len(parts), one_by_one=True, beside=not staff.is_here)
+        report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not staff.is_here)
         if not staff.is_here and staff.ray is None:  # they can't each see what is left for them
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
     engine = partial(load, _model(args.model, film.script), dtype=film.loading["dtype"],

@@ -1,1 +1,1 @@
-"""Films from a script: what it says, what each shot takes, and the shots themselves."""
+"""Films from a script: its text, its plan, its shots and the film."""

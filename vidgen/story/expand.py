@@ -184,7 +184,7 @@ def parse_draft(answer: str) -> dict[str, Any]:
     """Return the script in an answer, checked.
 
     Raises:
-        InputError: there is none, or it holds a key that a draft may not.
+        InputError: it has none, or the script holds a key that a draft may not.
     """
     answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
     fenced = re.search(r"```(?:ya?ml)?\s*\n(.*?)(?:```|\Z)", answer, re.DOTALL)

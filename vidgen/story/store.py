@@ -80,7 +80,7 @@ class ShotStore(Store):
         return left
 
     def choice(self, plan: ShotPlan) -> dict[str, Any] | None:
-        """Return the choice among several takes; None if there is none, or it can't be read."""
+        """Return the choice among several takes; None without one that can be read."""
         choice = self.data(plan.key)
         return choice if choice.get("seed") in [take.seed for take in plan.takes] else None
 

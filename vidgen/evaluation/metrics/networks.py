@@ -152,7 +152,7 @@ def _load(name: str, path: Path) -> Any:
 def _positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
     """Return position embeddings [1, 1 + h w, D], stretched to other sizes as DINO's own code does.
 
-    It asks for a tenth of a patch more than there is, against rounding; transformers does not.
+    It asks for a tenth of a patch too much, against rounding; transformers does not.
     """
     known: Tensor = embeddings.position_embeddings
     side = math.isqrt(known.shape[1] - 1)
