@@ -151,8 +151,8 @@ def test_a_full_disk_is_told_and_gets_over(tiny_model, tmp_path):
     (["--port", "99999"], "65535"),
     (["--model", "nowhere"], "nowhere"),
     (["--keep-hours", "-1"], "above 0"),
-    (["--quota-gb", "inf"], "quota-gb is inf"),
-    (["--upload-mb", "nan"], "upload-mb is nan"),
+    (["--quota-gb", "inf"], "quota_gb is inf"),
+    (["--upload-mb", "nan"], "upload_mb is nan"),
     (["--drain-seconds", "-1"], "from 0"),
     (["--loras", "nowhere"], "no folder"),
 ])

@@ -24,23 +24,23 @@ from vidgen.pipeline.engine import load
 from vidgen.server import checker, guard, probe, scheduler
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
-from vidgen.server.errors import ApiError
+from vidgen.server.errors import ApiError, Refusal
 from vidgen.server.making import Maker
 from vidgen.server.probe import check_uploads
 from vidgen.server.routes import require_completed
 from vidgen.server.service import CHECKED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
-from vidgen.server.types import Refusal
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
+SHORT = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}
 ANN, BOB = Call("ann"), Call("bob")
 
 
 @pytest.fixture(scope="module")
 def service(tiny_model, tmp_path_factory):
     data = tmp_path_factory.mktemp("service")
-    service = Service(Settings(data, model=str(tiny_model), limits=Limits(deaths=1)))
+    service = Service(Settings(data=data, model=str(tiny_model), limits=Limits(deaths=1)))
     service.start()
     yield service
     service.stop(0.0)
@@ -51,9 +51,9 @@ def seen(service, job):
 
 
 def test_who_waits_hears_that_others_leave_the_queue(service):
-    running, ahead = service.video(LONG, ANN), service.video(LONG, ANN)
-    waiting = service.video(LONG, BOB)
-    wait_for(lambda: seen(service, running)["status"] == "in_progress")
+    running, ahead = service.clip("create", LONG, ANN), service.clip("create", LONG, ANN)
+    waiting = service.clip("create", LONG, BOB)
+    wait_for(lambda: (seen(service, running)["step"] or 0) > 5)  # so that its pace is known
     assert seen(service, waiting)["queue_position"] == 2
 
     async def next_place():
@@ -74,7 +74,7 @@ def test_who_waits_hears_that_others_leave_the_queue(service):
 
 @pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_no_step_follows_the_one_that_a_job_is_ended_in(service, monkeypatch, how):
-    job = service.video({**LONG, "size": "192x192"}, ANN)
+    job = service.clip("create", {**LONG, "size": "192x192"}, ANN)
     wait_for(lambda: (seen(service, job)["step"] or 0) > 1)
     told = []
     monkeypatch.setattr(service.scheduler, "_on_progress",
@@ -126,8 +126,8 @@ def test_more_requests_than_can_be_answered_are_told_so(service, monkeypatch):
 
 
 def test_a_process_that_hangs_is_ended_and_the_job_that_took_it_fails(service, monkeypatch):
-    job = service.video(LONG, ANN)
-    behind = service.video({"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}, ANN)
+    job = service.clip("create", LONG, ANN)
+    behind = service.clip("create", SHORT, ANN)
     wait_for(lambda: (seen(service, job)["step"] or 0) > 0)
     hung = service.scheduler._child.process
     os.kill(hung.pid, signal.SIGSTOP)
@@ -143,8 +143,8 @@ def test_a_process_that_hangs_is_ended_and_the_job_that_took_it_fails(service, m
 
 @pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_a_process_that_does_not_stop_is_ended_and_others_go_on(service, monkeypatch, how):
-    job = service.video(LONG, ANN)
-    behind = service.video({"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}, ANN)
+    job = service.clip("create", LONG, ANN)
+    behind = service.clip("create", SHORT, ANN)
     wait_for(lambda: (seen(service, job)["step"] or 0) > 0)
     stuck = service.scheduler._child.process
     os.kill(stuck.pid, signal.SIGSTOP)
@@ -164,7 +164,7 @@ def test_a_process_that_does_not_stop_is_ended_and_others_go_on(service, monkeyp
 def test_a_clip_of_few_frames_may_not_last_for_hours(service):
     wrong = {"prompt": "x", "num_frames": 605, "num_inference_steps": 4, "fps": 1}
     with pytest.raises(Refusal, match=r"605 seconds .* takes 600: .* a higher fps"):
-        service.video(wrong, ANN)
+        service.clip("create", wrong, ANN)
     script = {"project": {"fps": 1}, "shots": [{"id": "one", "prompt": "x", "frames": 605}]}
     with pytest.raises(Refusal, match="605 seconds of shot one"):
         service.check_film({"script": script}, ANN)
@@ -172,30 +172,30 @@ def test_a_clip_of_few_frames_may_not_last_for_hours(service):
 
 def test_a_remix_needs_a_change_and_no_prompt(service):
     short = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5, "seed": 3}
-    source = service.video(short, ANN)
-    made = service.remix(source, {"num_frames": 9}, ANN)
+    source = service.clip("create", short, ANN)
+    made = service.clip("remix", {"num_frames": 9}, ANN, source)
     assert (made.ask["prompt"], made.ask["seed"], made.ask["num_frames"]) == ("a cat", 3, 9)
-    assert service.remix(source, {"seed": "4"}, ANN).ask["seed"] == 4
+    assert service.clip("remix", {"seed": "4"}, ANN, source).ask["seed"] == 4
     for nothing in ({}, {"prompt": None}, {"model": "tiny"}):
         with pytest.raises(ApiError, match=r"nothing is changed; .* a replay"):
-            service.remix(source, nothing, ANN)
+            service.clip("remix", nothing, ANN, source)
     with pytest.raises(ApiError, match="the prompt is empty"):
-        service.remix(source, {"prompt": ""}, ANN)
+        service.clip("remix", {"prompt": ""}, ANN, source)
 
 
 def test_what_the_service_refuses_names_its_own_fields(service):
     fields = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}
-    job = service.video(fields, ANN)
+    job = service.clip("create", fields, ANN)
     wait_for(lambda: seen(service, job)["status"] == "completed")
     with pytest.raises(ApiError, match="the field strength") as error:
-        service.video({"prompt": "x", "video_reference": {"id": job.id}}, ANN)
+        service.clip("create", {"prompt": "x", "video_reference": {"id": job.id}}, ANN)
     assert (error.value.code, error.value.param) == ("missing_parameter", "strength")
-    gone = service.video(LONG, ANN)
+    gone = service.clip("create", LONG, ANN)
     service.scheduler.cancel(gone)
     with pytest.raises(ApiError, match=r"has failed; ask for another one \(it was cancelled\)"):
         require_completed(service.jobs.get(gone.id))
     with pytest.raises(ApiError, match="has failed; give one that is completed"):
-        service.edit({"prompt": "x", "video": {"id": gone.id}}, ANN)
+        service.clip("edit", {"prompt": "x", "video": {"id": gone.id}}, ANN)
 
 
 def test_a_service_takes_less_of_some_settings(tmp_path, tiny_model):

@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 
 from vidgen.core.errors import InputError, OutputError
+from vidgen.server.errors import Conflict, Full
 from vidgen.server.jobs import Jobs, ServiceClock
-from vidgen.server.types import Conflict, Full, NewJob
+from vidgen.server.types import NewJob
 
 NEW = NewJob("video", "ann", {"prompt": "a car"}, {"options": {}}, "f1")
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from vidgen.core.errors import InputError, nearest
@@ -109,7 +109,8 @@ FIELDS = Request.model_fields | Loading.model_fields
 
 
 def add_request_options(
-    parser: Parser, names: Iterable[str], *, are_optional: bool = False
+    parser: Parser, names: Iterable[str], *, are_optional: bool = False,
+    fields: Mapping[str, FieldInfo] = FIELDS,
 ) -> None:
     """Declare fields of `Request` and `Loading` as options, under the headings of help.
 
@@ -117,9 +118,10 @@ def add_request_options(
         parser: of the verb.
         names: of the fields.
         are_optional: whether an option that isn't given is None instead of its default.
+        fields: of other `Options` in place of those.
     """
     for name in names:
-        field = FIELDS[name]
+        field = fields[name]
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"

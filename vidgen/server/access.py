@@ -57,7 +57,7 @@ def authenticate(request: Request) -> str:
         raise ApiError(401, "invalid_api_key", "no key was given, or one that isn't known; send "
                        "Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
     if not service_of(request).crowd.enter(owner):
-        most = service_of(request).settings.limits.at_once
+        most = service_of(request).settings.at_once
         raise ApiError(429, "too_many_requests", f"{most} requests of this key are under way; end "
                        "one, such as a stream of events, or wait", headers={"Retry-After": "1"})
     request.state.owner = owner
@@ -83,7 +83,7 @@ def begin(
                        headers={"Retry-After": "5"})
     early_s = service.pace.take(owner)
     if early_s > 0:
-        text = (f"{service.settings.limits.per_minute} requests a minute may begin jobs; ask again "
+        text = (f"{service.settings.per_minute} requests a minute may begin jobs; ask again "
                 f"in {early_s:.1f} s")
         raise ApiError(429, "rate_limit_exceeded", text,
                        headers={"Retry-After": str(math.ceil(early_s))})

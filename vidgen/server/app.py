@@ -26,13 +26,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError, VidgenError
-from vidgen.server import admin, routes
+from vidgen.server import routes
 from vidgen.server.access import service_of
 from vidgen.server.errors import ApiError, from_vidgen
-from vidgen.server.guard import MAX_REQUESTS, App, Guard
+from vidgen.server.guard import MAX_REQUESTS, Guard
 from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
@@ -72,7 +73,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         try:
             server.run(sockets=[listener])
         finally:
-            service.stop(0.0 if server.is_hurried else settings.drain_s)
+            service.stop(0.0 if server.is_hurried else settings.drain_seconds)
 
 
 def _require_keys(settings: Settings) -> None:
@@ -127,7 +128,7 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
-        self._service.scheduler.drain(self._service.settings.drain_s)
+        self._service.scheduler.drain(self._service.settings.drain_seconds)
         self._service.hub.close()
         self.should_exit = True
 
@@ -167,30 +168,23 @@ def _bound(settings: Settings) -> Iterator[socket.socket]:
         yield listener
 
 
-def make_app(service: Service) -> App:
+def make_app(service: Service) -> ASGIApp:
     """Return the whole application around a service."""
     app = FastAPI(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(VidgenError, _answer_vidgen_error)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    for router in (routes.videos, routes.films, admin.router):
+    for kind in (ApiError, VidgenError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer)
+    for router in (routes.videos, routes.films, routes.others):
         app.include_router(router)
-    _add_page(app)
+    app.mount("/studio", StaticFiles(directory=STUDIO))
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    def page() -> Response:
+        """The page."""
+        return FileResponse(STUDIO / "index.html", headers={"Cache-Control": "no-cache"})
+
     _complete_document(app)
     return Guard(app, service)
-
-
-def _add_page(app: FastAPI) -> None:
-    """Serve the page, if its files exist."""
-    if (STUDIO / "index.html").is_file():
-        app.mount("/studio", StaticFiles(directory=STUDIO))
-
-        @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-        def page() -> Response:
-            """The page."""
-            return FileResponse(STUDIO / "index.html", headers={"Cache-Control": "no-cache"})
 
 
 def _complete_document(app: FastAPI) -> None:
@@ -208,33 +202,26 @@ def _complete_document(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _answer_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    service_of(request).metrics.refused.labels(error.code).inc()
-    return JSONResponse(error.body(), error.status, headers=error.headers)
-
-
-def _answer_vidgen_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, VidgenError)
-    found = from_vidgen(error)
-    found.message = without_folders(found.message, service_of(request).settings.data)
-    return _answer_api_error(request, found)
-
-
-def _answer_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    name = str(first["loc"][-1])
-    given = repr(first.get("input"))[:60]
-    return _answer_api_error(request, ApiError(
-        400, "invalid_value", f"{name} is {given}: {first['msg']}", name))
-
-
-def _answer_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    found = ApiError(error.status_code, _CODES.get(error.status_code, "invalid_request"),
-                     str(error.detail), headers=error.headers)
-    return _answer_api_error(request, found)
+def _answer(request: Request, error: Exception) -> Response:
+    """Answer an error in the client's envelope."""
+    service = service_of(request)
+    match error:
+        case ApiError():
+            found = error
+        case VidgenError():
+            found = from_vidgen(error)
+            found.message = without_folders(found.message, service.settings.data)
+        case RequestValidationError():
+            first = error.errors()[0]
+            name, given = str(first["loc"][-1]), repr(first.get("input"))[:60]
+            found = ApiError(400, "invalid_value", f"{name} is {given}: {first['msg']}", name)
+        case HTTPException():
+            code = _CODES.get(error.status_code, "invalid_request")
+            found = ApiError(error.status_code, code, str(error.detail), headers=error.headers)
+        case _:
+            raise error
+    service.metrics.refused.labels(found.code).inc()
+    return JSONResponse(found.body(), found.status, headers=found.headers)
 
 
 class JsonFormatter(logging.Formatter):
@@ -261,3 +248,4 @@ def log_as_json(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers, root.level = [handler], level
     logging.getLogger("uvicorn.access").disabled = True  # the service writes its own, with ids
+    logging.getLogger("python_multipart").setLevel(logging.WARNING)

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, OptionError, VidgenError
-from vidgen.server.layout import is_font, sniff
+from vidgen.server.errors import POLICY, Refusal
+from vidgen.server.layout import FILM, files_of, is_font, sniff
 from vidgen.server.probe import NamedFile, check_uploads
 from vidgen.server.settings import Limits, at_most
-from vidgen.server.types import POLICY, Refusal
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
-    from vidgen.pipeline.types import Plan
+    from vidgen.pipeline.types import Estimate
 
 _SHORTER = "ask for fewer frames, or a higher fps"
+_PICTURES = ("image", "last_image", "mask")
 log = logging.getLogger(__name__)
 
 
@@ -64,20 +64,23 @@ class Checker:
         }
 
     def clip(self, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
-        """Return a clip's plan: width, height, num_frames, fps, num_steps, seconds, expected_s.
+        """Return a clip's plan by the names of its answer, and `expected_s`.
 
         Raises:
             Refusal: a request that can't be made, a bad file, or more than the limits.
             VidgenError: the check itself failed.
         """
         with refusing():
-            check_uploads(_files_of(folder, spec["options"]), self.limits)
+            files = files_of(folder, spec["options"])
+            check_uploads([(name, "picture" if name in _PICTURES else "streams", path)
+                           for name, path in files.items()], self.limits)
             with self._planning:
                 return self._clip(folder, spec)
 
     def _clip(self, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
         from vidgen.core.request import Loading
         from vidgen.pipeline.plan import settle
+        from vidgen.pipeline.policy import enforce
         from vidgen.pipeline.settings import served_limits
         from vidgen.pipeline.setups import choose
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
@@ -85,21 +88,24 @@ class Checker:
         from vidgen.server.making import request_of
 
         request = request_of(folder, spec, self.folder)
-        self._enforce(request)
-        plan = settle(self.folder, request)
-        self._check_plan(plan)
+        with allowing():
+            enforce(self.policy, request)
+        plan, limits = settle(self.folder, request), self.limits
+        seconds = float(plan.kept_frames / plan.fps)
+        at_most("pixels", plan.width * plan.height, limits.pixels)
+        at_most("frames", plan.kept_frames, limits.frames, option="frames")
+        at_most("seconds", seconds, limits.seconds, _SHORTER)
+        at_most("steps", plan.num_steps, limits.steps, option="steps")
         for name, limit in served_limits(request).items():
             at_most(name, request.settings[name], limit, option=name)
         has_sound = SOUND in self.folder.tasks
         make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
-        made = choose(self.folder, plan, request, Loading(), self.device, None,
-                      dtype=self.dtype)
-        expected_s = sum(stage.seconds for stage in made.stages if stage.name != "load")
+        made = choose(self.folder, plan, request, Loading(), self.device, None, dtype=self.dtype)
         return {
             "width": plan.width, "height": plan.height, "num_frames": plan.kept_frames,
-            "fps": str(plan.fps), "num_steps": plan.num_steps, "seed": plan.seed,
-            "guidance": plan.guidance.scale, "negative": plan.negative, "prompt": plan.prompt,
-            "seconds": float(plan.kept_frames / plan.fps), "expected_s": expected_s,
+            "fps": str(plan.fps), "num_inference_steps": plan.num_steps, "seed": plan.seed,
+            "guidance_scale": plan.guidance.scale, "negative_prompt": plan.negative,
+            "prompt": plan.prompt, "seconds": seconds, "expected_s": _without_loading([made]),
         }
 
     def film(self, path: Path, draft: bool) -> dict[str, Any]:
@@ -116,51 +122,45 @@ class Checker:
 
     def _film(self, path: Path, draft: bool) -> dict[str, Any]:
         from vidgen.server.film_making import plan_confined, planned_shots, script_data
-        from vidgen.server.layout import FILM
         from vidgen.story.edit import make_edit
         from vidgen.story.plan import enforce_film, estimates, word_remarks
 
         film = plan_confined(path, self.folder, draft=draft, dtype=self.dtype)
-        takes = sum(len(plan.takes) for plan in film.shots.values())
-        at_most("shots, takes counted,", takes, self.limits.shots)
-        at_most("pixels", film.size[0] * film.size[1], self.limits.pixels)
-        parts = [(plan, take, index) for plan in film.shots.values() for take in plan.takes
+        shots, limits = list(film.shots.values()), self.limits
+        at_most("shots, takes counted,", sum(len(plan.takes) for plan in shots), limits.shots)
+        at_most("pixels", film.size[0] * film.size[1], limits.pixels)
+        parts = [(plan, take, index) for plan in shots for take in plan.takes
                  for index in range(len(take.parts))]
         for plan, take, index in parts:
-            name, num_frames = plan.shot.id, take.parts[index].num_frames
-            request = film.request(plan.shot, take.seed, index, num_frames)
-            at_most(f"frames of shot {name}", plan.num_frames, self.limits.frames)
-            at_most(f"seconds of shot {name}", float(plan.num_frames / film.fps),
-                          self.limits.seconds, _SHORTER)
-            at_most(f"steps of shot {name}", request.steps or 0, self.limits.steps)
-        try:
+            name, count = plan.shot.id, plan.num_frames
+            request = film.request(plan.shot, take.seed, index, take.parts[index].num_frames)
+            at_most(f"frames of shot {name}", count, limits.frames)
+            at_most(f"seconds of shot {name}", float(count / film.fps), limits.seconds, _SHORTER)
+            at_most(f"steps of shot {name}", request.steps or 0, limits.steps)
+        with allowing():
             enforce_film(self.policy, film)
-        except InputError as error:
-            raise Refusal(str(error), code=POLICY) from None
         made = estimates(film, parts, self.device, None, self.dtype)
-        edit = make_edit(film, film.in_film, path.with_name(FILM))
         return {
             "shots": planned_shots(film), "width": film.size[0], "height": film.size[1],
-            "fps": str(film.fps), "seconds": edit.facts()["duration_s"],
-            "title": film.script.project.title, "script": script_data(film.script),
-            "notes": word_remarks(film, list(film.shots.values())),
-            "expected_s": sum(stage.seconds for one in made for stage in one.stages
-                              if stage.name != "load"),
+            "fps": str(film.fps), "title": film.script.project.title,
+            "seconds": make_edit(film, film.in_film, path.with_name(FILM)).facts()["duration_s"],
+            "script": script_data(film.script), "notes": word_remarks(film, shots),
+            "expected_s": _without_loading(made),
         }
 
-    def _check_plan(self, plan: Plan) -> None:
-        at_most("pixels", plan.width * plan.height, self.limits.pixels)
-        at_most("frames", plan.kept_frames, self.limits.frames, option="frames")
-        at_most("seconds", float(plan.kept_frames / plan.fps), self.limits.seconds, _SHORTER)
-        at_most("steps", plan.num_steps, self.limits.steps, option="steps")
 
-    def _enforce(self, request: Request) -> None:
-        from vidgen.pipeline.policy import enforce
+def _without_loading(made: Iterable[Estimate]) -> float:
+    """Return the estimated seconds of a job whose model is open."""
+    return sum(stage.seconds for one in made for stage in one.stages if stage.name != "load")
 
-        try:
-            enforce(self.policy, request)
-        except InputError as error:
-            raise Refusal(str(error), code=POLICY) from None
+
+@contextmanager
+def allowing() -> Iterator[None]:
+    """Turn a policy's errors into its refusals."""
+    try:
+        yield
+    except InputError as error:
+        raise Refusal(str(error), code=POLICY) from None
 
 
 @contextmanager
@@ -177,18 +177,6 @@ def refusing() -> Iterator[None]:
     except Exception:
         log.exception("a request could not be checked")
         raise VidgenError("the checks failed") from None
-
-
-def _files_of(folder: Path, options: dict[str, Any]) -> list[NamedFile]:
-    """Return the files of a clip's options."""
-    from vidgen.core.request import NO_AUDIO, OWN_AUDIO
-
-    files: list[NamedFile] = [
-        (name, "picture", str(folder / options[name])) for name in ("image", "last_image", "mask")
-        if options.get(name) is not None]
-    return files + [
-        (name, "streams", str(folder / options[name])) for name in ("video", "prefix", "audio")
-        if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO)]
 
 
 def _files_beside(script: Path) -> list[NamedFile]:

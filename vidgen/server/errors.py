@@ -12,9 +12,25 @@ from typing import Any
 
 from vidgen.core.errors import InputError, OptionError, OutputError, VidgenError
 from vidgen.server.schema import NAMES
-from vidgen.server.types import Conflict, Full, Refusal
 
+POLICY = "content_policy_violation"
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Conflict(InputError):
+    """An idempotency key that was used for another request."""
+
+
+class Full(InputError):
+    """As many jobs wait as may."""
+
+
+class Refusal(OptionError):
+    """A request that was checked and refused; `code` is for the client."""
+
+    def __init__(self, text: str, option: str = "", code: str = "invalid_request") -> None:
+        super().__init__(text, option)
+        self.code = code
 
 
 class ApiError(Exception):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -22,15 +21,8 @@ from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import available_memory, link
 from vidgen.media.probe import read_recipe
 from vidgen.pipeline.eta import Clock
-from vidgen.server.layout import (
-    FILM,
-    FILM_SHOTS,
-    SHOTS,
-    STORYBOARD,
-    THUMBNAIL,
-    shot_file,
-)
-from vidgen.server.making import Stopwatch, peak_memory, reset_peak_memory, write_stills
+from vidgen.server.layout import FILM, FILM_SHOTS, SHOTS, STORYBOARD, THUMBNAIL, shot_file
+from vidgen.server.making import Stopwatch, write_stills
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 from vidgen.story.plan import estimates, plan_film
@@ -149,8 +141,7 @@ class FilmMaker:
             InputError: a film that can't be made.
             Cancelled: by `tell`.
         """
-        self._watch, start = Stopwatch(), time.monotonic()
-        reset_peak_memory()
+        self._watch = Stopwatch()
         film = plan_confined(folder / spec["script"], self.engine.folder, draft=spec["draft"],
                              dtype=self.engine.dtype)
         output = folder / FILM
@@ -170,10 +161,7 @@ class FilmMaker:
             "fps": facts["fps"], "seconds": facts["duration_s"], "timeline": facts["shots"],
             "shots": [shot_facts(each) for each in shots], "notes": list(made.notes),
             "files": [path.name for path in made.beside],
-            "recipe_sha256": hashlib.sha256(content).hexdigest(),
-            "stage_durations": self._watch.facts(),
-            "inference_time_s": round(time.monotonic() - start, 3),
-            "peak_memory_mb": round(peak_memory() / 1e6, 1),
+            "recipe_sha256": hashlib.sha256(content).hexdigest(), **self._watch.facts(),
         }
 
     def _shots(

@@ -5,32 +5,27 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen.server.errors import ApiError
 from vidgen.server.service import Service
 from vidgen.server.settings import LOOPBACK
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 _HEADERS = {
-    b"x-content-type-options": b"nosniff",
-    b"referrer-policy": b"no-referrer",
-    b"x-frame-options": b"DENY",
-    b"cross-origin-opener-policy": b"same-origin",
-    b"cross-origin-resource-policy": b"same-origin",
-    b"permissions-policy": b"camera=(), geolocation=(), microphone=()",
-    b"content-security-policy": (
-        b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-        b"media-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
-        b"frame-ancestors 'none'"),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "media-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"),
 }
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -43,7 +38,7 @@ log = logging.getLogger(__name__)
 class Guard:
     """Wraps an application; the service's settings count."""
 
-    def __init__(self, app: App, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
         self._num_inside = 0
 
@@ -77,32 +72,28 @@ class _Passage:
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         self._service, self._scope, self._receive, self._send = service, scope, receive, send
         self.id = secrets.token_hex(8)
-        self._limit, self._taken = service.settings.limits.upload_bytes, 0
+        self._limit, self._taken = service.settings.upload_bytes, 0
         self._status, self._start = 0, time.monotonic()
         scope.setdefault("state", {})["request_id"] = self.id
-        self._headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
-            self._headers.setdefault(name, value)
 
     def check(self) -> None:
         """Refuse requests of other pages or to other names, and those that announce too much."""
-        host = self._headers.get(b"host", b"").decode("latin-1")
-        name = _name_of(host)
-        if self._service.settings.is_loopback and name not in LOOPBACK:
+        headers = Headers(scope=self._scope)
+        host = headers.get("host", "")
+        if self._service.settings.is_loopback and _name_of(host) not in LOOPBACK:
             raise ApiError(403, "wrong_host", "this service answers to localhost alone")
         if self._scope["method"] not in _SAFE:
-            origin = self._headers.get(b"origin", b"").decode("latin-1")
-            site = self._headers.get(b"sec-fetch-site", b"same-origin")
-            foreign = bool(origin) and urlsplit(origin).netloc != host
-            if foreign or site not in (b"same-origin", b"none"):
+            origin = headers.get("origin")
+            is_foreign = bool(origin) and urlsplit(origin).netloc != host
+            if is_foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
                 raise ApiError(403, "wrong_origin", "another site's page may not ask this")
         try:
-            announced = int(self._headers.get(b"content-length", b"0"))
+            announced = int(headers.get("content-length", "0"))
         except ValueError:
             raise ApiError(400, "malformed_body", "the content length is no number") from None
         self._check_size(announced)
 
-    async def receive(self) -> MutableMapping[str, Any]:
+    async def receive(self) -> Message:
         """Pass on the body's next piece, as long as the body isn't too large."""
         message = await self._receive()
         if message["type"] == "http.request":
@@ -110,18 +101,17 @@ class _Passage:
             self._check_size(self._taken)
         return message
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         """Pass on the answer, with the headers of all answers."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            names = {name.lower() for name, _ in message["headers"]}
-            own = {**_HEADERS, b"x-request-id": self.id.encode()}
+            headers = MutableHeaders(scope=message)
+            for name, value in {**_HEADERS, "x-request-id": self.id}.items():
+                headers.setdefault(name, value)
             if self._scope["path"].startswith("/v1/"):
-                own[b"cache-control"] = b"no-store"
+                headers.setdefault("cache-control", "no-store")
             elif self._scope["path"].startswith("/studio/"):
-                own[b"cache-control"] = b"no-cache"  # kept, but asked for whether it changed
-            message["headers"] = [*message["headers"],
-                                  *((k, v) for k, v in own.items() if k not in names)]
+                headers.setdefault("cache-control", "no-cache")
             self._service.metrics.latency.labels(self._route()).observe(self._elapsed_s)
         await self._send(message)
 

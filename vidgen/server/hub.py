@@ -1,18 +1,32 @@
-"""Events of jobs, from any thread to the streams of the event loop."""
+"""Events of jobs, from any thread to the streams of the event loop; and the counters."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+
+from vidgen.server.types import Job, Status
 
 MAX_WAITING = 200
 """Events that may wait for a slow listener; above that, passing ones are left out."""
 PASSING = ("queue", "progress", "preview")
 """Events that the next one of their kind replaces."""
+_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_JOBS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 
 
 @dataclass(frozen=True)
@@ -115,3 +129,52 @@ class Hub:
     def _offer(listener: Listener, event: Event | None) -> None:
         with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
             listener.loop.call_soon_threadsafe(listener.offer, event)
+
+
+class Metrics:
+    """All counters of one service, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        kept: dict[str, Any] = {"namespace": "vidgen", "registry": self.registry}
+        self.requests = Counter("http_requests", "Requests answered", ["method", "route", "status"],
+                                **kept)
+        self.latency = Histogram("http_request_seconds", "Until the head of the answer was sent",
+                                 ["route"], buckets=(0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0),
+                                 **kept)
+        self.wait = Histogram("queue_wait_seconds", "From a job's acceptance to its first start",
+                              buckets=_JOBS, **kept)
+        self.took = Histogram("job_seconds", "From a job's first start to its end", ["kind"],
+                              buckets=_JOBS, **kept)
+        self.step = Histogram("step_seconds", "One denoising step", buckets=_STEPS, **kept)
+        self.stage = Histogram("stage_seconds", "A stage of a finished job", ["stage"],
+                               buckets=_JOBS, **kept)
+        self.completed = Counter("jobs_completed", "Jobs that were completed", ["kind"], **kept)
+        self.failures = Counter("jobs_failed", "Jobs that failed, by why", ["code"], **kept)
+        self.refused = Counter("requests_refused", "Requests that were refused, by why", ["code"],
+                               **kept)
+        self.restarts = Counter("runner_exits", "Processes at work that went down", **kept)
+        self.memory = Gauge("job_peak_memory_bytes", "Of the last completed job", **kept)
+        ProcessCollector(registry=self.registry)  # of the one that answers
+
+    def count_end(self, job: Job, error: tuple[str, str] | None, now: float) -> None:
+        """Count the end of a job at `now`."""
+        if error is None:
+            self.completed.labels(job.kind).inc()
+            self.took.labels(job.kind).observe(max(0.0, now - (job.started_at or now)))
+        else:
+            self.failures.labels(error[0]).inc()
+
+    def watch_queue(self, counts: Callable[[], dict[str, int]]) -> None:
+        """Count the queue at each scrape."""
+        jobs = Gauge("vidgen_jobs", "Jobs that are there", ["status"], registry=self.registry)
+        for each in get_args(Status):
+            jobs.labels(each).set_function(partial(_count, counts, each))
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def _count(counts: Callable[[], dict[str, int]], status: Status) -> float:
+    return counts().get(status, 0)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError, OptionError, OutputError
-from vidgen.server.types import Conflict, Full, Job, Kind, NewJob, new_id
+from vidgen.server.errors import Conflict, Full
+from vidgen.server.types import Job, Kind, NewJob, new_id
 
 SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
@@ -115,18 +116,12 @@ class Jobs:
         with self._lock:
             self._database.close()
 
-    def add(self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None) -> (
-        tuple[Job, bool]
-    ):
-        """Queue a job, unless the client asked for it before.
+    def add(
+        self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None
+    ) -> tuple[Job, bool]:
+        """Queue a job, unless the client asked for it before; return it, and whether it is new.
 
-        Args:
-            new: the job.
-            most: limit of unfinished jobs.
-            most_of_owner: the same for one key.
-
-        Returns:
-            The job, and whether it is new.
+        No more than `most` jobs may be unfinished, `most_of_owner` of one key.
 
         Raises:
             Conflict: the idempotency key belongs to another request.
@@ -136,10 +131,9 @@ class Jobs:
             known = self._known(new)
             if known is not None:
                 return known, False
-            for limit, where, args in ((most, "", ()), (most_of_owner, "AND owner = ?",
-                                                        (new.owner,))):
-                count = self._one("SELECT COUNT(*) FROM jobs WHERE status IN "
-                                  f"('queued', 'in_progress') {where}", *args)[0]
+            owners = [owner for (owner,) in self._all(
+                "SELECT owner FROM jobs WHERE status IN ('queued', 'in_progress')")]
+            for limit, count in ((most, len(owners)), (most_of_owner, owners.count(new.owner))):
                 if limit is not None and count >= limit:
                     raise Full(f"{count} jobs are not finished yet, {limit} may be at once; wait "
                                "for one, or cancel one")
@@ -156,10 +150,8 @@ class Jobs:
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """Return a job by its id; None if there is none, or it is another key's."""
-        with self._lock:
-            row = self._one("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
-        job = None if row is None else _job_of(row)
-        return None if job is None or owner not in (None, job.owner) else job
+        rows = self._all("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
+        return next((job for job in map(_job_of, rows) if owner in (None, job.owner)), None)
 
     def page(
         self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
@@ -171,33 +163,27 @@ class Jobs:
             InputError: `after` is none of them.
         """
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
-        with self._lock:
-            begin = None
-            if after is not None:
-                row = self._one("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
-                                after, owner, kind)
-                if row is None:
-                    raise OptionError(f"after is {after!r}, no {kind} of yours; give the last id "
-                                      "of the page before", "after")
-                begin = row[0]
-            where = "" if begin is None else f"AND number {sign} {int(begin)}"
-            rows = self._run(
-                f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
-                f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1,
-            ).fetchall()
+        where = ""
+        if after is not None:
+            found = self._all("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
+                              after, owner, kind)
+            if not found:
+                raise OptionError(f"after is {after!r}, no {kind} of yours; give the last id of "
+                                  "the page before", "after")
+            where = f"AND number {sign} {int(found[0][0])}"
+        rows = self._all(
+            f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
+            f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1)
         return [_job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def waiting(self) -> list[Job]:
         """Return the unfinished jobs, in the queue's order."""
-        with self._lock:
-            rows = self._run("SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') "
-                             "ORDER BY number").fetchall()
-        return [_job_of(row) for row in rows]
+        return [_job_of(row) for row in self._all(
+            "SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') ORDER BY number")]
 
     def counts(self) -> dict[str, int]:
         """Return the number of jobs of each status."""
-        with self._lock:
-            rows = self._run("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall()
+        rows = self._all("SELECT status, COUNT(*) FROM jobs GROUP BY status")
         return {status: count for status, count in rows if status != _DELETED}
 
     def claim(self) -> Job | None:
@@ -229,14 +215,7 @@ class Jobs:
         self, job: Job, *, result: Mapping[str, Any], num_bytes: int, keep_s: float,
         error: tuple[str, str] | None = None,
     ) -> bool:
-        """Finish a job.
-
-        Args:
-            job: of `claim` or `get`.
-            result: its facts.
-            num_bytes: on disk.
-            keep_s: seconds for which it is kept.
-            error: (code, message) if it failed.
+        """Finish a job, with (code, message) as `error` if it failed; keep it for `keep_s`.
 
         Returns:
             False if the job was finished, deleted or begun again meanwhile.
@@ -272,15 +251,9 @@ class Jobs:
             self._run("DELETE FROM jobs WHERE id = ? AND status = ?", job_id, _DELETED)
 
     def outdated(self, quota_bytes: int, key_quota_bytes: int | None = None) -> list[str]:
-        """Return ids of finished jobs past their time, or the oldest above a quota.
-
-        Args:
-            quota_bytes: of all jobs.
-            key_quota_bytes: of the jobs of one key; None: no less than all.
-        """
-        with self._lock:
-            rows = self._run("SELECT id, owner, expires_at, num_bytes FROM jobs WHERE status IN "
-                             "('completed', 'failed') ORDER BY number DESC").fetchall()
+        """Return ids of finished jobs past their time, or the oldest above a quota of bytes."""
+        rows = self._all("SELECT id, owner, expires_at, num_bytes FROM jobs WHERE status IN "
+                         "('completed', 'failed') ORDER BY number DESC")
         most_of_key = quota_bytes if key_quota_bytes is None else key_quota_bytes
         kept, of_key, gone, now = 0, Counter[str](), [], self.clock()
         for job_id, owner, expires_at, num_bytes in rows:
@@ -295,9 +268,8 @@ class Jobs:
     def audit(self, owner: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
         """Return lines of the audit log, the newest first: time, owner, action, job, detail."""
         where, args = ("", ()) if owner is None else ("WHERE owner = ?", (owner,))
-        with self._lock:
-            rows = self._run(f"SELECT time, owner, action, job, detail FROM audit {where} "
-                             "ORDER BY number DESC LIMIT ?", *args, limit or -1).fetchall()
+        rows = self._all(f"SELECT time, owner, action, job, detail FROM audit {where} "
+                         "ORDER BY number DESC LIMIT ?", *args, limit or -1)
         return [{**dict(row), "detail": json.loads(row["detail"])} for row in rows]
 
     def _known(self, new: NewJob) -> Job | None:
@@ -324,6 +296,10 @@ class Jobs:
 
     def _get(self, job_id: str) -> Job:
         return _job_of(self._one("SELECT * FROM jobs WHERE id = ?", job_id))
+
+    def _all(self, text: str, *values: Any) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._run(text, *values).fetchall()
 
     def _one(self, text: str, *values: Any) -> Any:
         return self._run(text, *values).fetchone()

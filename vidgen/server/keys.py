@@ -31,9 +31,6 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._read_at: float | None = None
-        self._known: list[dict[str, Any]] = []
 
     @property
     def are_used(self) -> bool:
@@ -46,22 +43,14 @@ class Keys:
         Raises:
             InputError: the file is damaged.
         """
-        with self._lock:
-            try:
-                changed_at = self.path.stat().st_mtime_ns
-            except FileNotFoundError:
-                self._known, self._read_at = [], None
-                return []
-            if changed_at != self._read_at:
-                try:
-                    known = json.loads(self.path.read_text("utf-8"))["keys"]
-                    self._known = [{name: key[name] for name in ("name", "sha256", "created")}
-                                   for key in known]
-                except (OSError, ValueError, KeyError, TypeError) as error:
-                    raise InputError(f"{self.path} is damaged ({error}); restore it, or remove it "
-                                     "and draw new keys with --new-key") from None
-                self._read_at = changed_at
-            return list(self._known)
+        try:
+            known = json.loads(self.path.read_text("utf-8"))["keys"]
+            return [{name: key[name] for name in ("name", "sha256", "created")} for key in known]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path} is damaged ({error}); restore it, or remove it and draw "
+                             "new keys with --new-key") from None
 
     def draw(self, name: str) -> str:
         """Make a key under a name, and return it; it can't be read again.

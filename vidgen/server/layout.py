@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from vidgen.core.errors import InputError, OptionError
+from vidgen.core.request import NO_AUDIO, OWN_AUDIO
 from vidgen.core.runtime import link
 from vidgen.server.schema import FilmAsk
-from vidgen.server.types import Upload
+from vidgen.server.types import Kind, Upload
 
 INPUTS, SHOTS, FILM_SHOTS = "inputs", "shots", "film.shots"
 VIDEO, FILM = "video.mp4", "film.mp4"
 THUMBNAIL, SPRITESHEET, RECIPE = "thumbnail.webp", "spritesheet.jpg", "recipe.json"
 STORYBOARD = "film.html"
+_FILES = ("image", "last_image", "mask", "video", "prefix", "audio")
 _FILE = re.compile(r"\w[\w .-]{0,99}")
 _FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "txt"}
 Medium = Literal["picture", "video", "sound"]
@@ -43,6 +46,14 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
     b"GIF87a": ("picture", ".gif"), b"GIF89a": ("picture", ".gif"), b"fLaC": ("sound", ".flac"),
     b"OggS": ("sound", ".ogg"), b"ID3": ("sound", ".mp3"),
 }
+_CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
+    "video": {"video": (VIDEO, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
+              "spritesheet": (SPRITESHEET, "image/jpeg")},
+    "film": {"video": (FILM, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
+             "storyboard": (STORYBOARD, "text/html"), "vtt": ("film.vtt", "text/vtt"),
+             "srt": ("film.srt", "application/x-subrip")},
+}
+"""Files of each kind of job and their types, by variant."""
 _FONTS = (b"\0\1\0\0", b"OTTO", b"true")
 
 
@@ -76,6 +87,12 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
     return inputs / f"script.{kind}"
 
 
+def files_of(folder: Path, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the paths of the files that a clip's options name, by option."""
+    return {name: str(folder / options[name]) for name in _FILES
+            if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO)}
+
+
 def take_over(before: Path, folder: Path) -> None:
     """Link an earlier film's shots and files into a new film's folder, but for those it has."""
     for name in (INPUTS, FILM_SHOTS):
@@ -102,19 +119,9 @@ def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
     return folder / SHOTS / (f"{shot}.mp4" if seed is None else f"{shot}.{seed}.mp4")
 
 
-def content_of(folder: Path, kind: str, variant: str) -> tuple[Path, str] | None:
-    """Return the file of a variant and its type; None if there is no such variant."""
-    files: dict[str, tuple[str, str]] = {
-        "video": (FILM if kind == "film" else VIDEO, "video/mp4"),
-        "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITESHEET, "image/jpeg"),
-    }
-    if kind == "film":
-        files.pop("spritesheet")
-        files |= {"storyboard": (STORYBOARD, "text/html"), "vtt": ("film.vtt", "text/vtt"),
-                  "srt": ("film.srt", "application/x-subrip")}
-    if variant not in files:
-        return None
-    name, media = files[variant]
+def content_of(folder: Path, kind: Kind, variant: str) -> tuple[Path, str]:
+    """Return the file of a variant and its type."""
+    name, media = _CONTENTS[kind][variant]
     return folder / name, media
 
 
@@ -133,13 +140,8 @@ def kept_recipe(folder: Path) -> Any:
 def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
     """Return a file's medium and suffix, by its first bytes.
 
-    Args:
-        path: of the file.
-        option: that it was given by, for the message.
-        media: that are taken there.
-
     Raises:
-        InputError: it is none of them.
+        InputError: it is none of `media`; the message names the `option`.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -147,10 +149,8 @@ def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
     if found is not None and found[0] == "video" and "video" not in media and "sound" in media:
         found = "sound", found[1]
     if found is None or found[0] not in media:
-        taken = "; ".join(_TAKEN[medium] for medium in media)
-        kind = f"of another kind ({found[1]})" if found else "of another kind"
-        what = kind if head else "empty"
-        raise InputError(f"{option} is {what}; give {taken}")
+        what = "of another kind" + (f" ({found[1]})" if found else "") if head else "empty"
+        raise InputError(f"{option} is {what}; give {'; '.join(_TAKEN[each] for each in media)}")
     return found
 
 

@@ -14,9 +14,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ from PIL import Image
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
+from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write
 from vidgen.media.checks import as_data
 from vidgen.media.clip import Clip
@@ -42,38 +40,54 @@ from vidgen.pipeline.recorded import (
     rate_of_still,
     with_own_options,
 )
-from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
+from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO, files_of
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import OnPreview
     from vidgen.weights.folder import ModelFolder
 
-FILE_OPTIONS = ("image", "last_image", "video", "prefix", "audio", "mask")
-"""Options of a spec that name files below the job's folder."""
 THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
 SPRITES, COLUMNS = 16, 4
 
 
-@dataclass
 class Stopwatch:
-    """Seconds of each stage, by the events between which it lies; `now` is a clock in seconds."""
+    """Seconds of a job's stages, by the events between which they lie, and its peak memory."""
 
-    now: Callable[[], float] = time.monotonic
-    durations: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _stage: str | None = None
-    _since: float = 0.0
+    def __init__(self) -> None:
+        self._durations: dict[str, float] = defaultdict(float)
+        self._stage: str | None = None
+        self._began_s = self._since_s = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, where it can be
 
     def __call__(self, stage: str | None) -> None:
         """Note that a stage goes on, or, with None, that none does."""
         if stage != self._stage:
             if self._stage is not None:
-                self.durations[self._stage] += self.now() - self._since
-            self._stage, self._since = stage, self.now()
+                self._durations[self._stage] += time.monotonic() - self._since_s
+            self._stage, self._since_s = stage, time.monotonic()
 
-    def facts(self) -> dict[str, float]:
-        """Return rounded seconds by stage."""
+    def facts(self) -> dict[str, Any]:
+        """Return seconds by stage and in all, and the most memory in use since the beginning."""
         self(None)
-        return {stage: round(seconds, 3) for stage, seconds in self.durations.items()}
+        return {
+            "stage_durations": {name: round(s, 3) for name, s in self._durations.items()},
+            "inference_time_s": round(time.monotonic() - self._began_s, 3),
+            "peak_memory_mb": round(_peak_memory() / 1e6, 1),
+        }
+
+
+def _peak_memory() -> int:
+    """Return the most bytes in use since the last reset, or since the process began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError, TypeError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Maker:
@@ -105,9 +119,7 @@ class Maker:
             Cancelled: by `tell`.
         """
         torch.set_num_threads(self._threads)  # a job that went on may have brought others
-        watch, start = Stopwatch(), time.monotonic()
-        reset_peak_memory()
-        output = folder / VIDEO
+        watch, output = Stopwatch(), folder / VIDEO
         request = request_of(folder, spec, self.engine.folder)
         clip = self._clip(request, output, watch, on_preview)
         watch("finish")
@@ -122,10 +134,7 @@ class Maker:
             "seconds": float(clip.num_frames / clip.fps), "seed": plan.get("seed"),
             "sound": clip.sound is not None, "captions": clip.captions,
             "checks": as_data(clip.findings or []), "hand_over": recipe.get("hand_over"),
-            "recipe_sha256": hashlib.sha256(content).hexdigest(),
-            "stage_durations": watch.facts(),
-            "inference_time_s": round(time.monotonic() - start, 3),
-            "peak_memory_mb": round(peak_memory() / 1e6, 1),
+            "recipe_sha256": hashlib.sha256(content).hexdigest(), **watch.facts(),
         }
 
     def _clip(
@@ -173,10 +182,7 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
     Raises:
         InputError: invalid values, or a clip that can't go on.
     """
-    options = dict(spec["options"])
-    for name in FILE_OPTIONS:
-        if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO):
-            options[name] = str(folder / options[name])
+    options = spec["options"] | files_of(folder, spec["options"])
     added_s = spec.get("added_s")
     if added_s is None:
         return Request.of(options.pop("prompt"), options)
@@ -192,25 +198,6 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
     return at_own_size(Request.of(options.pop("prompt"), options), size, model)
 
 
-def reset_peak_memory() -> None:
-    """Reset the peak of the memory in use, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Return the most bytes in use since `reset_peak_memory`, or since the process began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError, TypeError):
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: int) -> None:
     """Write the frame at a third of a clip as WebP and up to 16 frames in rows as JPEG.
 
@@ -220,25 +207,22 @@ def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: i
         sheet: where the rows go; None: nowhere.
         num_frames: of the clip.
     """
-    count = min(SPRITES, num_frames)
-    wanted = {round(index * (num_frames - 1) / max(count - 1, 1)): index for index in range(count)}
-    columns = min(COLUMNS, count)
-    canvas: Image.Image | None = None
+    count = 0 if sheet is None else min(SPRITES, num_frames)
+    wanted = {round(index * (num_frames - 1) / max(count - 1, 1)) for index in range(count)}
+    sprites: list[Image.Image] = []
     with VideoReader(video) as reader:
         for number, frame in enumerate(reader):
             if number == num_frames // 3:
                 atomic_write(thumbnail, _encoded(Image.fromarray(frame), "WEBP", THUMBNAIL_SIDE))
-            if sheet is None and number >= num_frames // 3:
-                return
-            if sheet is not None and number in wanted:
-                small = _scaled(Image.fromarray(frame), SPRITE_SIDE)
-                width, height = small.size
-                if canvas is None:
-                    rows = math.ceil(count / columns)
-                    canvas = Image.new("RGB", (columns * width, rows * height))
-                index = wanted[number]
-                canvas.paste(small, (index % columns * width, index // columns * height))
-    if sheet is not None and canvas is not None:
+                if sheet is None:
+                    return
+            if number in wanted:
+                sprites.append(_scaled(Image.fromarray(frame), SPRITE_SIDE))
+    if sheet is not None:
+        (width, height), columns = sprites[0].size, min(COLUMNS, len(sprites))
+        canvas = Image.new("RGB", (columns * width, math.ceil(len(sprites) / columns) * height))
+        for index, sprite in enumerate(sprites):
+            canvas.paste(sprite, (index % columns * width, index // columns * height))
         atomic_write(sheet, _encoded(canvas, "JPEG", max(canvas.size)))
 
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import child_environment
+from vidgen.server.errors import Refusal
 from vidgen.server.settings import Limits, at_most
-from vidgen.server.types import Refusal
 
 Content = Literal["picture", "streams", "font", "script"]
 NamedFile = tuple[str, Content, str]

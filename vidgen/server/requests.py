@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO
@@ -30,7 +30,7 @@ from vidgen.server.body import write_upload
 from vidgen.server.errors import ApiError
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
-from vidgen.server.schema import NAMES, SHAPED, Body, LoraAsk
+from vidgen.server.schema import NAMES, SHAPED, Body, ExtensionAsk, LoraAsk
 from vidgen.server.settings import Settings
 from vidgen.server.types import Upload
 
@@ -38,6 +38,7 @@ Allowed = Callable[[str], bool]
 MAX_REDIRECTS = 3
 PATIENCE_S, WHOLE_S = 10.0, 60.0
 _CHUNK = 1 << 16
+_MOVED, _PORTS = (301, 302, 303, 307, 308), {"http": 80, "https": 443}
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Translator:
             ("last_image_reference", "last_image", ("picture",)),
             ("video_reference", "video", ("video",)),
             ("audio_reference", "audio", ("sound",)),
+            ("video", "prefix" if isinstance(ask, ExtensionAsk) else "video", ("video",)),
         )
         for name, option, media in wanted:
             reference = getattr(ask, name, None)
@@ -152,7 +154,7 @@ class Translator:
                            "doesn't look at; send the file, or a data: URL", name)
         else:
             try:
-                content = fetch(url, self.settings.limits.upload_bytes)
+                content = fetch(url, self.settings.upload_bytes)
             except InputError as error:
                 raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
         return write_upload(content, place.folder)
@@ -212,53 +214,40 @@ def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
     Raises:
         InputError: it can't be read, is too large, or isn't allowed.
     """
-    until = time.monotonic() + WHOLE_S
+    until_s = time.monotonic() + WHOLE_S
     for _ in range(MAX_REDIRECTS + 1):
-        found, target = _get(url, max_bytes, allowed, until)
-        if target is None:
-            return found
+        connection, path = _connect(url, allowed)
+        watchdog = threading.Timer(until_s - time.monotonic(), _cut, [connection.sock])
+        watchdog.start()
+        try:
+            connection.request("GET", path, headers={"Accept-Encoding": "identity"})
+            answer = connection.getresponse()
+            target = answer.headers["Location"] if answer.status in _MOVED else None
+            if target is None:
+                return _content(answer, max_bytes, until_s)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() > until_s:
+                raise InputError(f"the address took more than {WHOLE_S:g} s; send the file"
+                                 ) from None
+            raise InputError(f"the address can't be read: {type(error).__name__}") from None
+        finally:
+            watchdog.cancel()
+            connection.close()
         url = urljoin(url, target)
     raise InputError(f"the address leads on more than {MAX_REDIRECTS} times; give the last one")
 
 
-def _get(url: str, max_bytes: int, allowed: Allowed, until: float) -> tuple[bytes, str | None]:
-    """Return the content, or the address of a redirect."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise InputError("the address can't be read; give one such as https://host/name.png"
-                         ) from None
-    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-        raise InputError("the address must be http or https, without a user; give such a one")
-    connection = _connect(parts.scheme, host, port or (443 if parts.scheme == "https" else 80),
-                          allowed)
-    watchdog = threading.Timer(until - time.monotonic(), _cut, [connection.sock])
-    watchdog.start()
-    try:
-        path = parts.path or "/"
-        connection.request("GET", path + (f"?{parts.query}" if parts.query else ""),
-                           headers={"Accept": "*/*", "Accept-Encoding": "identity"})
-        answer = connection.getresponse()
-        if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
-            return b"", answer.headers["Location"]
-        if answer.status != 200:
-            raise InputError(f"the address answers with {answer.status}; give one that can be read")
-        content = bytearray()
-        while piece := answer.read1(_CHUNK):
-            content += piece
-            if len(content) > max_bytes:
-                raise InputError(f"what lies at the address is larger than {max_bytes} bytes")
-        if answer.length or time.monotonic() > until:
-            raise ConnectionError
-        return bytes(content), None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if time.monotonic() > until:
-            raise InputError(f"the address took more than {WHOLE_S:g} s; send the file") from None
-        raise InputError(f"the address can't be read: {type(error).__name__}") from None
-    finally:
-        watchdog.cancel()
-        connection.close()
+def _content(answer: http.client.HTTPResponse, max_bytes: int, until_s: float) -> bytes:
+    if answer.status != 200:
+        raise InputError(f"the address answers with {answer.status}; give one that can be read")
+    content = bytearray()
+    while piece := answer.read1(_CHUNK):
+        content += piece
+        if len(content) > max_bytes:
+            raise InputError(f"what lies at the address is larger than {max_bytes} bytes")
+    if answer.length or time.monotonic() > until_s:
+        raise ConnectionError
+    return bytes(content)
 
 
 def _cut(raw: socket.socket) -> None:
@@ -267,8 +256,16 @@ def _cut(raw: socket.socket) -> None:
         raw.shutdown(socket.SHUT_RDWR)
 
 
-def _connect(scheme: str, host: str, port: int, allowed: Allowed) -> http.client.HTTPConnection:
-    """Connect to an address that is allowed, under the host's own name."""
+def _connect(url: str, allowed: Allowed) -> tuple[http.client.HTTPConnection, str]:
+    """Connect to an IP address that is allowed, under the host's own name; return the path, too."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
+    except (ValueError, KeyError):
+        host = None
+    if not host or parts.username is not None:
+        raise InputError("the address can't be read, or is not one of http or https without a "
+                         "user; give one such as https://host/name.png")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
@@ -278,10 +275,10 @@ def _connect(scheme: str, host: str, port: int, allowed: Allowed) -> http.client
         raise InputError(f"the host {host!r} lies in a network that this service doesn't look in")
     try:
         raw = socket.create_connection((addresses[0], port), PATIENCE_S)
-        if scheme == "https":
+        if parts.scheme == "https":
             raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
     except OSError as error:
         raise InputError(f"the host {host!r} doesn't answer: {type(error).__name__}") from None
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
     connection.sock = raw
-    return connection
+    return connection, urlunsplit(("", "", parts.path or "/", parts.query, ""))

@@ -1,11 +1,14 @@
-"""Routes of clips, in OpenAI's shape, and of films: jobs, their files and their events."""
+"""Routes: clips, in OpenAI's shape, and films, with their files and events; then all others."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
@@ -13,8 +16,12 @@ from fastapi import Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from vidgen.server.access import (
+    COOKIE,
     Caller,
     Fields,
     FilmJob,
@@ -22,14 +29,29 @@ from vidgen.server.access import (
     Router,
     VideoJob,
     film_of,
+    key_required,
+    owner_of,
     service_of,
     video_of,
 )
 from vidgen.server.errors import ApiError
-from vidgen.server.files import FILE_ANSWERS, JobFile
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of, kept_recipe, shot_file
-from vidgen.server.responses import ERRORS, Deleted, Film, FilmCheck, FilmPage, Video, VideoPage
+from vidgen.server.responses import (
+    ERRORS,
+    AuditPage,
+    Deleted,
+    Film,
+    FilmCheck,
+    FilmPage,
+    Health,
+    Model,
+    ModelPage,
+    Readiness,
+    Session,
+    Video,
+    VideoPage,
+)
 from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk, body_schema
 from vidgen.server.service import Service
 from vidgen.server.types import Job, Kind
@@ -40,9 +62,60 @@ POLL_MS = 1000
 PING_S = 15.0
 RETRY_MS = 1000
 """Time before a browser connects again."""
+_FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    206: {"description": "a range of it"}, 304: {"description": "it is as the client has it"},
+    416: {"description": "no such range"}}
+_RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?|-[0-9]{1,18}")
 _SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
 videos = Router(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
 films = Router(prefix="/v1/films", tags=["films"], responses=ERRORS)
+others = Router(tags=["service"], responses=ERRORS)
+_STARTED_S = int(time.time())
+
+
+class JobFile(FileResponse):
+    """An existing file or ranges of it, or nothing where the client's copy is the same (RFC 9110).
+
+    Args:
+        path: of the file.
+        media_type: of the file.
+        name: under which a browser keeps it.
+        download: whether a browser keeps it rather than shows it.
+    """
+
+    def __init__(self, path: Path, media_type: str, name: str, *, download: bool = False) -> None:
+        super().__init__(path, media_type=media_type, filename=name, stat_result=path.stat(),
+                         content_disposition_type="attachment" if download else "inline")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it.
+
+        Raises:
+            ApiError: the file has no such range.
+        """
+        asked = Headers(scope=scope)
+        if StaticFiles().is_not_modified(self.headers, asked):
+            await NotModifiedResponse(self.headers)(scope, receive, send)
+            return
+        if scope["method"] != "GET" or not _are_ranges(",".join(asked.getlist("range"))):
+            scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"range"]}
+
+        async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                raise ApiError(416, "range_not_satisfiable", "the file has no such range of bytes; "
+                               "leave the header Range out to have all of it", "Range",
+                               {"Content-Range": f"bytes */{self.headers['content-length']}"})
+            await send(message)
+
+        await super().__call__(scope, receive, send_unless_refused)
+
+
+def _are_ranges(text: str) -> bool:
+    """Return whether a Range header is a valid one of bytes; others are ignored."""
+    unit, _, given = text.partition("=")
+    ranges = [_RANGE.fullmatch(each.strip()) for each in given.split(",")]
+    return unit.strip().lower() == "bytes" and all(
+        each is not None and (each[2] is None or int(each[1]) <= int(each[2])) for each in ranges)
 
 
 async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
@@ -141,10 +214,9 @@ def content(request: Request, job: Job, variant: str, *, download: bool) -> Resp
         ApiError: the job isn't finished, or has no such file.
     """
     require_completed(job)
-    found = content_of(service_of(request).settings.job_folder(job.id), job.kind, variant)
-    if found is None or not found[0].is_file():
+    path, media = content_of(service_of(request).settings.job_folder(job.id), job.kind, variant)
+    if not path.is_file():
         raise ApiError(404, "not_found", f"the {job.kind} has no {variant}", "variant")
-    path, media = found
     name = f"{job.id}{path.suffix}" if variant == "video" else f"{job.id}-{variant}{path.suffix}"
     return JobFile(path, media, name, download=download)
 
@@ -194,31 +266,31 @@ def _line(event: Event) -> str:
 @videos.post("", response_model=Video, openapi_extra=body_schema(VideoAsk))
 async def create_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a clip."""
-    return await queued(request, partial(service_of(request).video, fields, call))
+    return await queued(request, partial(service_of(request).clip, "create", fields, call))
 
 
 @videos.post("/edits", response_model=Video, openapi_extra=body_schema(EditAsk))
 async def edit_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a clip re-imagined."""
-    return await queued(request, partial(service_of(request).edit, fields, call))
+    return await queued(request, partial(service_of(request).clip, "edit", fields, call))
 
 
 @videos.post("/extensions", response_model=Video, openapi_extra=body_schema(ExtensionAsk))
 async def extend_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a clip to go on."""
-    return await queued(request, partial(service_of(request).extend, fields, call))
+    return await queued(request, partial(service_of(request).clip, "extension", fields, call))
 
 
 @videos.post("/{video_id}/remix", response_model=Video, openapi_extra=body_schema(RemixAsk))
 async def remix_video(request: Request, call: Caller, source: VideoJob, fields: Fields) -> Any:
     """Ask for a clip as another one was asked for, with what is given here changed."""
-    return await queued(request, partial(service_of(request).remix, source, fields, call))
+    return await queued(request, partial(service_of(request).clip, "remix", fields, call, source))
 
 
 @videos.post("/{video_id}/replay", response_model=Video)
 async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
     """Ask for a clip once more; its frames are the same."""
-    return await queued(request, partial(service_of(request).replay, source, call))
+    return await queued(request, partial(service_of(request).clip, "replay", {}, call, source))
 
 
 add_job_routes(videos, "video", video_of, Video, VideoPage, {
@@ -232,7 +304,7 @@ add_job_routes(videos, "video", video_of, Video, VideoPage, {
 
 
 @videos.get("/{video_id}/content", response_class=FileResponse, responses={
-    200: {"content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}}, **FILE_ANSWERS})
+    200: {"content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}}, **_FILE_ANSWERS})
 def download_video(
     request: Request, video: VideoJob,
     variant: Literal["video", "thumbnail", "spritesheet"] = "video", download: bool = False,
@@ -275,7 +347,7 @@ add_job_routes(films, "film", film_of, Film, FilmPage, {
 
 @films.get("/{film_id}/content", response_class=FileResponse, responses={
     200: {"content": {"video/mp4": {}, "image/webp": {}, "text/html": {}, "text/vtt": {},
-                      "application/x-subrip": {}}}, **FILE_ANSWERS})
+                      "application/x-subrip": {}}}, **_FILE_ANSWERS})
 def download_film(
     request: Request, film: FilmJob,
     variant: Literal["video", "thumbnail", "storyboard", "srt", "vtt"] = "video",
@@ -291,7 +363,7 @@ def download_film(
 
 
 @films.get("/{film_id}/shots/{shot_id}/content", response_class=FileResponse, responses={
-    200: {"content": {"video/mp4": {}, "image/webp": {}}}, **FILE_ANSWERS})
+    200: {"content": {"video/mp4": {}, "image/webp": {}}}, **_FILE_ANSWERS})
 def download_shot(
     request: Request, film: FilmJob, shot_id: str,
     variant: Literal["video", "thumbnail"] = "video",
@@ -312,3 +384,99 @@ def download_shot(
     suffix, media = _SHOT[variant]
     file = path.with_suffix(suffix)
     return JobFile(file, media, file.name)
+
+
+@others.get("/v1/models", response_model=ModelPage)
+def list_models(request: Request, owner: Owner) -> Any:  # noqa: ARG001
+    """The model that is served."""
+    return {"data": [_served(service_of(request))]}
+
+
+@others.get("/v1/models/{model_id:path}", response_model=Model)
+def retrieve_served(request: Request, model_id: str, owner: Owner) -> Any:  # noqa: ARG001
+    """The model that is served, by its id."""
+    found = _served(service_of(request))
+    if model_id != found["id"]:
+        raise ApiError(404, "model_not_found", f"there is no model {model_id[:80]!r}", "model")
+    return found
+
+
+@others.get("/v1/limits", response_model=dict[str, float])
+def limits(request: Request, owner: Owner) -> Any:  # noqa: ARG001
+    """What one request and one key may take."""
+    return service_of(request).limits
+
+
+@others.get("/v1/audit", response_model=AuditPage)
+def audit(request: Request, owner: Owner, limit: int = Query(100, ge=1, le=1000)) -> Any:
+    """What was done under this key, the latest first."""
+    return {"data": service_of(request).jobs.audit(owner, limit)}
+
+
+@others.get("/v1/events", response_class=StreamingResponse, responses={
+    200: {"content": {"text/event-stream": {}}}})
+async def events(request: Request, owner: Owner) -> Response:
+    """What happens to all jobs of this key, as it happens."""
+    return event_stream(service_of(request), owner, None)
+
+
+@others.get("/v1/session", response_model=Session)
+def session(request: Request) -> Any:
+    """Whether a key is needed, and whether there is one."""
+    return _session(request, owner_of(request))
+
+
+@others.post("/v1/session", response_model=Session)
+def open_session(request: Request, response: Response, owner: Owner) -> Any:
+    """Have the browser send the key by itself from now on."""
+    key = request.headers.get("authorization", "").partition(" ")[2].strip()
+    if key:
+        response.set_cookie(COOKIE, key, httponly=True, samesite="strict",
+                            secure=request.url.scheme == "https")
+    return _session(request, owner)
+
+
+@others.delete("/v1/session", response_model=Session)
+def close_session(request: Request, response: Response) -> Any:
+    """Have the browser forget the key."""
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return _session(request, None)
+
+
+def _session(request: Request, owner: str | None) -> dict[str, Any]:
+    return {"key_required": key_required(service_of(request)), "owner": owner,
+            "authenticated": owner is not None}
+
+
+@others.get("/health", response_model=Health)
+async def health() -> Any:
+    """Whether the process answers; without a thread, of which there may be none left."""
+    return {}
+
+
+@others.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
+def ready(request: Request) -> Any:
+    """Whether jobs are taken and made."""
+    scheduler = service_of(request).scheduler
+    state = scheduler.state
+    counts = service_of(request).jobs.counts()
+    body = {"ready": state in ("ready", "busy"), "runner": state.partition(":")[0],
+            "queue": counts.get("queued", 0) + counts.get("in_progress", 0)}
+    return JSONResponse(body, 200 if body["ready"] else 503)
+
+
+@others.get("/metrics", response_class=Response, responses={
+    200: {"content": {"text/plain": {}}}})
+def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
+    """Counters for Prometheus."""
+    return Response(service_of(request).metrics.text(),
+                    media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _served(service: Service) -> dict[str, Any]:
+    known = service.model
+    return {
+        "id": known["name"], "created": _STARTED_S, "license": known["license"],
+        "tasks": known["tasks"], "defaults": known["defaults"], "loras": service.asks.loras,
+        "limits": service.limits, "makes_sound": known["makes_sound"],
+    }

@@ -1,15 +1,12 @@
 """The work of the process that makes clips and films: it opens the model once, then job by job.
 
 It runs as a worker of `vidgen.pipeline.workers`. A payload is a dict: `kind`, "open", "video" or
-"film"; of the last two also `folder`, the job's, and `spec`. Events of a job, each a dict:
+"film"; of the last two also `folder`, the job's, and `spec`. A job's result is a dict of facts; one
+that was cancelled fails with `Cancelled`. Events of a job, each a dict:
     progress    stage, done, total and, where known, fraction, eta_s, shot
     preview     step, fps, image: an animation as a data URL
     shot        shot: one of a film is finished
     note        text
-A job's result is one of
-    {"end": "done", "result": {...}}
-    {"end": "failed", "code": ..., "text": ...}
-    {"end": "stopped", "why": "cancelled" or "paused"}
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
+from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
 
 if TYPE_CHECKING:
@@ -35,6 +32,10 @@ PROGRESS_PAUSE_S = 0.1
 log = logging.getLogger(__name__)
 
 
+class MemoryFull(VidgenError):
+    """A job that needs more memory than there is."""
+
+
 class Runner:
     """Makes clips and films of one model; see `vidgen.pipeline.workers.types.Work`."""
 
@@ -46,10 +47,11 @@ class Runner:
         self._reported_s = 0.0
 
     def __call__(self, payload: dict[str, Any], tell: OnEvent) -> dict[str, Any] | None:
-        """Open the model, or do a job and return how it ended.
+        """Open the model, or do a job and return its facts.
 
         Raises:
             ModelError: the model can't be opened.
+            VidgenError: the job failed, or was cancelled.
         """
         if payload["kind"] == OPEN:
             self._open()
@@ -57,14 +59,16 @@ class Runner:
         self._tell = tell
         folder, maker = Path(payload["folder"]), self._makers[payload["kind"]]
         try:
-            result = maker.make(folder, payload["spec"], self._preview)
+            return maker.make(folder, payload["spec"], self._preview)
         except Cancelled as error:
             if str(error) == CANCELLED:
                 remove_half_made(folder)
-            return {"end": "stopped", "why": str(error)}
+            raise
+        except (InputError, ModelError, OutputError):
+            raise
         except Exception as error:
-            return {"end": "failed", **failure(error)}
-        return {"end": "done", "result": result}
+            log.error("the job failed", exc_info=error)
+            raise failure(error) from None
 
     def _open(self) -> None:
         logging.getLogger().setLevel(logging.INFO)
@@ -96,21 +100,13 @@ class Runner:
                     "image": f"data:image/webp;base64,{image}"})
 
 
-def failure(error: Exception) -> dict[str, str]:
-    """Return the code and text by which clients hear of an error; log one that is our own."""
-    codes = {InputError: "invalid_request", OutputError: "storage_error",
-             ModelError: "model_error"}
-    for kind, code in codes.items():
-        if isinstance(error, kind):
-            return {"code": code, "text": str(error)}
+def failure(error: Exception) -> VidgenError:
+    """Return an error of ours, for clients, in place of one that isn't."""
     if isinstance(error, MemoryError):
-        return {"code": "out_of_memory",
-                "text": "the memory is full; ask for a smaller or shorter clip"}
-    log.error("the job failed", exc_info=error)
+        return MemoryFull("the memory is full; ask for a smaller or shorter clip")
     if "out of memory" in str(error).lower():
-        return {"code": "out_of_memory",
-                "text": "the memory of the device is full; ask for a smaller or shorter clip"}
-    return {"code": "server_error", "text": "the job failed for a reason of the service's own"}
+        return MemoryFull("the memory of the device is full; ask for a smaller or shorter clip")
+    return VidgenError("the job failed for a reason of the service's own")
 
 
 def remove_half_made(folder: Path) -> None:

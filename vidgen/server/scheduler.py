@@ -11,23 +11,23 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.errors import OutputError
+from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
 from vidgen.pipeline.workers import types as workers
 from vidgen.pipeline.workers.seats import LocalCrew, LocalSeat, Message, Seat
-from vidgen.server.hub import Event, Hub
+from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
-from vidgen.server.metrics import Metrics
-from vidgen.server.runner import CANCELLED, OPEN, PAUSED, Runner, failure
+from vidgen.server.runner import CANCELLED, OPEN, PAUSED, MemoryFull, Runner
 from vidgen.server.settings import Settings
 from vidgen.server.types import Job
 from vidgen.server.views import Live, Place, view
 
+_GB = 1 << 30
 LOOK_S, SWEEP_S = 1.0, 10.0
 SILENCE_S = 120.0
 """A process without a heartbeat for so long hangs."""
@@ -35,6 +35,9 @@ STOP_PATIENCE_S = 30.0
 """For a process to let go of a job that was cancelled or deleted; then it is restarted."""
 PAUSES_S = (0.1, 1.0, 5.0, 15.0, 30.0)
 """Before a process that died is restarted, by how often it did so in a row."""
+_CODES = {InputError: "invalid_request", OutputError: "storage_error", ModelError: "model_error",
+          MemoryFull: "out_of_memory"}
+"""Codes of failed jobs by their errors."""
 log = logging.getLogger(__name__)
 
 
@@ -116,8 +119,7 @@ class Scheduler:
     def delete(self, job: Job, reason: str = "deleted") -> None:
         """Delete a job, whatever its state."""
         if self.jobs.delete(job, reason):
-            data = {"id": job.id, "object": job.kind}
-            self.hub.publish(Event("deleted", job.id, job.owner, data, is_last=True))
+            self._publish("deleted", job, {}, is_last=True)
             self._tell_places()
         if not self._stop(job, CANCELLED):
             self._remove(job.id)
@@ -126,15 +128,11 @@ class Scheduler:
         """Start nothing new; wait for the running job, then pause it, and end the process."""
         with self._lock:
             self._is_draining = True
-        until = time.monotonic() + patience_s
-        while self._running is not None and time.monotonic() < until and self._is_ready:
-            time.sleep(0.05)
+        self._await_end(patience_s)
         with self._lock:
             running = self._running
         if running is not None and self._stop(running, PAUSED):
-            until = time.monotonic() + max(patience_s, 5.0)
-            while self._running is not None and time.monotonic() < until:
-                time.sleep(0.05)
+            self._await_end(max(patience_s, 5.0))
         with self._lock:
             self._is_over = True
             child, listener = self._child, self._listener
@@ -146,6 +144,11 @@ class Scheduler:
             listener.join()
         if self._thread.is_alive():
             self._thread.join(10.0)
+
+    def _await_end(self, patience_s: float) -> None:
+        until = time.monotonic() + patience_s
+        while self._running is not None and time.monotonic() < until and self._is_ready:
+            time.sleep(0.05)
 
     def _run(self) -> None:
         while not self._is_over:
@@ -233,17 +236,9 @@ class Scheduler:
             self._broken = str(content[0])
             log.error("the model can't be opened: %s", self._broken)
             seat.stop()
-        elif kind in ("tell", "done", "failed") and (job := self._running) is not None:
-            self._hear_of(job, kind, content[0])
-
-    def _hear_of(self, job: Job, kind: str, content: Any) -> None:
-        """Take in an event of the running job, or its end."""
-        if kind == "tell":
-            getattr(self, f"_on_{content['event']}")(job, content)
-            return
-        if kind == "failed":
-            content = {"end": "failed", **failure(content)}
-        getattr(self, f"_on_{content['end']}")(job, content)
+        elif (job := self._running) is not None and kind in ("tell", "done", "failed"):
+            name = content[0]["event"] if kind == "tell" else kind
+            getattr(self, f"_on_{name}")(job, content[0])
 
     def _hear_log(self, level: int, text: str, trace: str | None) -> None:
         job = self._running
@@ -257,14 +252,13 @@ class Scheduler:
             self.metrics.step.observe(now - self._step_s)
         self._step_s = now
         self._live.hear(message)
-        told = {"id": job.id, "object": job.kind, "status": "in_progress", **self._live.facts(),
-                "queue_position": None, "shot": self._live.shot}
-        self.hub.publish(Event("progress", job.id, job.owner, told))
+        self._publish("progress", job, {
+            "status": "in_progress", **self._live.facts(), "queue_position": None,
+            "shot": self._live.shot})
 
     def _on_preview(self, job: Job, message: dict[str, Any]) -> None:
-        self._live.preview = {"id": job.id, "object": job.kind, "shot": self._live.shot, **{
-            name: message[name] for name in ("step", "fps", "image")}}
-        self.hub.publish(Event("preview", job.id, job.owner, self._live.preview))
+        shown = {name: message[name] for name in ("step", "fps", "image")}
+        self._live.preview = self._publish("preview", job, {"shot": self._live.shot, **shown})
 
     def _on_shot(self, job: Job, message: dict[str, Any]) -> None:
         self._live.shots[message["shot"]["id"]] = message["shot"]
@@ -273,20 +267,20 @@ class Scheduler:
     def _on_note(self, job: Job, message: dict[str, Any]) -> None:  # noqa: ARG002
         self._live.warn(without_folders(message["text"], self.settings.data))
 
-    def _on_done(self, job: Job, message: dict[str, Any]) -> None:
-        result = {**message["result"], "warnings": self._live.warnings}
-        self._learn_pace(job, result["inference_time_s"])
-        for stage, seconds in result["stage_durations"].items():
+    def _on_done(self, job: Job, facts: dict[str, Any]) -> None:
+        self._learn_pace(job, facts["inference_time_s"])
+        for stage, seconds in facts["stage_durations"].items():
             self.metrics.stage.labels(stage).observe(seconds)
-        self.metrics.memory.set(result["peak_memory_mb"] * 1e6)
-        self._end(job, result, None)
+        self.metrics.memory.set(facts["peak_memory_mb"] * 1e6)
+        self._end(job, {**facts, "warnings": self._live.warnings}, None)
 
-    def _on_failed(self, job: Job, message: dict[str, Any]) -> None:
-        code, text = message["code"], without_folders(message["text"], self.settings.data)
-        self._end(job, self._live.kept(), (code, text))
-
-    def _on_stopped(self, job: Job, message: dict[str, Any]) -> None:
-        if message["why"] == PAUSED:
+    def _on_failed(self, job: Job, error: Exception) -> None:
+        text = without_folders(str(error), self.settings.data)
+        if not isinstance(error, Cancelled):
+            code = next((code for kind, code in _CODES.items() if isinstance(error, kind)),
+                        "server_error")
+            self._end(job, self._live.kept(), (code, text))
+        elif text == PAUSED:
             self._write_down(job, lambda: self.jobs.put_back(job))
         else:
             self._let_go(job)
@@ -364,7 +358,8 @@ class Scheduler:
             return
         self._sweep_s = now + SWEEP_S
         settings = self.settings
-        for job_id in self.jobs.outdated(settings.quota_bytes, settings.key_quota_bytes):
+        quota_gb, key_quota_gb = settings.quota_gb, settings.key_quota_gb or settings.quota_gb
+        for job_id in self.jobs.outdated(int(quota_gb * _GB), int(key_quota_gb * _GB)):
             if (job := self.jobs.get(job_id)) is not None:
                 self.delete(job, "expired")
 
@@ -395,9 +390,16 @@ class Scheduler:
             self._pace += 0.3 * (seconds / job.expected_s - self._pace)
 
     def _tell_status(self, job: Job) -> None:
-        data = self.view(job)
-        self.hub.publish(Event("status", job.id, job.owner, data, is_last=job.is_finished))
+        self._publish("status", job, self.view(job), is_last=job.is_finished)
         self._tell_places()
+
+    def _publish(
+        self, name: str, job: Job, facts: Mapping[str, Any], *, is_last: bool = False
+    ) -> dict[str, Any]:
+        """Publish an event of a job, and return its data."""
+        data = {"id": job.id, "object": job.kind, **facts}
+        self.hub.publish(Event(name, job.id, job.owner, data, is_last))
+        return data
 
     def _tell_places(self) -> None:
         """Publish the places of all waiting jobs, of every owner: the queue may have moved."""
@@ -405,9 +407,8 @@ class Scheduler:
             return
         for job, place in self._places():
             if place.position is not None:
-                told = {"id": job.id, "object": job.kind, "queue_position": place.position,
-                        "eta_s": place.eta_s}
-                self.hub.publish(Event("queue", job.id, job.owner, told))
+                self._publish("queue", job, {
+                    "queue_position": place.position, "eta_s": place.eta_s})
 
 
 def _size(folder: Path) -> int:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from vidgen.core.request import OWN_AUDIO
 from vidgen.core.runtime import link
 from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError
-from vidgen.server.hub import Hub
+from vidgen.server.hub import Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, take_over
-from vidgen.server.metrics import Metrics
 from vidgen.server.requests import Place, Translator, parse
 from vidgen.server.scheduler import Scheduler
 from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk
@@ -32,6 +31,8 @@ from vidgen.server.types import Job, Kind, NewJob, Upload, new_id
 EDIT_STRENGTH = 0.7
 CHECKED_AT_ONCE = 16
 """Requests in threads that are checked or wait for an address; others wait for a thread."""
+ASKS = {"create": VideoAsk, "remix": RemixAsk, "edit": EditAsk, "extension": ExtensionAsk}
+"""Bodies of the ways to ask for a clip; a replay has none."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 
@@ -62,11 +63,9 @@ class Service:
         self.jobs, self.keys = Jobs(settings.database), Keys(settings.keys)
         self.hub, self.metrics = Hub(), Metrics()
         self.metrics.watch_queue(self.jobs.counts)
-        self.pace, self.crowd = Pace(settings.limits.per_minute), Crowd(settings.limits.at_once)
+        self.pace, self.crowd = Pace(settings.per_minute), Crowd(settings.at_once)
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
         self.checked_at_once = anyio.CapacityLimiter(CHECKED_AT_ONCE)
-        self.model: dict[str, Any] = {}
-        self.asks = Translator(settings, self.jobs, "")
 
     def start(self) -> None:
         """Open the model, clean up after an earlier run, begin.
@@ -76,7 +75,7 @@ class Service:
         """
         self.checker = Checker(self.settings.model, self.settings.limits)
         self.model = self.checker.model()
-        self.asks.model = self.model["name"]
+        self.asks = Translator(self.settings, self.jobs, self.model["name"])
         self._clear_up()
         self.scheduler.start()
 
@@ -86,72 +85,68 @@ class Service:
         self.hub.close()
         self.jobs.close()
 
-    def video(self, fields: dict[str, Any], call: Call) -> Job:
-        """POST /v1/videos."""
-        ask = parse(VideoAsk, fields)
+    def clip(
+        self, kind: str, fields: dict[str, Any], call: Call, source: Job | None = None
+    ) -> Job:
+        """Queue a clip.
+
+        Args:
+            kind: create, edit, extension, remix or replay.
+            fields: of the body.
+            call: who asks.
+            source: of a remix or replay, the clip whose request is made again.
+
+        Raises:
+            ApiError, Refusal: it can't be made as it is asked for.
+        """
+        ask: Any = parse(ASKS[kind], fields) if kind in ASKS else None
         with self._new("video") as place:
-            options = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
-            return self._submit(place, call, fields, "create", options)
-
-    def remix(self, source: Job, fields: dict[str, Any], call: Call) -> Job:
-        """POST /v1/videos/{id}/remix: the source's own request, some of it changed."""
-        ask = parse(RemixAsk, fields)
-        return self._again(source, fields, call, "remix", ask)
-
-    def replay(self, source: Job, call: Call) -> Job:
-        """POST /v1/videos/{id}/replay: the very same request."""
-        return self._again(source, {}, call, "replay", None)
-
-    def edit(self, fields: dict[str, Any], call: Call) -> Job:
-        """POST /v1/videos/edits: a clip re-imagined."""
-        ask = parse(EditAsk, fields)
-        with self._new("video") as place:
-            options = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
-            options["video"] = self.asks.lay_down(ask.video, "video", call.owner, place, "video")
-            options.setdefault("strength", EDIT_STRENGTH)
-            return self._submit(place, call, fields, "edit", options, source=_id_of(ask.video))
-
-    def extend(self, fields: dict[str, Any], call: Call) -> Job:
-        """POST /v1/videos/extensions: a clip that goes on."""
-        ask = parse(ExtensionAsk, fields)
-        with self._new("video") as place:
-            options = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
-            options.pop("seconds")
-            if ask.seed is None:
-                options.pop("seed")  # the clip's own goes on
-            options["prefix"] = self.asks.lay_down(ask.video, "video", call.owner, place, "video")
-            source = _id_of(ask.video)
-            if source is not None and (found := self.jobs.get(source, call.owner)):
-                options |= {k: found.spec["options"][k] for k in ("lora",)
-                            if k in found.spec["options"]}
-            return self._submit(place, call, fields, "extension", options, source=source,
-                                added_s=ask.seconds)
+            options: dict[str, Any] = {}
+            if ask is not None:
+                options = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
+                if ask.seed is None and kind in ("remix", "extension"):
+                    options.pop("seed")  # the source's own goes on
+            spec = {"options": options}
+            source_id = source.id if source is not None else None
+            if source is not None:
+                spec = self._changed(source, options, kind, place)
+            elif kind == "edit":
+                options.setdefault("strength", EDIT_STRENGTH)
+            elif kind == "extension":
+                spec["added_s"] = options.pop("seconds")
+            if kind in ("edit", "extension") and isinstance(ask.video, dict):
+                source_id = ask.video["id"]
+                found = self.jobs.get(source_id, call.owner)
+                if kind == "extension" and found and "lora" in found.spec["options"]:
+                    options["lora"] = found.spec["options"]["lora"]
+            return self._submit(place, call, fields, kind, spec, source_id)
 
     def film(self, fields: dict[str, Any], call: Call) -> Job:
-        """POST /v1/films."""
+        """Queue a film."""
         ask = parse(FilmAsk, fields)
         with self._new("film") as place:
             plan, script = self._film_plan(ask, call, place)
-            echo = {
-                **{name: plan[name] for name in ("shots", "width", "height", "fps", "seconds",
-                                                 "title", "script")},
-                "model": self.model["name"], "draft": ask.draft, "previous": ask.previous_film_id,
-            }
+            del plan["notes"]
+            facts = {"draft": ask.draft, "previous_film_id": ask.previous_film_id}
             spec = {"script": f"{INPUTS}/{script.name}", "draft": ask.draft}
-            new = self._new_job(place, call, fields, "film", echo, spec, plan["expected_s"])
-            return self._queue(new, place)
+            return self._queue(place, call, fields, "film", plan | facts, spec)
 
     def check_film(self, fields: dict[str, Any], call: Call) -> dict[str, Any]:
-        """POST /v1/films/check: what a script would make; nothing is kept."""
+        """Return what a script would make; nothing is kept."""
         ask = parse(FilmAsk, fields)
         with self._new("film") as place:
             plan, _ = self._film_plan(ask, call, place)
         return {
-            "title": plan["title"], "shots": plan["shots"], "seconds": plan["seconds"],
-            "size": f"{plan['width']}x{plan['height']}", "fps": plan["fps"],
-            "expected_s": round(plan["expected_s"], 1), "notes": plan["notes"],
-            "script": plan["script"],
+            **plan, "size": f"{plan['width']}x{plan['height']}",
+            "expected_s": round(plan["expected_s"], 1),
         }
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What one request and one key may take."""
+        own = {name: getattr(self.settings, name)
+               for name in ("upload_bytes", "pending", "per_minute", "at_once")}
+        return asdict(self.settings.limits) | own
 
     def check_room(self) -> None:
         """Refuse new work while the disk is nearly full.
@@ -159,9 +154,9 @@ class Service:
         Raises:
             OutputError: it is.
         """
-        free = shutil.disk_usage(self.settings.data).free
-        if free < self.settings.reserve_bytes:
-            raise OutputError(f"{free >> 20} MB are free, {self.settings.reserve_bytes >> 20} MB "
+        free_mb = shutil.disk_usage(self.settings.data).free / (1 << 20)
+        if free_mb < self.settings.reserve_mb:
+            raise OutputError(f"{int(free_mb)} MB are free, {int(self.settings.reserve_mb)} MB "
                               "stay in reserve; delete clips, or make room on the disk")
 
     def _film_plan(self, ask: FilmAsk, call: Call, place: Place) -> (
@@ -178,38 +173,31 @@ class Service:
             take_over(self.settings.job_folder(before.id), place.folder)
         return self.checker.film(path, ask.draft), path
 
-    def _again(
-        self, source: Job, fields: dict[str, Any], call: Call, kind: str, ask: Any
-    ) -> Job:
-        """Queue a clip with another one's request, some of it changed."""
-        with self._new("video") as place:
-            options = dict(source.spec["options"])
-            before = self.settings.job_folder(source.id) / INPUTS
-            if before.is_dir():
-                for path in before.iterdir():
-                    link(path, place.inputs / path.name)
-            if ask is not None:
-                changes = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
-                if ask.seed is None:
-                    changes.pop("seed")
-                if not changes:
-                    raise ApiError(400, "missing_parameter", "nothing is changed; give a prompt or "
-                                   "another field, or ask for a replay", "prompt")
-                for pair in _RIVALS:
-                    if not changes.keys().isdisjoint(pair):
-                        options = {k: v for k, v in options.items() if k not in pair}
-                options |= changes
-            added_s = source.spec.get("added_s")
-            if added_s is not None and ask is not None and ask.seconds is not None:
-                added_s = ask.seconds
-            return self._submit(place, call, fields, kind, options, source=source.id,
-                                added_s=added_s)
+    def _changed(
+        self, source: Job, changes: dict[str, Any], kind: str, place: Place
+    ) -> dict[str, Any]:
+        """Return another clip's request with some of its options changed, and link its files."""
+        options, spec = dict(source.spec["options"]), dict(source.spec)
+        before = self.settings.job_folder(source.id) / INPUTS
+        for path in before.iterdir() if before.is_dir() else ():
+            if not (place.inputs / path.name).exists():
+                link(path, place.inputs / path.name)
+        if kind == "remix" and not changes:
+            raise ApiError(400, "missing_parameter", "nothing is changed; give a prompt or another "
+                           "field, or ask for a replay", "prompt")
+        if "added_s" in spec and "seconds" in changes:
+            spec["added_s"] = changes["seconds"]
+        for pair in _RIVALS:
+            if not changes.keys().isdisjoint(pair):
+                options = {name: value for name, value in options.items() if name not in pair}
+        return spec | {"options": options | changes}
 
     def _submit(
-        self, place: Place, call: Call, fields: dict[str, Any], kind: str,
-        options: dict[str, Any], *, source: str | None = None, added_s: float | None = None,
+        self, place: Place, call: Call, fields: dict[str, Any], kind: str, spec: dict[str, Any],
+        source: str | None,
     ) -> Job:
         """Have a clip checked, and queue it."""
+        options = spec["options"]
         if "video" in options and "strength" not in options:
             raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
                            "strength; give 0, which keeps it, to 1, or leave the clip out",
@@ -218,34 +206,22 @@ class Service:
             raise ApiError(400, "invalid_request", f"generate_sound is true, but the model "
                            f"{self.model['name']!r} makes no sound; leave it out",
                            "generate_sound")
-        spec: dict[str, Any] = {"options": options}
-        if added_s is not None:
-            spec["added_s"] = added_s
         plan = self.checker.clip(place.folder, spec)
         options["seed"] = plan["seed"]
-        echo = {
-            **{name: plan[name] for name in ("prompt", "width", "height", "num_frames", "fps",
-                                             "num_steps", "seconds", "seed", "guidance",
-                                             "negative")},
-            "kind": kind, "model": self.model["name"], "source": source,
-            "remixed_from": source if kind == "remix" else None,
-        }
+        facts = {"kind": kind, "source_video_id": source,
+                 "remixed_from_video_id": source if kind == "remix" else None}
         known = {"kind": kind, "source": source, **fields}
-        new = self._new_job(place, call, known, "video", echo, spec, plan["expected_s"])
-        return self._queue(new, place)
+        return self._queue(place, call, known, "video", plan | facts, spec)
 
-    def _new_job(
-        self, place: Place, call: Call, fields: dict[str, Any], kind: Kind,
-        echo: dict[str, Any], spec: dict[str, Any], expected_s: float,
-    ) -> NewJob:
-        return NewJob(
-            kind, call.owner, echo, spec, fingerprint(fields), expected_s, call.idempotency_key,
-            call.is_retry, call.arrived_at, id=place.id,
-        )
-
-    def _queue(self, new: NewJob, place: Place) -> Job:
-        limits = self.settings.limits
-        job, is_new = self.jobs.add(new, most=limits.queued, most_of_owner=limits.pending)
+    def _queue(
+        self, place: Place, call: Call, fields: dict[str, Any], kind: Kind, plan: dict[str, Any],
+        spec: dict[str, Any],
+    ) -> Job:
+        expected_s, limits = plan.pop("expected_s"), self.settings.limits
+        job, is_new = self.jobs.add(NewJob(
+            kind, call.owner, plan | {"model": self.model["name"]}, spec, fingerprint(fields),
+            expected_s, call.idempotency_key, call.is_retry, call.arrived_at, id=place.id,
+        ), most=limits.queued, most_of_owner=self.settings.pending)
         if is_new:
             place.is_kept = True
             self.scheduler.wake()
@@ -287,7 +263,3 @@ def fingerprint(fields: dict[str, Any]) -> str:
 
     text = json.dumps(plain(fields), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _id_of(reference: Any) -> str | None:
-    return reference["id"] if isinstance(reference, dict) else None

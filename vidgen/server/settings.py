@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ConfigDict, field_validator
+
 from vidgen.core.errors import InputError, OptionError
+from vidgen.core.request import Options, option
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SERVICE, KEEPING, LIMITS = "Service", "Keeping", "Limits"
+"""Headings of help."""
+_MOST = 1e9
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request, of one key and of the whole service.
+    """Limits that are the same for every service.
 
     Attributes:
-        upload_bytes: of a whole request.
         pixels: width times height of a clip.
         frames: of a clip.
         seconds: of a clip, by its frames and their rate.
@@ -24,14 +29,10 @@ class Limits:
         shots: of a film.
         input_pixels: of a picture or clip that comes in.
         input_seconds: of a clip or sound that comes in.
-        pending: unfinished jobs of one key.
         queued: unfinished jobs of all.
-        per_minute: jobs that one key may begin in a minute.
-        at_once: requests of one key under way at a time, streams of events among them.
         deaths: how often a job may take the process with it that works on it.
     """
 
-    upload_bytes: int = 64 << 20
     pixels: int = 1920 * 1088
     frames: int = 1000
     seconds: float = 600.0
@@ -39,10 +40,7 @@ class Limits:
     shots: int = 200
     input_pixels: int = 4096 * 4096
     input_seconds: float = 600.0
-    pending: int = 100
     queued: int = 1000
-    per_minute: int = 120
-    at_once: int = 100
     deaths: int = 3
 
 
@@ -55,56 +53,69 @@ def at_most(
                           f"{remedy}", option)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One service.
+class Settings(Options):
+    """One service. Each field's description is the help of its option of `vidgen serve`."""
 
-    Attributes:
-        data: its folder; nobody else's may work in it.
-        model: name, folder or hub id.
-        host: address to listen at.
-        port: 0 takes any that is free.
-        loras: folder of the adapters that requests may name; None: none.
-        fetch: whether inputs may be given as http and https addresses.
-        keep_s: how long finished work is kept.
-        quota_bytes: that finished work may take; above it the oldest goes.
-        key_quota_bytes: that of one key; None: no less than all.
-        reserve_bytes: free space below which nothing new is taken.
-        drain_s: how long the running job may take to finish when the service is told to stop;
-            then it is put by and goes on when the service starts again.
-        limits: see there.
-
-    Raises:
-        InputError: a value out of its range.
-    """
+    model_config = ConfigDict(strict=False)
 
     data: Path
-    model: str = "toybox"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    loras: Path | None = None
-    fetch: bool = False
-    keep_s: float = 7 * 86_400.0
-    quota_bytes: int = 20 << 30
-    key_quota_bytes: int | None = None
-    reserve_bytes: int = 200 << 20
-    drain_s: float = 20.0
-    limits: Limits = field(default_factory=Limits)
+    """The folder of jobs and clips; no other service may work in it."""
+    limits: Limits = Limits()
+    host: str = option(
+        "127.0.0.1", SERVICE, "to listen at, which this machine alone reaches; any other needs a "
+        "key", "ADDRESS", basic=True)
+    port: int = option(8000, SERVICE, "0 takes any", "N", basic=True, ge=0, le=65_535)
+    model: str = option("toybox", SERVICE, "the one that is served", "NAME|FOLDER|HUB_ID",
+                        basic=True, max_length=4096)
+    loras: Path | None = option(
+        None, SERVICE, "folder of adapters that requests may name", "DIR", basic=True)
+    fetch: bool = option(
+        False, SERVICE, "take inputs from http and https addresses outside the own network, too",
+        basic=True)
+    drain_seconds: float = option(
+        20, SERVICE, "that a running job has to finish when the service stops; then it is put by "
+        "and goes on when the service starts again", "S", basic=True, ge=0, le=_MOST)
+    keep_hours: float = option(
+        168, KEEPING, "that finished clips are kept", "H", basic=True, gt=0, le=_MOST)
+    quota_gb: float = option(
+        20, KEEPING, "that they may take together; the oldest go first", "GB", basic=True,
+        gt=0, le=_MOST)
+    key_quota_gb: float | None = option(
+        None, KEEPING, "that the clips of one key may take; default no less than all", "GB",
+        basic=True, gt=0, le=_MOST)
+    reserve_mb: float = option(
+        200, KEEPING, "free space on the disk below which nothing new is taken", "MB", basic=True,
+        ge=0, le=_MOST)
+    upload_mb: float = option(64, LIMITS, "the largest request", "MB", basic=True, gt=0, le=_MOST)
+    per_minute: int = option(
+        120, LIMITS, "requests of one key that may begin jobs", "N", basic=True, ge=1, le=10**9)
+    at_once: int = option(
+        100, LIMITS, "requests of one key under way at a time, streams of events among them", "N",
+        basic=True, ge=1, le=10**9)
+    pending: int = option(
+        100, LIMITS, "unfinished jobs of one key", "N", basic=True, ge=1, le=10**9)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535:
-            raise InputError(f"port is {self.port}; give one from 1 to 65535, or 0 for any")
-        for name in ("keep_s", "quota_bytes", "key_quota_bytes", "drain_s"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (name != "drain_s" and value == 0)):
-                raise InputError(f"{name} is {value}; give a number above 0")
-        if self.loras is not None and not self.loras.is_dir():
-            raise InputError(f"loras {self.loras} is no folder; give the one that adapters lie in")
+    @field_validator("loras")
+    @classmethod
+    def _is_folder(cls, loras: Path | None) -> Path | None:
+        if loras is not None and not loras.is_dir():
+            raise InputError(f"loras {loras} is no folder; give the one that adapters lie in")
+        return loras
 
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the service."""
         return self.host in LOOPBACK
+
+    @property
+    def keep_s(self) -> float:
+        """Seconds that finished work is kept."""
+        return self.keep_hours * 3600
+
+    @property
+    def upload_bytes(self) -> int:
+        """The largest request."""
+        return int(self.upload_mb * (1 << 20))
 
     @property
     def database(self) -> Path:

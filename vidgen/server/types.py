@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vidgen.core.errors import InputError, OptionError
-
-POLICY = "content_policy_violation"
 Kind = Literal["video", "film"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 UNFINISHED = ("queued", "in_progress")
-
-
-class Conflict(InputError):
-    """An idempotency key that was used for another request."""
-
-
-class Full(InputError):
-    """As many jobs wait as may."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +46,12 @@ class Job:
     """A job in the queue; times are Unix seconds. See `NewJob` for the rest.
 
     Attributes:
-        number: its place in the queue; never used twice.
         result: facts of the clip, or of its finished parts.
         attempt: number of starts; above 1 it went on after a stop.
         deaths: number of processes that it crashed.
         num_bytes: on disk, once it is finished.
     """
 
-    number: int
     id: str
     kind: Kind
     owner: str
@@ -82,9 +69,6 @@ class Job:
     deaths: int = 0
     expected_s: float = 0.0
     num_bytes: int = 0
-    idempotency_key: str | None = None
-    fingerprint: str = field(default="", repr=False)
-    is_retry: int = 0
 
     @property
     def is_finished(self) -> bool:
@@ -100,14 +84,6 @@ class Job:
 def new_id(kind: Kind) -> str:
     """Draw an identifier that can't be guessed."""
     return f"{kind}_{secrets.token_hex(12)}"
-
-
-class Refusal(OptionError):
-    """A request that was checked and refused; `code` is for the client."""
-
-    def __init__(self, text: str, option: str = "", code: str = "invalid_request") -> None:
-        super().__init__(text, option)
-        self.code = code
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vidgen.server.responses import Film, Video
 from vidgen.server.types import Job
 
 MAX_WARNINGS = 20
@@ -80,72 +81,41 @@ class Place:
 
 
 def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    """Return a job as JSON data."""
-    make = film_view if job.kind == "film" else video_view
-    return make(job, live if job.status == "in_progress" else None, place)
-
-
-def video_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    """Return a clip: OpenAI's `Video` with our own fields."""
-    ask, result = job.ask, job.result
-    return {
-        **_common(job, live, place), "object": "video", "prompt": ask["prompt"],
-        "seconds": f"{result.get('seconds', ask['seconds']):g}",
-        "remixed_from_video_id": ask.get("remixed_from"), "source_video_id": ask.get("source"),
-        "kind": ask["kind"], "seed": result.get("seed", ask.get("seed")),
-        "fps": result.get("fps", ask["fps"]),
-        "num_frames": result.get("num_frames", ask["num_frames"]),
-        "num_inference_steps": ask["num_steps"], "negative_prompt": ask["negative"],
-        "guidance_scale": ask["guidance"],
-        "sound": result.get("sound"), "captions": result.get("captions", []),
+    """Return a job as JSON data: the fields of its answer, from what is known of it."""
+    live = live if job.status == "in_progress" else None
+    known: dict[str, Any] = {"captions": [], "files": [], "warnings": [], **job.ask, **job.result}
+    state: dict[str, Any] = {"stage": None, "step": None, "num_steps": None, "eta_s": place.eta_s,
+             "progress": 100 if job.status == "completed" else 0}
+    if live is not None:
+        state = {**live.facts(), "shot": live.shot, "warnings": live.warnings}
+    times = {name: at if at is None else int(at) for name in (
+        "created_at", "started_at", "completed_at", "expires_at") for at in (getattr(job, name),)}
+    facts = {
+        **known, **state, **times, "object": job.kind, "id": job.id, "status": job.status,
+        "seconds": f"{known['seconds']:g}", "size": f"{known['width']}x{known['height']}",
+        "fps": job.ask["fps"] if job.kind == "film" else known["fps"],
+        "preview": bool(live and live.preview), "queue_position": place.position,
+        "resumed": max(0, job.attempt - 1),
+        "error": {"code": job.error_code, "message": job.error_message}
+        if job.status == "failed" else None,
     }
+    if job.kind == "film":
+        facts["shots"] = _shots(job, live)
+    answer = Film if job.kind == "film" else Video
+    return {name: facts.get(name) for name in answer.model_fields}
 
 
-def film_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    """Return a film with its shots."""
-    ask, result = job.ask, job.result
-    there = {each["id"]: each for each in result.get("shots", ())} | (live.shots if live else {})
+def _shots(job: Job, live: Live | None) -> list[dict[str, Any]]:
+    """Return a film's shots, each with its state."""
+    there = {each["id"]: each for each in job.result.get("shots", ())}
+    there |= live.shots if live else {}
     shots = []
-    for planned in ask["shots"]:
-        made = there.get(planned["id"])
+    for planned in job.ask["shots"]:
+        made = there.get(planned["id"], {})
         at_work = live is not None and live.shot == planned["id"]
         waits = "failed" if job.is_finished else "queued"
         status = "completed" if made else "in_progress" if at_work else waits
-        facts = {name: (made or {}).get(name) for name in ("made", "checks", "choice")}
-        seed = (made or planned)["seed"]
-        shots.append({**planned, **facts, "status": status, "seed": seed})
-    return {
-        **_common(job, live, place), "object": "film", "title": ask.get("title"),
-        "seconds": f"{result.get('seconds', ask['seconds']):g}", "fps": ask["fps"],
-        "num_frames": result.get("num_frames"), "draft": ask["draft"],
-        "shot": live.shot if live else None, "shots": shots,
-        "timeline": result.get("timeline"), "files": result.get("files", []),
-        "previous_film_id": ask.get("previous"), "script": ask["script"],
-    }
-
-
-def _common(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    ask, result = job.ask, job.result
-    progress = 100 if job.status == "completed" else live.percent if live else 0
-    facts = live.facts() if live else {"stage": None, "step": None, "num_steps": None}
-    error = None
-    if job.status == "failed":
-        error = {"code": job.error_code, "message": job.error_message}
-    return {
-        "id": job.id, "model": ask["model"], "status": job.status, **facts, "progress": progress,
-        "created_at": int(job.created_at), "started_at": _whole(job.started_at),
-        "completed_at": _whole(job.completed_at), "expires_at": _whole(job.expires_at),
-        "size": f"{result.get('width', ask['width'])}x{result.get('height', ask['height'])}",
-        "error": error, "eta_s": live.eta_s if live else place.eta_s,
-        "preview": bool(live and live.preview),
-        "queue_position": place.position, "resumed": max(0, job.attempt - 1),
-        "checks": result.get("checks"), "stage_durations": result.get("stage_durations"),
-        "inference_time_s": result.get("inference_time_s"),
-        "peak_memory_mb": result.get("peak_memory_mb"),
-        "recipe_sha256": result.get("recipe_sha256"),
-        "warnings": live.warnings if live else result.get("warnings", []),
-    }
-
-
-def _whole(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds)
+        facts = {name: made.get(name) for name in ("made", "checks", "choice")}
+        shots.append({**planned, **facts, "status": status,
+                      "seed": made.get("seed", planned["seed"])})
+    return shots

@@ -45,6 +45,7 @@ Tell = Callable[[int, int], None]
 class Assembled:
     """A film that was written."""
 
+    path: Path
     beside: tuple[Path, ...]  # files with its texts
     recipe: Mapping[str, Any]
     notes: tuple[str, ...]  # remarks for people
@@ -85,7 +86,7 @@ def assemble(
     beside = texts_beside(edit)
     for path, text in beside.items():
         atomic_write(path, text.encode())
-    return Assembled(tuple(beside), recipe, (*notes, *heard))
+    return Assembled(output, tuple(beside), recipe, (*notes, *heard))
 
 
 @contextmanager
