@@ -257,7 +257,7 @@ def _make(cells: Sequence[Cell], report: Report) -> None:
 
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     """Return what each clip takes; nothing if a model runs through diffusers."""
-    from vidgen.core.runtime import available_memory, best_dtype, choose_device
+    from vidgen.core.runtime import available_memory, choose_device
     from vidgen.pipeline.plan import settle
     from vidgen.pipeline.setups import choose
     from vidgen.weights.folder import ModelFolder
@@ -271,8 +271,7 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     made = []
     for folder, cell in zip(known, cells, strict=True):
         plan = settle(folder, cell.request, cell.loading.devices)
-        made.append(choose(folder, plan, cell.request, cell.loading, device, have,
-                           dtype=cell.loading.dtype or best_dtype(device)))
+        made.append(choose(folder, plan, cell.request, cell.loading, device, have))
     return made
 
 

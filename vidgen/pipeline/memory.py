@@ -179,7 +179,7 @@ class _Job:
             for dtype in (self.dtype, self.vae_dtype)
         )
         self.measured = self.rates.measured and self.vae_rates.measured
-        self.makes_sound = makes_sound(request, folder.tasks) and plan.roll is None
+        self.makes_sound = makes_sound(request, folder.tasks)
         self.passes = count_passes(folder, plan, request)
         self.stages: list[StageEstimate] = []
         self.freed = 0
@@ -200,12 +200,10 @@ class _Job:
         self.remembered = branches * cached * self.tokens * self.dit.hidden_dim
 
     def load(self) -> None:
-        """Add the modules, and all weights unless they are loaded when used."""
         all_s = sum(map(self.load_s, self.folder.components))
         self.add("load", BUILDING_S + all_s * (self.setup.offload == "none"), 0)
 
     def text(self) -> None:
-        """Add the prompt and, under guidance, the negative one."""
         encoder, tokens = self.folder.components["text_encoder"], self.text_tokens
         config = encoder.config
         plan = sound_plan(self.plan, self.folder.defaults) if self.makes_sound else self.plan

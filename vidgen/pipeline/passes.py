@@ -128,8 +128,7 @@ def _pictures(
     plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
 ) -> tuple[int, int]:
     """Count given frames of a window: one in place, at its beginning, and later ones."""
-    moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
-    inside = [moment for moment in moments if moment in new]
+    inside = [at for seconds, _ in request.frame if (at := round(seconds * plan.fps)) in new]
     first = begins and (request.begins_with_image or bool(request.first_frame_model))
     last = ends and request.last_image is not None
     in_place = first + inside.count(0)

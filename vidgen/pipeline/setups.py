@@ -55,24 +55,25 @@ def preflight(loader: ModelLoader, plan: Plan, request: Request, asked: Loading)
     if have is not None:
         have += loader.elsewhere_bytes
         have += sum(loader.needed_bytes(role, offload="stage") for role in loader.resident)
-    return choose(loader.folder, plan, request, asked, loader.device, have,
-                  dtype=asked.dtype or best_dtype(loader.device))
+    return choose(loader.folder, plan, request, asked, loader.device, have)
 
 
 def choose(
     folder: ModelFolder, plan: Plan, request: Request, asked: Loading, device: torch.device,
-    have: int | None, *, dtype: str, rates: Mapping[torch.dtype, Rates] | None = None,
+    have: int | None, *, dtype: str | None = None,
+    rates: Mapping[torch.dtype, Rates] | None = None,
 ) -> Estimate:
     """Choose the fastest setup that fits, of those that `asked` leaves open.
 
     Offloading comes before tiles, which take longer, and tiles before another dtype, which changes
     results. `have` are the device's free bytes, None if unknown, so that everything fits; `dtype`
-    is the device's best, or the one asked for.
+    is the device's best if it is known.
 
     Raises:
         ModelError: nothing fits; names what would.
     """
     have = sys.maxsize if have is None else have
+    dtype = dtype or asked.dtype or best_dtype(device)
 
     def made(setup: Setup) -> Estimate:
         return estimate(folder, plan, request, setup, rates=rates)

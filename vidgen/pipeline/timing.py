@@ -93,14 +93,14 @@ def listening_ops(
 def _block_ops(
     width: int, ffn_dim: int, tokens: int, keys: float, context: int, count: int
 ) -> list[Op]:
-    """Count transformer blocks with cross-attention to `context` rows."""
     linear = 2 * width * (tokens * (6 * width + 2 * ffn_dim) + 2 * context * width)
     return [Op("linear", width, count * linear),
             Op("attention", width, count * 4 * width * tokens * (keys + context))]
 
 
-def network_ops(component: Component[Any], width: int, positions: int, without: str = "-"
-                ) -> list[Op]:
+def network_ops(
+    component: Component[Any], width: int, positions: int, without: str = "-"
+) -> list[Op]:
     """Count a pass of another network, without weights whose names begin with `without`."""
     weights = sum(math.prod(component.store.shape(name)) for name in component.store.names
                   if not component.names.get(name, name).startswith(without))
@@ -179,8 +179,7 @@ class Rates:
         for (low, slow), (high, fast) in pairwise(points):
             if width <= high:
                 share = min(max(math.log(width / low) / math.log(high / low), 0.0), 1.0)
-                between: float = slow * (fast / slow) ** share
-                return between
+                return float(slow * (fast / slow) ** share)
         return points[-1][1]
 
     def seconds(self, ops: Sequence[Op]) -> float:
@@ -214,7 +213,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _machine(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the facts that rates depend on, as text."""
     facts = fingerprint()
     names = ("vidgen", "cpu", "cpu_capability", "torch", "libavcodec", "threads", "gpu")
     kernels = device.type == "cpu" and dtype in native.known_dtypes()
