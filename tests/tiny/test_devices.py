@@ -247,10 +247,10 @@ def test_four_devices_share_guidance_tokens_and_weights(
         engine.generate(PROMPT, seed=3, guidance=1.0)
     with pytest.raises(InputError, match="in use in this process"):
         load(str(tiny_model), device="cpu", devices=2)
-    os.kill(engine.devices._crew.seats[1].process.pid, signal.SIGKILL)
+    os.kill(engine.devices._pool.workers[1].process.pid, signal.SIGKILL)
     with pytest.raises(DeviceError, match="device 2 of 4 failed: killed by SIGKILL"):
         engine.generate(PROMPT, seed=3)
-    assert all(seat.process.poll() is not None for seat in engine.devices._crew.seats)
+    assert all(worker.process.poll() is not None for worker in engine.devices._pool.workers)
     with pytest.raises(DeviceError, match="gone"):
         engine.generate(PROMPT, seed=3)
 

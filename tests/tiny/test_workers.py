@@ -14,8 +14,8 @@ import pytest
 
 from tests.labour import Labour, Unloadable
 from vidgen.core.errors import Cancelled, InputError, VidgenError
+from vidgen.pipeline.workers.pool import LocalPool
 from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs, settle_threads
-from vidgen.pipeline.workers.seats import LocalCrew
 from vidgen.pipeline.workers.types import Job, Outcome, Patience, Staff
 from vidgen.story.script import Script
 
@@ -128,26 +128,26 @@ def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
 
 
 def test_a_job_is_cancelled_at_its_next_event_and_no_other(tmp_path):
-    crew = LocalCrew(pickle.dumps(Labour(tmp_path)), 1, 1)
-    crew.start()
-    (seat,) = crew.seats
+    pool = LocalPool(pickle.dumps(Labour(tmp_path)), 1, 1)
+    pool.start()
+    (worker,) = pool.workers
 
     def outcome(job):
-        seat.begin(job)
+        worker.begin(job)
         while True:
-            for _, message in crew.listen(1.0):
+            for _, message in pool.listen(1.0):
                 if message == ("tell", {"event": "progress", "stage": "events", "done": 1}):
-                    seat.cancel("enough")
+                    worker.cancel("enough")
                 elif message[0] in ("done", "failed", "lost"):
                     return message
 
     kind, error = outcome(Job("a", ("events", 600)))
-    seat.cancel("too late")
+    worker.cancel("too late")
     assert (kind, type(error), str(error)) == ("failed", Cancelled, "enough")
     assert outcome(Job("b", ("square", 3))) == ("done", 9)
-    seat.stop()
-    seat.end(10.0)
-    assert seat.process.returncode == 0
+    worker.stop()
+    worker.end(10.0)
+    assert worker.process.returncode == 0
 
 
 def test_an_interrupt_stops_all_and_lets_them_keep_what_they_have(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 
 from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
 from vidgen.pipeline.workers import types as workers
-from vidgen.pipeline.workers.seats import LocalCrew, LocalSeat, Message, Seat
+from vidgen.pipeline.workers.pool import LocalPool, LocalWorker, Message, WorkerHandle
 from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
@@ -49,7 +49,7 @@ class Scheduler:
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._work = pickle.dumps(Runner(settings.model))
-        self._child: LocalSeat | None = None
+        self._child: LocalWorker | None = None
         self._listener: threading.Thread | None = None
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
@@ -183,22 +183,22 @@ class Scheduler:
             child.process.kill()
 
     def _start_child(self) -> None:
-        crew = LocalCrew(self._work, 1, workers.Staff().num_threads)
-        crew.start()
-        self._child = crew.seats[0]
-        self._listener = threading.Thread(target=self._listen, args=(crew,), daemon=True)
+        pool = LocalPool(self._work, 1, workers.Staff().num_threads)
+        pool.start()
+        self._child = pool.workers[0]
+        self._listener = threading.Thread(target=self._listen, args=(pool,), daemon=True)
         self._listener.start()
 
-    def _listen(self, crew: LocalCrew) -> None:
+    def _listen(self, pool: LocalPool) -> None:
         """Take in a process's messages until it is gone."""
         while True:
-            for seat, message in crew.listen(LOOK_S):
+            for worker, message in pool.listen(LOOK_S):
                 if message[0] == "lost":
-                    seat.end()
+                    worker.end()
                     self._gone(message[1])
                     return
                 try:
-                    self._hear(seat, message)
+                    self._hear(worker, message)
                 except Exception:
                     log.exception("a message could not be taken in")
 
@@ -221,11 +221,11 @@ class Scheduler:
         log.info("started", extra={"job": job.id, "attempt": job.attempt})
         self._tell_status(job)
 
-    def _hear(self, seat: Seat, message: Message) -> None:
+    def _hear(self, worker: WorkerHandle, message: Message) -> None:
         self._heard_s = time.monotonic()
         kind, content = message[0], message[1:]
         if kind == "ready":
-            seat.begin(workers.Job(OPEN, {"kind": OPEN}))
+            worker.begin(workers.Job(OPEN, {"kind": OPEN}))
         elif kind == "log":
             self._hear_log(*content)
         elif not self._is_ready and kind == "done":
@@ -235,7 +235,7 @@ class Scheduler:
         elif not self._is_ready and kind == "failed":
             self._broken = str(content[0])
             log.error("the model can't be opened: %s", self._broken)
-            seat.stop()
+            worker.stop()
         elif (job := self._running) is not None and kind in ("tell", "done", "failed"):
             name = content[0]["event"] if kind == "tell" else kind
             getattr(self, f"_on_{name}")(job, content[0])

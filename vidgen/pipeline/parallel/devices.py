@@ -33,7 +33,7 @@ from vidgen.diffusion.state import LatentState, moved
 from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.parallel import ipc
 from vidgen.pipeline.parallel.worker import FAILURE, LOST, join_local
-from vidgen.pipeline.workers.seats import LocalCrew
+from vidgen.pipeline.workers.pool import LocalPool
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,17 +58,17 @@ class Devices:
     If a device fails, methods raise DeviceError, and the engine can't be used afterwards.
 
     Args:
-        crew: processes started here, of ranks 1, 2, ...
+        pool: processes started here, of ranks 1, 2, ...
         shard: spread the transformers' weights over the devices.
     """
 
-    def __init__(self, channel: ipc.Channel, crew: LocalCrew, *, shard: bool) -> None:
+    def __init__(self, channel: ipc.Channel, pool: LocalPool, *, shard: bool) -> None:
         self.channel, self.size, self.shard = channel, channel.size, shard
-        self._crew, self._num_heads = crew, 0
+        self._pool, self._num_heads = pool, 0
         self._coming: _Coming | None = None
         self._sampling: ipc.Share | None = None
         self._remembered: Mapping[str, Tensor] = {}
-        self._end = weakref.finalize(self, _dissolve, channel, crew)
+        self._end = weakref.finalize(self, _dissolve, channel, pool)
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -209,9 +209,9 @@ class Devices:
             with suppress(RuntimeError):
                 if self.channel.store.check([FAILURE]):
                     return self.channel.store.get(FAILURE).decode()
-            for seat, (kind, *details) in self._crew.listen(0):
-                if kind == "lost" and seat.process.returncode != LOST:
-                    return f"device {seat.number} of {self.size} failed: {details[0]}"
+            for worker, (kind, *details) in self._pool.listen(0):
+                if kind == "lost" and worker.process.returncode != LOST:
+                    return f"device {worker.number} of {self.size} failed: {details[0]}"
             time.sleep(0.05)
         return None
 
@@ -251,27 +251,27 @@ def start_devices(
         raise InputError(f"torchrun started {given[1]} processes, devices is {devices}; the two "
                          "must be the same")
     channel = ipc.Channel(*ipc.torchrun_place(), device, local=False)
-    return Devices(channel, LocalCrew(b"", 0, None), shard=shard)
+    return Devices(channel, LocalPool(b"", 0, None), shard=shard)
 
 
 def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)
     store = dist.TCPStore("127.0.0.1", 0, devices, is_master=True, wait_for_workers=False)
-    crew = LocalCrew(pickle.dumps(join_local), devices - 1, None)
+    pool = LocalPool(pickle.dumps(join_local), devices - 1, None)
     try:
-        crew.start()
+        pool.start()
         waiting = devices - 1
         while waiting:
-            for seat, (kind, *details) in crew.listen(1.0):
+            for worker, (kind, *details) in pool.listen(1.0):
                 if kind == "lost":
-                    raise DeviceError(f"device {seat.number} of {devices} failed: {details[0]}")
+                    raise DeviceError(f"device {worker.number} of {devices} failed: {details[0]}")
                 if kind == "ready":
-                    seat.send("job", (seat.number, devices, store.port, device.type))
+                    worker.send("job", (worker.number, devices, store.port, device.type))
                     waiting -= 1
-        return Devices(ipc.Channel(store, 0, devices, device, local=True), crew, shard=shard)
+        return Devices(ipc.Channel(store, 0, devices, device, local=True), pool, shard=shard)
     except BaseException:
-        crew.end()
+        pool.end()
         raise
 
 
@@ -320,12 +320,12 @@ class _Coming:
         return room.view(self._dtype).view(self._shape)
 
 
-def _dissolve(channel: ipc.Channel, crew: LocalCrew) -> None:
+def _dissolve(channel: ipc.Channel, pool: LocalPool) -> None:
     grace_s = 0.0
     if not (channel.broken or channel.owed):
         with suppress(RuntimeError):
             channel.order("close")
             grace_s = GRACE_S
-    crew.end(grace_s)
+    pool.end(grace_s)
     with suppress(RuntimeError):
         channel.leave()

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from vidgen import __version__
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
+from vidgen.pipeline.workers.pool import Message, WorkerHandle, WorkerPool
 from vidgen.pipeline.workers.process import Worker
-from vidgen.pipeline.workers.seats import Crew, Message, Seat
 
 if TYPE_CHECKING:
     from vidgen.pipeline.workers.types import Staff, Work
@@ -98,7 +98,7 @@ class _SentWork:
         return work
 
 
-class RayCrew(Crew):
+class RayPool(WorkerPool):
     """Actors of a cluster; raises InputError without Ray, or without such a cluster."""
 
     def __init__(self, work: bytes, staff: Staff) -> None:
@@ -131,31 +131,31 @@ class RayCrew(Crew):
         self._since = time.monotonic()
         super().start()
 
-    def _seat(self, number: int) -> RaySeat:
-        return RaySeat(number, self._ray, self._actor.remote(*self._arguments))
+    def _start_worker(self, number: int) -> RayWorker:
+        return RayWorker(number, self._ray, self._actor.remote(*self._arguments))
 
-    def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
-        """See `Crew`."""
-        asked = {seat.answer: seat for seat in self.seats}
+    def listen(self, seconds: float) -> list[tuple[WorkerHandle, Message]]:
+        """See `WorkerPool`."""
+        asked = {worker.answer: worker for worker in self.workers}
         ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=0)
         if not ready:
             ready, _ = self._ray.wait(list(asked), timeout=seconds)
-        heard: list[tuple[Seat, Message]] = []
+        heard: list[tuple[WorkerHandle, Message]] = []
         for answered in ready:
             heard += self._said_by(asked[answered])
         self._tell_room()
         return heard
 
-    def _said_by(self, seat: RaySeat) -> list[tuple[Seat, Message]]:
+    def _said_by(self, worker: RayWorker) -> list[tuple[WorkerHandle, Message]]:
         try:
-            messages = self._ray.get(seat.answer)
+            messages = self._ray.get(worker.answer)
         except self._ray.exceptions.RayError as error:
-            return [(seat, ("lost", str(error).strip().splitlines()[0]))]
-        seat.ask()
-        return [(seat, message) for message in messages or [("beat",)]]
+            return [(worker, ("lost", str(error).strip().splitlines()[0]))]
+        worker.ask()
+        return [(worker, message) for message in messages or [("beat",)]]
 
     def _tell_room(self) -> None:
-        missing = sum(not seat.is_ready for seat in self.seats)
+        missing = sum(not worker.is_ready for worker in self.workers)
         if missing and not self._told_room and time.monotonic() - self._since > _ROOM_S:
             self._told_room = True
             log.warning("the cluster has no room yet for %d of %d workers", missing, self._count)
@@ -168,7 +168,7 @@ class RayCrew(Crew):
         self._stdout.__exit__(None, None, None)
 
 
-class RaySeat(Seat):
+class RayWorker(WorkerHandle):
     """An actor of the cluster."""
 
     def __init__(self, number: int, ray: Any, actor: Any) -> None:
@@ -182,16 +182,16 @@ class RaySeat(Seat):
         self.answer = self._actor.listen.remote()
 
     def send(self, kind: str, content: Any) -> None:
-        """See `Seat`."""
+        """See `WorkerHandle`."""
         self._actor.receive.remote(kind, content)
 
     def stop(self) -> None:
-        """See `Seat`."""
+        """See `WorkerHandle`."""
         if self.job is not None:
             self._stopped = self._actor.stop.remote(60.0)
 
     def end(self, grace_s: float = 0.0) -> None:
-        """See `Seat`."""
+        """See `WorkerHandle`."""
         if self._stopped is not None and grace_s:
             self._ray.wait([self._stopped], timeout=grace_s)
         self._ray.kill(self._actor)

@@ -5,7 +5,7 @@
 
 Jobs come from an iterator, each after those that it needs, and only a window of them is held, so a
 film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
-several are processes of this machine or actors of a Ray cluster (`seats`, `ray`). One that dies or
+several are processes of this machine or actors of a Ray cluster (`pool`, `ray`). One that dies or
 falls silent is replaced, and its job resumes elsewhere from its journal.
 """
 
@@ -27,7 +27,7 @@ from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.core.store import Store
-from vidgen.pipeline.workers.seats import Crew, LocalCrew, Seat, visible_gpus
+from vidgen.pipeline.workers.pool import LocalPool, WorkerHandle, WorkerPool, visible_gpus
 from vidgen.pipeline.workers.types import (
     MAX_THREADS,
     Job,
@@ -65,9 +65,9 @@ def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent) -> It
     if staff.is_here:
         yield from _alone(_Queue(iter(jobs), WINDOW), work, staff.num_threads, tell)
         return
-    with _open_crew(work, staff) as crew:
-        queue = _Queue(iter(jobs), WINDOW * len(crew.seats))
-        yield from _Foreman(queue, crew, staff.patience, tell).outcomes()
+    with _open_pool(work, staff) as pool:
+        queue = _Queue(iter(jobs), WINDOW * len(pool.workers))
+        yield from _Dispatcher(queue, pool, staff.patience, tell).outcomes()
 
 
 def results_of(
@@ -122,28 +122,28 @@ def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREAD
 
 
 @contextmanager
-def _open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
+def _open_pool(work: Work, staff: Staff) -> Iterator[WorkerPool]:
     """Start workers; on leaving, all stop within seconds."""
     try:
         content = pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(f"the work can't be sent to other processes ({error}); give functions of "
                          "modules, or functools.partial of them") from None
-    crew: Crew
+    pool: WorkerPool
     if staff.ray is None:
         count = staff.workers or 1
-        crew = LocalCrew(content, count, staff.num_threads, visible_gpus() if count > 1 else ())
+        pool = LocalPool(content, count, staff.num_threads, visible_gpus() if count > 1 else ())
     else:
-        from vidgen.pipeline.workers.ray import RayCrew
+        from vidgen.pipeline.workers.ray import RayPool
 
-        crew = RayCrew(content, staff)
+        pool = RayPool(content, staff)
     try:
-        crew.start()
-        yield crew
+        pool.start()
+        yield pool
     finally:
-        for seat in crew.seats:
-            seat.stop()
-        crew.end(staff.patience.grace)
+        for worker in pool.workers:
+            worker.stop()
+        pool.end(staff.patience.grace)
 
 
 def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[Outcome]:
@@ -228,11 +228,11 @@ class _Queue:
                 self.again(job)
 
 
-class _Foreman:
+class _Dispatcher:
     """Hands jobs to workers, receives their messages, and replaces silent or dead ones."""
 
-    def __init__(self, queue: _Queue, crew: Crew, patience: Patience, tell: OnEvent) -> None:
-        self.queue, self.crew, self.patience, self.tell = queue, crew, patience, tell
+    def __init__(self, queue: _Queue, pool: WorkerPool, patience: Patience, tell: OnEvent) -> None:
+        self.queue, self.pool, self.patience, self.tell = queue, pool, patience, tell
         self._deaths = Counter[str]()
         self._stillborn = 0
 
@@ -240,59 +240,59 @@ class _Foreman:
         """Yield every job's outcome."""
         while not self.queue.is_over:
             self._hand_out()
-            heard = [self._heard(*said) for said in self.crew.listen(0.5)]
+            heard = [self._heard(*said) for said in self.pool.listen(0.5)]
             for outcome in filter(None, (*heard, *self._missed())):
                 self.queue.finish(outcome)
                 yield outcome
             yield from self.queue.undone()
 
     def _hand_out(self) -> None:
-        for seat in self.crew.seats:
-            if seat.is_ready and seat.job is None:
+        for worker in self.pool.workers:
+            if worker.is_ready and worker.job is None:
                 job = self.queue.take()
                 if job is None:
                     return
-                seat.begin(job)
+                worker.begin(job)
 
-    def _heard(self, seat: Seat, message: tuple[Any, ...]) -> Outcome | None:
-        seat.heard_s = now = time.monotonic()
-        kind, job = message[0], seat.job
+    def _heard(self, worker: WorkerHandle, message: tuple[Any, ...]) -> Outcome | None:
+        worker.heard_s = now = time.monotonic()
+        kind, job = message[0], worker.job
         if kind == "ready":
-            seat.is_ready, self._stillborn = True, 0
+            worker.is_ready, self._stillborn = True, 0
         elif kind == "lost":
-            return self._lost(seat, message[1])
+            return self._lost(worker, message[1])
         elif kind == "tell" and job is not None:
-            seat.moved_s = now
-            self.tell({**message[1], "worker": seat.number})
+            worker.moved_s = now
+            self.tell({**message[1], "worker": worker.number})
         elif kind == "log":
             log.log(message[1], "%s", message[2])
         elif kind in ("done", "failed"):
             assert job is not None, message
-            seat.job = None
+            worker.job = None
             self._deaths.pop(job.key, None)
             return Outcome(job, message[1]) if kind == "done" else Outcome(job, error=message[1])
         return None
 
     def _missed(self) -> Iterator[Outcome | None]:
         """Replace workers that fell silent, or whose job doesn't progress."""
-        for seat in list(self.crew.seats):
+        for worker in list(self.pool.workers):
             why, now = "", time.monotonic()
-            if seat.heard_s is not None and now - seat.heard_s > self.patience.silence:
+            if worker.heard_s is not None and now - worker.heard_s > self.patience.silence:
                 why = f"it said nothing for {self.patience.silence:g} s"
-            elif seat.job is not None and now - seat.moved_s > self.patience.stall:
+            elif worker.job is not None and now - worker.moved_s > self.patience.stall:
                 why = f"its job didn't move for {self.patience.stall:g} s"
             if why:
-                yield self._lost(seat, why)
+                yield self._lost(worker, why)
 
-    def _lost(self, seat: Seat, why: str) -> Outcome | None:
-        job, was_ready = seat.job, seat.is_ready
+    def _lost(self, worker: WorkerHandle, why: str) -> Outcome | None:
+        job, was_ready = worker.job, worker.is_ready
         self._stillborn += not was_ready
         if self._stillborn >= MAX_DEATHS:
             raise VidgenError(f"workers can't be started: {why}")
-        self.crew.replace(seat)
+        self.pool.replace(worker)
         name = "" if job is None else job.name or job.key
-        self.tell({"event": "note", "worker": seat.number,
-                   "text": f"worker {seat.number} is gone ({why})"
+        self.tell({"event": "note", "worker": worker.number,
+                   "text": f"worker {worker.number} is gone ({why})"
                    + (f"; its job, {name}, is taken from it" if name else "")})
         if job is None:
             return None

@@ -1,4 +1,4 @@
-"""Workers as the scheduler sees them: a seat each, and here those of this machine's processes."""
+"""Workers as the scheduler sees them: a handle for each, and the processes of this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Message = tuple[Any, ...]
 
 
-class Seat(ABC):
+class WorkerHandle(ABC):
     """One worker.
 
     Attributes:
@@ -63,39 +63,39 @@ class Seat(ABC):
         """Kill it, after some time to leave by itself."""
 
 
-class Crew(ABC):
-    """All workers of one kind: `seats`, once they are started."""
+class WorkerPool(ABC):
+    """All workers of one kind: `workers`, once they are started."""
 
     def __init__(self, count: int) -> None:
-        self.seats: list[Any] = []
+        self.workers: list[Any] = []
         self._count = count
 
     def start(self) -> None:
         """Start all workers, or request them."""
         for number in range(1, self._count + 1):
-            self.seats.append(self._seat(number))
+            self.workers.append(self._start_worker(number))
 
     @abstractmethod
-    def listen(self, seconds: float) -> Sequence[tuple[Seat, Message]]:
+    def listen(self, seconds: float) -> Sequence[tuple[WorkerHandle, Message]]:
         """Return workers' messages as soon as one comes; ("lost", why) of one that is gone."""
 
-    def replace(self, seat: Seat) -> None:
+    def replace(self, worker: WorkerHandle) -> None:
         """Kill a worker and start another one in its place."""
-        seat.end()
-        self.seats[seat.number - 1] = self._seat(seat.number)
+        worker.end()
+        self.workers[worker.number - 1] = self._start_worker(worker.number)
 
     def end(self, grace_s: float = 0.0) -> None:
         """Kill all workers, after some time to leave by themselves."""
         until = time.monotonic() + grace_s
-        for seat in self.seats:
-            seat.end(max(0.0, until - time.monotonic()))
+        for worker in self.workers:
+            worker.end(max(0.0, until - time.monotonic()))
 
     @abstractmethod
-    def _seat(self, number: int) -> Seat:
+    def _start_worker(self, number: int) -> WorkerHandle:
         """Start a worker, or request it."""
 
 
-class LocalCrew(Crew):
+class LocalPool(WorkerPool):
     """Processes of this machine.
 
     Args:
@@ -111,30 +111,30 @@ class LocalCrew(Crew):
         super().__init__(count)
         self._work, self._threads, self._gpus = work, threads, gpus
 
-    def _seat(self, number: int) -> LocalSeat:
+    def _start_worker(self, number: int) -> LocalWorker:
         own: dict[str, str] = {}
         if self._threads is not None:
             own["OMP_NUM_THREADS"] = str(self._threads)
         if self._gpus:
             own["CUDA_VISIBLE_DEVICES"] = self._gpus[(number - 1) % len(self._gpus)]
-        return LocalSeat(number, self._work, self._threads, own)
+        return LocalWorker(number, self._work, self._threads, own)
 
-    def listen(self, seconds: float) -> list[tuple[LocalSeat, Message]]:
-        """See `Crew`."""
-        waiting = {seat.connection: seat for seat in self.seats}
-        heard: list[tuple[LocalSeat, Message]] = []
+    def listen(self, seconds: float) -> list[tuple[LocalWorker, Message]]:
+        """See `WorkerPool`."""
+        waiting = {worker.connection: worker for worker in self.workers}
+        heard: list[tuple[LocalWorker, Message]] = []
         for connection in wait(list(waiting), seconds):
             assert isinstance(connection, Connection)
-            seat = waiting[connection]
+            worker = waiting[connection]
             try:
                 message = connection.recv()
             except (EOFError, OSError, pickle.UnpicklingError):
-                message = ("lost", seat.fate())
-            heard.append((seat, message))
+                message = ("lost", worker.fate())
+            heard.append((worker, message))
         return heard
 
 
-class LocalSeat(Seat):
+class LocalWorker(WorkerHandle):
     """A process of this machine, with variables of its own; it exits with this one."""
 
     def __init__(
@@ -154,13 +154,13 @@ class LocalSeat(Seat):
             self.connection.send((work, threads))
 
     def begin(self, job: Job) -> None:
-        """See `Seat`; only what this job writes to stderr is kept."""
+        """See `WorkerHandle`; only what this job writes to stderr is kept."""
         os.ftruncate(self._stderr.fileno(), 0)
         os.lseek(self._stderr.fileno(), 0, os.SEEK_SET)
         super().begin(job)
 
     def send(self, kind: str, content: Any) -> None:
-        """See `Seat`."""
+        """See `WorkerHandle`."""
         with self._lock, suppress(OSError):
             self.connection.send((kind, content))
 
@@ -172,11 +172,11 @@ class LocalSeat(Seat):
         return "it closed its connection" if code is None else exit_text(code, self._stderr)
 
     def stop(self) -> None:
-        """See `Seat`."""
+        """See `WorkerHandle`."""
         self.process.terminate()
 
     def end(self, grace_s: float = 0.0) -> None:
-        """See `Seat`."""
+        """See `WorkerHandle`."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
         self.process.kill()
