@@ -20,7 +20,7 @@ from tests.lab.test_phases import TINY_VAE
 from tests.ranks import Launch
 from tests.velocity import join_and_follow, make_run
 from vidgen.core.errors import OutputError
-from vidgen.training import loop
+from vidgen.training import checkpoint
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 
 pytest.importorskip("deepspeed")
@@ -36,8 +36,8 @@ def learn(folder: Path, kill_at: int | None = None, engine: str | None = None) -
 
 def learn_with_long_saves(folder: Path, engine: str | None) -> None:
     """The same, with saves that a kill from outside finds on a busy machine, too."""
-    write = loop.save_rng
-    loop.save_rng = lambda *args: (time.sleep(0.5), write(*args))
+    write = checkpoint.save_rng
+    checkpoint.save_rng = lambda *args: (time.sleep(0.5), write(*args))
     learn(folder, None, engine)
 
 
@@ -46,8 +46,8 @@ def learn_on_a_full_disk(folder: Path, full: int, late: int, engine: str | None)
     run = make_run(folder, deepspeed=engine, checkpoint_minutes=0.0)
     rank = int(os.environ["RANK"])
     if rank == late:
-        write = loop.save_rng
-        loop.save_rng = lambda *args: (time.sleep(1.0), write(*args))
+        write = checkpoint.save_rng
+        checkpoint.save_rng = lambda *args: (time.sleep(1.0), write(*args))
     if rank != full:
         join_and_follow(run, resume=True)
         return

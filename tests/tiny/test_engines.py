@@ -20,15 +20,14 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig
-from vidgen.training.engines import engine as torch_engine
+from vidgen.training.engines.deepspeed import share_out
 from vidgen.training.engines.distributed import current_place, join_ranks
-from vidgen.training.engines.zero import share_out
 from vidgen.weights.load import load_module
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (extra: train)", allow_module_level=True)
 
-ENGINES = {"shared": None, "ddp": None, "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+ENGINES = {"ddp": None, "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 OFFLOADED = {"zero2-offload": "zero2_offload", "zero3-offload": "zero3_offload"}
 SHORT = 3
 KINDS = {"full": {}, "lora": {"lora": True}}
@@ -51,8 +50,6 @@ def scenarios(folder: Path) -> dict[str, Any]:
     gc.freeze()  # DeepSpeed collects often, and what is imported stays anyway
     found: dict[str, Any] = {}
     for name, engine in {**ENGINES, **OFFLOADED}.items():
-        if name == "ddp":  # which ranks fall back to that see no memory of each other
-            torch_engine.SHARED_FOLDER = folder / "missing"
         run = make_run(folder / "x", deepspeed=engine)
         for kind, task in KINDS.items():
             here = replace(run, folder=str(folder / f"{name}-{kind}"))
@@ -121,7 +118,7 @@ def on_two_that_share(folder: Path) -> dict[str, Any]:
     """Both ranks hold one sample together."""
     found = {}
     with join_ranks(make_run(folder / "x", sequence=2)):
-        for name in ("shared", "zero2"):
+        for name in ("ddp", "zero2"):
             run = make_run(folder / f"{name}-shared", deepspeed=ENGINES[name], sequence=2)
             found[f"{name}-shared"] = losses(follow(run)[1])
     return found
@@ -174,7 +171,7 @@ def test_two_ranks_follow_the_curve_of_one(double, single, engine, kind):
 
 def test_a_bad_step_is_skipped_or_left_out_by_all_ranks(double, single):
     assert double["zero2-poison"] == pytest.approx(single["poison"], rel=2e-5, nan_ok=True)
-    for engine in ("shared", "ddp", "zero1", "zero3"):
+    for engine in ("ddp", "zero1", "zero3"):
         assert double[f"{engine}-back"] == pytest.approx(single["back"], rel=2e-5), engine
 
 

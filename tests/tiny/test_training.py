@@ -21,7 +21,7 @@ from vidgen.training import loop
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import Place
-from vidgen.training.finetune.card import read_curve
+from vidgen.training.finetune.output import read_curve
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers, orthogonalized
 from vidgen.training.task import Batches

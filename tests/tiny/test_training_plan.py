@@ -15,7 +15,7 @@ from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import native
-from vidgen.training.engines.zero import read_settings
+from vidgen.training.engines.deepspeed import read_settings
 from vidgen.training.finetune.plan import FULL_BYTES, LORA_BYTES, Sample, plan, plan_training
 from vidgen.training.finetune.run import read_config
 

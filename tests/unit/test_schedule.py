@@ -51,7 +51,7 @@ def test_an_epoch_goes_through_every_item_and_says_what_it_repeats(size):
     assert set(first) == set(second) == everything
     assert first != second
     twice = {b: sum(n - 1 for (of, _), n in Counter(first).items() if of == b) for b in counts}
-    assert {b: n for b, n in twice.items() if n} == schedule.filled_up(size)
+    assert {b: n for b, n in twice.items() if n} == schedule.remainders(size)
 
 
 def test_drop_last_leaves_out_others_each_epoch_and_says_how_many():
@@ -60,7 +60,7 @@ def test_drop_last_leaves_out_others_each_epoch_and_says_how_many():
     assert steps == 2
     epochs = [set(taken(schedule, range(e * steps, (e + 1) * steps), 3)) for e in range(12)]
     assert all(len(epoch) == 6 for epoch in epochs)
-    assert schedule.left_out(3) == {CLIP: 1}
+    assert schedule.remainders(3) == {CLIP: 1}
     assert set.union(*epochs) == {(CLIP, slot) for slot in range(7)}
     missing = {min({(CLIP, s) for s in range(7)} - epoch) for epoch in epochs}
     assert len(missing) > 1
@@ -69,7 +69,7 @@ def test_drop_last_leaves_out_others_each_epoch_and_says_how_many():
 def test_a_bucket_too_small_for_a_batch_is_refused_only_where_nothing_is_left():
     schedule = Schedule({CLIP: 2, LONG: 9}, drop_last=True)
     assert {schedule.draw(step, 4).bucket for step in range(20)} == {LONG}
-    assert schedule.left_out(4) == {CLIP: 2, LONG: 1}
+    assert schedule.remainders(4) == {CLIP: 2, LONG: 1}
     with pytest.raises(InputError, match="no bucket fills a batch of 16: the largest has 9"):
         schedule.draw(0, 16)
 
@@ -80,7 +80,6 @@ def test_a_step_depends_on_nothing_before_it():
     assert [Schedule({LONG: 31, CLIP: 70}, seed=1).draw(s, 4) for s in (59, 7, 23)] == [
         straight[s] for s in (59, 7, 23)]
     assert [Schedule({CLIP: 70, LONG: 31}, seed=2).draw(s, 4) for s in range(60)] != straight
-    assert schedule.draw(5, 4, detour=1) != straight[5]
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
@@ -93,17 +92,11 @@ def test_a_share_of_pictures_is_spread_evenly(share):
     steps = schedule.steps_per_epoch(2)
     clips = [item for item in taken(schedule, range(steps), 2) if item[0] == CLIP]
     assert len(clips) == len(set(clips)) == 10
-    assert schedule.epoch(0, 2) == (0, 0)
-    assert schedule.epoch(steps, 2)[0] == 1
-    assert schedule.epoch(steps - 1, 2)[0] == 0
 
 
 def test_epochs_are_counted():
     schedule = Schedule({CLIP: 10, LONG: 3})
-    steps = schedule.steps_per_epoch(2)
-    assert steps == 5 + 2
-    assert [schedule.epoch(s, 2) for s in (0, 6, 7, 20, 21)] == [
-        (0, 0), (0, 6), (1, 0), (2, 6), (3, 0)]
+    assert schedule.steps_per_epoch(2) == 5 + 2
 
 
 @pytest.mark.parametrize(("counts", "what"), [({CLIP: 3}, "picture"), ({PICTURE: 3}, "clip")])

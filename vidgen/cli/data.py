@@ -13,7 +13,7 @@ from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from vidgen.training.data.config import DataConfig
-    from vidgen.training.data.survey import Survey
+    from vidgen.training.data.select import Selection
     from vidgen.weights.folder import ModelFolder
 
 DESCRIPTION = (
@@ -51,16 +51,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Look at all files; report on them, or encode them."""
-    from vidgen.training.data.survey import survey
-    from vidgen.weights.folder import ModelFolder
-    from vidgen.weights.layouts import open_model
+    from vidgen.training.data.survey import open_own, survey
 
     _refuse_others(args)
     config, model = settings(args)
-    folder = open_model(model)
-    if not isinstance(folder, ModelFolder):
-        raise InputError(f"model {model} runs through diffusers, which can't be fine-tuned here; "
-                         "give one of the toybox or Wan family")
+    folder = open_own(model)
     if args.html is not None:
         from vidgen.core.runtime import check_output
 
@@ -141,7 +136,7 @@ def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict
     return run
 
 
-def _tell(known: Survey, config: DataConfig, args: Namespace, report: Report) -> int:
+def _tell(known: Selection, config: DataConfig, args: Namespace, report: Report) -> int:
     from vidgen.training.data.report import as_data, as_text
 
     told = as_data(known, config)
@@ -149,20 +144,20 @@ def _tell(known: Survey, config: DataConfig, args: Namespace, report: Report) ->
         from vidgen.core.runtime import atomic_write
         from vidgen.training.data.report import page
 
-        atomic_write(args.html, page(told, known.selection.fates).encode())
+        atomic_write(args.html, page(told, known.fates).encode())
         report({"event": "written", "path": args.html})
     report.result(told, "" if args.json else as_text(told))
     return int(told["totals"]["dropped"] > 0)
 
 
 def _cache(
-    known: Survey, config: DataConfig, folder: ModelFolder, model: str, args: Namespace,
+    known: Selection, config: DataConfig, folder: ModelFolder, model: str, args: Namespace,
     report: Report,
 ) -> int:
     from vidgen.core.runtime import choose_device, size_text
     from vidgen.training.data.cache import make_cache
 
-    for fate in known.selection.fates:
+    for fate in known.fates:
         if fate.dropped is not None:
             report({"event": "note", "text": f"{fate.file.name} is left out: {fate.dropped}"})
     device = choose_device(args.device or "auto")

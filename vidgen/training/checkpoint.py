@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.core.runtime import (
@@ -35,28 +35,25 @@ from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
 from vidgen.weights.write import Lazy, write_safetensors
 
-_STATE, _META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_STATE, META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _PICKLES = "*.pt"
 """Files that are code to whoever reads them: read only with the hash that was written down."""
 
 
 @dataclass(frozen=True)
-class Held:
+class _Held:
     """A tensor that is here already, as `write_safetensors` wants it."""
 
     likeness: Tensor
 
     def get(self) -> Tensor:
-        """The tensor on the CPU."""
         return self.likeness.cpu()
 
 
 def live_weights(task: Task, *, frozen: bool | None = None) -> dict[str, Tensor]:
     """A task's weights and buffers by the names that checkpoints give them.
 
-    Args:
-        task: whose.
-        frozen: whether with those that aren't trained; None: as the task says.
+    `frozen` says whether with those that aren't trained, by default as the task does.
     """
     if frozen is None:
         frozen = getattr(task, "saves_frozen", True)
@@ -71,8 +68,12 @@ def live_weights(task: Task, *, frozen: bool | None = None) -> dict[str, Tensor]
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
     """Write the tensors of a checkpoint that is being made, one in memory at a time."""
-    write_safetensors(folder / _STATE, {
-        name: Held(value.detach()) if isinstance(value, Tensor) else value
+    _write(folder / _STATE, tensors)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
+    write_safetensors(path, {
+        name: _Held(value.detach()) if isinstance(value, Tensor) else value
         for name, value in tensors.items()
     })
 
@@ -97,35 +98,28 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             name = temporary.name
         temporary = target.with_name(place.said(name))
-        with _told_apart(target, temporary):
+        try:
             yield temporary
+        except (OSError, OutputError) as error:
+            if not temporary.is_dir():
+                raise LostRankError(f"{temporary} is gone: the main rank can't go on") from error
+            if isinstance(error, OutputError):
+                raise
+            raise write_error(target, error) from error
         place.barrier()
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         mine = files[place.rank :: place.size]
         for path in mine:
             sync(path)
         pickles = [path for path in mine if path.match(_PICKLES)]
-        hashes = place.told([f"{sha256_file(p)} {p.relative_to(temporary)}" for p in pickles])
-        if place.main and hashes:
-            listing = {name: sha256 for sha256, name in (line.split(" ", 1) for line in hashes)}
+        hashes = place.told({str(p.relative_to(temporary)): sha256_file(p) for p in pickles})
+        listing = {name: sha256 for part in hashes for name, sha256 in part.items()}
+        if place.main and listing:
             atomic_write(temporary / _MANIFEST, json.dumps(listing, indent=1).encode())
             for path in temporary.rglob("*"):
                 if path.is_dir():
                     sync(path)
     place.barrier()
-
-
-@contextmanager
-def _told_apart(target: Path, temporary: Path) -> Iterator[None]:
-    """A rank's failed write: its own, or the main rank's, which took the folder away."""
-    try:
-        yield
-    except (OSError, OutputError) as error:
-        if not temporary.is_dir():
-            raise LostRankError(f"{temporary} is gone: the main rank can't go on") from error
-        if isinstance(error, OutputError):
-            raise
-        raise write_error(target, error) from error
 
 
 def check_manifest(folder: Path) -> None:
@@ -148,10 +142,10 @@ def check_manifest(folder: Path) -> None:
 
 def save_rng(folder: Path, place: Place) -> None:
     """Write this rank's random generators."""
-    tensors = {"cpu": Held(torch.get_rng_state())}
+    tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["cuda"] = Held(torch.cuda.get_rng_state())
-    write_safetensors(folder / f"rng-{place.rank:05d}.safetensors", tensors)
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    _write(folder / f"rng-{place.rank:05d}.safetensors", tensors)
 
 
 def load_rng(folder: Path, place: Place) -> bool:
@@ -166,11 +160,6 @@ def load_rng(folder: Path, place: Place) -> bool:
     return True
 
 
-def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write a checkpoint's position and metrics."""
-    (folder / _META).write_text(json.dumps(meta))
-
-
 def read_meta(folder: Path) -> dict[str, Any]:
     """A checkpoint's position and metrics.
 
@@ -178,12 +167,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
         ModelError: they are damaged.
     """
     try:
-        meta = json.loads((folder / _META).read_text())
+        meta = json.loads((folder / META).read_text())
         if not isinstance(meta["step"], int) or not isinstance(meta["metrics"], dict):
             raise TypeError("step is no number, or metrics no object")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         others = [name for name in _complete(folder.parent) if name != folder.name]
-        raise ModelError(f"{folder / _META} is damaged ({type(error).__name__}: {error}); "
+        raise ModelError(f"{folder / META} is damaged ({type(error).__name__}: {error}); "
                          f"{_advice(folder.parent, others)}") from None
     found: dict[str, Any] = meta
     return found
@@ -244,7 +233,7 @@ def _named(pointer: Path) -> str:
 
 def _complete(folder: Path) -> list[str]:
     """Names of a run folder's complete checkpoints, the newest last."""
-    return sorted(path.name for path in folder.glob("step-*") if (path / _META).exists())
+    return sorted(path.name for path in folder.glob("step-*") if (path / META).exists())
 
 
 def _advice(folder: Path, complete: Sequence[str], pointer: str = "latest") -> str:
@@ -255,63 +244,42 @@ def _advice(folder: Path, complete: Sequence[str], pointer: str = "latest") -> s
             f"echo {complete[-1]} > {shlex.quote(str(folder / pointer))}")
 
 
-def restore(target: Path, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put saved weights back into live modules; frozen ones that weren't saved stay.
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def average_of(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a parameter's average in the tensors of a checkpoint.
 
     Raises:
-        ModelError: the checkpoint is of other modules or shapes.
+        ModelError: it has none.
     """
-    for key, module in modules.items():
-        prefix = f"model/{key}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-        own = {n: t for n, t in module.state_dict().items() if n in frozen} | own
-        try:
-            module.load_state_dict(own)
-        except RuntimeError as error:
-            raise ModelError(f"{target} holds another {key} than this config: {error}") from error
-
-
-def restore_averages(
-    target: Path, shadow: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put saved averages back.
-
-    Raises:
-        ModelError: the checkpoint has none for a parameter.
-    """
-    for name, value in shadow.items():
-        if f"ema/{name}" not in tensors:
-            raise ModelError(f"{target} has no averages of {name}: it is of another config")
-        value.copy_(tensors[f"ema/{name}"])
+    if f"ema/{name}" not in tensors:
+        raise ModelError(f"{folder} has no averages of {name}: it is of another config")
+    return tensors[f"ema/{name}"]
 
 
 def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[str, Tensor]:
     """State dict of module `key` with averaged weights, from a checkpoint of a run folder.
 
     Buffers and frozen parameters, which are not averaged, come from the live weights, as far as
-    the checkpoint holds them: DeepSpeed's has no frozen ones, nor have those of tasks that say so.
-
-    Args:
-        folder: the run's.
-        key: of the module.
-        target: the checkpoint; None: the newest.
+    the checkpoint, by default the newest, holds them: DeepSpeed's has no frozen ones, nor have
+    those of tasks that say so.
     """
     target = target or latest_checkpoint(folder)
     if target is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
     tensors = read_state(target)
-    state: dict[str, Tensor] = {}
-    for prefix in (f"model/{key}.", f"ema/{key}."):
-        state |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return state
+    return below(tensors, f"model/{key}.") | below(tensors, f"ema/{key}.")
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Within the block this process is the only one that writes into a run's folder.
 
-    Where the file system has no locks, nobody is kept out.
+    Where the file system has no locks, nobody is kept out. By the file `pid` `scripts/quiet` finds
+    the process, to pause it.
 
     Raises:
         InputError: another one is at work there.
@@ -327,11 +295,8 @@ def alone_in(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-        yield
-
-
-def write_pid(folder: Path) -> Path:
-    """Record this process as the run's, so that `scripts/quiet` can pause it."""
-    path = folder / "pid"
-    atomic_write(path, str(os.getpid()).encode())
-    return path
+        atomic_write(folder / "pid", str(os.getpid()).encode())
+        try:
+            yield
+        finally:
+            (folder / "pid").unlink(missing_ok=True)

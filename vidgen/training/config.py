@@ -33,22 +33,17 @@ class OptimConfig:
     The trunk runs at a constant rate after a linear warm-up; a release is a short branch that
     decays to zero as 1 - sqrt(progress) (Hagele et al. 2024, sec. 3), so a run that is cut
     loses nothing.
-
-    Args:
-        lr: peak rate of AdamW; Muon uses `muon_lr` (update scaled to AdamW's RMS).
-        decay_from: step at which the decay branch starts; None keeps the rate constant.
-        decay_steps: length of that branch.
-        grad_clip: largest global gradient norm; 0 switches clipping off.
     """
 
-    lr: float = 5e-4
+    lr: float = 5e-4  # peak rate of AdamW; Muon uses `muon_lr` (update scaled to AdamW's RMS)
     muon_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup_steps: int = 200
+    # step at which the decay branch starts; None keeps the rate constant
     decay_from: int | None = None
-    decay_steps: int = 0
-    grad_clip: float = 1.0
+    decay_steps: int = 0  # length of that branch
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "weight_decay"):
@@ -74,15 +69,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What computes the steps where there are several ranks, or too little memory for one.
+    """What computes the steps where there are several ranks, or too little memory for one."""
 
-    Args:
-        deepspeed: a DeepSpeed JSON that says ZeRO's stage, offload and buckets, by its path or by
-            its name below `train/deepspeed`; None: plain torch.
-        sequence: ranks that share each sample's tokens (DeepSpeed-Ulysses); divides the ranks.
-    """
-
+    # a DeepSpeed JSON that says ZeRO's stage, offload and buckets, by its path or by its name below
+    # `train/deepspeed`; None: plain torch
     deepspeed: str | None = None
+    # ranks that share each sample's tokens (DeepSpeed-Ulysses); divides the ranks
     sequence: int = 1
 
     def __post_init__(self) -> None:
@@ -92,42 +84,34 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how often, where: everything that is not the task's own.
+    """How long, how often, where: everything that is not the task's own."""
 
-    Args:
-        folder: run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`.
-        steps: optimiser steps.
-        batch_size: samples a micro-batch, on each rank.
-        accumulate: micro-batches a step.
-        branch_from: another run's folder whose newest checkpoint this one starts from, in full.
-        minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
-        keep: newest checkpoints that are kept.
-        dtype: of the computation; weights are float32. `auto` is bf16 where the device has it and
-            becomes what it stands for here, so that the run's record says so.
-        best: a validation score; the checkpoint where it was lowest is kept besides, and is what
-            fine-tuning exports.
-        spike_factor: a loss beyond this multiple of its running mean is as unusable as NaN.
-        on_bad: what an unusable step leads to: it is skipped; the newest checkpoint is loaded again
-            and the step left out; or the run stops.
-    """
-
-    folder: str
-    steps: int = 1000
-    batch_size: int = 1
-    accumulate: int = 1
+    folder: str  # run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 1  # samples a micro-batch, on each rank
+    accumulate: int = 1  # micro-batches a step
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0
     device: str = "auto"
+    # of the computation; weights are float32. `auto` is bf16 where the device has it and becomes
+    # what it stands for here, so that the run's record says so.
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema_decay: float = 0.999
+    # another run's folder whose newest checkpoint this one starts from, in full
     branch_from: str | None = None
+    # wall-clock limit of one sitting; the run ends cleanly with a checkpoint
     minutes: float | None = None
     log_every: int = 20
     validate_every: int = 500
     checkpoint_minutes: float = 4.0
-    keep: int = 2
+    keep: int = 2  # newest checkpoints that are kept
+    # a validation score; the checkpoint where it was lowest is kept besides, and is what fine-
+    # tuning exports
     best: str | None = None
+    # a loss beyond this multiple of its running mean is as unusable as NaN
     spike_factor: float = 20.0
+    # what an unusable step leads to: it is skipped; the newest checkpoint is loaded again and the
+    # step left out; or the run stops
     on_bad: Literal["skip", "rollback", "stop"] = "skip"
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -167,11 +151,7 @@ _FREE = ("run.folder", "run.minutes", "run.log_every", "run.validate_every", "ru
 
 
 def refuse_changes(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to go on under another config than the one that a run began with.
-
-    Args:
-        path: `task.json` of the run's folder.
-        record: the resolved config now.
+    """Refuse to go on under another config than the one in the run's `task.json`.
 
     Raises:
         InputError: names the keys that differ, with both values.

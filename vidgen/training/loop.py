@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,19 +31,7 @@ from vidgen.core.runtime import (
     reuse_freed_memory,
     write_error,
 )
-from vidgen.training.checkpoint import (
-    alone_in,
-    drop_old,
-    drop_partial,
-    latest_checkpoint,
-    load_rng,
-    point_to,
-    read_meta,
-    save_rng,
-    write_meta,
-    write_pid,
-    written_together,
-)
+from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig, refuse_changes
 from vidgen.training.engines.distributed import Place, current_place
 from vidgen.training.engines.engine import Engine, open_engine
@@ -59,19 +47,12 @@ MAX_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when the loop returns.
+    """Where a run stands when the loop returns."""
 
-    Attributes:
-        step: that comes next.
-        finished: whether that was the last one.
-        metrics: of the last validation.
-        interrupted: whether a signal ended it, and not its minutes.
-    """
-
-    step: int
-    finished: bool
-    metrics: dict[str, float]
-    interrupted: bool = False
+    step: int  # that comes next
+    finished: bool  # whether that was the last one
+    metrics: dict[str, float]  # of the last validation
+    interrupted: bool = False  # whether a signal ended it, and not its minutes
 
 
 def train(
@@ -99,7 +80,7 @@ def train(
     if source is not None and record is not None and not accept_changes:
         refuse_changes(folder / "task.json", record)
     if source is None and run.branch_from:
-        source = latest_checkpoint(Path(run.branch_from))
+        source = checkpoint.latest_checkpoint(Path(run.branch_from))
         if source is None:
             raise InputError(f"branch_from {run.branch_from} holds no checkpoint")
     place.barrier()  # all have looked before anything is written
@@ -107,16 +88,17 @@ def train(
     with ExitStack() as stack:
         if place.main:
             _make_folder(folder)
-            stack.enter_context(alone_in(folder))
+            stack.enter_context(checkpoint.alone_in(folder))
             _mend_curve(folder / _CURVE)
             if resume and source is None:
                 print(f"{folder} has no checkpoint to go on from: the run begins", file=sys.stderr)
             if record is not None:
                 atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
-            drop_partial(folder)
-            pid = write_pid(folder)
-            stack.callback(pid.unlink, missing_ok=True)
-            _warn_of_slow_dtype(run)
+            checkpoint.drop_partial(folder)
+            if run.dtype == "bf16" and best_dtype(choose_device(run.device)) == "fp32":
+                print("warning: this processor has no bf16 of its own, so run.dtype bf16 takes many"
+                      " times as long as fp32; stop with Ctrl-C and begin anew with --set "
+                      "run.dtype=auto", file=sys.stderr)
         place.barrier()
         engine = stack.enter_context(open_engine(task, run, place, source))
         loop = _Loop(task, run, place, engine, on_record)
@@ -130,7 +112,7 @@ def find_source(folder: Path, *, resume: bool) -> Path | None:
         InputError: there is a run already and `resume` is not set.
         ModelError: its checkpoints are damaged.
     """
-    source = latest_checkpoint(folder)
+    source = checkpoint.latest_checkpoint(folder)
     if source is not None and not resume:
         raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
     return source
@@ -150,62 +132,26 @@ def _mend_curve(curve: Path) -> None:
     """Take away a line that was cut short."""
     try:
         if curve.exists():
-            text = curve.read_bytes()
-            os.truncate(curve, text.rfind(b"\n") + 1)
+            os.truncate(curve, curve.read_bytes().rfind(b"\n") + 1)
     except OSError as error:
         raise write_error(curve, error) from None
 
 
-def _warn_of_slow_dtype(run: RunConfig) -> None:
-    """What a device can only imitate takes many times longer than what it computes itself."""
-    if run.dtype == "bf16" and best_dtype(choose_device(run.device)) == "fp32":
-        print("warning: this processor has no bf16 of its own, so run.dtype bf16 takes many times "
-              "as long as fp32; stop with Ctrl-C and begin anew with --set run.dtype=auto",
-              file=sys.stderr)
-
-
-class Window:
-    """Means between two log lines.
-
-    A checkpoint keeps sums and count, so that a curve goes on as if nothing had happened; speed is
-    that of this process alone.
-
-    Args:
-        sums: of each number, of the steps so far.
-        count: how many those are.
-    """
-
-    def __init__(self, sums: Mapping[str, float] | None = None, count: int = 0) -> None:
-        self.sums, self.count = dict(sums or {}), count
-        self._steps, self._samples, self._since = 0, 0, time.monotonic()
-
-    def add(self, values: Mapping[str, float], samples: int) -> None:
-        """Take in a step's numbers, and how many samples it saw."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        self._steps += 1
-        self._samples += samples
-
-    def means(self) -> dict[str, float]:
-        """The means so far, with samples and seconds."""
-        elapsed = time.monotonic() - self._since
-        result = {name: value / self.count for name, value in self.sums.items()}
-        result["samples_per_s"] = self._samples / elapsed
-        result["seconds_per_step"] = elapsed / max(self._steps, 1)
-        return result
-
-
 @dataclass
 class _State:
-    """What a checkpoint's `state.json` says besides the step."""
+    """What a checkpoint's `state.json` says besides the step.
+
+    `sums` of each number of the curve since the last line, over `count` steps, are kept so that a
+    curve goes on as if nothing had happened.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     mean_loss: float = math.nan
     left_out: set[int] = field(default_factory=set)
     best: float = math.inf
     validated: int = -1
-    window: Window = field(default_factory=Window)
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
 
 
 class _Loop:
@@ -217,29 +163,38 @@ class _Loop:
         self.batches = Batches(task, run, place, ahead=self.device.type != "cpu")
         self.state = _State()
         self.bad_in_a_row, self.saved = 0, -1
+        self._reset_speed()
+
+    def _reset_speed(self) -> None:
+        """Begin to measure the speed of this process, which no checkpoint keeps."""
+        self.timed_steps, self.timed_samples, self.since = 0, 0, time.monotonic()
 
     def restore(self, source: Path | None) -> int:
-        """Take a checkpoint's state, or begin; returns the step to go on from."""
+        """Take a checkpoint's state, or begin; return the step to go on from."""
         if source is None:
             if self.place.data_size > 1:  # ranks that share a sample draw alike
-                torch.manual_seed(self.run.seed * 1_000_003 + self.place.data_rank)
+                self._seed()
             return 0
         self.engine.load(source)
-        known = load_rng(source, self.place)
+        known = checkpoint.load_rng(source, self.place)
         if not known:
-            torch.manual_seed(self.run.seed * 1_000_003 + self.place.data_rank)
+            self._seed()
         if any(self.place.any(not known)):
             self._say(f"{source.name} has no random state for all {self.place.size} ranks; theirs "
                       "begins anew")
-        meta = read_meta(source)
-        metrics = meta["metrics"]
-        same_score = source.parent == self.folder and meta.get("best_of") == self.run.best
+        meta = checkpoint.read_meta(source)
+        metrics, is_own = meta["metrics"], source.parent == self.folder
+        same_score = is_own and meta.get("best_of") == self.run.best
         self.state = _State(
             metrics, float(metrics.pop("loss_mean", math.nan)), set(meta.get("left_out", ())),
             meta.get("best", math.inf) if same_score else math.inf, meta.get("validated", -1),
-            Window(**meta.get("window", {})) if source.parent == self.folder else Window(),
+            **(meta.get("window", {}) if is_own else {}),
         )
+        self._reset_speed()
         return int(meta["step"])
+
+    def _seed(self) -> None:
+        torch.manual_seed(self.run.seed * 1_000_003 + self.place.data_rank)
 
     def run_from(self, step: int) -> TrainResult:
         """Train from a step on to the end, a limit or a signal."""
@@ -252,16 +207,18 @@ class _Loop:
                 begin = getattr(self.task, "begin_step", None)
                 if begin is not None and begin(step):
                     self.engine.ema.restart()
-                if step not in self.state.left_out:
-                    numbers, usable = self._step(step)
-                    if usable:
-                        count, samples = run.micro_batches(step)
-                        self.state.window.add(numbers, count * samples * self.place.data_size)
-                    elif run.on_bad == "rollback":
-                        step = self._roll_back(step)
-                        continue
+                is_bad = step not in self.state.left_out and not self._step(step)
+                if is_bad and run.on_bad == "rollback":
+                    left_out = self.state.left_out | {step}
+                    source = checkpoint.latest_checkpoint(self.folder)
+                    if source is None:
+                        raise InputError(f"step {step} was not usable and there is no checkpoint "
+                                         "yet to go back to; lower optim.lr, or set on_bad to skip")
+                    step = self.restore(source)
+                    self.state.left_out = left_out
+                    continue
                 step += 1
-                if step % run.log_every == 0 and self.state.window.count:
+                if step % run.log_every == 0:
                     self._log(step)
                 if step % run.validate_every == 0:
                     self._validate(step)
@@ -276,18 +233,18 @@ class _Loop:
                     self._save(step)
                     last_save = now
         finished = step >= run.steps
-        if finished and self.state.window.count:
+        if finished:
             self._log(step)
-        if finished and self.state.validated != step:
-            self._validate(step)
+            if self.state.validated != step:
+                self._validate(step)
         self._save(step)
         return TrainResult(step, finished, self.state.metrics, interrupted and not finished)
 
-    def _step(self, step: int) -> tuple[dict[str, float], bool]:
-        """One optimiser step: the numbers of the curve, and whether it was usable."""
+    def _step(self, step: int) -> bool:
+        """Take one optimiser step, unless it isn't usable; return whether it was."""
         for module in self.task.modules.values():
             module.train()
-        scale, (accumulate, _) = self.run.lr_scale(step), self.run.micro_batches(step)
+        scale, (accumulate, samples) = self.run.lr_scale(step), self.run.micro_batches(step)
         sums: dict[str, torch.Tensor] = {}
         made = []
         for micro in range(accumulate):
@@ -300,37 +257,35 @@ class _Loop:
             if not last:
                 self.engine.backward(loss / accumulate)
         means = self.place.mean({name: each / accumulate for name, each in sums.items()})
-        norm = math.nan
-        if self._is_usable(means["loss"]):
+        mean, norm, most = means["loss"], math.nan, self.run.spike_factor * self.state.mean_loss
+        has_gradients = math.isfinite(mean) and not mean > most
+        if has_gradients:
             self.engine.backward(loss / accumulate)
             norm = self.engine.update(scale)
         else:
             self.engine.discard(loss)
-        usable = math.isfinite(norm)
-        if usable:
-            self._keep_in_mind(means["loss"])
-            self.engine.ema.update(step)
-        else:
-            self._complain(step, means["loss"], norm, made)
-        return {**means, "grad_norm": norm, "lr_scale": scale}, usable
-
-    def _is_usable(self, loss: float) -> bool:
-        mean = self.state.mean_loss
-        return math.isfinite(loss) and not loss > self.run.spike_factor * mean
-
-    def _keep_in_mind(self, loss: float) -> None:
-        mean = self.state.mean_loss
-        self.state.mean_loss = 0.99 * mean + 0.01 * loss if math.isfinite(mean) else loss
+        if not math.isfinite(norm):
+            what = f"step {step}: loss {mean:.4g}"
+            self._complain(step, mean, what + f", gradient norm {norm:.4g}" * has_gradients, made)
+            return False
+        state = self.state
+        known = math.isfinite(state.mean_loss)
+        state.mean_loss = 0.99 * state.mean_loss + 0.01 * mean if known else mean
         self.bad_in_a_row = 0
+        self.engine.ema.update(step)
+        for name, number in {**means, "grad_norm": norm, "lr_scale": scale}.items():
+            state.sums[name] = state.sums.get(name, 0.0) + number
+        state.count += 1
+        self.timed_steps += 1
+        self.timed_samples += accumulate * samples * self.place.data_size
+        return True
 
-    def _complain(self, step: int, loss: float, norm: float, made: list[Any]) -> None:
+    def _complain(self, step: int, loss: float, what: str, made: list[Any]) -> None:
         """Say what was wrong with a step, and stop where that is asked for or goes on too long."""
         self.bad_in_a_row += 1
         name_files: Callable[[Any], list[str]] = getattr(self.task, "files", lambda _batch: [])
-        files = self.place.told([file for batch in made for file in name_files(batch)])
-        what = f"step {step}: loss {loss:.4g}"
-        if self._is_usable(loss):  # only then were gradients computed
-            what += f", gradient norm {norm:.4g}"
+        own = [file for batch in made for file in name_files(batch)]
+        files = [file for part in self.place.told(own) for file in part]
         if files:
             what += f", of {', '.join(files)}"
         limits = {"skip": MAX_BAD, "rollback": MAX_ROLLBACKS + 1, "stop": 1}
@@ -344,20 +299,19 @@ class _Loop:
         self._say(f"{what}: {'rolled back' if self.run.on_bad == 'rollback' else 'skipped'}")
         self._record({"step": step, "event": self.run.on_bad, "loss": loss, "files": files})
 
-    def _roll_back(self, bad: int) -> int:
-        """Back to the newest checkpoint, from which `bad` is left out; returns its step."""
-        left_out, bad_in_a_row = self.state.left_out | {bad}, self.bad_in_a_row
-        source = latest_checkpoint(self.folder)
-        if source is None:
-            raise InputError(f"step {bad} was not usable and there is no checkpoint yet to go back "
-                             "to; lower optim.lr, or set on_bad to skip")
-        step = self.restore(source)
-        self.state.left_out, self.bad_in_a_row = left_out, bad_in_a_row
-        return step
-
     def _log(self, step: int) -> None:
-        record = {"step": step, **self.state.window.means(), "memory_mb": memory_mb(self.device)}
-        self.state.window = Window()
+        """Write a line of the curve: means since the last one, if steps were taken since."""
+        state, elapsed = self.state, time.monotonic() - self.since
+        if not state.count:
+            return
+        record = {
+            "step": step, **{name: value / state.count for name, value in state.sums.items()},
+            "samples_per_s": self.timed_samples / elapsed,
+            "seconds_per_step": elapsed / max(self.timed_steps, 1),
+            "memory_mb": memory_mb(self.device),
+        }
+        state.sums, state.count = {}, 0
+        self._reset_speed()
         self._record(record)
         left = (self.run.steps - step) * record["seconds_per_step"] / 60
         self._say(f"step {step}/{self.run.steps} loss {record['loss']:.4f} "
@@ -369,27 +323,22 @@ class _Loop:
         with (self.engine.averaged(), torch.no_grad(), ExitStack() as stack):
             folder = self.folder if self.place.main else Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="vidgen-")))
-            self.state.metrics = self.task.validate(step, folder)
-        self._record({"step": step, "validation": self.state.metrics})
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in self.state.metrics.items())
+            metrics = self.task.validate(step, folder)
+        self.state.metrics, self.state.validated = metrics, step
+        self._record({"step": step, "validation": metrics})
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         self._say(f"step {step}: {shown}")
-        self.state.validated = step
-        self._keep_if_best(step)
-
-    def _keep_if_best(self, step: int) -> None:
         name = self.run.best
         if name is None:
             return
-        if name not in self.state.metrics:
-            known = ", ".join(self.state.metrics)
-            raise InputError(f"best is {name!r}, which validation doesn't score; it has {known}")
-        score = self.state.metrics[name]
-        [better] = self.place.any(self.place.main and score < self.state.best)
-        if better:
-            self.state.best = score
+        if name not in metrics:
+            raise InputError(f"best is {name!r}, which validation doesn't score; it has "
+                             f"{', '.join(metrics)}")
+        if any(self.place.any(self.place.main and metrics[name] < self.state.best)):
+            self.state.best = metrics[name]
             self._save(step)
             if self.place.main:
-                point_to(self.folder, "best", self.folder / f"step-{step:08d}")
+                checkpoint.point_to(self.folder, "best", self.folder / f"step-{step:08d}")
 
     def _say(self, what: str) -> None:
         if self.place.main:
@@ -409,21 +358,21 @@ class _Loop:
     def _save(self, step: int) -> None:
         if step == self.saved:
             return
-        target = self.folder / f"step-{step:08d}"
-        with written_together(target, self.place) as temporary:
+        target, state = self.folder / f"step-{step:08d}", self.state
+        with checkpoint.written_together(target, self.place) as temporary:
             self.engine.save(temporary)
-            save_rng(temporary, self.place)
+            checkpoint.save_rng(temporary, self.place)
             if self.place.main:
-                write_meta(temporary, {
-                    "step": step, "ranks": self.place.size, "best": self.state.best,
-                    "best_of": self.run.best, "validated": self.state.validated,
-                    "left_out": sorted(self.state.left_out),
-                    "window": {"sums": self.state.window.sums, "count": self.state.window.count},
-                    "metrics": {**self.state.metrics, "loss_mean": self.state.mean_loss},
-                })
+                (temporary / checkpoint.META).write_text(json.dumps({
+                    "step": step, "ranks": self.place.size, "best": state.best,
+                    "best_of": self.run.best, "validated": state.validated,
+                    "left_out": sorted(state.left_out),
+                    "window": {"sums": state.sums, "count": state.count},
+                    "metrics": {**state.metrics, "loss_mean": state.mean_loss},
+                }))
         if self.place.main:
-            point_to(self.folder, "latest", target)
-            drop_old(self.folder, self.run.keep)
+            checkpoint.point_to(self.folder, "latest", target)
+            checkpoint.drop_old(self.folder, self.run.keep)
         self.saved = step
 
 

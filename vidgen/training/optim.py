@@ -101,26 +101,11 @@ def build_optimizers(
         torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     ]
     if muon and config.muon_lr:
-        optimizers.append(
-            Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay)
-        )
+        optimizers.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    """Put saved moments `PREFIX<parameter>/<slot>` back; rates and decay stay the config's."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith(prefix):
-            parameter, slot = name.removeprefix(prefix).split("/")
-            state.setdefault(int(parameter), {})[slot] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
@@ -163,15 +148,16 @@ class EMA:
     def swapped(self) -> Iterator[None]:
         """Within the block the modules hold the averaged weights."""
         backup = {name: p.detach().clone() for name, p in self._live.items()}
-        with torch.no_grad():
-            for name, p in self._live.items():
-                p.copy_(self.shadow[name])
+        self._fill(self.shadow)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in self._live.items():
-                    p.copy_(backup[name])
+            self._fill(backup)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self._live.items():
+            p.copy_(values[name])
 
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

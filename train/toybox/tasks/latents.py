@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, given_rank
-from vidgen.training.data.store import require_manifest
+from vidgen.training.data.cache import require_manifest
 
 
 class LatentShards:

@@ -1,36 +1,45 @@
-"""Making a cache of items and captions, and opening it: nothing is encoded twice.
+"""Tensors of items and captions on disk: nothing is encoded twice, and another model's is refused.
 
-What is there is known by its name (`store`), so a run that was killed goes on behind it.
+`latents/`, `texts/` and `grey/` hold safetensors files under names that follow from all that shapes
+them, so a run that was killed goes on behind what is there; `manifest.json` says what that was.
 `index.json`, which is written last, says which items there are, of which files.
+
+Axes: C latent channels, F latent frames, h w latent rows and columns, S text tokens, D width.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import atomic_write, best_dtype, check_output, write_error
-from vidgen.diffusion.temporal_upsampling import LatentRate
+from vidgen.core.runtime import atomic_path, atomic_write, best_dtype, check_output, write_error
+from vidgen.models.tokenizer import clean_prompt
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.workers.scheduler import results_of
-from vidgen.training.data.config import DataConfig, Geometry
-from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
-from vidgen.training.data.files import MediaFile, Scan, scan
-from vidgen.training.data.select import Item, picks
-from vidgen.training.data.store import Identity, Store, require_manifest
-from vidgen.training.data.survey import Survey
+from vidgen.training.data.config import Bucket, DataConfig, Geometry
+from vidgen.training.data.encode import Cursor, Extras, ItemEncoder, component_hash
+from vidgen.training.data.files import MediaFile, scan
+from vidgen.training.data.select import Item, Selection, picks
+from vidgen.training.data.survey import counted, open_own
 from vidgen.weights.folder import ModelFolder
-from vidgen.weights.layouts import open_model
 
+FORMAT_VERSION = 1
 _PER_JOB = 64
 """Items of a file that are encoded in one go; a film of hours is shared among the workers."""
 _FREE = ("cache", "image_share", "held_out", "drop_last", "caption_dropout", "seed")
@@ -38,29 +47,146 @@ _FREE = ("cache", "image_share", "held_out", "drop_last", "caption_dropout", "se
 
 
 @dataclass(frozen=True)
+class LatentCache:
+    """The tensors of a cache, by what shaped them; a `Source` of items."""
+
+    folder: Path  # of the cache
+    manifest: Mapping[str, Any]  # what shapes its tensors
+    pixels: str  # identifies VAE, image encoder, rate and rule
+    texts: str  # identifies the text encoder as it computes here
+    dtype: str  # in which tensors are kept: "fp16", "bf16" or "fp32"
+    has_grey: bool  # whether the model needs latents of grey
+
+    @classmethod
+    def of(
+        cls, config: DataConfig, geometry: Geometry, folder: ModelFolder, text_dtype: str | None
+    ) -> LatentCache:
+        """Of a config and a model whose text encoder computes in `text_dtype`."""
+        extras = Extras.of(folder)
+        pixels = {
+            "format": FORMAT_VERSION, "vae": component_hash(folder, "vae"),
+            "image_encoder": component_hash(folder, "image_encoder"),
+            "extras": extras.as_data(), "fps": str(geometry.fps),
+            "fps_rule": config.fps_rule, "store_dtype": config.store_dtype,
+        }
+        texts = {"text_encoder": component_hash(folder, "text_encoder"), "text_dtype": text_dtype}
+        shapes = {
+            "sizes": ["{}x{}".format(*size) for size in geometry.sizes],
+            "frames": list(geometry.frames), "crop": config.crop,
+            "crop_seed": config.seed if config.crop == "random" else None,
+        }
+        by_pixels, by_text = (
+            hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            for facts in (pixels, texts))
+        return cls(Path(config.cache), {**pixels, **texts, **shapes}, by_pixels, by_text,
+                   config.store_dtype, extras.grey)
+
+    def path(self, kind: str, of: str) -> Path:
+        """Where the tensors of an item's key, a bucket's label or a caption lie."""
+        by = self.texts if kind == "texts" else self.pixels
+        of = clean_prompt(of) if kind == "texts" else of
+        name = hashlib.sha256(f"{by} {kind} {of}".encode()).hexdigest()
+        return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors atomically.
+
+        Raises:
+            OutputError: the disk is full, or can't be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        narrow = {k: v.to(DTYPES[self.dtype]).contiguous() for k, v in tensors.items()}
+        with atomic_path(path) as temporary:
+            try:
+                save_file(narrow, temporary)
+            except SafetensorError as error:  # a full disk comes as text alone
+                found = re.search(r"os error (\d+)", str(error))
+                number = int(found[1]) if found else errno.EIO
+                raise OSError(number, os.strerror(number)) from error
+
+    def _load(self, kind: str, of: str) -> dict[str, Tensor]:
+        path = self.path(kind, of)
+        try:
+            return {name: value.float() for name, value in load_file(path).items()}
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing from the cache; run vidgen data cache again, "
+                             "which adds what is missing") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged: {error}; delete it and run vidgen data cache "
+                             "again") from None
+
+    def item(self, item: Item) -> Mapping[str, Tensor]:
+        """What `ItemEncoder.item` gave, in float32.
+
+        Raises:
+            InputError: missing or damaged.
+        """
+        return self._load("latents", item.key)
+
+    def text(self, caption: str) -> Tensor:
+        """Context [S, D] of a caption; raises as `item` does."""
+        return self._load("texts", caption)["context"]
+
+    def grey(self, bucket: Bucket) -> Tensor | None:
+        """Latents [C, F, h, w] of grey, for a bucket's clips; raises as `item` does."""
+        return self._load("grey", bucket.label)["grey"] if self.has_grey else None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def require_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what shapes a folder's latents, or make sure that it was the same before.
+
+    Raises:
+        InputError: latents there were made otherwise, which tells in what; or their manifest is
+            damaged.
+        OutputError: the folder can't be made.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(folder, error) from None
+        atomic_write(path, json.dumps(manifest, indent=1).encode())
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, which says what made the latents there, is damaged ({error}); "
+                         "name another folder or delete this one") from None
+    told = _differing(found, manifest, sorted({**manifest, **found}))
+    if told:
+        raise InputError(f"the latents in {folder} were made otherwise ({told}); "
+                         "name another folder or delete this one")
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> str:
+    return "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+                     for name in names if there.get(name) != here.get(name))
+
+
+@dataclass(frozen=True)
 class _Job:
     """Items of one file, in the order in which they begin, with the frames that each shows."""
 
-    store: Store
+    cache: LatentCache
     model: str
     device: str
-    items: tuple[tuple[Item, tuple[int, ...]], ...]
+    items: list[tuple[Item, list[int]]]
 
 
 def make_cache(
-    config: DataConfig, folder: ModelFolder, model: str, known: Survey, on_event: OnEvent, *,
+    config: DataConfig, folder: ModelFolder, model: str, known: Selection, on_event: OnEvent, *,
     workers: int = 1, device: str = "cpu",
 ) -> dict[str, Any]:
-    """Encode all items and captions that aren't in the cache yet.
+    """Encode all items and captions that aren't in the cache yet, which is made where it is none.
 
-    Args:
-        config: `cache` names the folder to be made or completed.
-        folder: the model.
-        model: how to open it in another process.
-        known: its data.
-        on_event: told of progress.
-        workers: processes that encode beside each other, spread over the GPUs where there are some.
-        device: "cpu" or "cuda".
+    `model` opens the folder in another process; several, `workers`, encode at once, spread over the
+    GPUs of a `device` "cuda" where there are some.
 
     Returns:
         `folder`, numbers of `items`, `encoded`, `captions` and `texts_encoded`, `bytes`, and
@@ -70,47 +196,59 @@ def make_cache(
         InputError: the folder holds a cache of something else.
         OutputError: no room, or not to be written; what is done stays.
     """
-    geometry = known.selection.geometry
-    identity = Identity.of(config, geometry, folder, best_dtype(torch.device(device)))
-    store, items = identity.store, known.selection.items
+    items = known.items
+    cache = LatentCache.of(config, known.geometry, folder, best_dtype(torch.device(device)))
     if not items:
         raise InputError("no item is left of the data; vidgen data check says why")
-    _require_place(store.folder)
-    jobs = _jobs(config, model, known, store, device)
+    _require_place(cache.folder)
+    jobs = dict[tuple[str, int], _Job]()
+    for fate in known.fates:
+        missing = [i for i in fate.items if not cache.path("latents", i.key).exists()]
+        for number, item in enumerate(missing):
+            assert fate.facts is not None
+            place = item.path.as_posix(), number // _PER_JOB
+            job = jobs.setdefault(place, _Job(cache, model, device, []))
+            job.items.append((item, picks(item, fate.facts, config, known.geometry)))
     todo = [item for job in jobs.values() for item, _ in job.items]
-    check_output(store.folder / "index.json" if store.folder.is_dir() else store.folder,
-                 overwrite=True, num_bytes=_room(todo, folder, config))
-    require_manifest(store.folder, identity.manifest)
-    texts_done = _cache_texts(folder, store, items, on_event, device)
-    done, failed = 0, dict[str, str]()
-    on_event({"event": "progress", "stage": "encode", "done": 0, "total": len(todo)})
+    extras, vae = Extras.of(folder), folder.components["vae"].config
+    room = sum(extras.num_values(item.bucket, vae) for item in todo)
+    check_output(cache.folder / "index.json" if cache.folder.is_dir() else cache.folder,
+                 overwrite=True, num_bytes=room * DTYPES[config.store_dtype].itemsize)
+    require_manifest(cache.folder, cache.manifest)
+    captions = {"", *(text for item in items for text in item.captions)}
+    texts = sorted(text for text in captions if not cache.path("texts", text).exists())
+    # in this process, as a text encoder may take all the memory there is
+    with closing(ItemEncoder(folder, torch.device(device))) as encoder:
+        for caption in counted(on_event, "texts", texts, len(texts)):
+            cache.save(cache.path("texts", caption), {"context": encoder.text(caption)})
+    failed = dict[str, str]()
     try:
-        for (name, part), problem in results_of(_encode_file, jobs, workers, on_event):
-            done += len(jobs[name, part].items)
+        results = results_of(_encode_file, jobs, workers, on_event)
+        for (name, _), problem in counted(on_event, "encode", results, len(todo),
+                                          lambda each: len(jobs[each[0]].items)):
             if problem is not None:
                 failed[name] = problem
-            on_event({"event": "progress", "stage": "encode", "done": done, "total": len(todo)})
     finally:  # where this process did the work
         while _encoders:
             _encoders.popitem()[1].close()
     kept = [item for item in items if item.path.as_posix() not in failed]
-    dropped = [[fate.file.name, fate.dropped] for fate in known.selection.fates if fate.dropped]
-    _write_index(config, store, known.found, kept, [*dropped, *failed.items()])
-    encoded = sum(item.path.as_posix() not in failed for item in todo)
+    dropped = [[fate.file.name, fate.dropped] for fate in known.fates if fate.dropped]
+    index = {
+        "settings": _settings(config), "files": [_stamp(fate.file) for fate in known.fates],
+        "items": [dump(item) for item in kept], "dropped": [*dropped, *failed.items()],
+    }
+    atomic_write(cache.folder / "index.json", (json.dumps(index) + "\n").encode())
     return {
-        "folder": str(store.folder), "items": len(kept), "encoded": encoded,
+        "folder": str(cache.folder), "items": len(kept),
+        "encoded": sum(item.path.as_posix() not in failed for item in todo),
         "captions": len({text for item in kept for text in item.captions}),
-        "texts_encoded": texts_done, "bytes": _size(store.folder), "failed": failed,
+        "texts_encoded": len(texts), "failed": failed,
+        "bytes": sum(path.stat().st_size for path in cache.folder.rglob("*.safetensors")),
     }
 
 
 def _require_place(place: Path) -> None:
-    """Make the folder around a cache, and refuse one in which something else lies.
-
-    Raises:
-        InputError: it is a file, or a folder of something else.
-        OutputError: the folder around it can't be made.
-    """
+    """Make the folder around a cache, and refuse one in which something else lies."""
     if place.exists() and not place.is_dir():
         raise InputError(f"{place} is a file; name another folder for the cache")
     if place.is_dir() and not (place / "manifest.json").exists() and any(
@@ -123,100 +261,26 @@ def _require_place(place: Path) -> None:
         raise write_error(place.parent, error) from None
 
 
-def _jobs(
-    config: DataConfig, model: str, known: Survey, store: Store, device: str
-) -> dict[tuple[str, int], _Job]:
-    """What is left to encode, by file, and by part of a file that gives many items."""
-    by_file: dict[tuple[str, int], list[tuple[Item, tuple[int, ...]]]] = {}
-    seen: Counter[str] = Counter()
-    for item in known.selection.items:
-        if not store.path("latents", item.key).exists():
-            shown = picks(item, known.facts[item.sha256], config, known.selection.geometry)
-            name = item.path.as_posix()
-            by_file.setdefault((name, seen[name] // _PER_JOB), []).append((item, tuple(shown)))
-            seen[name] += 1
-    return {name: _Job(store, model, device, tuple(own)) for name, own in by_file.items()}
-
-
-_encoders: dict[tuple[str, str], ItemEncoder] = {}
-
-
-def encoder_of(model: str, device: str) -> ItemEncoder:
-    """The networks of a model on a device, opened once a process."""
-    if (model, device) not in _encoders:
-        folder = open_model(model)
-        assert isinstance(folder, ModelFolder)
-        _encoders[model, device] = ItemEncoder(folder, torch.device(device))
-    return _encoders[model, device]
+_encoders: dict[tuple[str, str], ItemEncoder] = {}  # by model and device, opened once a process
 
 
 def _encode_file(job: _Job) -> str | None:
-    """Encode a file's items; what is wrong with it, if it can't be read any more."""
+    """Encode a file's items; return what is wrong with it, if it can't be read any more."""
+    if (job.model, job.device) not in _encoders:
+        _encoders[job.model, job.device] = ItemEncoder(
+            open_own(job.model), torch.device(job.device))
+    encoder = _encoders[job.model, job.device]
     try:
-        _encode_items(job, encoder_of(job.model, job.device))
+        with closing(Cursor(job.items[0][0].path)) as cursor:
+            for item, shown in job.items:
+                grey = job.cache.path("grey", item.bucket.label)
+                if job.cache.has_grey and not grey.exists():
+                    job.cache.save(grey, {"grey": encoder.grey(item.bucket)})
+                made = encoder.item(item, shown, cursor)
+                job.cache.save(job.cache.path("latents", item.key), made)
     except InputError as error:
         return str(error)
     return None
-
-
-def _encode_items(job: _Job, encoder: ItemEncoder) -> None:
-    cursor = Cursor(job.items[0][0].path)
-    try:
-        for item, shown in job.items:
-            grey = job.store.path("grey", item.bucket.label)
-            if encoder.extras.grey and not grey.exists():
-                job.store.save(grey, {"grey": encoder.grey(item.bucket)})
-            made = encoder.item(item, shown, cursor)
-            job.store.save(job.store.path("latents", item.key), made)
-    finally:
-        cursor.close()
-
-
-def _cache_texts(
-    folder: ModelFolder, store: Store, items: Sequence[Item], on_event: OnEvent, device: str
-) -> int:
-    """Encode captions in this process, as a text encoder may take all the memory there is."""
-    captions = {"", *(text for item in items for text in item.captions)}
-    todo = sorted(text for text in captions if not store.text_path(text).exists())
-    encoder = ItemEncoder(folder, torch.device(device))
-    try:
-        for done, caption in enumerate(todo):
-            on_event({"event": "progress", "stage": "texts", "done": done, "total": len(todo)})
-            store.save(store.text_path(caption), {"context": encoder.text(caption)})
-    finally:
-        encoder.close()
-    on_event({"event": "progress", "stage": "texts", "done": len(todo), "total": len(todo)})
-    return len(todo)
-
-
-def _room(items: Iterable[Item], folder: ModelFolder, config: DataConfig) -> int:
-    """Bytes that items will take, about."""
-    vae, extras, total = folder.components["vae"].config, Extras.of(folder), 0
-    for item in items:
-        bucket = item.bucket
-        frames = 1 + (bucket.num_frames - 1) // vae.strides.t
-        plane = vae.latent_channels * (bucket.height // vae.strides.hw) * (
-            bucket.width // vae.strides.hw)
-        total += plane * (frames * (1 + extras.first + extras.both) + 2 * extras.stills)
-        if extras.oversampling > 1 and frames > 1:
-            total += plane * LatentRate(extras.oversampling).num_upsampled(frames)
-    return total * DTYPES[config.store_dtype].itemsize
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def _write_index(
-    config: DataConfig, store: Store, found: Scan, items: Sequence[Item],
-    dropped: Sequence[Sequence[str]],
-) -> None:
-    """Say which items there are, of which files, by which settings, and what gave none."""
-    index = {
-        "settings": _settings(config), "files": [_stamp(file) for file in found.files],
-        "items": [dump(item) for item in items], "dropped": list(dropped),
-    }
-    atomic_write(store.folder / "index.json", (json.dumps(index) + "\n").encode())
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
@@ -225,43 +289,29 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return {**told, "folders": len(config.folders), "validation": config.validation is not None}
 
 
-_STAMP = 5  # values of a file in the index
+_Stamp = tuple[int, str, int, int, list[str]]
 
 
-def _stamp(file: MediaFile) -> list[Any]:
-    return [file.folder, file.name, file.num_bytes, file.mtime_ns, list(file.captions)]
+def _stamp(file: MediaFile) -> _Stamp:
+    return file.folder, file.name, file.num_bytes, file.mtime_ns, list(file.captions)
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What `index.json` and `manifest.json` say."""
+    """What `index.json` holds."""
 
     settings: dict[str, Any]
+    files: list[_Stamp]
     items: list[Item]
-    files: list[list[Any]]
-    dropped: list[list[str]]
-    text_dtype: str | None
-
-    @classmethod
-    def of(cls, index: dict[str, Any], manifest: dict[str, Any]) -> _Index:
-        """Of what the files hold, which may be anything."""
-        settings, items = dict(index["settings"]), [build(Item, item) for item in index["items"]]
-        files = [[folder, name, *facts] for folder, name, *facts in index["files"]]
-        dropped = [[name, why] for name, why in index["dropped"]]
-        if any(len(row) != _STAMP for row in files):
-            raise ValueError("index.json has a file without its facts")
-        return cls(settings, items, files, dropped, manifest.get("text_dtype"))
+    dropped: list[tuple[str, str]]
 
 
 def open_cache(
     config: DataConfig, geometry: Geometry, folder: ModelFolder
-) -> tuple[Store, list[Item], list[str]]:
-    """The store and items of a finished cache, and notes.
+) -> tuple[LatentCache, list[Item], list[str]]:
+    """A finished cache, its items, and notes.
 
-    Args:
-        config: which has to be as it was when the cache was made, but for what is drawn.
-        geometry: of config and model.
-        folder: the model.
+    The config has to be as it was when the cache was made, but for what is drawn.
 
     Raises:
         InputError: there is none, or it doesn't match config, model or files; says in what.
@@ -269,46 +319,43 @@ def open_cache(
     place = Path(config.cache)
     again = "run vidgen data cache with the same settings, which adds what is missing"
     try:
-        index = _Index.of(*(json.loads((place / name).read_text("utf-8"))
-                            for name in ("index.json", "manifest.json")))
+        told, manifest = (json.loads((place / name).read_text("utf-8"))
+                          for name in ("index.json", "manifest.json"))
+        index, text_dtype = build(_Index, dict(told), "index.json"), manifest.get("text_dtype")
     except FileNotFoundError:
         raise InputError(f"{place} holds no finished cache; {again}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
             InputError) as error:
         raise InputError(f"the cache {place} can't be read: {type(error).__name__}: {error}; "
                          f"{again}") from None
-    identity = Identity.of(config, geometry, folder, index.text_dtype)
-    require_manifest(place, identity.manifest)
-    differing = [
-        f"{name} is {index.settings.get(name)!r} there, {value!r} here"
-        for name, value in _settings(config).items() if index.settings.get(name) != value
-    ]
+    cache = LatentCache.of(config, geometry, folder, text_dtype)
+    require_manifest(place, cache.manifest)
+    settings = _settings(config)
+    differing = _differing(index.settings, settings, settings)
     if differing:
-        raise InputError(f"the cache {place} was made with other settings ({'; '.join(differing)});"
-                         f" {again}")
+        raise InputError(f"the cache {place} was made with other settings ({differing}); {again}")
     folders = [config.folders[item.folder].path if item.folder >= 0 else config.validation
                for item in index.items]
     items = [replace(item, path=Path(root or "", item.name))
              for item, root in zip(index.items, folders, strict=True)]
     notes = [f"{name} is left out: {why}" for name, why in index.dropped]
     if all(Path(each.path).is_dir() for each in config.folders):
-        _require_same_files(place, index.files, scan(config).files, again)
+        _require_same_files(place, index.files, map(_stamp, scan(config).files), again)
     else:
         notes.insert(0, "the data's folders aren't here; the cache's word is taken")
-    return identity.store, items, notes
+    return cache, items, notes
 
 
 def _require_same_files(
-    place: Path, then: Sequence[Sequence[Any]], files: Sequence[MediaFile], again: str
+    place: Path, then: Iterable[_Stamp], files: Iterable[_Stamp], again: str
 ) -> None:
-    before = {(row[0], row[1]): row[2:] for row in then}
-    now = {(row[0], row[1]): row[2:] for row in map(_stamp, files)}
-    both = before.keys() & now.keys()
+    before, now = ({stamp[:2]: stamp[2:] for stamp in stamps} for stamps in (then, files))
+    both = sorted(before.keys() & now.keys())
     changes = {
         "new": sorted(now.keys() - before.keys()), "gone": sorted(before.keys() - now.keys()),
-        "changed": sorted(k for k in both if before[k][:2] != now[k][:2]),
-        "described anew": sorted(
-            k for k in both if before[k][:2] == now[k][:2] and before[k][2] != now[k][2]),
+        "changed": [k for k in both if before[k][:2] != now[k][:2]],
+        "described anew": [
+            k for k in both if before[k][:2] == now[k][:2] and before[k][2] != now[k][2]],
     }
     told = [f"{len(keys)} {what} ({', '.join(name for _, name in keys[:3])})"
             for what, keys in changes.items() if keys]

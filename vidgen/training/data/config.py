@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import encodings.aliases
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -21,17 +23,12 @@ MAX_ASPECT = 10
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """A folder of videos and pictures with captions; written as text alone it is its path.
-
-    Attributes:
-        path: the folder; it is searched with all below it.
-        repeats: how often its items stand in an epoch.
-    """
+    """A folder of videos and pictures with captions; written as text alone it is its path."""
 
     SHORT: ClassVar[str] = "path"
 
-    path: str
-    repeats: int = 1
+    path: str  # the folder; it is searched with all below it
+    repeats: int = 1  # how often its items stand in an epoch
 
     def __post_init__(self) -> None:
         check_count("repeats", self.repeats)
@@ -41,66 +38,53 @@ class FolderConfig:
 class DataConfig:
     """What is learned from, and how it is cut to the shapes of batches.
 
-    Attributes:
-        folders: of videos and pictures; a single one needs no list.
-        cache: folder that `vidgen data cache` made, or "none": encode while training.
-        sizes: of buckets, such as 832x480; none: `area` in `aspects`, else the model's own sizes.
-        area: pixels of a picture, of which `aspects` make sizes in steps of a token.
-        aspects: ratios such as 16:9.
-        frames: lengths of clips; a stretch takes the longest that fits. None: the model's own.
-        fps: rate at which clips are shown to the model; None: its own.
-        fps_rule: "nearest" shows at each moment the frame nearest to it, so that motion keeps its
-            speed; "native" takes frame by frame, so that it doesn't.
-        crop: which part is kept of a picture that isn't of its bucket's aspect.
-        max_crop: share of a picture that may be cut off; more drops the file.
-        max_enlarge: factor by which a picture may be enlarged; more drops the file.
-        windows: most items of one file, evenly spread; or "all", side by side.
-        avoid: what no item may hold. A file is cut into stretches around it.
-        duplicates: "drop-exact" keeps one of files with the same bytes, "drop" also one of those
-            that look the same.
-        hdr: files of PQ or HLG; "keep" takes their values as they are, without tone mapping.
-        caption_keys: of JSON and of tables' columns; the first that is there counts.
-        caption_encoding: of captions' files; "auto" knows UTF-8 and -16 and guesses the others.
-        prefix: put before each caption, such as a new word for a subject.
-        no_caption: "drop" leaves out what has none, "empty" learns it under an empty prompt.
-        caption_dropout: share of items that see an empty prompt, for guidance.
-        image_share: share of steps that are of pictures; None: as many as there are.
-        held_out: share of files that is kept for validation, chosen by their content.
-        validation: a folder for validation instead.
-        drop_last: leave out what doesn't fill a bucket's last batch; else it is filled up.
-        store_dtype: of cached latents and contexts.
-        seed: of what is drawn: order, captions, dropout, random crops.
-
     Raises:
         InputError: a value that can't be, by name.
     """
 
+    # of videos and pictures; a single one needs no list
     folders: tuple[FolderConfig, ...] = field(metadata=ONE)
-    cache: str = NO_CACHE
+    cache: str = NO_CACHE  # folder that `vidgen data cache` made, or "none": encode while training
+    # of buckets, such as 832x480; none: `area` in `aspects`, else the model's own sizes
     sizes: tuple[str, ...] = field(default=(), metadata=ONE)
+    # pixels of a picture, of which `aspects` make sizes in steps of a token
     area: int | None = None
-    aspects: tuple[str, ...] = ("16:9", "4:3", "1:1", "3:4", "9:16")
+    aspects: tuple[str, ...] = ("16:9", "4:3", "1:1", "3:4", "9:16")  # ratios such as 16:9
+    # lengths of clips; a stretch takes the longest that fits. None: the model's own.
     frames: tuple[int, ...] = field(default=(), metadata=ONE)
-    fps: Fraction | None = None
+    fps: Fraction | None = None  # rate at which clips are shown to the model; None: its own
+    # "nearest" shows at each moment the frame nearest to it, so that motion keeps its speed;
+    # "native" takes frame by frame, so that it doesn't
     fps_rule: Literal["nearest", "native"] = "nearest"
+    # which part is kept of a picture that isn't of its bucket's aspect
     crop: Literal["centre", "random"] = "centre"
-    max_crop: float = 0.35
-    max_enlarge: float = 1.25
+    max_crop: float = 0.35  # share of a picture that may be cut off; more drops the file
+    max_enlarge: float = 1.25  # factor by which a picture may be enlarged; more drops the file
+    # most items of one file, evenly spread; or "all", side by side
     windows: int | Literal["all"] = 1
+    # what no item may hold. A file is cut into stretches around it.
     avoid: tuple[Flaw, ...] = ("cut", "black", "white", "blank", "frozen")
+    # "drop-exact" keeps one of files with the same bytes, "drop" also one of those that look the
+    # same
     duplicates: Literal["keep", "drop-exact", "drop"] = "drop-exact"
+    # files of PQ or HLG; "keep" takes their values as they are, without tone mapping
     hdr: Literal["drop", "keep"] = "drop"
+    # of JSON and of tables' columns; the first that is there counts
     caption_keys: tuple[str, ...] = ("caption", "text", "prompt", "description")
+    # of captions' files; "auto" knows UTF-8 and -16 and guesses the others
     caption_encoding: str = "auto"
-    prefix: str = ""
+    prefix: str = ""  # put before each caption, such as a new word for a subject
+    # "drop" leaves out what has none, "empty" learns it under an empty prompt
     no_caption: Literal["drop", "empty"] = "drop"
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.1  # share of items that see an empty prompt, for guidance
+    # share of steps that are of pictures; None: as many as there are
     image_share: float | None = None
-    held_out: float = 0.0
-    validation: str | None = None
+    held_out: float = 0.0  # share of files that is kept for validation, chosen by their content
+    validation: str | None = None  # a folder for validation instead
+    # leave out what doesn't fill a bucket's last batch; else it is filled up
     drop_last: bool = False
-    store_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    seed: int = 0
+    store_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of cached latents and contexts
+    seed: int = 0  # of what is drawn: order, captions, dropout, random crops
 
     def __post_init__(self) -> None:
         if not self.folders:
@@ -119,8 +103,12 @@ class DataConfig:
             raise InputError("data.sizes and data.area both say how large pictures are; give one")
         if self.held_out and self.validation is not None:
             raise InputError("data.held_out and data.validation both say what validates; give one")
-        if self.caption_encoding != "auto":
-            _check_encoding(self.caption_encoding)
+        try:
+            codecs.lookup("utf-8" if self.caption_encoding == "auto" else self.caption_encoding)
+        except LookupError:
+            known = {"auto", *encodings.aliases.aliases}
+            raise InputError(f"data.caption_encoding is {self.caption_encoding!r}, which is "
+                             f"unknown; {nearest(self.caption_encoding, known)}") from None
 
 
 @dataclass(frozen=True, order=True)
@@ -140,21 +128,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes that a model's clips can have here.
+    """Shapes that a model's clips can have here."""
 
-    Attributes:
-        sizes: (width, height) of buckets.
-        frames: lengths of clips, rising.
-        fps: rate at which they are shown.
-        multiple: pixels a side of one token.
-        stride_t: frames that one latent frame stands for.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    frames: tuple[int, ...]
-    fps: Fraction
-    multiple: int
-    stride_t: int
+    sizes: tuple[tuple[int, int], ...]  # (width, height) of buckets
+    frames: tuple[int, ...]  # lengths of clips, rising
+    fps: Fraction  # rate at which they are shown
+    multiple: int  # pixels a side of one token
+    stride_t: int  # frames that one latent frame stands for
 
     @classmethod
     def of(cls, config: DataConfig, folder: ModelFolder) -> Geometry:
@@ -199,16 +179,3 @@ def _aspect(text: str) -> float:
         raise InputError(f"data.aspects holds {text!r}; give ratios of width and height such as "
                          f"16:9, {MAX_ASPECT}:1 at most")
     return ratio
-
-
-def _check_encoding(name: str) -> None:
-    import codecs
-    import encodings.aliases
-
-    try:
-        codecs.lookup(name)
-    except LookupError:
-        known = {"auto", *encodings.aliases.aliases}
-        raise InputError(
-            f"data.caption_encoding is {name!r}, which is unknown; {nearest(name, known)}"
-        ) from None

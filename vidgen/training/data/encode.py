@@ -10,22 +10,24 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.read import fit, load_image
 from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
 from vidgen.models.image import ImageEncoder, prepare_image
-from vidgen.models.text import TextEncoder, UMT5Encoder
+from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.models.vae import CausalVAE
+from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
@@ -40,23 +42,14 @@ _KEPT = 4  # frames that the next item may begin before
 
 @dataclass(frozen=True)
 class Extras:
-    """What a model's conditions need beside a clip's latents.
+    """What a model's conditions need beside a clip's latents."""
 
-    Attributes:
-        stills: middle and last frame, each encoded alone: known frames go in place.
-        first: the clip with grey behind its first frame: known frames go beside it.
-        both: the clip with grey between first and last frame.
-        grey: a clip of grey, for control blocks.
-        num_images: pictures of which the model reads image features.
-        oversampling: latent frames for each that the model draws clips with below its boundary.
-    """
-
-    stills: bool = False
-    first: bool = False
-    both: bool = False
-    grey: bool = False
-    num_images: int = 0
-    oversampling: int = 1
+    stills: bool = False  # middle and last frame, each encoded alone: known frames go in place
+    first: bool = False  # the clip with grey behind its first frame: known frames go beside it
+    both: bool = False  # the clip with grey between first and last frame
+    grey: bool = False  # a clip of grey, for control blocks
+    num_images: int = 0  # pictures of which the model reads image features
+    rate: int = 1  # latent frames for each that the model draws clips with below its boundary
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Extras:
@@ -70,8 +63,23 @@ class Extras:
         return cls(
             stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
             first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
-            num_images=images, oversampling=upsampling_of(folder),
+            num_images=images, rate=upsampling_of(folder),
         )
+
+    def as_data(self) -> dict[str, Any]:
+        """What a cache's manifest says; of temporal upsampling nothing where there is none."""
+        data = asdict(self)
+        rate = data.pop("rate")
+        return data if rate == 1 else data | {"oversampling": rate}
+
+    def num_values(self, bucket: Bucket, vae: VAEConfig) -> int:
+        """How many numbers an item's latents have, about."""
+        frames = 1 + (bucket.num_frames - 1) // vae.strides.t
+        count = frames * (1 + self.first + self.both) + 2 * self.stills
+        if self.rate > 1 and frames > 1:
+            count += LatentRate(self.rate).num_upsampled(frames)
+        rows, columns = bucket.height // vae.strides.hw, bucket.width // vae.strides.hw
+        return count * vae.latent_channels * rows * columns
 
 
 def component_hash(folder: ModelFolder, role: Role) -> str | None:
@@ -101,7 +109,7 @@ class Cursor:
         self._stack.close()
 
     def _restart(self) -> None:
-        self._stack.close()
+        self.close()
         self._recent.clear()
         if self._still is None:
             self._reader = self._stack.enter_context(VideoReader(self.path, square=False))
@@ -142,26 +150,24 @@ class ItemEncoder:
         self._stack = ExitStack()
         self._pixel_loader = ModelLoader(folder, device, torch.float32, "stage")
         self._text_loader = ModelLoader(folder, device, DTYPES[best_dtype(device)], "stage")
-        self._held: dict[Role, torch.nn.Module] = {}
-        self._tokenizer: PromptTokenizer | None = None
 
     def close(self) -> None:
         """Let the networks go."""
         self._stack.close()
-        self._held.clear()
 
-    @overload
-    def _network(self, role: Literal["vae"]) -> CausalVAE: ...
-    @overload
-    def _network(self, role: Literal["image_encoder"]) -> ImageEncoder: ...
-    @overload
-    def _network(self, role: Literal["text_encoder"]) -> UMT5Encoder: ...
+    @cached_property
+    def _vae(self) -> CausalVAE:
+        return self._stack.enter_context(self._pixel_loader.use("vae"))
 
-    def _network(self, role: Role) -> torch.nn.Module:
-        if role not in self._held:
-            loader = self._text_loader if role == "text_encoder" else self._pixel_loader
-            self._held[role] = self._stack.enter_context(loader.use(role))
-        return self._held[role]
+    @cached_property
+    def _image_encoder(self) -> ImageEncoder:
+        return self._stack.enter_context(self._pixel_loader.use("image_encoder"))
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        limit = self.folder.components["transformer"].config.text_len
+        network = self._stack.enter_context(self._text_loader.use("text_encoder"))
+        return TextEncoder(network, PromptTokenizer(self.folder.tokenizer, limit))
 
     @torch.no_grad()
     def item(self, item: Item, picks: Sequence[int], cursor: Cursor) -> dict[str, Tensor]:
@@ -192,14 +198,14 @@ class ItemEncoder:
                     kept[position] = fitted
                 yield fitted
 
-        finer = self.extras.oversampling
-        frames: Iterable[Frames] = shown() if finer == 1 else list(shown())
+        rate = self.extras.rate
+        frames: Iterable[Frames] = shown() if rate == 1 else list(shown())
         made = {"clip": self._encode(frames, bucket)}
         if count == 1:
             return made
-        if finer > 1:
-            made["finer"] = self._encode(frames, bucket, finer)
-        grey = self._grey(bucket)
+        if rate > 1:
+            made["finer"] = self._encode(frames, bucket, rate)
+        grey = _grey(bucket)
         first, last = kept[0], kept[count - 1]
         if self.extras.stills:
             stills = [self._encode([kept[n]], bucket) for n in still_frames(bucket)]
@@ -209,23 +215,20 @@ class ItemEncoder:
         if self.extras.both:
             made["both"] = self._encode([first, *[grey] * (count - 2), last], bucket)
         for name, picture in (("image", first), ("image_last", last))[: self.extras.num_images]:
-            made[name] = self._describe(picture)
+            pixels = prepare_image(torch.from_numpy(picture), self._image_encoder.config)
+            made[name] = self._image_encoder(pixels.to(self.device))[0].float().cpu()
         return made
 
     def grey(self, bucket: Bucket) -> Tensor:
         """Latents [C, F, h, w] of a clip of grey."""
-        return self._encode(iter([self._grey(bucket)] * bucket.num_frames), bucket)
-
-    @staticmethod
-    def _grey(bucket: Bucket) -> Tensor:
-        return torch.zeros(1, 3, 1, bucket.height, bucket.width)
+        return self._encode([_grey(bucket)] * bucket.num_frames, bucket)
 
     @torch.no_grad()
     def _encode(
         self, frames: Iterable[Frames | Tensor], bucket: Bucket, rate: int = 1
     ) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
-        vae = self._network("vae").at_rate(rate)
+        vae = self._vae.at_rate(rate)
 
         def chunks() -> Iterator[Tensor]:
             for frame in frames:
@@ -238,21 +241,14 @@ class ItemEncoder:
         return torch.cat([latent.float().cpu() for latent in latents], dim=2)[0]
 
     @torch.no_grad()
-    def _describe(self, picture: Frames) -> Tensor:
-        encoder = self._network("image_encoder")
-        pixels = prepare_image(torch.from_numpy(picture), encoder.config)
-        features: Tensor = encoder(pixels.to(self.device))
-        return features[0].float().cpu()
-
-    @torch.no_grad()
     def text(self, caption: str) -> Tensor:
         """Context [S, D] of a caption, encoded as if alone, float32 on the CPU."""
-        if self._tokenizer is None:
-            limit = self.folder.components["transformer"].config.text_len
-            self._tokenizer = PromptTokenizer(self.folder.tokenizer, limit)
-        encoder = TextEncoder(self._network("text_encoder"), self._tokenizer)
-        context, lengths = encoder.encode([caption])
+        context, lengths = self._text_encoder.encode([caption])
         return context[0, : int(lengths[0])].float().cpu()
+
+
+def _grey(bucket: Bucket) -> Tensor:
+    return torch.zeros(1, 3, 1, bucket.height, bucket.width)
 
 
 def still_frames(bucket: Bucket) -> tuple[int, int]:

@@ -22,38 +22,23 @@ FILM_SUFFIXES = (
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A video or picture with what is said of it.
+    """A video or picture with what is said of it."""
 
-    Attributes:
-        folder: which of the config's folders it lies in; -1: the one for validation.
-        name: its path below that folder.
-        path: the file.
-        num_bytes: its size.
-        mtime_ns: when it was changed last.
-        captions: one of which is drawn each time; none where it has none.
-        notes: what had to be guessed to read them, or why they can't be.
-    """
-
-    folder: int
-    name: str
-    path: Path
-    num_bytes: int
-    mtime_ns: int
-    captions: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    folder: int  # which of the config's folders it lies in; -1: the one for validation
+    name: str  # its path below that folder
+    path: Path  # the file
+    num_bytes: int  # its size
+    mtime_ns: int  # when it was changed last
+    captions: tuple[str, ...] = ()  # one of which is drawn each time; none where it has none
+    notes: tuple[str, ...] = ()  # what had to be guessed to read them, or why they can't be
 
 
 @dataclass
 class Scan:
-    """What folders hold.
+    """What folders hold."""
 
-    Attributes:
-        files: by folder and name.
-        notes: about tables and files that are no media.
-    """
-
-    files: list[MediaFile] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    files: list[MediaFile] = field(default_factory=list)  # by folder and name
+    notes: list[str] = field(default_factory=list)  # about tables and files that are no media
 
 
 def scan(config: DataConfig) -> Scan:
@@ -63,11 +48,10 @@ def scan(config: DataConfig) -> Scan:
         InputError: a folder that is missing or holds no media.
     """
     found = Scan()
-    folders = [(number, each.path) for number, each in enumerate(config.folders)]
+    for number, each in enumerate(config.folders):
+        _scan_folder(Path(each.path), number, config, found)
     if config.validation is not None:
-        folders.append((-1, config.validation))
-    for number, path in folders:
-        _scan_folder(Path(path), number, config, found)
+        _scan_folder(Path(config.validation), -1, config, found)
     return found
 
 
@@ -154,29 +138,19 @@ def _media_file(
     name = path.relative_to(root).as_posix()
     try:
         facts = path.stat()
-        size, changed = facts.st_size, facts.st_mtime_ns
     except OSError as error:
         return MediaFile(number, name, path, 0, 0, notes=(f"can't be read: {error.strerror}",))
-    told = rows.get(str(path.resolve()), Texts(()))
-    if not told.captions:
-        told = _beside(root, path, beside, config)
-    return MediaFile(number, name, path, size, changed, told.captions, told.notes)
-
-
-def _beside(root: Path, path: Path, beside: dict[str, Path], config: DataConfig) -> Texts:
-    """Captions of `clip.txt`, `clip.json`, `clip.mp4.txt` or `clip.mp4.json`."""
-    problems = []
-    for suffix in texts.SIDECARS:
+    told, problems = rows.get(str(path.resolve()), Texts(())), list[str]()
+    for suffix in texts.SIDECARS:  # clip.txt, clip.mp4.txt, clip.json, clip.mp4.json
         for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
             file = beside.get(str(candidate.relative_to(root)).lower())
-            if file is None:
+            if file is None or told.captions:
                 continue
             try:
                 told = texts.sidecar(file, config.caption_keys, config.caption_encoding)
+                if not told.captions:
+                    problems.append(f"{file.name} is empty")
             except Unreadable as error:
                 problems.append(f"{file.name} {error}")
-                continue
-            if told.captions:
-                return told
-            problems.append(f"{file.name} is empty")
-    return Texts((), tuple(problems))
+    notes = told.notes if told.captions else tuple(problems)
+    return MediaFile(number, name, path, facts.st_size, facts.st_mtime_ns, told.captions, notes)

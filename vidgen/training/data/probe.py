@@ -10,6 +10,7 @@ import io
 import zlib
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -39,7 +40,6 @@ FROZEN_S = 1.0
 SIGNATURE = (8, 12, 12, 3)
 """Moments, rows, columns, colours by which files that look the same are known."""
 _THUMBNAILS, _THUMBNAIL_SIDE = 3, 112
-_HDR = ("pq", "hlg")
 
 Ticks = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -55,55 +55,36 @@ class Flawed:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file holds, found by decoding all of it.
+    """What a file holds, found by decoding all of it."""
 
-    Attributes:
-        problem: why nothing can be learned from it, or None; then the rest is of no use.
-        kind: a single frame is a picture.
-        num_frames: decoded, not told.
-        tick_s: seconds of a tick, exact.
-        lengths: of frames in ticks, packed; see `times`.
-        fps: frames over duration, exact where the file's times are.
-        is_variable: whether frames follow each other unevenly.
-        size: (width, height) as shown.
-        rotation: degrees by which it is turned for showing.
-        pixel_aspect: width of a pixel over its height.
-        codec, pix_fmt: as libav or Pillow name them.
-        colour: `range`, `primaries`, `transfer`, `matrix`, where the file says.
-        cuts: (last frame of a shot, first of the next).
-        flaws: stretches that are black, white, blank, frozen or damaged.
-        num_repeats: frames that are equal to the one before, of those looked at.
-        look_step: of how many frames one was looked at, at the sparsest.
-        signature: small pictures of 8 moments, by which near duplicates are found, in base64.
-        thumbnails: JPEGs of its beginning, middle and end, in base64.
-        notes: what is odd but no problem.
-    """
-
+    # why nothing can be learned from it, or None; then the rest is of no use
     problem: str | None = None
-    kind: Literal["video", "picture"] = "video"
-    num_frames: int = 0
-    tick_s: Fraction = Fraction(1)
-    lengths: str = ""
-    fps: Fraction = Fraction(0)
-    is_variable: bool = False
-    size: tuple[int, int] = (0, 0)
-    rotation: int = 0
-    pixel_aspect: Fraction = Fraction(1)
-    codec: str = ""
+    kind: Literal["video", "picture"] = "video"  # a single frame is a picture
+    num_frames: int = 0  # decoded, not told
+    tick_s: Fraction = Fraction(1)  # seconds of a tick, exact
+    lengths: str = ""  # of frames in ticks, packed; see `times`
+    fps: Fraction = Fraction(0)  # frames over duration, exact where the file's times are
+    is_variable: bool = False  # whether frames follow each other unevenly
+    size: tuple[int, int] = (0, 0)  # (width, height) as shown
+    rotation: int = 0  # degrees by which it is turned for showing
+    pixel_aspect: Fraction = Fraction(1)  # width of a pixel over its height
+    codec: str = ""  # as libav or Pillow name them
     pix_fmt: str = ""
+    # `range`, `primaries`, `transfer`, `matrix`, where the file says
     colour: dict[str, str | None] = field(default_factory=dict)
-    cuts: tuple[tuple[int, int], ...] = ()
-    flaws: tuple[Flawed, ...] = ()
-    num_repeats: int = 0
-    look_step: int = 1
+    cuts: tuple[tuple[int, int], ...] = ()  # (last frame of a shot, first of the next)
+    flaws: tuple[Flawed, ...] = ()  # stretches that are black, white, blank, frozen or damaged
+    num_repeats: int = 0  # frames that are equal to the one before, of those looked at
+    look_step: int = 1  # of how many frames one was looked at, at the sparsest
+    # small pictures of 8 moments, by which near duplicates are found, in base64
     signature: str = ""
-    thumbnails: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    thumbnails: tuple[str, ...] = ()  # JPEGs of its beginning, middle and end, in base64
+    notes: tuple[str, ...] = ()  # what is odd but no problem
 
     @property
     def is_hdr(self) -> bool:
         """Whether its values mean light beyond a screen's white (ITU-R BT.2100)."""
-        return self.colour.get("transfer") in _HDR
+        return self.colour.get("transfer") in ("pq", "hlg")
 
     @property
     def duration_s(self) -> float:
@@ -156,21 +137,20 @@ def is_still(path: Path) -> bool:
 def _probe_picture(path: Path) -> FileFacts:
     pixels, notes = load_image(path)
     height, width, _ = pixels.shape
-    look = Looker(height, width).look(pixels)
-    flaws = tuple(Flawed(kind, 0, 0) for kind, has in _flat(look).items() if has)
+    flat = _flat(Looker(height, width).look(pixels))
     with Image.open(path) as image:
         codec, mode = str(image.format).lower(), image.mode
     return FileFacts(
         kind="picture", num_frames=1, lengths=_packed([1]), size=(width, height), codec=codec,
-        pix_fmt=mode, flaws=flaws, signature=_signature([(0, pixels)]),
-        thumbnails=(_thumbnail(pixels),), notes=tuple(notes),
+        pix_fmt=mode, flaws=tuple(Flawed(kind, 0, 0) for kind, has in flat.items() if has),
+        signature=_signature([pixels]), thumbnails=(_thumbnail(pixels),), notes=tuple(notes),
     )
 
 
 def _probe_video(path: Path) -> FileFacts:
     with VideoReader(path, square=False) as reader:
-        streams: list[dict[str, Any]] = probe(path)["streams"]
-        stream = next((s for s in streams if s["type"] in ("video", "picture")), {})
+        stream: dict[str, Any] = next(
+            (s for s in probe(path)["streams"] if s["type"] in ("video", "picture")), {})
         seen = _Watcher(reader)
         try:
             for frame in reader.timed():
@@ -244,23 +224,22 @@ class _Watcher:
             Flawed(kind, max(0, span.first - (kind == "frozen")), span.last)
             for kind, found in spans.items() for span in found
         ]
-        width, height = self._reader.size
+        kept = [picture for _, picture in self._kept]
         return FileFacts(
             kind="video" if self.num_frames > 1 else "picture",
             num_frames=self.num_frames, tick_s=self._reader.tick_s, lengths=_packed(lengths),
             fps=self._rate(lengths), is_variable=_is_variable(lengths[:-1]),
-            size=(width, height), rotation=self._rotation,
+            size=self._reader.size, rotation=self._rotation,
             pixel_aspect=self._reader.pixel_aspect, codec=str(stream.get("codec")),
             pix_fmt=str(stream.get("pix_fmt")),
             colour={k: stream.get(k) for k in ("range", "primaries", "transfer", "matrix")},
             cuts=tuple(self._cuts.found), flaws=tuple(flaws), num_repeats=self._num_repeats,
-            look_step=self._step, signature=_signature(self._kept),
-            thumbnails=tuple(_thumbnail(picture) for picture in _spread(self._kept, _THUMBNAILS)),
+            look_step=self._step, signature=_signature(kept),
+            thumbnails=tuple(map(_thumbnail, _spread(kept, min(_THUMBNAILS, len(kept))))),
             notes=tuple(self._notes(lengths)),
         )
 
     def _rate(self, lengths: list[int]) -> Fraction:
-        """Exact where all frames last alike; else frames over duration."""
         if self.num_frames == 1:
             return Fraction(self._reader.fps)
         rate = self.num_frames / (sum(lengths) * self._reader.tick_s)
@@ -307,21 +286,17 @@ def _packed(lengths: list[int]) -> str:
     return base64.b64encode(zlib.compress(raw, 6)).decode()
 
 
-def _spread(kept: list[tuple[int, Frames]], count: int) -> list[Frames]:
-    """At most so many pictures, evenly spread from the first to the last."""
-    if len(kept) <= count:
-        return [picture for _, picture in kept]
-    places = np.linspace(0, len(kept) - 1, count).round().astype(int)
-    return [kept[place][1] for place in places]
+def _spread(pictures: Sequence[Frames], count: int) -> list[Frames]:
+    """Return so many pictures, evenly spread from the first to the last."""
+    places = np.linspace(0, len(pictures) - 1, count).round().astype(int)
+    return [pictures[place] for place in places]
 
 
-def _signature(kept: list[tuple[int, Frames]]) -> str:
+def _signature(pictures: Sequence[Frames]) -> str:
     count, height, width, _ = SIGNATURE
-    places = np.linspace(0, len(kept) - 1, count).round().astype(int)
-    shown = [
-        Image.fromarray(kept[p][1]).resize((width, height), Image.Resampling.BOX) for p in places
-    ]
-    return base64.b64encode(np.stack([np.asarray(image) for image in shown]).tobytes()).decode()
+    small = [np.asarray(Image.fromarray(each).resize((width, height), Image.Resampling.BOX))
+             for each in _spread(pictures, count)]
+    return base64.b64encode(np.stack(small).tobytes()).decode()
 
 
 def _thumbnail(picture: Frames) -> str:

@@ -5,31 +5,29 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from vidgen.core import pages
 from vidgen.core.config import dump
 from vidgen.core.pages import Table
 from vidgen.training.data.config import DataConfig
-from vidgen.training.data.probe import FileFacts
-from vidgen.training.data.select import Fate
-from vidgen.training.data.survey import Survey
+from vidgen.training.data.select import Fate, Selection
 
+_FACTS = ("kind", "num_frames", "fps", "is_variable", "duration_s", "size", "rotation", "codec",
+          "pix_fmt", "colour", "is_hdr", "num_repeats", "cuts", "flaws")
 _SHOWN = 40
 """Files of a kind that a terminal lists; --json and --html tell all."""
-
-
 _MOST = 2_000
 """Files shown with thumbnails; what was dropped or noted comes first."""
 
 
-def as_data(known: Survey, config: DataConfig) -> dict[str, Any]:
+def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
     """All that was found, as JSON data.
 
     Returns:
         `settings`, `geometry`, `totals`, `buckets` by label, `files` and `notes`.
     """
-    chosen = known.selection
     used = [fate for fate in chosen.fates if fate.items]
     counts = Counter(item.bucket for item in chosen.items)
     files = {bucket: sum(any(item.bucket == bucket for item in fate.items) for fate in used)
@@ -43,7 +41,7 @@ def as_data(known: Survey, config: DataConfig) -> dict[str, Any]:
         "totals": {
             "files": len(chosen.fates), "dropped": len(chosen.fates) - len(used),
             "items": len(chosen.items), "seconds_used": round(float(seconds), 3),
-            "seconds": round(sum(_seconds(fate.facts) for fate in chosen.fates), 3),
+            "seconds": round(sum(f.facts.duration_s for f in chosen.fates if f.facts), 3),
         },
         "buckets": {
             bucket.label: {**dump(bucket), "items": counts[bucket], "files": files[bucket]}
@@ -52,10 +50,6 @@ def as_data(known: Survey, config: DataConfig) -> dict[str, Any]:
         "files": [_file(fate, config) for fate in chosen.fates],
         "notes": chosen.notes,
     }
-
-
-def _seconds(facts: FileFacts | None) -> float:
-    return facts.duration_s if facts is not None and facts.problem is None else 0.0
 
 
 def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
@@ -68,19 +62,15 @@ def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
     }
     if facts is None or facts.problem is not None:
         return told
-    return told | {
-        "kind": facts.kind, "num_frames": facts.num_frames, "fps": str(facts.fps),
-        "is_variable": facts.is_variable, "duration_s": facts.duration_s, "size": list(facts.size),
-        "rotation": facts.rotation, "codec": facts.codec, "pix_fmt": facts.pix_fmt,
-        "colour": facts.colour, "is_hdr": facts.is_hdr, "num_repeats": facts.num_repeats,
-        "cuts": [list(cut) for cut in facts.cuts], "flaws": dump(list(facts.flaws)),
-    }
+    shown: dict[str, Any] = dump({name: getattr(facts, name) for name in _FACTS})
+    return told | shown
 
 
 def as_text(told: Mapping[str, Any]) -> str:
     """Tables of the buckets, of files that were dropped and of those with something to note."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(file=io.StringIO(), width=110, markup=False, highlight=False)
     buckets = Table("bucket", "items", "files", title="Buckets", title_justify="left")
@@ -91,10 +81,13 @@ def as_text(told: Mapping[str, Any]) -> str:
     dropped = [(row, [row["dropped"], *row["notes"]]) for row in told["files"] if row["dropped"]]
     noted = [(row, row["notes"]) for row in told["files"] if row["notes"] and not row["dropped"]]
     for title, rows in (("Dropped", dropped), ("Noted", noted)):
+        table = Table("file", "what it is", "", title=f"{title}: {len(rows)}", title_justify="left")
+        for row, words in rows[:_SHOWN]:
+            table.add_row(Text(row["name"]), _describe(row), Text("; ".join(words)))
         if rows:
-            console.print(_table(title, rows))
-            if len(rows) > _SHOWN:
-                console.print(f"and {len(rows) - _SHOWN} more; --json or --html tells all")
+            console.print(table)
+        if len(rows) > _SHOWN:
+            console.print(f"and {len(rows) - _SHOWN} more; --json or --html tells all")
     for note in told["notes"]:
         console.print(f"note: {note}")
     totals = told["totals"]
@@ -107,17 +100,7 @@ def as_text(told: Mapping[str, Any]) -> str:
     return console.file.getvalue().rstrip()
 
 
-def _table(title: str, rows: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table("file", "what it is", "", title=f"{title}: {len(rows)}", title_justify="left")
-    for row, words in rows[:_SHOWN]:
-        drawn.add_row(Text(row["name"]), describe(row), Text("; ".join(words)))
-    return drawn
-
-
-def describe(row: Mapping[str, Any]) -> str:
+def _describe(row: Mapping[str, Any]) -> str:
     """A file's length, size and rate in a few words."""
     if "kind" not in row:
         return ""
@@ -125,8 +108,7 @@ def describe(row: Mapping[str, Any]) -> str:
     if row["kind"] == "picture":
         return size
     variable = ", variable" if row["is_variable"] else ""
-    numerator, _, denominator = row["fps"].partition("/")
-    rate = int(numerator) / int(denominator or 1)
+    rate = float(Fraction(row["fps"]))
     return f"{row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, {size}"
 
 
@@ -150,7 +132,7 @@ def _shown(row: Mapping[str, Any], fate: Fate) -> dict[str, Any]:
     return {
         "name": row["name"].encode("utf-8", "replace").decode(),
         "thumbnails": fate.facts.thumbnails if fate.facts is not None else (),
-        "facts": "; ".join(part for part in (describe(row), items) if part),
+        "facts": "; ".join(part for part in (_describe(row), items) if part),
         "caption": " | ".join(row["captions"])[:300],
         "dropped": row["dropped"], "notes": row["notes"],
     }

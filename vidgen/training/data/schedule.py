@@ -45,17 +45,11 @@ def _hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's items.
+    """One step's items."""
 
-    Attributes:
-        bucket: of all of them.
-        slots: numbers within the bucket, of the whole global batch.
-        key: by which further things of this step are drawn.
-    """
-
-    bucket: Bucket
-    slots: tuple[int, ...]
-    key: str
+    bucket: Bucket  # of all of them
+    slots: tuple[int, ...]  # numbers within the bucket, of the whole global batch
+    key: str  # by which further things of this step are drawn
 
 
 class Schedule:
@@ -93,19 +87,17 @@ class Schedule:
         self._pools = {"clips": clips, "pictures": pictures}
         self._main = "clips" if clips and self._share < 1 else "pictures"
 
-    def draw(self, step: int, global_batch: int, *, detour: int = 0) -> Draw:
-        """The items of a step (from 0) in which `global_batch` are learned.
-
-        Args:
-            step: of the run.
-            global_batch: items of all ranks and micro-batches.
-            detour: another order for every number, for a run that steps around bad batches.
-        """
-        pool, index = self._pool_at(step)
+    def draw(self, step: int, global_batch: int) -> Draw:
+        """The items of a step (from 0) in which all ranks and micro-batches learn so many."""
+        pool, index = self._main, step
+        if pool != "all":
+            pictures = math.floor(step * self._share)  # before this step
+            is_picture = math.floor((step + 1) * self._share) > pictures
+            pool, index = ("pictures", pictures) if is_picture else ("clips", step - pictures)
         batches = self._batches(pool, global_batch)
         total = sum(batches.values())
         epoch, position = divmod(index, total)
-        key = f"{self.seed} {detour} {pool} {epoch}"
+        key = f"{self.seed} 0 {pool} {epoch}"
         place = permuted(position, total, f"{key} order")
         ends = list(accumulate(batches.values()))
         which = bisect_right(ends, place)
@@ -113,61 +105,23 @@ class Schedule:
         size = self._pools[pool][bucket]
         numbers = range(first * global_batch, (first + 1) * global_batch)
         slots = tuple(permuted(n % size, size, f"{key} {bucket.label}") for n in numbers)
-        return Draw(bucket, slots, f"{self.seed} {detour} {step}")
-
-    def epoch(self, step: int, global_batch: int) -> tuple[int, int]:
-        """(epoch, step in it); with a share of pictures it is the clips that are counted."""
-        main = step if self._main == "all" else self._count(self._main, step)
-        epoch = main // sum(self._batches(self._main, global_batch).values())
-        return epoch, step - self._start(epoch, global_batch)
+        return Draw(bucket, slots, f"{self.seed} 0 {step}")
 
     def steps_per_epoch(self, global_batch: int) -> int:
         """Steps until every item (every clip, with a share of pictures) was learned once."""
-        return self._start(1, global_batch)
-
-    def left_out(self, global_batch: int) -> dict[Bucket, int]:
-        """Items that an epoch leaves out, by bucket; others each time but in whole buckets."""
-        if not self.drop_last:
-            return {}
-        return {b: n % global_batch for b, n in self.counts.items() if n % global_batch}
-
-    def filled_up(self, global_batch: int) -> dict[Bucket, int]:
-        """Items that an epoch learns twice, to fill the last batches."""
-        if self.drop_last:
-            return {}
-        return {b: -n % global_batch for b, n in self.counts.items() if n % global_batch}
-
-    def _pool_at(self, step: int) -> tuple[str, int]:
-        if "all" in self._pools:
-            return "all", step
-        pictures = self._count("pictures", step)
-        is_picture = self._count("pictures", step + 1) > pictures
-        return ("pictures", pictures) if is_picture else ("clips", step - pictures)
-
-    def _count(self, pool: str, step: int) -> int:
-        """How many of the first steps are of a pool."""
-        pictures = math.floor(step * self._share)
-        return pictures if pool == "pictures" else step - pictures
-
-    def _start(self, epoch: int, global_batch: int) -> int:
-        """The first step of an epoch."""
-        wanted = epoch * sum(self._batches(self._main, global_batch).values())
+        wanted = sum(self._batches(self._main, global_batch).values())
         if self._main == "all":
             return wanted
-        share = self._share if self._main == "pictures" else 1 - self._share
-        step = math.floor(wanted / share)
-        while step and self._count(self._main, step) >= wanted:
-            step -= 1
-        while self._count(self._main, step) < wanted:
-            step += 1
-        return step
+        if self._main == "pictures":
+            return math.ceil(wanted / self._share)
+        return math.floor((wanted - 1) / (1 - self._share)) + 1
+
+    def remainders(self, global_batch: int) -> dict[Bucket, int]:
+        """Items of each bucket that an epoch leaves out, or learns twice to fill the last batch."""
+        sign = 1 if self.drop_last else -1
+        return {b: sign * n % global_batch for b, n in self.counts.items() if n % global_batch}
 
     def _batches(self, pool: str, global_batch: int) -> dict[Bucket, int]:
-        """Batches of each bucket in an epoch.
-
-        Raises:
-            InputError: none is filled.
-        """
         rounded = math.floor if self.drop_last else math.ceil
         batches = {b: rounded(n / global_batch) for b, n in self._pools[pool].items()}
         if not any(batches.values()):

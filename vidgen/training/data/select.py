@@ -33,31 +33,18 @@ Flags = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
 @dataclass(frozen=True)
 class Item:
-    """A stretch of a file, or a picture, as one sample of a bucket.
+    """A stretch of a file, or a picture, as one sample of a bucket."""
 
-    Attributes:
-        folder: number of its folder in the config, -1 for validation.
-        name: of its file, below that folder.
-        path: of the file.
-        sha256: of its content.
-        bucket: its shape.
-        start: frame of the file that it begins with.
-        end: frame of the file before which it ends.
-        centring: which part of the picture is kept, see `media.read.fit`.
-        captions: prefix included; one is drawn each time.
-        group: of files that look the same, which stay on one side of a held-out share.
-    """
-
-    folder: int
-    name: str
+    folder: int  # number of its folder in the config, -1 for validation
+    name: str  # of its file, below that folder
     path: Path
-    sha256: str
-    bucket: Bucket
-    start: int
-    end: int
-    centring: tuple[float, float]
-    captions: tuple[str, ...]
-    group: str
+    sha256: str  # of the file's content
+    bucket: Bucket  # its shape
+    start: int  # frame of the file that it begins with
+    end: int  # frame of the file before which it ends
+    centring: tuple[float, float]  # which part of the picture is kept, see `media.read.fit`
+    captions: tuple[str, ...]  # prefix included; one is drawn each time
+    group: str  # of files that look the same, which stay on one side of a held-out share
 
     @property
     def key(self) -> str:
@@ -68,21 +55,13 @@ class Item:
 
 @dataclass
 class Fate:
-    """What becomes of a file.
+    """What becomes of a file."""
 
-    Attributes:
-        file: the file.
-        facts: what is known of it; None: it can't be read.
-        items: that it gives.
-        dropped: why it gives none.
-        notes: what is odd, cut off, repeated or left out.
-    """
-
-    file: MediaFile
-    facts: FileFacts | None
-    items: list[Item] = field(default_factory=list)
-    dropped: str | None = None
-    notes: list[str] = field(default_factory=list)
+    file: MediaFile  # the file
+    facts: FileFacts | None  # what is known of it; None: it can't be read
+    items: list[Item] = field(default_factory=list)  # that it gives
+    dropped: str | None = None  # why it gives none
+    notes: list[str] = field(default_factory=list)  # what is odd, cut off, repeated or left out
 
 
 @dataclass
@@ -103,24 +82,17 @@ def select(
     config: DataConfig, geometry: Geometry, found: Scan, hashes: Sequence[str],
     facts: Mapping[str, FileFacts],
 ) -> Selection:
-    """Settle every file's fate.
-
-    Args:
-        config: the rules.
-        geometry: the model's shapes.
-        found: the files.
-        hashes: SHA-256 of each, "" where it can't be read.
-        facts: by SHA-256.
-    """
+    """Settle every file's fate by its SHA-256, "" where it can't be read, and facts by SHA-256."""
     fates = [Fate(file, facts.get(sha)) for file, sha in zip(found.files, hashes, strict=True)]
     usable = {sha: told for sha, told in facts.items() if told.problem is None}
     groups = find_alike(usable)
     first: dict[str, MediaFile] = {}
     for fate, sha256 in zip(fates, hashes, strict=True):
         fate.notes += [*fate.file.notes, *(fate.facts.notes if fate.facts else ())]
-        fate.dropped = _unfit(fate, config) or _double(fate, sha256, groups, first, config)
+        group = groups.get(sha256, sha256)
+        fate.dropped = _unfit(fate, config) or _double(fate, sha256, group, first, config)
         if fate.dropped is None:
-            _cut(fate, sha256, groups.get(sha256, sha256), config, geometry)
+            _cut(fate, sha256, group, config, geometry)
     return Selection(geometry, fates, list(found.notes))
 
 
@@ -144,22 +116,20 @@ def _unfit(fate: Fate, config: DataConfig) -> str | None:
 
 
 def _double(
-    fate: Fate, sha256: str, groups: Mapping[str, str], first: dict[str, MediaFile],
-    config: DataConfig,
+    fate: Fate, sha256: str, group: str, first: dict[str, MediaFile], config: DataConfig
 ) -> str | None:
     """Why a file that is there already is left out, where the config wants that."""
     same = first.setdefault(sha256, fate.file)
-    like = first.setdefault(f"like {groups.get(sha256, sha256)}", fate.file)
+    like = first.setdefault(f"like {group}", fate.file)
     if same is not fate.file:
-        told = f"it has the same bytes as {same.name}"
-        if config.duplicates != "keep":
-            return told
-        fate.notes.append(told)
+        told, is_dropped = f"it has the same bytes as {same.name}", config.duplicates != "keep"
     elif like is not fate.file:
-        told = f"it looks like {like.name}"
-        if config.duplicates == "drop":
-            return told
-        fate.notes.append(told)
+        told, is_dropped = f"it looks like {like.name}", config.duplicates == "drop"
+    else:
+        return None
+    if is_dropped:
+        return told
+    fate.notes.append(told)
     return None
 
 
@@ -169,11 +139,18 @@ def _cut(
     """Cut a file's items out, or say why there are none."""
     facts = fate.facts
     assert facts is not None
-    size = geometry.size_for(*facts.size)
-    fate.dropped = _misfit(facts.size, size, config)
-    if fate.dropped is not None:
+    size, shown = geometry.size_for(*facts.size), facts.size
+    ratio = shown[0] * size[1] / (shown[1] * size[0])
+    lost, scale = 1 - min(ratio, 1 / ratio), max(size[0] / shown[0], size[1] / shown[1])
+    place = f"{shown[0]}x{shown[1]} for a bucket of {size[0]}x{size[1]}"
+    if lost > config.max_crop:
+        fate.dropped = (f"{lost:.0%} of the picture would be cut off, {place}; max_crop is "
+                        f"{config.max_crop}")
         return
-    lost = _cut_share(facts.size, size)
+    if scale > config.max_enlarge:
+        fate.dropped = (f"it would be enlarged {scale:.2f} times, {place}; max_enlarge is "
+                        f"{config.max_enlarge}")
+        return
     if lost > 0.02:
         fate.notes.append(f"{lost:.0%} of the picture is cut off for {size[0]}x{size[1]}")
     if facts.kind == "picture":
@@ -195,32 +172,12 @@ def _cut(
             end, (0.5, 0.5), captions, group,
         )
         if config.crop == "random":
-            item = replace(item, centring=_drawn_centring(item, config.seed))
+            digest = hashlib.sha256(f"{config.seed} {item.key}".encode()).digest()
+            across, down = (int.from_bytes(digest[i : i + 2], "big") / 65535 for i in (0, 2))
+            item = replace(item, centring=(round(across, 4), round(down, 4)))
         fate.items.append(item)
-    _note_rate(fate, config, geometry)
-    _note_left_out(fate, facts)
-
-
-def _misfit(shown: tuple[int, int], size: tuple[int, int], config: DataConfig) -> str | None:
-    lost, scale = _cut_share(shown, size), max(size[0] / shown[0], size[1] / shown[1])
-    place = f"{shown[0]}x{shown[1]} for a bucket of {size[0]}x{size[1]}"
-    if lost > config.max_crop:
-        return f"{lost:.0%} of the picture would be cut off, {place}; max_crop is {config.max_crop}"
-    if scale > config.max_enlarge:
-        return f"it would be enlarged {scale:.2f} times, {place}; max_enlarge is " \
-               f"{config.max_enlarge}"
-    return None
-
-
-def _cut_share(shown: tuple[int, int], size: tuple[int, int]) -> float:
-    ratio = shown[0] * size[1] / (shown[1] * size[0])
-    return 1 - min(ratio, 1 / ratio)
-
-
-def _drawn_centring(item: Item, seed: int) -> tuple[float, float]:
-    digest = hashlib.sha256(f"{seed} {item.key}".encode()).digest()
-    across, down = (int.from_bytes(digest[i : i + 2], "big") / 65535 for i in (0, 2))
-    return round(across, 4), round(down, 4)
+    if facts.kind == "video":
+        _note_times(fate, facts, config, geometry)
 
 
 def _windows(
@@ -230,22 +187,31 @@ def _windows(
     lengths = [length for length in geometry.frames if length > 1]
     if not lengths:
         return [], "it is a clip, and no bucket is longer than 1 frame"
-    moments, found, longest = _moments(facts, config, geometry), list[tuple[int, int, int]](), 0
+    if config.fps_rule == "native":
+        begins, slack = np.arange(facts.num_frames + 1, dtype=np.float64), 0.0
+    else:  # when each frame is shown, in frames of the items; times are rounded to ticks
+        scale = float(facts.tick_s * geometry.fps)
+        begins, slack = facts.times.astype(np.float64) * scale, min(scale, 0.1) + 1e-6
+    found, longest = list[tuple[int, int, int]](), 0
     for start, stop in _stretches(facts, config):
-        room = int(moments.begins[stop] - moments.begins[start] + moments.slack)
-        longest = max(longest, room)
-        fitting = [length for length in lengths if length <= room]
-        if fitting:
-            found += _side_by_side(moments, start, stop, max(fitting))
-    if not found:
-        around = f" without {', '.join(config.avoid)}" if facts.cuts or facts.flaws else ""
-        is_native = config.fps_rule == "native"
-        rate = "its own rate" if is_native else f"{float(geometry.fps):g} a second"
-        most = longest - (longest - 1) % geometry.stride_t
-        remedy = f"; with frames: {most} it would fit" if most > 1 else ""
-        return [], (f"its longest stretch{around} gives {longest} frames at {rate}; the shortest "
-                    f"bucket has {lengths[0]}{remedy}")
-    return found, None
+        room = float(begins[stop] - begins[start])
+        longest = max(longest, int(room + slack))
+        length = max((each for each in lengths if each <= int(room + slack)), default=0)
+        count = int((room + slack) / length) if length else 0
+        for number in range(count):  # side by side, as a whole in the stretch's middle
+            margin = max(0.0, room - count * length) / 2
+            moment = begins[start] + margin + number * length
+            shown = np.searchsorted(begins[start:stop], moment + slack, side="right")
+            found.append((start + max(0, int(shown) - 1), stop, length))
+    if found:
+        return found, None
+    around = f" without {', '.join(config.avoid)}" if facts.cuts or facts.flaws else ""
+    is_native = config.fps_rule == "native"
+    rate = "its own rate" if is_native else f"{float(geometry.fps):g} a second"
+    most = longest - (longest - 1) % geometry.stride_t
+    remedy = f"; with frames: {most} it would fit" if most > 1 else ""
+    return [], (f"its longest stretch{around} gives {longest} frames at {rate}; the shortest "
+                f"bucket has {lengths[0]}{remedy}")
 
 
 def _spread(
@@ -273,41 +239,6 @@ def _stretches(facts: FileFacts, config: DataConfig) -> Iterator[tuple[int, int]
         yield begin, facts.num_frames
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Times of a file's frames in frames of the items.
-
-    Attributes:
-        begins: [n + 1] when each is shown; and the end.
-        slack: how far times may be off by their rounding to ticks.
-    """
-
-    begins: np.ndarray[tuple[int], np.dtype[np.float64]]
-    slack: float
-
-
-def _moments(facts: FileFacts, config: DataConfig, geometry: Geometry) -> _Moments:
-    if config.fps_rule == "native":
-        return _Moments(np.arange(facts.num_frames + 1, dtype=np.float64), 0.0)
-    scale = float(facts.tick_s * geometry.fps)
-    return _Moments(facts.times.astype(np.float64) * scale, min(scale, 0.1) + 1e-6)
-
-
-def _side_by_side(
-    moments: _Moments, start: int, stop: int, length: int
-) -> Iterator[tuple[int, int, int]]:
-    """Windows of a stretch, one behind the other, as a whole in its middle."""
-    begins, slack = moments.begins, moments.slack
-    room = float(begins[stop] - begins[start])
-    count = int((room + slack) / length)
-    margin = max(0.0, room - count * length) / 2
-    for number in range(count):
-        moment = begins[start] + margin + number * length
-        shown = np.searchsorted(begins[start:stop], moment + slack, side="right")
-        first = start + max(0, int(shown) - 1)
-        yield first, stop, length
-
-
 def picks(item: Item, facts: FileFacts, config: DataConfig, geometry: Geometry) -> list[int]:
     """Frames of the file that an item shows, by index; rising, with repeats where it lacks some.
 
@@ -328,28 +259,22 @@ def picks(item: Item, facts: FileFacts, config: DataConfig, geometry: Geometry) 
     return shown
 
 
-def _note_rate(fate: Fate, config: DataConfig, geometry: Geometry) -> None:
-    """Tell how many frames are shown again, and how many never."""
-    facts = fate.facts
-    if facts is None or facts.kind == "picture" or config.fps_rule == "native":
-        return
-    repeats = left = total = 0
-    for item in fate.items:
-        shown = picks(item, facts, config, geometry)
-        repeats += len(shown) - len(set(shown))
-        left += shown[-1] - shown[0] + 1 - len(set(shown))
-        total += len(shown)
-    told = f"{float(facts.fps):.4g} frames a second are shown at {float(geometry.fps):.4g}"
-    if repeats:
-        fate.notes.append(f"{told}: {repeats} of {total} frames are repeats")
-    if left:
-        fate.notes.append(f"{told}: {left} frames between are left out")
-
-
-def _note_left_out(fate: Fate, facts: FileFacts) -> None:
-    """Tell what a film holds that cuts it into stretches."""
-    if facts.kind == "picture":
-        return
+def _note_times(
+    fate: Fate, facts: FileFacts, config: DataConfig, geometry: Geometry
+) -> None:
+    """Tell how many frames are shown again and how many never, and what cuts a film up."""
+    if config.fps_rule == "nearest":
+        repeats = left = total = 0
+        for item in fate.items:
+            shown = picks(item, facts, config, geometry)
+            repeats += len(shown) - len(set(shown))
+            left += shown[-1] - shown[0] + 1 - len(set(shown))
+            total += len(shown)
+        told = f"{float(facts.fps):.4g} frames a second are shown at {float(geometry.fps):.4g}"
+        if repeats:
+            fate.notes.append(f"{told}: {repeats} of {total} frames are repeats")
+        if left:
+            fate.notes.append(f"{told}: {left} frames between are left out")
     if facts.cuts:
         moments = [int(facts.times[first]) * facts.tick_s for _, first in facts.cuts[:5]]
         more = f" and {len(facts.cuts) - 5} more" if len(facts.cuts) > 5 else ""

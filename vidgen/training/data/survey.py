@@ -10,28 +10,25 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from vidgen.core.config import build, dump
-from vidgen.core.errors import OutputError
+from vidgen.core.errors import InputError, OutputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import cache_folder, sha256_file
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.config import DataConfig, Geometry
-from vidgen.training.data.files import MediaFile, Scan, scan
+from vidgen.training.data.files import MediaFile, scan
 from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
 from vidgen.training.data.select import Selection, select
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
 
-if TYPE_CHECKING:
-    from vidgen.weights.folder import ModelFolder
-
-Key = TypeVar("Key")
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 _SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
 _TABLES = """
@@ -42,10 +39,7 @@ create table if not exists facts (sha256 text, version int, facts text,
 
 
 class Records:
-    """Facts by content, and contents by path, size and time of change.
-
-    Args:
-        path: of the SQLite file; None: the user's own.
+    """Facts by content, and contents by path, size and time of change, in a SQLite file.
 
     Raises:
         OutputError: it can't be written, or is damaged; names it.
@@ -58,7 +52,7 @@ class Records:
         """SHA-256 of a file, where it is known and the file hasn't changed since."""
         rows = self._ask(
             "select sha256 from stamps where path = ? and bytes = ? and mtime_ns = ?",
-            (_name(file), file.num_bytes, file.mtime_ns),
+            self._stamp(file),
         )
         return rows[0][0] if rows else None
 
@@ -66,7 +60,7 @@ class Records:
         """Remember a file's content, unless it was changed just now."""
         if time.time() - file.mtime_ns / 1e9 > _SETTLED_S:
             self._ask("insert or replace into stamps values (?, ?, ?, ?)",
-                      (_name(file), file.num_bytes, file.mtime_ns, sha256))
+                      (*self._stamp(file), sha256))
 
     def facts_of(self, sha256: str) -> FileFacts | None:
         """What is known of a content."""
@@ -78,6 +72,11 @@ class Records:
         """Remember what was found."""
         self._ask("insert or replace into facts values (?, ?, ?)",
                   (sha256, PROBE_VERSION, json.dumps(dump(facts))))
+
+    @staticmethod
+    def _stamp(file: MediaFile) -> tuple[str, int, int]:
+        path = str(file.path.resolve()).encode("utf-8", "surrogateescape")
+        return path.decode("utf-8", "replace"), file.num_bytes, file.mtime_ns
 
     @cached_property
     def _connection(self) -> sqlite3.Connection:
@@ -102,50 +101,47 @@ def look_at(
     files: Sequence[MediaFile], on_event: OnEvent, *, workers: int = 1,
     records: Records | None = None,
 ) -> tuple[list[str], dict[str, FileFacts]]:
-    """Read and decode what isn't known yet.
-
-    Args:
-        files: to be looked at.
-        on_event: told of progress.
-        workers: processes that work beside each other.
-        records: where findings are kept.
+    """Read and decode what isn't known yet, in `workers` processes.
 
     Returns:
         SHA-256 of each file ("" of one that can't be read), and facts by SHA-256.
     """
     records = records or Records()
-    hashes = {file.path: records.hash_of(file) for file in files}
     by_path = {file.path: file for file in files}
+    hashes = {path: records.hash_of(file) for path, file in by_path.items()}
     fresh = {path: path for path, known in hashes.items() if known is None}
-    for path, sha256 in _told(on_event, "read", fresh, _hash, workers):
+    results = results_of(_hash, fresh, workers, on_event)
+    for path, sha256 in counted(on_event, "read", results, len(fresh)):
         hashes[path] = sha256
         if sha256:
             records.keep_hash(by_path[path], sha256)
     facts: dict[str, FileFacts] = {}
     unknown: dict[str, Path] = {}
     for path, content in hashes.items():
-        if not content or content in facts:
-            continue
-        known = records.facts_of(content)
-        if known is not None:
-            facts[content] = known
-        else:
-            unknown.setdefault(content, path)
-    for sha256, found in _told(on_event, "look", unknown, probe_file, workers):
+        if content and content not in facts:
+            known = records.facts_of(content)
+            if known is not None:
+                facts[content] = known
+            else:
+                unknown.setdefault(content, path)
+    looked = results_of(probe_file, unknown, workers, on_event)
+    for sha256, found in counted(on_event, "look", looked, len(unknown)):
         facts[sha256] = found
         records.keep_facts(sha256, found)
     return [hashes[file.path] or "" for file in files], facts
 
 
-def _told(
-    on_event: OnEvent, stage: str, jobs: dict[Key, Path], call: Callable[[Path], Found],
-    workers: int,
-) -> Iterator[tuple[Key, Found]]:
-    """`results_of`, told of as it goes."""
-    on_event({"event": "progress", "stage": stage, "done": 0, "total": len(jobs)})
-    for done, each in enumerate(results_of(call, jobs, workers, on_event), 1):
+def counted(
+    on_event: OnEvent, stage: str, things: Iterable[T], total: int,
+    weight: Callable[[T], int] = lambda _: 1,
+) -> Iterator[T]:
+    """Yield things, and report progress as each was dealt with."""
+    done = 0
+    on_event({"event": "progress", "stage": stage, "done": done, "total": total})
+    for each in things:
         yield each
-        on_event({"event": "progress", "stage": stage, "done": done, "total": len(jobs)})
+        done += weight(each)
+        on_event({"event": "progress", "stage": stage, "done": done, "total": total})
 
 
 def _hash(path: Path) -> str:
@@ -155,28 +151,22 @@ def _hash(path: Path) -> str:
         return ""
 
 
-def _name(file: MediaFile) -> str:
-    return str(file.path.resolve()).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def open_own(model: str) -> ModelFolder:
+    """Open a model's folder.
 
-
-@dataclass(frozen=True)
-class Survey:
-    """All that is known of a config's data.
-
-    Attributes:
-        found: the files.
-        facts: by SHA-256 of content.
-        selection: their fates and items.
+    Raises:
+        InputError: one that runs through diffusers.
     """
-
-    found: Scan
-    facts: dict[str, FileFacts]
-    selection: Selection
+    folder = open_model(model)
+    if not isinstance(folder, ModelFolder):
+        raise InputError(f"model {model} runs through diffusers, which can't be fine-tuned here; "
+                         "give one of the toybox or Wan family")
+    return folder
 
 
 def survey(
     config: DataConfig, folder: ModelFolder, on_event: OnEvent, *, workers: int = 1
-) -> Survey:
+) -> Selection:
     """Look at all files of a config, for a model.
 
     Raises:
@@ -186,12 +176,6 @@ def survey(
     found = scan(config)
     hashes, facts = look_at(found.files, on_event, workers=workers)
     selection = select(config, geometry, found, hashes, facts)
-    _note_captions(selection, folder)
-    return Survey(found, facts, selection)
-
-
-def _note_captions(selection: Selection, folder: ModelFolder) -> None:
-    """Tell of captions that the text encoder can't read whole, and of words new to it."""
     limit = folder.components["transformer"].config.text_len
     tokenizer = PromptTokenizer(folder.tokenizer, limit)
     for fate in selection.fates:
@@ -205,3 +189,4 @@ def _note_captions(selection: Selection, folder: ModelFolder) -> None:
             unknown = [word for word, _ in tokenizer.unknown_words(caption)]
             if unknown:
                 fate.notes.append(f"the model doesn't know: {', '.join(unknown[:8])}")
+    return selection

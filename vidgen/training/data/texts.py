@@ -63,32 +63,27 @@ def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
     for mark, name in _MARKS:
         if content.startswith(mark):
             return _strictly(content, name), None
-    if b"\0" in content:
-        return _strictly(content, _wide(content)), "read as UTF-16 by its zero bytes"
+    if b"\0" in content:  # most text has the zeros of UTF-16 in the high bytes
+        is_little = content[1::2].count(0) >= content[::2].count(0)
+        wide = "utf-16-le" if is_little else "utf-16-be"
+        return _strictly(content, wide), "read as UTF-16 by its zero bytes"
     try:
         return content.decode("utf-8"), None
     except UnicodeDecodeError:
         pass
-    guess = _guess(content)
-    if guess is None:
-        raise Unreadable("is no text in any encoding that is known; save it as UTF-8")
-    told = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
-    return content.decode(guess), told
-
-
-def _guess(content: bytes) -> str | None:
-    """The encoding that makes most sense; Western Europe's where another makes no more."""
     from charset_normalizer import from_bytes
 
     matches = list(from_bytes(content, cp_isolation=list(LIKELY)))
     if not matches:
-        return None
+        raise Unreadable("is no text in any encoding that is known; save it as UTF-8")
     best = matches[0]
-    for match in matches:
+    guess = best.encoding
+    for match in matches:  # Western Europe's encoding where another makes no more sense
         ties = match.chaos <= best.chaos + 0.01 and match.coherence >= best.coherence - 0.01
         if match.encoding == "cp1252" and ties:
-            return match.encoding
-    return best.encoding
+            guess = match.encoding
+    told = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
+    return content.decode(guess), told
 
 
 def _strictly(content: bytes, encoding: str) -> str:
@@ -98,17 +93,7 @@ def _strictly(content: bytes, encoding: str) -> str:
         raise Unreadable(f"is damaged {encoding}: {error.reason}; save it as UTF-8") from None
 
 
-def _wide(content: bytes) -> str:
-    """UTF-16's byte order: most text has its zeros in the high bytes."""
-    return "utf-16-le" if content[1::2].count(0) >= content[::2].count(0) else "utf-16-be"
-
-
-def read(path: Path, encoding: str) -> tuple[str, str | None]:
-    """A text file as `decode` gives it.
-
-    Raises:
-        Unreadable: too large, not to be read, or no text.
-    """
+def _read(path: Path, encoding: str) -> tuple[str, str | None]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise Unreadable(f"has over {MAX_BYTES // 1_000_000} MB, which is no caption")
@@ -123,7 +108,7 @@ def sidecar(path: Path, keys: Sequence[str], encoding: str) -> Texts:
     Raises:
         Unreadable: it holds none that can be read.
     """
-    text, note = read(path, encoding)
+    text, note = _read(path, encoding)
     notes = () if note is None else (f"{path.name} {note}",)
     if path.suffix.lower() != ".json":
         return Texts(_clean([text]), notes)
@@ -164,7 +149,7 @@ def table(
     Raises:
         Unreadable: a table of files that can't be read, with the line.
     """
-    text, note = read(path, encoding)
+    text, note = _read(path, encoding)
     rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
     found: dict[str, Texts] = {}
     columns: dict[str, None] = {}

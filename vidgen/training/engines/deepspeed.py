@@ -9,107 +9,219 @@ Axes of a shared-out weight: N its elements, S a rank's share of them, filled up
 
 from __future__ import annotations
 
-import contextlib
+import json
+import logging
 import os
 import shutil
+import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vidgen.core.errors import InputError, ModelError, OutputError
+from vidgen.core.errors import InputError, ModelError, OutputError, nearest
 from vidgen.core.runtime import choose_device
-from vidgen.training.checkpoint import (
-    check_manifest,
-    live_weights,
-    read_meta,
-    read_state,
-    write_state,
-)
+from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig
 from vidgen.training.engines.distributed import Place
-from vidgen.training.engines.zero import import_deepspeed, read_settings
 from vidgen.training.optim import EMA, named_parameters, set_lr
 from vidgen.training.task import Losses, Task
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 _WRITERS = ("PytorchStreamWriter", "inline_container")  # named where torch.save can't write
 _TAG = "zero"
 """DeepSpeed's own folder in a checkpoint."""
+_RUNS_OWN = {
+    "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulate", "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim", "scheduler": "optim", "bf16": "dtype", "fp16": "dtype",
+    "data_types": "dtype", "torch_autocast": "dtype", "checkpoint": "engine",
+    "sequence_parallel_size": "engine.sequence", "managed_gradient_accumulation": "accumulate",
+}
+"""What a DeepSpeed JSON may not say, and the key of the run that says it."""
 
 
-class DeepSpeedEngine:
-    """See `Engine`.
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What a DeepSpeed JSON asks for, as far as others need to know."""
 
-    Args:
-        task: what is trained.
-        run: device, dtype, clipping, decay of the averages, DeepSpeed's JSON.
-        place: of this process.
-        source: the checkpoint that will be loaded, if any.
+    # of ZeRO: what is shared out: 1 the optimiser's state, 2 also gradients, 3 also weights
+    stage: int
+    offload_optimizer: bool  # whether moments, and the weights' fp32 share, lie in the CPU's memory
+    offload_weights: bool  # whether the ranks' shares of the weights do, too
+    config: dict[str, Any]  # the whole, for `deepspeed.initialize`
+
+
+def _find_settings(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    here = Path(str(files("vidgen")))
+    ours = {path.stem: path for folder in (here.parent / "train", here / "configs")
+            for path in sorted(folder.glob("deepspeed/*.json"))}
+    stem = Path(name).name.removesuffix(".json")
+    if stem not in ours:
+        raise InputError(f"engine.deepspeed is {name!r}, no file and none of ours; "
+                         f"{nearest(stem, ours)}")
+    return ours[stem]
+
+
+def read_settings(run: RunConfig) -> ZeroSettings:
+    """Read the DeepSpeed settings of a run: a JSON by its path, or one of ours by its name.
+
+    Raises:
+        InputError: none there, not JSON, no ZeRO stage, or keys that the run itself has.
+    """
+    assert run.engine.deepspeed is not None
+    path = _find_settings(run.engine.deepspeed)
+    try:
+        settings = json.loads(path.read_text())
+        zero = settings.get("zero_optimization", {})
+        stage = zero.get("stage")
+        offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none")
+                    for what in ("optimizer", "param")]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no DeepSpeed JSON: {error}") from error
+    if stage not in (1, 2, 3):
+        raise InputError(f"{path}: zero_optimization.stage is {stage!r}; give 1, 2 or 3, or leave "
+                         "engine.deepspeed out")
+    for key, ours in _RUNS_OWN.items():
+        if key in settings:
+            raise InputError(f"{path}: {key!r} is the run's to say: leave it out and set {ours}")
+    if any(device not in ("none", "cpu") for device in offloads):
+        raise InputError(f"{path}: offload goes to 'cpu' only, not {offloads}: what lies on a disk "
+                         "is in no checkpoint")
+    # A step's micro-batches are counted by the loop, which says which one is the last.
+    config = {
+        **settings, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "gradient_clipping": run.optim.grad_clip, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return ZeroSettings(stage, offloads[0] == "cpu", offloads[1] == "cpu", config)
+
+
+def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
+    """Return the function for `load_module` to call with each weight that it has read.
+
+    Returns:
+        Under ZeRO-3 a function that leaves a rank only its share of a parameter, so that loading
+        takes a share of all and the largest tensor; else None. Inside `join_ranks` alone.
+    """
+    if run.engine.deepspeed is None or read_settings(run).stage < 3:
+        return None
+    deepspeed = _import_deepspeed(choose_device(run.device))
+    shared: list[Any] = []
+
+    def each(parameter: nn.Parameter) -> None:
+        if shared:
+            shared[0].convert_to_zero_parameters(param_list=[parameter])
+            return
+        alone = nn.ParameterList([parameter])
+        deepspeed.zero.Init(alone, config_dict_or_path=read_settings(run).config)
+        shared.append(parameter)
+
+    return each
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed, made ready for a device; it compiles nothing, and logs only errors.
+
+    Raises:
+        InputError: it isn't installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            import deepspeed.ops
+            from deepspeed.utils import logger
+    except ImportError as error:
+        raise InputError("engine.deepspeed needs DeepSpeed: pip install 'vidgen[train]'") from error
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":  # its operator for shared memory would be compiled first
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    module: ModuleType = deepspeed
+    return module
+
+
+@contextmanager
+def open_deepspeed(
+    task: Task, run: RunConfig, place: Place, source: Path | None
+) -> Iterator[_DeepSpeedEngine]:
+    """DeepSpeed for a run, taken down before the process group is; see `open_engine`.
 
     Raises:
         InputError: an optimiser that can't be shared out, or a task that needs one engine a part.
     """
+    engine = _DeepSpeedEngine(task, run, place, source)
+    try:
+        yield engine
+    finally:
+        engine.deepspeed.destroy()
 
+
+class _DeepSpeedEngine:
     def __init__(self, task: Task, run: RunConfig, place: Place, source: Path | None) -> None:
-        self._task, self._place, self.settings = task, place, read_settings(run)
-        deepspeed = import_deepspeed(choose_device(run.device))
-        config = self.settings.config
-        self._resized = source is not None and read_meta(source).get("ranks") != place.size
+        self._task, self._place, self._settings = task, place, read_settings(run)
+        deepspeed = _import_deepspeed(choose_device(run.device))
+        config = self._settings.config
+        ranks = None if source is None else checkpoint.read_meta(source).get("ranks")
+        self._resized = source is not None and ranks != place.size
         if self._resized:
             config = {**config, "checkpoint": {"load_universal": True}}
-        self._parameters = named_parameters(task.modules)
+        self._parameters: dict[str, Any] = {**named_parameters(task.modules)}
         model = Losses(task, choose_device(run.device), bf16=run.dtype == "bf16")
-        self._engine, *_ = deepspeed.initialize(
+        self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=_only_adamw(task), config=config, dist_init_required=False,
         )
-        if self.settings.stage == 3:
-            _tell_of_norms(deepspeed, model)
+        self._shares_weights = self._settings.stage == 3
+        if self._shares_weights:
+            _register_norms(deepspeed, model)
         self._hyper = [{k: v for k, v in group.items() if k != "params"}
-                       for group in self._engine.optimizer.param_groups]
-        self.ema = EMA({name: self._own(p) for name, p in self._parameters.items()}, run.ema_decay)
+                       for group in self.deepspeed.optimizer.param_groups]
+        own = {name: p.ds_tensor if self._shares_weights else p  # of shares [S]
+               for name, p in self._parameters.items()}
+        self.ema = EMA(own, run.ema_decay)
 
     def loss(self, batch: Any, step: int, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Engine`."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        loss, named = self._engine(batch, step)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        loss, named = self.deepspeed(batch, step)
         return loss, named
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`."""
-        self._engine.backward(loss)
+        self.deepspeed.backward(loss)
 
     def discard(self, loss: Tensor) -> None:
-        """See `Engine`: gradients that aren't finite are what DeepSpeed itself drops in a step."""
-        self._engine.backward(loss * torch.nan)
-        self._engine.step()
+        self.deepspeed.backward(loss * torch.nan)  # DeepSpeed itself drops what isn't finite
+        self.deepspeed.step()
 
     def update(self, scale: float) -> float:
-        """See `Engine`."""
-        set_lr([self._engine.optimizer], scale)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        set_lr([self.deepspeed.optimizer], scale)
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """See `Engine`."""
         self._release()
         with self.ema.swapped():
             yield
             self._release()
 
     def save(self, folder: Path) -> None:
-        """See `Engine`; DeepSpeed's own files hold weights and moments, ours the averages."""
+        """DeepSpeed's own files hold weights and moments, ours the averages."""
         try:
-            self._engine.save_checkpoint(
+            self.deepspeed.save_checkpoint(
                 str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
             )
         except (OSError, RuntimeError) as error:
@@ -118,101 +230,74 @@ class DeepSpeedEngine:
             raise OutputError(f"the checkpoint in {folder.parent} can't be written: the disk may "
                               f"be full ({str(error).splitlines()[0][:120]}); the one before is "
                               "whole: make room and --resume") from error
-        averages = {name: _Gathered(self, name) for name in self.ema.shadow}
+        shared = self._parameters if self._shares_weights else {}
+        averages = {f"ema/{name}": _Gathered(shadow, shared.get(name))
+                    for name, shadow in self.ema.shadow.items()}
         if self._place.main:
-            buffers = {name: value for name, value in live_weights(self._task, frozen=False).items()
+            live = checkpoint.live_weights(self._task, frozen=False)
+            buffers = {name: value for name, value in live.items()
                        if name.removeprefix("model/") not in self._parameters}
-            write_state(folder, {**{f"ema/{n}": v for n, v in averages.items()}, **buffers})
+            checkpoint.write_state(folder, {**averages, **buffers})
         else:
             for each in averages.values():
                 each.get()
 
     def load(self, folder: Path) -> None:
-        """See `Engine`."""
         if not (folder / _TAG).is_dir():
             raise ModelError(f"{folder} is no checkpoint of DeepSpeed's; resume by the engine that "
                              "wrote it (engine.deepspeed left out)")
-        check_manifest(folder)
+        checkpoint.check_manifest(folder)
         self._release()
-        with as_universal(folder / _TAG, self._place, needed=self._resized) as place:
-            path, _ = self._engine.load_checkpoint(
+        with _readable(folder / _TAG, self._place, resized=self._resized) as place:
+            path, _ = self.deepspeed.load_checkpoint(
                 str(place.parent), tag=place.name, load_module_strict=False,
                 load_lr_scheduler_states=False,
             )
         if path is None:
             raise ModelError(f"{folder / _TAG} can't be read; resume from another step-* folder")
-        for group, hyper in zip(self._engine.optimizer.param_groups, self._hyper, strict=True):
+        for group, hyper in zip(self.deepspeed.optimizer.param_groups, self._hyper, strict=True):
             group.update(hyper)  # rates and decay are the config's, not the past's
-        for state in self._engine.basic_optimizer.state.values():
+        for state in self.deepspeed.basic_optimizer.state.values():
             if "step" in state:  # of the universal layout all groups got one, to count up together
                 state["step"] = torch.as_tensor(state["step"]).clone()
-        self._load_averages(folder)
-
-    def close(self) -> None:
-        """Take DeepSpeed down, before the process group is."""
-        self._engine.destroy()
-
-    def _load_averages(self, folder: Path) -> None:
-        tensors = read_state(folder)
+        tensors = checkpoint.read_state(folder)
         for name, shadow in self.ema.shadow.items():
-            whole = tensors.get(f"ema/{name}")
-            if whole is None:
-                raise ModelError(f"{folder} has no averages of {name}: it is of another config")
-            if self.settings.stage < 3:
+            whole = checkpoint.average_of(folder, tensors, name)
+            if not self._shares_weights:
                 shadow.copy_(whole)
                 continue
             first = self._place.rank * shadow.numel()
             mine = whole.flatten()[first : first + shadow.numel()]
             shadow.zero_()[: mine.numel()].copy_(mine)
 
-    def gather(self, name: str) -> Tensor:
-        """A parameter's whole average, on all ranks; all ask at once."""
-        shadow = self.ema.shadow[name]
-        if self.settings.stage < 3:
-            return shadow
-        parameter: Any = self._parameters[name]
-        parts = [torch.empty_like(shadow) for _ in range(self._place.size)]
-        dist.all_gather(parts, shadow)
-        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
-
-    def shape(self, name: str) -> torch.Size:
-        """Of a whole parameter."""
-        parameter: Any = self._parameters[name]
-        shape: torch.Size = parameter.ds_shape if self.settings.stage == 3 else parameter.shape
-        return shape
-
-    def _own(self, parameter: Any) -> Tensor:
-        """What this rank holds of a parameter: all, or its share [S]."""
-        own: Tensor = parameter.ds_tensor if self.settings.stage == 3 else parameter
-        return own
-
     def _release(self) -> None:
-        """Leave only shares, so that weights are gathered anew from them."""
-        if self.settings.stage == 3:
-            self._engine.empty_partition_cache()
+        """Leave only shares, so that weights are gathered again from them."""
+        if self._shares_weights:
+            self.deepspeed.empty_partition_cache()
 
 
 @dataclass(frozen=True)
 class _Gathered:
-    """An average that is brought together when it is written."""
+    """An average, whose shares [S] are brought together when it is written, by all at once."""
 
-    engine: DeepSpeedEngine
-    name: str
+    shadow: Tensor
+    shared: Any  # the parameter that ZeRO-3 shares out, or None
 
     @property
     def likeness(self) -> Tensor:
-        return torch.empty(self.engine.shape(self.name), device="meta")
+        shape = self.shadow.shape if self.shared is None else self.shared.ds_shape
+        return torch.empty(shape, device="meta")
 
     def get(self) -> Tensor:
-        return self.engine.gather(self.name).cpu()
+        if self.shared is None:
+            return self.shadow.cpu()
+        parts = [torch.empty_like(self.shadow) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, self.shadow)
+        return torch.cat(parts)[: self.shared.ds_numel].view(self.shared.ds_shape).cpu()
 
 
 def _only_adamw(task: Task) -> torch.optim.Optimizer:
-    """The task's optimiser, if ZeRO can share it out.
-
-    Raises:
-        InputError: several, or one that isn't elementwise; or parts that take turns.
-    """
+    """Return the task's optimiser if ZeRO can share it out."""
     if getattr(task, "alternates", False):
         raise InputError("parts that take turns can't be trained by DeepSpeed, which would "
                          "change those that rest: train one after the other, or by torch")
@@ -226,7 +311,7 @@ def _only_adamw(task: Task) -> torch.optim.Optimizer:
     return optimizers[0]
 
 
-def _tell_of_norms(deepspeed: ModuleType, model: nn.Module) -> None:
+def _register_norms(deepspeed: ModuleType, model: nn.Module) -> None:
     """Have ZeRO-3 bring norms' weights together for the module around them.
 
     That module hands them to a fused kernel, so the norm itself, and ZeRO's hook on it, never runs.
@@ -239,23 +324,25 @@ def _tell_of_norms(deepspeed: ModuleType, model: nn.Module) -> None:
 
 
 @contextmanager
-def as_universal(folder: Path, place: Place, *, needed: bool) -> Iterator[Path]:
-    """Within the block a DeepSpeed folder in its universal layout, for another number of ranks.
+def _readable(folder: Path, place: Place, *, resized: bool) -> Iterator[Path]:
+    """Within the block DeepSpeed's folder; for another number of ranks in its universal layout.
 
-    Each parameter's weight and moments are then files of their own, whole.
-
-    Args:
-        folder: as DeepSpeed wrote it; its hashes have been checked.
-        place: of this process; the main rank converts.
-        needed: False gives the folder as it is.
+    Each parameter's weight and moments are then files of their own, whole; the main rank converts.
     """
-    if not needed:
+    if not resized:
         yield folder
         return
+    from deepspeed.checkpoint.ds_to_universal import main
+
     universal = folder.with_name(f".{folder.name}.universal.tmp")
     if place.main:
         shutil.rmtree(universal, ignore_errors=True)
-        _convert(folder, universal)
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # noqa: PTH123
+            main(Namespace(
+                input_folder=str(folder), output_folder=str(universal), num_extract_workers=1,
+                num_merge_workers=1, keep_temp_folder=False, strict=True,
+                inject_missing_state=True,
+            ))
     place.barrier()
     try:
         yield universal
@@ -263,13 +350,3 @@ def as_universal(folder: Path, place: Place, *, needed: bool) -> Iterator[Path]:
         place.barrier()
         if place.main:
             shutil.rmtree(universal, ignore_errors=True)
-
-
-def _convert(folder: Path, universal: Path) -> None:
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
-        main(Namespace(
-            input_folder=str(folder), output_folder=str(universal), num_extract_workers=1,
-            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
-        ))

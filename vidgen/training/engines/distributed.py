@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +24,14 @@ from vidgen.core.runtime import choose_device, given_rank
 from vidgen.ops.parallel import Ranks
 from vidgen.pipeline.parallel.ipc import is_loss, torchrun_place
 from vidgen.training.config import RunConfig
-from vidgen.training.engines.lifeline import Lifeline
 
+T = TypeVar("T")
+_FAILURE = "failure"  # key of a failed rank's reason in the store
 TIMEOUT = timedelta(minutes=30)
-"""After which a rank that lives but answers no more ends the others; dead ones do so at once."""
-REASON_S = 30.0
-"""How long a rank waits for the reason of one that it has lost: that one may be clearing up."""
+"""After which a rank that lives but answers no more ends the others. A dead one's connections
+break at once; where NCCL waits nevertheless, the launcher ends the others."""
+GRACE_S, REASON_S = 5.0, 30.0
+"""Waits for the reason of a rank whose connections broke, and of one that may be clearing up."""
 
 
 class LostRankError(DeviceError):
@@ -36,18 +40,12 @@ class LostRankError(DeviceError):
 
 @dataclass(frozen=True)
 class Place:
-    """A process among the ranks.
+    """A process among the ranks."""
 
-    Args:
-        rank: of this process.
-        size: number of ranks.
-        sequence: ranks that hold one sample together.
-        ranks: those that share this one's samples, for `SpacetimeDiT(..., ranks=...)`, or None.
-    """
-
-    rank: int = 0
-    size: int = 1
-    sequence: int = 1
+    rank: int = 0  # of this process
+    size: int = 1  # number of ranks
+    sequence: int = 1  # ranks that hold one sample together
+    # those that share this one's samples, for `SpacetimeDiT(..., ranks=...)`, or None
     ranks: Ranks | None = field(default=None, compare=False)
 
     @property
@@ -65,41 +63,31 @@ class Place:
         """Which of them is this rank's."""
         return self.rank // self.sequence
 
-    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """The ranks' mean of named scalars, the same on all; the names must be, too."""
+    def told(self, what: T) -> list[T]:
+        """What each rank has to tell, in their order; heard by all."""
         if self.size == 1:
-            return {name: float(value) for name, value in values.items()}
-        both = torch.stack([value.detach().double().cpu() for value in values.values()])
-        dist.all_reduce(both)
-        return dict(zip(values, (both / self.size).tolist(), strict=True))
-
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag whether it is up on any rank, the same on all."""
-        if self.size == 1:
-            return list(flags)
-        both = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in both]
+            return [what]
+        boxes = [what] * self.size
+        dist.all_gather_object(boxes, what)
+        return boxes
 
     def said(self, what: str = "") -> str:
         """What the main rank says, heard by all."""
-        if self.size == 1:
-            return what
-        box = [what]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        return self.told(what)[0]
 
-    def told(self, what: list[str]) -> list[str]:
-        """What all ranks have to tell, in their order; heard by all."""
-        if self.size == 1:
-            return what
-        boxes: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(boxes, what)
-        return [item for box in boxes for item in box]
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """The ranks' mean of named scalars, the same on all; the names must be, too."""
+        rows = self.told([float(value) for value in values.values()])
+        means = (sum(column) / self.size for column in zip(*rows, strict=True))
+        return dict(zip(values, means, strict=True))
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is up on any rank, the same on all."""
+        return [any(column) for column in zip(*self.told(flags), strict=True)]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.any(False)
+        self.told(None)
 
 
 _ALONE = Place()
@@ -128,20 +116,25 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
         return
     device = own_device(run.device)
     store: dist.Store = dist.HashStore() if given is None else torchrun_place()[0]
+    store = dist.PrefixStore(f"run-{next(_joined)}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
-        store=dist.PrefixStore(f"run-{next(_joined)}", store), rank=rank, world_size=size,
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
+        rank=rank, world_size=size,
     )
-    lifeline = None if given is None else Lifeline(rank, size)
-    _places.append(Place(rank, size, sequence, _sharers(rank, size, sequence, device)))
+    ranks = None
+    if sequence > 1:
+        groups = [dist.new_group(range(i, i + sequence)) for i in range(0, size, sequence)]
+        ranks = Ranks(groups[rank // sequence], device)
+    _places.append(Place(rank, size, sequence, ranks))
+    failed = True
     try:
-        with _told_to(lifeline):
+        with _reported(store, rank, size):
             yield _places[-1]
+        failed = False
     finally:
         _places.pop()
-        if lifeline is not None:
-            lifeline.close()
-        dist.destroy_process_group()
+        if not (failed and size > 1 and device.type == "cuda"):  # NCCL would wait for the others
+            dist.destroy_process_group()
 
 
 def check_sharing(run: RunConfig, size: int) -> int:
@@ -175,25 +168,35 @@ def own_device(name: str) -> torch.device:
     return device
 
 
-def _sharers(rank: int, size: int, sequence: int, device: torch.device) -> Ranks | None:
-    if sequence == 1:
-        return None
-    groups = [dist.new_group(range(i, i + sequence)) for i in range(0, size, sequence)]
-    return Ranks(groups[rank // sequence], device)
-
-
 @contextmanager
-def _told_to(lifeline: Lifeline | None) -> Iterator[None]:
-    """An error inside ends the other ranks, too; the loss of another one is told by its reason."""
+def _reported(store: dist.Store, rank: int, size: int) -> Iterator[None]:
+    """Leave an error's text for the other ranks, and replace the loss of one by its reason."""
     try:
         yield
     except BaseException as error:
-        if lifeline is None:
-            raise
         if is_loss(error) or isinstance(error, LostRankError):
-            reason = lifeline.reason(wait_s=REASON_S)
-            if reason is not None:
-                raise DeviceError(reason) from error
+            wait_s = REASON_S if isinstance(error, LostRankError) else GRACE_S
+            raise DeviceError(_find_reason(store, rank, size, wait_s)) from error
         text = str(error) if isinstance(error, VidgenError) else f"{type(error).__name__}: {error}"
-        lifeline.fail(text)
+        with suppress(dist.DistError):
+            store.set(_FAILURE, f"rank {rank} of {size} failed: {text}")
         raise
+
+
+def _find_reason(store: dist.Store, rank: int, size: int, wait_s: float) -> str:
+    """Return what a rank that failed has left; of ranks that leave nothing, that they are gone."""
+    silent = [0]  # the store is unreachable where it ended with rank 0
+    with suppress(dist.DistError):
+        store.set(f"lost/{rank}", "")
+        until = time.monotonic() + wait_s
+        while not store.check([_FAILURE]):
+            if time.monotonic() > until:
+                silent = [other for other in range(size) if not store.check([f"lost/{other}"])]
+                break
+            time.sleep(0.1)
+        else:
+            return store.get(_FAILURE).decode()
+    if not silent:
+        return f"the {size} ranks lost each other, though all of them still run"
+    return (f"rank {' or '.join(map(str, silent))} of {size} is gone: killed, maybe for lack of "
+            "memory, or its machine can't be reached")

@@ -45,11 +45,7 @@ def possible_conditions(folder: ModelFolder) -> tuple[str, ...]:
 
 
 def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) -> dict[str, float]:
-    """How often each condition is drawn; weights needn't sum to 1.
-
-    Args:
-        asked: the run's `conditions`; None: the defaults of those that the model can do.
-        folder: the model.
+    """How often each condition is drawn, by default those that the model can do.
 
     Raises:
         InputError: an unknown condition, one that this model can't do, or no weight over 0.
@@ -75,98 +71,62 @@ def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) ->
 
 @dataclass(frozen=True)
 class Conditions:
-    """Writes conditions for one model.
+    """Writes conditions for one model."""
 
-    Args:
-        folder: the model.
-        weights: how often each is drawn.
-    """
-
-    folder: ModelFolder
-    weights: Mapping[str, float]
+    folder: ModelFolder  # the model
+    weights: Mapping[str, float]  # how often each is drawn
 
     def write(
         self, batch: Mapping[str, Any], draw: torch.Generator, rate: int = 1
     ) -> LatentState:
         """The state of a batch of the dataset; its `clean` are the latents.
 
-        Args:
-            batch: as `Dataset.batch` gives it, on the CPU.
-            draw: a CPU generator; what is drawn depends on it alone.
-            rate: latent frames for each of the clip's; above 1 `finer` are the latents.
+        All is drawn on the CPU; at a `rate` above 1 the batch's `finer` are the latents.
         """
         if rate > 1:
             batch = {**batch, "latents": batch["finer"]}
             if "still_index" in batch:
                 batch["still_index"] = batch["still_index"] * rate
-            return replace(self._state(batch, draw), spacing=1 / rate)
-        return self._state(batch, draw)
-
-    def _state(self, batch: Mapping[str, Any], draw: torch.Generator) -> LatentState:
-        latents = batch["latents"]
+        latents, components = batch["latents"], self.folder.components
+        strides: Strides = components["vae"].config.strides
         if self.folder.conditioning == "tokens":
-            return self._in_place(batch, draw)
-        state = replace(new_state(latents), clean=latents)
-        kinds = self._kinds(len(latents), draw)
-        if self.folder.conditioning == "channels":
-            return self._in_channels(state, batch, kinds)
-        if self.folder.conditioning == "control":
-            return self._in_control(state, batch, kinds)
-        return state
-
-    def _in_place(self, batch: Mapping[str, Any], draw: torch.Generator) -> LatentState:
-        shares: dict[str, Any] = dict.fromkeys((*KINDS, "reference"), 0.0) | dict(self.weights)
-        stills = None
-        if "stills" in batch:
-            stills = Stills(batch["stills"], batch["still_index"])
-        return training_conditions(
-            batch["latents"], draw, ConditionMix(**shares), self._strides,
-            stills=stills, patch=self.folder.components["transformer"].config.patch_size,
-        )
-
-    def _in_channels(
-        self, state: LatentState, batch: Mapping[str, Any], kinds: list[str]
-    ) -> LatentState:
-        rows = [
-            condition.known_frames(
-                batch[kind][i : i + 1], self._known(state, kind), self._strides
+            shares: dict[str, Any] = dict.fromkeys((*KINDS, "reference"), 0.0) | dict(self.weights)
+            stills = Stills(batch["stills"], batch["still_index"]) if "stills" in batch else None
+            state = training_conditions(
+                latents, draw, ConditionMix(**shares), strides, stills=stills,
+                patch=components["transformer"].config.patch_size,
             )
-            for i, kind in enumerate(kinds)
-        ]
-        features: Tensor | None = batch.get("image")
-        if features is not None and "image_last" in batch:
-            features = torch.cat([features, batch["image_last"]], dim=1)
-        return replace(state, stacked=torch.cat(rows), image_context=features)
-
-    def _in_control(
-        self, state: LatentState, batch: Mapping[str, Any], kinds: list[str]
-    ) -> LatentState:
-        if "grey" not in batch:  # pictures: nothing is known of them
-            return state
-        grey, rows = batch["grey"], []
-        side = self._strides.hw
-        for i, kind in enumerate(kinds):
-            kept = grey if kind == "text" or kind not in batch else batch[kind][i : i + 1]
-            known = self._known(state, kind if kept is not grey else "text")
-            wanted = (~known).float()[None, None, :, None, None].expand(
-                1, 1, -1, state.latents.shape[3] * side, state.latents.shape[4] * side
-            )
-            rows.append(condition.control_rows(kept, grey, wanted, self._strides))
-        return replace(state, control=torch.cat(rows))
-
-    def _known(self, state: LatentState, kind: str) -> Tensor:
-        """[T] bool: the pixel frames that are known under a condition."""
-        known = torch.zeros(1 + (state.latents.shape[2] - 1) * self._strides.t, dtype=torch.bool)
-        known[0] = kind in ("first", "both")
-        known[-1] = known[-1] or kind == "both"
-        return known
-
-    def _kinds(self, count: int, draw: torch.Generator) -> list[str]:
+            return replace(state, spacing=1 / rate)
         names = [name for name, weight in self.weights.items() if weight]
         weights = torch.tensor([self.weights[name] for name in names])
-        drawn = torch.multinomial(weights, count, replacement=True, generator=draw)
-        return [names[i] for i in drawn.tolist()]
+        drawn = torch.multinomial(weights, len(latents), replacement=True, generator=draw)
+        kinds = [names[i] for i in drawn.tolist()]
+        state = replace(new_state(latents), clean=latents, spacing=1 / rate)
+        if self.folder.conditioning == "channels":
+            rows = []
+            for i, kind in enumerate(kinds):
+                known = _known(latents, kind, strides)
+                rows.append(condition.known_frames(batch[kind][i : i + 1], known, strides))
+            features: Tensor | None = batch.get("image")
+            if features is not None and "image_last" in batch:
+                features = torch.cat([features, batch["image_last"]], dim=1)
+            return replace(state, stacked=torch.cat(rows), image_context=features)
+        if self.folder.conditioning != "control" or "grey" not in batch:
+            return state  # of pictures nothing is known
+        grey, rows = batch["grey"], []
+        size = [length * strides.hw for length in latents.shape[3:]]
+        for i, kind in enumerate(kinds):
+            is_known = kind != "text" and kind in batch
+            known = _known(latents, kind if is_known else "text", strides)
+            wanted = (~known).float()[None, None, :, None, None].expand(1, 1, -1, *size)
+            kept = batch[kind][i : i + 1] if is_known else grey
+            rows.append(condition.control_rows(kept, grey, wanted, strides))
+        return replace(state, control=torch.cat(rows))
 
-    @property
-    def _strides(self) -> Strides:
-        return self.folder.components["vae"].config.strides
+
+def _known(latents: Tensor, kind: str, strides: Strides) -> Tensor:
+    """[T] bool: the pixel frames that are known under a condition."""
+    known = torch.zeros(1 + (latents.shape[2] - 1) * strides.t, dtype=torch.bool)
+    known[0] = kind in ("first", "both")
+    known[-1] = known[-1] or kind == "both"
+    return known

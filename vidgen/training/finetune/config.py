@@ -18,20 +18,14 @@ MAX_RANK = 1024
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which layers get a low-rank delta, and how large it may become (Hu et al. 2021).
+    """Which layers get a low-rank delta, and how large it may become (Hu et al. 2021)."""
 
-    Args:
-        rank: columns of the two factors.
-        alpha: scale times rank; None: the rank, so that the scale is 1.
-        dropout: of what enters the first factor.
-        targets: "attention": the projections of self- and cross-attention; "all": all linear
-            layers of blocks; or parts of layers' names, such as "self_attn.q" or "ffn". Layers
-            that make sound aren't among them.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: int = 16  # columns of the two factors
+    alpha: float | None = None  # scale times rank; None: the rank, so that the scale is 1
+    dropout: float = 0.0  # of what enters the first factor
+    # "attention": the projections of self- and cross-attention; "all": all linear layers of blocks;
+    # or parts of layers' names, such as "self_attn.q" or "ffn". Layers that make sound aren't among
+    # them.
     targets: Literal["attention", "all"] | tuple[str, ...] = field(
         default="attention", metadata=ONE)
 
@@ -50,19 +44,13 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """How the noise levels of samples are drawn.
+    """How the noise levels of samples are drawn."""
 
-    Args:
-        density: "logit-normal" (Esser et al. 2024, eq. 19) or "uniform".
-        mean: of the logit-normal density.
-        std: of the logit-normal density.
-        shift: towards noise, as larger clips need; None: the model's own.
-    """
-
+    # "logit-normal" (Esser et al. 2024, eq. 19) or "uniform".
     density: Literal["logit-normal", "uniform"] = "logit-normal"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float | None = None
+    mean: float = 0.0  # of the logit-normal density
+    std: float = 1.0  # of the logit-normal density
+    shift: float | None = None  # towards noise, as larger clips need; None: the model's own
 
     def __post_init__(self) -> None:
         if not abs(self.mean) < float("inf"):
@@ -74,21 +62,15 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class SubjectSettings:
-    """A spare token that is to mean a subject; captions and prompts have it in the subject's place.
+    """A spare token that stands for a subject in captions and prompts."""
 
-    Args:
-        token: one of the tokenizer's, `<subject_0>` to `<subject_63>`.
-        like: words that say what the subject is like: where its embedding starts.
-        lr: peak rate of the embedding, whose entries are about 1.
-        keep_others: clips whose caption lacks the token teach nothing new: on them the model's own
-            answer without the LoRA is learned, so that all else stays as it is (prior preservation,
-            Ruiz et al. 2023, with the targets of Li & Hoiem 2016), and errors count so many times.
-            Costs a forward pass a step; 0: they teach what they show.
-    """
-
-    token: str
-    like: str
-    lr: float = 0.02
+    token: str  # one of the tokenizer's, `<subject_0>` to `<subject_63>`
+    like: str  # words that say what the subject is like: where its embedding starts
+    lr: float = 0.02  # peak rate of the embedding, whose entries are about 1
+    # clips whose caption lacks the token teach nothing new: on them the model's own answer without
+    # the LoRA is learned, so that all else stays as it is (prior preservation, Ruiz et al. 2023,
+    # with the targets of Li & Hoiem 2016), and errors count so many times. Costs a forward pass a
+    # step; 0: they teach what they show.
     keep_others: float = 5.0
 
     def __post_init__(self) -> None:
@@ -100,29 +82,19 @@ class SubjectSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What is looked at every `run.validate_every` steps, always with the same noise.
+    """What is looked at every `run.validate_every` steps, always with the same noise."""
 
-    Args:
-        sigmas: noise levels at which the velocity's error is measured on held-out clips.
-        clips: at most so many of them.
-        prompts: of the sheet's clips, and of the A/B sheet in the end; none: held-out captions.
-        sheet_every: steps between sheets, a multiple of `run.validate_every`; 0: none.
-        seed: of all of the sheets' clips.
-        steps: sampling steps of the sheets' clips; None: the model's own.
-        size: "WxH" of the sheets' clips; None: of the first bucket.
-        frames: of the sheets' clips; None: of the longest bucket.
-        guidance: of the sheets' clips; None: the model's own.
-    """
-
+    # noise levels at which the velocity's error is measured on held-out clips
     sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
-    clips: int = 16
+    clips: int = 16  # at most so many of them
+    # of the sheet's clips, and of the A/B sheet in the end; none: held-out captions
     prompts: tuple[str, ...] = field(default=(), metadata=ONE)
-    sheet_every: int = 0
-    seed: int = 0
-    steps: int | None = None
-    size: str | None = None
-    frames: int | None = None
-    guidance: float | None = None
+    sheet_every: int = 0  # steps between sheets, a multiple of `run.validate_every`; 0: none
+    seed: int = 0  # of all of the sheets' clips
+    steps: int | None = None  # sampling steps of the sheets' clips; None: the model's own
+    size: str | None = None  # "WxH" of the sheets' clips; None: of the first bucket
+    frames: int | None = None  # of the sheets' clips; None: of the longest bucket
+    guidance: float | None = None  # of the sheets' clips; None: the model's own
 
     def __post_init__(self) -> None:
         if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
@@ -134,30 +106,19 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What comes out, and what its card says.
+    """What comes out, and what its card says."""
 
-    Args:
-        name: of the files and in the card.
-        dialects: of further LoRA files beside vidgen's own: diffusers, peft, wan (which ComfyUI
-            reads), kohya.
-        dtype: of LoRA files; a whole model's weights stay in the dtype that its files had.
-        author: who made it.
-        license: under which it may be used.
-        data_license: under which the clips may be used.
-        consent: of people shown or heard in the clips, in words.
-        description: what it is for.
-        ab_clips: prompts of the sheet with and without it; 0: no sheet.
-    """
-
-    name: str = "finetuned"
+    name: str = "finetuned"  # of the files and in the card
+    # of further LoRA files beside vidgen's own: diffusers, peft, wan (which ComfyUI reads), kohya
     dialects: tuple[str, ...] = field(default=(), metadata=ONE)
+    # of LoRA files; a whole model's weights stay in the dtype that its files had
     dtype: Literal["bf16", "fp32"] = "bf16"
-    author: str = ""
-    license: str = ""
-    data_license: str = ""
-    consent: str = ""
-    description: str = ""
-    ab_clips: int = 4
+    author: str = ""  # who made it
+    license: str = ""  # under which it may be used
+    data_license: str = ""  # under which the clips may be used
+    consent: str = ""  # of people shown or heard in the clips, in words
+    description: str = ""  # what it is for
+    ab_clips: int = 4  # prompts of the sheet with and without it; 0: no sheet
 
     def __post_init__(self) -> None:
         for dialect in self.dialects:
@@ -172,38 +133,27 @@ class OutputSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """The whole YAML file of a fine-tuning run.
+    """The whole YAML file of a fine-tuning run."""
 
-    Args:
-        model: an embedded model's name, a folder of toybox or of the Wan family, or a hub id.
-        data: clips and captions.
-        run: steps, rates, folder.
-        method: "lora", or "full": all weights of the transformer.
-        lora: of the method "lora".
-        experts: which transformers of a model with two are trained, each on its own noise levels.
-        conditions: how often each is drawn: text, first, last, both, frames, prefix, mask; None:
-            what the model can do, text most often.
-        noise: how the noise levels are drawn.
-        subject: a spare token that is learned along; of models whose tokenizer has some.
-        checkpointing: recompute blocks in the backward pass instead of keeping what they hold.
-        validation: what is looked at meanwhile.
-        output: what comes out.
-        tensorboard: also write TensorBoard's event files into the run's folder.
-    """
-
-    model: str
-    data: DataConfig
-    run: RunConfig
-    method: Literal["lora", "full"] = "lora"
-    lora: LoraSettings = field(default_factory=LoraSettings)
+    model: str  # an embedded model's name, a folder of toybox or of the Wan family, or a hub id
+    data: DataConfig  # clips and captions
+    run: RunConfig  # steps, rates, folder
+    method: Literal["lora", "full"] = "lora"  # "lora", or "full": all weights of the transformer
+    lora: LoraSettings = field(default_factory=LoraSettings)  # of the method "lora"
+    # which transformers of a model with two are trained, each on its own noise levels
     experts: Literal["both", "high", "low"] = "both"
+    # how often each is drawn: text, first, last, both, frames, prefix, mask; None: what the model
+    # can do, text most often
     conditions: dict[str, float] | None = None
-    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)  # how the noise levels are drawn
+    # a spare token that is learned along; of models whose tokenizer has some
     subject: SubjectSettings | None = None
+    # recompute blocks in the backward pass instead of keeping what they hold
     checkpointing: bool = False
+    # what is looked at meanwhile
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-    output: OutputSettings = field(default_factory=OutputSettings)
-    tensorboard: bool = False
+    output: OutputSettings = field(default_factory=OutputSettings)  # what comes out
+    tensorboard: bool = False  # also write TensorBoard's event files into the run's folder
 
     def __post_init__(self) -> None:
         if self.method == "lora" and self.run.optim.muon_lr:

@@ -30,10 +30,6 @@ _GROUPS = {
 def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
     """Paths of the linear layers that get a delta; none that makes sound, as clips bring none.
 
-    Args:
-        dit: a `SpacetimeDiT`, on any device.
-        targets: see `LoraSettings.targets`.
-
     Raises:
         InputError: a part of a name that no linear layer has; names the nearest.
     """
@@ -109,13 +105,9 @@ def adapter_of(
     weights: Mapping[str, Tensor], settings: LoraSettings, name: str,
     tokens: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """What was learned, as `write_lora` takes it.
+    """What a transformer that `inject` was called for learned, as `write_lora` takes it.
 
-    Args:
-        weights: of a transformer that `inject` was called for, or of its factors alone, by name.
-        settings: those of `inject`.
-        name: of the adapter.
-        tokens: embeddings learned along.
+    Its weights, or its factors alone, are by name; `tokens` are embeddings learned along.
     """
     first, second = (f".lora_{side}.{_ADAPTER}.weight" for side in "AB")
     scale = (settings.rank if settings.alpha is None else settings.alpha) / settings.rank

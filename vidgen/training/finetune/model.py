@@ -14,15 +14,14 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS
-from vidgen.training.engines.zero import share_out
+from vidgen.training.engines.deepspeed import share_out
 from vidgen.training.finetune.config import FinetuneConfig, SubjectSettings
 from vidgen.training.finetune.lora import inject
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import DiffusersFolder, ModelFolder
 from vidgen.weights.layouts import open_model
-
-CHOSEN = {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}
 
 
 class LearnedToken(nn.Module):
@@ -71,32 +70,25 @@ def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRo
     """The transformers that learn, by their role.
 
     Raises:
-        InputError: see `choose_roles`.
-    """
-    return choose_roles(config, folder.name, 1 + (EXPERTS[1] in folder.components))
-
-
-def choose_roles(
-    config: FinetuneConfig, model: str, num_experts: int
-) -> tuple[ExpertRole, ...]:
-    """The transformers that learn, of a model with so many, by their role.
-
-    Raises:
         InputError: an expert of a model that has only one transformer, or two at once by DeepSpeed.
     """
-    if num_experts == 1:
+    if EXPERTS[1] not in folder.components:
         if config.experts != "both":
-            raise InputError(
-                f"experts is {config.experts!r}, but {model} has one transformer; leave it out"
-            )
+            raise InputError(f"experts is {config.experts!r}, but {folder.name} has one "
+                             "transformer; leave it out")
         return EXPERTS[:1]
     if config.experts == "both" and config.run.engine.deepspeed:
         raise InputError(
-            f"{model} has two experts, which take turns; DeepSpeed would change the one that rests."
-            " Train one after the other: --set experts=high, then --set experts=low with another "
-            "run.folder; or leave run.engine.deepspeed out"
+            f"{folder.name} has two experts, which take turns; DeepSpeed would change the one that "
+            "rests. Train one after the other: --set experts=high, then --set experts=low with "
+            "another run.folder; or leave run.engine.deepspeed out"
         )
-    return CHOSEN[config.experts]
+    return {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}[config.experts]
+
+
+def rate_of(folder: ModelFolder, role: str) -> int:
+    """Return how many latent frames a transformer draws for each of a clip's."""
+    return upsampling_of(folder) if role == EXPERTS[1] else 1
 
 
 def open_transformers(
@@ -112,11 +104,11 @@ def open_transformers(
         ModelError: damaged files.
     """
     dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
-    made: dict[str, nn.Module] = {}
-    for role in trained_roles(config, folder):
-        module = folder.components[role].load(dtype, device, each=share_out(config.run))
-        made[role] = prepare_module(config, module)
-    return made
+    return {
+        role: prepare_module(config, folder.components[role].load(
+            dtype, device, each=share_out(config.run)))
+        for role in trained_roles(config, folder)
+    }
 
 
 def prepare_module(config: FinetuneConfig, module: nn.Module) -> nn.Module:

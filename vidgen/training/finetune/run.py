@@ -22,20 +22,23 @@ from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
-from vidgen.training.config import RunConfig
 from vidgen.training.data.dataset import Dataset, open_dataset
 from vidgen.training.engines.distributed import Place, join_ranks
-from vidgen.training.finetune.card import unstated, write_card
 from vidgen.training.finetune.conditions import settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import open_trainable
-from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse
+from vidgen.training.finetune.output import (
+    FOLDER,
+    NoEffect,
+    export,
+    rehearse,
+    unstated,
+    write_card,
+)
 from vidgen.training.finetune.sheet import Sheets, check_sheets
 from vidgen.training.finetune.task import FinetuneTask
 from vidgen.training.loop import TrainResult, find_source, train
 from vidgen.weights.folder import ModelFolder
-
-_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
@@ -74,6 +77,7 @@ def finetune(
             rehearse(config, folder)
             check_sheets(config, folder)
             find_source(Path(config.run.folder), resume=resume)
+            tell = tell if place.main else lambda _event: None
             dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
             result, facts = _train(config, folder, dataset, place, resume, accept_changes, tell)
         if not place.main:
@@ -92,11 +96,9 @@ def finetune(
 def _open_data(
     config: FinetuneConfig, folder: ModelFolder, place: Place, tell: OnEvent
 ) -> Dataset:
-    hear = tell if place.main else None
     dataset = open_dataset(
         config.data, folder, batch_size=config.run.batch_size, accumulate=config.run.accumulate,
-        with_context=config.subject is None, device=choose_device(config.run.device),
-        on_event=hear,
+        with_context=config.subject is None, device=choose_device(config.run.device), on_event=tell,
     )
     notes = [*dataset.notes, *dataset.ends(place.data_size)]
     if dataset.held_out is None:
@@ -109,7 +111,7 @@ def _open_data(
     if missing:
         notes.append("the model card will say 'not stated' for "
                      + ", ".join(f"output.{name}" for name in missing))
-    for note in notes if place.main else ():
+    for note in notes:
         tell({"event": "note", "text": note})
     return dataset
 
@@ -123,24 +125,19 @@ def _train(
     record = dump(config) | {
         "model_hash": folder.content_hash, "data_fingerprint": dataset.fingerprint,
     }
-    monitor = Monitor(
-        config.run, place, task.device, tell if place.main else lambda _event: None,
-        tensorboard=config.tensorboard,
-    )
     parameters = (p for m in task.modules.values() for p in m.parameters() if p.requires_grad)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
     result = train(
         task, config.run, resume=resume, record=record, accept_changes=accept_changes,
-        on_record=monitor,
+        on_record=_Monitor(config, place, task.device, tell),
     )
-    return result, facts_of(config, dataset, place, trainable, result)
+    return result, _facts(config, dataset, place, trainable, result)
 
 
-def facts_of(
+def _facts(
     config: FinetuneConfig, dataset: Dataset, place: Place, trainable: int, result: TrainResult
 ) -> dict[str, Any]:
     """What a card tells of the data and the training, for people."""
-    clips = {bucket.label: count for bucket, count in dataset.buckets.items()}
     seconds = sum(b.num_frames * n for b, n in dataset.buckets.items()) / float(dataset.fps)
     captioned = sum(bool(item.captions) for item in dataset.items)
     held_out = len(dataset.held_out.items) if dataset.held_out else 0
@@ -148,16 +145,16 @@ def facts_of(
     per_step = run.batch_size * run.accumulate * place.data_size
     return {
         "data": {
-            "clips": f"{dataset.num_items} ({seconds:.1f} s at {float(dataset.fps):g} fps), "
+            "clips": f"{len(dataset.items)} ({seconds:.1f} s at {float(dataset.fps):g} fps), "
                      f"{held_out} more held out",
             "captioned": f"{captioned} of {len(dataset.items)}",
-            "sizes": ", ".join(f"{label}: {count}" for label, count in clips.items()),
+            "sizes": ", ".join(f"{b.label}: {count}" for b, count in dataset.buckets.items()),
             "fingerprint": dataset.fingerprint,
         },
         "training": {
             "method": config.method, "weights trained": f"{trainable:,}",
             "steps": f"{result.step} of {per_step} samples, "
-                     f"{result.step * per_step / max(dataset.num_items, 1):.1f} epochs",
+                     f"{result.step * per_step / max(len(dataset.items), 1):.1f} epochs",
             "ranks": place.size, "dtype": run.dtype, "machine": machine["gpu"] or machine["cpu"],
             "versions": f"vidgen {machine['vidgen']}, torch {machine['torch']}",
         },
@@ -194,65 +191,53 @@ def _finish(
     return summary
 
 
-class Monitor:
-    """Hears every line of the run's curve before it is written, and adds what only it knows.
-
-    Args:
-        run: the run.
-        place: of this process.
-        device: what the steps run on.
-        tell: gets events.
-        tensorboard: whether to write TensorBoard's files, too.
-
-    Raises:
-        InputError: TensorBoard isn't installed.
-    """
+class _Monitor:
+    """Hears every line of the run's curve before it is written, and adds what only it knows."""
 
     def __init__(
-        self, run: RunConfig, place: Place, device: torch.device, tell: OnEvent, *,
-        tensorboard: bool,
+        self, config: FinetuneConfig, place: Place, device: torch.device, tell: OnEvent
     ) -> None:
-        self._run, self._place, self._tell = run, place, tell
-        dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+        self._run, self._place, self._tell = config.run, place, tell
+        dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
         self._peak = matmul_peak(device, dtype) if place.main else math.inf
-        self._board = _open_board(Path(run.folder)) if tensorboard and place.main else None
+        self._board: Any = None
+        if config.tensorboard and place.main:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError(
+                    "tensorboard: true needs the package tensorboard; install it: pip install "
+                    "'vidgen[train]', or leave it out: curve.jsonl has the same figures"
+                ) from None
+            self._board = SummaryWriter(str(Path(config.run.folder) / "tensorboard"))
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Take in a line of the curve."""
-        step = record["step"]
-        if "seconds_per_step" in record:
-            self._add_rates(record)
-            left = (self._run.steps - step) * record["seconds_per_step"]
-            self._tell({"event": "progress", "stage": "train", "done": step,
-                        "total": self._run.steps, "eta_s": left,
-                        **{k: v for k, v in record.items() if k != "step"}})  # fmt: skip
+        run, step = self._run, record["step"]
+        if "seconds_per_step" in record:  # means of a micro-batch; data ranks take `accumulate`
+            each_s = run.accumulate / record["seconds_per_step"]
+            record["tokens_per_s"] = record.pop("tokens") * each_s * self._place.data_size
+            record["mfu"] = record.pop("flops") * each_s / self._place.sequence / self._peak
+            left = (run.steps - step) * record["seconds_per_step"]
+            self._tell({"event": "progress", "stage": "train", "done": step, "total": run.steps,
+                        "eta_s": left, **{k: v for k, v in record.items() if k != "step"}})
         elif "validation" in record:
             self._tell({"event": "validation", **record})
         else:
-            self._tell({**record, "event": "note", "text": _complaint(record)})
+            files = ", ".join(record.get("files", ())) or "unknown files"
+            self._tell({**record, "event": "note", "text": f"step {step}: loss "
+                        f"{record['loss']:.4g} of {files}: {record['event']}"})
         if self._board is not None:
-            values = record.get("validation", record)
             kind = "validation" if "validation" in record else "train"
-            for name, value in values.items():
+            for name, value in record.get("validation", record).items():
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{kind}/{name}", value, step)
             self._board.flush()
-
-    def _add_rates(self, record: dict[str, Any]) -> None:
-        """Tokens a second of all ranks, and this one's share of the peak that it can reach.
-
-        Both from the means of a micro-batch; a step has `accumulate` of them on each data rank.
-        """
-        each_s = self._run.accumulate / record["seconds_per_step"]
-        record["tokens_per_s"] = record.pop("tokens") * each_s * self._place.data_size
-        flops_per_s = record.pop("flops") * each_s / self._place.sequence
-        record["mfu"] = flops_per_s / self._peak
 
 
 @cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a large square product, timed once: what MFU is measured against."""
-    side = _SIDE.get(device.type, 1024)
+    side = 8192 if device.type == "cuda" else 1024
     a = torch.ones(side, side, device=device, dtype=dtype)
     times = []
     for _ in range(4):
@@ -261,19 +246,3 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         float(product[0, 0])  # waits for the device
         times.append(time.perf_counter() - begin)
     return float(2 * side**3 / min(times[1:]))  # the first one warms up
-
-
-def _open_board(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "tensorboard: true needs the package tensorboard; install it: pip install "
-            "'vidgen[train]', or leave it out: curve.jsonl has the same figures"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def _complaint(record: dict[str, Any]) -> str:
-    files = ", ".join(record.get("files", ())) or "unknown files"
-    return f"step {record['step']}: loss {record['loss']:.4g} of {files}: {record['event']}"

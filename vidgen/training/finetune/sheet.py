@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,6 @@ SHOWN = 4
 """Frames of each clip on a sheet, evenly spread."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """What a sheet's clip is made from.
-
-    Attributes:
-        prompt: its text.
-        latents: [1, C, F, h, w] of a clip to take first and last frame from, for models that begin
-            with pictures.
-    """
-
-    prompt: str
-    latents: torch.Tensor | None
-
-
 def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
     """Find out before anything is learned whether the sheets' clips can be made.
 
@@ -68,31 +53,21 @@ def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
         raise InputError(f"validation: {error}") from None
 
 
-class _Once(logging.Filter):
-    """Lets each message through once: the same prompts are made again and again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it wasn't told before."""
-        is_new = record.getMessage() not in self._told
-        self._told.add(record.getMessage())
-        return is_new
-
-
 class Sheets:
     """Makes the same clips again and again, with the same seeds.
 
-    Args:
-        config: the run.
-        dataset: its clips; held-out ones give prompts and pictures where the run names none.
+    Held-out clips give prompts and pictures where the run names none.
     """
 
     def __init__(self, config: FinetuneConfig, dataset: Dataset) -> None:
         self.config, self._dataset = config, dataset
-        self._once = _Once()
+        self._told = set[str]()
+
+    def _is_new(self, record: logging.LogRecord) -> bool:
+        """Let each message through once: the same prompts are made again and again."""
+        is_new = record.getMessage() not in self._told
+        self._told.add(record.getMessage())
+        return is_new
 
     def __call__(self, step: int, folder: Path, modules: Mapping[str, nn.Module]) -> None:
         """Write `sheet-STEP.png` of the modules as they are now."""
@@ -109,15 +84,11 @@ class Sheets:
                 loras = [str(path)]
             frames = [self._generate(engine, i, loras) for i in range(len(self._examples))]
         engine.loader.close()
-        prompts = [example.prompt for example in self._examples]
+        prompts = [prompt for prompt, _ in self._examples]
         _write(folder / f"sheet-{step:08d}.png", frames, prompts)
 
     def compare(self, use: Sequence[str], path: Path) -> float:
         """Write a sheet of clips without and with what was learned, of the same seeds.
-
-        Args:
-            use: what was made, as `--lora` or `--model` takes it.
-            path: of the sheet.
 
         Returns:
             Mean absolute difference of the frames' bytes; 0 means that nothing was learned.
@@ -130,9 +101,9 @@ class Sheets:
         with_it = [self._generate(engine, i, use if is_lora else ()) for i in range(count)]
         engine.loader.close()
         rows, labels = [], []
-        for example, *pair in zip(self._examples, without, with_it, strict=False):
+        for (prompt, _), *pair in zip(self._examples, without, with_it, strict=False):
             rows += pair
-            labels += [f"without: {example.prompt}", f"with: {example.prompt}"]
+            labels += [f"without: {prompt}", f"with: {prompt}"]
         _write(path, rows, labels)
         pairs = zip(without, with_it, strict=True)
         return float(np.mean([np.abs(a.astype(np.int16) - b).mean() for a, b in pairs]))
@@ -147,7 +118,8 @@ class Sheets:
                         device=run.device, dtype=run.dtype, offload="stage")
 
     @cached_property
-    def _examples(self) -> list[Example]:
+    def _examples(self) -> list[tuple[str, torch.Tensor | None]]:
+        """Prompts, and latents [1, C, F, h, w] to take first and last frame from, if need be."""
         source = self._dataset.held_out or self._dataset
         prompts, count = self.config.validation.prompts, self.config.output.ab_clips
         needs_pictures = "text" not in self._engine.folder.tasks
@@ -157,13 +129,11 @@ class Sheets:
         latents = [batch["latents"] if needs_pictures else None for batch in batches]
         if not prompts:
             prompts = tuple(batch["captions"][0] or "a clip" for batch in batches)
-        return [
-            Example(prompt, latents[i % len(latents)] if latents else None)
-            for i, prompt in enumerate(prompts)
-        ]
+        return [(prompt, latents[i % len(latents)] if latents else None)
+                for i, prompt in enumerate(prompts)]
 
     def _generate(self, engine: Engine, index: int, loras: Sequence[str]) -> Frames:
-        settings, example = self.config.validation, self._examples[index]
+        settings, (prompt, latents) = self.config.validation, self._examples[index]
         largest = max(self._dataset.buckets, key=lambda b: (b.num_frames, b.width * b.height))
         options: dict[str, Any] = {
             "seed": settings.seed + index, "steps": settings.steps, "guidance": settings.guidance,
@@ -171,23 +141,18 @@ class Sheets:
             "frames": settings.frames or largest.num_frames, "fps": self._dataset.fps,
             "lora": list(loras), "audio": "none", "readings": "none",
         }
-        if example.latents is not None:
-            options |= self._pictures(engine, example.latents)
-        engine_log.addFilter(self._once)
+        if latents is not None:
+            frames = torch.cat(list(engine.decode_video(latents)), dim=2)[0]
+            options["image"] = to_frames(frames[:, :1])[0].numpy()
+            if engine.dit_config.image_positions is not None:  # it was taught both
+                options["last_image"] = to_frames(frames[:, -1:])[0].numpy()
+        engine_log.addFilter(self._is_new)
         try:
-            clip = engine.generate(example.prompt, **options)
+            clip = engine.generate(prompt, **options)
         finally:
-            engine_log.removeFilter(self._once)
+            engine_log.removeFilter(self._is_new)
         assert not isinstance(clip, list)
         return clip.frames
-
-    def _pictures(self, engine: Engine, latents: torch.Tensor) -> dict[str, Frames]:
-        """A clip's first frame, and its last where the model was taught both, as uint8."""
-        frames = torch.cat(list(engine.decode_video(latents)), dim=2)[0]
-        pictures = {"image": to_frames(frames[:, :1])[0].numpy()}
-        if engine.dit_config.image_positions is not None:
-            pictures["last_image"] = to_frames(frames[:, -1:])[0].numpy()
-        return pictures
 
 
 def _write(path: Path, clips: Sequence[Frames], labels: Sequence[str]) -> None:

@@ -22,7 +22,6 @@ from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
-from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.data.dataset import Dataset
@@ -30,7 +29,7 @@ from vidgen.training.engines.distributed import current_place
 from vidgen.training.finetune.conditions import Conditions, settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.lora import without_delta
-from vidgen.training.finetune.model import open_subject, open_transformers
+from vidgen.training.finetune.model import open_subject, open_transformers, rate_of
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of, seed_of
 from vidgen.weights.folder import ModelFolder
@@ -47,27 +46,17 @@ _MEAN = "velocity_mean"
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the run's device.
+    """One micro-batch on the run's device."""
 
-    Attributes:
-        state: clean latents and all that is known of them.
-        noise: [B, C, F, h, w].
-        sigma: [B].
-        role: of the transformer that learns from it.
-        context: text features [B, S, D], or None where captions are encoded in the step.
-        lengths: valid rows of each text, [B].
-        ids: of the captions' tokens [B, S], where they are encoded in the step.
-        files: what it was made of.
-    """
-
-    state: LatentState
-    noise: Tensor
-    sigma: Tensor
-    role: str
+    state: LatentState  # clean latents and all that is known of them
+    noise: Tensor  # [B, C, F, h, w]
+    sigma: Tensor  # [B]
+    role: str  # of the transformer that learns from it
+    # text features [B, S, D], or None where captions are encoded in the step
     context: Tensor | None
-    lengths: Tensor
-    ids: Tensor | None
-    files: list[str]
+    lengths: Tensor  # valid rows of each text, [B]
+    ids: Tensor | None  # of the captions' tokens [B, S], where they are encoded in the step
+    files: list[str]  # what it was made of
 
 
 class FinetuneTask:
@@ -106,6 +95,15 @@ class FinetuneTask:
         if self.subject is not None:
             self.modules["token"] = self.subject.token.to(self.device)
         self.alternates = len(self.transformers) > 1
+        self._dit_config: Any = folder.components["transformer"].config
+        has_two = EXPERTS[1] in folder.components
+        self._boundary = folder.defaults.boundary or 0.0 if has_two else 0.0
+        assert self._boundary or not has_two, "a model with two experts has a boundary"
+        noise = config.noise
+        self._density: dict[str, Any] = {
+            "shift": folder.defaults.shift if noise.shift is None else noise.shift,
+            "mean": None if noise.density == "uniform" else noise.mean, "std": noise.std,
+        }
         self._sigmas = self._settle_sigmas()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -128,11 +126,10 @@ class FinetuneTask:
         data = self.dataset.batch(step, micro // size, micro % size, size)
         draw = generator_of(self.config.run.seed, step, micro)
         role = self._role(step)
-        sigma = draw_sigmas(
-            len(data["latents"]), draw, between=self._levels(role), **self._density
-        )
+        levels = (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
+        sigma = draw_sigmas(len(data["latents"]), draw, between=levels, **self._density)
         shown = seed_of(self.config.run.seed, step, -2) / 2**63 < SHOWN_SHARE
-        rate = 1 if shown else self._rate(role)
+        rate = 1 if shown else rate_of(self.folder, role)
         return self._assemble(data, draw, sigma, role, self.conditions, rate)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,8 +153,8 @@ class FinetuneTask:
             for sigma in self._sigmas:
                 role = self._role_at(sigma)
                 errors = [
-                    (float(self._error(self._held_out(index, sigma, role))), len(files))
-                    for index, (_, files) in enumerate(self._validation)
+                    (float(self._error(self._held_out(index, sigma, role))), len(data["files"]))
+                    for index, data in enumerate(self._validation)
                 ]
                 total = sum(count for _, count in errors)
                 scores[_score(sigma)] = sum(e * count for e, count in errors) / total
@@ -188,29 +185,26 @@ class FinetuneTask:
         return sigmas
 
     @cached_property
-    def _validation(self) -> list[tuple[dict[str, Any], list[str]]]:
+    def _validation(self) -> list[dict[str, Any]]:
         """Batches to validate on, each of one bucket, kept as they are made once."""
         source = self.dataset.held_out or self.dataset
         chosen: dict[Any, list[int]] = {}
         for index in range(min(self.config.validation.clips, len(source.items))):
             chosen.setdefault(source.items[index].bucket, []).append(index)
         size = self.config.run.batch_size
-        parts = [
-            indices[start : start + size]
+        return [
+            source.item_batch(indices[start : start + size])
             for indices in chosen.values() for start in range(0, len(indices), size)
         ]
-        batches = [source.item_batch(part) for part in parts]
-        return [(batch, batch["files"]) for batch in batches]
 
     def _held_out(self, index: int, sigma: float, role: str) -> Batch:
         """A validation batch at a noise level; its noise and conditions are always the same."""
-        data, files = self._validation[index]
-        draw = generator_of(index, round(sigma * 1e6))
+        data, draw = self._validation[index], generator_of(index, round(sigma * 1e6))
         kinds = self.conditions.weights
         kind = next(name for name in ("text", "first", "both", *kinds) if kinds.get(name))
         conditions = replace(self.conditions, weights={kind: 1.0})
-        levels, rate = torch.full((len(files),), sigma), self._rate(role)
-        return self._assemble(data, draw, levels, role, conditions, rate)
+        levels = torch.full((len(data["files"]),), sigma)
+        return self._assemble(data, draw, levels, role, conditions, rate_of(self.folder, role))
 
     def _assemble(
         self, data: Mapping[str, Any], draw: torch.Generator, sigma: Tensor, role: str,
@@ -232,9 +226,15 @@ class FinetuneTask:
 
     def _error(self, batch: Batch, keep: float = 0.0) -> Tensor:
         """Squared error of the velocity; how much it counts that others than the subject stay."""
-        state, noise = batch.state, batch.noise
-        noisy = add_noise(state.clean, noise, batch.sigma)
-        context, dit = self._context(batch), self.transformers[batch.role]
+        state, noise, context = batch.state, batch.noise, batch.context
+        noisy, dit = add_noise(state.clean, noise, batch.sigma), self.transformers[batch.role]
+        if context is None:  # of captions with a token that is learned
+            assert self.subject is not None
+            assert batch.ids is not None
+            mask = torch.arange(batch.ids.shape[1], device=self.device) < batch.lengths[:, None]
+            # through the very module of `modules`, whose hooks engines rely on
+            learned = self.modules["token"]()
+            context = encode_tokens(self.subject.encoder, batch.ids, mask, learned)
 
         def predict() -> Tensor:
             return velocity(
@@ -243,73 +243,27 @@ class FinetuneTask:
                 control=state.control, ranks=current_place().ranks,
             )
 
-        if keep:  # on every rank alike, as sharded weights are gathered for it
-            with torch.no_grad(), without_delta(dit):
-                before = predict()
-            others = ~self._shows_subject(batch)
-            own = (state.clean + before).to(noise.dtype)
-            noise = torch.where(others.view(-1, 1, 1, 1, 1), own, noise)
+        if not keep:
+            return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
+        assert self.subject is not None
+        assert batch.ids is not None
+        with torch.no_grad(), without_delta(dit):  # on all ranks: sharded weights are gathered
+            before = predict()
+        others = ~(batch.ids == self.subject.token.index).any(1)
+        own = (state.clean + before).to(noise.dtype)
+        noise = torch.where(others.view(-1, 1, 1, 1, 1), own, noise)
         errors = velocity_loss(predict(), state.clean, noise, state.denoise_mask)
-        return (errors * torch.where(others, keep, 1.0) if keep else errors).mean()
-
-    def _shows_subject(self, batch: Batch) -> Tensor:
-        """Whether a caption has the token that is learned, [B]."""
-        assert self.subject is not None
-        assert batch.ids is not None
-        return (batch.ids == self.subject.token.index).any(1)
-
-    def _context(self, batch: Batch) -> Tensor:
-        """Text features; of captions with a token that is learned they are made anew."""
-        if batch.context is not None:
-            return batch.context
-        assert self.subject is not None
-        assert batch.ids is not None
-        places = torch.arange(batch.ids.shape[1], device=self.device)
-        mask = places < batch.lengths[:, None]
-        # through the very module of `modules`, whose hooks engines rely on
-        learned = self.modules["token"]()
-        return encode_tokens(self.subject.encoder, batch.ids, mask, learned)
+        return (errors * torch.where(others, keep, 1.0)).mean()
 
     def _role(self, step: int) -> str:
-        """Which transformer learns in a step: of two, each as often as its noise levels come."""
+        """Return the transformer of a step: of two, each as often as its noise levels come."""
         if not self.alternates:
             return next(iter(self.transformers))
         draw = seed_of(self.config.run.seed, step, -1) / 2**63
         return EXPERTS[1] if draw < share_below(self._boundary, **self._density) else EXPERTS[0]
 
     def _role_at(self, sigma: float) -> str:
-        """Which of the model's transformers denoises at a level."""
-        if EXPERTS[1] not in self.folder.components:
-            return EXPERTS[0]
         return EXPERTS[0] if sigma >= self._boundary else EXPERTS[1]
-
-    def _levels(self, role: str) -> tuple[float, float]:
-        """The noise levels that a transformer learns."""
-        if EXPERTS[1] not in self.folder.components:
-            return 0.0, 1.0
-        return (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
-
-    def _rate(self, role: str) -> int:
-        """Latent frames for each of a clip's that a transformer draws, where it may be finer."""
-        return upsampling_of(self.folder) if role == EXPERTS[1] else 1
-
-    @property
-    def _boundary(self) -> float:
-        boundary = self.folder.defaults.boundary
-        assert boundary is not None, "a model with two experts has a boundary"
-        return boundary
-
-    @property
-    def _density(self) -> dict[str, Any]:
-        noise = self.config.noise
-        return {
-            "shift": self.folder.defaults.shift if noise.shift is None else noise.shift,
-            "mean": None if noise.density == "uniform" else noise.mean, "std": noise.std,
-        }
-
-    @property
-    def _dit_config(self) -> Any:
-        return self.folder.components["transformer"].config
 
     def _work(self, batch: Batch) -> tuple[int, float]:
         """Tokens of a batch, and the FLOPs of learning from it.
