@@ -428,7 +428,7 @@ def test_other_families_are_refused(tmp_path, clips):
 
 
 def test_targets_cover_what_they_say(tiny_model):
-    from vidgen.training.finetune.lora import target_paths
+    from vidgen.training.finetune.model import target_paths
 
     dit = open_model(str(tiny_model)).components["transformer"].build()
     attention, every = target_paths(dit, "attention"), target_paths(dit, "all")

@@ -21,7 +21,7 @@ from vidgen.pipeline.loader import EXPERTS
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.finetune.conditions import Conditions, possible_conditions, settle_conditions
 from vidgen.training.finetune.config import LoraSettings
-from vidgen.training.finetune.lora import adapter_of, delta_norm, inject
+from vidgen.training.finetune.model import adapter_of, delta_norm, inject
 from vidgen.training.finetune.plan import plan
 from vidgen.training.finetune.task import FinetuneTask
 from vidgen.weights.layouts import open_model

@@ -61,14 +61,9 @@ def train(
 ) -> TrainResult:
     """Run `task` to the end of its steps, its minutes, or an interrupt.
 
-    Args:
-        task: what is trained.
-        run: how long, how often, where.
-        resume: go on from the folder's newest checkpoint.
-        record: the whole resolved config, kept as `task.json` once the run may begin.
-        accept_changes: go on under another config than the run began with.
-        on_record: gets every line of `curve.jsonl` before it is written, on the main rank; may
-            add to it.
+    `record` is the whole resolved config, kept as `task.json`; a run that goes on has to have the
+    one that it began with, unless changes are accepted. On the main rank `on_record` gets every
+    line of `curve.jsonl` before it is written, and may add to it.
 
     Raises:
         InputError: the folder holds a run already and `resume` is not set; another process runs

@@ -119,11 +119,7 @@ class EMA:
     """fp32 running mean of every parameter: shadow = decay * shadow + (1 - decay) * weight.
 
     The decay warms up as (1 + step) / (10 + step), so early averages forget the random start. It is
-    elementwise, so where a rank holds a share of each weight it averages its share.
-
-    Args:
-        live: what this process holds of each parameter.
-        decay: of the mean, once warmed up.
+    elementwise, so where a rank holds a share of each weight, `live`, it averages its share.
     """
 
     def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:

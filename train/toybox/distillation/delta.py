@@ -13,7 +13,7 @@ from vidgen.core.errors import InputError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank
-from vidgen.training.finetune.lora import target_paths
+from vidgen.training.finetune.model import target_paths
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.student import read_student, student_parts

@@ -48,7 +48,7 @@ _FREE = ("cache", "image_share", "held_out", "drop_last", "caption_dropout", "se
 
 @dataclass(frozen=True)
 class LatentCache:
-    """The tensors of a cache, by what shaped them; a `Source` of items."""
+    """The tensors of a cache, by what shaped them."""
 
     folder: Path  # of the cache
     manifest: Mapping[str, Any]  # what shapes its tensors

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,29 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.training.data.cache import open_cache
+from vidgen.training.data.cache import LatentCache, open_cache
 from vidgen.training.data.config import NO_CACHE, Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import Cursor, ItemEncoder, still_frames
 from vidgen.training.data.schedule import Schedule, drawn
 from vidgen.training.data.select import Item, Selection, picks
 from vidgen.training.data.survey import open_own, survey
 from vidgen.weights.folder import ModelFolder
-
-
-class Source(Protocol):
-    """Where an item's tensors come from."""
-
-    def item(self, item: Item) -> Mapping[str, Tensor]:
-        """What `ItemEncoder.item` gives."""
-
-    def text(self, caption: str) -> Tensor:
-        """Context [S, D] of a caption, float32."""
-
-    def grey(self, bucket: Bucket) -> Tensor | None:
-        """Latents [C, F, h, w] of grey, where the model needs them."""
-
-    def close(self) -> None:
-        """Let everything go."""
 
 
 class _Encoded:
@@ -78,14 +62,8 @@ def open_dataset(
 ) -> Dataset:
     """Open what a model is to learn from, with what it is validated on as `held_out`.
 
-    Args:
-        config: the data.
-        model: the model, or how to open it.
-        batch_size: items of a micro-batch on each rank.
-        accumulate: micro-batches of a step.
-        with_context: whether batches hold the captions' contexts.
-        device: where items are encoded without a cache; batches lie on the CPU.
-        on_event: told of progress while files are looked at.
+    A step has `accumulate` micro-batches of `batch_size` items on each rank, with the captions'
+    contexts if asked for. Batches lie on the CPU; items are encoded on `device` without a cache.
 
     Raises:
         InputError: data that can't be used, a cache that doesn't match, or nothing to learn.
@@ -93,7 +71,7 @@ def open_dataset(
     """
     folder = model if isinstance(model, ModelFolder) else open_own(str(model))
     geometry = Geometry.of(config, folder)
-    source: Source
+    source: LatentCache | _Encoded
     if config.cache != NO_CACHE:
         source, items, notes = open_cache(config, geometry, folder)
     else:
@@ -134,8 +112,8 @@ class Dataset:
     """
 
     def __init__(
-        self, config: DataConfig, geometry: Geometry, items: Sequence[Item], source: Source,
-        held_out: Dataset | None, notes: Sequence[str], *,
+        self, config: DataConfig, geometry: Geometry, items: Sequence[Item],
+        source: LatentCache | _Encoded, held_out: Dataset | None, notes: Sequence[str], *,
         batch_size: int, accumulate: int, with_context: bool,
     ) -> None:
         self.config, self.items, self.held_out = config, list(items), held_out
@@ -178,13 +156,7 @@ class Dataset:
     def batch(
         self, step: int, micro: int = 0, rank: int = 0, world: int = 1
     ) -> dict[str, Any]:
-        """A micro-batch; what it holds follows from the arguments, the config and the items.
-
-        Args:
-            step: of the run, from 0.
-            micro: of the step.
-            rank: of `world` that take part.
-            world: ranks that take different items.
+        """A micro-batch of a step, from 0, for a rank of the `world` that take different items.
 
         Returns:
             `latents` [B, C, F, h, w] float32; `context` [B, S, D], zero behind `context_lengths`

@@ -139,10 +139,6 @@ class ItemEncoder:
     """A model's networks that data go through; each is loaded when it is first needed.
 
     What pixels pass through computes in float32, the text encoder in what the device does best.
-
-    Args:
-        folder: the model.
-        device: where they compute.
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
@@ -171,12 +167,7 @@ class ItemEncoder:
 
     @torch.no_grad()
     def item(self, item: Item, picks: Sequence[int], cursor: Cursor) -> dict[str, Tensor]:
-        """All that is learned from of an item's picture.
-
-        Args:
-            item: of the cursor's file.
-            picks: numbers of the frames that it shows.
-            cursor: on its file, which is read in a stream.
+        """All that is learned from of an item that shows the `picks` of its file's frames.
 
         Returns:
             `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several frames,

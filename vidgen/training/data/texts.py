@@ -48,9 +48,7 @@ class Texts:
 def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
     """Text of bytes, and a note where its encoding had to be guessed.
 
-    Args:
-        content: as it lies in the file.
-        encoding: that it is in; "auto" goes by a byte order mark, else takes UTF-8, else guesses.
+    The encoding "auto" goes by a byte order mark, else takes UTF-8, else guesses.
 
     Raises:
         Unreadable: bytes that are no text in that encoding, or in any.

@@ -23,8 +23,7 @@ from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.lora import adapter_of, delta_norm, target_paths
-from vidgen.training.finetune.model import trained_roles
+from vidgen.training.finetune.model import adapter_of, delta_norm, target_paths, trained_roles
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder

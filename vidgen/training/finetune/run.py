@@ -56,11 +56,8 @@ def finetune(
 ) -> dict[str, Any] | None:
     """Train, export, prove the effect, write the card.
 
-    Args:
-        config: the run.
-        resume: go on from the run folder's newest checkpoint.
-        accept_changes: go on although the config, model or data changed since.
-        tell: gets events on the main rank: progress, validation, note, written.
+    A resumed run goes on from its newest checkpoint, with `accept_changes` although config, model
+    or data changed. On the main rank `tell` gets events: progress, validation, note, written.
 
     Returns:
         A summary, also in `output/summary.json`; None on ranks beside the main one. Its "finished"

@@ -28,8 +28,7 @@ from vidgen.training.data.dataset import Dataset
 from vidgen.training.engines.distributed import current_place
 from vidgen.training.finetune.conditions import Conditions, settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.lora import without_delta
-from vidgen.training.finetune.model import open_subject, open_transformers, rate_of
+from vidgen.training.finetune.model import open_subject, open_transformers, rate_of, without_delta
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of, seed_of
 from vidgen.weights.folder import ModelFolder
@@ -60,13 +59,7 @@ class Batch:
 
 
 class FinetuneTask:
-    """Transformers of an opened model, learning from a dataset.
-
-    Args:
-        config: the run.
-        folder: the model.
-        dataset: its clips, encoded by this model.
-        sheet: writes sheets of clips while it learns, or None.
+    """Transformers of an opened model, learning from clips that were encoded by it.
 
     Raises:
         InputError: what this model or these data can't do.
