@@ -29,7 +29,7 @@ from pkgutil import walk_packages
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
-HARNESS = frozenset({"tests.faults", "tests.ranks"})
+HARNESS = frozenset({"tests.faults", "tests.impatient", "tests.ranks"})
 PRODUCT = frozenset({
     "vidgen", "vidgen.pipeline.workers.process", "torch.distributed.run", "eval.toybox",
     "deepspeed.launcher.runner", "deepspeed.launcher.launch", "train.toybox.dit",
@@ -70,6 +70,7 @@ class Stem:
     def __init__(self, programs: frozenset[str], link: socket.socket | None) -> None:
         self._programs, self._link = programs, link
         self._owner, self._lock = os.getpid(), threading.Lock()
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.is_paused = False
 
     def can_start(self, args: Any, env: dict[str, str] | None) -> bool:
@@ -77,10 +78,9 @@ class Stem:
         if self.is_paused or os.getpid() != self._owner or not isinstance(args, list | tuple):
             return False
         words = [os.fspath(word) for word in args]
-        if words[0] != sys.executable or _split(words)[0] not in self._programs:
+        if words[:1] != [sys.executable] or _split(words)[0] not in self._programs:
             return False
-        mine, other = _read_at_import(dict(_environment())), _read_at_import(env or os.environ)
-        return mine == other
+        return _read_at_import(env or os.environ) == _read_at_import(self._environment)
 
     def start(
         self, args: list[str], cwd: str | None, env: dict[str, str], files: dict[int, int],
@@ -90,7 +90,7 @@ class Stem:
         order = pickle.dumps((args, cwd or str(Path.cwd()), env, list(files), new_session))
         with self._lock:
             if self._link is None:
-                self._link = _start_stem()
+                self._link = _start_stem(self._environment)
             _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # the process between is to leave it to us
             try:
                 socket.send_fds(self._link, [order], list(files.values()))
@@ -127,10 +127,6 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     return (rest[0], rest[1:]) if rest else ("", [])
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def _read_at_import(env: Any) -> dict[str, str]:
     return {name: value for name, value in env.items()
             if name.startswith(AT_IMPORT) and name != "PYTHONPATH"}
@@ -156,13 +152,13 @@ def _execute_child(self: Any, *given: Any) -> None:
     self._close_pipe_fds(*pipes)
 
 
-def _start_stem() -> socket.socket:
+def _start_stem(environment: dict[str, str]) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs, cold():
+    with theirs:
         subprocess.Popen(
             [sys.executable, "-m", "tests.warm", str(theirs.fileno()), "." * ROOM], cwd=ROOT,
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            env={**_environment(), "OPENBLAS_NUM_THREADS": "1"},
+            env={**environment, "OPENBLAS_NUM_THREADS": "1"},  # one thread, which is forked
         )
     return ours
 

@@ -21,7 +21,8 @@ def bench(
 
 
 @pytest.mark.parametrize(
-    "count", [240, pytest.param(10_000, marks=pytest.mark.long)], ids=["short", "full"]
+    "count", [4 * len(TARGETS), pytest.param(10_000, marks=pytest.mark.long)],
+    ids=["short", "full"],
 )
 def test_damaged_files_are_read_or_refused(bench: tuple[ForkServer, Path], count: int) -> None:
     report = run_cases(*bench, range(count))

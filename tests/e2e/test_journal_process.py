@@ -15,24 +15,15 @@ from vidgen.media.clip import Clip
 from vidgen.pipeline.journal.job import JOB, MADE, job_facts, progress_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-#: A save waits 50 times as long as the last took; on a slow disk the first would be the last.
-#: (`tests.faults.command` saves as often, but in shorter segments, whose frames are others.)
-IMPATIENT = """
-import sys
-from vidgen.cli.main import main
-from vidgen.pipeline.journal import journal
-journal.PATIENCE = 0
-sys.exit(main(sys.argv[1:]))
-"""
+ROOT = Path(__file__).parents[2]
 
 
 def kill_at(stage, command, kept="state.safetensors", done=2):
     """Run a command line in a process until it is in a stage with something kept, then kill it."""
     run = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, *command, "--events", "-"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.impatient", *command, "--events", "-"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     for line in run.stdout:
         event = json.loads(line)

@@ -114,8 +114,8 @@ def test_a_job_that_ends_every_worker_is_given_up_with_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize(("what", "patience", "reason"), [
-    ("freeze", Patience(silence=8), "it said nothing for 8 s"),
-    ("hang", Patience(stall=4), "its job didn't move for 4 s"),
+    ("freeze", Patience(silence=5), "it said nothing for 5 s"),
+    ("hang", Patience(stall=3), "its job didn't move for 3 s"),
 ])
 def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
     told: list[dict] = []
