@@ -134,7 +134,7 @@ import json, re, sys
 from pathlib import Path
 import torch
 from torch import nn
-from vidgen.weights.load import load_module
+from vidgen.weights.load import load_module, trim_memory
 
 def status(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -147,6 +147,7 @@ torch.zeros(10_000).to(torch.bfloat16).sum()
 if quantize:
     from vidgen.weights.quantize import quantize_layer as first_use
     first_use(nn.Linear(8, 8))
+trim_memory()
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 held = "RssAnon" if quantize else "VmRSS"  # pages of libraries may leave memory meanwhile
 before, whole = status(held), status("VmRSS")
