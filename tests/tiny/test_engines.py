@@ -22,6 +22,8 @@ from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_a
 from vidgen.training.config import OptimConfig
 from vidgen.training.engines.deepspeed import share_out
 from vidgen.training.engines.distributed import current_place, join_ranks
+from vidgen.training.loop import train
+from vidgen.training.optim import build_optimizers
 from vidgen.weights.load import load_module
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -134,6 +136,37 @@ def on_one_rank(folder: Path) -> dict[str, Any]:
     return found
 
 
+class Resting:
+    """Three layers: one in all steps, one in every other, one in none; a step's loss is NaN."""
+
+    def __init__(self, run: Any) -> None:
+        torch.manual_seed(0)
+        self.run, self.net = run, torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        self.modules = {"net": self.net}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.modules, self.run.optim)
+
+    def batch(self, step: int, micro: int) -> torch.Tensor:
+        return torch.randn(3, 4, generator=torch.Generator().manual_seed(100 * step + micro))
+
+    def loss(self, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        out = self.net[0](batch) + (self.net[1](batch) if step % 2 else 0)
+        return out.square().mean() * (torch.nan if step == 3 else 1), {}
+
+    def validate(self, _step: int, _folder: Path) -> dict[str, float]:
+        return {}
+
+
+def learn_while_parts_rest(folder: Path, accumulate: int) -> list[Any]:
+    run = make_run(folder, accumulate=accumulate)
+    with join_ranks(run):
+        task = Resting(run)
+        train(task, run)
+    assert task.net[2].weight.grad is None
+    return [parameter.tolist() for parameter in task.net.parameters()]
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The same runs in this process: accumulating twice as much is being two."""
@@ -167,6 +200,12 @@ also_offloaded = pytest.mark.parametrize("engine", [*ENGINES, *OFFLOADED])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_follow_the_curve_of_one(double, single, engine, kind):
     assert double[f"{engine}-{kind}"] == pytest.approx(single[kind], rel=2e-5)
+
+
+def test_parameters_may_rest_in_some_steps_or_in_all(tmp_path):
+    both = run_ranks(2, learn_while_parts_rest, tmp_path / "two", 1, launched=True, timeout_s=600)
+    for mine, other in zip(learn_while_parts_rest(tmp_path / "one", 2), both[0], strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(other))
 
 
 def test_a_bad_step_is_skipped_or_left_out_by_all_ranks(double, single):

@@ -77,7 +77,7 @@ class Place:
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """The ranks' mean of named scalars, the same on all; the names must be, too."""
-        rows = self.told([float(value) for value in values.values()])
+        rows = self.told([float(value.detach()) for value in values.values()])
         means = (sum(column) / self.size for column in zip(*rows, strict=True))
         return dict(zip(values, means, strict=True))
 

@@ -6,6 +6,7 @@ The loop knows only `Engine`. All ranks call the same methods in the same order.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -85,11 +86,15 @@ class _TorchEngine:
         self._parameters = named_parameters(task.modules)
         self._optimizers = task.optimizers()
         self._max_norm = run.optim.grad_clip or math.inf
-        model = Losses(task, choose_device(run.device), bf16=run.dtype == "bf16")
-        self._model: nn.Module = model if place.size == 1 else DistributedDataParallel(
-            model, gradient_as_bucket_view=True,
-            find_unused_parameters=getattr(task, "alternates", False),
-        )
+        device = choose_device(run.device)
+        self._model: nn.Module = Losses(task, device, bf16=run.dtype == "bf16")
+        if place.size > 1:
+            # the search, which costs a CPU nothing, complains where it finds that all are used
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            self._model = DistributedDataParallel(
+                self._model, gradient_as_bucket_view=True,
+                find_unused_parameters=device.type == "cpu" or getattr(task, "alternates", False),
+            )
         self.ema = EMA(self._parameters, run.ema_decay)  # of what all ranks have begun with
         self.averaged = self.ema.swapped
 
