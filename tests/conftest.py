@@ -72,8 +72,17 @@ def interrupts() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernels() -> None:
-    """Compile the kernels where all tests find them, before one moves the cache folder."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give tests a cache without this machine's speed and hashes, but with compiled kernels."""
+    from vidgen.core.runtime import cache_folder
     from vidgen.ops import native
 
     native.why_not()
+    kernels = cache_folder() / "native"
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "vidgen").mkdir()
+    if kernels.is_dir():
+        (folder / "vidgen" / "native").symlink_to(kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
