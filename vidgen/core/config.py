@@ -237,10 +237,6 @@ def json_schema(kind: type, title: str) -> dict[str, Any]:
     """Return the JSON Schema of what `build(kind, ...)` reads; editors complete and check by it.
 
     Draft 2020-12 (json-schema.org). A field is described by the text in its `Annotated`.
-
-    Args:
-        kind: a dataclass; see `build`.
-        title: of the schema.
     """
     from pydantic import TypeAdapter
     from pydantic.json_schema import GenerateJsonSchema

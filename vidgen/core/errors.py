@@ -36,7 +36,6 @@ class OptionError(InputError):
     """An option of a request that can't be honoured.
 
     Args:
-        text: the message.
         option: the option's name; empty if the message is about no single one.
         kind: whether nobody knows the option, it is missing, or its value can't be taken.
     """

@@ -21,9 +21,7 @@ class Cell:
     """A cell of a table; line breaks of its texts are kept.
 
     Attributes:
-        text: shown first.
         title: explains the text where a pointer rests on it.
-        small: shown after the text.
         below: shown in small letters below the text.
         marks: warnings after the text.
     """
@@ -40,10 +38,7 @@ class Table:
     """A table of a page.
 
     Attributes:
-        heads: one for each column.
-        rows: cells of each row.
         words: columns that hold words instead of numbers; the first always does.
-        caption: stands above the table.
     """
 
     heads: Sequence[Cell | str]
@@ -58,8 +53,6 @@ class Chart:
 
     Attributes:
         lines: (name, points) of each; without any point nothing is drawn.
-        width: in pixels.
-        height: in pixels.
         is_faded: drawn pale, as of less interest.
     """
 

@@ -41,7 +41,6 @@ class SamplerState:
     """All a sampler needs to go on from between two steps; saving it and resuming is bit-equal.
 
     Attributes:
-        step: steps already taken.
         latents: [B, C, F, h, w] float32 at sigmas[step].
         history: the sampler's own memory of earlier steps, tensors shaped like `latents`.
         cache: what the model's step cache remembers, by name; samplers leave it empty.
@@ -58,7 +57,6 @@ class StepInfo:
     """Report of a sampler after a step.
 
     Attributes:
-        num_steps: steps of the whole run.
         sigma: noise level this step started from.
         sigma_next: noise level reached, that of `state.latents`.
         denoised: [B, C, F, h, w], the model's current guess of the clean latents, for previews.

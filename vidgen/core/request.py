@@ -84,11 +84,8 @@ def option(
 
     Args:
         default: if it is left out; None is the model's own.
-        group: heading of help.
-        text: of its help, for all doors.
         metavar: name of its value on the command line.
         basic: whether `--help` lists it, not only `--help-all`.
-        limits: of pydantic's `Field`.
     """
     extra: dict[str, Any] = {"group": group, "metavar": metavar, "basic": basic}
     return Field(default, description=text, json_schema_extra=extra, **limits)

@@ -139,8 +139,6 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
     """Find out before long work whether its result can be written to `path`.
 
     Args:
-        path: file or folder to be written.
-        overwrite: whether one that exists may be replaced.
         num_bytes: upper estimate of its size.
 
     Raises:

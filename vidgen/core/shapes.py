@@ -54,8 +54,6 @@ class VideoShape:
         """The latents of this video.
 
         Args:
-            strides: the VAE's.
-            channels: latent channels.
             patch: latents a side that the transformer takes as one token.
 
         Raises:
@@ -162,7 +160,6 @@ def size_for_aspect(aspect: float, area: int, multiple: int) -> tuple[int, int]:
     Both errors weigh alike, as logarithms, so that the token count stays what the model is used to.
 
     Args:
-        aspect: width / height.
         area: pixels of the model's own size.
         multiple: pixels a side of one token.
 

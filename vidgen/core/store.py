@@ -35,12 +35,7 @@ def address_of(facts: Any) -> str:
 
 
 class Store:
-    """A folder of files by address; it is made when something is written.
-
-    Args:
-        folder: the folder.
-        suffix: of its files.
-    """
+    """A folder of files by address; it is made when something is written."""
 
     def __init__(self, folder: Path, suffix: str = ".mp4") -> None:
         self.folder, self.suffix = folder, suffix

@@ -58,7 +58,6 @@ class Component(Generic[Config_co]):
     """A component of a model, opened but not loaded.
 
     Attributes:
-        config: its architecture.
         store: its tensors by the files' names, without those that our module doesn't have.
         names: stored name -> our parameter's. Unknown names stay, so that loading refuses them.
         rest: tensors that our module doesn't have, which converting keeps: CLIP's text tower, an

@@ -223,7 +223,6 @@ def image_from_transformers(
     """Return the config from `config.json` of transformers' `CLIPVisionModel`.
 
     Args:
-        settings: the config.
         processor: the `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's own.
 
     Raises:

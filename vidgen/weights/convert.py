@@ -67,11 +67,8 @@ def convert(
     """Write a model in another layout; the target appears when it is complete.
 
     Args:
-        source: the model.
-        target: a new folder.
         to: "diffusers": for `from_pretrained` of diffusers' Wan pipelines. "wan": for Wan's own
             programs. "vidgen": ours, with hashes.
-        max_shard_bytes: most bytes of a weight file.
         changed: tensors that replace the files', in their dtype, by role and our names; only with
             `to` "vidgen". The model's students and magnitudes, which don't fit them, are left out.
 

@@ -131,7 +131,6 @@ def recognise(
     """Return the variant of a transformer.
 
     Args:
-        dit: its architecture.
         num_experts: transformers of the model, 1 or 2.
         name: of the folder; only this distinguishes 480p and 720p in Wan 2.1's image-to-video.
         expand_timesteps: whether known tokens have time 0, from diffusers' TI2V folders.

@@ -142,7 +142,6 @@ class ModelFolder(Files):
     Attributes:
         family: "toybox", "wan2.1" or "wan2.2".
         tasks: see `TASKS`; without "text" a clip needs one of the others.
-        layout: of the folder.
         tokenizer: the folder with `tokenizer.json`.
         image_processor: the folder of the image encoder's processor, or None.
         variant: of the family, by its name in `family.VARIANTS`.

@@ -61,12 +61,9 @@ def load_module(
 
     Args:
         make: builds the module; called on the meta device.
-        source: the component's folder of safetensors, or its tensors.
         dtype: of floating-point weights.
-        device: of the weights.
         keep_fp32: parts of names of weights that stay float32.
         names: stored name -> the module's, where they differ.
-        quantize: for the linear layers of the blocks.
         stream: leave the blocks' weights in the files until they are used.
         packed: pack linear layers for this CPU where that is faster; see `ops.linear`.
         mesh: devices over which the blocks' weights are sharded.

@@ -96,8 +96,6 @@ def read_choices(
     """Read the adapters for one transformer, with their weights, for `attached`.
 
     Args:
-        choices: all of a request.
-        config: of the transformer.
         expert: which of a model's two it is; None: the only one.
 
     Raises:
@@ -132,7 +130,6 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     Args:
         path: a safetensors file or a pickle of plain tensors, or a folder with one such file, or
             one for each expert, and optionally PEFT's `adapter_config.json`.
-        config: of the transformer.
         expert: which of a model's two it is: from a file with tensors for both it takes
             `transformer.` (high) or `transformer_2.` (low), maybe none; None: the only one.
 
@@ -322,8 +319,6 @@ def write_lora(
 
     Args:
         adapter: its tensors keep their dtype.
-        path: replaced if it exists.
-        dialect: one of `DIALECTS`.
         expert: of two, for the file's header, or None.
 
     Raises:

@@ -51,8 +51,6 @@ class Dialect(NamedTuple):
     """Names in LoRA files of a family of tools.
 
     Args:
-        spelling: of layers.
-        prefix: of all names.
         sides: names of the two factors.
         flat: whether a layer's path has underscores for dots.
         alpha: whether scales are written; else they are multiplied into the second factor.
@@ -140,7 +138,6 @@ class Scaling:
 
     Args:
         config: of PEFT, from `adapter_config.json` or a safetensors header, or empty.
-        source: in messages.
 
     Raises:
         ModelError: the config is of no plain LoRA.

@@ -160,8 +160,6 @@ class Weights:
     """A store's tensors as weights of a module, by its names and in its dtype.
 
     Args:
-        store: of the tensors.
-        dtype: of floating-point weights.
         keep_fp32: parts of names of weights that stay float32.
         names: stored name -> the module's, where they differ.
 

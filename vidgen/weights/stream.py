@@ -100,8 +100,6 @@ class BlockStream:
 
     Args:
         module: with blocks on the meta device; it runs one at a time, in any order that repeats.
-        weights: of the module.
-        device: of the computation.
     """
 
     def __init__(self, module: nn.Module, weights: Weights, device: torch.device) -> None:
