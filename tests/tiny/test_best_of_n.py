@@ -22,7 +22,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
 from vidgen.diffusion.state import UpsampledKnown, new_state
 from vidgen.models.verifier import Verifier, Want, score
-from vidgen.pipeline.best_of_n import VERIFIER, anew, verify_video, wanted, with_verifier
+from vidgen.pipeline.best_of_n import VERIFIER, candidate_state, verify_video, wanted, with_verifier
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
@@ -68,7 +68,8 @@ def candidates(engine: Engine, count: int, prompt: str = PROMPT) -> list[Tensor]
     request = Request.of(prompt, OPTIONS)
     plan = engine.plan(request, Inputs())
     state, contexts = engine.prepare(plan, request, Inputs()), engine.encode_prompt(plan)
-    return [engine.sample(plan, anew(state, number), contexts) for number in range(count)]
+    states = [candidate_state(state, number) for number in range(count)]
+    return [engine.sample(plan, each, contexts) for each in states]
 
 
 def best_of(verifier: Verifier, made: list[Tensor]) -> Tensor:

@@ -78,17 +78,11 @@ def best_of(
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Verdict on a finished clip.
+    """Verdict on a finished clip."""
 
-    Attributes:
-        names: things that the prompt names, in the verifier's words.
-        score: from 0 to 1; see `verifier.score`.
-        is_enough: whether the score satisfies the model.
-    """
-
-    names: str
-    score: float
-    is_enough: bool
+    names: str  # of the things that the prompt names, in the verifier's words
+    score: float  # from 0 to 1; see `verifier.score`
+    is_enough: bool  # whether the score satisfies the model
 
 
 def with_verifier(
@@ -116,7 +110,7 @@ def with_verifier(
     )
 
 
-def anew(state: LatentState, number: int) -> LatentState:
+def candidate_state(state: LatentState, number: int) -> LatentState:
     """Return a state with the noise of its clips' candidate of a number."""
     if not number:
         return state
@@ -125,9 +119,7 @@ def anew(state: LatentState, number: int) -> LatentState:
 
 
 @torch.no_grad()
-def wanted(
-    verifier: Verifier, state: LatentState, prompts: Sequence[str]
-) -> list[frozenset[Want]]:
+def wanted(verifier: Verifier, state: LatentState, prompts: Sequence[str]) -> list[frozenset[Want]]:
     """Return the things that each of a state's clips is to show; none where the prompt names none.
 
     They are those of its prompt, in its tints. Of a clip whose first frames are known, from a
@@ -188,7 +180,7 @@ def sample_best(
 
         def draw(numbers: range) -> Iterator[tuple[float, Tensor]]:
             for number in numbers:
-                begun = anew(state, number)
+                begun = candidate_state(state, number)
                 made = sample(begun, number, _of_candidate(journal.take_state(), number, num_steps))
                 shown = verifier.shown(begun.unpack(made)[0])[0]
                 yield score(shown, wants) if wants else enough, made

@@ -61,9 +61,7 @@ def encode_pixels(
         return latents
 
 
-def _decoded(
-    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None
-) -> Iterator[Tensor]:
+def _decoded(vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None) -> Iterator[Tensor]:
     if tiles is None:
         return vae.stream_decode(frames)
     return decode_in_tiles(vae, frames, tiles, rooms_for(tiles))

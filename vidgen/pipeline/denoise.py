@@ -92,7 +92,7 @@ def denoisers(
     With `ranks` each call runs on all of them together, and all get the same result.
     """
     if plan.student is not None:
-        loras = loras.beside(loader.deltas(STUDENT))
+        loras = loras.plus(loader.deltas(STUDENT))
     if state.sound is not None:
         takes = state.sound.takes  # several sounds of a clip are adjacent in the batch
         contexts = [(features.repeat_interleave(takes, 0), lengths.repeat_interleave(takes, 0))
@@ -153,7 +153,7 @@ def _listener(
 ) -> Denoise:
     """Return the model under one prompt for sounds of a known picture, which passes only once.
 
-    The result is `_denoiser`'s, except for the picture's velocity, which nobody reads.
+    The result is `_denoiser`'s, except for the picture's velocity, which isn't used.
     """
     assert state.sound is not None
     (features, lengths), takes = context, state.sound.takes
@@ -237,17 +237,12 @@ def network_inputs(
 
 @dataclass(frozen=True)
 class RegionalPrompts:
-    """Contexts of the things that clips' prompts name.
+    """Contexts of the things that clips' prompts name."""
 
-    Attributes:
-        strength: see `with_regions`.
-        labels: [B, n] of each clip, `NO_LABEL` where it names fewer than another; on the CPU.
-        contexts: 2 n of (context [B, S, D], lengths [B]): of each thing's actions, then of its
-            looks; those of the prompt itself for `NO_LABEL`.
-    """
-
-    strength: float
-    labels: Tensor
+    strength: float  # see `with_regions`
+    labels: Tensor  # [B, n] on the CPU, `NO_LABEL` for a clip that names fewer than another
+    # 2 n of (context [B, S, D], lengths [B]): of each thing's actions, then of its looks; those of
+    # the prompt itself for `NO_LABEL`
     contexts: Sequence[tuple[Tensor, Tensor]]
 
     @contextmanager

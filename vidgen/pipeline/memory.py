@@ -99,7 +99,7 @@ def vae_bytes(
         return 2 * sum(part.inputs) * part.pixels
 
     def live(part: VAEPart) -> int:
-        # a block's input, what is normed, what the kernel is given behind two frames of history,
+        # a block's input, what is normed, what the kernel is given after two frames of history,
         # what it makes
         frames, widest = part.frames if whole else 1, max(part.inputs)
         read = widest * (frames * (3 if fused else 5) + 4)
@@ -228,7 +228,7 @@ class _Job:
             latent = 1 + (frames - 1) * rate // self.vae.strides.t
             seconds += (1 + again) * self.vae_s(latent, rate, decode=False)
             seconds += again * self.vae_s(latent, rate)
-            # behind a first pass what the latents show is decoded while it is encoded
+            # after a first pass what the latents show is decoded while it is encoded
             held = sum(self.vae_bytes(rate, decode=decode, whole=frames > 1)
                        for decode in (False, True)[: 2 if again else 1])
             # the clip as floats, twice while it is scaled, and in the VAE's dtype

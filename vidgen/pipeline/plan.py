@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval",
-            "guidance_rescale")
+SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
 """Options that define sampling, which a student has settled; settings do so, too."""
 NOT_ROLLED = (
     *SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference",
@@ -210,7 +209,7 @@ def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
 
 
 def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
-    """The plan of a request, made without an engine, perhaps of a model that isn't here.
+    """Return the plan of a request without an engine, perhaps for a model that isn't here.
 
     Raises:
         InputError: what this model can't do, or inputs and texts that can't be read.
@@ -226,7 +225,7 @@ def settled(
     request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None,
     devices: int | None = 1,
 ) -> Plan:
-    """The plan of a request whose files were read; without a tokenizer its texts aren't.
+    """Return the plan of a request whose files were read; without a tokenizer its texts aren't.
 
     Raises:
         InputError: what this model can't do; a text that a model of few words can't read whole (one
@@ -261,20 +260,23 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
         InputError: a roller that isn't there, or what it can't do.
     """
     if request.roll:
-        return _rolled(plan, request, folder)
-    student = folder.student
-    if student is None or request.steps != student.num_steps:
-        return plan
-    asked = [option for option in SAMPLING if request.has(option)]
-    asked += asked_about(request, "sampling")
-    if asked or plan.negative != folder.defaults.negative_prompt or request.cache != "none":
-        return plan
-    if plan.strength < 1 or request.follow_audio:
-        return plan
-    return _taken(plan, student)
+        student = _roller(plan, request, folder)
+    else:
+        asks_more = (
+            any(map(request.has, SAMPLING)) or asked_about(request, "sampling")
+            or plan.negative != folder.defaults.negative_prompt or request.cache != "none"
+            or plan.strength < 1 or request.follow_audio
+        )
+        if folder.student is None or request.steps != folder.student.num_steps or asks_more:
+            return plan
+        student = folder.student
+    return replace(
+        plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
+        student=student,
+    )
 
 
-def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+def _roller(plan: Plan, request: Request, folder: ModelFolder) -> StudentConfig:
     roller = folder.roller
     if roller is None:
         raise InputError(f"model {folder.name!r} has no roller, which roll needs; leave it out, or "
@@ -294,14 +296,7 @@ def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     if request.steps not in (None, roller.num_steps):
         raise InputError(f"steps is {request.steps}; the roller of {folder.name!r} takes "
                          f"{roller.num_steps}, leave it out")
-    return _taken(plan, roller)
-
-
-def _taken(plan: Plan, student: StudentConfig) -> Plan:
-    return replace(
-        plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
-        student=student,
-    )
+    return roller
 
 
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:
@@ -317,7 +312,7 @@ def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:
     """Refuse a text that a model of few words can't read whole.
 
     Raises:
-        InputError: tells how long it is, and how long it may be.
+        InputError: names its length and the limit.
     """
     count, limit = tokenizer.count(text), tokenizer.max_length
     if count > limit and tokenizer.words:
@@ -325,7 +320,7 @@ def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:
 
 
 def require_models(request: Request, folder: ModelFolder) -> None:
-    """Refuse adapters and models beside the main one that aren't there or don't fit it.
+    """Refuse adapters and further models that don't exist or don't fit the main one.
 
     Raises:
         InputError: an adapter's file is missing.
@@ -342,10 +337,10 @@ def require_models(request: Request, folder: ModelFolder) -> None:
 
 
 def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:
-    """The folder, refused if another program's pipeline runs it: its insides aren't known.
+    """Return a folder that our own networks run.
 
     Raises:
-        InputError: names the pipeline.
+        InputError: diffusers runs it; names the pipeline.
     """
     if isinstance(folder, DiffusersFolder):
         raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "

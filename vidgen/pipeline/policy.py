@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import OWN_FILE, Request
@@ -18,13 +17,8 @@ from vidgen.core.request import OWN_FILE, Request
 # Scripts that write words without spaces between them, or with particles joined to them.
 _JOINED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
-
-class Policy(Protocol):
-    """Judges a text: a prompt, one for sound, or speech."""
-
-    def __call__(self, prompt: str, request: Request) -> str | None:
-        """Return the reason why a text is refused, or None."""
-        ...
+Policy = Callable[[str, Request], str | None]
+"""Returns the reason why a text is refused (a prompt, one for sound, or speech), or None."""
 
 
 class WordList:

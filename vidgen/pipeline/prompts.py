@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -37,14 +38,13 @@ LIMIT_BYTES = 1_000_000_000
 """The cache drops its least recently used entries above this size."""
 
 
+@dataclass(frozen=True)
 class PromptCache:
-    """Contexts of prompts in a folder, at most `limit` bytes of them.
+    """Contexts of prompts in a folder."""
 
-    `made_by` identifies the text encoder, the tokenizer, dtype and machine.
-    """
-
-    def __init__(self, folder: Path, made_by: str, limit: int = LIMIT_BYTES) -> None:
-        self.folder, self._made_by, self._limit = folder, made_by, limit
+    folder: Path
+    made_by: str  # identifies the text encoder, the tokenizer, dtype and machine
+    limit: int = LIMIT_BYTES
 
     @classmethod
     def of(cls, loader: ModelLoader, tokenizer: PromptTokenizer) -> PromptCache:
@@ -84,13 +84,13 @@ class PromptCache:
             log.warning("the prompt's encoding can't be kept for next time: %s", error)
 
     def _path(self, prompt: str) -> Path:
-        key = hashlib.sha256(f"{self._made_by} {clean_prompt(prompt)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.made_by} {clean_prompt(prompt)}".encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
     def _trim(self) -> None:
         entries = [(path.stat(), path) for path in self.folder.glob("*.safetensors")]
         entries.sort(key=lambda entry: entry[0].st_mtime_ns)
-        surplus = sum(facts.st_size for facts, _ in entries) - self._limit
+        surplus = sum(facts.st_size for facts, _ in entries) - self.limit
         for facts, path in entries:
             if surplus <= 0:
                 return

@@ -25,35 +25,21 @@ Topic = Literal["sampling", "frames", "drawing", "windows", "sound"]
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table.
-
-    Attributes:
-        name: its key.
-        topic: what it is about.
-        kind: type of its values.
-        help: in one line.
-        low: least value.
-        high: greatest value.
-        served: the greatest that a service takes; None: `high`.
-        off: value of a model that has no such feature; None: such a model has no value for it.
-        recorded: where a recipe's plan has it, dotted; empty: only the recipe's request has it.
-        needs: options of a request, one of which goes with it; empty: it needs none.
-        follows: option of a request; one that changes leaves the setting open again.
-        task: that a model with this setting was taught; empty: the model's defaults name it.
-    """
+    """A row of the table."""
 
     name: str
     topic: Topic
     kind: type[Value]
-    help: str
+    help: str  # one line
     low: float = 0
     high: float = 1
-    served: float | None = None
+    served: float | None = None  # the greatest value that a service takes; None: `high`
+    # value of a model that has no such feature; None: such a model has no value for it
     off: Value | None = None
-    recorded: str = ""
-    needs: tuple[str, ...] = ()
-    follows: str = ""
-    task: str = ""
+    recorded: str = ""  # its place in a recipe's plan, dotted; empty: in the recipe's request alone
+    needs: tuple[str, ...] = ()  # options of a request, of which it needs one
+    follows: str = ""  # option of a request; one that changes leaves the setting open again
+    task: str = ""  # that a model with it was trained on; empty: the model's defaults name it
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
@@ -220,9 +206,7 @@ def settings_to_go_on(
                   if name in SETTINGS and SETTINGS[name].topic in topics}
 
 
-def without_followers(
-    settings: Mapping[str, Value], changed: set[str]
-) -> dict[str, Value]:
+def without_followers(settings: Mapping[str, Value], changed: set[str]) -> dict[str, Value]:
     """Return recorded settings without those that follow an option that changed."""
     return {name: value for name, value in settings.items()
             if name not in SETTINGS or SETTINGS[name].follows not in changed}

@@ -108,12 +108,11 @@ def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
 
 def write_magnitudes(found: Magnitudes, folder: ModelFolder, into: Path | None = None) -> Path:
     """Save a model's magnitudes in the user's cache, or in the folder `into`; return the path."""
-    if into is not None:
-        atomic_write(into / FILE, json.dumps(asdict(found)).encode())
-        return into / FILE
-    path, known = cache_folder() / FILE, read_cache(FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps({**known, folder.content_hash: asdict(found)}).encode())
+    path, data = (into or cache_folder()) / FILE, asdict(found)
+    if into is None:
+        data = {**read_cache(FILE), folder.content_hash: data}
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(data).encode())
     return path
 
 

@@ -224,7 +224,7 @@ def _machine(device: torch.device, dtype: torch.dtype) -> str:
 def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
     """Measure a narrow and a wide network, whole, and attention by itself."""
     if device.type == "cpu":
-        reuse_freed_memory()  # as `Parts` does
+        reuse_freed_memory()  # as `ModelLoader` does
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)

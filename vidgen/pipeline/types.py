@@ -118,7 +118,7 @@ class Loras:
         each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
         return {token: row for tokens in each for token, row in tokens.items()}
 
-    def beside(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
+    def plus(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
         """Return these adapters plus the deltas of a distilled model; both are summed."""
         adapters = dict(self.adapters)
         for role, delta in deltas.items():

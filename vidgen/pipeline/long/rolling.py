@@ -86,7 +86,7 @@ def rolled_latents(
     assert student is not None
     assert roll is not None
     turn, rollout = roll.turn_frames, Rollout(context, roll, plan.sampler)
-    loras, sigmas = loras.beside(loader.deltas(ROLLER)), torch.tensor(student.sigmas)
+    loras, sigmas = loras.plus(loader.deltas(ROLLER)), torch.tensor(student.sigmas)
     shape = replace(plan.latents, num_frames=turn)
 
     def noise(first: int, stream: str) -> Tensor:

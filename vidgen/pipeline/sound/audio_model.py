@@ -71,8 +71,11 @@ class AudioModel:
             InputError: the pipeline refuses the arguments.
         """
         pipe, name = (place or self.load()).taking(None), self.folder.class_name
+        longest = _MAX_S.get(name) or float(
+            pipe.transformer.config.sample_size * pipe.vae.hop_length
+            / pipe.vae.config.sampling_rate)
         arguments = {
-            "prompt": self.prompt, LENGTHS[name]: min(self.seconds, _longest(pipe, name)),
+            "prompt": self.prompt, LENGTHS[name]: min(self.seconds, longest),
             "generator": torch.Generator("cpu").manual_seed(seed),
         }
         try:
@@ -101,10 +104,3 @@ def open_audio_model(
                          f"takes a folder of diffusers with one of {kinds}")
     dtype = "fp32" if device.type == "cpu" else dtype
     return AudioModel(opened, prompt, seconds, device, dtype, offload)
-
-
-def _longest(pipe: Any, name: str) -> float:
-    if name in _MAX_S:
-        return _MAX_S[name]
-    return float(pipe.transformer.config.sample_size * pipe.vae.hop_length
-                 / pipe.vae.config.sampling_rate)
