@@ -17,7 +17,6 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen.core.errors import InputError, OutputError
@@ -61,12 +60,7 @@ class Report:
             _check_events(Path(self._events_path))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None and self._noted:
                 self._write_events()
@@ -113,9 +107,8 @@ class Report:
                 file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             except OSError as error:
                 raise OutputError(f"{name} can't be written: {error.strerror}") from None
-            self._events = self._stack.enter_context(
-                os.fdopen(file, "w", buffering=1, encoding="utf-8")
-            )
+            opened = os.fdopen(file, "w", buffering=1, encoding="utf-8")
+            self._events = self._stack.enter_context(opened)
         while self._noted:
             print_line(self._noted.pop(0), self._events, name)
 
@@ -175,12 +168,9 @@ class Report:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
-            self._bars = self._stack.enter_context(
-                Progress(
-                    "{task.description}", BarColumn(), MofNCompleteColumn(), _left_column(),
-                    console=Console(stderr=True),
-                )
-            )
+            bars = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), _left_column(),
+                            console=Console(stderr=True))
+            self._bars = self._stack.enter_context(bars)
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         ends = None if eta_s is None else time.monotonic() + eta_s

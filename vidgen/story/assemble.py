@@ -45,7 +45,6 @@ Tell = Callable[[int, int], None]
 class Assembled:
     """A film that was written."""
 
-    path: Path
     beside: tuple[Path, ...]  # files with its texts
     recipe: Mapping[str, Any]
     notes: tuple[str, ...]  # remarks for people
@@ -86,7 +85,7 @@ def assemble(
     beside = texts_beside(edit)
     for path, text in beside.items():
         atomic_write(path, text.encode())
-    return Assembled(output, tuple(beside), recipe, (*notes, *heard))
+    return Assembled(tuple(beside), recipe, (*notes, *heard))
 
 
 @contextmanager

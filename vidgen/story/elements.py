@@ -156,27 +156,6 @@ class Transition:
 
 
 @dataclass(frozen=True, slots=True)
-class Character:
-    """Somebody or something that looks the same in several shots."""
-
-    SHORT: ClassVar[str] = "description"
-
-    description: Annotated[str, "text that replaces `{name}` in prompts"]
-    reference: Annotated[
-        tuple[Path, ...],
-        "pictures, given to models that take references"] = field(default=(), metadata=ONE)
-    seed: Annotated[
-        int | None, "of shots without their own in which it is the first character"] = None
-    lora: Annotated[
-        tuple[str, ...], "adapters that know it, each PATH[:WEIGHT], used where it appears"
-    ] = field(default=(), metadata=ONE)
-    voice: Annotated[str | None, "in which it speaks"] = None
-
-    def __post_init__(self) -> None:
-        check_text("description", self.description)
-
-
-@dataclass(frozen=True, slots=True)
 class Place:
     """The place of shots."""
 
@@ -189,6 +168,18 @@ class Place:
 
     def __post_init__(self) -> None:
         check_text("description", self.description)
+
+
+@dataclass(frozen=True, slots=True)
+class Character(Place):
+    """Somebody or something that looks the same in several shots."""
+
+    seed: Annotated[
+        int | None, "of shots without their own in which it is the first character"] = None
+    lora: Annotated[
+        tuple[str, ...], "adapters that know it, each PATH[:WEIGHT], used where it appears"
+    ] = field(default=(), metadata=ONE)
+    voice: Annotated[str | None, "in which it speaks"] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class FilmExport:
             {"event": "progress", "stage": "assemble", "done": done, "total": total}))
         for text in made.notes:
             tell({"event": "note", "text": text})
-        for path in (made.path, *made.beside):
+        for path in (edit.output, *made.beside):
             tell({"event": "written", "path": str(path)})
         for path in outdated:
             path.unlink(missing_ok=True)

@@ -86,11 +86,6 @@ class Folder:
     failed: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
-    def names(self) -> set[str]:
-        """Names of its clips."""
-        return {item.name for item in self.items}
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -175,7 +170,8 @@ def _tell_names_apart(folders: Sequence[Folder], *, has_extractor: bool) -> None
         if names.count(folder.name) > 1:
             folder.name = folder.path
     for one, other in combinations(folders, 2):
-        if not has_extractor and not one.names & other.names:
+        clips, others = ({item.name for item in folder.items} for folder in (one, other))
+        if not has_extractor and clips.isdisjoint(others):
             raise InputError(
                 f"{one.name} and {other.name} have no clip of the same name in common, so they "
                 "can't be compared clip by clip; name each pair of clips alike, or give an "
@@ -193,7 +189,8 @@ def _measure(
         for item in folder.items:
             image = folder.images.get(item.name)
             job = _Job(str(item.path), item.prompt, None if image is None else str(image), networks)
-            key = _key(job, identity)
+            hashes = [None if file is None else sha256_file(file) for file in (job.path, job.image)]
+            key = address_of([identity, hashes[0], job.prompt, hashes[1]])
             if key in log.scores:
                 folder.scores[item.name] = log.scores[key]
             else:
@@ -229,12 +226,6 @@ def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[s
         for name, value in row["figures"].items()
     }  # fmt: skip
     return {**row, "figures": figures}
-
-
-def _key(job: _Job, identity: list[Any]) -> str:
-    """Return the address of a clip's scores."""
-    image = None if job.image is None else sha256_file(job.image)
-    return address_of([identity, sha256_file(job.path), job.prompt, image])
 
 
 _networks: dict[tuple[tuple[str, str], ...], Networks] = {}
