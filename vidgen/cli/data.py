@@ -111,11 +111,7 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
 
 
 def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict[str, Any]:
-    """Return a run with keys overridden, as by `vidgen train`; those of `data` may be named alone.
-
-    Raises:
-        InputError: an unknown key, or a value that the run can't have.
-    """
+    """Return a run with keys overridden, as by `vidgen train`; `data.` may be left out."""
     from vidgen.core.config import build
     from vidgen.core.config_file import apply_overrides
     from vidgen.training.data.config import DataConfig

@@ -89,7 +89,6 @@ def _run_temporal(args: Namespace, report: Report) -> dict[str, Any]:
 
 
 def _check_outputs(args: Namespace, num_folders: int) -> None:
-    """Refuse outputs that can't be written, before anything is measured."""
     from vidgen.core.runtime import check_output
 
     for path in (args.output, args.report, *_layout_paths(Path(args.output), num_folders)):
@@ -100,7 +99,6 @@ def _check_outputs(args: Namespace, num_folders: int) -> None:
 
 
 def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> int:
-    """Write results, VBench's layout and the page; show tables; 1 if a clip has no scores."""
     from rich.console import Console
 
     from vidgen.core.runtime import atomic_write
@@ -126,7 +124,6 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
 
 
 def _layout_paths(output: Path, num_folders: int) -> list[Path]:
-    """Return the files of VBench's layout, one for each folder."""
     numbers = [""] if num_folders == 1 else [f"_{n}" for n in range(1, num_folders + 1)]
     return [output.with_name(f"{output.stem}{number}_eval_results.json") for number in numbers]
 

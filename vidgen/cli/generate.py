@@ -118,7 +118,6 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
-    """Roll a clip out into stdout, for as long as somebody reads."""
     from vidgen.cli.outputs import choose_seed
     from vidgen.media.write import write_live
     from vidgen.pipeline.engine import load

@@ -45,7 +45,6 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Return the job folders that a path stands for."""
     from vidgen.pipeline.journal.job import SUFFIX, job_folder
 
     if path.name.endswith(SUFFIX) and path.is_dir():
@@ -60,7 +59,6 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove a job; return the result."""
     from vidgen.pipeline.journal.job import remove_job
 
     if facts["running"]:

@@ -49,7 +49,6 @@ def _measure(model: str, report: Report) -> int:
 
 
 def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
-    """Yield the name and the folder of each model."""
     from vidgen.weights.folder import embedded_folder, list_embedded
     from vidgen.weights.layouts import layout_of
     from vidgen.weights.published import list_cached
@@ -68,7 +67,6 @@ def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _describe(model: str, path: Path) -> dict[str, Any]:
-    """Return a model's facts, or why it can't be used."""
     from vidgen.core.config import dump
     from vidgen.pipeline.settings import settings_of
     from vidgen.weights.folder import DiffusersFolder

@@ -90,7 +90,6 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _hint(self, word: str) -> str:
-        """Return the words that name the option meant by an unknown one."""
         from vidgen.pipeline.settings import SETTINGS
 
         name = word.removeprefix("--").replace("-", "_")
@@ -112,13 +111,9 @@ def add_request_options(
     parser: Parser, names: Iterable[str], *, are_optional: bool = False,
     fields: Mapping[str, FieldInfo] = FIELDS,
 ) -> None:
-    """Declare fields of `Request` and `Loading` as options, under the headings of help.
+    """Declare fields of `Request` and `Loading`, or other `Options`, under the headings of help.
 
-    Args:
-        parser: of the verb.
-        names: of the fields.
-        are_optional: whether an option that isn't given is None instead of its default.
-        fields: of other `Options` in place of those.
+    With `are_optional` an option that isn't given is None instead of its default.
     """
     for name in names:
         field = fields[name]
@@ -141,7 +136,6 @@ def add_request_options(
 
 
 def _reading(name: str, field: FieldInfo, metavar: Any) -> dict[str, Any]:
-    """Return arguments of `add_argument` by which an option's text is read."""
     hint = field.annotation
     kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
     kind = next(each for each in kinds if each is not type(None))

@@ -34,8 +34,6 @@ class OutputJournal(Journal):
     """Reports what is done and what goes on; under `overwrite` another clip's output begins again.
 
     Args:
-        output: the file or folder to be written.
-        report: called with notes.
         resume: go on from what is there, if it is of the same clip.
         overwrite: start again whatever else is there.
 
@@ -130,7 +128,6 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
 
 
 def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
-    """Return seeds of the first clip, from the names of this command's finished clips."""
     if args.output is not None:
         return set()
     name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(-\d+)?\.mp4")
@@ -256,10 +253,7 @@ def is_faulty(clip: Clip) -> bool:
 
 
 def set_aside(path: str) -> Path:
-    """Move a faulty output to "name.faulty.mp4", so that it isn't taken for a good one.
-
-    An older one of that name is replaced.
-    """
+    """Move a faulty output to "name.faulty.mp4", replacing an older one of that name."""
     source = Path(path)
     target = source.with_name(f"{source.stem}.faulty{source.suffix}")
     if target.is_dir():

@@ -63,7 +63,6 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
-    """Return the machine's rates, measured if they never were."""
     from vidgen.pipeline.timing import known_rates, measure_rates
 
     found = known_rates(device, dtype)

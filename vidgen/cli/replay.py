@@ -75,12 +75,11 @@ def key_and_value(text: str) -> tuple[str, str]:
 
 
 def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return options of generate from words, as its own command line reads them.
+    """Return options of generate from (key, value) words, as its own command line reads them.
 
-    Args:
-        pairs: (key, value); lists are given by repeating the key, pairs of numbers with a comma;
-            an empty value is the option left out. Keys that are settings of a model are collected
-            in `settings`, None for one that is left out.
+    Lists are given by repeating the key, pairs of numbers with a comma; an empty value is the
+    option left out. Keys that are settings of a model are collected in `settings`, None for one
+    that is left out.
 
     Raises:
         InputError: a key that is no such option, with the nearest; a value that can't be read.
@@ -124,7 +123,6 @@ def _make(
     recipe: Mapping[str, Any], output: str, journal: OutputJournal, changes: Mapping[str, Any],
     args: Namespace, report: Report,
 ) -> None:
-    """Restore, check, generate and write, all on the recorded threads."""
     from vidgen.media.join import ContinuedClip
     from vidgen.pipeline import replay
     from vidgen.pipeline.engine import load
@@ -145,7 +143,6 @@ def _make(
 
 
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
-    """Report whether the two files show the same, else their differences."""
     from vidgen.media.probe import read_recipe
     from vidgen.pipeline.recorded import differences
     from vidgen.pipeline.replay import compare

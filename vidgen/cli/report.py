@@ -152,7 +152,6 @@ class Report:
             print(line, file=sys.stderr)
 
     def _advance_worker(self, event: dict[str, Any]) -> None:
-        """Show a bar for all work, and one for each worker, with its current work."""
         if "fraction" in event:
             self._advance("all, %", round(100 * event["fraction"]), 100, event["eta_s"])
         from rich.markup import escape
@@ -178,11 +177,7 @@ class Report:
 
 
 def _check_events(path: Path) -> None:
-    """Refuse a file for events that can't be written, or holds something else.
-
-    Raises:
-        OutputError: says which.
-    """
+    """Refuse a file for events that can't be written, or holds something else."""
     first = ""
     try:
         if path.is_file():
@@ -239,9 +234,7 @@ def _left_column() -> ProgressColumn:
 def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None:
     """Return a run's time, frames and room on the disk, in a line; None for a short one.
 
-    Args:
-        made: what its clips take.
-        parallel: whether several are made at a time, so that all is over sooner.
+    With `parallel` several clips are made at a time, so that all is over sooner.
     """
     seconds = sum(each.total_s for each in made)
     if seconds <= LONG_S:

@@ -135,7 +135,6 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _check_exports(args: Namespace) -> None:
-    """Refuse files next to a film where none is made, or without their package."""
     named = [option for option in ("storyboard", "otio") if getattr(args, option)]
     without = [option for option in ("check", "only") if getattr(args, option)]
     if named and without:
@@ -195,7 +194,6 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
 def _render(
     store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
 ) -> list[RenderedShot]:
-    """Render missing shots; on a stop say how to go on."""
     from vidgen.pipeline.engine import load
     from vidgen.pipeline.workers.scheduler import settle_threads
     from vidgen.story.render import Renderer
@@ -243,7 +241,6 @@ def _memory(staff: Staff) -> int | None:
 def _estimates(
     film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, have: int | None
 ) -> list[Estimate]:
-    """Return what each part takes on this machine."""
     from vidgen.core.runtime import best_dtype, choose_device
     from vidgen.story.plan import estimates
 
@@ -257,7 +254,6 @@ def _tell_plan(
     film: FilmPlan, plans: Sequence[ShotPlan], store: ShotStore, staff: Staff, args: Namespace,
     report: Report, edit: Edit | None,
 ) -> int:
-    """Report what each shot takes, which exist, and the length of the film, if any."""
     from vidgen.core.runtime import size_text
     from vidgen.story.plan import word_remarks
 

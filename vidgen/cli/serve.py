@@ -61,7 +61,6 @@ def _settings(args: Namespace) -> Settings:
 
 
 def _look_after(args: Namespace, report: Report) -> int:
-    """Manage keys and print the audit log, without a running service."""
     import json
 
     from vidgen.server.keys import Keys

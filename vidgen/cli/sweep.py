@@ -164,7 +164,6 @@ def _store(stem: str) -> Store:
 
 
 def _earlier_seed(args: Namespace) -> int | None:
-    """Return the seed that an earlier run drew, by the name of its clips' folder."""
     if args.output or not args.resume:
         return None
     name = re.compile(rf"{re.escape(slug(args.prompt))}-(\d+)-sweep\.cells")
@@ -176,7 +175,6 @@ def _earlier_seed(args: Namespace) -> int | None:
 
 
 def _cells(args: Namespace, stem: str) -> list[Cell]:
-    """Return every setting, checked, in the order of the sheet: row by row."""
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
@@ -222,7 +220,6 @@ def _replaced(prompt: str, word: str, value: str) -> str:
 
 
 def _identity(request: Request, loading: Loading) -> str:
-    """Return a name for a clip by all that shapes it, so that an earlier one is recognised."""
     from vidgen.pipeline.recipe import identity
 
     return identity(request, **loading.model_dump() | {"model": _content_hash(loading.model)})
@@ -236,7 +233,6 @@ def _content_hash(model: str) -> str:
 
 
 def _make(cells: Sequence[Cell], report: Report) -> None:
-    """Make clips, grouped by their loading; an unfinished one goes on."""
     import torch
 
     from vidgen.cli.outputs import resumable
@@ -276,7 +272,6 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
 
 
 def _verdict(cell: Cell, report: Report) -> str | None:
-    """Return the verdict of a clip's checks, reported by its label; None without one."""
     from vidgen.media.checks import recorded, verdict
     from vidgen.media.probe import read_recipe
 
@@ -302,11 +297,7 @@ def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, A
 
 
 def _is_there(path: str, recipe: Mapping[str, Any], args: Namespace) -> bool:
-    """Return whether this very sweep's sheet or video exists, when it goes on.
-
-    Raises:
-        InputError: another one's is.
-    """
+    """Return whether this very sweep's sheet or video exists, when it goes on."""
     from vidgen.media.probe import read_recipe
 
     if args.overwrite or not Path(path).exists():

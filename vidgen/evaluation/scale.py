@@ -67,12 +67,7 @@ class _Clip:
 
 
 def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
-    """Make a suite's clips and measure them.
-
-    Args:
-        run: what to make.
-        output: the results' file; the clips lie next to it.
-        on_event: called with progress, and with notes on what is left out.
+    """Make a suite's clips, next to the results' file `output`, and measure them.
 
     Returns:
         The results of `run_temporal`, with `generation`: model, seeds, settings, threads. A clip
@@ -131,7 +126,6 @@ def _clips(
     run: SuiteRun, suite: PromptSuite, folder: ModelFolder | DiffusersFolder,
     pictures: Mapping[str, Path],
 ) -> Iterator[_Clip]:  # fmt: skip
-    """Yield every clip of the suite, by prompt, then by seed."""
     stems = dict[str, int]()
     for prompt in suite.prompts:
         stem = _stem(prompt, stems)
@@ -145,11 +139,6 @@ def _clips(
 
 
 def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> dict[str, Path]:
-    """Return first frames by prompt; report how many prompts have none.
-
-    Raises:
-        InputError: no such folder, or no picture for any prompt.
-    """
     if images is None:
         return {}
     there = pictures_in(images)
@@ -164,7 +153,6 @@ def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> di
 
 
 def _stem(prompt: str, taken: dict[str, int]) -> str:
-    """Return a prompt as a file's name, unlike all that are taken."""
     text = file_stem(prompt)
     taken[text] = taken.get(text, 0) + 1
     return text if taken[text] == 1 else f"{text}~{taken[text]}"
@@ -174,7 +162,6 @@ def _make(
     run: SuiteRun, folder: ModelFolder | DiffusersFolder, clips: Sequence[_Clip], store: Store,
     staff: Staff, tell: OnEvent,
 ) -> dict[str, str]:
-    """Make missing clips; return the names of those that failed, with the reason."""
     names: dict[str, list[str]] = {}
     for clip in clips:
         names.setdefault(clip.address, []).append(clip.name)
@@ -201,7 +188,6 @@ def _make(
 
 
 def _lay_out(place: Path, files: dict[str, Path]) -> None:
-    """Link clips under their names, and remove the names of other runs."""
     place.mkdir(exist_ok=True)
     for path in place.glob("*.mp4"):
         if path.stem not in files:

@@ -21,11 +21,7 @@ def wilson_interval(correct: float, total: float) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927, p. 212; Brown et al. 2001, eq. 4).
 
     Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1. Without
-    trials it is all of [0, 1].
-
-    Args:
-        correct: successes.
-        total: trials, or the number of independent ones that they are worth.
+    trials it is all of [0, 1]. `total` may be the number of independent trials that they are worth.
     """
     if total == 0:
         return 0.0, 1.0
@@ -42,11 +38,8 @@ def rate_interval(outcomes: Sequence[bool], groups: Sequence[Hashable]) -> tuple
     """Return Wilson's interval of a share whose outcomes come in groups of similar ones.
 
     Outcomes are worth as many independent ones as have their deviation, p (1 - p) / s^2, at most
-    all of them (Korn and Graubard 1998); where all agree, the number of groups.
-
-    Args:
-        outcomes: n of them.
-        groups: of each outcome, such as the prompt of a clip; a single group counts as none.
+    all of them (Korn and Graubard 1998); where all agree, the number of groups. These
+    are such as the prompts of clips; a single one counts as none.
     """
     total, known = len(outcomes), len(set(groups))
     share = sum(outcomes) / total
@@ -64,12 +57,9 @@ def mean_interval(
 ) -> tuple[float, float]:
     """Return the interval mean +- z s / sqrt(n) of a mean of dozens of values or more.
 
-    Args:
-        values: n of them.
-        groups: of each value, such as the prompt of a clip. The deviation is that of the groups'
-            sums (Liang and Zeger 1986, eq. 2.3, for a mean), times G / (G - 1). None: none belong
-            together.
-        weights: of each value in the mean; None: all equal.
+    The deviation is that of the sums of the groups, such as the prompt of a clip (Liang and Zeger
+    1986, eq. 2.3, for a mean), times G / (G - 1); without groups none belong together. Without
+    weights all are equal.
     """
     mean = fmean(values, weights)
     half = _Z * _mean_error(values, groups or range(len(values)), weights)
@@ -97,14 +87,10 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Return the interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979).
 
-    Pairs are drawn together, so the difficulty of a prompt cancels out, and groups as a whole, so
-    that many clips of one prompt don't count as many prompts.
-
-    Args:
-        values: one for each prompt.
-        others: for the same prompts, in the same order.
-        groups: of each pair; None: none belong together. Each resample has as many as there are.
-        weights: of each value, and of each other value, in the two means; None: all equal.
+    Pairs, of the same prompts in the same order, are drawn together, so the difficulty of a prompt
+    cancels out, and groups as a whole, so that many clips of one prompt don't count as many
+    prompts. Each resample has as many groups as there are; without groups none belong together.
+    `weights` are of each value, and of each other value, in the two means.
     """
     changes = np.subtract(values, others)
     names = {name: i for i, name in enumerate(dict.fromkeys(groups or range(len(changes))))}

@@ -97,7 +97,6 @@ class PromptSuite:
 
 
 def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
-    """Return each prompt, its dimensions and its picture's name."""
     text = file.read_text("utf-8-sig")
     if file.suffix != ".json":
         return [(line.strip(), frozenset(), None) for line in text.splitlines() if line.strip()]

@@ -53,12 +53,7 @@ class Assembled:
 def assemble(
     edit: Edit, shots: Sequence[RenderedShot], on_frames: Tell = lambda _done, _total: None
 ) -> Assembled:
-    """Write a film; an existing file is replaced when the new one is complete.
-
-    Args:
-        edit: made of these shots, or of their plans.
-        shots: in the film's order.
-        on_frames: called with progress.
+    """Write the film of these shots, in order; replace an existing file when it is complete.
 
     Raises:
         InputError: a shot's file that is missing or was changed, a sound that can't be used.

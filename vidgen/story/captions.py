@@ -107,10 +107,8 @@ class Burner:
     """Burns texts into frames: white with a dark outline, legible on any background.
 
     Args:
-        texts: to be burnt in.
         size: (width, height) of the frames.
-        font: a TrueType or OpenType file; None: Pillow's own, or a system font where that lacks a
-            sign.
+        font: TrueType or OpenType file; None: Pillow's own, or a system font where it lacks a sign.
 
     Attributes:
         font: the file that is used; None for Pillow's own.
@@ -151,11 +149,7 @@ class Burner:
         return frame
 
     def check_room(self, timeline: Timeline) -> None:
-        """Refuse texts that are shown together and have more lines than the picture.
-
-        Raises:
-            InputError: names the shot, the texts, the lines that they take and those there are.
-        """
+        """Raise InputError if texts that are shown together have more lines than the picture."""
         seen = list[Burnt]()
         for first, fresh in groupby(self.texts, key=lambda each: each.first):
             seen = [*(each for each in seen if each.last > first), *fresh]
@@ -202,7 +196,6 @@ class Burner:
         return [part for each in text.splitlines() for part in _wrapped(each, font, width)]
 
     def _find_font(self) -> None:
-        """Choose a font that has all signs of the texts."""
         first, tried = self.font, [self.font]
         if first is None:
             tried += [path for name in _SYSTEM_FONTS if (path := _system_font(name))]
@@ -218,7 +211,6 @@ class Burner:
                          "or give captions: track")
 
     def _lacking(self) -> tuple[str, str] | None:
-        """Return a sign that the font lacks, with its text."""
         font = _opened(self.font, 20)
         missing = _mask(font, "\U0010ffff")
         signs = {sign: each.text for each in self.texts for sign in each.text}
@@ -257,7 +249,6 @@ def _mask(font: ImageFont.FreeTypeFont, sign: str) -> bytes:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Break a text into lines that fit a width; a word that doesn't fit alone is cut."""
     lines, line = list[str](), ""
     for word in text.split():
         joined = f"{line} {word}".strip()

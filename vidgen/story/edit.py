@@ -55,11 +55,7 @@ CODECS = {
 
 
 def picture_settings(name: str | None, output: str | Path) -> PictureSettings:
-    """Return the settings to encode a picture into a file.
-
-    Args:
-        name: of a codec; None: the default of the output's suffix.
-        output: the file.
+    """Return the picture settings of a codec; without a name, those of the output's suffix.
 
     Raises:
         InputError: an unknown codec, or a kind of file that can't hold it.
@@ -137,13 +133,9 @@ def make_edit(
     film: FilmPlan, shots: Sequence[Measured], output: str | Path,
     describe: Describe | None = None,
 ) -> Edit:
-    """Decide how shots become a film.
+    """Decide how shots, planned or rendered, in order, become a film.
 
-    Args:
-        film: the plan.
-        shots: the film's shots in order, planned or rendered.
-        output: the film's file, of a known suffix.
-        describe: returns the sounds to be made of words; None: none are.
+    Without `describe`, which returns the sounds to be made of words, none are made.
 
     Raises:
         InputError: transitions, captions or texts that don't fit, a codec, font or sound that can't

@@ -63,13 +63,8 @@ _KEEP_S = 10.0  # between two writings of the file
 def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEvent) -> Expansion:
     """Rewrite a film's prompts by a language model, which is closed afterwards.
 
-    A prompt whose rewriting is of no use stays unchanged, with a note.
-
-    Args:
-        script: checked.
-        model: folder of the language model.
-        folder: of the film's shots, which keeps the new texts.
-        tell: called with progress, and with prompts that stay unchanged.
+    A prompt whose rewriting is of no use stays unchanged, with a note. `folder`, of the film's
+    shots, keeps the new texts.
 
     Raises:
         ModelError: no such model.
@@ -104,7 +99,6 @@ def _rewrite(
     writer: LanguageModel, prompts: list[str], known: dict[str, dict[str, str]],
     keep: Callable[[], None], tell: OnEvent,
 ) -> None:
-    """Rewrite each prompt; keep the results every few seconds."""
     kept_s = time.monotonic()
     try:
         for done, prompt in enumerate(prompts):
@@ -130,15 +124,9 @@ def _known_texts(store: Store) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def write_draft(folder: str | Path, idea: str, path: str | Path) -> Script:
-    """Have a language model draft a script, and write it.
+    """Have the language model of a folder draft a script; write it, over an existing file.
 
-    Args:
-        folder: of the model.
-        idea: the subject of the film.
-        path: .yaml; an existing file is replaced.
-
-    Returns:
-        The script, with idea and model in `project.drafted_from`.
+    Idea and model are kept in `project.drafted_from`.
 
     Raises:
         ModelError: no such model.
@@ -160,7 +148,6 @@ def write_draft(folder: str | Path, idea: str, path: str | Path) -> Script:
 
 
 def _drafted(model: LanguageModel, idea: str) -> dict[str, Any]:
-    """Return the model's draft; an invalid one is sent back once, with the error."""
     turns, fault = [idea], ""
     for _ in range(2):
         try:
@@ -213,7 +200,6 @@ def _without_place(text: str, path: Path) -> str:
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
-    """Refuse all keys but those of what is seen and said."""
     parts = [("script", data), ("project", data.get("project"))]
     for name in ("characters", "places", "scenes", "shots"):
         value = data.get(name)

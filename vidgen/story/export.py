@@ -21,8 +21,6 @@ class FilmExport:
     """A film to be made of planned shots, with the files next to it.
 
     Args:
-        edit: of the film.
-        store: of its shots.
         wanted: suffixes of files next to it: ".html", a storyboard, and ".otio", its edit.
         overwrite: replace what exists and differs.
 
@@ -46,12 +44,7 @@ class FilmExport:
             check_output(path, overwrite=overwrite or self.is_done)
 
     def write(self, shots: Sequence[RenderedShot], tell: OnEvent) -> list[Path]:
-        """Put the film together, and write the files next to it; return those.
-
-        Args:
-            shots: all that were rendered.
-            tell: called with progress, notes and files, as events.
-        """
+        """Put the film of all rendered shots together; write and return the files next to it."""
         edit, by_id = self.edit, {each.shot.id: each for each in shots}
         shown = [by_id[placed.shot.id] for placed in edit.timeline.shots]
         files: dict[Path, Iterable[str]] = {}
@@ -72,7 +65,6 @@ class FilmExport:
         return [*dict.fromkeys((*texts_beside(edit), *files))]
 
     def _assemble(self, shown: Sequence[RenderedShot], tell: OnEvent) -> None:
-        """Write the film; remove texts of an earlier version, if this one has none."""
         edit, outdated = self.edit, list[Path]()
         shots = _film_facts(edit.output).get("script", {}).get("shots", ())
         if not edit.cues and any(shot["caption"] or shot["narration"] for shot in shots):
@@ -91,7 +83,6 @@ class FilmExport:
             tell({"event": "note", "text": f"{path} is removed; the film has no texts any more"})
 
     def _write(self, path: Path, parts: Iterable[str], tell: OnEvent) -> None:
-        """Write a file next to the film; that of a finished film stays if it differs."""
         encoded = (part.encode() for part in parts)
         if self.is_done and not self.overwrite and path.exists():
             with path.open("rb") as file:
@@ -105,7 +96,6 @@ class FilmExport:
 
 
 def _film_facts(output: Path) -> dict[str, Any]:
-    """Return what an existing film's recipe says of the film; empty for any other file."""
     try:
         recipe = read_recipe(output) if output.is_file() else None
     except InputError:

@@ -115,13 +115,9 @@ class FilmPlan:
         return text if heard is None else f"{text}, with the sound of {heard}"
 
     def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
-        """Return the request for a part of a shot; `render` adds files of other shots.
+        """Return the request for the part of a shot that adds `num_frames` under prompt `index`.
 
-        Args:
-            shot: the shot as it is written.
-            seed: of the take.
-            index: of the shot's prompts.
-            num_frames: frames that the part adds.
+        `render` adds files of other shots.
 
         Raises:
             InputError: a setting out of its range.

@@ -158,12 +158,7 @@ def _voiced(script: Script, said: Narration, voices: dict[str, Voice]) -> tuple[
 def mixed(
     timeline: Timeline, paths: Sequence[Path], narrated: Narrated | None
 ) -> tuple[Samples | None, list[str]]:
-    """Mix the sound of a film.
-
-    Args:
-        timeline: of the film.
-        paths: of the shots, whose own sound is heard where the script names no file.
-        narrated: the speech.
+    """Mix the sound of a film; the shots' own is heard where the script names no file.
 
     Returns:
         (float32 [N, 2] at `RATE`, or None for a silent film; notes for people).

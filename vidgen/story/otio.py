@@ -38,13 +38,7 @@ from vidgen.story.timeline import Placed
 
 
 def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
-    """Return a film's edit as the text of an `.otio` file.
-
-    Args:
-        edit: of the film.
-        shots: rendered, in order.
-        folder: of the `.otio` file; paths are relative to it where they can be.
-    """
+    """Return the text of an `.otio` file in `folder`; paths are relative where they can be."""
     script, fps = edit.film.script, edit.timeline.fps
     timeline = Timeline(script.project.title or script.path.stem, metadata={
         "vidgen": {"script": script.path.name, "seed": script.project.seed}})
@@ -62,7 +56,6 @@ def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
 
 
 def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Track:
-    """Return clips and transitions; each clip ends where the next one begins."""
     timeline, fps, track = edit.timeline, edit.timeline.fps, Track("shots", kind=TrackKind.Video)
     for (placed, cut, end), shot in zip(_cuts(edit), shots, strict=True):
         fade = 0 if track else timeline.opening
@@ -99,7 +92,6 @@ def _with_gaps(clips: Iterable[tuple[int, Clip]]) -> Iterator[Item]:
 
 
 def _sounds(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
-    """Yield files that shots name; cut where the shots are."""
     for placed, *ends in _cuts(edit):
         sound = placed.shot.sound
         if sound is None or sound.file is None:

@@ -41,10 +41,8 @@ def pieces_of(
 ) -> list[Piece]:
     """Cut a film into pieces that are copied and pieces that are encoded.
 
-    Args:
-        timeline: of the film.
-        burnt: frames [first, last) of the film that bear texts, in order.
-        parts: frames at which each shot's packets can be cut, its end included; None: nowhere.
+    `burnt` holds the frames [first, last) that bear texts, in order; `parts` the frames at which
+    each shot's packets can be cut, its end included, or None.
     """
     pieces: list[Piece] = []
 
@@ -73,7 +71,6 @@ def pieces_of(
 
 
 def _unmarked(section: Section, burnt: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the frames [first, last) of a section between those that bear texts."""
     at = section.first
     for first, last in burnt[bisect_right(burnt, at, key=lambda each: each[1]) :]:
         if first >= section.last:

@@ -56,17 +56,9 @@ def plan_film(
     draft: bool = False, dtype: str | None = None, quantize: str | None = None,
     tiles: str = "auto", expansion: Expansion | None = None,
 ) -> FilmPlan:
-    """Plan every shot of a checked script.
+    """Plan every shot of a checked script; a draft has small pictures and few steps.
 
-    Args:
-        script: as `Script.read` returns it.
-        folder: the model.
-        suffix: of the film.
-        draft: small pictures and few steps.
-        dtype: instead of the script's own; None leaves it to the machine.
-        quantize: as in `load`.
-        tiles: as in a request.
-        expansion: rewritten prompts, or None.
+    `dtype` replaces the script's own; `quantize` is as in `load`, `tiles` as in a request.
 
     Raises:
         InputError: a shot that can't be made, with its line and the nearest that can.
@@ -117,13 +109,8 @@ def estimates(
 ) -> Iterator[Estimate]:
     """Yield the time and memory that parts of a film take; read headers, measure nothing.
 
-    Args:
-        film: the film.
-        parts: the shot, the take, and the index of its part.
-        device: that renders them.
-        have: bytes that are free there; None: unknown.
-        dtype: the script's or the device's best.
-        offload: as in `load`; None: the least that fits.
+    Each part is the shot, the take, and the part's index. `have` is the number of bytes that are
+    free, None if unknown; `offload` as in `load`, None for the least that fits.
 
     Raises:
         ModelError: a part that doesn't fit the memory, with its shot and what would fit.
@@ -154,8 +141,6 @@ def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:
 
 
 class _Planner:
-    """Plans one shot after the other; keeps what they have in common."""
-
     def __init__(self, film: FilmPlan) -> None:
         self.film, self.folder = film, film.folder
         vae, dit = _configs(film.folder)
@@ -260,7 +245,6 @@ class _Planner:
         return Take(seed, tuple(parts))
 
     def _check(self, shot: Shot, request: Request, index: int, num_frames: int) -> None:
-        """Refuse conditions that the model can't meet, and texts that are too long for it."""
         stand_ins: dict[str, Any] = {}
         for name, key in (("image", "first_frame"), ("last_image", "last_frame")):
             if isinstance(getattr(shot, key), ShotFrame):
@@ -282,7 +266,6 @@ class _Planner:
         return [[option, self._picture_hash(file)] for option, file in named if file is not None]
 
     def _shown(self, shot: Shot, index: int) -> list[list[str]]:
-        """Return the frames of other shots that a part begins or ends with."""
         last = len(shot.prompt) - 1
         pairs = ((shot.first_frame, 0), (shot.last_frame, last))
         return [[str(n), self.film.shots[each.shot].key, each.frame]

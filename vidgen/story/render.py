@@ -44,7 +44,6 @@ class Renderer:
     """Renders shots, one after the other or in parallel.
 
     Args:
-        store: of the shots.
         engine: opens the model, once in each worker; picklable for several workers.
         tell: called with progress, notes and files, as events; `clip` counts the parts.
         overwrite: begin stopped shots again, instead of resuming them.
@@ -154,7 +153,6 @@ def keys_of(plan: ShotPlan) -> Iterator[str]:
 
 
 def _named(error: Exception, name: str) -> Exception:
-    """Return an error that names its shot."""
     kind = type(error) if isinstance(error, VidgenError) else VidgenError
     named = kind(f"{name}: {error}")
     named.__cause__ = error
@@ -184,8 +182,6 @@ class ShotWork(EngineWork):
 
     Args:
         open_engine: opens the model, once in each worker.
-        model_sha256: of the model's files.
-        store: of the shots.
         on_preview: called with each part while it forms; not where work is pickled.
     """
 
@@ -197,11 +193,7 @@ class ShotWork(EngineWork):
         self.store, self.film, self.on_preview = store, store.film, on_preview
 
     def __call__(self, payload: PartJob | ChoiceJob, tell: OnEvent) -> None:
-        """Do one job.
-
-        Raises:
-            InputError: a part that can't be made.
-        """
+        """Do one job; raise InputError for a part that can't be made."""
         plan = self.film.shots[payload.shot]
         if isinstance(payload, ChoiceJob):
             self._choose(plan, tell)
@@ -270,7 +262,6 @@ def picture_of(path: Path, which: str) -> Frames:
 
 
 def _without_head(clip: Clip, head: int) -> Clip:
-    """Return the frames after those of the shot that it goes on from."""
     assert isinstance(clip, ContinuedClip), "shots of a film have one size and rate"
     assert clip.head_frames == head, (clip.head_frames, head)
     return clip.added()
@@ -322,10 +313,7 @@ def score_take(
 def verify_take(model: OpenedModel, path: Path, parts: Sequence[Part]) -> Iterator[Verified]:
     """Yield the verifier's score for each prompt of a take that names something it knows.
 
-    Args:
-        model: that made the take; without a verifier nothing is scored.
-        path: the take's file.
-        parts: the stretches that the file holds, each under a prompt.
+    Without a verifier nothing is scored. `parts` are the stretches of the file, each of a prompt.
     """
     if VERIFIER not in model.folder.components:
         return

@@ -190,10 +190,7 @@ class Script:
     def words(self, shot: Shot, text: str, rewritten: Mapping[str, str] | None = None) -> str:
         """Return a prompt as the model gets it, with descriptions, camera and styles.
 
-        Args:
-            shot: of the prompt.
-            text: the prompt.
-            rewritten: new texts by prompts with descriptions.
+        `rewritten` holds new texts by prompts with descriptions.
         """
         seen = self.described(shot, text)
         seen = (rewritten or {}).get(seen, seen)
@@ -240,7 +237,6 @@ class Script:
 
 
 def _check(script: Script, written: Located) -> None:
-    """Check what needs the whole script; `written` knows the lines."""
     _check_own_names(script, written)
     if len(script.shots) > MAX_SHOTS:
         raise InputError(f"{script.path} has {len(script.shots)} shots; give {MAX_SHOTS} at most")
@@ -331,7 +327,6 @@ def _cell(key: str, text: str) -> Any:
 
 
 def _finished(script: Script, path: Path, mapping: Located) -> Script:
-    """Give every shot an id, keep the lines, and check the whole."""
     lines: dict[str, int] = {}
     taken = {shot.id for shot in script.shots if shot.id}
     shots, seen = [], dict[str, int]()
@@ -358,7 +353,6 @@ def _finished(script: Script, path: Path, mapping: Located) -> Script:
 
 
 def _line(written: Any, *keys: str) -> str:
-    """Return a key's line, for messages; nothing where it is unknown."""
     for key in keys[:-1]:
         written = written.get(key) if isinstance(written, Mapping) else None
     line = getattr(written, "lines", {}).get(keys[-1])

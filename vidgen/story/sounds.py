@@ -50,14 +50,9 @@ class DescribedSound:
 def describe_sounds(
     film: FilmPlan, timeline: Timeline, model: str, folder: Path, offload: str = "none"
 ) -> tuple[list[DescribedSound], Timeline]:
-    """Plan a film's sound and music in words; make nothing yet.
+    """Plan a film's sound and music in words, of their shots' seeds; make nothing yet.
 
-    Args:
-        film: the film; a sound has its shot's seed.
-        timeline: of the film, which gives the lengths.
-        model: folder of a text-to-audio model of diffusers.
-        folder: of the film's shots.
-        offload: as in `load`.
+    `model` is the folder of a text-to-audio model of diffusers, `folder` that of the film's shots.
 
     Returns:
         (the sounds, the timeline with their files in place of the words).

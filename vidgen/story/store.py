@@ -68,10 +68,7 @@ class ShotStore(Store):
         self.film = film
 
     def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
-        """Return parts of a shot to be rendered: the take, and which part it is.
-
-        An existing part stands for those before it.
-        """
+        """Return (take, index) of parts to be rendered; an existing one stands for those before."""
         left = []
         for take in plan.takes:
             there = [n for n, part in enumerate(take.parts) if self.has(part.key)]

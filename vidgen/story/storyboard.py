@@ -50,7 +50,6 @@ def page_parts(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[str]:
 
 
 def _shots(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[dict[str, Any]]:
-    """Yield the template's values of each shot."""
     film, scene = edit.film, None
     for placed, rendered in zip(edit.timeline.shots, shots, strict=True):
         shot, title = placed.shot, ""
@@ -100,7 +99,6 @@ def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
 
 
 def _thumbnails(shot: RenderedShot) -> Iterator[tuple[str, str]]:
-    """Yield the first, middle and last frame, fewer of a shot that has fewer, as JPEG in base64."""
     wanted = {0: "first frame", shot.num_frames // 2: "middle", shot.num_frames - 1: "last frame"}
     with VideoReader(shot.path) as reader:
         for number, frame in enumerate(reader):

@@ -108,12 +108,7 @@ class Timeline:
 
 
 def lay_out(script: Script, shots: Sequence[Measured], fps: Fraction) -> Timeline:
-    """Place shots in a film.
-
-    Args:
-        script: gives transitions and ending.
-        shots: the film's shots, in order.
-        fps: frame rate of the film and of its shots.
+    """Place shots, in order, in a film of the script's transitions and ending.
 
     Raises:
         InputError: a transition longer than the shots have frames for.
@@ -155,7 +150,6 @@ def _nearest(value: Fraction) -> int:
 
 
 def _check_room(timeline: Timeline) -> None:
-    """Refuse a shot with fewer frames than the transitions at its ends take."""
     for index, placed in enumerate(timeline.shots):
         before, after = timeline.faded(index)
         if before + after > placed.num_frames:

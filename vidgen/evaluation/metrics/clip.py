@@ -170,18 +170,10 @@ def measure_clip(
     frames: Iterable[Frames], fps: Fraction, *, image: Frames | None = None, prompt: str = "",
     networks: Networks | None = None,
 ) -> Measured:
-    """Take all measures of a clip.
+    """Take all measures of a clip of frames uint8 [H, W, 3]; none of a single frame.
 
-    Args:
-        frames: uint8 [H, W, 3] each, of one size.
-        fps: frames per second.
-        image: [H, W, 3], the first frame that was asked for. The stand-ins see it at the clip's
-            size, the networks as it is.
-        prompt: judges the camera's motion, where it names one.
-        networks: of the original dimensions, or None.
-
-    Returns:
-        Figures by name, see `registry.MEASURES`; none for a single frame.
+    The stand-ins see `image` [H, W, 3], the first frame that was asked for, at the clip's size, the
+    networks as it is. `prompt` judges the camera's motion, where it names one.
 
     Raises:
         InputError: no OpenCV, or a side under 16 pixels.
@@ -199,8 +191,6 @@ def measure_clip(
 
 
 class _Parts:
-    """The meters of one clip."""
-
     def __init__(
         self, flows: FlowEstimator, rate: float, first: Frames, image: Frames | None,
         networks: Networks | None, target: str | None,

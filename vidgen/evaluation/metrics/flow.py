@@ -78,11 +78,7 @@ class FlowEstimator:
 
 
 def check_flow_size(height: int, width: int) -> None:
-    """Refuse pictures that are too small for optical flow.
-
-    Raises:
-        InputError: a side under 16 pixels.
-    """
+    """Raise InputError for a side under 16 pixels, too small for optical flow."""
     if min(height, width) < _SMALLEST_SIDE:
         raise InputError(
             f"frames are {width}x{height}, and optical flow needs {_SMALLEST_SIDE} pixels a side; "
@@ -104,11 +100,8 @@ def sample_flow(flow: Flow, points: Points) -> Points:
 def occluded(flow: Flow, back_here: Flow) -> Mask:
     """Return the pixels [H, W] of a frame that the other one hides, or where the flow breaks.
 
-    Ruder et al. 2016, eq. 5 and 6, as EvalCrafter uses them.
-
-    Args:
-        flow: from this frame to the other.
-        back_here: the flow from the other to this one, fetched along `flow`.
+    Ruder et al. 2016, eq. 5 and 6, as EvalCrafter uses them. `flow` leads from this frame to the
+    other; `back_here` is the flow from the other to this one, fetched along `flow`.
     """
     lengths = np.square(flow).sum(-1)
     returned = np.square(flow + back_here).sum(-1)
@@ -126,10 +119,7 @@ def occluded(flow: Flow, back_here: Flow) -> Mask:
 def warp_error(one: Frames, fetched: NDArray[Any], hidden: Mask) -> float | None:
     """Return the mean squared error in [0, 1] of pixels that both frames show; None without any.
 
-    Args:
-        one: uint8 [H, W, 3].
-        fetched: the other frame, warped to this one.
-        hidden: [H, W] pixels that don't count.
+    `one` is uint8 [H, W, 3], `fetched` the other frame warped to it; `hidden` [H, W] is ignored.
     """
     seen = ~hidden
     if not seen.any():

@@ -53,12 +53,7 @@ class Tracks:
         self.histograms: list[list[float]] = []
 
     def advance(self, flow: Flow, hidden: Mask) -> None:
-        """Follow a flow to the next frame.
-
-        Args:
-            flow: [H, W, 2] in pixels.
-            hidden: [H, W] pixels of the last frame that the next one doesn't show.
-        """
+        """Follow a flow [H, W, 2] in pixels to the next frame, without `hidden` pixels [H, W]."""
         before = self._places[-1]
         place = before + sample_flow(flow, before)
         limit = np.array(self._size) - 1
@@ -138,7 +133,6 @@ class MotionMeter:
         return float(pixels / min(self._grey.shape) / seconds)
 
     def _begin_grid(self, height: int, width: int) -> None:
-        """Place the points that follow the camera, a 20th of the side away from the edges."""
         xs = np.linspace(0.05 * width, 0.95 * width, vbench.CAMERA_GRID)
         ys = np.linspace(0.05 * height, 0.95 * height, vbench.CAMERA_GRID)
         self._grid = np.stack(np.meshgrid(xs, ys), axis=-1)
@@ -215,9 +209,7 @@ class MotionMeter:
 class SampledMotion:
     """Motion between frames at about 8 a second.
 
-    Args:
-        speed_between: returns the speed from one frame [H, W, 3] to another: `top_speed` of a flow.
-        fps: frames per second.
+    `speed_between` returns the speed from one frame [H, W, 3] to another: `top_speed` of a flow.
     """
 
     def __init__(self, speed_between: Any, fps: float) -> None:

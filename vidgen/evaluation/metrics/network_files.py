@@ -65,7 +65,6 @@ def parse_networks(given: list[str]) -> dict[str, Path]:
 
 
 def _script(name: str, path: Path) -> Path:
-    """Return the TorchScript file at a path: itself, or the only one in that folder."""
     if path.is_file():
         return path
     scripts = sorted(p for p in path.glob("*") if p.suffix in SCRIPT_SUFFIXES and p.is_file())

@@ -52,9 +52,7 @@ class Networks:
     def dino_i2v(self, frame: Frames, *, given: bool = False) -> NDArray[np.float32]:
         """Return the same as VBench-I2V does: short side 256, smoothed, centre crop of 224.
 
-        Args:
-            frame: [H, W, 3].
-            given: whether it is the first frame that was asked for, which is resized in bytes.
+        A `given` frame [H, W, 3], the first that was asked for, is resized in bytes.
         """
         picture = centre(smoothed(frame, _short_side(frame, _I2V_SIDE), given), _SIDE)
         return self._class_token(normalised(picture, *_IMAGENET))
@@ -102,8 +100,7 @@ class Networks:
     ) -> tuple[Tensor, tuple[slice, slice]]:
         """Run a network on two pictures, padded evenly by their edges to a divisor of the sides.
 
-        Returns:
-            Its output for the padded pictures, and the place of the pictures themselves in it.
+        Return its output for the padded pictures, and the place of the pictures themselves in it.
         """
         height, width = one.shape[:2]
         down, across = -height % divisor, -width % divisor
@@ -188,7 +185,6 @@ def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:
 
 
 def _short_side(frame: Frames, side: int) -> tuple[int, int]:
-    """Return height and width of a frame whose short side is brought to `side`."""
     height, width = frame.shape[:2]
     short = min(height, width)
     return int(side * height / short), int(side * width / short)

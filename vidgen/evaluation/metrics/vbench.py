@@ -86,10 +86,7 @@ class Consistency:
 
     @property
     def score(self) -> float | None:
-        """Mean over frames of (cos to the previous + cos to the first) / 2.
-
-        None for one frame, and for blank ones.
-        """
+        """Mean over frames of (cos to the previous + to the first) / 2; None for one, or blank ones."""
         return float(np.mean(self._sums)) if self._sums and not self.is_blank else None
 
     @property
@@ -130,9 +127,8 @@ def sampling_step(fps: float) -> int:
 def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
     """Return whether a clip moves: enough pairs exceed 6 pixels of 256.
 
-    Args:
-        speeds: `top_speed(flow, DYNAMIC_TOP)` of each pair of the frames looked at.
-        short_side: of the flow's picture, in pixels.
+    `speeds` are `top_speed(flow, DYNAMIC_TOP)` of each pair of the frames looked at; `short_side`
+    is that of the flow's picture, in pixels.
     """
     limit = DYNAMIC_PIXELS * short_side / 256
     needed = round(4 * (len(speeds) + 1) / 16)
@@ -143,10 +139,8 @@ def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
 def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -> bool:
     """Return whether a clip passes VBench's static filter, so that its flickering is measured.
 
-    Args:
-        speeds: `top_speed(flow, STATIC_TOP)` of each pair of neighbours.
-        ends: the same from the first frame to the last and back.
-        short_side: of the flow's picture, in pixels.
+    `speeds` are `top_speed(flow, STATIC_TOP)` of each pair of neighbours, `ends` from the first
+    frame to the last and back; `short_side` is that of the flow's picture, in pixels.
     """
     limit = STATIC_PIXELS * short_side / 256
     allowed = round(2 * (len(speeds) + 1) / 16)
@@ -165,13 +159,8 @@ def camera_motions(
 ) -> list[str]:
     """Return the camera's motions, by the points in the middle of the four edges of a grid.
 
-    Args:
-        first: [10, 10, 2] tracked points (x, y) in the first frame, in pixels.
-        last: the same points in the last frame.
-        short_side: of the picture, in pixels.
-
-    Returns:
-        One or more of the values of `CAMERA_PHRASES`, sorted, or ["None"].
+    The points [10, 10, 2] (x, y) of both frames and `short_side` are in pixels. The result is one
+    or more of the values of `CAMERA_PHRASES`, sorted, or ["None"].
     """
     middle, end = CAMERA_GRID // 2, CAMERA_GRID - 1
     way = last.astype(np.int64) - first.astype(np.int64)

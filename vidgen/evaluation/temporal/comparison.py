@@ -67,7 +67,6 @@ def _interval(
     measure: str, values: Sequence[float], value: float, prompts: Sequence[str],
     weights: Sequence[int] | None,
 ) -> tuple[float, float]:
-    """Return the 95% interval of a folder's value, within what is possible."""
     kind = MEASURES[measure]
     if kind.yes_no:
         return rate_interval([bool(each) for each in values], prompts)
@@ -110,16 +109,10 @@ def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, Any]:
-    """Compare two folders clip by clip.
+    """Compare two folders, {clip's name: its scores}; clips of the same name are pairs.
 
     Measures that stillness flatters count only pairs of two moving clips. `steadiness`, the
     headline, is 0 for a clip that doesn't move, so a still clip never wins.
-
-    Args:
-        name: first folder.
-        rows: {clip's name: its scores} of the first folder.
-        other_name: second folder.
-        others: its scores; clips of the same name are pairs.
 
     Returns:
         `folders`, `pairs`, `unpaired`, `both_dynamic`, `unlike` (pairs of two sizes or rates);
@@ -203,12 +196,7 @@ def frechet_distance(ones: Features, others: Features, least: int | None = None)
     """Return the distance of two sets of features as of Gaussians (Dowson and Landau 1982).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5). With features of I3D it is FVD
-    (Unterthiner et al. 2018).
-
-    Args:
-        ones: [K, D].
-        others: [K', D].
-        least: rows that each set needs, or the distance is None; default D + 1.
+    (Unterthiner et al. 2018). None if a set [K, D] has fewer than `least` rows, by default D + 1.
     """
     a, b = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
     if not a.size or not b.size or min(len(a), len(b)) < (least or a.shape[1] + 1):
@@ -239,6 +227,5 @@ def _kernel(ones: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[n
 
 
 def _mean_of_others(kernel: NDArray[np.float64]) -> float:
-    """Return the mean of a square matrix without its diagonal."""
     count = len(kernel)
     return float((kernel.sum() - np.trace(kernel)) / (count * (count - 1)))

@@ -96,12 +96,7 @@ class _Job:
 
 
 def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
-    """Measure folders of clips and compare them.
-
-    Args:
-        run: what to measure.
-        output: the results' file, next to which the scores of single clips are kept.
-        on_event: called with progress, and with notes on what is left out.
+    """Measure folders of clips and compare them; keep single clips' scores next to `output`.
 
     Returns:
         `folders`, each with `clips`, `failed`, `figures`, VBench's `dimensions` and what shaped
@@ -183,7 +178,6 @@ def _measure(
     folders: Sequence[Folder], networks: tuple[tuple[str, str], ...], identity: list[Any],
     log: ScoreLog, staff: Staff, tell: OnEvent,
 ) -> None:  # fmt: skip
-    """Fill in the folders' scores: known ones from the log, others by the workers."""
     wanted: dict[str, tuple[_Job, list[tuple[Folder, Item]]]] = {}
     for folder in folders:
         for item in folder.items:
@@ -291,7 +285,6 @@ def _distinct(origins: Any) -> list[dict[str, Any]]:
 
 
 def _skipped(paths: Mapping[str, Path], has_images: bool, compares: bool) -> Iterator[str]:
-    """Yield which of VBench's measures can't be taken, and what they need."""
     for name, network in NETWORKS.items():
         wanted = [kind for kind in network.measures if has_images or not kind.startswith("i2v")]
         if name not in paths and wanted and (compares or name != "i3d"):
@@ -301,7 +294,6 @@ def _skipped(paths: Mapping[str, Path], has_images: bool, compares: bool) -> Ite
 
 
 def _left_out(folder: Folder, has_images: bool) -> Iterator[str]:
-    """Yield which prompts have no clip, which clips no picture, and which files are no clips."""
     missing = folder.missing_prompts
     if missing:
         shown = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
@@ -323,7 +315,6 @@ def _left_out(folder: Folder, has_images: bool) -> Iterator[str]:
 
 
 def _doubts(folder: Folder) -> Iterator[str]:
-    """Yield which rates or sizes a folder mixes, and how many clips show no subject."""
     for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
         kinds = sorted({str(row[name]) for row in folder.scores.values()})
         if len(kinds) > 1:
@@ -336,7 +327,6 @@ def _doubts(folder: Folder) -> Iterator[str]:
 
 
 def _few_segments(compared: Mapping[str, Any]) -> Iterator[str]:
-    """Yield where FVD is of too few segments to be compared with published values."""
     few, width = min(compared["fvd_segments"]), compared["fvd_width"]
     if compared["fvd"] is not None and few <= width:
         yield (f"of {' and '.join(compared['folders'])} one has only {few} segments of 16 frames, "
