@@ -86,7 +86,7 @@ class Consistency:
 
     @property
     def score(self) -> float | None:
-        """Mean over frames of (cos to the previous + to the first) / 2; None for one, or blank ones."""
+        """Mean of (cos to the previous + cos to the first) / 2; None for one or blank frames."""
         return float(np.mean(self._sums)) if self._sums and not self.is_blank else None
 
     @property
