@@ -255,7 +255,6 @@ class StepCaches:
     something.
 
     Args:
-        make: returns a new memory for a branch.
         retained: the noise level above which every step is computed.
         max_skips: most consecutive steps that are skipped.
         boundary: the noise level where another expert takes over, of whose blocks nothing is known.
@@ -266,7 +265,6 @@ class StepCaches:
 
     Attributes:
         taken: the noise level of each step, and whether it was computed.
-        memories: by branch.
     """
 
     make: Callable[[str], Memory]
@@ -317,9 +315,7 @@ class StepCaches:
                 found |= {f"{branch}.{i}": each for i, each in enumerate(memory.whole())}
         return found
 
-    def restore(
-        self, state: Mapping[str, Tensor], branches: Collection[str] | None = None
-    ) -> None:
+    def restore(self, state: Mapping[str, Tensor], branches: Collection[str] | None = None) -> None:
         """Restore a `state`, for some branches or for all."""
         self._skips = int(state["skips"])
         for branch in {name.rpartition(".")[0] for name in state if name != "skips"}:

@@ -61,11 +61,8 @@ def noise_known(state: LatentState, sigma: Tensor, noise: Tensor) -> LatentState
 def mask(state: LatentState, latents: Tensor, denoise_mask: Tensor) -> LatentState:
     """Keep a clip's latents [B or 1, C, F, h, w] where `denoise_mask` [B or 1, 1, F, h, w] is 0."""
     known = (~(denoise_mask > 0)).expand_as(state.denoise_mask)
-    return replace(
-        state,
-        clean=torch.where(known, latents.to(state.clean), state.clean),
-        denoise_mask=state.denoise_mask & ~known,
-    )
+    return replace(state, clean=torch.where(known, latents.to(state.clean), state.clean),
+                   denoise_mask=state.denoise_mask & ~known)
 
 
 def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -> LatentState:
@@ -125,10 +122,8 @@ def without_references(keys: KeyTokens | None) -> KeyTokens | None:
     if not len(columns):
         return None
     valid = timed if keys.valid is None else timed & keys.valid
-    return KeyTokens(
-        keys.latents[:, :, columns], keys.positions[:, columns],
-        None if valid[:, columns].all() else valid[:, columns],
-    )
+    return KeyTokens(keys.latents[:, :, columns], keys.positions[:, columns],
+                     None if valid[:, columns].all() else valid[:, columns])
 
 
 def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
@@ -174,17 +169,10 @@ def control(
 ) -> LatentState:
     """Write a clip and references into `LatentState.control` (VACE: Jiang et al. 2025, sec. 3.2).
 
-    References become latent frames before the clip's, with noise of their own, and are dropped in
-    the end: `LatentState.num_references`.
-
-    Args:
-        state: of the clip.
-        kept: latents of the clip with grey where new content is wanted, [1, C, F, h, w].
-        changed: latents of the clip with grey where it is kept, the same shape.
-        wanted: [1, 1, T, H, W], 1 where new content is wanted.
-        references: latents of stills, [1, C, 1, h, w] each.
-        strides: of the VAE.
-        noise: of the references, [1, C, R, h, w].
+    References, latents [1, C, 1, h, w] of stills, become latent frames before the clip's, with
+    `noise` [1, C, R, h, w] of their own, and are dropped in the end: `LatentState.num_references`.
+    `kept` and `changed` [1, C, F, h, w] are latents of the clip with grey where new content is
+    wanted, and where it is kept; `wanted` [1, 1, T, H, W] is 1 where it is wanted.
     """
     rows = control_rows(kept, changed, wanted, strides)
     for reference in references:  # the last one comes first, as the reference code has it
@@ -192,13 +180,11 @@ def control(
         rows = torch.cat([torch.cat([reference, empty], dim=1), rows], dim=2)
     before = (0, 0, 0, 0, len(references), 0)
     noise = noise.to(state.latents)
-    return replace(
-        state, control=rows, num_references=len(references),
-        latents=torch.cat([noise, state.latents], dim=2),
-        noise=None if state.noise is None else torch.cat([noise, state.noise], dim=2),
-        clean=F.pad(state.clean, before),
-        denoise_mask=F.pad(state.denoise_mask, before, value=True),
-    )
+    return replace(state, control=rows, num_references=len(references),
+                   latents=torch.cat([noise, state.latents], dim=2),
+                   noise=None if state.noise is None else torch.cat([noise, state.noise], dim=2),
+                   clean=F.pad(state.clean, before),
+                   denoise_mask=F.pad(state.denoise_mask, before, value=True))
 
 
 def control_rows(kept: Tensor, changed: Tensor, wanted: Tensor, strides: Strides) -> Tensor:

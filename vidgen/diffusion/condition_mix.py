@@ -26,9 +26,6 @@ class ConditionMix:
 
     Attributes:
         text: nothing but the caption.
-        first: the first frame.
-        last: the last frame.
-        both: the first and the last frame.
         frames: a random choice of a sample's stills.
         prefix: a beginning of up to two thirds of the latent frames.
         prefix_step: latent frames of which a beginning is a multiple, if that many fit.
@@ -96,16 +93,11 @@ def draw_conditions(
     size: tuple[int, int, int, int], generator: torch.Generator, mix: ConditionMix,
     strides: Strides, *, frame_index: Tensor | None = None, patch: int = 1,
 ) -> Given:
-    """Draw a condition for each sample of a batch.
+    """Draw a condition for each sample of a batch of latents of `size` B, F, h and w.
 
-    Args:
-        size: B, F, h and w of the clips' latents.
-        generator: a CPU generator.
-        mix: frequencies; conditions that need missing stills or several frames leave their share to
-            the others.
-        strides: of the VAE.
-        frame_index: [B, K] of the stills on the CPU, see `Stills`; None: no stills.
-        patch: latents a side of one token.
+    Conditions that need missing stills or several frames leave their share to the others. The
+    generator and `frame_index` [B, K] of the stills (see `Stills`; None: no stills) are on the CPU.
+    A token has `patch` latents a side.
     """
     batch, num_frames, height, width = size
     known = torch.zeros(batch, 1, num_frames, height, width, dtype=torch.bool)
@@ -166,9 +158,8 @@ def training_conditions(
     """Draw conditions for clips and return their state: `draw_conditions` and `with_given`."""
     batch, _, frames, height, width = latents.shape
     index = None if stills is None else stills.frame_index.cpu()
-    given = draw_conditions(
-        (batch, frames, height, width), generator, mix, strides, frame_index=index, patch=patch
-    )
+    given = draw_conditions((batch, frames, height, width), generator, mix, strides,
+                            frame_index=index, patch=patch)
     return with_given(latents, given, None if stills is None else stills.latents, strides)
 
 

@@ -27,16 +27,11 @@ def frame_seed(seed: int, stream: str, frame: int) -> int:
 def draw_noise(
     seed: int | Sequence[int], shape: LatentShape, *, stream: str = "video", first_frame: int = 0
 ) -> Tensor:
-    """Return standard normal noise [B, C, F, h, w], float32.
+    """Return standard normal noise [B, C, F, h, w], float32, from a latent frame of the clip on.
 
     Uniform float64 draws go through the normal quantile function and are then rounded to float32:
-    `torch.randn` differs between processors in the last bit.
-
-    Args:
-        seed: one for each clip of the batch; a single number is a batch of one.
-        shape: of the whole batch.
-        stream: "video", "audio", ...: independent noise for one seed.
-        first_frame: the clip's latent frame at which this noise starts.
+    `torch.randn` differs between processors in the last bit. A single seed is a batch of one; each
+    `stream` ("video", "audio", ...) is independent noise for one seed.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     assert len(seeds) == shape.batch, f"{len(seeds)} seeds for a batch of {shape.batch}"

@@ -50,14 +50,10 @@ def with_regions(
 ) -> Denoise:
     """Return the model under a prompt, with each named thing drawn by its own words.
 
-    Args:
-        denoise_all: the model under the prompt.
-        denoise_each: n of it, each under a prompt of one thing alone.
-        where: `Verifier.where`.
-        state: of the clips.
-        labels: [B, n] numbers, or `NO_LABEL`.
-        strength: 0 leaves `denoise_all`, 1 takes the others' velocities where their things are.
-        legible: the noise level below which a guess shows where things are.
+    `denoise_each` are n models, each under a prompt of one thing alone; `where` is
+    `Verifier.where`; `labels` [B, n] are numbers, or `NO_LABEL`. A strength of 0 leaves
+    `denoise_all`, 1 takes the others' velocities where their things are. Below the noise level
+    `legible` a guess shows that.
     """
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         velocity = denoise_all(latents, sigma)
@@ -92,13 +88,10 @@ def _shares(seen: Tensor, labels: Tensor) -> Tensor:
 def regions(something: Tensor, named: Tensor) -> Tensor:
     """Divide latents among things; return the share of each thing, [n, F, h, w].
 
-    Clusters by place and looks (expectation maximisation, middles smoothed over time) begin with
-    the latents that look most like each thing, as many for all: however little a thing looks like
-    its name, it looks less like the others'.
-
-    Args:
-        something: [F, h, w], how surely each latent shows anything.
-        named: [n, F, h, w], how surely it shows each of n things.
+    `something` [F, h, w] is how surely each latent shows anything, `named` [n, F, h, w] how surely
+    each of n things. Clusters by place and looks (expectation maximisation, middles smoothed over
+    time) begin with the latents that look most like each thing, as many for all: however little a
+    thing looks like its name, it looks less like the others'.
     """
     _, height, width = something.shape
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # [P, 2]

@@ -113,9 +113,8 @@ def sample_state(
 
     The result is packed where the state has sound.
     """
-    return sampler_of(name, state)(
-        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume
-    )
+    return sampler_of(name, state)(denoise, state.begin(), sigmas, on_step=on_step,
+                                   project=state.project, resume=resume)
 
 
 def _integrate(
@@ -252,19 +251,10 @@ def sample_with_scheduler(
     """Sample with a diffusers flow scheduler, whose own shift and options apply.
 
     A scheduler's memory can't be read in general, so the state's history is the starting latents
-    and every velocity so far, and resuming replays them without the model. Arguments not named here
-    and the result are as in `sample_euler`.
-
-    Args:
-        denoise: the model.
-        noisy: starting latents [B, C, F, h, w], at `scheduler_sigmas(...)[0]`.
-        scheduler: its state is overwritten.
-        num_steps: steps of a run from pure noise.
-        strength: see `make_sigmas`.
-        generator: for schedulers that draw noise at each step; seeded again when resuming.
-        on_step: called after each step.
-        project: writes known values.
-        resume: an earlier run's state.
+    and every velocity so far, and resuming replays them without the model. The scheduler's own
+    state is overwritten. `noisy` is at `scheduler_sigmas(...)[0]`, `num_steps` are of a run from
+    pure noise, and `strength` is as in `make_sigmas`. `generator` is for schedulers that draw noise
+    at each step; it is seeded again when resuming. All else is as in `sample_euler`.
 
     Raises:
         InputError: see `scheduler_sigmas`.

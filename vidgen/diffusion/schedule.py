@@ -19,7 +19,7 @@ def make_sigmas(
     num_steps: int, shift: float = 1.0, *, strength: float = 1.0, sigma_min: float = 0.0,
     reach_min: bool = False,
 ) -> Tensor:
-    """Return the noise levels of a run: evenly spaced, then shifted.
+    """Return float32 noise levels [steps + 1] that fall strictly to 0, evenly spaced, then shifted.
 
     `sigma_min=0.001` gives the levels of diffusers' UniPC with flow sigmas, as in Wan's folders;
     `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` those of its flow Euler.
@@ -31,9 +31,6 @@ def make_sigmas(
             1 it takes `steps_for_strength`.
         sigma_min: unshifted level at the end of the even spacing.
         reach_min: add that level before the last step to 0, instead of replacing it by 0.
-
-    Returns:
-        [steps + 1] float32, strictly falling, last value 0.
 
     Raises:
         InputError: a count, shift or strength out of range.
@@ -64,18 +61,12 @@ def draw_sigmas(
     batch: int, generator: torch.Generator, *, shift: float = 1.0, mean: float | None = 0.0,
     std: float = 1.0, between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Draw noise levels [B] for training, float32 in (0, 1), in random order.
+    """Draw noise levels [B] for training, float32 in (0, 1), in random order, and shift them.
 
     The uniform draw is stratified over the batch (Kingma et al. 2021, appendix I.1): the same
-    distribution with a steadier loss.
-
-    Args:
-        batch: B.
-        generator: a CPU generator.
-        shift: applied after the draw, see `shifted`.
-        mean: of the logit-normal density (Esser et al. 2024, eq. 19); None draws uniformly.
-        std: of the logit-normal density.
-        between: range to which the density is truncated.
+    distribution with a steadier loss. The density is logit-normal with `mean` and `std` (Esser et
+    al. 2024, eq. 19), or uniform if `mean` is None, and truncated to `between`. The generator is on
+    the CPU.
     """
     strata = torch.randperm(batch, generator=generator).double()
     uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch

@@ -183,9 +183,8 @@ class LatentState(PartlyKnown):
 
     def stretch(self, frames: slice) -> LatentState:
         """Return some latent frames of the picture, without stills and sound."""
-        return LatentState(
-            self.latents[:, :, frames], self.clean[:, :, frames], self.denoise_mask[:, :, frames]
-        )
+        return LatentState(self.latents[:, :, frames], self.clean[:, :, frames],
+                           self.denoise_mask[:, :, frames])
 
     def to(self, device: torch.device) -> LatentState:
         """Return the state on another device."""
@@ -200,9 +199,8 @@ class LatentState(PartlyKnown):
     def fresh(self, step: int) -> Tensor:
         """Return noise for a sampling step in a sampler's layout; see `shuffled`."""
         picture = shuffled(self.starting_noise, step)
-        return self.pack(
-            picture, None if self.sound is None else shuffled(self.sound.latents, step)
-        )
+        return self.pack(picture,
+                         None if self.sound is None else shuffled(self.sound.latents, step))
 
     def project(self, latents: Tensor) -> Tensor:
         """Write all known values into latents in a sampler's layout; its `project`."""
@@ -286,15 +284,10 @@ def denoise_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return the model's input (latents, sigma) of a state at a noise level, without `state.keys`.
 
-    Known values are written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F]
-    if frames are known as a whole, [B, F, h / patch, w / patch] if tokens are. Known values that
-    the state hides get its starting noise, and sigma stays. Stacked channels come last.
-
-    Args:
-        state: the conditions.
-        sigma: [B].
-        latents: noisy ones at `sigma`; None: the state's own.
-        patch: latents a side of one token.
+    Known values are written into the latents, by default the state's own, and sigma [B] is 0, or
+    `known_sigma`, where known: [B, F] if frames are known as a whole, [B, F, h / patch, w / patch]
+    if tokens of `patch` latents a side are. Known values that the state hides get its starting
+    noise, and sigma stays. Stacked channels come last.
     """
     latents = state.latents if latents is None else latents
     if state.hides_known:
@@ -335,7 +328,6 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: mapped(item, change) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)}
-        )
+        return replace(value,
+                       **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
     return value

@@ -69,12 +69,8 @@ def upsampled_state(
 ) -> LatentState:
     """Return a state at `factor` times its frame rate, noised to `sigma`, with its conditions.
 
-    Args:
-        state: with nothing known in place but a first frame, or `known_upsampled`.
-        denoised: its current clip [B, C, F, h, w]; None: its `video_upsampled`.
-        sigma: noise level to go on from.
-        factor: latent frames for each one.
-        stride_t: frames in a latent frame.
+    The state has nothing known in place but a first frame, or `known_upsampled`. `denoised` is its
+    current clip [B, C, F, h, w]; None: its `video_upsampled`.
     """
     known, F = state.known_upsampled, state.latents.shape[2]
     rate = LatentRate(factor, alone=known is None or known.alone)
@@ -90,11 +86,10 @@ def upsampled_state(
         settled = state.video_upsampled.to(noise)
     else:
         settled = interpolated(denoised.float(), rate, stride_t)
-    return replace(
-        state, latents=add_noise(settled, noise, sigma), noise=noise, clean=clean,
-        denoise_mask=unknown, keys=_upsampled_keys(state.keys, rate, stride_t),
-        spacing=state.spacing / factor, lead=rate.lead, known_upsampled=None, video_upsampled=None,
-    )
+    return replace(state, latents=add_noise(settled, noise, sigma), noise=noise, clean=clean,
+                   denoise_mask=unknown, keys=_upsampled_keys(state.keys, rate, stride_t),
+                   spacing=state.spacing / factor, lead=rate.lead, known_upsampled=None,
+                   video_upsampled=None)
 
 
 def finished_upsampled(latents: Tensor, rate: LatentRate, stride_t: int) -> LatentState:
@@ -113,21 +108,10 @@ def sample_upsampled(
 ) -> Tensor:
     """Sample a clip's first `split` steps at its own rate, the others at `factor` times that.
 
-    Both are whole runs of a sampler: the result of the first is noised to the level at which the
-    second begins. Steps count through; the state after step `split` holds the first run's clip.
-
-    Args:
-        run: samples a state over `sigmas`, with `on_step` and `resume`: clean latents.
-        state: of the clip at its own rate.
-        sigmas: [num_steps + 1] of both runs.
-        split: below num_steps; 0 where the state begins from a given clip at the other rate.
-        factor: see `upsampled_state`.
-        stride_t: likewise.
-        on_step: as samplers take it.
-        resume: the last step of an earlier run with the same arguments.
-
-    Returns:
-        Clean latents [B, C, n, h, w], float32.
+    Both are whole runs of a sampler, by `run`, over parts of `sigmas` [num_steps + 1]: the result
+    of the first is noised to the level at which the second begins. Steps count through; the state
+    after step `split` holds the first run's clip. `split` is below num_steps; 0 where the state
+    begins from a given clip at the other rate. Return clean latents [B, C, n, h, w], float32.
     """
     num_steps, levels = len(sigmas) - 1, sigmas.tolist()
 

@@ -82,15 +82,10 @@ class Looker:
         right = frame[::step, 1::step, 1]
         pairs = (pixels[1, :, : right.shape[1]] - right).ravel()
         rough = float(np.dot(pairs, pairs)) / max(1, pairs.size) / 2
-        return Look(
-            color=color,
-            luma=color @ LUMA,
-            moved=moved,
-            spread=spread,
-            dark=np.count_nonzero(grey < 25.5) / grey.size,
-            bright=np.count_nonzero(grey > 229.5) / grey.size,
-            roughness=rough / variance if variance > 1 else 0.0,
-        )
+        return Look(color=color, luma=color @ LUMA, moved=moved, spread=spread,
+                    dark=np.count_nonzero(grey < 25.5) / grey.size,
+                    bright=np.count_nonzero(grey > 229.5) / grey.size,
+                    roughness=rough / variance if variance > 1 else 0.0)
 
     def _pool(self, pixels: Array) -> Array:
         means = self._down @ pixels @ self._across.T

@@ -252,10 +252,8 @@ class ClipChecker:
                 )
                 is_fault = value >= SPIKE_FAULT if kind == "spike" else not is_fade
                 advice = "fine if a fade is meant" if is_fade else _OTHER_SEED
-                yield Finding(
-                    kind, "fault" if is_fault else "warning", (start, end), value, limit,
-                    text.format(start=start, end=end, value=value, advice=advice),
-                )
+                yield Finding(kind, "fault" if is_fault else "warning", (start, end), value, limit,
+                              text.format(start=start, end=end, value=value, advice=advice))
 
     def _picture_findings(self) -> Iterator[Finding]:
         is_flat = any(runs.spans.found for runs in self._flat.values())
@@ -285,12 +283,10 @@ class ClipChecker:
 
 
 def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> list[Finding]:
-    """Check a file, against its recipe where it has one.
+    """Check a video, an animation or a folder of PNGs, against its recipe where it has one.
 
-    Args:
-        path: a video, an animation or a folder of PNGs.
-        image: the picture with which it is to begin, fitted as the recipe says, or else the way
-            that comes nearest.
+    `image` is the picture with which it is to begin, fitted as the recipe says, or else the way
+    that comes nearest.
 
     Raises:
         InputError: a file that is missing or damaged.

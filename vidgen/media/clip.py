@@ -29,17 +29,13 @@ class Clip:
     Args:
         source: makes a new iterator of chunks uint8 [t, H, W, 3] each time it is called; where
             `journal` is given, its argument is the frame to begin with.
-        info: rate, size, number of frames, sound and recipe.
         latents: [1, C, F, h, w] the clip was decoded from, if it was.
         journal: the clip's own, by which saving to its output goes on where it was.
     """
 
     def __init__(
-        self,
-        source: Callable[..., Iterator[Frames]],
-        info: ClipInfo,
-        latents: Tensor | None = None,
-        journal: SegmentStore | None = None,
+        self, source: Callable[..., Iterator[Frames]], info: ClipInfo,
+        latents: Tensor | None = None, journal: SegmentStore | None = None,
     ) -> None:
         self._source, self.info, self.latents = source, info, latents
         self.journal = journal
@@ -143,10 +139,7 @@ class Clip:
         return np.concatenate([np.asarray(chunk) for chunk in self.chunks()])
 
     def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
+        self, path: str | os.PathLike[str], *, overwrite: bool = False,
         on_frames: Callable[[int], None] | None = None,
     ) -> Path:
         """Stream the clip into a file of the format its suffix names; see `write_clip`.
@@ -172,7 +165,6 @@ class Clip:
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
         store: SegmentStore | None = None,
     ) -> Path:
-        """Write the frames after those that are kept, and check them as they pass."""
         from vidgen.media.write import write_clip
 
         checker = self._checker()
@@ -181,10 +173,8 @@ class Clip:
             chunks = iter([self.frames[start:]])
         else:
             chunks = self._source(start) if start else self._source()
-        written = write_clip(
-            name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, store=store,
-            checker=checker,
-        )
+        written = write_clip(name, chunks, self.info, overwrite=overwrite, on_frames=on_frames,
+                             store=store, checker=checker)
         self.findings = checker.findings
         return written
 

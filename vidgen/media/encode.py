@@ -55,14 +55,9 @@ def to_picture(frame: Frames, pix_fmt: str, reformatter: VideoReformatter) -> av
     source = av.VideoFrame.from_ndarray(frame, format="rgb24")
     if not pix_fmt.startswith("yuv"):
         return reformatter.reformat(source, format=pix_fmt)
-    return reformatter.reformat(
-        source,
-        format=pix_fmt,
-        src_color_range=ColorRange.JPEG,
-        dst_color_range=ColorRange.MPEG,
-        dst_colorspace=Colorspace.ITU709,
-        interpolation=_SCALING,
-    )
+    return reformatter.reformat(source, format=pix_fmt, src_color_range=ColorRange.JPEG,
+                                dst_color_range=ColorRange.MPEG, dst_colorspace=Colorspace.ITU709,
+                                interpolation=_SCALING)
 
 
 def checked(chunks: Iterable[Frames], checker: ClipChecker | None) -> Iterator[Frames]:
@@ -75,31 +70,17 @@ def checked(chunks: Iterable[Frames], checker: ClipChecker | None) -> Iterator[F
 
 
 def encode_picture(
-    frames: Iterator[Frames],
-    settings: PictureSettings,
-    size: tuple[int, int],
-    fps: Fraction,
-    *,
-    first_segment: int,
-    segment: int,
-    store: SegmentStore | None = None,
+    frames: Iterator[Frames], settings: PictureSettings, size: tuple[int, int], fps: Fraction, *,
+    first_segment: int, segment: int, store: SegmentStore | None = None,
     checker: ClipChecker | None = None,
 ) -> Iterator[Encoded]:
-    """Encode a stream of frames, in segments.
+    """Encode frames uint8 [H, W, 3] in segments; yield the packets in decoding order.
 
-    Args:
-        frames: uint8 [H, W, 3] each, from the first one after the store's finished segments.
-        settings: the encoder's.
-        size: (width, height).
-        fps: exact frame rate.
-        first_segment: frames of the first segment, shorter than the others by what the first
-            latent frame lacks.
-        segment: frames of every further segment, a fixed number of latent frames.
-        store: gives the segments that are finished, and keeps the new ones.
-        checker: sees `frames`; resumes from its snapshot after the finished segments.
-
-    Yields:
-        Packets in decoding order, timed in units of 1 / fps from the clip's start.
+    They are timed in units of 1 / fps from the clip's start. The store's finished segments come
+    first, `frames` begin after them, and new segments are kept there. The first has `first_segment`
+    frames, fewer than the others by what the first latent frame lacks; further ones have `segment`,
+    a fixed number of latent frames. `checker` sees `frames`, and resumes from its snapshot after
+    the finished segments.
     """
     assert min(first_segment, segment) >= 8, "a segment must outlast the encoder's reordering"
     reformatter = VideoReformatter()

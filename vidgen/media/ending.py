@@ -97,6 +97,5 @@ def _read(path: str, _time_ns: int, _size: int) -> Ending:
     with VideoReader(path) as reader:
         num_frames, last = reader.ending()
         cells = Looker(*last.shape[:2]).look(last).color
-        return Ending(
-            reader.fps, reader.size, num_frames, reader.is_plain, read_recipe(path), cells
-        )
+        return Ending(reader.fps, reader.size, num_frames, reader.is_plain, read_recipe(path),
+                      cells)

@@ -27,10 +27,7 @@ _GAP, _LABEL, _MAX_LABEL = 4, 14, 200
 class Grid:
     """Clips of any sizes, rates and lengths in rows; a shorter one holds its last frame.
 
-    Args:
-        paths: the clips.
-        labels: as many; one that is too wide is cut.
-        columns: clips in a row.
+    A row has `columns` clips. A label that is too wide is cut.
     """
 
     paths: Sequence[Path]
@@ -94,7 +91,6 @@ class Grid:
         return np.array(sheet), corners, (width, height)
 
     def _resampled(self, path: Path, width: int, height: int) -> Iterator[Frames]:
-        """Yield one clip at the grid's rate and length."""
         info, wanted, picture = self.info, 0, None
         with VideoReader(path) as reader:
             for shown, frame in enumerate(reader):
@@ -110,17 +106,10 @@ class Grid:
 def contact_sheet(
     frames: Sequence[Frames], path: str | Path, *, columns: int, labels: Sequence[str] = ()
 ) -> Path:
-    """Write pictures in rows as a PNG.
+    """Write pictures uint8 [H, W, 3] of any size in rows as a PNG; return its path.
 
-    Args:
-        frames: uint8 [H, W, 3] each, of any size.
-        path: the PNG, replaced if it exists.
-        columns: pictures in a row.
-        labels: a line under each picture, or for fewer of them. A label may run over empty ones
-            after it in its row.
-
-    Returns:
-        The path written.
+    `labels` are a line under each picture, or for fewer of them. A label may run over empty ones
+    after it in its row.
     """
     width = max(frame.shape[1] for frame in frames)
     height = max(frame.shape[0] for frame in frames)

@@ -131,16 +131,11 @@ def join_files(
     sound: SoundTrack | None = None, recipe: dict[str, Any] | None = None,
     texts: TextTrack | None = None, chapters: Sequence[Chapter] = (),
 ) -> Path:
-    """Write files one after the other into one.
+    """Write files one after the other into one, which appears, or is replaced, when it is whole.
 
-    Args:
-        paths: files for which `why_not_joined` is None, or stretches of such; their own sound is
-            left out.
-        output: replaced if it exists; it appears when it is whole.
-        sound: of the whole.
-        recipe: of the whole; None: the last one's metadata with its recipe.
-        texts: a track of texts.
-        chapters: in order, each beginning where the one before ends.
+    `paths` are files for which `why_not_joined` is None, or stretches of such; their own sound is
+    left out. Without a `recipe` the last one's metadata stays. Each of `chapters` begins where the
+    one before ends.
 
     Raises:
         OutputError: it can't be written or the disk is full.
@@ -172,7 +167,6 @@ def join_files(
 
 
 def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[str, str]:
-    """Return metadata of a recipe, or the last file's own."""
     if recipe is not None:
         return {**tags(marks_of(recipe)), RECIPE_KEY: recipe_text(recipe)}
     with av.open(os.fspath(last)) as source:
@@ -221,24 +215,15 @@ class ContinuedClip(Clip):
     """A clip that begins with a file's frames; where formats agree its packets are copied.
 
     Args:
-        head: the file.
-        head_frames: its number of frames.
         added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
             given one of their frames on.
-        info: of the whole clip.
         journal: the clip's own, by which saving to its output resumes.
         label: whether a label is burnt into the opening, so that nothing can be copied.
     """
 
     def __init__(
-        self,
-        head: Path,
-        head_frames: int,
-        added: Callable[[int], Iterator[Frames]],
-        info: ClipInfo,
-        journal: SegmentStore | None = None,
-        *,
-        label: bool = False,
+        self, head: Path, head_frames: int, added: Callable[[int], Iterator[Frames]],
+        info: ClipInfo, journal: SegmentStore | None = None, *, label: bool = False,
     ) -> None:
         def source(start: int = 0) -> Iterator[Frames]:
             if start < head_frames:
@@ -264,7 +249,6 @@ class ContinuedClip(Clip):
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
         store: SegmentStore | None = None,
     ) -> Path:
-        """Encode the new part and append it to the file's packets."""
         suffix = check_format(name, self.num_frames, self.info.fps)
         reason = self._why_not_copied(suffix)
         if reason is not None:

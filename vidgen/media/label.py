@@ -30,16 +30,10 @@ _COVER = 0.8  # how much of the background the plate hides: over 9:1 is left eve
 def labelled(
     chunks: Iterable[Frames], size: tuple[int, int], fps: Fraction, *, start: int = 0
 ) -> Iterator[Frames]:
-    """Burn a label into the first 2 seconds of frames.
+    """Yield chunks uint8 [t, H, W, 3] with a label burnt into the first 2 seconds, as copies.
 
-    Args:
-        chunks: uint8 [t, H, W, 3] each; the frames given stay as they are.
-        size: (width, height).
-        fps: exact frame rate.
-        start: number of the first frame that comes.
-
-    Yields:
-        The same chunks, those after the label's end untouched.
+    Chunks after the label's end pass untouched. `start` is the number of the first frame that
+    comes.
     """
     end = math.ceil(SECONDS * fps)
     patch = _draw(size) if start < end else None

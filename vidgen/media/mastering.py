@@ -69,9 +69,8 @@ def measure(samples: Samples, rate: int) -> Loudness:
     """Measure float32 [N, c] of one or two channels, at constant memory."""
     graph = av.filter.Graph()
     layout = "mono" if samples.shape[1] == 1 else "stereo"
-    source = graph.add_abuffer(
-        format="flt", sample_rate=rate, layout=layout, time_base=Fraction(1, rate)
-    )
+    source = graph.add_abuffer(format="flt", sample_rate=rate, layout=layout,
+                               time_base=Fraction(1, rate))
     meter = graph.add("ebur128", "metadata=1:framelog=quiet")
     sink = graph.add("abuffersink")
     source.link_to(meter)

@@ -38,13 +38,7 @@ def fit_sound(
     """Read a file's sound at `RATE` to the length of a clip, and no further.
 
     A longer one is cut and faded out over `FADE_S`; a shorter one is repeated with `loop`, else
-    followed by silence.
-
-    Args:
-        path: a sound or video file.
-        num_samples: of the clip.
-        loop: whether a shorter one starts again.
-        repeating: the option for that, for the notes.
+    followed by silence. Notes name the option for that, `repeating`.
 
     Returns:
         (float32 [num_samples, c] of one or two channels, notes for the user).
@@ -131,9 +125,7 @@ def _ramp(length: int) -> Samples:
     return (0.5 + 0.5 * np.cos(angles)).astype(np.float32)
 
 
-def at_length(
-    samples: Samples, rate: int, num_samples: int, *, loop: bool = False
-) -> Samples:
+def at_length(samples: Samples, rate: int, num_samples: int, *, loop: bool = False) -> Samples:
     """Bring samples [N, c] of another rate to `RATE` and [num_samples, c].
 
     Longer ones are cut; shorter ones fade over `SEAM_S` and are repeated with `loop`, else followed
@@ -153,20 +145,11 @@ def at_length(
     return made
 
 
-def lay_over(
-    bed: Samples | None, speech: Samples, spans: Sequence[tuple[float, float]]
-) -> Samples:
-    """Lay speech over the middle of a bed that goes down under it, both at `RATE`.
+def lay_over(bed: Samples | None, speech: Samples, spans: Sequence[tuple[float, float]]) -> Samples:
+    """Lay speech [N, 1] over the middle of a bed [N, c] that goes down under it, both at `RATE`.
 
-    Both are brought to `MIX_LUFS` first, as far as the mastering may raise them.
-
-    Args:
-        bed: float32 [N, c], or None for silence.
-        speech: float32 [N, 1], as long.
-        spans: (start, end) of speech, in seconds and in order.
-
-    Returns:
-        float32 [N, c].
+    Both are brought to `MIX_LUFS` first, as far as the mastering may raise them; no bed is silence.
+    `spans` are (start, end) of speech, in seconds and in order.
     """
     voice_gain = 10 ** (master(measure(speech, RATE), MIX_LUFS).gain_db / 20)
     mixed = room(len(speech), 1 if bed is None else bed.shape[1])

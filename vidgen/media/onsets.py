@@ -24,21 +24,15 @@ _DELAY_S = 0.0019
 
 
 def flux(sound: Tensor, rate: int) -> Tensor:
-    """Return the mean rise of log magnitude over `LAG` frames, [B, T]; T frames lie `HOP_S` apart.
+    """Return the mean rise of log magnitude over `LAG` frames, [B, T], of sound [B, N].
 
-    Energy that was a bin away doesn't count, so a gliding tone is no onset (Boeck & Widmer 2013,
-    eq. 5).
-
-    Args:
-        sound: [B, N].
-        rate: samples a second.
+    The T frames lie `HOP_S` apart. Energy that was a bin away doesn't count, so a gliding tone is
+    no onset (Boeck & Widmer 2013, eq. 5).
     """
     hop, window = round(HOP_S * rate), 2 * round(WINDOW_S * rate / 2)
     taper = torch.hann_window(window, device=sound.device)
-    spectra = torch.stft(
-        F.pad(sound, (window // 2, window // 2)), window, hop, window=taper, center=False,
-        return_complex=True,
-    )
+    spectra = torch.stft(F.pad(sound, (window // 2, window // 2)), window, hop, window=taper,
+                         center=False, return_complex=True)
     logs = torch.log1p(_GAIN * spectra.abs() / float(taper.sum() / 2))
     before = F.max_pool1d(logs.transpose(1, 2), 3, 1, 1).transpose(1, 2)
     rise = (logs[:, :, LAG:] - before[:, :, :-LAG]).clamp(min=0).mean(1)
@@ -46,15 +40,9 @@ def flux(sound: Tensor, rate: int) -> Tensor:
 
 
 def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
-    """Find the times at which sounds begin.
+    """Return the onsets, in seconds and rising, of each of B clips of sound [B, N] or [N].
 
-    Args:
-        sound: [B, N] or [N].
-        rate: samples a second.
-        share: of the clip's strongest onset that another one needs to count.
-
-    Returns:
-        For each of B clips its onsets in seconds, rising.
+    An onset counts from a `share` of the clip's strongest one.
 
     Raises:
         InputError: no sound of that kind.
@@ -76,19 +64,11 @@ def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
     return [_fit(curve, row) for curve, row in zip(curves.numpy(), peaks.numpy(), strict=True)]
 
 
-def pair_times(
-    times: Times, others: Times, early_s: float, late_s: float
-) -> list[tuple[int, int]]:
+def pair_times(times: Times, others: Times, early_s: float, late_s: float) -> list[tuple[int, int]]:
     """Pair rising times one to one: as many pairs as there can be, and of these the closest.
 
-    Args:
-        times: [n] seconds.
-        others: [m] seconds.
-        early_s: by which the second of a pair may come before the first.
-        late_s: by which it may come after.
-
-    Returns:
-        Pairs of indices (of times, of others), rising.
+    The second of a pair comes at most `early_s` before the first, or `late_s` after it. Return
+    pairs of indices (of times, of others), rising.
     """
     # for each number of others: minus the number of pairs, their sum of |dt|, the pairs
     best: list[tuple[int, float, list[tuple[int, int]]]] = [(0, 0.0, [])] * (len(others) + 1)

@@ -58,10 +58,8 @@ def open_container(
     problem: str = "is no media file",
 ) -> Iterator[av.container.InputContainer]:
     """Open a media file by libav, whatever its texts' encoding; the words are `decoding`'s."""
-    with (
-        decoding(what or str(path), remedy, problem),
-        av.open(str(path), metadata_errors="replace") as container,
-    ):
+    with (decoding(what or str(path), remedy, problem),
+          av.open(str(path), metadata_errors="replace") as container):
         yield container
 
 

@@ -62,7 +62,6 @@ class Marks:
     Attributes:
         digital_source_type: IPTC's URI; `GENERATED` for a model's output.
         generator: program and version.
-        model: name of the model.
         time: of creation, ISO 8601 in UTC.
         id: unique, a URN.
         aigc: fields of the Chinese labelling rule, by their names there.
@@ -126,15 +125,11 @@ def marks_of(recipe: dict[str, Any]) -> Marks:
     producer, name = asked.get("aigc") if isinstance(asked, dict) else None, recipe["id"]
     aigc = {"Label": "1", "ContentProducer": producer, "ProduceID": name, "ReservedCode1": "",
             "ContentPropagator": "", "PropagateID": "", "ReservedCode2": ""}
-    return Marks(
-        digital_source_type=GENERATED,
-        generator=f"vidgen {recipe.get('vidgen', __version__)}",
-        model=str(model.get("name")) if isinstance(model, dict) else None,
-        time=recipe["created"],
-        id=name,
-        aigc=aigc if producer else None,
-        ingredients=tuple(ingredient(r) for r in inputs or () if isinstance(r, dict)),
-    )
+    return Marks(digital_source_type=GENERATED,
+                 generator=f"vidgen {recipe.get('vidgen', __version__)}",
+                 model=str(model.get("name")) if isinstance(model, dict) else None,
+                 time=recipe["created"], id=name, aigc=aigc if producer else None,
+                 ingredients=tuple(ingredient(r) for r in inputs or () if isinstance(r, dict)))
 
 
 def ingredient(record: dict[str, Any]) -> dict[str, Any]:

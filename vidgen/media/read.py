@@ -44,10 +44,7 @@ def decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[No
 
 
 def load_image(picture: Picture) -> tuple[Frames, list[str]]:
-    """Read a picture as people see it.
-
-    Args:
-        picture: a file, or uint8 [H, W, 3].
+    """Read a picture, a file or uint8 [H, W, 3], as people see it.
 
     Returns:
         uint8 [H, W, 3] sRGB, and a note for each thing that had to be interpreted: orientation,
@@ -169,18 +166,11 @@ def fit(
     picture: Frames, height: int, width: int, mode: Fit = "crop",
     border: int = 0, centring: tuple[float, float] = (0.5, 0.5),
 ) -> Frames:
-    """Bring a picture to a size without stretching it.
+    """Bring a picture uint8 [H, W, 3] to a size without stretching it, Lanczos resampled.
 
-    Args:
-        picture: uint8 [H, W, 3].
-        height: rows wanted.
-        width: columns wanted.
-        mode: "crop" fills the size and cuts the rest; "pad" keeps all.
-        border: grey value, 0 to 255, around a padded picture.
-        centring: the part that "crop" keeps, from 0 (left, top) to 1 (right, bottom).
-
-    Returns:
-        uint8 [height, width, 3], Lanczos resampled; the picture itself if it fits already.
+    "crop" fills the size and keeps the part at `centring`, from 0 (left, top) to 1 (right, bottom);
+    "pad" keeps all, within a `border` of a grey value, 0 to 255. A picture of this size is returned
+    itself.
     """
     if picture.shape[:2] == (height, width):
         return picture

@@ -72,7 +72,6 @@ class SoundReader:
     on the side where they are, or on both; the low-frequency channel is left out.
 
     Args:
-        path: a sound or video file.
         rate: samples a second of the blocks; None is the file's own.
 
     Attributes:

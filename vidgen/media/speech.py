@@ -55,7 +55,6 @@ class Speech:
 
     Attributes:
         samples: float32 [N, 1] at `RATE`, as long as the clip.
-        sentences: in order.
         voice: facts of the voice, for the recipe.
     """
 
@@ -99,9 +98,8 @@ class EspeakVoice:
             yield from re.findall(r"\((\S+) \d+\)", line)
 
     def _run(self, *options: str, text: str = "") -> bytes:
-        made = subprocess.run(
-            [self._program, *options], input=text.encode(), capture_output=True, check=False
-        )
+        made = subprocess.run([self._program, *options], input=text.encode(), capture_output=True,
+                              check=False)
         if made.returncode:
             why = made.stderr.decode("utf-8", "replace").strip()
             raise InputError(f"espeak-ng can't speak with the voice {self.name!r}: {why}; choose "
@@ -201,9 +199,7 @@ def sentences_of(text: str) -> list[str]:
     return [part.strip() for part in _SENTENCE.findall(text) if part.strip()]
 
 
-def speak(
-    said: Sequence[tuple[float | None, str]], voice: str | None, num_samples: int
-) -> Speech:
+def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_samples: int) -> Speech:
     """Speak texts, each at its time.
 
     Args:
@@ -253,9 +249,7 @@ def _is_file(text: str) -> bool:
 def spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples]]:
     """Yield a text's sentences with their sound, float32 [N, 1] at `RATE`.
 
-    Args:
-        text: to speak; `@FILE` yields no text, and the file's sound as it is, in one channel.
-        voice: speaks the text; a file needs none.
+    `@FILE` needs no voice; it yields the file's sound as it is, in one channel, without a text.
 
     Raises:
         InputError: no words, or a file that can't be used.

@@ -42,16 +42,10 @@ def write_stills(
     path: Path, suffix: str, info: ClipInfo, frames: Iterator[Frames],
     recipe: Callable[[], str | None], options: Mapping[str, int], signing: Signing | None,
 ) -> None:
-    """Write an animation, a picture or a folder of pictures, atomically.
+    """Write frames uint8 [H, W, 3] as an animation, picture or folder of pictures, atomically.
 
-    Args:
-        path: the output.
-        suffix: one of `STILL_SUFFIXES`.
-        info: of the clip; its rate is kept on average where the format counts in 1/100 s.
-        frames: uint8 [H, W, 3] each.
-        recipe: returns text for the metadata, once the last frame has come.
-        options: of `still_encoder`.
-        signing: who signs a file that has a recipe, or None.
+    The rate of `info` is kept on average where the format counts in 1/100 s. `recipe` returns text
+    for the metadata, once the last frame has come; `options` are those of `still_encoder`.
     """
     pictures = map(Image.fromarray, frames)
     marks = "" if info.recipe is None else xmp(marks_of(info.recipe))

@@ -41,7 +41,6 @@ class Spans:
     """Marked frames as spans; those less than half a second from each other are one.
 
     Args:
-        fps: frames per second.
         longest: number of spans kept; a hopeless film's further ones lengthen the last.
     """
 
@@ -221,8 +220,6 @@ class Drift:
     """A shot's change of colour from its start to its end, as shares of the range.
 
     Attributes:
-        first: its first frame.
-        last: its last.
         color: [3] red, green, blue.
         saturation: most minus least of the three.
         contrast: standard deviation of the luma; None where the view changed too much.

@@ -58,7 +58,6 @@ class PictureSettings:
     Args:
         codec: libav's name of the encoder.
         pix_fmt: pixel format handed to it.
-        options: the encoder's own.
         threads: pinned, since the bits depend on it.
     """
 
@@ -79,9 +78,7 @@ class ClipInfo:
     """A clip's description for its writer.
 
     Args:
-        fps: exact frame rate.
         size: (width, height).
-        num_frames: how many frames will come.
         sound: float32 [N, channels] of one or two channels, or None. It may lie in a mapped file.
         sound_rate: samples per second.
         recipe: JSON data that goes into the file's metadata, or None.

@@ -61,7 +61,6 @@ class VideoReader:
     """A film, animation or picture, frame by frame at constant memory; iterations start over.
 
     Args:
-        path: the file.
         square: whether pixels that are wider or higher than that are scaled.
 
     Attributes:
@@ -182,10 +181,8 @@ class VideoReader:
             ticks = before + usual
             if frame.pts is not None and first is not None:
                 ticks = max(frame.pts - first, before + 1)
-            yield TimedFrame(
-                frame, ticks, frame.duration or 0, frame.is_corrupt, frame.interlaced_frame,
-                frame.rotation % 360,
-            )
+            yield TimedFrame(frame, ticks, frame.duration or 0, frame.is_corrupt,
+                             frame.interlaced_frame, frame.rotation % 360)
             before = ticks
 
     def _shown(self, source: Image.Image | av.VideoFrame) -> Frames:
@@ -269,10 +266,9 @@ def _to_rgb(
     elif is_yuv or size is not None:
         scaling = Interpolation.BICUBIC | exact
     width, height = size or (None, None)
-    rgb = reformatter.reformat(
-        frame, width=width, height=height, format="rgb24",
-        src_colorspace=source if is_yuv else None, interpolation=scaling,
-    ).to_ndarray()
+    rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24",
+                               src_colorspace=source if is_yuv else None,
+                               interpolation=scaling).to_ndarray()
     return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
 
 

@@ -67,9 +67,8 @@ CONTAINERS = {
     ".webm": Container("webm", _VP9, "libopus", _MKV),
     ".mkv": Container("matroska", _FFV1, "libopus", _MKV),
 }
-_LIVE = PictureSettings(
-    "libx264", "yuv420p", {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1
-)
+_LIVE = PictureSettings("libx264", "yuv420p",
+                        {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1)
 _LIVE_MUXER = {"live": "1", "flush_packets": "1", "cluster_time_limit": "200"}
 
 GIF_FPS = 50
@@ -87,11 +86,6 @@ def check_format(
     path: str | Path, num_frames: int | None = None, fps: Fraction | float | None = None
 ) -> str:
     """Return the suffix of an output that can be written, "/" for a folder of pictures.
-
-    Args:
-        path: the output.
-        num_frames: frames it must hold, if known.
-        fps: frames a second, if known.
 
     Raises:
         InputError: an unknown suffix, or one that can't hold so many frames, or so many a second.
@@ -123,15 +117,9 @@ def require_sound(path: str | Path, suffix: str) -> None:
 
 
 def write_clip(
-    path: str | Path,
-    chunks: Iterable[Frames | Tensor],
-    info: ClipInfo,
-    *,
-    overwrite: bool = False,
-    on_frames: Callable[[int], None] | None = None,
-    store: SegmentStore | None = None,
-    signing: Signing | None = None,
-    checker: ClipChecker | None = None,
+    path: str | Path, chunks: Iterable[Frames | Tensor], info: ClipInfo, *, overwrite: bool = False,
+    on_frames: Callable[[int], None] | None = None, store: SegmentStore | None = None,
+    signing: Signing | None = None, checker: ClipChecker | None = None,
 ) -> Path:
     """Stream a clip into a file, or a folder of PNGs, that appears when it is whole.
 
@@ -191,9 +179,7 @@ class _Abandoned(Exception):
     """The frames' source failed: nothing may be written."""
 
 
-def _encode_in_thread(
-    encode: Callable[[Iterator[Frames]], None], chunks: Iterator[Frames]
-) -> None:
+def _encode_in_thread(encode: Callable[[Iterator[Frames]], None], chunks: Iterator[Frames]) -> None:
     """Run `encode` while chunks are made, which waits as long as one chunk lies in the slot."""
     slot: Queue[Frames | _Abandoned | None] = Queue(maxsize=1)
 
@@ -258,10 +244,9 @@ def _write_container(
     first_segment = SEGMENT - (info.stride_t - 1)
     with atomic_path(path) as temporary, closing(Spool(path.parent)) as spool:
         try:
-            for packet in encode_picture(
-                checked(chunks, checker), picture, info.size, info.fps,
-                first_segment=first_segment, segment=SEGMENT, store=store, checker=checker,
-            ):
+            for packet in encode_picture(checked(chunks, checker), picture, info.size, info.fps,
+                                         first_segment=first_segment, segment=SEGMENT, store=store,
+                                         checker=checker):
                 spool.add(packet)
             encoder = {**asdict(picture), "segment": SEGMENT}
             sound = None
@@ -315,14 +300,8 @@ def write_live(
 ) -> int:
     """Write pictures as Matroska with H.264, each as soon as it exists, marks and recipe first.
 
-    Args:
-        out: a pipe; it isn't closed.
-        chunks: uint8 [t, H, W, 3] each.
-        info: the clip's rate, size and recipe; its sound is left out.
-        on_frames: called with the number of frames written so far.
-
-    Returns:
-        Frames written: fewer than came if the reader left.
+    `out` is a pipe, which isn't closed; `chunks` are uint8 [t, H, W, 3]; the sound of `info` is
+    left out. Return the number of frames written: fewer than came if the reader left.
     """
     picture, count, pipe = _LIVE.fitting(info.size), 0, _Pipe(out)
     reformatter = VideoReformatter()

@@ -73,10 +73,8 @@ class AudioVAEConfig:
     latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_positive(
-            self, "latent_channels", "encoder_dim", "decoder_dim", "expansion", "kernel_size",
-            "sample_rate", "hop", "frames_per_token",
-        )
+        check_positive(self, "latent_channels", "encoder_dim", "decoder_dim", "expansion",
+                       "kernel_size", "sample_rate", "hop", "frames_per_token")
         if self.window % self.hop or self.window < 3 * self.hop or self.window % 2:
             raise ValueError(
                 f"window {self.window} must be even and at least three whole hops of {self.hop}, "
@@ -182,11 +180,8 @@ def to_sound(
 ) -> Tensor:
     """Render a decoder's frames to sound [B, T * hop].
 
-    Args:
-        config: of the VAE.
-        controls: of the frames.
-        cache: of a stream; its position sets the first frame of the noise.
-        first_noise: that frame, without a cache; training varies it.
+    The position of a stream's cache sets the first frame of the noise; without one `first_noise`
+    does, which training varies.
     """
     bins, count = config.num_bins, controls.tone.shape[1]
     own = math.tau * config.hop / config.window * torch.arange(bins)
@@ -226,9 +221,7 @@ def _gains(config: AudioVAEConfig, attack: Tensor, cache: StreamCache | None) ->
     return (points[..., :-1, None] + points.diff(dim=2)[..., None] * rise).flatten(2)
 
 
-def overlap_add(
-    config: AudioVAEConfig, frames: Tensor, cache: StreamCache | None = None
-) -> Tensor:
+def overlap_add(config: AudioVAEConfig, frames: Tensor, cache: StreamCache | None = None) -> Tensor:
     """Add frames [B, T, window] where they overlap, [B, T * hop].
 
     Full overlap has an even sum of squared windows; the first samples have less of it.

@@ -205,13 +205,9 @@ class SpacetimeDiT(nn.Module):
         """Predict the velocity [B, C, N] of sound, alone or for a picture that doesn't see it.
 
         The result is `forward`'s for the same picture with `is_seen` off. The picture's tokens
-        don't depend on the sound, so they pass once and are recorded.
-
-        Args:
-            audio: the sound; several of one picture follow each other.
-            context: text features [B, S, text_dim].
-            context_lengths: as in `forward`.
-            cache: as the pictures' pass recorded it; None: the sound sees only itself.
+        don't depend on the sound, so they pass once and are recorded in `cache`; None: the sound
+        sees only itself. Several sounds of one picture follow each other. The context is as in
+        `forward`.
 
         Raises:
             InputError: a model without the audio modality.

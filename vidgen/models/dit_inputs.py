@@ -125,9 +125,7 @@ def lay_out(
     sound = 0 if audio is None else audio.latents.shape[2]
     alone = 0 if audio is None or audio.sees_video else sound
     unseen = 0 if audio is None or audio.is_seen else sound
-    layout = Layout(
-        num_frames + stills, frame_tokens, None, num_alone=alone, num_unseen=unseen
-    )
+    layout = Layout(num_frames + stills, frame_tokens, None, num_alone=alone, num_unseen=unseen)
     if visible is None:
         return layout
     bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
@@ -183,14 +181,10 @@ def spread_tokens(
 def collapse_padding(
     context: Tensor, lengths: Sequence[int] | Tensor, text_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Replace the zero rows up to `text_len`, with which Wan pads text, by one.
+    """Replace the zero rows up to `text_len`, with which Wan pads text [B, S, text_dim], by one.
 
-    Equal keys add up in the softmax: n of them are one with log n added to its score.
-
-    Args:
-        context: [B, S, text_dim].
-        lengths: valid rows of each text.
-        text_len: rows that Wan's models see.
+    Equal keys add up in the softmax: n of them are one with log n added to its score. `lengths` are
+    the valid rows of each text.
 
     Returns:
         Text [B, longest + 1, text_dim] and the bias of its keys [B, 1, 1, longest + 1].

@@ -35,10 +35,7 @@ class DiTConfig:
     Args:
         in_channels: C of the input; more than `out_channels` where a condition is stacked on it.
         out_channels: C of the velocity.
-        num_heads: attention heads.
         head_dim: width of a head, even and at least 6.
-        num_layers: blocks.
-        ffn_dim: hidden width of the feed-forward.
         text_dim: width of the text encoder's output.
         text_len: text tokens that Wan pads to, with zero rows that attention sees.
         patch_size: rows and columns of latents in a token.
@@ -49,7 +46,6 @@ class DiTConfig:
         pattern: of self-attention: among all tokens ("full"); within frames and within places in
             turn ("factorised"); to no later frame ("causal").
         causal_frames: latent frames that see each other in the causal pattern.
-        audio: the audio modality, or None.
         control_layers: blocks whose output a control block adds to (VACE), rising from 0.
         control_channels: C of the control, or None without `control_layers`.
 
@@ -77,10 +73,8 @@ class DiTConfig:
     control_channels: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive(
-            self, "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim", "text_dim",
-            "text_len", "patch_size", "causal_frames",
-        )
+        check_positive(self, "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim",
+                       "text_dim", "text_len", "patch_size", "causal_frames")
         if self.head_dim < 6 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and at least 6, not {self.head_dim}")
         if self.freq_dim < 2 or self.freq_dim % 2:
@@ -156,9 +150,8 @@ class TimeVectors:
         length = spread.lengths[run]
         token = torch.arange(length, device=self.head.device) // (length // groups)
         sample = torch.arange(batch, device=token.device)[:, None] * groups
-        return TimeVectors(
-            self.head.flatten(0, 1), self.block.flatten(0, 1), spread.split(sample + token).int()
-        )
+        return TimeVectors(self.head.flatten(0, 1), self.block.flatten(0, 1),
+                           spread.split(sample + token).int())
 
 
 class Stream(NamedTuple):

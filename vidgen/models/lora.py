@@ -51,7 +51,6 @@ class Adapter:
     """The changes of one LoRA to a module.
 
     Args:
-        name: in messages.
         low_rank: deltas of layers, by the path of the layer.
         deltas: full deltas of parameters, by the parameter's name.
         tokens: learned embeddings [D] of tokens, by the token as written in prompts; for the text
@@ -89,9 +88,7 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
 
 
 @contextmanager
-def attached(
-    module: nn.Module, adapters: Sequence[tuple[Adapter, float]]
-) -> Iterator[None]:
+def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
     """Attach adapters to a module inside the `with` block.
 
     Blocks may be nested: inner adapters add to the outer ones. A low-rank part that requires
@@ -243,9 +240,7 @@ def _base(layer: nn.Module) -> type[nn.Module]:
 
 
 @lru_cache(maxsize=64)
-def _adapted(
-    base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool
-) -> type[nn.Module]:
+def _adapted(base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool) -> type[nn.Module]:
     """Return a subclass that reads some parameters with their deltas and adds low-rank products.
 
     All layers alike share the class, so that torch.compile recognises them.

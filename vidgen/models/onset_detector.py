@@ -66,7 +66,6 @@ class _TimeBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, D, F] to the same shape."""
         made: Tensor = self.second(F.silu(self.first(F.silu(self.norm(x)))))
         return x + made
 

@@ -75,9 +75,7 @@ class _Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_dim
         self.num_heads = config.num_heads
-        self.q, self.k, self.v = (
-            nn.Linear(config.hidden_dim, inner, bias=False) for _ in range(3)
-        )
+        self.q, self.k, self.v = (nn.Linear(config.hidden_dim, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.hidden_dim, bias=False)
         self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
         width = config.hidden_dim**-0.5

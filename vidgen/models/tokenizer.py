@@ -93,10 +93,8 @@ class PromptTokenizer:
         rows = [row.ids for row in self._tokenizer.encode_batch([clean_prompt(p) for p in prompts])]
         for i, row in enumerate(rows):
             if len(row) > self.max_length:
-                logger.warning(
-                    "the prompt has %d tokens; the last %d are cut, the model reads %d",
-                    len(row), len(row) - self.max_length, self.max_length,
-                )
+                logger.warning("the prompt has %d tokens; the last %d are cut, the model reads %d",
+                               len(row), len(row) - self.max_length, self.max_length)
                 rows[i] = row[: self.max_length - 1] + row[-1:]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows])

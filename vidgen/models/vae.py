@@ -67,9 +67,8 @@ class VAEConfig:
     latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_positive(
-            self, "latent_channels", "encoder_dim", "decoder_dim", "num_blocks", "patch_size"
-        )
+        check_positive(self, "latent_channels", "encoder_dim", "decoder_dim", "num_blocks",
+                       "patch_size")
         if not self.channel_mults or min(self.channel_mults) < 1:
             raise ValueError(f"channel_mults must be positive, not {self.channel_mults}")
         if len(self.temporal_downsample) != len(self.channel_mults) - 1:
@@ -110,9 +109,8 @@ class VAEConfig:
     @property
     def strides(self) -> Strides:
         """Frames and pixels per latent frame and latent pixel."""
-        return Strides(
-            t=2 ** sum(self.temporal_downsample), hw=self.patch_size * 2 ** (self.num_stages - 1)
-        )
+        return Strides(t=2 ** sum(self.temporal_downsample),
+                       hw=self.patch_size * 2 ** (self.num_stages - 1))
 
     def steady_stages(self, rate: int) -> tuple[bool, ...]:
         """Return which stages, from pixels to latents, keep the number of frames; see `at_rate`.
@@ -155,9 +153,8 @@ class Encoder(nn.Module):
         self.mid = MidBlock(widths[-1])
         self.norm_out = ChannelRMSNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, (3, 3, 3))
-        self.to_moments = CausalConv3d(
-            2 * config.latent_channels, 2 * config.latent_channels, (1, 1, 1)
-        )
+        self.to_moments = CausalConv3d(2 * config.latent_channels, 2 * config.latent_channels,
+                                       (1, 1, 1))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """Map [B, 3 * p * p, T, H / p, W / p] to [B, 2 * C, F, h, w], mean and log-variance."""

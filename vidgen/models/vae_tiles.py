@@ -83,11 +83,8 @@ def decode_in_tiles(
 ) -> Iterator[Tensor]:
     """Yield `vae.stream_decode`'s video [B, 3, t, H, W], up to rounding.
 
-    Args:
-        vae: of any architecture.
-        latents: normalised, [B, C, F, h, w] in pieces.
-        tiles: the grid; not more rows or columns than latents have.
-        room: allocates memory for caches that are put aside.
+    `latents` are normalised, [B, C, F, h, w] in pieces, with no fewer rows or columns than the
+    grid. `room` allocates memory for caches that are put aside.
     """
     decoder, config, begun = vae.decoder, vae.config, StreamCache()
     frames = (frame for piece in latents for frame in piece.split(1, dim=2))
@@ -196,11 +193,8 @@ def _stream(
 ) -> Iterator[Tensor]:
     """Yield the result of each chunk [B, C, T, H, W] of one latent frame, joined from its tiles.
 
-    Args:
-        chunks: of a clip.
-        compute: maps a chunk to the result's tile, in the stream of that tile.
-        cut: returns the tiles of chunks of H x W.
-        room: allocates memory for caches that are put aside.
+    `compute` maps a chunk to the result's tile, in the stream of that tile; `cut` returns the tiles
+    of chunks of H x W.
     """
     streams: list[tuple[Tile, _Kept]] = []
     position = 0

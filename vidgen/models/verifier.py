@@ -76,7 +76,6 @@ class VerifierConfig:
         tints: T colours, each with all its words; a thing of that natural colour has it, too.
             Empty: tints aren't judged.
         latent_channels: C.
-        dim: width.
         num_blocks: of two convolutions; the receptive field is 2 * num_blocks + 1 latents each way.
         enough: least score of an accepted clip.
         legible: the noise level below which a guess of the clip shows where things are.

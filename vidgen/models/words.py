@@ -59,12 +59,8 @@ def near_words(
     """Return at most three known words that may be meant by a mistyped `word`, best first.
 
     A slip is a missing, surplus or wrong letter, or two that changed places: at most one in words
-    of three to five letters, two in longer ones.
-
-    Args:
-        word: in lower case.
-        known: words to choose from, in lower case.
-        rank: rarity of a known word, from 0 to 1; None: all are alike.
+    of three to five letters, two in longer ones. All words are in lower case; `rank` is the rarity
+    of a known one, from 0 to 1.
     """
     most = 0 if len(word) < 3 else 1 if len(word) < 6 else 2
     near, letters = [], _letters(word)

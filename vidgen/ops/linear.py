@@ -144,11 +144,8 @@ def packs(dtype: torch.dtype) -> bool:
         return False
     x, weight = (torch.ones(rows, 768, dtype=dtype) for rows in (512, 1024))
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 512)
-    return is_faster(
-        f"packed linear layers in {dtype}",
-        lambda: _product(x, packed, None, "none", ""),
-        lambda: F.linear(x, weight),
-    )
+    return is_faster(f"packed linear layers in {dtype}",
+                     lambda: _product(x, packed, None, "none", ""), lambda: F.linear(x, weight))
 
 
 def _can_pack(dtype: torch.dtype = torch.float32) -> bool:
@@ -176,12 +173,8 @@ def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) ->
 
     Bits of results depend on the answer, so it must not flip: `probes.json` in the cache folder
     keeps it by processor, PyTorch and thread count; delete that to measure again. Recipes and
-    journals record the choice.
-
-    Args:
-        name: of the question, with all that the answer depends on besides the machine.
-        first: does the work once; called several times, in turns with `second`.
-        second: does the same another way.
+    journals record the choice. `name` holds all else that the answer depends on. Both do the same
+    work once; they are called several times, in turns.
     """
     machine = fingerprint()
     key = f"{name}, {machine['cpu']}, torch {machine['torch']}, {machine['threads']} threads"

@@ -171,7 +171,6 @@ def ulysses_attention(
 
 
 def _filled(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """Pad x with zeros along an axis, up to a multiple."""
     missing = -x.shape[dim] % multiple
     if not missing:
         return x

@@ -60,14 +60,9 @@ def normed_heads(
 ) -> Tensor:
     """Return the heads [B, H, L, d] of RMSNorm(x) * weight, rotated to their positions.
 
-    Norm (Zhang & Sennrich 2019, eq. 4) and rotation are computed in float32.
-
-    Args:
-        x: [B, L, H * d], normed over the full width.
-        weight: [H * d], the norm's gain.
-        table: [B or 1, L, d/2] complex64, from `rope_table`; None: no rotation.
-        num_heads: H.
-        eps: added to the mean square.
+    Norm (Zhang & Sennrich 2019, eq. 4) and rotation are computed in float32. x [B, L, H * d] is
+    normed over the full width, with gain `weight` [H * d]; `eps` is added to the mean square.
+    `table` [B or 1, L, d/2] complex64 is `rope_table`'s; None: no rotation.
     """
     width = x.shape[-1]
     whole = width % native.WIDTHS == 0 if table is None else width // num_heads % native.WIDTHS == 0

@@ -22,9 +22,7 @@ from torch import Tensor
 
 from vidgen.core.runtime import cache_folder
 
-_SOURCES = (
-    "attention.cpp", "attention_backward.cpp", "conv.cpp", "rows.cpp", "rows_backward.cpp",
-)
+_SOURCES = ("attention.cpp", "attention_backward.cpp", "conv.cpp", "rows.cpp", "rows_backward.cpp")
 _HEADERS = ("vectors.h", "tiles.h", "rows.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TIMEOUT_S = 120
@@ -142,9 +140,8 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     temporary = target.with_name(f".{secrets.token_hex(4)}.so")
     command = [compiler, *_FLAGS, *map(str, sources), "-o", str(temporary), *link]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S,
+                              check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line]
             raise Unavailable(f"{compiler} failed: {(lines or ['it says nothing'])[0]}")
