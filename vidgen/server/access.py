@@ -83,9 +83,8 @@ def begin(
                        headers={"Retry-After": "5"})
     early_s = service.pace.take(owner)
     if early_s > 0:
-        text = (f"{service.settings.per_minute} requests a minute may begin jobs; ask again "
-                f"in {early_s:.1f} s")
-        raise ApiError(429, "rate_limit_exceeded", text,
+        raise ApiError(429, "rate_limit_exceeded", f"{service.settings.per_minute} requests a "
+                       f"minute may begin jobs; ask again in {early_s:.1f} s",
                        headers={"Retry-After": str(math.ceil(early_s))})
     service.check_room()
     tries = request.headers.get(RETRY_COUNT, "0")
@@ -141,8 +140,4 @@ class Router(APIRouter):
         if options.get("response_class") is StreamingResponse:
             return add
         add_head = self.head(path, **options | {"include_in_schema": False})
-
-        def add_both(endpoint: Endpoint) -> Endpoint:
-            return add(add_head(endpoint))
-
-        return add_both
+        return lambda endpoint: add(add_head(endpoint))

@@ -53,9 +53,7 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
     """Serve until a signal ends it: the first drains, the second doesn't wait.
 
-    Args:
-        settings: of the service.
-        on_ready: called with the address when requests are answered.
+    `on_ready` is called with the address when requests are answered.
 
     Raises:
         InputError: the address can't be had, or is open to others while there are no keys; or all
@@ -95,19 +93,16 @@ class _Server(uvicorn.Server):
         super().__init__(uvicorn.Config(
             make_app(service), log_config=None, access_log=False, lifespan="off",
             limit_concurrency=MAX_REQUESTS + SPARE_CONNECTIONS, server_header=False,
-            timeout_graceful_shutdown=5, timeout_keep_alive=30,
-        ))
+            timeout_graceful_shutdown=5, timeout_keep_alive=30))
         self._service, self._url, self._on_ready = service, url, on_ready
         self.is_draining = self.is_hurried = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to answer."""
         await super().startup(sockets=sockets)
         self._on_ready(self._url)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Answer signals as long as the server runs."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -119,7 +114,6 @@ class _Server(uvicorn.Server):
                 signal.signal(each, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Drain, or hurry."""
         if self.is_draining:
             self.is_hurried = self.should_exit = True
             return
@@ -135,7 +129,6 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _hold(data: Path) -> Iterator[TextIO]:
-    """Lock the folder for one service alone."""
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (data / "lock").open("w")
@@ -153,8 +146,8 @@ def _hold(data: Path) -> Iterator[TextIO]:
 @contextmanager
 def _bound(settings: Settings) -> Iterator[socket.socket]:
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-        family, kind, proto, _, address = found[0]
+        family, kind, proto, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
     except OSError as error:
         raise InputError(f"host {settings.host!r} is no address: {error.strerror}") from None
@@ -180,7 +173,6 @@ def make_app(service: Service) -> ASGIApp:
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     def page() -> Response:
-        """The page."""
         return FileResponse(STUDIO / "index.html", headers={"Cache-Control": "no-cache"})
 
     _complete_document(app)
@@ -203,7 +195,6 @@ def _complete_document(app: FastAPI) -> None:
 
 
 def _answer(request: Request, error: Exception) -> Response:
-    """Answer an error in the client's envelope."""
     service = service_of(request)
     match error:
         case ApiError():

@@ -34,15 +34,7 @@ class Refusal(OptionError):
 
 
 class ApiError(Exception):
-    """An answer that is no success.
-
-    Args:
-        status: of HTTP.
-        code: one word for programs.
-        message: for people.
-        param: the field that caused it, or None.
-        headers: of the answer.
-    """
+    """An answer that is no success: `code` is for programs, `param` the field that caused it."""
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None,

@@ -110,32 +110,21 @@ def script_data(script: Script) -> dict[str, Any]:
     if script.path.suffix in LISTS:
         return {"shots": [{"id": shot.id, "prompt": shot.prompt[0].prompt}
                           for shot in script.shots]}
-    data: dict[str, Any] = json.loads(json.dumps(load_yaml(script.path, "script")),
-                                      parse_constant=str)
-    return data
+    data = json.dumps(load_yaml(script.path, "script"))
+    return dict(json.loads(data, parse_constant=str))
 
 
 class FilmMaker:
-    """Makes the films of one engine.
-
-    Args:
-        engine: opened.
-        tell: as of `Maker`; called with each finished shot, too.
-    """
+    """Makes the films of one engine; `tell` as of `Maker` gets each finished shot, too."""
 
     def __init__(self, engine: Engine, tell: OnEvent) -> None:
         self.engine, self._tell = engine, tell
         self._watch, self._clock = Stopwatch(), list[Clock]()
 
-    def make(
-        self, folder: Path, spec: dict[str, Any], on_preview: OnPreview
-    ) -> dict[str, Any]:
+    def make(self, folder: Path, spec: dict[str, Any], on_preview: OnPreview) -> dict[str, Any]:
         """Make a film, or go on with it, and return its facts.
 
-        Args:
-            folder: of the job.
-            spec: `script`, its path from there, and `draft`.
-            on_preview: as in `Engine.generate`, of the shot at work.
+        `spec` has `script`, its path from the job's folder, and `draft`.
 
         Raises:
             InputError: a film that can't be made.
@@ -212,8 +201,8 @@ class FilmMaker:
 def shot_facts(each: RenderedShot) -> dict[str, Any]:
     """Return the facts of a finished shot for clients."""
     data = each.as_data()
-    kept = ("id", "num_frames", "duration_s", "seed", "made", "checks", "choice")
-    return {name: data[name] for name in kept}
+    return {name: data[name] for name in (
+        "id", "num_frames", "duration_s", "seed", "made", "checks", "choice")}
 
 
 def planned_shots(film: FilmPlan) -> list[dict[str, Any]]:

@@ -67,8 +67,6 @@ class Guard:
 
 
 class _Passage:
-    """One request and its answer."""
-
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         self._service, self._scope, self._receive, self._send = service, scope, receive, send
         self.id = secrets.token_hex(8)
@@ -102,7 +100,6 @@ class _Passage:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on the answer, with the headers of all answers."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -132,8 +129,7 @@ class _Passage:
         if self._route() not in _PROBES:
             log.info("answered", extra={
                 "request": self.id, "method": method, "path": self._scope["path"],
-                "status": self._status, "seconds": round(self._elapsed_s, 4),
-                "owner": owner})
+                "status": self._status, "seconds": round(self._elapsed_s, 4), "owner": owner})
 
     def _check_size(self, size: int) -> None:
         if size > self._limit:
@@ -142,8 +138,7 @@ class _Passage:
 
     def _route(self) -> str:
         """Return the route's pattern, so that ids don't make a series each."""
-        route = self._scope.get("route")
-        return getattr(route, "path", "none")
+        return getattr(self._scope.get("route"), "path", "none")
 
     @property
     def _elapsed_s(self) -> float:
@@ -151,7 +146,6 @@ class _Passage:
 
 
 def _name_of(host: str) -> str:
-    """Return a Host header without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower()

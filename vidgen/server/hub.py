@@ -31,15 +31,7 @@ _JOBS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job.
-
-    Attributes:
-        name: status, queue, progress, preview or deleted.
-        job: its id.
-        owner: the job's owner.
-        data: JSON data.
-        is_last: whether nothing follows.
-    """
+    """Something that happened to a job: status, queue, progress, preview or deleted."""
 
     name: str
     job: str
@@ -60,9 +52,8 @@ class Listener:
     def offer(self, event: Event | None) -> None:
         """Queue an event; None ends the stream."""
         is_passing = event is not None and event.name in PASSING
-        if is_passing and self.events.qsize() > MAX_WAITING:
-            return
-        self.events.put_nowait(event)
+        if not is_passing or self.events.qsize() <= MAX_WAITING:
+            self.events.put_nowait(event)
 
 
 class Hub:

@@ -30,43 +30,25 @@ SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
 """Time in which a client's retry is recognised."""
 _DELETED = "deleted"
-_FULL = "full"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    kind TEXT NOT NULL,
-    owner TEXT NOT NULL,
-    status TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    completed_at REAL,
-    expires_at REAL,
-    ask TEXT NOT NULL,
-    spec TEXT NOT NULL,
-    result TEXT NOT NULL DEFAULT '{}',
-    error_code TEXT,
-    error_message TEXT,
-    attempt INTEGER NOT NULL DEFAULT 0,
-    deaths INTEGER NOT NULL DEFAULT 0,
-    expected_s REAL NOT NULL DEFAULT 0,
-    num_bytes INTEGER NOT NULL DEFAULT 0,
-    idempotency_key TEXT,
-    fingerprint TEXT NOT NULL,
-    is_retry INTEGER NOT NULL DEFAULT 0
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL, owner TEXT NOT NULL, status TEXT NOT NULL,
+    created_at REAL NOT NULL, started_at REAL, completed_at REAL, expires_at REAL,
+    ask TEXT NOT NULL, spec TEXT NOT NULL, result TEXT NOT NULL DEFAULT '{}',
+    error_code TEXT, error_message TEXT,
+    attempt INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
+    expected_s REAL NOT NULL DEFAULT 0, num_bytes INTEGER NOT NULL DEFAULT 0,
+    idempotency_key TEXT, fingerprint TEXT NOT NULL, is_retry INTEGER NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX IF NOT EXISTS job_keys ON jobs (owner, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS job_status ON jobs (status, number);
 CREATE INDEX IF NOT EXISTS job_fingerprints ON jobs (owner, fingerprint, number);
 CREATE TABLE IF NOT EXISTS audit (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    time REAL NOT NULL,
-    owner TEXT NOT NULL,
-    action TEXT NOT NULL,
-    job TEXT NOT NULL,
-    detail TEXT NOT NULL
+    number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, owner TEXT NOT NULL,
+    action TEXT NOT NULL, job TEXT NOT NULL, detail TEXT NOT NULL
 );
 """
 
@@ -143,8 +125,7 @@ class Jobs:
                 "idempotency_key, fingerprint, is_retry) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, "
                 "?, ?)", job_id, new.kind, new.owner, now, json.dumps(new.ask),
                 json.dumps(new.spec), new.expected_s, new.idempotency_key, new.fingerprint,
-                new.is_retry,
-            )
+                new.is_retry)
             self._note(new.owner, "created", job_id, {"kind": new.kind, **new.ask})
             return self._get(job_id), True
 
@@ -208,8 +189,8 @@ class Jobs:
         """Queue jobs of an earlier process again; return ids of deleted jobs with files left."""
         with self._transaction():
             self._run("UPDATE jobs SET status = 'queued' WHERE status = 'in_progress'")
-            rows = self._run("SELECT id FROM jobs WHERE status = ?", _DELETED).fetchall()
-            return [row["id"] for row in rows]
+            return [job_id for (job_id,) in self._run(
+                "SELECT id FROM jobs WHERE status = ?", _DELETED)]
 
     def finish(
         self, job: Job, *, result: Mapping[str, Any], num_bytes: int, keep_s: float,
@@ -217,8 +198,7 @@ class Jobs:
     ) -> bool:
         """Finish a job, with (code, message) as `error` if it failed; keep it for `keep_s`.
 
-        Returns:
-            False if the job was finished, deleted or begun again meanwhile.
+        Return False if the job was finished, deleted or begun again meanwhile.
         """
         now = self.clock()
         code, message = error or (None, None)
@@ -228,8 +208,7 @@ class Jobs:
                 "error_code = ?, error_message = ?, num_bytes = ? WHERE id = ? AND attempt = ? "
                 "AND status IN ('queued', 'in_progress')",
                 "failed" if error else "completed", now, now + keep_s, json.dumps(result), code,
-                message, num_bytes, job.id, job.attempt,
-            ).rowcount == 1
+                message, num_bytes, job.id, job.attempt).rowcount == 1
             if done:
                 detail = {"error": code} if code else {
                     "recipe_sha256": result.get("recipe_sha256"), "bytes": num_bytes}
@@ -273,7 +252,6 @@ class Jobs:
         return [{**dict(row), "detail": json.loads(row["detail"])} for row in rows]
 
     def _known(self, new: NewJob) -> Job | None:
-        """Return the job that a request repeats, or None."""
         if new.idempotency_key is not None:
             row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
                             new.owner, new.idempotency_key)
@@ -286,8 +264,7 @@ class Jobs:
             "SELECT * FROM jobs WHERE owner = ? AND fingerprint = ? AND status != ? AND "
             "created_at > ? AND (? OR (is_retry AND created_at > ?)) ORDER BY number DESC LIMIT 1",
             new.owner, new.fingerprint, _DELETED, self.clock() - RETRY_WINDOW_S, new.is_retry,
-            new.arrived_at or self.clock(),
-        )
+            new.arrived_at or self.clock())
         return None if row is None else _job_of(row)
 
     def _note(self, owner: str, action: str, job_id: str, detail: Mapping[str, Any]) -> None:
@@ -316,7 +293,7 @@ class Jobs:
                 yield
                 self._run("COMMIT")
             except sqlite3.Error as error:
-                what = "no space is left" if _FULL in str(error) else str(error)
+                what = "no space is left" if "full" in str(error) else str(error)
                 raise OutputError(f"the queue can't be written: {what}; make room on its "
                                   "disk") from error
             finally:

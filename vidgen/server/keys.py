@@ -96,12 +96,7 @@ class Keys:
 
 
 class Pace:
-    """Each owner's rate limit: a token bucket.
-
-    Args:
-        per_minute: requests in a minute, and at once.
-        now: a clock in seconds.
-    """
+    """Each owner's rate limit: a token bucket of `per_minute` requests, which may come at once."""
 
     def __init__(self, per_minute: int, now: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._now = per_minute, now

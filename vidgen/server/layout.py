@@ -81,8 +81,7 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
     if isinstance(text, dict):
         kind, text = "json", json.dumps(text, ensure_ascii=False)
     if not isinstance(text, str) or not text.strip():
-        raise OptionError("script is empty; give it as an object, as text, or as a file",
-                          "script")
+        raise OptionError("script is empty; give it as an object, as text, or as a file", "script")
     (inputs / f"script.{kind}").write_text(text, encoding="utf-8")
     return inputs / f"script.{kind}"
 

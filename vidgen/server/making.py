@@ -93,26 +93,18 @@ def _peak_memory() -> int:
 class Maker:
     """Makes the clips of one engine.
 
-    Args:
-        engine: opened.
-        tell: called with progress and notes as events; raises `Cancelled` to stop the work
-            between two steps.
+    `tell` gets progress and notes as events; it raises `Cancelled` to stop between two steps.
     """
 
     def __init__(self, engine: Engine, tell: OnEvent) -> None:
         self.engine, self.tell = engine, tell
         self._threads = torch.get_num_threads()
 
-    def make(
-        self, folder: Path, spec: dict[str, Any], on_preview: OnPreview
-    ) -> dict[str, Any]:
+    def make(self, folder: Path, spec: dict[str, Any], on_preview: OnPreview) -> dict[str, Any]:
         """Make a clip, or go on with it, and return its facts.
 
-        Args:
-            folder: of the job.
-            spec: `options`, fields of `Request` with paths from the folder; and `added_s` to
-                extend the clip in `prefix`.
-            on_preview: as in `Engine.generate`; a clip that is rolled out shows none.
+        `spec` has `options`, fields of `Request` with paths from the job's folder, and `added_s`
+        to extend the clip in `prefix`. A clip that is rolled out shows no previews.
 
         Raises:
             InputError: a request that can't be made.
@@ -166,8 +158,7 @@ class Maker:
         clip = self.engine.generate(
             request, journal=journal, on_event=lambda p: report(p.stage, p.done, p.total),
             on_preview=None if request.roll else on_preview,
-            on_estimate=lambda made: clock.append(Clock(made)),
-        )
+            on_estimate=lambda made: clock.append(Clock(made)))
         assert isinstance(clip, Clip), "a request is for one clip"
         if not done:
             assert journal.output is not None
@@ -199,13 +190,9 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
 
 
 def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: int) -> None:
-    """Write the frame at a third of a clip as WebP and up to 16 frames in rows as JPEG.
+    """Write the frame at a third of a clip as WebP and up to 16 in rows as JPEG to a `sheet`.
 
-    Args:
-        video: the clip; one frame of it is in memory at a time.
-        thumbnail: where the one goes.
-        sheet: where the rows go; None: nowhere.
-        num_frames: of the clip.
+    One frame of the clip is in memory at a time.
     """
     count = 0 if sheet is None else min(SPRITES, num_frames)
     wanted = {round(index * (num_frames - 1) / max(count - 1, 1)) for index in range(count)}

@@ -62,8 +62,7 @@ def _answer(order: bytes) -> dict[str, str]:
             ended = subprocess.run(
                 [sys.executable, "-m", "vidgen.server.probe"], input=order, capture_output=True,
                 timeout=PATIENCE_S, start_new_session=True, check=False,
-                env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
-            )
+                env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"))
         except subprocess.TimeoutExpired:
             raise late from None
         if ended.returncode == 0:

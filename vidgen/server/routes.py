@@ -20,6 +20,7 @@ from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from vidgen.server import responses
 from vidgen.server.access import (
     COOKIE,
     Caller,
@@ -37,21 +38,6 @@ from vidgen.server.access import (
 from vidgen.server.errors import ApiError
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of, kept_recipe, shot_file
-from vidgen.server.responses import (
-    ERRORS,
-    AuditPage,
-    Deleted,
-    Film,
-    FilmCheck,
-    FilmPage,
-    Health,
-    Model,
-    ModelPage,
-    Readiness,
-    Session,
-    Video,
-    VideoPage,
-)
 from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk, body_schema
 from vidgen.server.service import Service
 from vidgen.server.types import Job, Kind
@@ -67,20 +53,16 @@ _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     416: {"description": "no such range"}}
 _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?|-[0-9]{1,18}")
 _SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
-videos = Router(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
-films = Router(prefix="/v1/films", tags=["films"], responses=ERRORS)
-others = Router(tags=["service"], responses=ERRORS)
+videos = Router(prefix="/v1/videos", tags=["videos"], responses=responses.ERRORS)
+films = Router(prefix="/v1/films", tags=["films"], responses=responses.ERRORS)
+others = Router(tags=["service"], responses=responses.ERRORS)
 _STARTED_S = int(time.time())
 
 
 class JobFile(FileResponse):
     """An existing file or ranges of it, or nothing where the client's copy is the same (RFC 9110).
 
-    Args:
-        path: of the file.
-        media_type: of the file.
-        name: under which a browser keeps it.
-        download: whether a browser keeps it rather than shows it.
+    A browser shows it, or keeps it under `name` if it is a `download`.
     """
 
     def __init__(self, path: Path, media_type: str, name: str, *, download: bool = False) -> None:
@@ -135,13 +117,7 @@ def add_job_routes(
 ) -> None:
     """Add the routes that list, show, delete, cancel, preview and follow jobs of a kind.
 
-    Args:
-        router: whose prefix is the jobs' path.
-        kind: of the jobs.
-        find: the dependency that returns the job of a path.
-        answer: a job as clients see it.
-        pages: some jobs as clients see them.
-        descriptions: of each route, for the OpenAPI document.
+    `find` is the dependency that returns the job of a path; clients see a job as `answer`.
     """
     place, found = f"/{{{kind}_id}}", Depends(find)
 
@@ -166,7 +142,7 @@ def add_job_routes(
             response.headers["openai-poll-after-ms"] = str(POLL_MS)
         return service_of(request).scheduler.view(job)
 
-    @router.delete(place, response_model=Deleted, **named("delete"))
+    @router.delete(place, response_model=responses.Deleted, **named("delete"))
     def delete(request: Request, job: Job = found) -> Any:
         service_of(request).scheduler.delete(job)
         return {"id": job.id, "object": f"{kind}.deleted"}
@@ -242,18 +218,15 @@ async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator
 
 
 def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
-    """Return the state of a job, or of each unfinished job of an owner."""
     if job is None:
         jobs = [each for each in service.jobs.waiting() if each.owner == owner]
     elif (now := service.jobs.get(job.id)) is not None:
         jobs = [now]
     else:
-        data = {"id": job.id, "object": job.kind}
-        return [Event("deleted", job.id, owner, data, is_last=True)]
+        return [Event("deleted", job.id, owner, {"id": job.id, "object": job.kind}, is_last=True)]
     events = []
     for each, data in zip(jobs, service.scheduler.views(jobs), strict=True):
-        is_last = job is not None and each.is_finished
-        events.append(Event("status", each.id, owner, data, is_last))
+        events.append(Event("status", each.id, owner, data, job is not None and each.is_finished))
         if (preview := service.scheduler.preview(each)) is not None:
             events.append(Event("preview", each.id, owner, preview))
     return events
@@ -263,37 +236,38 @@ def _line(event: Event) -> str:
     return f"event: {event.name}\ndata: {json.dumps(event.data)}\n\n"
 
 
-@videos.post("", response_model=Video, openapi_extra=body_schema(VideoAsk))
+@videos.post("", response_model=responses.Video, openapi_extra=body_schema(VideoAsk))
 async def create_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a clip."""
     return await queued(request, partial(service_of(request).clip, "create", fields, call))
 
 
-@videos.post("/edits", response_model=Video, openapi_extra=body_schema(EditAsk))
+@videos.post("/edits", response_model=responses.Video, openapi_extra=body_schema(EditAsk))
 async def edit_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a clip re-imagined."""
     return await queued(request, partial(service_of(request).clip, "edit", fields, call))
 
 
-@videos.post("/extensions", response_model=Video, openapi_extra=body_schema(ExtensionAsk))
+@videos.post("/extensions", response_model=responses.Video, openapi_extra=body_schema(ExtensionAsk))
 async def extend_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a clip to go on."""
     return await queued(request, partial(service_of(request).clip, "extension", fields, call))
 
 
-@videos.post("/{video_id}/remix", response_model=Video, openapi_extra=body_schema(RemixAsk))
+@videos.post("/{video_id}/remix", response_model=responses.Video,
+             openapi_extra=body_schema(RemixAsk))
 async def remix_video(request: Request, call: Caller, source: VideoJob, fields: Fields) -> Any:
     """Ask for a clip as another one was asked for, with what is given here changed."""
     return await queued(request, partial(service_of(request).clip, "remix", fields, call, source))
 
 
-@videos.post("/{video_id}/replay", response_model=Video)
+@videos.post("/{video_id}/replay", response_model=responses.Video)
 async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
     """Ask for a clip once more; its frames are the same."""
     return await queued(request, partial(service_of(request).clip, "replay", {}, call, source))
 
 
-add_job_routes(videos, "video", video_of, Video, VideoPage, {
+add_job_routes(videos, "video", video_of, responses.Video, responses.VideoPage, {
     "list": "Clips, the newest first.",
     "retrieve": "A clip as it stands.",
     "delete": "Take a clip out of the world; one that is being made stops within a step.",
@@ -323,19 +297,19 @@ def recipe_of_video(request: Request, video: VideoJob) -> Any:
     return JSONResponse(recipe)
 
 
-@films.post("", response_model=Film, openapi_extra=body_schema(FilmAsk))
+@films.post("", response_model=responses.Film, openapi_extra=body_schema(FilmAsk))
 async def create_film(request: Request, call: Caller, fields: Fields) -> Any:
     """Ask for a film."""
     return await queued(request, partial(service_of(request).film, fields, call))
 
 
-@films.post("/check", response_model=FilmCheck, openapi_extra=body_schema(FilmAsk))
+@films.post("/check", response_model=responses.FilmCheck, openapi_extra=body_schema(FilmAsk))
 async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     """Hear what a script would make, or what is wrong with it; nothing is made."""
     return await checked(request, partial(service_of(request).check_film, fields, call))
 
 
-add_job_routes(films, "film", film_of, Film, FilmPage, {
+add_job_routes(films, "film", film_of, responses.Film, responses.FilmPage, {
     "list": "Films, the newest first.",
     "retrieve": "A film as it stands.",
     "delete": "Take a film out of the world; one that is being made stops within a step.",
@@ -386,13 +360,13 @@ def download_shot(
     return JobFile(file, media, file.name)
 
 
-@others.get("/v1/models", response_model=ModelPage)
+@others.get("/v1/models", response_model=responses.ModelPage)
 def list_models(request: Request, owner: Owner) -> Any:  # noqa: ARG001
     """The model that is served."""
     return {"data": [_served(service_of(request))]}
 
 
-@others.get("/v1/models/{model_id:path}", response_model=Model)
+@others.get("/v1/models/{model_id:path}", response_model=responses.Model)
 def retrieve_served(request: Request, model_id: str, owner: Owner) -> Any:  # noqa: ARG001
     """The model that is served, by its id."""
     found = _served(service_of(request))
@@ -407,7 +381,7 @@ def limits(request: Request, owner: Owner) -> Any:  # noqa: ARG001
     return service_of(request).limits
 
 
-@others.get("/v1/audit", response_model=AuditPage)
+@others.get("/v1/audit", response_model=responses.AuditPage)
 def audit(request: Request, owner: Owner, limit: int = Query(100, ge=1, le=1000)) -> Any:
     """What was done under this key, the latest first."""
     return {"data": service_of(request).jobs.audit(owner, limit)}
@@ -420,13 +394,13 @@ async def events(request: Request, owner: Owner) -> Response:
     return event_stream(service_of(request), owner, None)
 
 
-@others.get("/v1/session", response_model=Session)
+@others.get("/v1/session", response_model=responses.Session)
 def session(request: Request) -> Any:
     """Whether a key is needed, and whether there is one."""
     return _session(request, owner_of(request))
 
 
-@others.post("/v1/session", response_model=Session)
+@others.post("/v1/session", response_model=responses.Session)
 def open_session(request: Request, response: Response, owner: Owner) -> Any:
     """Have the browser send the key by itself from now on."""
     key = request.headers.get("authorization", "").partition(" ")[2].strip()
@@ -436,7 +410,7 @@ def open_session(request: Request, response: Response, owner: Owner) -> Any:
     return _session(request, owner)
 
 
-@others.delete("/v1/session", response_model=Session)
+@others.delete("/v1/session", response_model=responses.Session)
 def close_session(request: Request, response: Response) -> Any:
     """Have the browser forget the key."""
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
@@ -448,25 +422,24 @@ def _session(request: Request, owner: str | None) -> dict[str, Any]:
             "authenticated": owner is not None}
 
 
-@others.get("/health", response_model=Health)
+@others.get("/health", response_model=responses.Health)
 async def health() -> Any:
     """Whether the process answers; without a thread, of which there may be none left."""
     return {}
 
 
-@others.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
+@others.get("/ready", response_model=responses.Readiness,
+            responses={503: {"model": responses.Readiness}})
 def ready(request: Request) -> Any:
     """Whether jobs are taken and made."""
-    scheduler = service_of(request).scheduler
-    state = scheduler.state
+    state = service_of(request).scheduler.state
     counts = service_of(request).jobs.counts()
     body = {"ready": state in ("ready", "busy"), "runner": state.partition(":")[0],
             "queue": counts.get("queued", 0) + counts.get("in_progress", 0)}
     return JSONResponse(body, 200 if body["ready"] else 503)
 
 
-@others.get("/metrics", response_class=Response, responses={
-    200: {"content": {"text/plain": {}}}})
+@others.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
     """Counters for Prometheus."""
     return Response(service_of(request).metrics.text(),

@@ -103,18 +103,15 @@ class Scheduler:
         live = self._live_of(job)
         now: Job | None = job
         while now is not None and not now.is_finished:  # it may be begun just now
-            if self.jobs.finish(
-                now, result=live.kept() if live else {},
-                num_bytes=_size(self.settings.job_folder(job.id)), keep_s=self.settings.keep_s,
-                error=(CANCELLED, "it was cancelled"),
-            ):
+            size = _size(self.settings.job_folder(job.id))
+            if self.jobs.finish(now, result=live.kept() if live else {}, num_bytes=size,
+                                keep_s=self.settings.keep_s, error=(CANCELLED, "it was cancelled")):
                 self.metrics.failures.labels(CANCELLED).inc()
             now = self.jobs.get(job.id)
         self._stop(job, CANCELLED)
-        if now is None:
-            return job
-        self._tell_status(now)
-        return now
+        if now is not None:
+            self._tell_status(now)
+        return now or job
 
     def delete(self, job: Job, reason: str = "deleted") -> None:
         """Delete a job, whatever its state."""
@@ -190,7 +187,6 @@ class Scheduler:
         self._listener.start()
 
     def _listen(self, pool: LocalPool) -> None:
-        """Take in a process's messages until it is gone."""
         while True:
             for worker, message in pool.listen(LOOK_S):
                 if message[0] == "lost":
@@ -268,7 +264,8 @@ class Scheduler:
         self._live.warn(without_folders(message["text"], self.settings.data))
 
     def _on_done(self, job: Job, facts: dict[str, Any]) -> None:
-        self._learn_pace(job, facts["inference_time_s"])
+        if job.expected_s > 0 and job.attempt == 1:  # the last jobs count most
+            self._pace += 0.3 * (facts["inference_time_s"] / job.expected_s - self._pace)
         for stage, seconds in facts["stage_durations"].items():
             self.metrics.stage.labels(stage).observe(seconds)
         self.metrics.memory.set(facts["peak_memory_mb"] * 1e6)
@@ -288,9 +285,8 @@ class Scheduler:
     def _end(self, job: Job, result: dict[str, Any], error: tuple[str, str] | None) -> None:
         def write() -> None:
             size = _size(self.settings.job_folder(job.id))
-            done = self.jobs.finish(job, result=result, num_bytes=size, error=error,
-                                    keep_s=self.settings.keep_s)
-            if done:
+            if self.jobs.finish(job, result=result, num_bytes=size, error=error,
+                                keep_s=self.settings.keep_s):
                 self.metrics.count_end(job, error, self.jobs.clock())
                 log.info("failed" if error else "completed", extra={
                     "job": job.id, "error": error and error[0],
@@ -312,7 +308,6 @@ class Scheduler:
                 self._unwritten = write_and_let_go
 
     def _let_go(self, job: Job) -> None:
-        """Note that no process works on a job any more."""
         with self._lock:
             self._running, self._live, self._told_to_stop_s = None, Live(), None
         now = self.jobs.get(job.id)
@@ -352,13 +347,12 @@ class Scheduler:
             return is_running
 
     def _sweep(self) -> None:
-        """Remove jobs that are past their time or above a quota."""
         now = time.monotonic()
         if now < self._sweep_s:
             return
         self._sweep_s = now + SWEEP_S
-        settings = self.settings
-        quota_gb, key_quota_gb = settings.quota_gb, settings.key_quota_gb or settings.quota_gb
+        quota_gb = self.settings.quota_gb
+        key_quota_gb = self.settings.key_quota_gb or quota_gb
         for job_id in self.jobs.outdated(int(quota_gb * _GB), int(key_quota_gb * _GB)):
             if (job := self.jobs.get(job_id)) is not None:
                 self.delete(job, "expired")
@@ -384,11 +378,6 @@ class Scheduler:
                 position, ahead_s = position + 1, ahead_s + job.expected_s * self._pace
                 yield job, Place(position, round(ahead_s, 1))
 
-    def _learn_pace(self, job: Job, seconds: float) -> None:
-        """Learn how much longer than estimated jobs take, the last ones counting most."""
-        if job.expected_s > 0 and job.attempt == 1:
-            self._pace += 0.3 * (seconds / job.expected_s - self._pace)
-
     def _tell_status(self, job: Job) -> None:
         self._publish("status", job, self.view(job), is_last=job.is_finished)
         self._tell_places()
@@ -396,16 +385,13 @@ class Scheduler:
     def _publish(
         self, name: str, job: Job, facts: Mapping[str, Any], *, is_last: bool = False
     ) -> dict[str, Any]:
-        """Publish an event of a job, and return its data."""
         data = {"id": job.id, "object": job.kind, **facts}
         self.hub.publish(Event(name, job.id, job.owner, data, is_last))
         return data
 
     def _tell_places(self) -> None:
         """Publish the places of all waiting jobs, of every owner: the queue may have moved."""
-        if not self.hub.is_heard:
-            return
-        for job, place in self._places():
+        for job, place in self._places() if self.hub.is_heard else ():
             if place.position is not None:
                 self._publish("queue", job, {
                     "queue_position": place.position, "eta_s": place.eta_s})

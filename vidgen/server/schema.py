@@ -144,15 +144,7 @@ def _body(
     name: str, base: type[Body], doc: str, options: tuple[str, ...],
     required: tuple[str, ...] = (),
 ) -> type[Body]:
-    """Return a body with options of `Request` as fields.
-
-    Args:
-        name: of the class.
-        base: with the fields that are the API's own.
-        doc: docstring of the class.
-        options: of `Request`.
-        required: those of them that can't be left out.
-    """
+    """Return a body with options of `Request` as fields; `base` has those of the API's own."""
     fields: dict[str, Any] = {}
     for option in options:
         field = Request.model_fields[option]

@@ -38,14 +38,7 @@ _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 @dataclass(frozen=True)
 class Call:
-    """The caller of a request.
-
-    Attributes:
-        owner: the key's name.
-        idempotency_key: the client's own.
-        is_retry: whether the client says that it retries.
-        arrived_at: when the request began to come in, by the queue's clock.
-    """
+    """The caller of a request; see `NewJob`."""
 
     owner: str
     idempotency_key: str | None = None
@@ -85,16 +78,10 @@ class Service:
         self.hub.close()
         self.jobs.close()
 
-    def clip(
-        self, kind: str, fields: dict[str, Any], call: Call, source: Job | None = None
-    ) -> Job:
+    def clip(self, kind: str, fields: dict[str, Any], call: Call, source: Job | None = None) -> Job:
         """Queue a clip.
 
-        Args:
-            kind: create, edit, extension, remix or replay.
-            fields: of the body.
-            call: who asks.
-            source: of a remix or replay, the clip whose request is made again.
+        Its `kind` is create, edit or extension, or remix or replay of a `source`.
 
         Raises:
             ApiError, Refusal: it can't be made as it is asked for.
@@ -136,10 +123,8 @@ class Service:
         ask = parse(FilmAsk, fields)
         with self._new("film") as place:
             plan, _ = self._film_plan(ask, call, place)
-        return {
-            **plan, "size": f"{plan['width']}x{plan['height']}",
-            "expected_s": round(plan["expected_s"], 1),
-        }
+        return {**plan, "size": f"{plan['width']}x{plan['height']}",
+                "expected_s": round(plan["expected_s"], 1)}
 
     @property
     def limits(self) -> dict[str, float]:
@@ -159,10 +144,7 @@ class Service:
             raise OutputError(f"{int(free_mb)} MB are free, {int(self.settings.reserve_mb)} MB "
                               "stay in reserve; delete clips, or make room on the disk")
 
-    def _film_plan(self, ask: FilmAsk, call: Call, place: Place) -> (
-        tuple[dict[str, Any], Path]
-    ):
-        """Return a film's plan, and its script in the job's folder."""
+    def _film_plan(self, ask: FilmAsk, call: Call, place: Place) -> tuple[dict[str, Any], Path]:
         self.asks.check_model(ask.model)
         path = lay_down(ask, place.folder)
         if ask.previous_film_id is not None:
@@ -196,7 +178,6 @@ class Service:
         self, place: Place, call: Call, fields: dict[str, Any], kind: str, spec: dict[str, Any],
         source: str | None,
     ) -> Job:
-        """Have a clip checked, and queue it."""
         options = spec["options"]
         if "video" in options and "strength" not in options:
             raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
@@ -261,5 +242,4 @@ def fingerprint(fields: dict[str, Any]) -> str:
             return {key: plain(inner) for key, inner in value.items()}
         return [plain(inner) for inner in value] if isinstance(value, list) else value
 
-    text = json.dumps(plain(fields), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(fields), sort_keys=True).encode()).hexdigest()

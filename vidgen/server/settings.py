@@ -19,18 +19,9 @@ _MOST = 1e9
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that are the same for every service.
+    """Limits of clips, films and inputs that are the same for every service.
 
-    Attributes:
-        pixels: width times height of a clip.
-        frames: of a clip.
-        seconds: of a clip, by its frames and their rate.
-        steps: of its denoising.
-        shots: of a film.
-        input_pixels: of a picture or clip that comes in.
-        input_seconds: of a clip or sound that comes in.
-        queued: unfinished jobs of all.
-        deaths: how often a job may take the process with it that works on it.
+    `queued` counts unfinished jobs of all keys; a job may crash the process at work `deaths` times.
     """
 
     pixels: int = 1920 * 1088

@@ -18,12 +18,9 @@ class NewJob:
     """A job to be queued.
 
     Attributes:
-        owner: name of the caller's key.
         ask: the request, as clients see it.
         spec: the request, as the process that makes it reads it.
         fingerprint: a hash of the request, equal for equal requests.
-        expected_s: estimated seconds.
-        idempotency_key: the client's own.
         is_retry: whether the client says that it retries.
         arrived_at: when the request began to come in, by the queue's clock.
         id: None draws one.
@@ -88,14 +85,7 @@ def new_id(kind: Kind) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Upload:
-    """A file that came in; clients never see its path.
-
-    Attributes:
-        path: of the file.
-        name: the client's own; to be shown, never to be used as a path.
-        sha256: of its bytes.
-        size: in bytes.
-    """
+    """A file that came in; clients never see its path, and their `name` is never used as one."""
 
     path: Path
     name: str

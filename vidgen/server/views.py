@@ -16,13 +16,9 @@ class Live:
     """The state of a job at work, which isn't written to the queue.
 
     Attributes:
-        stage: as the pipeline names it, `done` of `total`.
-        fraction: done of the whole, 0 to 1; None without an estimate.
-        eta_s: seconds left; None if unknown.
+        fraction: done of the whole job, 0 to 1; None without an estimate.
         shot: the film's shot at work.
-        preview: the latest preview event.
         shots: the film's finished shots, by id.
-        warnings: notes of the engine.
     """
 
     stage: str = "load"
@@ -52,29 +48,19 @@ class Live:
         shots = {"shots": list(self.shots.values())} if self.shots else {}
         return {"warnings": self.warnings, **shots}
 
-    @property
-    def percent(self) -> int:
-        """Share that is done, 0 to 99."""
-        return min(99, int(100 * (self.fraction or 0.0)))
-
     def facts(self) -> dict[str, Any]:
         """Return the fields of a progress event."""
         sampling = self.stage == "sample"
         return {
             "stage": self.stage, "step": self.done if sampling else None,
-            "num_steps": self.total if sampling else None, "progress": self.percent,
-            "eta_s": self.eta_s,
+            "num_steps": self.total if sampling else None, "eta_s": self.eta_s,
+            "progress": min(99, int(100 * (self.fraction or 0.0))),
         }
 
 
 @dataclass(frozen=True)
 class Place:
-    """A job's place in the queue.
-
-    Attributes:
-        position: 1 is the next; None if it runs or is done.
-        eta_s: seconds until it is done; None if unknown.
-    """
+    """A job's `position` in the queue, 1 the next, None at work or done; and seconds to its end."""
 
     position: int | None = None
     eta_s: float | None = None
@@ -106,7 +92,6 @@ def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
 
 
 def _shots(job: Job, live: Live | None) -> list[dict[str, Any]]:
-    """Return a film's shots, each with its state."""
     there = {each["id"]: each for each in job.result.get("shots", ())}
     there |= live.shots if live else {}
     shots = []
