@@ -162,7 +162,6 @@ def _cache(
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]
     lines.append(
         f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "
-        f"{made['captions']} captions, {size_text(made['bytes'])}"
-    )
+        f"{made['captions']} captions, {size_text(made['bytes'])}")
     report.result(made, "\n".join(lines))
     return int(bool(made["failed"]))

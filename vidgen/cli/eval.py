@@ -83,8 +83,7 @@ def _run_temporal(args: Namespace, report: Report) -> dict[str, Any]:
 
     run_of = TemporalRun(
         tuple(args.videos), tuple(args.network), args.first_images, args.prompt_suite,
-        args.augmentation, args.workers, args.ray,
-    )  # fmt: skip
+        args.augmentation, args.workers, args.ray)
     return run_temporal(run_of, args.output, report)
 
 
@@ -137,8 +136,7 @@ def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
     run_of = SuiteRun(
         args.benchmark, args.model, args.seeds, args.seed, settings, args.dtype,
         tuple(args.network), args.first_images, args.augmentation,
-        Staff(args.workers, args.ray, args.threads),
-    )  # fmt: skip
+        Staff(args.workers, args.ray, args.threads))
     return run_suite(run_of, args.output, report)
 
 

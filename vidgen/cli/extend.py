@@ -127,8 +127,7 @@ def _make(
         report.save(clip, output, overwrite=journal.overwrite)
     facts = clip_facts(clip, output, request.seed, report) | {
         "hand_over": (clip.recipe or {}).get("hand_over"),
-        "elapsed_s": round(time.monotonic() - start, 3),
-    }
+        "elapsed_s": round(time.monotonic() - start, 3)}
     report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "
                          "{seed}, from {hand_over}\n{elapsed_s:.1f} s".format(**facts))
     return 0

@@ -85,8 +85,7 @@ def run(args: Namespace, report: Report) -> int:
             return {
                 "on_event": report.progress, "journal": kept,
                 "on_estimate": partial(report.expect, num_clips=len(kept), done=finished),
-                "on_preview": shown,
-            }
+                "on_preview": shown}
 
         seeds, spare = outputs.clip_seeds(request, journals)
         if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:

@@ -55,8 +55,7 @@ def _without_blobs(data: Any) -> Any:
     return {
         name: f"({len(json.dumps(value))} bytes)" if name in _BLOBS and value is not None
         else _without_blobs(value)
-        for name, value in data.items()
-    }
+        for name, value in data.items()}
 
 
 def _tree(name: str, value: Any, indent: str = "") -> list[str]:

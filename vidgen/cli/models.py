@@ -80,15 +80,13 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
     if isinstance(folder, DiffusersFolder):
         return {
             **facts, "layout": "diffusers", "pipeline": folder.class_name,
-            "license": card_license(path),
-        }
+            "license": card_license(path)}
     defaults = dump(folder.defaults)
     del defaults["settings"]
     return {
         **facts, "family": folder.family, "variant": folder.variant, "layout": folder.layout,
         "license": folder.license, "tasks": list(folder.tasks), "defaults": defaults,
-        "settings": settings_of(folder), "components": list(folder.components),
-    }
+        "settings": settings_of(folder), "components": list(folder.components)}
 
 
 def _line(facts: dict[str, Any], width: int) -> str:

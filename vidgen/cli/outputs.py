@@ -112,8 +112,7 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     """Return seeds of the first clip, from this command's journals and a named output."""
     if output is not None:
         names: list[tuple[str, int, int | None]] = [
-            (path, i, None) for i, path in enumerate(output_names(output, request))
-        ]
+            (path, i, None) for i, path in enumerate(output_names(output, request))]
     else:  # the name has the first clip's seed
         name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
         jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
@@ -156,8 +155,7 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
             bool(recipe.get("plan")) and as_json(recorded_request(recipe)) == given
             and ("rewritten" in recipe) == (request.expand is not None)
             and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
-            and recipe["model"]["sha256"] == model
-        )
+            and recipe["model"]["sha256"] == model)
 
     return is_of_command
 
@@ -234,8 +232,7 @@ def clip_facts(
         "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
         "width": clip.size[0], "height": clip.size[1],
         "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
-        "captions": clip.captions,
-    }
+        "captions": clip.captions}
     if clip.findings is None:
         return facts
     found = as_data(clip.findings)

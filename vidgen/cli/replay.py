@@ -132,8 +132,7 @@ def _make(
         loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
         engine = load(**loading)
         clip = engine.generate(
-            request, on_event=report.progress, on_estimate=report.expect, journal=journal
-        )
+            request, on_event=report.progress, on_estimate=report.expect, journal=journal)
         assert not isinstance(clip, list)
         if not journal.is_done:
             if "head_frames" in recipe and isinstance(clip, ContinuedClip):
@@ -153,8 +152,7 @@ def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) ->
     data = {
         "path": output, "changed": changed, "identical": made.identical,
         "psnr_db": made.psnr_db,
-        "differences": {k: {"recorded": old, "now": new} for k, (old, new) in differing.items()},
-    }
+        "differences": {k: {"recorded": old, "now": new} for k, (old, new) in differing.items()}}
     lines = [f"{output}: {made.text}"]
     lines += [f"  {name}: {new}, recorded {old}" for name, (old, new) in differing.items()]
     if changes:

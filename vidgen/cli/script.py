@@ -52,10 +52,8 @@ def add_arguments(parser: Parser) -> None:
     add("--draft", action="store_true", help="small, in few steps and one take, to FILM-draft.mp4")
     add("--overwrite", action="store_true",
         help="replace an existing film; restart shots that were stopped")
-    add("--storyboard", action="store_true",
-        help="also write a page of all shots, FILM.html")
-    add("--otio", action="store_true",
-        help="also write the edit for editing programs, FILM.otio")
+    add("--storyboard", action="store_true", help="also write a page of all shots, FILM.html")
+    add("--otio", action="store_true", help="also write the edit for editing programs, FILM.otio")
     add("--audio-model", metavar="FOLDER",
         help="a text-to-audio model makes sound and music that stand in words")
     add_request_options(parser, ("model", "offload", "quantize", "tiles", "dtype"))
@@ -126,8 +124,7 @@ def run(args: Namespace, report: Report) -> int:
     elapsed = round(time.monotonic() - start, 3)
     data = {
         "film": made[0] if made else None, "beside": made[1:],
-        "shots": [each.as_data() for each in shots], "elapsed_s": elapsed,
-    }
+        "shots": [each.as_data() for each in shots], "elapsed_s": elapsed}
     lines = [f"{each.shot.id}: {each.path}, {each.num_frames} frames, seed {each.seed}, "
              f"{'made now' if each.made else 'there already'}" for each in shots]
     report.result(data, "\n".join([*lines, *made, f"{elapsed:.1f} s"]))
@@ -276,22 +273,19 @@ def _tell_plan(
         "duration_s": edit.facts()["duration_s"] if edit is not None else
         sum(row["duration_s"] for row in rows if row["in_film"]),
         "seconds": sum(row["seconds"] for row in undone),
-        "peak_bytes": max((row["peak_bytes"] for row in rows), default=0),
-    }
+        "peak_bytes": max((row["peak_bytes"] for row in rows), default=0)}
     data = {"film": whole, "fps": str(film.fps), "size": list(film.size),
             "model": film.folder.name, "available_bytes": have, "notes": [*notes], "shots": rows}
     lines = [
         "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {told}".format(
             **row, told="there" if row["rendered"] else
             f"{row['seconds']:.1f} s, {size_text(row['peak_bytes'])}")
-        for row in rows
-    ]
+        for row in rows]
     free = "" if have is None else f", {size_text(have)} are free"
     lines.append(
         f"{whole['duration_s']:.2f} s of {film.size[0]}x{film.size[1]} at {film.fps} fps; "
         f"{whole['rendered']} of {len(rows)} shots are there, the others take "
-        f"{whole['seconds']:.1f} s and {size_text(whole['peak_bytes'])}{free}"
-    )
+        f"{whole['seconds']:.1f} s and {size_text(whole['peak_bytes'])}{free}")
     if not whole["measured"]:
         lines.append("the times are an ordinary machine's; vidgen plan PROMPT measures this one")
     report.result(data, "\n".join([*lines, *notes]))
@@ -307,5 +301,4 @@ def _row(plan: ShotPlan, made: Sequence[Estimate], store: ShotStore, left: int) 
         "seed": plan.takes[0].seed, "address": plan.key, "needs": list(plan.shot.needs),
         "in_film": plan.shot.in_film, "rendered": store.is_done(plan), "parts_left": left,
         "seconds": seconds if left else 0.0, "peak_bytes": max(one.peak_bytes for one in made),
-        "measured": all(one.measured for one in made),
-    }
+        "measured": all(one.measured for one in made)}

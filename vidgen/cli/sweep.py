@@ -97,8 +97,7 @@ def run(args: Namespace, report: Report) -> int:
     data: dict[str, Any] = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
         "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
-                   "made": cell in todo, "verdict": _verdict(cell, report)} for cell in cells],
-    }
+                   "made": cell in todo, "verdict": _verdict(cell, report)} for cell in cells]}
     report.result(data, f"{stem}.png, {stem}.mp4: {len(cells)} clips, {len(todo)} of them made now")
     return int(args.strict and any(cell["verdict"] == "fault" for cell in data["cells"]))
 
@@ -185,8 +184,7 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
     base["settings"] = parse_settings(args.settings)
     cells = [
         _cell(base, list(zip(args.over, values, strict=True)), stem)
-        for values in product(*(axis.values for axis in args.over))
-    ]
+        for values in product(*(axis.values for axis in args.over))]
     policy = policy_from_environment()
     for cell in cells:
         enforce(policy, cell.request)
@@ -292,8 +290,7 @@ def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, A
     over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
     return {"vidgen": __version__, "sweep": {
         "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
-        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells],
-    }}  # fmt: skip
+        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells]}}
 
 
 def _is_there(path: str, recipe: Mapping[str, Any], args: Namespace) -> bool:

@@ -39,9 +39,7 @@ def run(args: Namespace, report: Report) -> int:
         planned = plan(config, args.ranks)
         report.result(planned.as_data(), "\n".join(planned.lines()))
         return 0
-    summary = finetune(
-        config, resume=args.resume, accept_changes=args.accept_changes, tell=report
-    )
+    summary = finetune(config, resume=args.resume, accept_changes=args.accept_changes, tell=report)
     if summary is None:  # another rank speaks for all
         return 0
     use = "\n".join(summary.get("use", [f"stopped at step {summary['step']}"]))

@@ -71,8 +71,7 @@ class Entry:
             "reworded": result["augmentation"], "fps": self.folder["fps"],
             "sizes": [f"{width}x{height}" for width, height in self.folder["sizes"]],
             "clips a prompt": len(result.get("generation", {}).get("seeds", ())) or None,
-            "networks": result["networks"], "measures version": result["measures_version"],
-        }
+            "networks": result["networks"], "measures version": result["measures_version"]}
 
     @property
     def _prompts(self) -> str:
@@ -167,8 +166,7 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
             "clips": len(entry.folder["clips"]), "dynamic": entry.folder["dynamic"],
             "figures": entry.folder["figures"], "failed": len(entry.folder["failed"]),
             **{name: entry.folder[name] for name in SUBTOTALS}, "verdict": verdict,
-            "machine": entry.result["machine"],
-        })  # fmt: skip
+            "machine": entry.result["machine"]})
     return {"conditions": first.conditions, "rows": rows}
 
 
@@ -178,8 +176,7 @@ def page(entries: Sequence[Entry]) -> str:
         "Ordered by steadiness, which is 0 for clips that don't move. An order means something "
         "only where the verdict names a winner: each model is compared with the first of its "
         "table, clip by clip. Figures have their 95% interval.",
-        [(table, _drawn(table["rows"])) for table in tables(entries)],
-    )
+        [(table, _drawn(table["rows"])) for table in tables(entries)])
 
 
 def board(intro: str, sections: Sequence[tuple[Mapping[str, Any], Table]]) -> str:
@@ -207,8 +204,7 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> Table:
             name_cell(entry), entry["verdict"],
             f"{entry['dynamic']} of {entry['clips']}{failed}",
             *(figure_cell(entry["figures"].get(measure)) for measure in shown),
-            *(subtotal_cell(entry[name]) for name in totals),
-        ])  # fmt: skip
+            *(subtotal_cell(entry[name]) for name in totals)])
     return Table(["model", "against the first", "clips that move", *heads, *totals], lines, [1])
 
 

@@ -107,8 +107,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
         "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": run.dtype,
         "settings": {name: value if isinstance(value, int | float) else str(value)
                      for name, value in settings.items()},
-        "threads": staff.threads, "clips": len(clips),
-    }  # fmt: skip
+        "threads": staff.threads, "clips": len(clips)}
     return result
 
 
@@ -132,8 +131,7 @@ def _clips(
         for number in range(run.seeds):
             request = Request.of(prompt, {
                 "audio": "none", "seed": run.seed + number, **run.settings,
-                **({"image": str(pictures[prompt])} if prompt in pictures else {}),
-            })
+                **({"image": str(pictures[prompt])} if prompt in pictures else {})})
             address = identity(request, model=folder.content_hash, dtype=run.dtype)
             yield _Clip(request, address, f"{stem}-{number}")
 
@@ -172,8 +170,7 @@ def _make(
     jobs = (
         Job(address, (request, store.path(address), {"name": names[address][0]}),
             name=names[address][0])
-        for address, request in missing.items()
-    )
+        for address, request in missing.items())
     work = ClipWork(partial(load, run.model, dtype=run.dtype), folder.content_hash)
     try:
         for outcome in run_jobs(jobs, work, staff, tell):

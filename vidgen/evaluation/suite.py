@@ -89,8 +89,7 @@ class PromptSuite:
         if not inside:
             raise InputError(
                 f"no clip of {items[0].path.parent} belongs to a prompt of {self.name}; name them "
-                f"'{self.prompts[0][:60]}-0.mp4', or leave out --prompt-suite"
-            )
+                f"'{self.prompts[0][:60]}-0.mp4', or leave out --prompt-suite")
         outside = [item for item, prompt in matched if prompt is None]
         shown = {item.prompt for item in inside}
         return inside, outside, [prompt for prompt in self.prompts if prompt not in shown]
@@ -151,8 +150,7 @@ def _item(path: Path) -> Item:
         return Item(path, path.stem, prompt_of(path.stem), None)
     origin = {
         "model": model.get("name"), "model_sha256": model.get("sha256"), "seed": plan.get("seed"),
-        "vidgen": recipe.get("vidgen"),
-    }  # fmt: skip
+        "vidgen": recipe.get("vidgen")}
     return Item(path, path.stem, str(plan.get("prompt") or prompt_of(path.stem)), origin)
 
 

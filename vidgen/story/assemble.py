@@ -194,8 +194,7 @@ def _colour_facts(
     return [
         {"scene": name, "before": round(spread([*before.values()]), 3),
          "after": round(spread([changed.get(i, colours) for i, colours in before.items()]), 3)}
-        for name, before in scenes.items()
-    ]
+        for name, before in scenes.items()]
 
 
 def _recipe(
@@ -221,8 +220,6 @@ def _recipe(
                       for each in shots],
             "timeline": edit.facts(), "copied_frames": copied, "colours": colours,
             "sounds": file_facts(edit.timeline),
-            **({"described": [each.facts() for each in edit.described]} if edit.described else {}),
-        },
-        "encoder": encoder,
-    }
+            **({"described": [each.facts() for each in edit.described]} if edit.described else {})},
+        "encoder": encoder}
     return recipe if sound is None else recipe | {"sound": facts}

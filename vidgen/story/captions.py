@@ -162,8 +162,7 @@ class Burner:
                     raise InputError(
                         f"{timeline.script.where(shot)}: the {kind} {shown} "
                         f"takes {len(lines)} lines, but a picture of {self.size[0]}x{self.size[1]} "
-                        f"has room for {room}; shorten it, make the picture larger, or {remedy}"
-                    )
+                        f"has room for {room}; shorten it, make the picture larger, or {remedy}")
 
     def _draw(self, text: str, kind: str) -> tuple[int, Mask, Mask]:
         """Return a text's first row, its cover and its light, [h, W] each."""

@@ -113,8 +113,7 @@ class Edit:
             "fps": str(self.film.fps), "size": self.film.size, "script": dump(script),
             "shots": list(addresses), "sounds": file_facts(self.timeline),
             "font": None if font is None else sha256_file(font),
-            "voices": self.narrated.facts["voice"] if self.narrated else None,
-        })
+            "voices": self.narrated.facts["voice"] if self.narrated else None})
 
     def facts(self) -> dict[str, Any]:
         """Return the length and the shots with their places, as JSON data."""
@@ -125,8 +124,7 @@ class Edit:
             "ideal_s": float(timeline.ideal_s),
             "shots": [{"id": each.shot.id, "start_s": timeline.seconds(each.start),
                        "end_s": timeline.seconds(each.end), "transition": each.transition.type,
-                       "overlap_s": timeline.seconds(each.overlap)} for each in timeline.shots],
-        }
+                       "overlap_s": timeline.seconds(each.overlap)} for each in timeline.shots]}
 
 
 def make_edit(

@@ -163,8 +163,7 @@ def _drafted(model: LanguageModel, idea: str) -> dict[str, Any]:
             turns += [answer, f"That can't be read: {fault}. Write all of it again, corrected."]
     raise InputError(
         f"what {model.path} drafted is no script: {fault}; nothing was written. Give a model that "
-        "was taught to follow instructions, say more in the idea, or begin with --init"
-    )
+        "was taught to follow instructions, say more in the idea, or begin with --init")
 
 
 def parse_draft(answer: str) -> dict[str, Any]:

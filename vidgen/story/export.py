@@ -38,8 +38,7 @@ class FilmExport:
             all(store.is_done(plan) for plan in plans)
             and all(each.path.is_file() for each in edit.described)
             and _film_facts(edit.output).get("key") == edit.key(
-                [store.take(plan).key for plan in plans])
-        )
+                [store.take(plan).key for plan in plans]))
         for path in (edit.output, *texts_beside(edit), *self.wanted):
             check_output(path, overwrite=overwrite or self.is_done)
 

@@ -141,8 +141,7 @@ class FilmPlan:
             prompt=self.words(shot, index), seed=seed, size=self.size, fps=self.fps,
             seconds=float(num_frames / self.fps), tiles=self.tiles,
             audio=OWN_AUDIO if self.is_heard(shot) else NO_AUDIO,
-            lora=tuple(_lora(script, each) for each in loras(script, shot)), **option,
-        )
+            lora=tuple(_lora(script, each) for each in loras(script, shot)), **option)
 
 
 def references(script: Script, shot: Shot) -> list[Path]:

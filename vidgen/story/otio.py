@@ -66,8 +66,7 @@ def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Track:
             placed.shot.id, _file(shot.path, folder, _range(0, placed.num_frames, fps)),
             _range(cut - placed.start, end - cut, fps),
             {"vidgen": {"prompt": [each.prompt for each in placed.shot.prompt], "seed": shot.seed,
-                        "scene": placed.shot.scene, "address": shot.path.stem}},
-        ))
+                        "scene": placed.shot.scene, "address": shot.path.stem}}))
     if timeline.ending:
         track.append(_transition(timeline.ending_kind, timeline.ending, 0, fps))
     return track

@@ -73,8 +73,7 @@ def plan_film(
     film = FilmPlan(
         script, folder, fps, _draft_size(folder, size) if draft else size, suffix,
         {"dtype": dtype or project.dtype, "quantize": quantize}, tiles, draft,
-        expansion,
-    )
+        expansion)
     planner = _Planner(film)
     for shot in script.order():
         with located(script.where(shot)):
@@ -150,8 +149,7 @@ class _Planner:
         self.warnings: dict[str, None] = {}
         self.same = {
             "address": ADDRESS_VERSION, "vidgen": __version__, "suffix": film.suffix,
-            "model": film.folder.content_hash, **film.loading,
-        }
+            "model": film.folder.content_hash, **film.loading}
         self._settled: set[Any] = set()
         self._picture_hash, self._lora_hashes = cache(_picture_hash), cache(hashes_of)
         if "reference" not in film.folder.tasks:
@@ -239,8 +237,7 @@ class _Planner:
                 "request": asked_options(request), "inputs": self._inputs(request),
                 "loras": [[self._lora_hashes(choice.path), choice.weight, choice.expert]
                           for choice in map(parse_option, request.lora)],
-                "before": before, "shown": self._shown(shot, index),
-            }
+                "before": before, "shown": self._shown(shot, index)}
             parts.append(Part(address_of(facts), request.prompt, num_frames))
         return Take(seed, tuple(parts))
 

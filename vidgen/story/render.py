@@ -141,8 +141,7 @@ class Renderer:
         shot = replace(plan.shot, transition=self.film.script.option(plan.shot, "transition"))
         return RenderedShot(
             shot, path, plan.num_frames, self.film.fps, self.film.size, take.seed, findings,
-            self.store.choice(plan) if len(plan.takes) > 1 else None, made,
-        )
+            self.store.choice(plan) if len(plan.takes) > 1 else None, made)
 
 
 def keys_of(plan: ShotPlan) -> Iterator[str]:
@@ -216,8 +215,7 @@ class ShotWork(EngineWork):
         pictures: dict[str, Any] = {
             option: picture_of(self.store.file(film.shots[each.shot]), each.frame)
             for option, (each, part) in shown.items()
-            if isinstance(each, ShotFrame) and part == index
-        }
+            if isinstance(each, ShotFrame) and part == index}
         before, head = None, 0
         if index:
             before = self.store.path(take.parts[index - 1].key)

@@ -56,8 +56,7 @@ class RenderedShot:
             "id": self.shot.id, "path": str(self.path), "num_frames": self.num_frames,
             "fps": str(self.fps), "duration_s": float(self.num_frames / self.fps),
             "width": self.size[0], "height": self.size[1], "seed": self.seed, "made": self.made,
-            "checks": as_data(self.findings), "choice": self.choice, "shot": dump(self.shot),
-        }
+            "checks": as_data(self.findings), "choice": self.choice, "shot": dump(self.shot)}
 
 
 class ShotStore(Store):
@@ -104,8 +103,7 @@ class ShotStore(Store):
             "version": INDEX_VERSION, "script": str(script.path), "title": script.project.title,
             "fps": str(self.film.fps), "size": list(self.film.size),
             "characters": dump(script.characters), "scenes": dump(script.scenes),
-            "shots": [each.as_data() for each in rendered],
-        })
+            "shots": [each.as_data() for each in rendered]})
 
 
 def findings_of(path: Path) -> Sequence[Finding]:

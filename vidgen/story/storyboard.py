@@ -42,8 +42,7 @@ def page_parts(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[str]:
     facts = (
         f"{len(shots)} shots, {timeline.seconds(timeline.num_frames):.2f} s, "
         f"{film.size[0]}x{film.size[1]} at {film.fps} fps, model {film.folder.name}, "
-        f"vidgen {__version__}, {found} {'warning' if found == 1 else 'warnings'}"
-    )
+        f"vidgen {__version__}, {found} {'warning' if found == 1 else 'warnings'}")
     return pages.page_parts(
         "storyboard", title=script.project.title or script.path.stem, facts=facts,
         placings=timeline.shots, shots=_shots(edit, shots))
@@ -60,8 +59,7 @@ def _shots(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[dict[str, Any]
             "id": shot.id, "scene": title, "thumbnails": _thumbnails(rendered),
             "prompts": [(each.at, film.words(shot, index), film.script.words(shot, each.prompt))
                         for index, each in enumerate(shot.prompt)],
-            "facts": _facts(edit, placed, rendered), "findings": rendered.findings,
-        }
+            "facts": _facts(edit, placed, rendered), "findings": rendered.findings}
 
 
 def _facts(edit: Edit, placed: Placed, rendered: RenderedShot) -> Iterator[tuple[str, str]]:

@@ -129,8 +129,7 @@ def lay_out(script: Script, shots: Sequence[Measured], fps: Fraction) -> Timelin
     ending = script.project.finish.ending
     made = Timeline(
         script, fps, tuple(placed), _nearest(_seconds(placed[0].transition) * fps),
-        _nearest(_seconds(ending) * fps), ending.type, end / fps,
-    )
+        _nearest(_seconds(ending) * fps), ending.type, end / fps)
     _check_room(made)
     return made
 

@@ -86,5 +86,4 @@ class IdentityDrift:
         """Return `identity_drift_D` of each distance D: mean of 100 (1 - cosine), or None."""
         return {
             f"identity_drift_{d}": 100 * float(np.mean(rows)) if rows else None
-            for d, rows in self._changes.items()
-        }
+            for d, rows in self._changes.items()}

@@ -91,8 +91,7 @@ class _Plain:
         return {
             "sharpness_drift": abs(float(np.log2(ends[1] / ends[0]))),
             "color_drift": None if worst is None else 100 * worst.most,
-            "frozen_share": 100 * self._repeats / max(1, len(self.changes)),
-        }
+            "frozen_share": 100 * self._repeats / max(1, len(self.changes))}
 
 
 class _Originals:
@@ -104,13 +103,11 @@ class _Originals:
         self._networks, self._target = networks, target
         self._consistencies = {
             dimension: (getattr(networks, feature), vbench.Consistency())
-            for dimension, feature in _FEATURES.items() if feature in networks
-        }  # fmt: skip
+            for dimension, feature in _FEATURES.items() if feature in networks}
         self._likenesses = {} if image is None else {
             dimension: (feature := getattr(networks, name),
                         vbench.Consistency(feature(image, given=True)))
-            for dimension, (network, name) in _IMAGE_FEATURES.items() if network in networks
-        }  # fmt: skip
+            for dimension, (network, name) in _IMAGE_FEATURES.items() if network in networks}
         self._moves = SampledMotion(
             lambda a, b: vbench.top_speed(networks.raft(a, b), vbench.DYNAMIC_TOP), fps
         ) if "raft" in networks else None  # fmt: skip
@@ -161,8 +158,7 @@ class _Originals:
             tracks = self._networks.cotracker(np.stack(self._all))
             short = min(self._all[0].shape[:2])
             found["camera_motion"] = float(
-                self._target in vbench.camera_motions(tracks[0], tracks[-1], short)
-            )
+                self._target in vbench.camera_motions(tracks[0], tracks[-1], short))
         return found
 
 
@@ -203,17 +199,14 @@ class _Parts:
         given = None if image is None else fit(image, *first.shape[:2])
         small = None if given is None else flows.working(given)
         features: dict[str, Callable[[Frames], Any]] = {
-            "subject": gradient_feature, "background": color_feature,
-        }  # fmt: skip
+            "subject": gradient_feature, "background": color_feature}
         self._features = [
             (kind, feature, vbench.Consistency(None if small is None else feature(small)))
-            for kind, feature in features.items()
-        ]
+            for kind, feature in features.items()]
         self._identity = IdentityDrift()
         self._originals = _Originals(networks, rate, image, target) if networks else None
         self._mismatch = None if given is None else float(
-            np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64)
-        )  # fmt: skip
+            np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64))
 
     def _speed(self, one: Frames, other: Frames) -> float:
         flow = self._flows.flow(self._flows.grey(one), self._flows.grey(other))
@@ -247,8 +240,7 @@ class _Parts:
         stand_ins["dynamic_degree"] = self._moves.score
         camera = self._motion.camera
         stand_ins["camera_motion"] = (
-            None if self._target is None else float(self._target in camera)
-        )
+            None if self._target is None else float(self._target in camera))
         speed = self._motion.speed or 0.0
         dynamic = speed >= MOVING_SIDES
         known = ((name, stand_ins[name]) for name in _STEADY)
@@ -258,10 +250,8 @@ class _Parts:
             **{PROXY + name: value for name, value in stand_ins.items()},
             "steadiness": fmean(steady) if dynamic else 0.0,
             **self._motion.figures(), **self._identity.figures(), **self._plain.figures(),
-            "first_frame_error": self._mismatch,
-        }  # fmt: skip
+            "first_frame_error": self._mismatch}
         return Measured(
             figures, self._motion.tracks.histograms, self.num_frames, dynamic, camera,
             self._originals.features if self._originals else [],
-            flat=any(kind == "subject" and meter.is_blank for kind, _, meter in self._features),
-        )  # fmt: skip
+            flat=any(kind == "subject" and meter.is_blank for kind, _, meter in self._features))

@@ -72,8 +72,7 @@ class FlowEstimator:
         x = flow[..., 0] + np.arange(width, dtype=np.float32)
         y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
         warped: NDArray[Any] = self._cv2.remap(
-            picture, x, y, self._cv2.INTER_LINEAR, borderMode=self._cv2.BORDER_REPLICATE
-        )
+            picture, x, y, self._cv2.INTER_LINEAR, borderMode=self._cv2.BORDER_REPLICATE)
         return warped
 
 
@@ -82,8 +81,7 @@ def check_flow_size(height: int, width: int) -> None:
     if min(height, width) < _SMALLEST_SIDE:
         raise InputError(
             f"frames are {width}x{height}, and optical flow needs {_SMALLEST_SIDE} pixels a side; "
-            "give larger ones"
-        )
+            "give larger ones")
 
 
 def sample_flow(flow: Flow, points: Points) -> Points:

@@ -158,13 +158,11 @@ class MotionMeter:
 
     def _add_flicker(self, frame: Frames, came: Flow, goes: Flow) -> None:
         unmoved: Mask = (np.hypot(*np.moveaxis(came, -1, 0)) < UNMOVED_PIXELS) & (
-            np.hypot(*np.moveaxis(goes, -1, 0)) < UNMOVED_PIXELS
-        )
+            np.hypot(*np.moveaxis(goes, -1, 0)) < UNMOVED_PIXELS)
         if unmoved.mean() < UNMOVED_SHARE:
             return
         one, middle, other = (
-            picture[unmoved].astype(np.float32) for picture in (*self._frames, frame)
-        )
+            picture[unmoved].astype(np.float32) for picture in (*self._frames, frame))
         self._flickers.append(float(np.abs(middle - (one + other) / 2).mean(dtype=np.float64)))
 
     @property
@@ -264,8 +262,7 @@ def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
     flow, back = estimator.flow(grey, grey_other), estimator.flow(grey_other, grey)
     halves = [
         estimator.warp(one, flow * np.float32(-0.5)).astype(np.float32),
-        estimator.warp(other, back * np.float32(-0.5)).astype(np.float32),
-    ]
+        estimator.warp(other, back * np.float32(-0.5)).astype(np.float32)]
     return np.asarray(((halves[0] + halves[1]) / 2).round().astype(np.uint8))
 
 

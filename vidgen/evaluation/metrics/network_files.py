@@ -58,8 +58,7 @@ def parse_networks(given: list[str]) -> dict[str, Path]:
             raise InputError(f"network {name} is given twice; give one path")
         if name in FOLDERS and not (path / "config.json").is_file():
             raise InputError(
-                f"{name} is to be a folder of transformers; {path}/config.json is missing"
-            )
+                f"{name} is to be a folder of transformers; {path}/config.json is missing")
         found[name] = path if name in FOLDERS else _script(name, path)
     return found
 
@@ -71,8 +70,7 @@ def _script(name: str, path: Path) -> Path:
     if len(scripts) != 1:
         raise InputError(
             f"{name} is to be a TorchScript file, or a folder that holds one; {path} "
-            + (f"holds {len(scripts)}: name one" if scripts else "is none and holds none")
-        )
+            + (f"holds {len(scripts)}: name one" if scripts else "is none and holds none"))
     return scripts[0]
 
 

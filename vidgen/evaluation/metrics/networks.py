@@ -90,8 +90,7 @@ class Networks:
         """Return the feature [D] of frames [H, W, 3], at 224x224."""
         small = [
             F.interpolate(tensor(frame), (_SIDE, _SIDE), mode="bilinear", align_corners=False)
-            for frame in frames
-        ]
+            for frame in frames]
         video = torch.stack(small, dim=2) / 127.5 - 1
         return self._feature("i3d", lambda net: net(video))
 

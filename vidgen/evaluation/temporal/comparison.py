@@ -49,8 +49,7 @@ def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         low, high = _interval(measure, values, value, prompts_of(known), weights)
         found[measure] = {
             "value": value, "low": low if math.isfinite(low) else None,
-            "high": high if math.isfinite(high) else None, "total": len(values),
-        }  # fmt: skip
+            "high": high if math.isfinite(high) else None, "total": len(values)}
         if dimension in DIMENSIONS:
             found[measure]["normalised"] = normalise(dimension, value)
     scores = {name: entry["value"] for name, entry in found.items()}
@@ -58,8 +57,7 @@ def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "figures": found,
         "temporal_subtotal": temporal_subtotal(scores),
         PROXY + "temporal_subtotal": temporal_subtotal(
-            {name: scores.get(PROXY + name) for name in WEIGHTS}
-        ),
+            {name: scores.get(PROXY + name) for name in WEIGHTS}),
     }
 
 
@@ -102,8 +100,7 @@ def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     for measure in (name for name in averages if name.removeprefix(PROXY) in DIMENSIONS):
         results = [
             {"video_path": clip["path"], "video_results": clip["figures"][measure]}
-            for clip in clips if clip["figures"].get(measure) is not None
-        ]  # fmt: skip
+            for clip in clips if clip["figures"].get(measure) is not None]
         found[measure] = [averages[measure]["value"], results]
     return found
 
@@ -129,11 +126,9 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
             rows[c]["figures"].get(measure), others[c]["figures"].get(measure))]  # fmt: skip
         if known:
             measures[measure] = _compared(
-                measure, [rows[c] for c in known], [others[c] for c in known], (name, other_name)
-            )
+                measure, [rows[c] for c in known], [others[c] for c in known], (name, other_name))
     unlike = sum(
-        any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared
-    )
+        any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared)
     features, other_features = _listed("features", rows), _listed("features", others)
     return {
         "folders": [name, other_name],
@@ -144,8 +139,7 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         "confidence": CONFIDENCE,
         "measures": measures,
         "motion_distance": frechet_distance(
-            _listed("histograms", rows), _listed("histograms", others)
-        ),
+            _listed("histograms", rows), _listed("histograms", others)),
         "fvd": frechet_distance(features, other_features, least=2),
         "kvd": kernel_distance(features, other_features),
         "fvd_segments": [len(features), len(other_features)],

@@ -29,8 +29,7 @@ def page(result: Mapping[str, Any]) -> str:
                       "facts": f"{pairs_text(each)}; {_distances(each)}"} for each in comparisons],
         folders=[{**folder, "facts": _facts(folder), "table": _clips(folder)}
                  for folder in folders],
-        shaped=json.dumps(shaped, indent=1),
-    )
+        shaped=json.dumps(shaped, indent=1))
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[rich.table.Table]:

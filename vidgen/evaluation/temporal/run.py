@@ -128,8 +128,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
         note(_doubts(folder))
     results = [_result(folder) for folder in folders]
     comparisons = [
-        compare(a["name"], by_name(a), b["name"], by_name(b)) for a, b in combinations(results, 2)
-    ]
+        compare(a["name"], by_name(a), b["name"], by_name(b)) for a, b in combinations(results, 2)]
     for compared in comparisons:
         note(_few_segments(compared))
     return {
@@ -170,8 +169,7 @@ def _tell_names_apart(folders: Sequence[Folder], *, has_extractor: bool) -> None
             raise InputError(
                 f"{one.name} and {other.name} have no clip of the same name in common, so they "
                 "can't be compared clip by clip; name each pair of clips alike, or give an "
-                "extractor of features, --network i3d=PATH, for the distance of the two sets"
-            )
+                "extractor of features, --network i3d=PATH, for the distance of the two sets")
 
 
 def _measure(
@@ -217,8 +215,7 @@ def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[s
     figures = {
         name: value if (kind := name.removeprefix(PROXY)) not in DIMENSIONS
         or suite.counts(item.prompt, kind) else None
-        for name, value in row["figures"].items()
-    }  # fmt: skip
+        for name, value in row["figures"].items()}
     return {**row, "figures": figures}
 
 
@@ -242,8 +239,7 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
 
             _networks[job.networks] = Networks({n: Path(p) for n, p in job.networks})
         found = measure_clip(
-            video, video.fps, image=image, prompt=job.prompt, networks=_networks.get(job.networks),
-        )  # fmt: skip
+            video, video.fps, image=image, prompt=job.prompt, networks=_networks.get(job.networks))
         if found.num_frames < 2:
             raise InputError("it has a single frame, and measures in time need two; give a longer "
                              "clip")
