@@ -57,17 +57,18 @@ def run(args: Namespace, report: Report) -> int:
 
     if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
-    if Path(args.clip).is_dir():
-        film = Path(args.clip).with_suffix(".mp4")
+    path = Path(args.clip)
+    if path.is_dir():
+        film = path.with_suffix(".mp4")
         raise InputError(f"{args.clip} is a folder of pictures, which can't go on; give a film: "
                          f"vidgen replay {args.clip} -o {film} makes one of what vidgen wrote")
     ending = read_ending(args.clip)
     fps, size, num_frames = ending.fps, ending.size, ending.num_frames
-    output = args.output or _longer(args.clip)
+    output = args.output or str(path.with_name(f"{path.stem}-longer{path.suffix}"))
     suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)), fps)
     if args.audio not in (None, "none") or args.say:
         require_sound(output, suffix)
-    if Path(output).resolve() == Path(args.clip).resolve():
+    if Path(output).resolve() == path.resolve():
         raise InputError(f"output {output} is the clip itself; choose another name")
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
@@ -131,8 +132,3 @@ def _make(
     report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "
                          "{seed}, from {hand_over}\n{elapsed_s:.1f} s".format(**facts))
     return 0
-
-
-def _longer(clip: str) -> str:
-    path = Path(clip)
-    return str(path.with_name(f"{path.stem}-longer{path.suffix}"))

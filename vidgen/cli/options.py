@@ -224,7 +224,6 @@ def share_threads(count: int | None, threads: int) -> None:
     import torch
 
     share = max(1, threads // max(1, count or 1))
-    if not (torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ) and (
-        share != torch.get_num_threads()
-    ):
+    is_settled = torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ
+    if not is_settled and share != torch.get_num_threads():
         torch.set_num_threads(share)

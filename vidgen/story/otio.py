@@ -13,21 +13,10 @@ from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
+from opentimelineio import schema
 from opentimelineio.core import Item
 from opentimelineio.opentime import RationalTime, TimeRange
-from opentimelineio.schema import (
-    Clip,
-    ExternalReference,
-    Gap,
-    Marker,
-    MarkerColor,
-    MissingReference,
-    Timeline,
-    Track,
-    TrackKind,
-    Transition,
-    TransitionTypes,
-)
+from opentimelineio.schema import Clip, Track
 
 from vidgen.media.sound import RATE
 from vidgen.story.edit import Edit
@@ -40,23 +29,24 @@ from vidgen.story.timeline import Placed
 def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
     """Return the text of an `.otio` file in `folder`; paths are relative where they can be."""
     script, fps = edit.film.script, edit.timeline.fps
-    timeline = Timeline(script.project.title or script.path.stem, metadata={
+    timeline = schema.Timeline(script.project.title or script.path.stem, metadata={
         "vidgen": {"script": script.path.name, "seed": script.project.seed}})
     timeline.tracks.append(_video(edit, shots, folder))
     for name, track in (("sounds", _sounds(edit, folder)), ("music", _music(edit, folder)),
                         ("narration", _narration(edit))):
         items = [*_with_gaps(track)]
         if items:
-            timeline.tracks.append(Track(name, items, kind=TrackKind.Audio))
+            timeline.tracks.append(Track(name, items, kind=schema.TrackKind.Audio))
     timeline.tracks.markers.extend(
-        Marker(cue.text, _range(cue.start_s * fps, (cue.end_s - cue.start_s) * fps, fps),
-               MarkerColor.WHITE) for cue in edit.cues)
+        schema.Marker(cue.text, _range(cue.start_s * fps, (cue.end_s - cue.start_s) * fps, fps),
+                      schema.MarkerColor.WHITE) for cue in edit.cues)
     text: str = timeline.to_json_string(indent=1)
     return text
 
 
 def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Track:
-    timeline, fps, track = edit.timeline, edit.timeline.fps, Track("shots", kind=TrackKind.Video)
+    timeline, fps = edit.timeline, edit.timeline.fps
+    track = Track("shots", kind=schema.TrackKind.Video)
     for (placed, cut, end), shot in zip(_cuts(edit), shots, strict=True):
         fade = 0 if track else timeline.opening
         if placed.overlap or fade:
@@ -85,7 +75,7 @@ def _with_gaps(clips: Iterable[tuple[int, Clip]]) -> Iterator[Item]:
     at = 0
     for first, clip in clips:
         if first > at:
-            yield Gap(source_range=_range(0, first - at, RATE))
+            yield schema.Gap(source_range=_range(0, first - at, RATE))
         yield clip
         at = max(at, first + round(clip.source_range.duration.value))
 
@@ -117,23 +107,23 @@ def _music(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
 def _narration(edit: Edit) -> Iterator[tuple[int, Clip]]:
     for each in edit.narrated.sentences if edit.narrated else ():
         first, last = (round(time * RATE) for time in (each.start_s, each.end_s))
-        yield first, Clip(each.text or "speech", MissingReference(),
+        yield first, Clip(each.text or "speech", schema.MissingReference(),
                           _range(0, last - first, RATE), {"vidgen": {}})
 
 
-def _transition(kind: str, before: int, after: int, fps: Fraction) -> Transition:
-    known = TransitionTypes.SMPTE_Dissolve if kind == "dissolve" else TransitionTypes.Custom
-    rate = float(fps)
-    return Transition(kind, known, RationalTime(before, rate), RationalTime(after, rate),
-                      {"vidgen": {"type": kind}})
+def _transition(kind: str, before: int, after: int, fps: Fraction) -> schema.Transition:
+    kinds, rate = schema.TransitionTypes, float(fps)
+    known = kinds.SMPTE_Dissolve if kind == "dissolve" else kinds.Custom
+    return schema.Transition(kind, known, RationalTime(before, rate), RationalTime(after, rate),
+                             {"vidgen": {"type": kind}})
 
 
-def _file(path: Path, folder: Path, whole: TimeRange | None = None) -> ExternalReference:
+def _file(path: Path, folder: Path, whole: TimeRange | None = None) -> schema.ExternalReference:
     try:
         url = quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())
     except ValueError:  # another drive
         url = path.resolve().as_uri()
-    made = ExternalReference(url, whole)
+    made = schema.ExternalReference(url, whole)
     made.name = path.name
     return made
 

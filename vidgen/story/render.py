@@ -94,6 +94,7 @@ class Renderer:
         given, clip = set[str](), 0
         for number, plan in enumerate(plans, 1):
             jobs = list[Job]()
+            where = self.film.script.where(plan.shot)
             text = f"shot {plan.shot.id}, {number} of {len(plans)}"
             needs = tuple(self.film.shots[name].key for name in plan.shot.needs)
             for take, index in self.store.missing(plan):
@@ -104,19 +105,16 @@ class Renderer:
                 part = PartJob(plan.shot.id, plan.takes.index(take), index, clip,
                                "" if jobs else text)
                 before = (take.parts[index - 1].key,) if index else ()
-                jobs.append(Job(key, part, (*needs, *before), self._name(plan)))
+                jobs.append(Job(key, part, (*needs, *before), where))
                 self._forget(key)
             if not self.store.is_done(plan) and len(plan.takes) > 1 and plan.key not in given:
                 takes = tuple(take.key for take in plan.takes)
-                jobs.append(Job(plan.key, ChoiceJob(plan.shot.id), takes, self._name(plan)))
+                jobs.append(Job(plan.key, ChoiceJob(plan.shot.id), takes, where))
             keys = {job.key for job in jobs}
             given |= keys
             open_keys |= keys
             ahead.append((plan, plan.key in given))
             yield from jobs
-
-    def _name(self, plan: ShotPlan) -> str:
-        return self.film.script.where(plan.shot)
 
     def _forget(self, key: str) -> None:
         """Under `overwrite`, remove the journal of a part that was stopped."""

@@ -16,23 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidgen.evaluation.metrics import vbench
-from vidgen.evaluation.metrics.appearance import (
-    IdentityDrift,
-    color_feature,
-    gradient_feature,
-    sharpness,
-)
+from vidgen.evaluation.metrics import appearance, motion, vbench
 from vidgen.evaluation.metrics.flow import FlowEstimator, check_flow_size
-from vidgen.evaluation.metrics.motion import (
-    MOVING_SIDES,
-    SEGMENT,
-    Figures,
-    MotionMeter,
-    SampledMotion,
-    Smoothness,
-    interpolate,
-)
 from vidgen.evaluation.metrics.registry import PROXY
 from vidgen.media.cells import Looker
 from vidgen.media.read import fit
@@ -53,7 +38,7 @@ _STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
 class Measured:
     """Measures of one clip."""
 
-    figures: Figures  # by measure; None where one couldn't be taken
+    figures: motion.Figures  # by measure; None where one couldn't be taken
     histograms: list[list[float]]  # motion histograms [K, 16] of segments of 16 frames
     num_frames: int
     dynamic: bool  # whether the clip moves
@@ -76,14 +61,14 @@ class _Plain:
     def feed(self, frame: Frames, working: Frames) -> None:
         look = self._looker.look(frame)
         self._drifts.feed(len(self._sharpness), look.color)
-        self._sharpness.append(sharpness(working))
+        self._sharpness.append(appearance.sharpness(working))
         if self._before is not None and look.moved is not None:
             change = np.subtract(frame, self._before, dtype=np.float32)
             self.changes.append(float(np.abs(change).mean(dtype=np.float64)))
             self._repeats += float(look.moved.max()) < STILL
         self._before = frame
 
-    def figures(self) -> Figures:
+    def figures(self) -> motion.Figures:
         self._drifts.finish()
         worst = self._drifts.worst
         fifth = max(1, len(self._sharpness) // 5)
@@ -108,10 +93,10 @@ class _Originals:
             dimension: (feature := getattr(networks, name),
                         vbench.Consistency(feature(image, given=True)))
             for dimension, (network, name) in _IMAGE_FEATURES.items() if network in networks}
-        self._moves = SampledMotion(
+        self._moves = motion.SampledMotion(
             lambda a, b: vbench.top_speed(networks.raft(a, b), vbench.DYNAMIC_TOP), fps
         ) if "raft" in networks else None  # fmt: skip
-        self._smooth = Smoothness(networks.amt) if "amt" in networks else None
+        self._smooth = motion.Smoothness(networks.amt) if "amt" in networks else None
         self._speeds: list[float] = []
         self._first: Frames | None = None
         self._before: Frames | None = None
@@ -133,7 +118,7 @@ class _Originals:
             self._all.append(frame)
         if "i3d" in self._networks:
             self._segment.append(frame)
-            if len(self._segment) == SEGMENT:
+            if len(self._segment) == motion.SEGMENT:
                 self.features.append(self._networks.i3d(self._segment).tolist())
                 self._segment.clear()
         self._first = frame if self._first is None else self._first
@@ -142,8 +127,8 @@ class _Originals:
     def _static_speed(self, one: Frames, other: Frames) -> float:
         return vbench.top_speed(self._networks.raft(one, other), vbench.STATIC_TOP)
 
-    def figures(self, changes: list[float]) -> Figures:
-        found: Figures = {"camera_motion": None} if "cotracker" in self._networks else {}
+    def figures(self, changes: list[float]) -> motion.Figures:
+        found: motion.Figures = {"camera_motion": None} if "cotracker" in self._networks else {}
         found |= {name: meter.score for name, (_, meter) in self._consistencies.items()}
         found |= {name: meter.image_score for name, (_, meter) in self._likenesses.items()}
         if self._moves and self._first is not None and self._before is not None:
@@ -193,17 +178,17 @@ class _Parts:
     ) -> None:  # fmt: skip
         self._flows, self._target, self.num_frames = flows, target, 0
         self._plain = _Plain(rate, *first.shape[:2])
-        self._motion = MotionMeter(flows, rate)
-        self._moves = SampledMotion(self._speed, rate)
-        self._smooth = Smoothness(partial(interpolate, flows))
+        self._motion = motion.MotionMeter(flows, rate)
+        self._moves = motion.SampledMotion(self._speed, rate)
+        self._smooth = motion.Smoothness(partial(motion.interpolate, flows))
         given = None if image is None else fit(image, *first.shape[:2])
         small = None if given is None else flows.working(given)
         features: dict[str, Callable[[Frames], Any]] = {
-            "subject": gradient_feature, "background": color_feature}
+            "subject": appearance.gradient_feature, "background": appearance.color_feature}
         self._features = [
             (kind, feature, vbench.Consistency(None if small is None else feature(small)))
             for kind, feature in features.items()]
-        self._identity = IdentityDrift()
+        self._identity = appearance.IdentityDrift()
         self._originals = _Originals(networks, rate, image, target) if networks else None
         self._mismatch = None if given is None else float(
             np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64))
@@ -229,23 +214,19 @@ class _Parts:
 
     def measured(self) -> Measured:
         self._motion.finish()
-        stand_ins: Figures = {}
+        stand_ins: motion.Figures = {}
         for kind, _, consistency in self._features:
             stand_ins[f"{kind}_consistency"] = consistency.score
             stand_ins[f"i2v_{kind}"] = consistency.image_score
-        changes = self._plain.changes
-        still = vbench.stillness(changes) if self._motion.static else None
-        stand_ins["temporal_flickering"] = still
-        stand_ins["motion_smoothness"] = self._smooth.score
-        stand_ins["dynamic_degree"] = self._moves.score
-        camera = self._motion.camera
-        stand_ins["camera_motion"] = (
-            None if self._target is None else float(self._target in camera))
-        speed = self._motion.speed or 0.0
-        dynamic = speed >= MOVING_SIDES
+        changes, camera = self._plain.changes, self._motion.camera
+        stand_ins |= {
+            "temporal_flickering": vbench.stillness(changes) if self._motion.static else None,
+            "motion_smoothness": self._smooth.score, "dynamic_degree": self._moves.score,
+            "camera_motion": None if self._target is None else float(self._target in camera)}
+        dynamic = (self._motion.speed or 0.0) >= motion.MOVING_SIDES
         known = ((name, stand_ins[name]) for name in _STEADY)
         steady = [vbench.normalise(name, value) for name, value in known if value is not None]
-        figures: Figures = {
+        figures: motion.Figures = {
             **(self._originals.figures(changes) if self._originals else {}),
             **{PROXY + name: value for name, value in stand_ins.items()},
             "steadiness": fmean(steady) if dynamic else 0.0,

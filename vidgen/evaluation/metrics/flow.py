@@ -30,9 +30,8 @@ def opencv() -> ModuleType:
     try:
         import cv2
     except ImportError:
-        raise InputError(
-            "optical flow needs OpenCV, which isn't installed; pip install 'vidgen[eval]'"
-        ) from None
+        raise InputError("optical flow needs OpenCV, which isn't installed; pip install "
+                         "'vidgen[eval]'") from None
     cv2.setNumThreads(1)
     return cv2
 

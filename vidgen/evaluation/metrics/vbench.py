@@ -150,8 +150,7 @@ def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -
 
 def camera_target(prompt: str) -> str | None:
     """Return the camera's motion that a prompt names, or None."""
-    found = (kind for phrase, kind in CAMERA_PHRASES.items() if phrase in prompt)
-    return next(found, None)
+    return next((kind for phrase, kind in CAMERA_PHRASES.items() if phrase in prompt), None)
 
 
 def camera_motions(

@@ -131,13 +131,10 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared)
     features, other_features = _listed("features", rows), _listed("features", others)
     return {
-        "folders": [name, other_name],
-        "pairs": len(shared),
+        "folders": [name, other_name], "pairs": len(shared),
         "unpaired": [len(rows) - len(shared), len(others) - len(shared)],
-        "both_dynamic": len(moving),
-        "unlike": unlike,
-        "confidence": CONFIDENCE,
-        "measures": measures,
+        "both_dynamic": len(moving), "unlike": unlike,
+        "confidence": CONFIDENCE, "measures": measures,
         "motion_distance": frechet_distance(
             _listed("histograms", rows), _listed("histograms", others)),
         "fvd": frechet_distance(features, other_features, least=2),

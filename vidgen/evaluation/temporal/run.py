@@ -134,12 +134,8 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     return {
         "suite": "temporal",
         "prompt_suite": None if suite is None else {"name": suite.name, "sha256": suite.sha256},
-        "augmentation": run.augmentation,
-        "measures_version": MEASURES_VERSION,
-        "networks": hashes,
-        "folders": results,
-        "comparisons": comparisons,
-        "machine": versions,
+        "augmentation": run.augmentation, "measures_version": MEASURES_VERSION,
+        "networks": hashes, "folders": results, "comparisons": comparisons, "machine": versions,
     }
 
 
@@ -255,17 +251,13 @@ def _result(folder: Folder) -> dict[str, Any]:
     clips = [{"name": item.name, "path": str(item.path), "prompt": item.prompt,
               "origin": item.origin, **rows[item.name]} for item in items]
     return {
-        "name": folder.name,
-        "path": folder.path,
-        "clips": clips,
-        "failed": folder.failed,
+        "name": folder.name, "path": folder.path, "clips": clips, "failed": folder.failed,
         "missing_prompts": folder.missing_prompts,
         "fps": sorted({row["fps"] for row in rows.values()}),
         "sizes": sorted({tuple(row["size"]) for row in rows.values()}),
         "models": _distinct(item.origin for item in items),
         "dynamic": sum(row["dynamic"] for row in rows.values()),
-        **figures(clips),
-        "dimensions": dimensions(clips),
+        **figures(clips), "dimensions": dimensions(clips),
     }
 
 
