@@ -33,7 +33,6 @@ class Guidance:
             scale is 1 elsewhere.
         rescale: share, 0 to 1, of the result that gets the conditional velocity's contrast back.
         low_scale: the scale below `boundary`, where another expert denoises; None: `scale`.
-        boundary: sigma.
         known_scale: the scale where frames are given, which are hidden from the unconditional pass,
             so that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann
             et al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.

@@ -126,7 +126,8 @@ def _integrate(
     num_steps = len(levels) - 1
     latents, history = state.latents, state.history
     for i in range(state.step, num_steps):
-        velocity = denoise(latents, _batch_sigma(levels[i], latents)).float()
+        sigma = torch.full((latents.shape[0],), levels[i], device=latents.device)
+        velocity = denoise(latents, sigma).float()
         before = latents
         latents, *rest = step(levels, i, before, velocity, history)
         history = tuple(rest)
@@ -239,8 +240,7 @@ def scheduler_sigmas(scheduler: Any, num_steps: int, *, strength: float = 1.0) -
     sigmas: Tensor = torch.as_tensor(scheduler.sigmas).float().cpu()
     if len(sigmas) != len(scheduler.timesteps) + 1 or float(sigmas.max()) > 1 + 1e-6:
         raise InputError(f"{name}'s sigmas are no flow-matching noise levels in [0, 1]")
-    first = round((len(sigmas) - 1) * (1 - steps / num_steps))
-    return sigmas[first:]
+    return sigmas[round((len(sigmas) - 1) * (1 - steps / num_steps)) :]
 
 
 def sample_with_scheduler(
@@ -286,7 +286,3 @@ def _levels(sigmas: Tensor) -> list[float]:
     assert levels[-1] == 0, f"the last sigma must be 0, not {levels[-1]}"
     assert all(a > b for a, b in pairwise(levels)), f"sigmas must fall strictly, not {levels}"
     return levels
-
-
-def _batch_sigma(level: float, latents: Tensor) -> Tensor:
-    return torch.full((latents.shape[0],), level, device=latents.device)

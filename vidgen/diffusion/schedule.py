@@ -44,8 +44,7 @@ def make_sigmas(
         levels = torch.linspace(strength, sigma_min, steps, dtype=torch.float64)
     else:
         levels = torch.linspace(strength, sigma_min, steps + 1, dtype=torch.float64)[:-1]
-    sigmas = torch.cat([shifted(levels, shift), torch.zeros(1, dtype=torch.float64)])
-    return sigmas.float()
+    return torch.cat([shifted(levels, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
 def steps_for_strength(num_steps: int, strength: float) -> int:

@@ -106,7 +106,6 @@ class LatentState(PartlyKnown):
         control: [B, _, F, h, w] input of VACE's control blocks, or None.
         image_context: [B, _, D] CLIP features of known pictures, or None.
         num_references: leading latent frames that are references, not the clip.
-        sound: of the clip, or None.
         known_sigma: [B], noise level of values known in place; None: 0.
         hides_known: values known in place are shown as noisy as all else; see `Guidance`.
         noise: [B, C, F, h, w], the starting noise where `latents` hold a clip, too; else None.

@@ -88,8 +88,7 @@ class Looker:
                     roughness=rough / variance if variance > 1 else 0.0)
 
     def _pool(self, pixels: Array) -> Array:
-        means = self._down @ pixels @ self._across.T
-        return means.astype(np.float32, copy=False)
+        return (self._down @ pixels @ self._across.T).astype(np.float32, copy=False)
 
 
 def _means(count: int, size: int) -> Array:

@@ -109,11 +109,9 @@ def _picture_of(container: str, stream: VideoStream) -> dict[str, Any]:
     """Return what two files' pictures must share for one to follow the other."""
     context = stream.codec_context
     extra = context.extradata
-    return {
-        "container": container, "codec": context.name, "size": (context.width, context.height),
-        "pixel format": context.pix_fmt, "rate": stream.average_rate,
-        "parameters": None if extra is None else bytes(extra),
-    }
+    return {"container": container, "codec": context.name, "size": (context.width, context.height),
+            "pixel format": context.pix_fmt, "rate": stream.average_rate,
+            "parameters": None if extra is None else bytes(extra)}
 
 
 def _packets(stream: VideoStream) -> Iterator[Packet[VideoStream]]:
@@ -262,8 +260,7 @@ class ContinuedClip(Clip):
                 for frame in reader:
                     checker.feed(frame[None])
 
-        count = self.num_frames - self.head_frames
-        info = replace(self.info, num_frames=count, sound=None)
+        info = replace(self.info, num_frames=self.num_frames - self.head_frames, sound=None)
         target = Path(name)
         # named like what `atomic_path` makes, so that what a kill leaves is swept like that
         folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")

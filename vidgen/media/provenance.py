@@ -220,8 +220,7 @@ def read_plain_marks(path: str | os.PathLike[str]) -> tuple[Path, str | None, Ma
     texts: dict[str, Any] = {}
     if kind is not None and kind.startswith("video/"):
         texts = _read_tags(found)
-    packet = b"" if kind is None else _read_packet(found, kind)
-    texts |= _parse(packet)
+    texts |= _parse(b"" if kind is None else _read_packet(found, kind))
     return found, kind, replace(Marks(), **texts)
 
 

@@ -200,12 +200,10 @@ def sentences_of(text: str) -> list[str]:
 
 
 def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_samples: int) -> Speech:
-    """Speak texts, each at its time.
+    """Speak texts, each at its time, for a clip of `num_samples` at `RATE`.
 
-    Args:
-        said: (seconds, text) pairs; None: after the one before. `@FILE` is speech in a file.
-        voice: see `open_voice`; None is English by espeak-ng.
-        num_samples: of the clip, at `RATE`.
+    `said` are (seconds, text) pairs; None: after the one before. `@FILE` is speech in a file.
+    `voice` is as in `open_voice`; None is English by espeak-ng.
 
     Raises:
         InputError: a text that doesn't fit, with by how much; an unusable voice or file.

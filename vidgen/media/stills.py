@@ -63,8 +63,7 @@ def write_stills(
             picture = next(pictures)
             temporary.write_bytes(_jpeg(picture, options, recipe() or "", marks))
         else:
-            data = _animation(pictures, suffix, options, info, recipe, marks)
-            temporary.write_bytes(data)
+            temporary.write_bytes(_animation(pictures, suffix, options, info, recipe, marks))
         if info.recipe is not None:
             seal(temporary, suffix, info.recipe, signing)
 

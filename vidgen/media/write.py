@@ -121,7 +121,7 @@ def write_clip(
     on_frames: Callable[[int], None] | None = None, store: SegmentStore | None = None,
     signing: Signing | None = None, checker: ClipChecker | None = None,
 ) -> Path:
-    """Stream a clip into a file, or a folder of PNGs, that appears when it is whole.
+    """Stream a clip into a file or a folder of PNGs that appears when it is whole; return its path.
 
     Args:
         path: its suffix chooses the format: .mp4 and .mov H.264 with AAC, .webm VP9 with Opus, .mkv
@@ -134,9 +134,6 @@ def write_clip(
             further ones; formats without segments use none.
         signing: who signs a clip that has a recipe; None takes the environment's, if it names one.
         checker: sees every frame; the recipe holds what it then reports.
-
-    Returns:
-        The path written.
 
     Raises:
         InputError: unknown suffix, or too many frames for it.

@@ -148,8 +148,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
     def encode_moments(self, sound: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, C, K] of the latents, not normalised.
 
-        Args:
-            sound: [B, N], of any length; silence follows it. K is `config.num_tokens(N)`.
+        `sound` is [B, N], of any length; silence follows it. K is `config.num_tokens(N)`.
 
         Raises:
             InputError: sound that is not [B, N] or is empty.
@@ -190,11 +189,9 @@ class AudioVAE(NormalizedLatents, nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the normalised latents [B, C, k] of a sound, `lookahead` samples late.
 
-        Args:
-            sound: chunks [B, n] of any lengths.
-            cache: continues an earlier stream, and is updated; None: a new sound.
-            ends: whether silence follows; if not, samples that don't fill a latent stay in the
-                cache for the next call.
+        The sound comes in chunks [B, n] of any lengths. `cache` continues an earlier stream, and is
+        updated; None: a new sound. Unless the sound `ends`, which silence follows, samples that
+        don't fill a latent stay in the cache for the next call.
         """
         cache = StreamCache() if cache is None else cache
         size, ahead = self.config.samples_per_token, self.config.lookahead
@@ -222,8 +219,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """
         cache = StreamCache() if cache is None else cache
         for piece in latents:
-            controls = self.controls(self.denormalize(piece), cache)
-            sound = to_sound(self.config, controls, cache)
+            sound = to_sound(self.config, self.controls(self.denormalize(piece), cache), cache)
             cache.position += piece.shape[2]
             yield sound
 

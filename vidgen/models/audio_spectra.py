@@ -32,8 +32,6 @@ class AudioVAEConfig:
 
     Args:
         latent_channels: C.
-        encoder_dim: width of the encoder's blocks.
-        decoder_dim: width of the decoder's blocks.
         encoder_layers: blocks at the frames' rate, then at the latents'.
         decoder_layers: blocks at the latents' rate, then at the frames'.
         expansion: hidden width of a block, in widths.

@@ -89,15 +89,11 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
 
 @contextmanager
 def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
-    """Attach adapters to a module inside the `with` block.
+    """Attach adapters, each with its weight, to a module inside the `with` block.
 
-    Blocks may be nested: inner adapters add to the outer ones. A low-rank part that requires
-    gradients gets them. Compiled blocks are compiled again for their first adapters; later ones of
-    the same kind reuse that.
-
-    Args:
-        module: usually a `SpacetimeDiT`.
-        adapters: each with its weight, of any sign; one of weight 0 changes no bit.
+    Blocks may be nested: inner adapters add to the outer ones. Weights have any sign; an adapter of
+    weight 0 changes no bit. A low-rank part that requires gradients gets them. Compiled blocks are
+    compiled again for their first adapters; later ones of the same kind reuse that.
 
     Raises:
         ModelError: an adapter that doesn't fit the module, or one with a full delta of a
@@ -118,7 +114,7 @@ def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> It
         try:
             for layer, own in parts.items():
                 layer.__dict__["_parts"] = own
-                base, deltas = _base(layer), frozenset(own.deltas)
+                base, deltas = getattr(layer, "adapted_base", type(layer)), frozenset(own.deltas)
                 layer.__class__ = _adapted(base, deltas, low_rank=_is_linear(layer))  # type: ignore[arg-type]
             yield
         finally:
@@ -233,10 +229,6 @@ def _own_parts(layer: _Adapted) -> _Parts:
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         _refuse_others(layer._parts.owner)
     return layer._parts
-
-
-def _base(layer: nn.Module) -> type[nn.Module]:
-    return getattr(layer, "adapted_base", type(layer))
 
 
 @lru_cache(maxsize=64)

@@ -51,17 +51,12 @@ VAE_PRESETS: dict[str, VAEConfig] = {
     ),
 }
 
-_TOYBOX: dict[str, Any] = {
-    "in_channels": 16, "out_channels": 16, "num_heads": 4, "head_dim": 64, "num_layers": 7,
-    "ffn_dim": 896, "text_dim": 128,
-}
-_TINY: dict[str, Any] = {
-    "in_channels": 4, "out_channels": 4, "num_heads": 2, "head_dim": 12, "num_layers": 2,
-    "ffn_dim": 32, "text_dim": 16,
-}
-_WAN_DIT: dict[str, Any] = {
-    "in_channels": 16, "out_channels": 16, "head_dim": 128, "text_dim": 4096,
-}
+_TOYBOX: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "num_heads": 4, "head_dim": 64,
+                           "num_layers": 7, "ffn_dim": 896, "text_dim": 128}
+_TINY: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "num_heads": 2, "head_dim": 12,
+                         "num_layers": 2, "ffn_dim": 32, "text_dim": 16}
+_WAN_DIT: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "head_dim": 128,
+                            "text_dim": 4096}
 _WAN_1B: dict[str, Any] = {"num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 _WAN_14B: dict[str, Any] = {"num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 

@@ -153,13 +153,10 @@ class UMT5Encoder(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor | None = None, learned: Mapping[int, Tensor] = NOTHING
     ) -> Tensor:
-        """Encode tokens to features [B, S, D]; rows of padding are undefined.
+        """Encode tokens [B, S] to features [B, S, D]; rows of padding are undefined.
 
-        Args:
-            ids: [B, S] int64.
-            mask: [B, S] bool, False where padded; padding is not attended to. None: no padding.
-            learned: embeddings [D] of tokens, by id, that replace the encoder's; they get
-                gradients.
+        `mask` [B, S] is False where padded; padding isn't attended to. `learned` are embeddings [D]
+        of tokens, by id, that replace the encoder's; they get gradients.
         """
         buckets = position_buckets(ids.shape[1], self.config, ids.device)
         embedded = self.shared(ids)
@@ -218,8 +215,7 @@ class TextEncoder:
                     f"[{width}]; it was learned for another model"
                 )
         rows = {self.tokenizer.token_id(token): row for token, row in learned.items()}
-        context = encode_tokens(self.encoder, ids.to(device), mask.to(device), rows)
-        return context, mask.sum(1)
+        return encode_tokens(self.encoder, ids.to(device), mask.to(device), rows), mask.sum(1)
 
 
 def encode_tokens(

@@ -112,10 +112,8 @@ class PromptTokenizer:
     def readings(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return words of a prompt with their replacements for the model.
 
-        Args:
-            prompt: as written.
-            asked: replacements to use; None: for each word that the model was never taught, or too
-                seldom, the known one that is meant, if it is clear; see `words.WordReader`.
+        These are as `asked`; None: for each word that the model was never taught, or too seldom,
+        the known one that is meant, if it is clear; see `words.WordReader`.
         """
         if asked is not None:
             words = split_words(clean_prompt(prompt))

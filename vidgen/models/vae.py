@@ -237,10 +237,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
         """Return a view of this VAE with latent frames closer in time, and the same weights.
 
         Stages next to the pixels then keep the number of frames, so that no more are computed.
-
-        Args:
-            rate: latent frames for each one of the config, a power of two up to strides.t;
-                a latent frame then holds strides.t / rate frames.
+        `rate` is a power of two up to strides.t; a latent frame then holds strides.t / rate frames.
 
         Raises:
             InputError: a rate that this VAE doesn't have.
@@ -260,8 +257,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, C, F, h, w] of the latents, not normalised.
 
-        Args:
-            video: [B, 3, T, H, W] in [-1, 1], T = 1 mod strides.t, H and W multiples of strides.hw.
+        `video` is [B, 3, T, H, W] in [-1, 1], T = 1 mod strides.t, H and W multiples of strides.hw.
 
         Raises:
             InputError: the strides don't divide the clip.
@@ -331,14 +327,10 @@ class CausalVAE(NormalizedLatents, nn.Module):
     def stream_decode(
         self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
-        """Decode a latent frame at a time, in constant memory.
+        """Yield video [B, 3, t, H, W], not clamped, a latent frame at a time, in constant memory.
 
-        Args:
-            latents: normalised, [B, C, F, h, w] whole or in pieces.
-            cache: continues an earlier stream, and is updated; None: a new clip.
-
-        Yields:
-            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` at a time.
+        One frame comes first, then `strides.t` at a time. `latents` are normalised, [B, C, F, h, w]
+        whole or in pieces. `cache` continues an earlier stream, and is updated; None: a new clip.
         """
         cache = StreamCache() if cache is None else cache
         for piece in (latents,) if isinstance(latents, Tensor) else latents:

@@ -158,7 +158,9 @@ class WordReader:
             return near
         if (joined := self._joined(word)) is not None:
             return joined
-        return near if near is not None and _meant_by_two(word, near) else None
+        # two slips: the first letter is seldom wrong (Kukich 1992, section 1.2), nor is a third of
+        # a word; another word, such as a name, is likelier then
+        return near if near is not None and len(word) >= _LONG and word[0] == near[0] else None
 
     def near(self, word: str) -> list[str]:
         """Return at most three known words that may be meant by a mistyped one, best first."""
@@ -177,14 +179,6 @@ class WordReader:
             ):
                 return " ".join(parts)
         return None
-
-
-def _meant_by_two(word: str, near: str) -> bool:
-    """Return whether two slips are likelier than another word, such as a name.
-
-    The first letter is seldom wrong (Kukich 1992, section 1.2), nor is a third of a word.
-    """
-    return len(word) >= _LONG and word[0] == near[0]
 
 
 def _singulars(word: str) -> Iterator[str]:
