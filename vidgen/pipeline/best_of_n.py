@@ -104,10 +104,8 @@ def with_verifier(
     shared = "several devices that share a clip don't tell things apart"
     alone = why or (shared if (devices or 1) > 1 else None)
     binding = settled_value("binding", request, folder, alone)
-    return replace(
-        plan, candidates=int(settled_value("candidates", request, folder, why)),
-        binding=binding if words_alone(request) else 0.0,
-    )
+    return replace(plan, candidates=int(settled_value("candidates", request, folder, why)),
+                   binding=binding if words_alone(request) else 0.0)
 
 
 def candidate_state(state: LatentState, number: int) -> LatentState:

@@ -111,13 +111,10 @@ def _controlled(
     state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
 ) -> LatentState:
     pixels, wanted = _known_pixels(plan, request, inputs)
-    references = [
-        model.encode(pixels_of([picture], plan.width, plan.height, "pad", border=255))
-        for picture in inputs.images.get("reference", ())
-    ]
-    noise = draw_noise(
-        plan.seed, replace(plan.latents, num_frames=len(references)), stream="references"
-    )
+    references = [model.encode(pixels_of([picture], plan.width, plan.height, "pad", border=255))
+                  for picture in inputs.images.get("reference", ())]
+    noise = draw_noise(plan.seed, replace(plan.latents, num_frames=len(references)),
+                       stream="references")
     kept, changed = model.encode(pixels * (1 - wanted)), model.encode(pixels * wanted)
     wanted = wanted.to(kept)
     return condition.control(state, kept, changed, wanted, references, model.strides, noise)

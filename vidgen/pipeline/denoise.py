@@ -63,10 +63,9 @@ def denoising(
         asked[UNSHOWN] = contexts[0]
     others = regional.contexts if regional else []
     with ExitStack() as stack:
-        made = stack.enter_context(denoisers(
-            loader, plan, state, [*asked.values(), *others], loras, level, caches=caches,
-            branches=[*asked, *[ALONE] * len(others)],
-        ))
+        made = stack.enter_context(denoisers(loader, plan, state, [*asked.values(), *others], loras,
+                                             level, caches=caches,
+                                             branches=[*asked, *[ALONE] * len(others)]))
         by_branch, alone = dict(zip(asked, made, strict=False)), made[len(asked) :]
         conditional = by_branch[PROMPT]
         if regional is not None:
@@ -74,11 +73,10 @@ def denoising(
         if len(asked) == 1:
             yield conditional
         else:
-            yield guided(
-                conditional, by_branch.get(NEGATIVE, conditional), plan.guidance,
-                denoise_mask=state.generated, share=guidance_share(state, plan.guidance.reach),
-                denoise_unshown=by_branch.get(UNSHOWN),
-            )
+            yield guided(conditional, by_branch.get(NEGATIVE, conditional), plan.guidance,
+                         denoise_mask=state.generated,
+                         share=guidance_share(state, plan.guidance.reach),
+                         denoise_unshown=by_branch.get(UNSHOWN))
 
 
 @contextmanager
@@ -136,10 +134,9 @@ def _denoiser(
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         level = float(sigma[0])
         spread = None if ranks is None else Spread(ranks, num_tokens(latents))
-        inputs = network_inputs(
-            state, latents, sigma, context, patch=patch, whole=whole_timesteps(plan.sampler),
-            frames_per_s=_frames_per_s(loader, plan),
-        )
+        inputs = network_inputs(state, latents, sigma, context, patch=patch,
+                                whole=whole_timesteps(plan.sampler),
+                                frames_per_s=_frames_per_s(loader, plan))
         step_cache = cache_at(level, spread) if cache_at else None
         made = transformer_at(level)(**inputs, step_cache=step_cache, **options)
         return made if isinstance(made, Tensor) else state.pack(*made)
@@ -162,10 +159,8 @@ def _listener(
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         dit, (picture, sound) = transformer_at(float(sigma[0])), state.unpack(latents)
         assert sound is not None
-        tokens = _audio_tokens(
-            state, sound, sigma, _frames_per_s(loader, plan),
-            whole=whole_timesteps(plan.sampler),
-        )
+        tokens = _audio_tokens(state, sound, sigma, _frames_per_s(loader, plan),
+                               whole=whole_timesteps(plan.sampler))
         if tokens.sees_video and dit not in recorded:
             pictures, recorded[dit] = state.rows(slice(None, None, takes)), KVCache()
             dit(pictures.clean, torch.zeros_like(sigma[::takes]), features[::takes],
@@ -186,10 +181,8 @@ def _audio_tokens(
 ) -> AudioTokens:
     assert state.sound is not None
     times = to_timestep(state.sound.levels(sigma), whole=whole)
-    return AudioTokens(
-        state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
-        sees_video=state.sound.sees_picture, is_seen=not state.is_known,
-    )
+    return AudioTokens(state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
+                       sees_video=state.sound.sees_picture, is_seen=not state.is_known)
 
 
 def velocity(
@@ -210,9 +203,8 @@ def velocity(
         whole: see `to_timestep`.
         options: further arguments of the network.
     """
-    inputs = network_inputs(
-        state, latents, sigma, context, patch=patch, whole=whole, frames_per_s=frames_per_s
-    )
+    inputs = network_inputs(state, latents, sigma, context, patch=patch, whole=whole,
+                            frames_per_s=frames_per_s)
     made = dit(**inputs, **options)
     return made if isinstance(made, Tensor) else state.pack(*made)
 
@@ -228,10 +220,8 @@ def network_inputs(
     if sound is not None and frames_per_s is not None:
         audio = _audio_tokens(state, sound, sigma, frames_per_s, whole=whole)
     features, lengths = context
-    inputs = {
-        "latents": seen, "timestep": to_timestep(levels, whole=whole), "context": features,
-        "context_lengths": lengths, "extra": state.timed_keys, "audio": audio,
-    }
+    inputs = {"latents": seen, "timestep": to_timestep(levels, whole=whole), "context": features,
+              "context_lengths": lengths, "extra": state.timed_keys, "audio": audio}
     return inputs if state.times is None else {**inputs, "positions": state.times}
 
 

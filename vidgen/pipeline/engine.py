@@ -141,10 +141,8 @@ class Engine(OpenedModel):
         request, rewritten = settle_texts(request, journals, self.policy)
         request, inputs = self.read(request)
         plan = self.plan(request, inputs)
-        track = make_soundtrack(
-            request, plan.kept_frames, plan.fps, self,
-            has_sound=SOUND in self.folder.tasks and not plan.roll,
-        )
+        track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
+                                has_sound=SOUND in self.folder.tasks and not plan.roll)
         plan = self._fitted(plan, request, on_estimate, previewed=on_preview is not None)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(plan, seed=plan.seed + index) for index in range(request.count)]

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Estimate
 
-_STAGES = {
-    "prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",), "sound": ("sound",),
-    "write": ("decode", "mux"),
-}
+_STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",),
+           "sound": ("sound",), "write": ("decode", "mux")}
 
 
 class Clock:

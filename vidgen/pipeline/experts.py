@@ -45,15 +45,12 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
         ModelError: a file that is no LoRA for this model.
     """
     choices = [parse_option(option) for option in options]
-    configs: dict[Role, DiTConfig] = {
-        role: folder.components[role].config
-        for role in ("transformer", "transformer_2") if role in folder.components
-    }
+    configs: dict[Role, DiTConfig] = {role: folder.components[role].config
+                                      for role in ("transformer", "transformer_2")
+                                      if role in folder.components}
     names: tuple[Expert | None, ...] = EXPERTS if len(configs) == 2 else (None,)
-    adapters = {
-        role: read_choices(choices, config, name)
-        for (role, config), name in zip(configs.items(), names, strict=True)
-    }
+    adapters = {role: read_choices(choices, config, name)
+                for (role, config), name in zip(configs.items(), names, strict=True)}
     records = [
         {"path": str(choice.path.resolve()), "weight": choice.weight, "expert": choice.expert,
          "sha256": hashes_of(choice.path)}
@@ -118,10 +115,8 @@ def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:
     lowest = 1e-3
     if plan.sampler == "euler":
         lowest = plan.shift * lowest / (1 + (plan.shift - 1) * lowest)
-    return make_sigmas(
-        plan.num_steps, plan.shift, strength=plan.strength, sigma_min=lowest,
-        reach_min=plan.sampler == "euler",
-    )
+    return make_sigmas(plan.num_steps, plan.shift, strength=plan.strength, sigma_min=lowest,
+                       reach_min=plan.sampler == "euler")
 
 
 def sigma_split(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:

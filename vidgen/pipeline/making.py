@@ -120,9 +120,8 @@ class Making:
                 done, rounds = number + own.extra_rounds, len(own.windows) + own.extra_rounds
                 self.report("sound", done * info.num_steps + info.step, rounds * info.num_steps)
 
-            return self.model.sample(
-                plan, state, self.contexts(), on_step, self.request.scheduler, self.loras
-            )
+            return self.model.sample(plan, state, self.contexts(), on_step, self.request.scheduler,
+                                     self.loras)
 
         own.follow(latents, sample, self.kept)
         self.kept.keep_sound(*(made := own.decode()))
@@ -144,10 +143,8 @@ class Making:
             done, total = self.window + others, num_windows + others
             self.report("sample", done * num_steps + info.step, total * num_steps)
 
-        sample = partial(
-            model.sample, plan, contexts=self.contexts(), scheduler=scheduler, loras=self.loras,
-            remember=kept.keeps, regional=self.regional,
-        )
+        sample = partial(model.sample, plan, contexts=self.contexts(), scheduler=scheduler,
+                         loras=self.loras, remember=kept.keeps, regional=self.regional)
         if plan.candidates == 1:
             made = sample(state, on_step=on_step, resume=kept.take_state())
         else:

@@ -153,11 +153,10 @@ def estimate(
             request.cache != "none",
         "this machine was not measured: `vidgen plan` does": not job.measured,
     }
-    return Estimate(
-        tuple(job.stages), setup, encoder_s=request.count * encoder_s,
-        kept_frames=request.count * job.passes.kept, disk_bytes=request.count * job.disk(),
-        measured=job.measured, notes=tuple(note for note, holds in notes.items() if holds),
-    )
+    return Estimate(tuple(job.stages), setup, encoder_s=request.count * encoder_s,
+                    kept_frames=request.count * job.passes.kept,
+                    disk_bytes=request.count * job.disk(), measured=job.measured,
+                    notes=tuple(note for note, holds in notes.items() if holds))
 
 
 class _Job:

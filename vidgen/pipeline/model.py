@@ -79,10 +79,9 @@ class OpenedModel:
 
     def _open(self, setup: Setup) -> None:
         self.dtype, self.offload = setup.dtype, setup.offload
-        self.loader = ModelLoader(
-            self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
-            None if self.devices is None else self.devices.mesh,
-        )
+        self.loader = ModelLoader(self.folder, self.device, DTYPES[setup.dtype], setup.offload,
+                                  self.quantize,
+                                  None if self.devices is None else self.devices.mesh)
         self.encode_texts = PromptEncoder(self.loader, self.tokenizer).encode
 
     def adopt(self, setup: Setup) -> None:
@@ -218,14 +217,12 @@ class OpenedModel:
             regional = regional if can_be_regional(state) else None
             sigmas = sigmas_of(plan, scheduler)
             if plan.oversampling > 1:
-                run = partial(
-                    OpenedModel.sample, self, plan, contexts=contexts, scheduler=scheduler,
-                    loras=loras, remember=remember, regional=regional,
-                )
-                return sample_upsampled(
-                    run, state, sigmas, sigma_split(plan, sigmas, self.folder), plan.oversampling,
-                    self.vae_config.strides.t, on_step=on_step, resume=resume,
-                )
+                run = partial(OpenedModel.sample, self, plan, contexts=contexts,
+                              scheduler=scheduler, loras=loras, remember=remember,
+                              regional=regional)
+                return sample_upsampled(run, state, sigmas, sigma_split(plan, sigmas, self.folder),
+                                        plan.oversampling, self.vae_config.strides.t,
+                                        on_step=on_step, resume=resume)
         devices, caches = self.devices, make_caches(plan.cache, sigmas, plan.guidance)
         if caches is not None and resume is not None and resume.cache:
             caches.restore(resume.cache)
@@ -272,10 +269,8 @@ class OpenedModel:
         def chunks(start: int = 0) -> Iterator[Any]:
             return codec.first_frames(videos(start), plan.kept_frames - start)
 
-        info = ClipInfo(
-            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=self.vae_config.strides.t // plan.oversampling,
-        )
+        info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+                        recipe=recipe, stride_t=self.vae_config.strides.t // plan.oversampling)
         is_labelled = recipe.get("request", {}).get("label") == "visible"
         source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
         return Clip(source, info, latents, journal)

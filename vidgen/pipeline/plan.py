@@ -38,10 +38,8 @@ log = logging.getLogger(__name__)
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
 """Options that define sampling, which a student has settled; settings do so, too."""
-NOT_ROLLED = (
-    *SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference",
-    "prefix", "control", "follow_audio", "latents", "overlap", "colour_hold",
-)
+NOT_ROLLED = (*SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference", "prefix",
+              "control", "follow_audio", "latents", "overlap", "colour_hold")
 """Options that a clip can't have that is rolled out."""
 
 
@@ -201,11 +199,9 @@ def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
                 raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
                                  "for its picture, and none is made here; leave it out")
         return {}
-    return {
-        "sound_steps": int(settled_value("audio_steps", request, folder)),
-        "sound_candidates": int(settled_value("audio_candidates", request, folder)),
-        "sound_delay_s": settled_value("audio_delay", request, folder),
-    }
+    return {"sound_steps": int(settled_value("audio_steps", request, folder)),
+            "sound_candidates": int(settled_value("audio_candidates", request, folder)),
+            "sound_delay_s": settled_value("audio_delay", request, folder)}
 
 
 def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
@@ -270,10 +266,8 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
         if folder.student is None or request.steps != folder.student.num_steps or asks_more:
             return plan
         student = folder.student
-    return replace(
-        plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
-        student=student,
-    )
+    return replace(plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
+                   student=student)
 
 
 def _roller(plan: Plan, request: Request, folder: ModelFolder) -> StudentConfig:

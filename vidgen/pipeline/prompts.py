@@ -52,10 +52,8 @@ class PromptCache:
         component = loader.folder.components["text_encoder"]
         words = sorted(loader.folder.tokenizer.glob("*.json"))
         hashes = hash_files((*component.store.files, *words))
-        facts = [
-            sorted(hashes.values()), repr(component.config), tokenizer.max_length,
-            str(loader.dtype), loader.quantize, loader.device.type, fingerprint(),
-        ]
+        facts = [sorted(hashes.values()), repr(component.config), tokenizer.max_length,
+                 str(loader.dtype), loader.quantize, loader.device.type, fingerprint()]
         made_by = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return cls(cache_folder() / "prompts", made_by)
 

@@ -102,10 +102,8 @@ def identity(request: Request, **loading: Any) -> str:
 
     `loading` are the engine's loading options, with the model by its content hash.
     """
-    facts = {
-        "vidgen": __version__, "loading": loading, "tiles": request.tiles,
-        **request_facts(request),
-    }
+    facts = {"vidgen": __version__, "loading": loading, "tiles": request.tiles,
+             **request_facts(request)}
     if asked_backend() != "auto":
         facts["attention"] = asked_backend()
     if request.expand is not None:
@@ -126,9 +124,8 @@ def _source(folder: ModelFolder | DiffusersFolder) -> str:
 
 def asked_options(request: Request) -> dict[str, Any]:
     """Return the options that were given, without files, prompt and tiles."""
-    given = {
-        name: getattr(request, name) for name in Request.model_fields if name not in _ELSEWHERE
-    }
+    given = {name: getattr(request, name) for name in Request.model_fields
+             if name not in _ELSEWHERE}
     if request.audio_file is None:
         given["audio"] = request.audio
     if request.audio_model is not None and Path(request.audio_model).is_dir():

@@ -18,11 +18,9 @@ from vidgen.pipeline.settings import settings_to_go_on
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
-FACTS = (
-    "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
-    "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
-    "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound",
-)
+FACTS = ("vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
+         "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
+         "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound")
 """Entries that frames or sound depend on; others differ from run to run or repeat these."""
 _DECISIVE = set(FACTS) - {"offload", "torchao", "encoder", "hand_over"}
 """Facts of an unfinished job. `offload` isn't one: a job out of memory may resume with another."""
@@ -78,12 +76,10 @@ def _short(value: Any) -> str:
 
 def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a recipe's request said of its clip, as `recipe.request_facts`."""
-    return {
-        "prompt": recipe.get("rewritten", recipe["plan"])["prompt"], "request": recipe["request"],
-        "frame_times_s": recipe["frame_times_s"],
-        "inputs": [[each["option"], each.get("sha256")] for each in recipe["inputs"]],
-        "loras": [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]],
-    }
+    return {"prompt": recipe.get("rewritten", recipe["plan"])["prompt"],
+            "request": recipe["request"], "frame_times_s": recipe["frame_times_s"],
+            "inputs": [[each["option"], each.get("sha256")] for each in recipe["inputs"]],
+            "loras": [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]]}
 
 
 def lora_option(path: Any, record: Mapping[str, Any]) -> str:
@@ -114,11 +110,10 @@ def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
         return steps
     guidance = plan["guidance"]
     sampler = {"sampler": plan["sampler"]} if plan["sampler"] in SAMPLERS else {}
-    return steps | sampler | {
-        "shift": plan["shift"], "guidance": guidance["scale"],
-        "guidance_interval": tuple(guidance["interval"]),
-        "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
-    }
+    return steps | sampler | {"shift": plan["shift"], "guidance": guidance["scale"],
+                              "guidance_interval": tuple(guidance["interval"]),
+                              "guidance_rescale": guidance["rescale"],
+                              "guidance_low": guidance["low_scale"]}
 
 
 @dataclass(frozen=True)

@@ -206,10 +206,9 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
     options, plan = _asked(recipe), recipe["plan"]
     options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
-        options |= recorded_sampling(plan) | {
-            "size": (plan["width"], plan["height"]), "fps": plan["fps"],
-            "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
-        }
+        options |= recorded_sampling(plan) | {"size": (plan["width"], plan["height"]),
+                                              "fps": plan["fps"], "tiles": recorded_tiles(plan),
+                                              "readings": recorded_readings(plan)}
         kept, is_whole = plan["kept_frames"], plan["kept_frames"] == plan["num_frames"]
         options["frames"] = kept if is_whole else None
         options["seconds"] = None if is_whole else float(kept / Fraction(plan["fps"]))  # trimmed

@@ -68,10 +68,8 @@ def make_caches(
         return None
     count = len(sigmas) - 1
     retained = float(sigmas[min(round(RETAINED * count), count)])
-    return StepCaches(
-        partial(_memory, choice), retained, MAX_SKIPS, guidance.boundary or None,
-        guidance.branches_at,
-    )
+    return StepCaches(partial(_memory, choice), retained, MAX_SKIPS, guidance.boundary or None,
+                      guidance.branches_at)
 
 
 def _memory(choice: CacheChoice, branch: str) -> Memory:

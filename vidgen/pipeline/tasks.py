@@ -7,11 +7,9 @@ from vidgen.core.request import OWN_AUDIO, Request
 
 SOUND = "sound"
 """The task of a model that makes sound for its pictures."""
-OPTIONS = {
-    "image": "image", "first_frame_model": "image", "last_image": "last-image", "frame": "frames",
-    "prefix": "extend", "mask": "mask", "strength": "video", "reference": "reference",
-    "control": "control", "follow_audio": SOUND,
-}
+OPTIONS = {"image": "image", "first_frame_model": "image", "last_image": "last-image",
+           "frame": "frames", "prefix": "extend", "mask": "mask", "strength": "video",
+           "reference": "reference", "control": "control", "follow_audio": SOUND}
 """The task of each option of a request."""
 
 

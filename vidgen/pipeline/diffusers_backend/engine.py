@@ -210,10 +210,8 @@ class DiffusersEngine:
             assert plan.num_frames is not None
             frames = video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps)
             wanted["video"] = [picture(frame) for frame in frames]
-        given = {
-            name: value for name, value in wanted.items()
-            if name in able.defaults and value is not None
-        }
+        given = {name: value for name, value in wanted.items()
+                 if name in able.defaults and value is not None}
         # Noise comes from the CPU, as ours does: the same on every device, alone or in a batch.
         given["generator"] = torch.Generator("cpu").manual_seed(plan.seed)
         return given | {"output_type": "np"}
@@ -257,10 +255,8 @@ class DiffusersEngine:
         sound = made.sound
         if sound is not None:
             sound = sound[: round(float(kept / plan.fps) * made.sound_rate)]
-        info = ClipInfo(
-            fps=plan.fps, size=(plan.width, plan.height), num_frames=kept, sound=sound,
-            sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t,
-        )
+        info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=kept, sound=sound,
+                        sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t)
         is_labelled = recipe["request"].get("label") == "visible"
         source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
         return Clip(source, info, made.latents, journal)
@@ -291,10 +287,9 @@ def draw_first_frame(
     import diffusers  # seconds, which a wrong name needn't cost
 
     names = {value: name for name, value in DTYPES.items()}
-    engine = DiffusersEngine(
-        opened, torch.device(device), dtype if isinstance(dtype, str) else names[dtype],
-        loader=diffusers.AutoPipelineForText2Image,
-    )
+    engine = DiffusersEngine(opened, torch.device(device),
+                             dtype if isinstance(dtype, str) else names[dtype],
+                             loader=diffusers.AutoPipelineForText2Image)
     able = Abilities(engine.pipe.own)
     if not able.is_image:
         raise ModelError(f"{folder} is a {opened.class_name}, which makes clips; {_WANTED}")
@@ -303,10 +298,8 @@ def draw_first_frame(
         negative = None
     own = able.default_size() or (width, height)
     size = size_for_aspect(width / height, math.prod(own), able.multiple)
-    request = Request(
-        prompt=prompt, negative=negative or None, seed=seed, frames=1, size=size[::-1],
-        steps=steps, guidance=guidance,
-    )
+    request = Request(prompt=prompt, negative=negative or None, seed=seed, frames=1,
+                      size=size[::-1], steps=steps, guidance=guidance)
     clip = engine.generate(request, on_event=on_event)
     assert isinstance(clip, Clip)
     assert clip.recipe is not None
@@ -322,10 +315,8 @@ def with_first_frame(
     """Draw a request's first frame of (width, height) `size`; return the request and its inputs."""
     assert request.first_frame_model is not None
     seed = draw_seed() if request.seed is None else request.seed
-    picture, record = draw_first_frame(
-        request.first_frame_model, request.prompt, request.negative, seed, *size,
-        device=device, dtype=dtype,
-    )
+    picture, record = draw_first_frame(request.first_frame_model, request.prompt, request.negative,
+                                       seed, *size, device=device, dtype=dtype)
     request = request.replace(image=picture, first_frame_model=None, seed=seed)
     inputs = read_inputs(request)
     inputs.records.append(record)

@@ -41,15 +41,11 @@ _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio",
             "vae_spatial_scale_factor", "vae_scale_factor")
 _LENGTH = ("num_frames", "frames", "video_length")
 _RATE = ("frame_rate", "fps")
-_PLAIN = {
-    "negative": "negative_prompt", "steps": "num_inference_steps", "image": "image",
-    "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents",
-}
+_PLAIN = {"negative": "negative_prompt", "steps": "num_inference_steps", "image": "image",
+          "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents"}
 """Options that a parameter of one name stands for."""
-_ALWAYS = {
-    "prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
-    "retry", "expand", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice",
-}
+_ALWAYS = {"prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
+           "retry", "expand", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice"}
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
                  "use_exponential_sigmas", "use_beta_sigmas")
@@ -282,16 +278,13 @@ def make_scheduler(own: Any, request: Request) -> Any:
     if any(own.config.get(name) for name in _OWN_SCHEDULE):
         raise InputError(f"sampler is {sampler!r}, but this model's noise schedule works only with "
                          f"its own {type(own).__name__}; leave it out")
-    shared = {
-        name: own.config[name]
-        for name in ("num_train_timesteps", "shift_terminal", "time_shift_type")
-        if name in own.config
-    }
+    shared = {name: own.config[name]
+              for name in ("num_train_timesteps", "shift_terminal", "time_shift_type")
+              if name in own.config}
     if sampler == "euler":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **shared)
-    return diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, **shared
-    )
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction",
+                                             use_flow_sigmas=True, flow_shift=shift, **shared)
 
 
 def check_sides(width: int | None, height: int | None, multiple: int) -> None:

@@ -145,9 +145,8 @@ class LongClip:
             picture, _ = state.unpack(sample(own, state))
             new = picture[:, :, finer(count) - finer(start) :]
             if count:
-                new = hold_colours(
-                    new, self._colours(latents), COLOUR_HOLD if hold is None else hold
-                )
+                new = hold_colours(new, self._colours(latents),
+                                   COLOUR_HOLD if hold is None else hold)
             latents[:, :, finer(count) : finer(stop)] = new.cpu()
             count = stop
             if keep is not None:
@@ -161,17 +160,13 @@ class LongClip:
         plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.begun.rate.factor
         made = begun.rate.num_shown(latents.shape[2]) - begun.num_given
         total = begun.num_reached + made * t if begun.num_latents else plan.num_frames
-        recipe["tail"] = tail.make_tail(
-            latents, begun.num_latents + made, total - plan.kept_frames, self._colours(latents),
-            self._anchor(latents), factor,
-        )
+        recipe["tail"] = tail.make_tail(latents, begun.num_latents + made, total - plan.kept_frames,
+                                        self._colours(latents), self._anchor(latents), factor)
         if not begun.num_latents:
             return self.engine.decode(plan, latents, recipe, journal)
         recipe["hand_over"] = begun.hand_over
-        info = ClipInfo(
-            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=max(t // factor, 1),
-        )
+        info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+                        recipe=recipe, stride_t=max(t // factor, 1))
         skipped = 1 + (begun.latents.shape[2] - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
@@ -220,10 +215,8 @@ class LongClip:
         if begun.num_latents:
             first_frame += begun.num_reached - 1 - (begun.num_latents - 1) * t
         shape = replace(plan.latents, num_frames=stop - start)
-        own = replace(
-            plan, latents=shape, num_frames=1 + (stop - start - 1) * t,
-            kept_frames=plan.kept_frames - first_frame,
-        )
+        own = replace(plan, latents=shape, num_frames=1 + (stop - start - 1) * t,
+                      kept_frames=plan.kept_frames - first_frame)
         noise = (draw_noise(plan.seed, shape, first_frame=start) if request.latents is None
                  else request.latents[:, :, start:stop])
         new_from = 1 + (num_known - 1) * t if num_known else 0
@@ -355,10 +348,9 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
     count = 1 + (len(ending) - 1) // t * t
     video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
     latents = engine.encode_video(video, plan.tiles, plan.encode_passes, plan.oversampling).cpu()
-    return Beginning(
-        latents, total, 1 + math.ceil((total - 1) / t), colours=tail.colours_of(latents),
-        hand_over="pixels", anchor=latents[:, :, :1], rate=plan.rate,
-    )
+    return Beginning(latents, total, 1 + math.ceil((total - 1) / t),
+                     colours=tail.colours_of(latents), hand_over="pixels", anchor=latents[:, :, :1],
+                     rate=plan.rate)
 
 
 def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Frames]:

@@ -66,10 +66,8 @@ class Rollout:
         self.cache.forget(self.config.window_frames)
 
     def _see(self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor) -> Tensor:
-        return velocity(
-            dit, state, latents, sigma, self.context, patch=dit.config.patch_size,
-            whole=whole_timesteps(self.sampler), cache=self.cache,
-        )
+        return velocity(dit, state, latents, sigma, self.context, patch=dit.config.patch_size,
+                        whole=whole_timesteps(self.sampler), cache=self.cache)
 
 
 @torch.no_grad()

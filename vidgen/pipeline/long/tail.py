@@ -136,12 +136,10 @@ def make_tail(
     if count == 0:
         return None
     kept = {} if anchor is None else {"anchor": _text(anchor[0])}
-    return kept | {
-        "shape": [*latents[0, :, -count:].shape], "num_latents": num_latents,
-        "frames_ahead": frames_ahead,
-        "colours": _text(colours_of(latents) if colours is None else colours),
-        "data": _text(latents[0, :, -count:]),
-    }
+    return kept | {"shape": [*latents[0, :, -count:].shape], "num_latents": num_latents,
+                   "frames_ahead": frames_ahead,
+                   "colours": _text(colours_of(latents) if colours is None else colours),
+                   "data": _text(latents[0, :, -count:])}
 
 
 def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginning | None:

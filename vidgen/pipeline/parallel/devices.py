@@ -281,12 +281,10 @@ def _guided(call: Callable[..., tuple[Tensor, ...]], share: ipc.Share) -> Denois
 
     if len(share.contexts) == 1:
         return conditional
-    return guided(
-        conditional, lambda latents, sigma: call(latents, sigma, 1)[0], share.plan.guidance,
-        denoise_mask=share.state.generated,
-        share=guidance_share(share.state, share.plan.guidance.reach),
-        both=lambda latents, sigma: call(latents, sigma, 0, 1),
-    )
+    return guided(conditional, lambda latents, sigma: call(latents, sigma, 1)[0],
+                  share.plan.guidance, denoise_mask=share.state.generated,
+                  share=guidance_share(share.state, share.plan.guidance.reach),
+                  both=lambda latents, sigma: call(latents, sigma, 0, 1))
 
 
 class _Coming:

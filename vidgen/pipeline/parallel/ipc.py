@@ -135,10 +135,8 @@ class Channel:
         self._count = 0
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with environment(**dict.fromkeys(_INTERFACES, _LOOPBACK) if local else {}):
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size,
-                timeout=TIMEOUT,
-            )
+            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank,
+                                    world_size=size, timeout=TIMEOUT)
             self._whole, self._half = Ranks(None, device), None
             if size > 2 and size % 2 == 0:
                 half = size // 2
@@ -228,10 +226,9 @@ def shared_denoisers(
         caches.agree = agree
         caches.memories.clear()
         caches.restore(moved(share.remembered, channel.device), division.branches(rank))
-    with denoisers(
-        loader, share.plan, share.state, division.contexts(share.contexts, rank), share.loras,
-        share.level, channel.ranks(division), caches, branches=division.branches(rank),
-    ) as made:
+    with denoisers(loader, share.plan, share.state, division.contexts(share.contexts, rank),
+                   share.loras, share.level, channel.ranks(division), caches,
+                   branches=division.branches(rank)) as made:
         yield made
 
 

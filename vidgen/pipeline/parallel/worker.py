@@ -122,9 +122,8 @@ class DeviceWorker:
             return old
         if old is not None:
             old.close()
-        self.loader = ModelLoader(
-            self._folder, self._channel.device, dtype, offload, self._quantize, self._mesh
-        )
+        self.loader = ModelLoader(self._folder, self._channel.device, dtype, offload,
+                                  self._quantize, self._mesh)
         return self.loader
 
 

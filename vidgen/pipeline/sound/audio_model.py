@@ -22,10 +22,8 @@ from vidgen.weights.layouts import open_model
 if TYPE_CHECKING:
     from vidgen.media.types import Samples
 
-LENGTHS = {
-    "StableAudioPipeline": "audio_end_in_s", "StableAudio3Pipeline": "duration",
-    "AudioLDM2Pipeline": "audio_length_in_s",
-}
+LENGTHS = {"StableAudioPipeline": "audio_end_in_s", "StableAudio3Pipeline": "duration",
+           "AudioLDM2Pipeline": "audio_length_in_s"}
 """Pipelines, with the parameter of their call that is a length in seconds."""
 _MAX_S = {"StableAudio3Pipeline": 384.0, "AudioLDM2Pipeline": 600.0}
 _SETTINGS = ("num_inference_steps", "guidance_scale")
@@ -47,12 +45,10 @@ class AudioModel:
         import diffusers
 
         own = defaults_of(getattr(diffusers, self.folder.class_name))
-        return {
-            "path": str(self.folder.path.resolve()), "class": self.folder.class_name,
-            "sha256": self.folder.content_hash, "prompt": self.prompt, "seconds": self.seconds,
-            "dtype": self.dtype, **{name: own.get(name) for name in _SETTINGS},
-            "diffusers": version("diffusers"), "transformers": version("transformers"),
-        }
+        return {"path": str(self.folder.path.resolve()), "class": self.folder.class_name,
+                "sha256": self.folder.content_hash, "prompt": self.prompt, "seconds": self.seconds,
+                "dtype": self.dtype, **{name: own.get(name) for name in _SETTINGS},
+                "diffusers": version("diffusers"), "transformers": version("transformers")}
 
     def load(self) -> LoadedPipeline:
         """Load the model; raise ModelError if files are missing or damaged."""
@@ -74,10 +70,8 @@ class AudioModel:
         longest = _MAX_S.get(name) or float(
             pipe.transformer.config.sample_size * pipe.vae.hop_length
             / pipe.vae.config.sampling_rate)
-        arguments = {
-            "prompt": self.prompt, LENGTHS[name]: min(self.seconds, longest),
-            "generator": torch.Generator("cpu").manual_seed(seed),
-        }
+        arguments = {"prompt": self.prompt, LENGTHS[name]: min(self.seconds, longest),
+                     "generator": torch.Generator("cpu").manual_seed(seed)}
         try:
             with stepping(pipe, on_step):
                 waves = pipe(**arguments).audios[0]

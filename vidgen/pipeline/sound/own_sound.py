@@ -211,10 +211,8 @@ class OwnSound:
         if impacts is not None:
             begin = self._span(first, 1)[0]
             known = max(0, self._ends - begin)
-            impacts = replace(
-                impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
-                new_from_s=known / config.tokens_per_s,
-            )
+            impacts = replace(impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
+                              new_from_s=known / config.tokens_per_s)
         at_once = drawn_at_once(self.loader.folder, most)
         return best_sound(draw, hear, config.sample_rate, most, at_once, impacts)
 

@@ -126,10 +126,9 @@ def make_soundtrack(
         from vidgen.pipeline.sound.audio_model import open_audio_model
 
         source = "model"
-        model = open_audio_model(
-            request.audio_model, request.audio_prompt or request.prompt, num_samples / RATE,
-            device=engine.device, dtype=engine.dtype, offload=engine.offload,
-        )
+        model = open_audio_model(request.audio_model, request.audio_prompt or request.prompt,
+                                 num_samples / RATE, device=engine.device, dtype=engine.dtype,
+                                 offload=engine.offload)
     elif request.audio == NO_AUDIO:
         source = "none"
     elif request.audio_file is not None:
@@ -143,7 +142,5 @@ def make_soundtrack(
         raise InputError(f"audio is {request.audio!r}; follow_audio needs --audio FILE, a sound to "
                          "follow")
     speech = speak(request.say, request.voice, num_samples) if request.say else None
-    return Soundtrack(
-        source, num_samples, bed, bool(request.audio_loop), speech, model,
-        is_own=has_sound and source == "own",
-    )
+    return Soundtrack(source, num_samples, bed, bool(request.audio_loop), speech, model,
+                      is_own=has_sound and source == "own")
