@@ -57,8 +57,7 @@ def best_of(
     """Draw candidates until one is good enough; return the best, of equal ones the first.
 
     Args:
-        draw: makes the candidates of a range of numbers, each with its score.
-        most: maximum number of candidates.
+        draw: makes the candidates of a range of numbers, each with its score; at most `most`.
         enough: score that ends the search.
         at_once: candidates that are drawn together.
         best: of an earlier run, which goes on with the others.
@@ -150,18 +149,14 @@ def sample_best(
 ) -> tuple[Tensor, int]:
     """Draw candidates of one window of a clip until one satisfies the verifier.
 
+    Return the best as samplers give it, with sound packed, and the number of rejected ones.
+
     Args:
-        loader: the networks.
-        plan: of the window.
-        state: the start of its first candidate.
+        state: the start of the first candidate.
         prompt: after word normalisation.
         sample: denoises the state of the candidate of a number, from a saved step on, if any.
         journal: of the clip, keeps the best so far.
-        window: number of the window.
         num_steps: of one candidate.
-
-    Returns:
-        The best candidate as samplers give it, with sound packed, and the number of rejected ones.
     """
     arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})
     best = None
@@ -195,13 +190,8 @@ def sample_best(
 def verify_video(loader: ModelLoader, video: Iterable[Tensor], prompt: str) -> Verified | None:
     """Score a finished clip against a prompt with the model's verifier, in bounded memory.
 
-    Args:
-        loader: the networks, a verifier among them.
-        video: successive chunks [1, 3, t, H, W] in [-1, 1] that fill whole latent frames.
-        prompt: after word normalisation.
-
-    Returns:
-        The verdict; None where the prompt names nothing that the verifier knows.
+    Return None where the normalised prompt names nothing that the verifier knows. The video comes
+    in successive chunks [1, 3, t, H, W] in [-1, 1] that fill whole latent frames.
     """
     with loader.use("vae") as vae, loader.use(VERIFIER) as verifier:
         wants = verifier.config.wants_in(prompt)

@@ -105,8 +105,7 @@ def decode_latents(
     tiles: Tiles | None = None, rate: int = 1,
 ) -> Iterator[Tensor]:
     """Yield video [B, 3, n, H, W] of each latent frame from `begin` to `end` of [B, C, F, h, w]."""
-    frames = latents[:, :, :end].split(1, dim=2)
-    return decode_frames(loader, frames, begin, tiles, rate)
+    return decode_frames(loader, latents[:, :, :end].split(1, dim=2), begin, tiles, rate)
 
 
 @torch.no_grad()
@@ -114,14 +113,11 @@ def decode_frames(
     loader: ModelLoader, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
     rate: int = 1,
 ) -> Iterator[Tensor]:
-    """Yield video [B, 3, n, H, W] of each latent frame [B, C, 1, h, w] of a clip from `begin` on.
-
-    Decoding starts earlier by the decoder's look-back, so that its caches, and the frames, are
-    bit-equal.
-    """
+    """Yield video [B, 3, n, H, W] of each latent frame [B, C, 1, h, w] from number `begin` on."""
     with loader.use("vae") as network:
         vae = network.at_rate(rate)
         dtype = next(vae.parameters()).dtype
+        # earlier by the decoder's look-back, so that its caches, and the frames, are bit-equal
         first = max(0, begin - vae.receptive_frames() + 1)
         pieces = (frame.to(loader.device, dtype) for frame in islice(frames, first, None))
         for index, video in enumerate(_decoded(vae, pieces, tiles), first):

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 class Encoder:
     """The parts of a model that conditions need."""
 
-    # video [1, 3, T, H, W] in [-1, 1] and the keyword `rate` to normalised latents [1, C,
-    # F, h, w]
+    # video [1, 3, T, H, W] in [-1, 1] and the keyword `rate` to normalised latents [1, C, F, h, w]
     encode: Callable[..., Tensor]
     encode_first: Callable[[Tensor], Tensor]  # the same for the clip's first picture
     describe: Callable[[Sequence[Frames]], Tensor] | None  # pictures to image features [1, S, D]
@@ -129,9 +128,8 @@ def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor,
         pixels = _whole_clip(plan, request, inputs) * (1 - wanted)
     if request.control is not None:
         assert inputs.control_fps is not None
-        pixels = _fitted(
-            plan, video_frames(request.control, plan.num_frames, plan.fps, inputs.control_fps)
-        )
+        shown = video_frames(request.control, plan.num_frames, plan.fps, inputs.control_fps)
+        pixels = _fitted(plan, shown)
     for moment, picture in _stills(plan, request, inputs):
         pixels[:, :, moment : moment + 1] = _fitted(plan, [picture])
         wanted[:, :, moment] = 0

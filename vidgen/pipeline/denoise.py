@@ -62,10 +62,10 @@ def denoising(
     if plan.guidance.reference_scale:
         asked[UNSHOWN] = contexts[0]
     others = regional.contexts if regional else []
+    names, wanted = [*asked, *[ALONE] * len(others)], [*asked.values(), *others]
     with ExitStack() as stack:
-        made = stack.enter_context(denoisers(loader, plan, state, [*asked.values(), *others], loras,
-                                             level, caches=caches,
-                                             branches=[*asked, *[ALONE] * len(others)]))
+        made = stack.enter_context(
+            denoisers(loader, plan, state, wanted, loras, level, caches=caches, branches=names))
         by_branch, alone = dict(zip(asked, made, strict=False)), made[len(asked) :]
         conditional = by_branch[PROMPT]
         if regional is not None:
@@ -193,15 +193,12 @@ def velocity(
     """Return the velocity of a transformer under a state's conditions, in the samplers' layout.
 
     Args:
-        dit: the transformer.
-        state: the conditions.
         latents: noisy, packed with the sound's if the state has sound.
         sigma: their noise levels, [B].
         context: text features [B, S, D] and their lengths [B].
         patch: latents a side of one token.
         frames_per_s: latent frames per second, the sound's clock; None without sound.
         whole: see `to_timestep`.
-        options: further arguments of the network.
     """
     inputs = network_inputs(state, latents, sigma, context, patch=patch, whole=whole,
                             frames_per_s=frames_per_s)
@@ -251,7 +248,6 @@ class RegionalPrompts:
 
 
 def _between(levels: tuple[float, float], inside: Denoise, outside: Denoise) -> Denoise:
-    """Return one model between two noise levels, another elsewhere."""
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         is_inside = levels[0] < float(sigma.max()) < levels[1]
         return (inside if is_inside else outside)(latents, sigma)
@@ -260,18 +256,12 @@ def _between(levels: tuple[float, float], inside: Denoise, outside: Denoise) -> 
 
 
 def regional_prompts(
-    config: VerifierConfig,
-    prompts: Sequence[str],
-    strength: float,
+    config: VerifierConfig, prompts: Sequence[str], strength: float,
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
 ) -> RegionalPrompts | None:
     """Return the regional prompts of clips; None where each prompt names one thing or none.
 
-    Args:
-        config: of the model's verifier.
-        prompts: after word normalisation.
-        strength: see `with_regions`.
-        encode: maps texts to (context [B, S, D], lengths [B]).
+    Prompts are normalised; `encode` maps texts to (context [B, S, D], lengths [B]).
     """
     actions = [config.prompts_of_each(prompt) for prompt in prompts]
     most = max(map(len, actions))
@@ -279,11 +269,9 @@ def regional_prompts(
         return None
     looks = [config.looks_of_each(prompt) for prompt in prompts]
     labels = [[*named, *[NO_LABEL] * (most - len(named))] for named in actions]
-    contexts = [
-        encode([own.get(label, prompt)
-                for own, label, prompt in zip(texts, each, prompts, strict=True)])
-        for texts in (actions, looks) for each in zip(*labels, strict=True)
-    ]
+    contexts = [encode([own.get(label, prompt)
+                        for own, label, prompt in zip(texts, each, prompts, strict=True)])
+                for texts in (actions, looks) for each in zip(*labels, strict=True)]
     return RegionalPrompts(strength, torch.tensor(labels), contexts)
 
 

@@ -91,8 +91,7 @@ def load(
 def load_own(model: str, otherwise: str, **loading: Any) -> Engine:
     """Load a model that our own networks run; `loading` are further arguments of `load`.
 
-    Raises:
-        InputError: diffusers runs the model; `otherwise` ends the message.
+    For one that diffusers runs raise InputError, with `otherwise` at the end of its message.
     """
     engine = load(model, **loading)
     if not isinstance(engine, Engine):
@@ -109,10 +108,9 @@ class Engine(OpenedModel):
         on_estimate: Callable[[Estimate], None] | None = None, on_preview: OnPreview | None = None,
         journal: Journal | Sequence[Journal] | None = None, **options: Any,
     ) -> Clip | list[Clip]:
-        """Make a clip, or a list of them where `count` is over 1.
+        """Make a lazy clip, decoded while it is saved or read, or a list where `count` is over 1.
 
         Args:
-            prompt: a prompt, or a whole request.
             on_event: called with progress; raising `Cancelled` stops cleanly between two steps.
             on_estimate: called with the estimate before the work begins.
             on_preview: called with small frames of the forming clip, for at most 2% of the time.
@@ -120,9 +118,6 @@ class Engine(OpenedModel):
                 killed run can resume; see docs/howto/resume.md.
             options: fields of `Request`, as the command line's long options; they override a given
                 request's.
-
-        Returns:
-            A lazy clip, or a list of them: pixels are decoded while they are saved or read.
 
         Raises:
             InputError: an option that can't be honoured, with value, limit and remedy.
@@ -178,7 +173,6 @@ class Engine(OpenedModel):
         self, plan: Plan, request: Request, on_estimate: Callable[[Estimate], None] | None, *,
         previewed: bool,
     ) -> Plan:
-        """Choose the setup that fits this machine; make the remaining checks."""
         from vidgen.ops.attention import asked_backend, require_backend
         from vidgen.pipeline.setups import preflight
 

@@ -22,15 +22,13 @@ class Clock:
     """Maps progress to the fraction done and the seconds left.
 
     Args:
-        made: estimate of all clips, or of each.
-        num_clips: clips of one estimate.
+        made: estimate of all `num_clips` clips, or of each.
         done: numbers of clips finished by an earlier run, from 1.
         one_by_one: each clip is written at once, and `made` is of one clip or a list of every
             one's. Otherwise, as in one generation, all clips are sampled before the first is
             written, and `made` is of all of them.
         parallel: several clips of a list are made at a time; the time left then follows from the
             fraction done since the start.
-        now: a clock in seconds.
     """
 
     def __init__(
@@ -60,17 +58,10 @@ class Clock:
         self._slower: float | None = None  # than expected, in the stage measured last
 
     def __call__(self, stage: str, done: int, total: int, clip: int = 1) -> dict[str, Any]:
-        """Return the event's additional fields.
+        """Return "fraction", 0 to 1, and "eta_s", None until this machine was measured.
 
-        Args:
-            stage: "prompt", "prepare", "sample", "sound", which has no estimate if another model
-                makes it, or any other name for the writing of clips.
-            done: of `total` in this stage.
-            total: units of the stage.
-            clip: number of the clip, from 1.
-
-        Returns:
-            "fraction", 0 to 1, and "eta_s", None until something was measured on this machine.
+        `stage` is "prompt", "prepare", "sample", "sound", which has no estimate if another model
+        makes it, or any other name for the writing of clips; `clip` is numbered from 1.
         """
         name = stage if stage in _STAGES else "write"
         place = name, 1 if name == "prompt" and self._common else clip

@@ -45,17 +45,14 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
         ModelError: a file that is no LoRA for this model.
     """
     choices = [parse_option(option) for option in options]
-    configs: dict[Role, DiTConfig] = {role: folder.components[role].config
-                                      for role in ("transformer", "transformer_2")
-                                      if role in folder.components}
+    configs: dict[Role, DiTConfig] = {
+        role: folder.components[role].config
+        for role in ("transformer", "transformer_2") if role in folder.components}
     names: tuple[Expert | None, ...] = EXPERTS if len(configs) == 2 else (None,)
     adapters = {role: read_choices(choices, config, name)
                 for (role, config), name in zip(configs.items(), names, strict=True)}
-    records = [
-        {"path": str(choice.path.resolve()), "weight": choice.weight, "expert": choice.expert,
-         "sha256": hashes_of(choice.path)}
-        for choice in choices
-    ]
+    records = [{"path": str(choice.path.resolve()), "weight": choice.weight,
+                "expert": choice.expert, "sha256": hashes_of(choice.path)} for choice in choices]
     return Loras(adapters, records)
 
 

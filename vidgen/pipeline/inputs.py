@@ -44,8 +44,7 @@ class Inputs:
     """A request's pictures, read once."""
 
     images: dict[str, list[Frames]] = field(default_factory=dict)  # by option; uint8 [H, W, 3] each
-    # (width, height) of the given video, beginning or control
-    video_size: tuple[int, int] | None = None
+    video_size: tuple[int, int] | None = None  # (width, height) of video, beginning or control
     video_fps: Fraction | None = None
     video_seconds: float | None = None
     ending: Ending | None = None  # of the clip to continue
@@ -79,9 +78,9 @@ class Inputs:
         if seconds is None and request.frames is not None:
             return request.frames, request.frames
         seconds = self.video_seconds if seconds is None else seconds
-        return None if seconds is None else num_frames_for_seconds(
-            float(seconds), float(fps), strides
-        )
+        if seconds is None:
+            return None
+        return num_frames_for_seconds(float(seconds), float(fps), strides)
 
 
 def read_inputs(request: Request) -> Inputs:
@@ -154,8 +153,7 @@ def pixels_of(
     pictures: Sequence[Frames], width: int, height: int, mode: Fit, border: int = 0
 ) -> Tensor:
     """Fit pictures uint8 [H, W, 3], unstretched, to video [1, 3, T, height, width] in [-1, 1]."""
-    fitted = np.stack([fit(picture, height, width, mode, border) for picture in pictures])
-    return as_video(fitted)
+    return as_video(np.stack([fit(picture, height, width, mode, border) for picture in pictures]))
 
 
 def read_mask(mask: Picture, plan: Plan) -> Tensor:
@@ -172,10 +170,9 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
         with VideoReader(mask) as reader:
             shown, rate = round(reader.length() * plan.fps / reader.fps), reader.fps
         if shown < plan.kept_frames:
-            raise InputError(
-                f"mask {mask} lasts {shown} frames at {float(plan.fps):g} a second, the clip "
-                f"{plan.kept_frames}; give a mask as long as the clip, or a picture"
-            )
+            raise InputError(f"mask {mask} lasts {shown} frames at {float(plan.fps):g} a second, "
+                             f"the clip {plan.kept_frames}; give a mask as long as the clip, or a "
+                             "picture")
         frames = list(video_frames(mask, plan.num_frames, plan.fps, rate))
     pixels = pixels_of(frames, plan.width, plan.height, plan.fit)
     return (pixels.mean(1, keepdim=True) + 1) / 2
@@ -199,12 +196,8 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
     """Return the recipe's record of an input, from which it is restored or recognised.
 
     A file is hashed by its bytes, uint8 [H, W, 3] by its pixels, latents by the bytes of a
-    safetensors file.
-
-    Returns:
-        `option`, `sha256` and, up to `EMBED_LIMIT` bytes, `content` in base64: the file's own, a
-        picture's as PNG. `path` is a file's name, absolute if its content is left out; `marks`
-        are its marks of origin.
+    safetensors file. Up to `EMBED_LIMIT` bytes `content` is embedded in base64, a picture's as PNG.
+    `path` is a file's name, absolute if its content is left out; `marks` are its marks of origin.
     """
     from vidgen.media.manifest import read_marks
 

@@ -51,7 +51,6 @@ class ModelLoader:
 
     Args:
         dtype: of weights that aren't float32 by policy.
-        offload: "none", "stage" or "block".
         quantize: "int8" for linear layers of blocks; not with "block".
         mesh: devices over which the transformers' blocks are spread; neither with "block" nor
             quantised.
@@ -70,10 +69,8 @@ class ModelLoader:
         if quantize is not None:
             require_torchao(dtype)
             if offload == "block":
-                raise InputError(
-                    "offload 'block' reads weights as they lie in the files, so they can't be "
-                    "int8; give 'stage' with int8, or 'block' without"
-                )
+                raise InputError("offload 'block' reads weights as they lie in the files, so they "
+                                 "can't be int8; give 'stage' with int8, or 'block' without")
         assert mesh is None or not (quantize or offload == "block"), "refused by start_devices"
         if device.type == "cpu":
             reuse_freed_memory()
@@ -200,19 +197,16 @@ class ModelLoader:
         if need <= have:
             return
         fits = self._what_fits(have + present)
-        raise ModelError(
-            f"{self.folder.name}'s weights need {size_text(need)} on {self.device} "
-            f"({_NAMES[self.dtype]}, {self.quantize or 'not quantised'}, "
-            f"offload {self.offload}), {size_text(have)} are free; "
-            + (f"what would fit: {', or '.join(fits)}" if fits
-               else "nothing that is left to choose would fit: free memory or take a smaller model")
-        )
+        remedy = (f"what would fit: {', or '.join(fits)}" if fits else
+                  "nothing that is left to choose would fit: free memory or take a smaller model")
+        raise ModelError(f"{self.folder.name}'s weights need {size_text(need)} on {self.device} "
+                         f"({_NAMES[self.dtype]}, {self.quantize or 'not quantised'}, offload "
+                         f"{self.offload}), {size_text(have)} are free; {remedy}")
 
     def _get(self, role: Role) -> Any:
         if role not in self.folder.components:
-            raise ModelError(
-                f"{self.folder.name} has no {role}; it has {', '.join(self.folder.components)}"
-            )
+            known = ", ".join(self.folder.components)
+            raise ModelError(f"{self.folder.name} has no {role}; it has {known}")
         if role in self._lent:
             return self._lent[role]
         if role not in self._loaded:

@@ -48,10 +48,8 @@ def magnitudes_of(caches: StepCaches) -> Magnitudes:
     probes = {b: m for b, m in caches.memories.items() if isinstance(m, Probe)}
     whole = max(probes.values(), key=lambda probe: len(probe.logs)).logs
     logs = {branch: _filled(probe.logs, whole) for branch, probe in probes.items()}
-    return Magnitudes(
-        tuple(round(sigma, 6) for sigma, _ in whole),
-        {branch: tuple(round(log, 5) for log in each) for branch, each in logs.items()},
-    )
+    rounded = {branch: tuple(round(log, 5) for log in each) for branch, each in logs.items()}
+    return Magnitudes(tuple(round(sigma, 6) for sigma, _ in whole), rounded)
 
 
 def _filled(

@@ -160,8 +160,6 @@ def estimate(
 
 
 class _Job:
-    """One generation, divided into stages; arguments as in `estimate`."""
-
     def __init__(
         self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
         rates: Mapping[torch.dtype, Rates],
@@ -363,9 +361,8 @@ class _Job:
 
     def vae_bytes(self, rate: int, *, decode: bool, whole: bool) -> int:
         fused = self.on_cpu and self.vae_dtype in native.known_dtypes()
-        return vae_bytes(
-            self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole, fused=fused,
-            tiles=self.setup.tiles, rate=rate)
+        return vae_bytes(self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole,
+                         fused=fused, tiles=self.setup.tiles, rate=rate)
 
     def sound_latents(self, frames: int) -> int:
         if "sound_vae" not in self.folder.components:

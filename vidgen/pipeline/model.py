@@ -46,12 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class OpenedModel:
-    """A model's networks on a device.
-
-    Args:
-        asked: how it is to be loaded; what is None is chosen here.
-        policy: refuses prompts, or None.
-        devices: other devices that share the work, or None.
+    """A model's networks on a device, loaded as `asked`; what that leaves None is chosen here.
 
     Raises:
         ModelError: damaged files, or more than the memory holds.
@@ -121,8 +116,7 @@ class OpenedModel:
     ) -> Tensor:
         """Encode a first frame [B, 3, 1, H, W] in [-1, 1] to normalised latents [B, C, 1, h, w].
 
-        They are refined in `num_steps` (`refine_first`), but not in tiles, whose picture doesn't
-        fit.
+        They are refined in `num_steps` (`refine_first`), but not where the picture needs tiles.
         """
         if num_steps and tiles is None:
             return codec.refine_first(self.loader, picture, self.encode_video(picture), num_steps)

@@ -16,14 +16,7 @@ import torch
 from vidgen.media.ending import read_ending
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import settles, sigma_split, sigmas_of
-from vidgen.pipeline.long.tail import (
-    TAIL_FRAMES,
-    Beginning,
-    keeps_to_start,
-    no_beginning,
-    tail_of,
-    windows_after,
-)
+from vidgen.pipeline.long import tail
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -64,10 +57,10 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     """Count a clip's work; raise InputError if the clip that it continues is missing."""
     if plan.roll is not None:
         return _rolled(folder, plan, plan.roll, request)
-    t, begun = folder.components["vae"].config.strides.t, no_beginning(plan)
+    t, begun = folder.components["vae"].config.strides.t, tail.no_beginning(plan)
     if request.prefix is not None:
         begun = _beginning(folder, plan, os.fspath(request.prefix))
-    spans = windows_after(begun, plan, request, folder)
+    spans = tail.windows_after(begun, plan, request, folder)
     encoded, shown, total = list[Encoded](), 0, spans[-1][1] if spans else begun.num_given
     if begun.hand_over == "pixels":
         encoded.append(Encoded(1 + (begun.num_given - 1) * t, plan.oversampling))
@@ -78,19 +71,19 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         new = range(first + new_from, first + frames)
         pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
         stills, own = _conditions(folder, plan, request, frames, *pictures)
-        stills += known > 0 and keeps_to_start(folder, request)
+        stills += known > 0 and tail.keeps_to_start(folder, request)
         has_given = (folder.defaults.history_noise == 0 if known else
                      sum(pictures) > 0 and request.mask is None)
         finer = plan.rate.after(start).num_upsampled(stop - start)
         windows.append(Window(stop - start + stills, finer + stills,
                               *_num_passes(folder, plan, has_given=has_given), has_given))
         if known and plan.oversampling > 1:  # what came before, at the other rate
-            past = max(TAIL_FRAMES, (known + 1) * plan.oversampling)
+            past = max(tail.TAIL_FRAMES, (known + 1) * plan.oversampling)
             encoded.append(Encoded(1 + (past // plan.oversampling - 1) * t))
             shown += past
         if known and folder.conditioning == "control":  # what came before, as a clip of its own
             encoded.append(Encoded(frames))
-            shown += TAIL_FRAMES
+            shown += tail.TAIL_FRAMES
         encoded += own
         refined += pictures[0] if folder.conditioning == "tokens" else 0
         made = stop
@@ -156,13 +149,13 @@ def _conditions(
             return 0, whole
 
 
-def _beginning(folder: ModelFolder, plan: Plan, path: str) -> Beginning:
+def _beginning(folder: ModelFolder, plan: Plan, path: str) -> tail.Beginning:
     """Return the beginning that a clip will have, with latents that hold no values."""
     ending = read_ending(path)
-    begun = tail_of(ending, folder, plan)
+    begun = tail.tail_of(ending, folder, plan)
     if not isinstance(begun, str):
         return begun
     t, count = folder.components["vae"].config.strides.t, ending.frames_at(plan.fps)
     num_latents = 1 + (count - 1) // t
-    latents = torch.empty(1, 1, min(TAIL_FRAMES, num_latents), 1, 1, device="meta")
-    return Beginning(latents, count, num_latents, hand_over="pixels")
+    latents = torch.empty(1, 1, min(tail.TAIL_FRAMES, num_latents), 1, 1, device="meta")
+    return tail.Beginning(latents, count, num_latents, hand_over="pixels")

@@ -48,12 +48,9 @@ def make_plan(
 ) -> Plan:
     """Settle a request against a model.
 
-    Args:
-        request: for one clip.
-        folder: the model; its defaults hold where the request is silent.
-        inputs: what was read of the request's files, whose aspect and length a clip keeps that has
-            no others; None: it has none, or size and length are given.
-        devices: number of devices that share the work.
+    The model's defaults hold where the request for one clip is silent. `inputs` are the request's
+    files, whose aspect and length a clip keeps that has no others; None: it has none, or size and
+    length are given.
 
     Raises:
         InputError: a size, count, sampler or setting that can't be had; names the nearest that can.
@@ -187,11 +184,7 @@ def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:
 
 
 def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
-    """Return the plan's fields for the model's own sound, if it makes any.
-
-    Raises:
-        InputError: a setting of such a sound where none is made.
-    """
+    """Return the plan's fields for the model's own sound; refuse its settings if it makes none."""
     if not makes_sound(request, folder.tasks):
         for name, plain in (("audio_steps", request.steps), ("audio_candidates", 1),
                             ("audio_delay", 0)):
@@ -303,11 +296,7 @@ def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> No
 
 
 def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:
-    """Refuse a text that a model of few words can't read whole.
-
-    Raises:
-        InputError: names its length and the limit.
-    """
+    """Raise InputError, with length and limit, if a model of few words can't read a whole text."""
     count, limit = tokenizer.count(text), tokenizer.max_length
     if count > limit and tokenizer.words:
         raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
@@ -331,11 +320,7 @@ def require_models(request: Request, folder: ModelFolder) -> None:
 
 
 def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:
-    """Return a folder that our own networks run.
-
-    Raises:
-        InputError: diffusers runs it; names the pipeline.
-    """
+    """Return a folder that our own networks run; raise InputError if diffusers runs it."""
     if isinstance(folder, DiffusersFolder):
         raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
                          "embedded model and the Wan family")

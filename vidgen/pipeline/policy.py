@@ -93,7 +93,6 @@ def _is_joined(char: str) -> bool:
 
 
 def _spaced(text: str) -> str:
-    """Return normalised words with a space before and after each."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     shown = (char for char in folded if unicodedata.category(char) != "Cf")
     spaced = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in shown)

@@ -58,25 +58,19 @@ def make_diffusers_recipe(
 
 
 def _common(
-    engine: Opened, plan: Plan | DiffusersPlan, request: Request, inputs: Inputs,
-    loras: Loras,
+    engine: Opened, plan: Plan | DiffusersPlan, request: Request, inputs: Inputs, loras: Loras
 ) -> dict[str, Any]:
     folder, settings = engine.folder, dict(getattr(request.scheduler, "config", {}))
     return {
-        "format_version": RECIPE_VERSION,
-        "vidgen": __version__,
+        "format_version": RECIPE_VERSION, "vidgen": __version__,
         "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
-        "request": asked_options(request),
-        "plan": plan_facts(plan),
+        "request": asked_options(request), "plan": plan_facts(plan),
         "scheduler": json.loads(json.dumps(settings, default=lambda v: v.tolist())) or None,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
-        "inputs": inputs.records,
-        "loras": list(loras.records),
+        "inputs": inputs.records, "loras": list(loras.records),
         "custom_noise": next(
-            (each["sha256"] for each in inputs.records if each["option"] == "latents"), None
-        ),
-        "dtype": engine.dtype, "offload": engine.offload,
-        "device": engine.device.type,
+            (each["sha256"] for each in inputs.records if each["option"] == "latents"), None),
+        "dtype": engine.dtype, "offload": engine.offload, "device": engine.device.type,
         "machine": fingerprint(),
     }
 

@@ -204,6 +204,5 @@ def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float)
 def at_own_size(request: Request, size: tuple[int, int], folder: ModelFolder) -> Request:
     """Request the (width, height) of the continued clip if the model can make it."""
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
-    side = vae.strides.hw * dit.patch_size
-    fits = all(length % side == 0 for length in size)
+    fits = all(length % (vae.strides.hw * dit.patch_size) == 0 for length in size)
     return request.replace(size=size) if fits else request

@@ -99,14 +99,8 @@ def loading_from_recipe(
 ) -> dict[str, Any]:
     """Return the arguments of `load` for a recipe's model, which is looked up and checked.
 
-    Args:
-        recipe: as `read_recipe` returns it.
-        given: the model's new place, if any.
-        changes: options that replace the recorded ones.
-        anyway: only warn if the model differs from the recorded one.
-
-    Raises:
-        InputError: the model doesn't exist or differs.
+    `given` is the model's new place, if any; `changes` replace recorded options. A model that
+    doesn't exist or differs raises InputError; with `anyway` one that differs only logs a warning.
     """
     with _reading():
         known = {"model": recipe["model"]["source"], "device": recipe["device"]}
@@ -126,7 +120,6 @@ def loading_from_recipe(
 
 
 def _devices(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded number of devices, if they exist here."""
     count, here = recorded.get("count", 1), torch.cuda.device_count() or os.cpu_count() or 1
     if not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"{count!r} devices")
@@ -192,7 +185,6 @@ def _reading() -> Iterator[None]:
 
 
 def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the requested options except for inputs, and the seed."""
     number = recipe["format_version"]
     if number != RECIPE_VERSION:
         raise InputError(f"the recipe has format {number!r}, this vidgen reads {RECIPE_VERSION}; "
@@ -202,7 +194,6 @@ def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options except for inputs, as the plan settled them."""
     options, plan = _asked(recipe), recipe["plan"]
     options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
@@ -346,7 +337,6 @@ def _restore(record: Record, place: Path, given: Given) -> Any:
 
 
 def _is_at(path: Path, record: Record) -> bool:
-    """Return whether a file is an input, by its pixels, latents, or bytes."""
     if not path.exists():
         return False
     found: Any = None
@@ -364,7 +354,6 @@ def _is_at(path: Path, record: Record) -> bool:
 
 
 def _embedded(record: Record, place: Path) -> Any:
-    """Return an embedded picture, noise, or path of a file written at `place`."""
     content, kept = base64.b64decode(record["content"], validate=True), None
     digest = hashlib.sha256(content).hexdigest()
     if "shape" in record:
@@ -384,14 +373,13 @@ def _embedded(record: Record, place: Path) -> Any:
 
 
 def _describe(record: Record, given: Given) -> str:
-    option, path = record["option"], record.get("path", "")
-    state = "is not in the recipe"
+    option, path, state = record["option"], record.get("path", ""), "is not in the recipe"
     if path:
         state = "was changed" if Path(path).exists() else "is missing"
     meant = [place for name, place in given if _is_meant(name, record)]
     if meant:
         path, state = meant[-1], "is another one"
-    key = option.replace("_", "-")
-    change = "" if option == "latents" else f", or another with --set {key}=PATH"
+    other = f", or another with --set {option.replace('_', '-')}=PATH"
+    change = "" if option == "latents" else other
     return (f"{option} {path} {state}: the recipe's has the SHA-256 {record['sha256']}; give that "
             f"with --input {option}=PATH{change}").replace("  ", " ")

@@ -39,8 +39,7 @@ _KEPT_SHARE = 0.5
 class LanguageModel:
     """A causal language model of transformers, from a folder; nothing is fetched or run from it.
 
-    Args:
-        folder: as written by `save_pretrained`, weights in safetensors, with its tokenizer.
+    `save_pretrained` wrote the folder: weights in safetensors, and the tokenizer.
 
     Raises:
         ModelError: no such folder, or no such model in it.
@@ -150,10 +149,8 @@ def settle_texts(
 ) -> tuple[Request, dict[str, Any]]:
     """Recall jobs' settings, rewrite the prompt if requested, and apply the policy to every text.
 
-    A journal that began with a rewritten prompt keeps it.
-
-    Returns:
-        The request with the final prompt, and the recipe's entries about it.
+    Return the request with the final prompt, and the recipe's entries about it. A journal that
+    began with a rewritten prompt keeps it.
 
     Raises:
         InputError: a text that the policy refuses, or a damaged journal.

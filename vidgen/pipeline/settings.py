@@ -129,14 +129,7 @@ def settled_value(
 ) -> float:
     """Return a setting as it is asked for, or the model's own.
 
-    Args:
-        name: of the setting.
-        request: that may ask for it.
-        folder: the model.
-        why: it can't be had, or None.
-
-    Raises:
-        InputError: it is asked for where it can't be had.
+    `why` is the reason that it can't be had, if any; then a request for it raises InputError.
     """
     asked, off = request.settings.get(name), SETTINGS[name].off
     if why is None:
@@ -161,12 +154,9 @@ def served_limits(request: Request) -> dict[str, float]:
 def replayed_settings(
     plan: Mapping[str, Any], asked: Mapping[str, Value], options: frozenset[str]
 ) -> dict[str, Value]:
-    """Return the settings that make a recipe's clip again.
+    """Return the settings that make a recipe's clip again: what its plan settled, else as asked.
 
-    Args:
-        plan: of the recipe.
-        asked: settings of the recipe's request; what the plan settled takes their place.
-        options: that the clip's inputs were given by; settings that need others are left out.
+    Settings that need other `options` than those of the clip's inputs are left out.
     """
     kept = {name: value for name, value in asked.items()
             if name not in SETTINGS or not SETTINGS[name].recorded}
@@ -193,10 +183,7 @@ def settings_to_go_on(
 ) -> dict[str, Value]:
     """Return the settings of a clip that goes on: guidance as it was settled, others as asked for.
 
-    Args:
-        plan: of the clip's recipe.
-        asked: settings of the recipe's request.
-        sound: whether the model goes on making its sound.
+    Those of sound are among them if the model goes on making it.
     """
     own = {name: value for name, value in _recorded(plan).items()
            if SETTINGS[name].topic == "sampling"

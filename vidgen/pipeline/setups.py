@@ -96,11 +96,9 @@ def choose(
     remedy = (f"what would fit: {', or '.join(fits)}" if fits else
               "nothing that is left to choose would fit: free memory or take a smaller model")
     stage = max(first.stages, key=lambda stage: stage.bytes)
-    raise ModelError(
-        f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
-        f"{size_text(stage.bytes)} on {device} while it is at {stage.name!r} "
-        f"({first.setup.words}), {size_text(have)} are free; {remedy}"
-    )
+    raise ModelError(f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
+                     f"{size_text(stage.bytes)} on {device} while it is at {stage.name!r} "
+                     f"({first.setup.words}), {size_text(have)} are free; {remedy}")
 
 
 def _dtypes(asked: str | None, best: str) -> list[str]:

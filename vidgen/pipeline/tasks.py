@@ -26,10 +26,8 @@ def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bo
         if task not in tasks:
             from vidgen.weights.family import models_with
 
-            raise InputError(
-                f"model {name!r} can't take {option}: it learned {', '.join(tasks)}; "
-                f"models that can: {', '.join(models_with(task))}"
-            )
+            raise InputError(f"model {name!r} can't take {option}: it learned {', '.join(tasks)}; "
+                             f"models that can: {', '.join(models_with(task))}")
     if both and not {"image", "last-image"} <= asked.keys():
         raise InputError(f"model {name!r} goes from one picture to another; give --image and "
                          "--last-image")

@@ -222,7 +222,6 @@ def _machine(device: torch.device, dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
-    """Measure a narrow and a wide network, whole, and attention by itself."""
     if device.type == "cpu":
         reuse_freed_memory()  # as `ModelLoader` does
 

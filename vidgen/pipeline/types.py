@@ -243,12 +243,11 @@ class Estimate:
         return {
             "stages": [vars(stage) for stage in self.stages], "total_s": self.total_s,
             "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes,
-            "disk_bytes": self.disk_bytes, "measured": self.measured,
-            "dtype": self.setup.dtype, "offload": self.setup.offload,
-            "quantize": self.setup.quantize, "device": str(self.setup.device),
+            "disk_bytes": self.disk_bytes, "measured": self.measured, "dtype": self.setup.dtype,
+            "offload": self.setup.offload, "quantize": self.setup.quantize,
+            "device": str(self.setup.device),
             "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
-            "threads": torch.get_num_threads(),
-            "notes": list(self.notes), "choice": self.choice,
+            "threads": torch.get_num_threads(), "notes": list(self.notes), "choice": self.choice,
         }
 
 

@@ -69,7 +69,6 @@ class DiffusersEngine:
         offload: "none" keeps all of it on the device, "stage" one component and "block" one layer
             at a time; on the CPU all three are the same.
         loader: class of diffusers that loads the folder, instead of the one the folder names.
-        policy: refuses prompts.
 
     Raises:
         ModelError: a class that this diffusers doesn't have, or files missing or damaged.
@@ -91,9 +90,9 @@ class DiffusersEngine:
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
 
-        A pipeline of diffusers has no estimate, so `on_estimate` isn't called, and shows no
-        previews. A clip stopped while denoising starts again; one whose pipeline was done resumes
-        after the finished segments.
+        Diffusers has neither estimates, so that `on_estimate` isn't called, nor previews. A clip
+        stopped while denoising starts again; one whose pipeline was done resumes after the finished
+        segments.
 
         Raises:
             InputError: an option that this family can't honour, with those that it can.
@@ -153,8 +152,6 @@ class DiffusersEngine:
         self, plan: DiffusersPlan, scheduler: Any, request: Request, inputs: Inputs,
         able: Abilities, kept: Journal, report: Report,
     ) -> PipelineResult:
-        """Run the pipeline; from its first step on the job is kept."""
-
         def on_step(done: int, total: int) -> None:
             kept.keep_job()
             report("sample", done, total)
@@ -164,12 +161,10 @@ class DiffusersEngine:
         return self.pipe.make(able, plan, scheduler, arguments, on_step)
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
-        """Read the request's pictures; draw a first frame if a model is given for it."""
         able = Abilities(self.pipe.own)
         able.refuse(request)
         if request.first_frame_model is None:
             return request, read_inputs(request)
-
         size = request.size or able.default_size() or (512, 512)
         return with_first_frame(request, size, self.device, self.dtype)
 
@@ -187,8 +182,6 @@ class DiffusersEngine:
     def _arguments(
         self, plan: DiffusersPlan, request: Request, inputs: Inputs, able: Abilities
     ) -> dict[str, Any]:
-        """Return the pipeline's arguments; parameters left out take its own defaults."""
-
         def picture(pixels: Frames) -> Image.Image:
             if plan.width and plan.height:
                 pixels = fit(pixels, plan.height, plan.width, plan.fit)
@@ -219,7 +212,6 @@ class DiffusersEngine:
     def _settled(
         self, plan: DiffusersPlan, request: Request, able: Abilities, made: PipelineResult
     ) -> DiffusersPlan:
-        """Return the plan with the size and the frames that the pipeline showed."""
         shown, kept = made.num_frames, min(plan.kept_frames or made.num_frames, made.num_frames)
         if made.frames is not None:
             height, width = made.frames.shape[1:3]
@@ -236,7 +228,6 @@ class DiffusersEngine:
         self, plan: DiffusersPlan, recipe: dict[str, Any], able: Abilities, made: PipelineResult,
         journal: Journal,
     ) -> Clip:
-        """Return a lazy clip over the deferred decodings, or the frames."""
         kept = plan.kept_frames
         assert kept is not None
         assert plan.width is not None
@@ -267,15 +258,12 @@ def draw_first_frame(
     steps: int | None = None, guidance: float | None = None, device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "fp32", on_event: Callable[[Progress], None] | None = None,
 ) -> tuple[Frames, dict[str, Any]]:
-    """Draw a picture with a text-to-image model, which is freed afterwards.
+    """Return a picture by a text-to-image model, uint8 [height, width, 3], and its recipe's record.
 
-    It is drawn in the wanted aspect at the model's own area, where such models are at their best,
-    and then resized to (width, height). `folder` is the model's, as diffusers saves it, or its id
-    on the hub: SDXL, SD3, FLUX, ... A negative prompt that it can't read is left out with a
-    warning; `steps` and `guidance` default to the model's own.
-
-    Returns:
-        (uint8 [height, width, 3], its record for the recipe).
+    The model is freed afterwards. It draws in the wanted aspect at its own area, where such models
+    are at their best; then the picture is resized to (width, height). `folder` is the model's, as
+    diffusers saves it, or its id on the hub: SDXL, SD3, FLUX, ... A negative prompt that it can't
+    read is left out with a warning; `steps` and `guidance` default to the model's own.
 
     Raises:
         ModelError: no such folder, or no text-to-image model.

@@ -30,8 +30,7 @@ OnProgress = Callable[[int, int], None]
 class LoadedPipeline:
     """A folder's pipeline, and those over the same weights that take a picture or clip as well.
 
-    Args:
-        loader: loads the folder; `DiffusionPipeline` takes the class that the folder names.
+    `loader` loads the folder; `DiffusionPipeline` takes the class that the folder names.
 
     Raises:
         ModelError: a class that this diffusers doesn't have, or files missing or damaged.
@@ -111,8 +110,6 @@ class LoadedPipeline:
     def _run(
         self, able: Abilities, plan: DiffusersPlan, arguments: dict[str, Any]
     ) -> PipelineResult:
-        """Call the pipeline, with its decoding deferred if possible."""
-
         def length(latents: torch.Tensor) -> int:
             if plan.num_frames is not None and (plan.num_frames - 1) % able.strides.t:
                 return plan.num_frames  # against the causal rule, but so the pipeline has it
@@ -169,7 +166,6 @@ def stepping(pipe: Any, on_step: OnProgress) -> Iterator[None]:
 
 @contextmanager
 def _lent(able: Abilities, plan: DiffusersPlan, scheduler: Any) -> Iterator[None]:
-    """Lend a pipeline a request's scheduler and guidance."""
     pipe, own_scheduler, own_guider = able.pipe, able.pipe.scheduler, able.guider
     pipe.scheduler = scheduler
     if own_guider is not None:
@@ -198,10 +194,9 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
                 str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
             )
     except damages as error:
-        raise ModelError(
-            f"{folder.path} can't be loaded as {folder.class_name} by diffusers {version}: "
-            f"{error}; copy it again, or install a newer diffusers"
-        ) from error
+        raise ModelError(f"{folder.path} can't be loaded as {folder.class_name} by diffusers "
+                         f"{version}: {error}; copy it again, or install a newer "
+                         "diffusers") from error
     if not {"prompt", "image", "video"} & Abilities(pipe).defaults.keys():
         raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
                          "show; give a text-to-video, image-to-video or text-to-image model")

@@ -137,9 +137,8 @@ class Abilities:
             options.add("guidance")
         options |= {"frames"} if self.is_image else {"frames", "seconds", "fps"}
         # Beside `denoise_strength`, LTX's `strength` means how firmly frames are kept.
-        is_video2video = {"video", "strength"} <= self.defaults.keys() and (
-            "denoise_strength" not in self.defaults
-        )
+        takes_video = {"video", "strength"} <= self.defaults.keys()
+        is_video2video = takes_video and "denoise_strength" not in self.defaults
         if is_video2video or (self.name, "video") in SIBLINGS:
             options |= {"video", "strength"}
         if self.is_image:  # a picture that it takes is one to edit, no first frame
@@ -164,9 +163,8 @@ class Abilities:
                 raise InputError(f"{asked} can't be honoured by {self.name}{reason}; "
                                  f"leave it out. It takes {can}")
         for option, kind in (("image", "Image"), ("video", "Video")):
-            is_needed = self.defaults.get(option) is inspect.Parameter.empty or (
-                re.search(rf"{kind}(To|2)Video", self.name) is not None
-            )
+            is_named = re.search(rf"{kind}(To|2)Video", self.name) is not None
+            is_needed = self.defaults.get(option) is inspect.Parameter.empty or is_named
             drawn = option == "image" and request.first_frame_model is not None
             if is_needed and getattr(request, option) is None and not drawn:
                 raise InputError(f"{self.name} starts from a given {option}; give --{option}")
@@ -190,9 +188,8 @@ class Abilities:
             return side, side
         if hasattr(pipe, "default_aspect_ratio"):
             columns, rows = pipe.default_aspect_ratio
-            height, width = pipe.video_processor.calculate_default_height_width(
-                rows, columns, pipe.target_size
-            )
+            sides = pipe.video_processor.calculate_default_height_width
+            height, width = sides(rows, columns, pipe.target_size)
             return width, height
         return None
 
@@ -226,9 +223,8 @@ def make_diffusers_plan(
     if "prompt" not in able.defaults:
         log.warning("%s reads no prompt; it is left out", able.name)
     fps = request.fps or able.default_fps()
-    if request.fps and able.rate is None and request.fps != able.default_fps() and (
-        not able.is_image
-    ):
+    plays_other = request.fps and able.rate is None and request.fps != able.default_fps()
+    if plays_other and not able.is_image:
         log.warning("%s makes frames for %s fps whatever is asked; at %s fps they play at "
                     "another speed", able.name, able.default_fps(), request.fps)
     num_frames, kept = (1, 1) if able.is_image else _length(request, inputs, able, fps)

@@ -260,12 +260,10 @@ def kept_result(journal: Journal) -> PipelineResult | None:
     if kept is None:
         return None
     arrays, facts = kept
-    decodings = []
-    for each in facts["decodings"]:
-        latents, arguments, options = _unpacked(each, arrays)
-        decodings.append(Decode(latents, tuple(arguments), options))
+    unpacked = (_unpacked(each, arrays) for each in facts["decodings"])
+    decodings = [Decode(latents, tuple(given), options) for latents, given, options in unpacked]
     return PipelineResult(facts["num_frames"], decodings, facts["cut"], arrays.get("frames"),
-                arrays.get("sound"), facts["sound_rate"])
+                          arrays.get("sound"), facts["sound_rate"])
 
 
 def as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:

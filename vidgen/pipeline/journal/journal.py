@@ -77,10 +77,8 @@ class Journal:
             facts = job.job_facts(self.folder)
             if facts["running"]:
                 raise self._taken()
-            raise OutputError(
-                f"{self.output} is not finished ({job.progress_text(facts)}, kept in "
-                f"{self.folder}); --resume goes on, --overwrite starts anew"
-            )
+            raise OutputError(f"{self.output} is not finished ({job.progress_text(facts)}, kept in "
+                              f"{self.folder}); --resume goes on, --overwrite starts anew")
 
     @property
     def unfinished(self) -> bool:
@@ -241,10 +239,9 @@ class Journal:
         if differ := recorded.decisive_differences(old, recipe):
             without = old.get("kernels") == "none" and recipe.get("kernels") != "none"
             how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
-            raise InputError(
-                f"{place} is another clip's: {'; '.join(differ)}; go on with what it was made "
-                f"with{how}, choose another name, or start anew with --overwrite"
-            )
+            raise InputError(f"{place} is another clip's: {'; '.join(differ)}; go on with what it "
+                             f"was made with{how}, choose another name, or start anew with "
+                             "--overwrite")
 
     @property
     def _has_result(self) -> bool:
@@ -305,7 +302,6 @@ class Journal:
         self.num_frames = sum(job.read_segment(path).num_frames for path in kept)
 
     def _keep_soon(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
-        """Save a file with the next ones, if that is cheap against the time since the last save."""
         self._pending[name] = arrays, facts
         if time.monotonic() >= self._due_s:
             self._flush()

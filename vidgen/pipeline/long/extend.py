@@ -118,12 +118,9 @@ class LongClip:
         A window depends on the seed, its place and the latents that it continues, never on the
         number of windows; so a longer clip begins as the shorter one did, up to its last window.
 
-        Args:
-            sample: denoises one window.
-            done: last argument of `keep` in an earlier run, to resume after it.
-            keep: called with all latents so far after each window.
-            add_sound: adds a given sound to a window's state, from its first latent frame and their
-                number.
+        `keep` gets all latents so far after each window; `done` is its last argument in an earlier
+        run, to resume after it. `add_sound` adds a given sound to a window's state, from its first
+        latent frame and their number.
         """
         rate, hold = self.begun.rate, self.request.colour_hold
         made = self.begun.latents if done is None else done
@@ -195,7 +192,6 @@ class LongClip:
         return self.engine.vae_config.strides.t
 
     def _colours(self, latents: Tensor) -> Tensor:
-        """Return the target colours: the beginning's, else those of the first window."""
         if self.begun.colours is not None:
             return self.begun.colours
         return tail.colours_of(latents[:, :, : self.begun.rate.num_upsampled(self.windows[0][1])])
@@ -207,7 +203,6 @@ class LongClip:
         return self.begun.anchor if self.begun.num_latents else latents[:, :, :1]
 
     def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
-        """Return a window's plan and state, with its part of the noise and of the stills."""
         plan, request, begun, t = self.plan, self.request, self.begun, self._stride_t
         images = self.inputs.images
         start, stop = start + begun.num_gone, stop + begun.num_gone
@@ -278,20 +273,17 @@ class LongClip:
 def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
     longest = folder.defaults.max_frames
     if "extend" not in folder.tasks:
-        raise InputError(
-            f"{plan.num_frames} frames are more than {folder.name!r} makes at once; give "
-            f"--frames {longest} or fewer, or a model that goes on from its own latents: "
-            f"toybox, {', '.join(models_with('extend'))}"
-        )
+        raise InputError(f"{plan.num_frames} frames are more than {folder.name!r} makes at once; "
+                         f"give --frames {longest} or fewer, or a model that goes on from its own "
+                         f"latents: toybox, {', '.join(models_with('extend'))}")
     for option in ("video", "mask", "control"):
         if request.has(option) and request.has("prefix"):
             raise InputError(f"{option} doesn't go with prefix, from which the clip follows; leave "
                              "one of them out")
         if request.has(option):
-            raise InputError(
-                f"{option} holds for one window of the model, {longest} frames at most; this clip "
-                f"has {plan.num_frames}: shorten it or leave {option} out"
-            )
+            raise InputError(f"{option} holds for one window of the model, {longest} frames at "
+                             f"most; this clip has {plan.num_frames}: shorten it or leave {option} "
+                             "out")
 
 
 def _room_for(shape: LatentShape) -> Tensor:
@@ -371,8 +363,7 @@ def at_rate(engine: OpenedModel, latents: Tensor, had: int, wanted: int, plan: P
     """
     shown, t = _decoded(engine, latents, plan, had), engine.vae_config.strides.t
     whole = 1 + (shown.shape[2] - 1) // t * t
-    made = engine.encode_video(shown[:, :, -whole:], plan.tiles, plan.encode_passes, wanted)
-    return made.cpu()
+    return engine.encode_video(shown[:, :, -whole:], plan.tiles, plan.encode_passes, wanted).cpu()
 
 
 def _decoded(engine: OpenedModel, latents: Tensor, plan: Plan, rate: int = 1) -> Tensor:

@@ -111,5 +111,5 @@ def rolled_videos(
     """Yield video [1, 3, n, H, W] of `rolled_latents`, one by one, from frame `start` on."""
     t = engine.vae_config.strides.t
     latents = rolled_latents(engine, plan, request, inputs, loras, context)
-    return from_frame(
-        decode_frames(engine.loader, latents, latent_of(start, t), plan.tiles), start, t)
+    videos = decode_frames(engine.loader, latents, latent_of(start, t), plan.tiles)
+    return from_frame(videos, start, t)

@@ -118,6 +118,8 @@ def make_tail(
 ) -> dict[str, Any] | None:
     """Return a recipe's record of a clip's last latents, from which it is continued unencoded.
 
+    It is JSON data with float16 in base64; None if not one latent frame fits into `TAIL_BYTES`.
+
     Args:
         latents: the clip's last ones, [1, C, F, h, w], `rate` of them for each of its own.
         num_latents: latent frames of the whole clip, at its own rate.
@@ -125,9 +127,6 @@ def make_tail(
         colours: [2, C], the windows' target; None: those of `latents`.
         anchor: [1, C, 1, h, w] of the clip's start, for models that refer to it.
         rate: factor of temporal upsampling.
-
-    Returns:
-        JSON data with float16 in base64; None if not one latent frame fits into `TAIL_BYTES`.
     """
     frame_bytes = latents[:, :, :1].numel() * 2 * 4 // 3
     count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
@@ -164,10 +163,8 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
             rate=replace(rate, alone=latents.shape[2] == rate.num_upsampled(num_latents)),
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise InputError(
-            f"the latents in the clip's recipe are damaged ({error}); write the clip once more "
-            "without its recipe, or make it again"
-        ) from None
+        raise InputError(f"the latents in the clip's recipe are damaged ({error}); write the clip "
+                         "once more without its recipe, or make it again") from None
 
 
 def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:

@@ -55,11 +55,8 @@ GRACE_S = 5.0
 class Devices:
     """Rank 0's side of the devices; `start_devices` creates it.
 
-    If a device fails, methods raise DeviceError, and the engine can't be used afterwards.
-
-    Args:
-        pool: processes started here, of ranks 1, 2, ...
-        shard: spread the transformers' weights over the devices.
+    If a device fails, methods raise DeviceError, and the engine can't be used afterwards. `pool`
+    holds the processes started here, and `shard` spreads the transformers' weights over all.
     """
 
     def __init__(self, channel: ipc.Channel, pool: LocalPool, *, shard: bool) -> None:
@@ -203,7 +200,6 @@ class Devices:
             raise
 
     def _failure(self) -> str | None:
-        """Return the first rank that failed and why; None if none does within `GRACE_S`."""
         until = time.monotonic() + GRACE_S
         while time.monotonic() < until:
             with suppress(RuntimeError):
@@ -326,4 +322,4 @@ def _dissolve(channel: ipc.Channel, pool: LocalPool) -> None:
             grace_s = GRACE_S
     pool.end(grace_s)
     with suppress(RuntimeError):
-        channel.leave()
+        dist.destroy_process_group()

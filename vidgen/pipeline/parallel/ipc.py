@@ -73,8 +73,7 @@ class Division:
 def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
     """Divide devices by guidance, whose halves meet once a step, and the rest by tokens.
 
-    Raises:
-        InputError: more ranks on one sequence than the model has heads.
+    More ranks on one sequence than the model has heads raise InputError.
     """
     guidance = 2 if guided and devices % 2 == 0 else 1
     sequence = devices // guidance
@@ -88,11 +87,9 @@ def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
 def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tuple[int, int]]:
     """Divide the latent frames `begin` to `end` among ranks so that all finish at the same time.
 
-    Each rank also decodes the `look_back` frames before its stretch that the decoder depends on;
-    the clip's first has none, so its stretch is the longest.
-
-    Returns:
-        [first, last) of each rank, empty for some where more ranks would not be faster.
+    Return [first, last) of each rank, empty for some where more ranks would not be faster. Each
+    also decodes the `look_back` frames before its stretch that the decoder depends on; the clip's
+    first has none, so its stretch is the longest.
     """
     places = [begin]
     for cost in range(1, end + 1):
@@ -184,19 +181,13 @@ class Channel:
         self._count += 1
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        what: tuple[Any, ...] = box[0]
-        return what
-
-    def leave(self) -> None:
-        """Destroy the groups."""
-        dist.destroy_process_group()
+        return tuple(box[0])
 
 
 def is_loss(error: BaseException) -> bool:
     """Return whether an error means that another rank can't be reached, not its own failure."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return is_gloo or isinstance(error, dist.DistError)
 
 
 def torchrun_place() -> tuple[dist.Store, int, int]:

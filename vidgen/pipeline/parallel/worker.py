@@ -66,9 +66,8 @@ class DeviceWorker:
         loader = self._set_up(dtype, offload)
         own = moved(share, self._channel.device)
         self._division, self._caches = own.division, own.caches
-        self._denoisers = self._sampling.enter_context(
-            ipc.shared_denoisers(loader, own, self._channel, shard=self._mesh is not None)
-        )
+        shared = ipc.shared_denoisers(loader, own, self._channel, shard=self._mesh is not None)
+        self._denoisers = self._sampling.enter_context(shared)
 
     @torch.no_grad()
     def denoise(
@@ -116,7 +115,6 @@ class DeviceWorker:
             work.wait()
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> ModelLoader:
-        """Return the networks, held as rank 0 holds them."""
         old = self.loader
         if old is not None and (old.dtype, old.offload) == (dtype, offload):
             return old
@@ -142,7 +140,7 @@ def serve(channel: ipc.Channel) -> int:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         channel.store.set(FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
         raise
-    channel.leave()
+    dist.destroy_process_group()
     return 0
 
 

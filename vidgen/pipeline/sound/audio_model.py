@@ -67,9 +67,8 @@ class AudioModel:
             InputError: the pipeline refuses the arguments.
         """
         pipe, name = (place or self.load()).taking(None), self.folder.class_name
-        longest = _MAX_S.get(name) or float(
-            pipe.transformer.config.sample_size * pipe.vae.hop_length
-            / pipe.vae.config.sampling_rate)
+        longest = _MAX_S.get(name) or float(pipe.transformer.config.sample_size
+                                            * pipe.vae.hop_length / pipe.vae.config.sampling_rate)
         arguments = {"prompt": self.prompt, LENGTHS[name]: min(self.seconds, longest),
                      "generator": torch.Generator("cpu").manual_seed(seed)}
         try:

@@ -158,10 +158,8 @@ class OwnSound:
     ) -> None:
         """Make the sound of a finished picture, window by window.
 
-        Args:
-            picture: latents [1, C, F, h, w].
-            sample: denoises a window's sounds, given the number of the window.
-            journal: keeps the sound before the last window.
+        The picture's latents are [1, C, F, h, w]. `sample` denoises a window's sounds, given the
+        number of the window; the journal keeps the sound before the last window.
         """
         kept = journal.kept_arrays(HEARD, "latents")
         if kept is not None:
@@ -181,9 +179,8 @@ class OwnSound:
             self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
             self.lateness = self.lateness.and_of(late)
             if number + 1 < len(self.windows):
-                arrays = {"latents": self.latents.numpy()}
                 facts = {"begins": self.begins, "lateness": self.lateness}
-                journal.keep_arrays(HEARD, arrays, facts)
+                journal.keep_arrays(HEARD, {"latents": self.latents.numpy()}, facts)
 
     def _made(
         self, shown: Tensor, rate: LatentRate, first: int, count: int,
@@ -210,9 +207,8 @@ class OwnSound:
             impacts = impacts_seen(self.loader, shown, rate, first, self.plan.fps)
         if impacts is not None:
             begin = self._span(first, 1)[0]
-            known = max(0, self._ends - begin)
             impacts = replace(impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
-                              new_from_s=known / config.tokens_per_s)
+                              new_from_s=max(0, self._ends - begin) / config.tokens_per_s)
         at_once = drawn_at_once(self.loader.folder, most)
         return best_sound(draw, hear, config.sample_rate, most, at_once, impacts)
 
@@ -221,11 +217,8 @@ class OwnSound:
     ) -> LatentState:
         """Add the sound of a stretch, as far as it is known, to the picture's state.
 
-        Args:
-            state: of the picture, a row for each of the sounds.
-            first: latent frame of the clip with which the stretch begins.
-            count: its latent frames.
-            takes: numbers of the sounds, each of which has noise of its own.
+        The stretch has `count` latent frames from `first` on. The state has a row for each of the
+        sounds of numbers `takes`, each of which has noise of its own.
         """
         begin, end, start_s = self._span(first, count)
         channels = self._config.latent_channels
@@ -283,7 +276,6 @@ class OwnSound:
 
     @property
     def _ends(self) -> int:
-        """The sound latent after the last one that is made or known."""
         return self.begins + self.latents.shape[2]
 
     @property
@@ -332,12 +324,10 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
     distilled model knows pictures only, so the model itself denoises the sound of its clips.
     """
     if plan.student is not None:
-        plan = replace(
-            plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
-            shift=defaults.shift, guidance=Guidance(
-                defaults.guidance_scale, known_scale=defaults.settings.get("image_guidance")
-            ),
-        )
+        known = defaults.settings.get("image_guidance")
+        plan = replace(plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
+                       shift=defaults.shift, guidance=Guidance(defaults.guidance_scale,
+                                                               known_scale=known))
     return replace(plan, strength=1.0, cache=None, oversampling=1,
                    num_steps=plan.sound_steps or plan.num_steps)
 
@@ -388,10 +378,8 @@ def best_sound(
     """Draw sounds for a picture until one matches it; return the best.
 
     Args:
-        draw: makes the sounds of a range of numbers, [N, C, k].
-        hear: decodes them, [N, n].
-        rate: samples per second.
-        most: maximum number of sounds.
+        draw: makes the sounds of a range of numbers, [N, C, k]; at most `most`.
+        hear: decodes them, [N, n], at `rate` samples per second.
         at_once: see `drawn_at_once`.
         impacts: of the picture, in the sounds' own time; None without a detector.
     """

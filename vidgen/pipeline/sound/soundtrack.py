@@ -65,8 +65,7 @@ class Soundtrack:
     ) -> Clip:
         """Return the clip with its sound; without any it stays silent.
 
-        `on_step` gets the steps of another model that makes the sound of `seed`; `journal` keeps
-        it.
+        `on_step` gets the steps of another model that makes the sound of `seed`.
 
         Raises:
             InputError: that model refuses the arguments.
@@ -100,8 +99,7 @@ class Soundtrack:
 
 
 def make_soundtrack(
-    request: Request, num_frames: int, fps: Fraction, engine: Opened,
-    *, has_sound: bool,
+    request: Request, num_frames: int, fps: Fraction, engine: Opened, *, has_sound: bool
 ) -> Soundtrack:
     """Settle a request's sound: read files, synthesise speech.
 
@@ -115,11 +113,9 @@ def make_soundtrack(
     """
     num_samples = round(num_frames / fps * RATE)
     if request.audio == OWN_AUDIO and request.audio_model is None and not has_sound:
-        raise InputError(
-            f"audio is 'generate', but model {engine.folder.name!r} makes no sound; give --audio "
-            "FILE, --audio-model FOLDER (Stable Audio, AudioLDM 2), --say TEXT, or a model that "
-            "makes it, such as LTX-2"
-        )
+        raise InputError(f"audio is 'generate', but model {engine.folder.name!r} makes no sound; "
+                         "give --audio FILE, --audio-model FOLDER (Stable Audio, AudioLDM 2), "
+                         "--say TEXT, or a model that makes it, such as LTX-2")
     source: Source = "own"
     bed = model = None
     if request.audio_model is not None:

@@ -23,12 +23,9 @@ def write_request(
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None,
 ) -> None:
-    """Make a request's clip and write it; resume a stopped one.
+    """Make a request's single clip and write it, over an existing file; resume a stopped one.
 
     Args:
-        engine: of any family.
-        request: of one clip.
-        path: of the file, which is replaced if it exists.
         tell: called with progress events, and when the file is written.
         told: further entries of each event.
         cut: returns the part of the clip to be written; None: all.

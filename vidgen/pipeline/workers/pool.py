@@ -24,22 +24,14 @@ Message = tuple[Any, ...]
 
 
 class WorkerHandle(ABC):
-    """One worker.
-
-    Attributes:
-        number: from 1 on; one that replaces another has its number.
-        job: its current job, or None.
-        is_ready: whether it has reported that it can work.
-        heard_s: time of its last message; None: none yet.
-        moved_s: when its job began, or reported progress last.
-    """
+    """One worker; one that replaces another has its number."""
 
     def __init__(self, number: int) -> None:
-        self.number = number
-        self.job: Job | None = None
-        self.is_ready = False
-        self.heard_s: float | None = None
-        self.moved_s = 0.0
+        self.number = number  # from 1 on
+        self.job: Job | None = None  # its current one
+        self.is_ready = False  # whether it has reported that it can work
+        self.heard_s: float | None = None  # time of its last message, if any
+        self.moved_s = 0.0  # when its job began, or reported progress last
 
     def begin(self, job: Job) -> None:
         """Give it a job."""
@@ -96,11 +88,9 @@ class WorkerPool(ABC):
 
 
 class LocalPool(WorkerPool):
-    """Processes of this machine.
+    """Processes of this machine, for pickled work.
 
     Args:
-        work: pickled.
-        count: number of processes.
         threads: of each job; None: as the work sets them.
         gpus: names in CUDA_VISIBLE_DEVICES, one for each process in turn; empty: all see all.
     """

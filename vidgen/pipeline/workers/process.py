@@ -56,9 +56,7 @@ class LogMessages(logging.Handler):
 class Worker:
     """The worker's side of a process or an actor: runs jobs, one at a time.
 
-    Args:
-        say: sends a message to the scheduler.
-        threads: of each job; None: as many as the process has.
+    `say` sends a message to the scheduler; `threads` of None are as many as the process has.
     """
 
     def __init__(self, say: Say, threads: int | None) -> None:
@@ -88,7 +86,6 @@ class Worker:
             self._say(self._answer(work, *job))
 
     def _answer(self, work: Work, payload: Any) -> tuple[Any, ...]:
-        """Run a job: ("done", result) or ("failed", error)."""
         try:
             if self._threads is not None:
                 pin_threads(self._threads)
@@ -96,9 +93,9 @@ class Worker:
         except VidgenError as error:
             return "failed", error
         except Exception as error:
-            told = "".join(traceback.format_exception(error)).strip()
-            return "failed", VidgenError(f"a worker came upon {type(error).__name__}: {error}\n"
-                                         f"{told}")
+            trace = "".join(traceback.format_exception(error)).strip()
+            text = f"a worker came upon {type(error).__name__}: {error}\n{trace}"
+            return "failed", VidgenError(text)
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self._reason is not None:
@@ -152,7 +149,6 @@ def _beat(connection: Connection, say: Say) -> None:
 
 
 def _leave() -> None:
-    """Let the job save its state, then exit."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S)
     os._exit(1)

@@ -70,10 +70,7 @@ class Actor:
 
 @dataclass
 class _SentWork:
-    """Pickled work of a command, opened by the first job.
-
-    A job fails with InputError on a machine of another version, or without the command's folder.
-    """
+    """Pickled work of a command, opened by the first job; refuses another version or folder."""
 
     work: bytes
     folder: str
@@ -199,7 +196,6 @@ class RayWorker(WorkerHandle):
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Join a cluster, or start one on this machine; raise InputError if it can't be reached."""
     own = {"include_dashboard": False} if address == "local" else {}
     try:
         if (place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)) is not None:

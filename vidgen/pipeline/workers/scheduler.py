@@ -28,15 +28,7 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.core.store import Store
 from vidgen.pipeline.workers.pool import LocalPool, WorkerHandle, WorkerPool, visible_gpus
-from vidgen.pipeline.workers.types import (
-    MAX_THREADS,
-    Job,
-    Outcome,
-    Patience,
-    Staff,
-    Work,
-    pin_threads,
-)
+from vidgen.pipeline.workers.types import MAX_THREADS, Job, Outcome, Staff, Work, pin_threads
 
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
@@ -51,33 +43,25 @@ def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent) -> It
     """Run jobs; yield each one's outcome as it comes.
 
     A caller that leaves the loop, or is interrupted, stops all workers within seconds; their jobs
-    can be resumed.
-
-    Args:
-        jobs: each after those that it needs; read as they are needed.
-        work: runs a job.
-        staff: number and kind of workers.
-        tell: called with workers' events, with `worker` added if there are several.
-
-    Raises:
-        VidgenError: workers that don't start.
+    can be resumed. Jobs, each after those that it needs, are read as they are needed. `tell` gets
+    workers' events, with `worker` added if there are several. Workers that don't start raise
+    VidgenError.
     """
     if staff.is_here:
         yield from _alone(_Queue(iter(jobs), WINDOW), work, staff.num_threads, tell)
         return
     with _open_pool(work, staff) as pool:
         queue = _Queue(iter(jobs), WINDOW * len(pool.workers))
-        yield from _Dispatcher(queue, pool, staff.patience, tell).outcomes()
+        yield from _Dispatcher(queue, pool, staff, tell).outcomes()
 
 
 def results_of(
     function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: OnEvent
 ) -> Iterator[tuple[Key, Any]]:
-    """Yield a function's results for independent payloads, by their keys, as they finish.
+    """Yield a function's results for independent, picklable payloads, by key, as they finish.
 
     Args:
         function: of a module; called in this process if one worker is enough.
-        payloads: by key; picklable.
         workers: processes at most.
         tell: called when a worker is gone.
 
@@ -123,7 +107,6 @@ def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREAD
 
 @contextmanager
 def _open_pool(work: Work, staff: Staff) -> Iterator[WorkerPool]:
-    """Start workers; on leaving, all stop within seconds."""
     try:
         content = pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -165,8 +148,6 @@ def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[O
 
 
 class _Queue:
-    """Jobs in order, each handed out when those that it needs are done."""
-
     def __init__(self, jobs: Iterator[Job], window: int) -> None:
         self._jobs, self._window = jobs, window
         self._ready: list[tuple[int, Job]] = []
@@ -229,10 +210,8 @@ class _Queue:
 
 
 class _Dispatcher:
-    """Hands jobs to workers, receives their messages, and replaces silent or dead ones."""
-
-    def __init__(self, queue: _Queue, pool: WorkerPool, patience: Patience, tell: OnEvent) -> None:
-        self.queue, self.pool, self.patience, self.tell = queue, pool, patience, tell
+    def __init__(self, queue: _Queue, pool: WorkerPool, staff: Staff, tell: OnEvent) -> None:
+        self.queue, self.pool, self.patience, self.tell = queue, pool, staff.patience, tell
         self._deaths = Counter[str]()
         self._stillborn = 0
 
@@ -249,8 +228,7 @@ class _Dispatcher:
     def _hand_out(self) -> None:
         for worker in self.pool.workers:
             if worker.is_ready and worker.job is None:
-                job = self.queue.take()
-                if job is None:
+                if (job := self.queue.take()) is None:
                     return
                 worker.begin(job)
 
@@ -274,7 +252,6 @@ class _Dispatcher:
         return None
 
     def _missed(self) -> Iterator[Outcome | None]:
-        """Replace workers that fell silent, or whose job doesn't progress."""
         for worker in list(self.pool.workers):
             why, now = "", time.monotonic()
             if worker.heard_s is not None and now - worker.heard_s > self.patience.silence:
@@ -298,8 +275,7 @@ class _Dispatcher:
             return None
         self._deaths[job.key] += 1
         if self._deaths[job.key] >= MAX_DEATHS:
-            return Outcome(job, error=VidgenError(
-                f"{name} ended {MAX_DEATHS} workers one after the other; the last: {why}"
-            ))
+            text = f"{name} ended {MAX_DEATHS} workers one after the other; the last: {why}"
+            return Outcome(job, error=VidgenError(text))
         self.queue.again(job)
         return None

@@ -81,10 +81,7 @@ class Staff:
 
 
 def pin_threads(count: int) -> None:
-    """Make torch compute on `count` threads, whatever a resumed journal set before.
-
-    A process in which torch isn't loaded yet was started with OMP_NUM_THREADS.
-    """
-    torch = sys.modules.get("torch")
+    """Make torch compute on `count` threads, whatever a resumed journal set before."""
+    torch = sys.modules.get("torch")  # else the process was started with OMP_NUM_THREADS
     if torch is not None and torch.get_num_threads() != count:
         torch.set_num_threads(count)
