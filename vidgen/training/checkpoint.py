@@ -22,14 +22,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError, ModelError, OutputError
-from vidgen.core.runtime import (
-    atomic_path,
-    atomic_write,
-    lock_file,
-    sha256_file,
-    sync,
-    write_error,
-)
+from vidgen.core.runtime import atomic_path, atomic_write, lock_file, sha256_file, sync, write_error
 from vidgen.training.engines.distributed import LostRankError, Place
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
@@ -72,10 +65,8 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
-    write_safetensors(path, {
-        name: _Held(value.detach()) if isinstance(value, Tensor) else value
-        for name, value in tensors.items()
-    })
+    write_safetensors(path, {name: _Held(value.detach()) if isinstance(value, Tensor) else value
+                             for name, value in tensors.items()})
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
@@ -167,15 +158,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         ModelError: they are damaged.
     """
     try:
-        meta = json.loads((folder / META).read_text())
+        meta: dict[str, Any] = json.loads((folder / META).read_text())
         if not isinstance(meta["step"], int) or not isinstance(meta["metrics"], dict):
             raise TypeError("step is no number, or metrics no object")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         others = [name for name in _complete(folder.parent) if name != folder.name]
         raise ModelError(f"{folder / META} is damaged ({type(error).__name__}: {error}); "
                          f"{_advice(folder.parent, others)}") from None
-    found: dict[str, Any] = meta
-    return found
+    return meta
 
 
 def point_to(folder: Path, name: str, target: Path) -> None:
@@ -237,7 +227,6 @@ def _complete(folder: Path) -> list[str]:
 
 
 def _advice(folder: Path, complete: Sequence[str], pointer: str = "latest") -> str:
-    """What to do where the checkpoint that is pointed to can't be read."""
     if not complete:
         return "no other step-* folder is complete, so it can't go on"
     return (f"to go on from the newest complete one: "

@@ -55,8 +55,7 @@ class OptimConfig:
         if (self.decay_from is None) != (self.decay_steps == 0):
             raise InputError(
                 f"optim.decay_from is {self.decay_from} and optim.decay_steps {self.decay_steps}; "
-                "give both, the step at which the decay begins and its length, or neither"
-            )
+                "give both, the step at which the decay begins and its length, or neither")
 
     def scale_at(self, step: int) -> float:
         """Factor of the peak rates at `step`: linear warm-up, constant trunk, 1 - sqrt decay."""
@@ -162,14 +161,11 @@ def refuse_changes(path: Path, record: dict[str, Any]) -> None:
         raise InputError(f"{path}, the config that the run began with, can't be read: {error}; put "
                          "it back, or confirm with --accept-changes") from None
     before, now = flattened(began), flattened(record)
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_FREE)
-    ]
+    changed = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+               for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and not key.startswith(_FREE)]
     if changed:
         raise InputError(
             f"the run in {path.parent} began with another config: {'; '.join(changed[:8])}"
             f"{'; ...' if len(changed) > 8 else ''}; put that back, name another folder, or "
-            "confirm with --accept-changes"
-        )
+            "confirm with --accept-changes")

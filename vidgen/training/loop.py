@@ -124,7 +124,6 @@ def _make_folder(folder: Path) -> None:
 
 
 def _mend_curve(curve: Path) -> None:
-    """Take away a line that was cut short."""
     try:
         if curve.exists():
             os.truncate(curve, curve.read_bytes().rfind(b"\n") + 1)
@@ -180,11 +179,10 @@ class _Loop:
         meta = checkpoint.read_meta(source)
         metrics, is_own = meta["metrics"], source.parent == self.folder
         same_score = is_own and meta.get("best_of") == self.run.best
-        self.state = _State(
-            metrics, float(metrics.pop("loss_mean", math.nan)), set(meta.get("left_out", ())),
-            meta.get("best", math.inf) if same_score else math.inf, meta.get("validated", -1),
-            **(meta.get("window", {}) if is_own else {}),
-        )
+        self.state = _State(metrics, float(metrics.pop("loss_mean", math.nan)),
+                            set(meta.get("left_out", ())),
+                            meta.get("best", math.inf) if same_score else math.inf,
+                            meta.get("validated", -1), **(meta.get("window", {}) if is_own else {}))
         self._reset_speed()
         return int(meta["step"])
 
@@ -192,7 +190,6 @@ class _Loop:
         torch.manual_seed(self.run.seed * 1_000_003 + self.place.data_rank)
 
     def run_from(self, step: int) -> TrainResult:
-        """Train from a step on to the end, a limit or a signal."""
         run, start = self.run, time.monotonic()
         last_save = start
         limit = math.inf if run.minutes is None else run.minutes * 60
@@ -220,8 +217,7 @@ class _Loop:
                 now = time.monotonic()
                 interrupted, late, due = self.place.any(
                     bool(stopped), now - start > limit,
-                    now - last_save > run.checkpoint_minutes * 60 and not self.bad_in_a_row,
-                )
+                    now - last_save > run.checkpoint_minutes * 60 and not self.bad_in_a_row)
                 if interrupted or late:
                     break
                 if due:
@@ -289,8 +285,7 @@ class _Loop:
             raise InputError(
                 f"the loss was not usable for {often} up to step {step} ({what}); nothing was "
                 "saved since the last good checkpoint; lower optim.lr, or leave those files out, "
-                "and --resume"
-            )
+                "and --resume")
         self._say(f"{what}: {'rolled back' if self.run.on_bad == 'rollback' else 'skipped'}")
         self._record({"step": step, "event": self.run.on_bad, "loss": loss, "files": files})
 

@@ -16,13 +16,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made nearly orthogonal (Jordan et al. 2024).
 
     Convolutions count as matrices [out, in * taps]. The update's root mean square is brought to
-    AdamW's, 0.2 (Liu et al. 2025, eq. 4), so that both share a learning rate.
-
-    Args:
-        params: parameters of two or more axes.
-        lr: learning rate.
-        momentum: of the Nesterov average.
-        weight_decay: decoupled.
+    AdamW's, 0.2 (Liu et al. 2025, eq. 4), so that both share a learning rate. `params` have two or
+    more axes; `momentum` is of the Nesterov average, `weight_decay` is decoupled.
     """
 
     def __init__(
@@ -55,15 +50,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Bring singular values to about 0.7 to 1.2 by a quintic Newton-Schulz iteration.
+    """Bring singular values to about 0.7 to 1.2 by five steps of a quintic Newton-Schulz iteration.
 
-    Five steps of it (Jordan et al. 2024).
-
-    Args:
-        matrices: [N, rows, columns].
-
-    Returns:
-        The same shape, float32; computed in bfloat16 where the device is fast in it.
+    Source: Jordan et al. 2024. `matrices` are [N, rows, columns]; so is the result, in float32, but
+    computed in bfloat16 where the device is fast in it.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     dtype = torch.bfloat16 if best_dtype(matrices.device) == "bf16" else torch.float32
@@ -76,8 +66,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(
-    modules: Mapping[str, nn.Module],
-    config: OptimConfig,
+    modules: Mapping[str, nn.Module], config: OptimConfig,
     use_muon: Callable[[str, nn.Parameter], bool] = lambda _name, _parameter: False,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices that `use_muon` names.
@@ -93,13 +82,10 @@ def build_optimizers(
             muon.append(parameter)
         else:
             (matrices if is_matrix else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    ]
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
     if muon and config.muon_lr:
         optimizers.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
@@ -158,9 +144,5 @@ class EMA:
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Trainable parameters of all modules, as `module.parameter` names."""
-    return {
-        f"{key}.{name}": p
-        for key, module in modules.items()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
+    return {f"{key}.{name}": p for key, module in modules.items()
+            for name, p in module.named_parameters() if p.requires_grad}

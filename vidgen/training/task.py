@@ -62,8 +62,7 @@ class Losses(nn.Module):
 
 def seed_of(*values: int) -> int:
     """63 bits that depend on all of the values and on nothing else."""
-    digest = hashlib.sha256(repr(values).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1
 
 
 def generator_of(*values: int) -> torch.Generator:
@@ -86,8 +85,7 @@ class Batches:
         """The batch of this rank's micro-step `micro` (from 0) of a step."""
         if self.pool is None:
             return self._make(step, micro)
-        future = self.coming.pop((step, micro), None)
-        future = future or self.pool.submit(self._make, step, micro)
+        future = self.coming.pop((step, micro), None) or self.pool.submit(self._make, step, micro)
         batch = future.result()
         is_last = micro + 1 == self.run.micro_batches(step)[0]
         following = (step + 1, 0) if is_last else (step, micro + 1)

@@ -75,9 +75,8 @@ class LatentCache:
             "frames": list(geometry.frames), "crop": config.crop,
             "crop_seed": config.seed if config.crop == "random" else None,
         }
-        by_pixels, by_text = (
-            hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-            for facts in (pixels, texts))
+        by_pixels, by_text = (hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+                              for facts in (pixels, texts))
         return cls(Path(config.cache), {**pixels, **texts, **shapes}, by_pixels, by_text,
                    config.store_dtype, extras.grey)
 
@@ -188,9 +187,8 @@ def make_cache(
     `model` opens the folder in another process; several, `workers`, encode at once, spread over the
     GPUs of a `device` "cuda" where there are some.
 
-    Returns:
-        `folder`, numbers of `items`, `encoded`, `captions` and `texts_encoded`, `bytes`, and
-        `failed`: {name: why}.
+    Return `folder`, numbers of `items`, `encoded`, `captions` and `texts_encoded`, `bytes`, and
+    `failed`: {name: why}.
 
     Raises:
         InputError: the folder holds a cache of something else.

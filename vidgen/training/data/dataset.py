@@ -51,13 +51,8 @@ class _Encoded:
 
 
 def open_dataset(
-    config: DataConfig,
-    model: str | Path | ModelFolder,
-    *,
-    batch_size: int = 1,
-    accumulate: int = 1,
-    with_context: bool = True,
-    device: torch.device | str = "cpu",
+    config: DataConfig, model: str | Path | ModelFolder, *, batch_size: int = 1,
+    accumulate: int = 1, with_context: bool = True, device: torch.device | str = "cpu",
     on_event: OnEvent | None = None,
 ) -> Dataset:
     """Open what a model is to learn from, with what it is validated on as `held_out`.
@@ -104,11 +99,8 @@ class Dataset:
 
     Attributes:
         items: in order, each as often as its folder is repeated.
-        buckets: how many items each bucket has.
-        fps: at which the clips are shown.
-        held_out: the other split, for validation; None where nothing is kept aside.
-        notes: what was left out or matters otherwise; to be told.
-        close: lets networks go that encode.
+        held_out: the split for validation; None where nothing is kept aside.
+        notes: what was left out or matters otherwise.
     """
 
     def __init__(
@@ -124,10 +116,8 @@ class Dataset:
         self._slots: dict[Bucket, list[int]] = {bucket: [] for bucket in self.buckets}
         for index, item in enumerate(self.items):
             self._slots[item.bucket].append(index)
-        self._schedule = Schedule(
-            self.buckets, seed=config.seed, drop_last=config.drop_last,
-            image_share=config.image_share,
-        )
+        self._schedule = Schedule(self.buckets, seed=config.seed, drop_last=config.drop_last,
+                                  image_share=config.image_share)
         self.steps_per_epoch()  # refuses a batch that no bucket fills
 
     @property
@@ -153,9 +143,7 @@ class Dataset:
         remainders = self._schedule.remainders(self._global_batch(world))
         return [f"bucket {bucket.label}: {count} {fate}" for bucket, count in remainders.items()]
 
-    def batch(
-        self, step: int, micro: int = 0, rank: int = 0, world: int = 1
-    ) -> dict[str, Any]:
+    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """A micro-batch of a step, from 0, for a rank of the `world` that take different items.
 
         Returns:
@@ -181,9 +169,7 @@ class Dataset:
     def item_batch(
         self, indices: Sequence[int], *, captions: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """A batch, as `batch` gives it, of given items of one bucket; by default their first
-        captions.
-        """
+        """A batch like `batch`'s of items of one bucket, by default with their first captions."""
         items = [self.items[index] for index in indices]
         buckets = {item.bucket for item in items}
         assert len(buckets) == 1, "a batch is of one bucket"

@@ -60,11 +60,9 @@ class Extras:
         if "image_encoder" in folder.components:
             dit = folder.components["transformer"].config
             images = 1 if dit.image_positions is None else 2
-        return cls(
-            stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
-            first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
-            num_images=images, rate=upsampling_of(folder),
-        )
+        return cls(stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
+                   first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
+                   num_images=images, rate=upsampling_of(folder))
 
     def as_data(self) -> dict[str, Any]:
         """What a cache's manifest says; of temporal upsampling nothing where there is none."""
@@ -169,11 +167,10 @@ class ItemEncoder:
     def item(self, item: Item, picks: Sequence[int], cursor: Cursor) -> dict[str, Tensor]:
         """All that is learned from of an item that shows the `picks` of its file's frames.
 
-        Returns:
-            `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several frames,
-            what `extras` names: `finer` [C, n, h, w], the same at the finer rate, `stills`
-            [C, 2, h, w], `first` and `both` like `clip`, `image` and `image_last` [S, D]. All
-            float32 on the CPU.
+        It has `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several
+        frames, what `extras` names: `finer` [C, n, h, w], the same at the finer rate, `stills`
+        [C, 2, h, w], `first` and `both` like `clip`, `image` and `image_last` [S, D]. All float32
+        on the CPU.
 
         Raises:
             InputError: the file ends before the item does.
@@ -215,9 +212,7 @@ class ItemEncoder:
         return self._encode([_grey(bucket)] * bucket.num_frames, bucket)
 
     @torch.no_grad()
-    def _encode(
-        self, frames: Iterable[Frames | Tensor], bucket: Bucket, rate: int = 1
-    ) -> Tensor:
+    def _encode(self, frames: Iterable[Frames | Tensor], bucket: Bucket, rate: int = 1) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
         vae = self._vae.at_rate(rate)
 

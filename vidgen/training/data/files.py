@@ -73,8 +73,7 @@ def _scan_folder(root: Path, number: int, config: DataConfig, found: Scan) -> No
     if not media:
         raise InputError(
             f"data folder {root} holds neither videos nor pictures; known are "
-            f"{', '.join((*FILM_SUFFIXES, *PICTURE_SUFFIXES))}"
-        )
+            f"{', '.join((*FILM_SUFFIXES, *PICTURE_SUFFIXES))}")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
         found.notes.append(f"{root}: files that are no media were left alone: {kinds}")
@@ -85,8 +84,7 @@ def _scan_folder(root: Path, number: int, config: DataConfig, found: Scan) -> No
     if missing:
         found.notes.append(
             f"{root}: {len(missing)} files that its tables name are not there: "
-            f"{', '.join(missing[:5])}"
-        )
+            f"{', '.join(missing[:5])}")
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -143,8 +143,7 @@ def _probe_picture(path: Path) -> FileFacts:
     return FileFacts(
         kind="picture", num_frames=1, lengths=_packed([1]), size=(width, height), codec=codec,
         pix_fmt=mode, flaws=tuple(Flawed(kind, 0, 0) for kind, has in flat.items() if has),
-        signature=_signature([pixels]), thumbnails=(_thumbnail(pixels),), notes=tuple(notes),
-    )
+        signature=_signature([pixels]), thumbnails=(_thumbnail(pixels),), notes=tuple(notes))
 
 
 def _probe_video(path: Path) -> FileFacts:
@@ -220,10 +219,8 @@ class _Watcher:
         lengths.append(self._last_length or usual)
         spans = {kind: runs.spans.found for kind, runs in self._runs.items()}
         spans["damaged"] = self._damaged.spans.found
-        flaws = [
-            Flawed(kind, max(0, span.first - (kind == "frozen")), span.last)
-            for kind, found in spans.items() for span in found
-        ]
+        flaws = [Flawed(kind, max(0, span.first - (kind == "frozen")), span.last)
+                 for kind, found in spans.items() for span in found]
         kept = [picture for _, picture in self._kept]
         return FileFacts(
             kind="video" if self.num_frames > 1 else "picture",
@@ -236,8 +233,7 @@ class _Watcher:
             cuts=tuple(self._cuts.found), flaws=tuple(flaws), num_repeats=self._num_repeats,
             look_step=self._step, signature=_signature(kept),
             thumbnails=tuple(map(_thumbnail, _spread(kept, min(_THUMBNAILS, len(kept))))),
-            notes=tuple(self._notes(lengths)),
-        )
+            notes=tuple(self._notes(lengths)))
 
     def _rate(self, lengths: list[int]) -> Fraction:
         if self.num_frames == 1:
@@ -287,7 +283,6 @@ def _packed(lengths: list[int]) -> str:
 
 
 def _spread(pictures: Sequence[Frames], count: int) -> list[Frames]:
-    """Return so many pictures, evenly spread from the first to the last."""
     places = np.linspace(0, len(pictures) - 1, count).round().astype(int)
     return [pictures[place] for place in places]
 
@@ -327,11 +322,7 @@ class _Seen:
 
 
 class Cuts:
-    """Finds cuts.
-
-    Attributes:
-        found: (last frame seen of the one shot, first of the next), in order.
-    """
+    """Finds cuts: `found` has (last frame seen of the one shot, first of the next), in order."""
 
     def __init__(self) -> None:
         self.found: list[tuple[int, int]] = []

@@ -23,11 +23,7 @@ _MOST = 2_000
 
 
 def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
-    """All that was found, as JSON data.
-
-    Returns:
-        `settings`, `geometry`, `totals`, `buckets` by label, `files` and `notes`.
-    """
+    """All that was found, as JSON data; its `buckets` are by label."""
     used = [fate for fate in chosen.fates if fate.items]
     counts = Counter(item.bucket for item in chosen.items)
     files = {bucket: sum(any(item.bucket == bucket for item in fate.items) for fate in used)
@@ -43,10 +39,8 @@ def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
             "items": len(chosen.items), "seconds_used": round(float(seconds), 3),
             "seconds": round(sum(f.facts.duration_s for f in chosen.fates if f.facts), 3),
         },
-        "buckets": {
-            bucket.label: {**dump(bucket), "items": counts[bucket], "files": files[bucket]}
-            for bucket in sorted(counts)
-        },
+        "buckets": {bucket.label: {**dump(bucket), "items": counts[bucket], "files": files[bucket]}
+                    for bucket in sorted(counts)},
         "files": [_file(fate, config) for fate in chosen.fates],
         "notes": chosen.notes,
     }
@@ -94,14 +88,12 @@ def as_text(told: Mapping[str, Any]) -> str:
     console.print(
         f"{totals['files']} files, {totals['dropped']} dropped; {totals['items']} items, "
         f"{totals['seconds_used']:.1f} of {totals['seconds']:.1f} s of film, at "
-        f"{told['geometry']['fps']} frames a second"
-    )
+        f"{told['geometry']['fps']} frames a second")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
 
 
 def _describe(row: Mapping[str, Any]) -> str:
-    """A file's length, size and rate in a few words."""
     if "kind" not in row:
         return ""
     size = "{}x{}".format(*row["size"])
@@ -121,12 +113,10 @@ def page(told: Mapping[str, Any], fates: Sequence[Fate]) -> str:
     return pages.page(
         "data_check", title="Fine-tuning data", totals=told["totals"], notes=told["notes"],
         fps=told["geometry"]["fps"], buckets=Table(["bucket", "items", "files"], buckets),
-        files=[_shown(row, fate) for row, fate in pairs[:_MOST]], more=len(pairs) - _MOST,
-    )
+        files=[_shown(row, fate) for row, fate in pairs[:_MOST]], more=len(pairs) - _MOST)
 
 
 def _shown(row: Mapping[str, Any], fate: Fate) -> dict[str, Any]:
-    """Return the template's values of a file."""
     count, buckets = len(row["items"]), dict.fromkeys(item["bucket"] for item in row["items"])
     items = f"{count} {'item' if count == 1 else 'items'} in {', '.join(buckets)}" if count else ""
     return {

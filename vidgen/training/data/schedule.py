@@ -53,14 +53,10 @@ class Draw:
 
 
 class Schedule:
-    """The order of a run's batches.
+    """The order of a run's batches, from each bucket's items, repeats counted.
 
-    Args:
-        counts: items of each bucket, repeats counted.
-        seed: of the order.
-        drop_last: leave out what doesn't fill a bucket's last batch; else items from that bucket's
-            beginning fill it.
-        image_share: share of steps that are of single pictures; None: as many as there are.
+    `drop_last` leaves out what doesn't fill a bucket's last batch; else items from that bucket's
+    beginning fill it. `image_share` of the steps are of pictures; None: as many as there are.
 
     Raises:
         InputError: a share of pictures, or of clips, where there are none.
@@ -128,6 +124,5 @@ class Schedule:
             largest = max(self._pools[pool].values(), default=0)
             raise InputError(
                 f"no bucket fills a batch of {global_batch}: the largest has {largest} items; set "
-                "drop_last: false, or take a smaller batch or fewer buckets"
-            )
+                "drop_last: false, or take a smaller batch or fewer buckets")
         return batches

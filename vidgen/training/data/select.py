@@ -97,7 +97,6 @@ def select(
 
 
 def _unfit(fate: Fate, config: DataConfig) -> str | None:
-    """Why a file can't be used, whatever the buckets."""
     facts = fate.facts
     if facts is None:
         return "it can't be read"
@@ -118,7 +117,6 @@ def _unfit(fate: Fate, config: DataConfig) -> str | None:
 def _double(
     fate: Fate, sha256: str, group: str, first: dict[str, MediaFile], config: DataConfig
 ) -> str | None:
-    """Why a file that is there already is left out, where the config wants that."""
     same = first.setdefault(sha256, fate.file)
     like = first.setdefault(f"like {group}", fate.file)
     if same is not fate.file:
@@ -133,10 +131,7 @@ def _double(
     return None
 
 
-def _cut(
-    fate: Fate, sha256: str, group: str, config: DataConfig, geometry: Geometry
-) -> None:
-    """Cut a file's items out, or say why there are none."""
+def _cut(fate: Fate, sha256: str, group: str, config: DataConfig, geometry: Geometry) -> None:
     facts = fate.facts
     assert facts is not None
     size, shown = geometry.size_for(*facts.size), facts.size
@@ -167,10 +162,8 @@ def _cut(
                               f"(windows: {config.windows})")
     captions = tuple(f"{config.prefix} {text}".strip() for text in fate.file.captions or ("",))
     for start, end, length in stretches:
-        item = Item(
-            fate.file.folder, fate.file.name, fate.file.path, sha256, Bucket(*size, length), start,
-            end, (0.5, 0.5), captions, group,
-        )
+        item = Item(fate.file.folder, fate.file.name, fate.file.path, sha256, Bucket(*size, length),
+                    start, end, (0.5, 0.5), captions, group)
         if config.crop == "random":
             digest = hashlib.sha256(f"{config.seed} {item.key}".encode()).digest()
             across, down = (int.from_bytes(digest[i : i + 2], "big") / 65535 for i in (0, 2))
@@ -217,7 +210,6 @@ def _windows(
 def _spread(
     windows: list[tuple[int, int, int]], most: int | Literal["all"]
 ) -> list[tuple[int, int, int]]:
-    """At most so many of the windows, evenly spread."""
     if most == "all" or len(windows) <= most:
         return windows
     places = (np.arange(most) + 0.5) * len(windows) / most
@@ -259,10 +251,7 @@ def picks(item: Item, facts: FileFacts, config: DataConfig, geometry: Geometry) 
     return shown
 
 
-def _note_times(
-    fate: Fate, facts: FileFacts, config: DataConfig, geometry: Geometry
-) -> None:
-    """Tell how many frames are shown again and how many never, and what cuts a film up."""
+def _note_times(fate: Fate, facts: FileFacts, config: DataConfig, geometry: Geometry) -> None:
     if config.fps_rule == "nearest":
         repeats = left = total = 0
         for item in fate.items:

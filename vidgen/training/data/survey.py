@@ -50,10 +50,8 @@ class Records:
 
     def hash_of(self, file: MediaFile) -> str | None:
         """SHA-256 of a file, where it is known and the file hasn't changed since."""
-        rows = self._ask(
-            "select sha256 from stamps where path = ? and bytes = ? and mtime_ns = ?",
-            self._stamp(file),
-        )
+        rows = self._ask("select sha256 from stamps where path = ? and bytes = ? and mtime_ns = ?",
+                         self._stamp(file))
         return rows[0][0] if rows else None
 
     def keep_hash(self, file: MediaFile, sha256: str) -> None:
@@ -93,8 +91,7 @@ class Records:
         except (OSError, sqlite3.Error) as error:
             raise OutputError(
                 f"{self.path}, where findings about files are kept, fails: {error}; make room, "
-                "delete it if it is damaged, or set XDG_CACHE_HOME to another place"
-            ) from None
+                "delete it if it is damaged, or set XDG_CACHE_HOME to another place") from None
 
 
 def look_at(
@@ -103,8 +100,7 @@ def look_at(
 ) -> tuple[list[str], dict[str, FileFacts]]:
     """Read and decode what isn't known yet, in `workers` processes.
 
-    Returns:
-        SHA-256 of each file ("" of one that can't be read), and facts by SHA-256.
+    Return SHA-256 of each file ("" of one that can't be read), and facts by SHA-256.
     """
     records = records or Records()
     by_path = {file.path: file for file in files}
@@ -184,8 +180,7 @@ def survey(
             if count > limit:
                 fate.notes.append(
                     f"its caption has {count} tokens, the model reads {limit}: the last "
-                    f"{count - limit} are cut"
-                )
+                    f"{count - limit} are cut")
             unknown = [word for word, _ in tokenizer.unknown_words(caption)]
             if unknown:
                 fate.notes.append(f"the model doesn't know: {', '.join(unknown[:8])}")

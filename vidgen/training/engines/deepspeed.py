@@ -109,9 +109,8 @@ def read_settings(run: RunConfig) -> ZeroSettings:
 def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
     """Return the function for `load_module` to call with each weight that it has read.
 
-    Returns:
-        Under ZeRO-3 a function that leaves a rank only its share of a parameter, so that loading
-        takes a share of all and the largest tensor; else None. Inside `join_ranks` alone.
+    Under ZeRO-3 it leaves a rank only its share of a parameter, so that loading takes a share of
+    all and the largest tensor; else it is None. Inside `join_ranks` alone.
     """
     if run.engine.deepspeed is None or read_settings(run).stage < 3:
         return None
@@ -148,9 +147,8 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":  # its operator for shared memory would be compiled first
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo",
+                               auto_mpi_discovery=False, verbose=False)
     module: ModuleType = deepspeed
     return module
 
@@ -182,9 +180,8 @@ class _DeepSpeedEngine:
             config = {**config, "checkpoint": {"load_universal": True}}
         self._parameters: dict[str, Any] = {**named_parameters(task.modules)}
         model = Losses(task, choose_device(run.device), bf16=run.dtype == "bf16")
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=_only_adamw(task), config=config, dist_init_required=False,
-        )
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=_only_adamw(task),
+                                                  config=config, dist_init_required=False)
         self._shares_weights = self._settings.stage == 3
         if self._shares_weights:
             _register_norms(deepspeed, model)
@@ -221,9 +218,8 @@ class _DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """DeepSpeed's own files hold weights and moments, ours the averages."""
         try:
-            self.deepspeed.save_checkpoint(
-                str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-            )
+            self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False,
+                                           exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(n in str(error) for n in _WRITERS):
                 raise
@@ -251,8 +247,7 @@ class _DeepSpeedEngine:
         with _readable(folder / _TAG, self._place, resized=self._resized) as place:
             path, _ = self.deepspeed.load_checkpoint(
                 str(place.parent), tag=place.name, load_module_strict=False,
-                load_lr_scheduler_states=False,
-            )
+                load_lr_scheduler_states=False)
         if path is None:
             raise ModelError(f"{folder / _TAG} can't be read; resume from another step-* folder")
         for group, hyper in zip(self.deepspeed.optimizer.param_groups, self._hyper, strict=True):
@@ -297,7 +292,6 @@ class _Gathered:
 
 
 def _only_adamw(task: Task) -> torch.optim.Optimizer:
-    """Return the task's optimiser if ZeRO can share it out."""
     if getattr(task, "alternates", False):
         raise InputError("parts that take turns can't be trained by DeepSpeed, which would "
                          "change those that rest: train one after the other, or by torch")
@@ -338,11 +332,9 @@ def _readable(folder: Path, place: Place, *, resized: bool) -> Iterator[Path]:
     if place.main:
         shutil.rmtree(universal, ignore_errors=True)
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # noqa: PTH123
-            main(Namespace(
-                input_folder=str(folder), output_folder=str(universal), num_extract_workers=1,
-                num_merge_workers=1, keep_temp_folder=False, strict=True,
-                inject_missing_state=True,
-            ))
+            main(Namespace(input_folder=str(folder), output_folder=str(universal),
+                           num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False,
+                           strict=True, inject_missing_state=True))
     place.barrier()
     try:
         yield universal

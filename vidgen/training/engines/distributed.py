@@ -117,10 +117,8 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
     device = own_device(run.device)
     store: dist.Store = dist.HashStore() if given is None else torchrun_place()[0]
     store = dist.PrefixStore(f"run-{next(_joined)}", store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
-        rank=rank, world_size=size,
-    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     ranks = None
     if sequence > 1:
         groups = [dist.new_group(range(i, i + sequence)) for i in range(0, size, sequence)]
@@ -148,8 +146,7 @@ def check_sharing(run: RunConfig, size: int) -> int:
         raise InputError(
             f"engine.sequence is {sequence} on {size} rank{'s' * (size > 1)}; it must divide their "
             "number: start another number by torchrun --nproc-per-node, plan for another one by "
-            "--ranks, or set engine.sequence"
-        )
+            "--ranks, or set engine.sequence")
     return sequence
 
 

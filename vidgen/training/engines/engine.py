@@ -42,8 +42,7 @@ class Engine(Protocol):
     def update(self, scale: float) -> float:
         """Clip the gradients, step at `scale` times the peak rates, and drop them.
 
-        Returns:
-            The gradients' norm before clipping; if it isn't finite, nothing was changed.
+        Return their norm before clipping; if it isn't finite, nothing was changed.
         """
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -61,9 +60,7 @@ class Engine(Protocol):
 
 
 @contextmanager
-def open_engine(
-    task: Task, run: RunConfig, place: Place, source: Path | None
-) -> Iterator[Engine]:
+def open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) -> Iterator[Engine]:
     """The engine that a run asks for; `source` is the checkpoint that will be loaded, if any.
 
     Raises:
@@ -93,8 +90,7 @@ class _TorchEngine:
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self._model = DistributedDataParallel(
                 self._model, gradient_as_bucket_view=True,
-                find_unused_parameters=device.type == "cpu" or getattr(task, "alternates", False),
-            )
+                find_unused_parameters=device.type == "cpu" or getattr(task, "alternates", False))
         self.ema = EMA(self._parameters, run.ema_decay)  # of what all ranks have begun with
         self.averaged = self.ema.swapped
 

@@ -62,8 +62,7 @@ def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) ->
         if weight and kind not in possible:
             raise InputError(
                 f"conditions.{kind}: {folder.name} can't be conditioned so; it can be trained on "
-                f"{', '.join(possible)}"
-            )
+                f"{', '.join(possible)}")
     if not any(asked.values()):
         raise InputError("conditions: at least one must have a weight over 0")
     return dict(asked)
@@ -76,9 +75,7 @@ class Conditions:
     folder: ModelFolder  # the model
     weights: Mapping[str, float]  # how often each is drawn
 
-    def write(
-        self, batch: Mapping[str, Any], draw: torch.Generator, rate: int = 1
-    ) -> LatentState:
+    def write(self, batch: Mapping[str, Any], draw: torch.Generator, rate: int = 1) -> LatentState:
         """The state of a batch of the dataset; its `clean` are the latents.
 
         All is drawn on the CPU; at a `rate` above 1 the batch's `finer` are the latents.
@@ -92,10 +89,9 @@ class Conditions:
         if self.folder.conditioning == "tokens":
             shares: dict[str, Any] = dict.fromkeys((*KINDS, "reference"), 0.0) | dict(self.weights)
             stills = Stills(batch["stills"], batch["still_index"]) if "stills" in batch else None
-            state = training_conditions(
-                latents, draw, ConditionMix(**shares), strides, stills=stills,
-                patch=components["transformer"].config.patch_size,
-            )
+            state = training_conditions(latents, draw, ConditionMix(**shares), strides,
+                                        stills=stills,
+                                        patch=components["transformer"].config.patch_size)
             return replace(state, spacing=1 / rate)
         names = [name for name, weight in self.weights.items() if weight]
         weights = torch.tensor([self.weights[name] for name in names])

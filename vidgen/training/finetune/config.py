@@ -159,13 +159,11 @@ class FinetuneConfig:
         if self.method == "lora" and self.run.optim.muon_lr:
             raise InputError(
                 "run.optim.muon_lr is for the method full: Muon makes whole matrices' updates "
-                "orthogonal, which a LoRA's thin factors aren't; leave it out"
-            )
+                "orthogonal, which a LoRA's thin factors aren't; leave it out")
         if self.method == "full" and self.subject is not None:
             raise InputError("subject goes with the method lora, whose file carries the embedding")
         every = self.validation.sheet_every
         if every % self.run.validate_every:
             raise InputError(
                 f"validation.sheet_every is {every}; it must be a multiple of run.validate_every, "
-                f"{self.run.validate_every}"
-            )
+                f"{self.run.validate_every}")

@@ -69,8 +69,7 @@ def open_trainable(model: str) -> ModelFolder:
     folder = open_model(model)
     if isinstance(folder, DiffusersFolder):
         raise ModelError(
-            f"{folder.name} is a {folder.class_name}; vidgen fine-tunes toybox and the Wan family"
-        )
+            f"{folder.name} is a {folder.class_name}; vidgen fine-tunes toybox and the Wan family")
     return folder
 
 
@@ -89,8 +88,7 @@ def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRo
         raise InputError(
             f"{folder.name} has two experts, which take turns; DeepSpeed would change the one that "
             "rests. Train one after the other: --set experts=high, then --set experts=low with "
-            "another run.folder; or leave run.engine.deepspeed out"
-        )
+            "another run.folder; or leave run.engine.deepspeed out")
     return {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}[config.experts]
 
 
@@ -108,11 +106,9 @@ def open_transformers(
     Full: float32 weights, of which autocast makes bf16 where the run says so.
     """
     dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
-    return {
-        role: prepare_module(config, folder.components[role].load(
-            dtype, device, each=share_out(config.run)))
-        for role in trained_roles(config, folder)
-    }
+    return {role: prepare_module(config, folder.components[role].load(
+                dtype, device, each=share_out(config.run)))
+            for role in trained_roles(config, folder)}
 
 
 def prepare_module(config: FinetuneConfig, module: nn.Module) -> nn.Module:
@@ -141,8 +137,7 @@ def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.d
     except ModelError:
         raise InputError(
             f"subject.token {settings.token!r} is no token of {folder.name}; toybox has "
-            "<subject_0> to <subject_63>, other models none: leave subject out"
-        ) from None
+            "<subject_0> to <subject_63>, other models none: leave subject out") from None
     encoder = folder.components["text_encoder"].load(torch.float32, device)
     assert isinstance(encoder, UMT5Encoder)
     ids, _ = tokenizer.encode([settings.like])
@@ -173,13 +168,10 @@ def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, .
 
 
 def inject(dit: nn.Module, settings: LoraSettings) -> int:
-    """Give layers a delta to learn, zero at first; all other weights are frozen.
+    """Give layers a delta to learn, zero at first, and return their number; the rest is frozen.
 
     The first factors are drawn from torch's global generator; both are float32 whatever the
     layers' dtype is.
-
-    Returns:
-        How many layers.
 
     Raises:
         InputError: PEFT isn't installed, or see `target_paths`.
@@ -194,10 +186,8 @@ def inject(dit: nn.Module, settings: LoraSettings) -> int:
     paths = target_paths(dit, settings.targets)
     dit.requires_grad_(requires_grad=False)
     alpha = settings.rank if settings.alpha is None else settings.alpha
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout,
-        target_modules=list(paths),
-    )
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout,
+                        target_modules=list(paths))
     with _quiet():
         inject_adapter_in_model(config, dit)
     for parameter in dit.parameters():
@@ -234,10 +224,8 @@ def adapter_of(
     """
     first, second = (f".lora_{side}.{_ADAPTER}.weight" for side in "AB")
     scale = (settings.rank if settings.alpha is None else settings.alpha) / settings.rank
-    low_rank = {
-        path: LowRank(weights[path + first], weights[path + second], scale)
-        for path in (name.removesuffix(first) for name in weights if name.endswith(first))
-    }
+    low_rank = {path: LowRank(weights[path + first], weights[path + second], scale)
+                for path in (name.removesuffix(first) for name in weights if name.endswith(first))}
     return Adapter(name, low_rank, tokens=tokens or {})
 
 

@@ -97,14 +97,12 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
     if len(idle) == len(result.delta):
         raise NoEffect(
             f"the run in {config.run.folder} has no effect: what it learned changes no weight; "
-            "raise run.optim.lr or run.steps, and look at curve.jsonl"
-        )
+            "raise run.optim.lr or run.steps, and look at curve.jsonl")
     if idle:
         raise NoEffect(
             f"the {idle[0]}-noise expert learned nothing in {config.run.folder}: none of its "
             "weights changes; raise run.optim.lr or run.steps, or train the other one alone by "
-            f"experts: {'low' if idle[0] == 'high' else 'high'}"
-        )
+            f"experts: {'low' if idle[0] == 'high' else 'high'}")
     return result
 
 
@@ -128,9 +126,7 @@ def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
             target_paths(dit, config.lora.targets)
 
 
-def _export_lora(
-    config: FinetuneConfig, folder: ModelFolder, target: Path, chosen: Chosen
-) -> Made:
+def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, chosen: Chosen) -> Made:
     """One file, or one for each of two experts, in our dialect and all that are asked for."""
     run, roles = Path(config.run.folder), trained_roles(config, folder)
     dtype = DTYPES[config.output.dtype]
@@ -188,11 +184,9 @@ def _export_model(
 def _norm(folder: ModelFolder, role: ExpertRole, adapter: Adapter) -> float:
     """Norm of the base weights that an adapter's low-rank parts change."""
     component = folder.components[role]
-    squares = [
-        float(component.store.get(stored).double().square().sum())
-        for stored, ours in component.names.items()
-        if ours.removesuffix(".weight") in adapter.low_rank and ours.endswith(".weight")
-    ]
+    squares = [float(component.store.get(stored).double().square().sum())
+               for stored, ours in component.names.items()
+               if ours.removesuffix(".weight") in adapter.low_rank and ours.endswith(".weight")]
     return math.sqrt(sum(squares))
 
 

@@ -26,12 +26,7 @@ from vidgen.training.config import RunConfig
 from vidgen.training.engines.deepspeed import ZeroSettings, read_settings
 from vidgen.training.engines.distributed import check_sharing, current_place
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.model import (
-    open_trainable,
-    prepare_module,
-    rate_of,
-    trained_roles,
-)
+from vidgen.training.finetune.model import open_trainable, prepare_module, rate_of, trained_roles
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.published import is_here, published
 
@@ -107,8 +102,7 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
     if folder is None:
         raise InputError(
             f"model {config.model!r} is neither here nor a published one of the Wan family, so "
-            "nothing can be planned; give a model's folder"
-        )
+            "nothing can be planned; give a model's folder")
     modules: dict[str, nn.Module] = {}
     for role in trained_roles(config, folder):
         with torch.device("meta"):
@@ -193,8 +187,7 @@ def plan_training(
         trained=trained, frozen=sum(p.numel() for p in parameters) - trained, device=device,
         host=host, loading=share(sum(sizes), 3) + max(sizes), flops=flops, sent=sent,
         step_s=max(flops / (FLOPS * MFU), sent / LINK), peak=sum(device.values()),
-        machine=f"{MACHINE} at {MFU:.0%} of {FLOPS / 1e12:.0f} TFLOP/s",
-    )
+        machine=f"{MACHINE} at {MFU:.0%} of {FLOPS / 1e12:.0f} TFLOP/s")
 
 
 def _activation_bytes(dit: SpacetimeDiT) -> float:

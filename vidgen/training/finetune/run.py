@@ -27,14 +27,7 @@ from vidgen.training.engines.distributed import Place, join_ranks
 from vidgen.training.finetune.conditions import settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import open_trainable
-from vidgen.training.finetune.output import (
-    FOLDER,
-    NoEffect,
-    export,
-    rehearse,
-    unstated,
-    write_card,
-)
+from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse, unstated, write_card
 from vidgen.training.finetune.sheet import Sheets, check_sheets
 from vidgen.training.finetune.task import FinetuneTask
 from vidgen.training.loop import TrainResult, find_source, train
@@ -59,9 +52,8 @@ def finetune(
     A resumed run goes on from its newest checkpoint, with `accept_changes` although config, model
     or data changed. On the main rank `tell` gets events: progress, validation, note, written.
 
-    Returns:
-        A summary, also in `output/summary.json`; None on ranks beside the main one. Its "finished"
-        is False where the run was stopped before its last step, and nothing was exported.
+    Return a summary, also in `output/summary.json`; None on ranks beside the main one. Its
+    "finished" is False where the run was stopped before its last step, and nothing was exported.
 
     Raises:
         InputError: what can't be done, with the remedy.
@@ -90,13 +82,10 @@ def finetune(
         return _finish(config, folder, dataset, summary, facts, tell)
 
 
-def _open_data(
-    config: FinetuneConfig, folder: ModelFolder, place: Place, tell: OnEvent
-) -> Dataset:
-    dataset = open_dataset(
-        config.data, folder, batch_size=config.run.batch_size, accumulate=config.run.accumulate,
-        with_context=config.subject is None, device=choose_device(config.run.device), on_event=tell,
-    )
+def _open_data(config: FinetuneConfig, folder: ModelFolder, place: Place, tell: OnEvent) -> Dataset:
+    dataset = open_dataset(config.data, folder, batch_size=config.run.batch_size,
+                           accumulate=config.run.accumulate, with_context=config.subject is None,
+                           device=choose_device(config.run.device), on_event=tell)
     notes = [*dataset.notes, *dataset.ends(place.data_size)]
     if dataset.held_out is None:
         share = config.data.held_out
@@ -124,17 +113,14 @@ def _train(
     }
     parameters = (p for m in task.modules.values() for p in m.parameters() if p.requires_grad)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
-    result = train(
-        task, config.run, resume=resume, record=record, accept_changes=accept_changes,
-        on_record=_Monitor(config, place, task.device, tell),
-    )
+    result = train(task, config.run, resume=resume, record=record, accept_changes=accept_changes,
+                   on_record=_Monitor(config, place, task.device, tell))
     return result, _facts(config, dataset, place, trainable, result)
 
 
 def _facts(
     config: FinetuneConfig, dataset: Dataset, place: Place, trainable: int, result: TrainResult
 ) -> dict[str, Any]:
-    """What a card tells of the data and the training, for people."""
     seconds = sum(b.num_frames * n for b, n in dataset.buckets.items()) / float(dataset.fps)
     captioned = sum(bool(item.captions) for item in dataset.items)
     held_out = len(dataset.held_out.items) if dataset.held_out else 0
@@ -162,7 +148,6 @@ def _finish(
     config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, summary: dict[str, Any],
     facts: dict[str, Any], tell: OnEvent,
 ) -> dict[str, Any]:
-    """Export, compare with and without, write card and summary."""
     made = export(config, folder)
     tell({"event": "note",
           "text": f"what comes out is of step {made.chosen.step}: {made.chosen.reason}"})
@@ -174,8 +159,7 @@ def _finish(
             raise NoEffect(
                 f"{made.use[0]} has no effect: clips of the same seeds are equal bit for bit with "
                 "and without it; raise run.optim.lr or run.steps, or, where one expert of two was "
-                "trained, give validation.steps that reach it"
-            )
+                "trained, give validation.steps that reach it")
     write_card(config, folder, facts | {"effect": effect}, made, target)
     summary |= {
         "files": [str(path) for path in made.files], "use": made.use, "delta_norm": made.delta,
@@ -204,8 +188,7 @@ class _Monitor:
             except ImportError:
                 raise InputError(
                     "tensorboard: true needs the package tensorboard; install it: pip install "
-                    "'vidgen[train]', or leave it out: curve.jsonl has the same figures"
-                ) from None
+                    "'vidgen[train]', or leave it out: curve.jsonl has the same figures") from None
             self._board = SummaryWriter(str(Path(config.run.folder) / "tensorboard"))
 
     def __call__(self, record: dict[str, Any]) -> None:

@@ -84,14 +84,12 @@ class Sheets:
                 loras = [str(path)]
             frames = [self._generate(engine, i, loras) for i in range(len(self._examples))]
         engine.loader.close()
-        prompts = [prompt for prompt, _ in self._examples]
-        _write(folder / f"sheet-{step:08d}.png", frames, prompts)
+        _write(folder / f"sheet-{step:08d}.png", frames, [prompt for prompt, _ in self._examples])
 
     def compare(self, use: Sequence[str], path: Path) -> float:
         """Write a sheet of clips without and with what was learned, of the same seeds.
 
-        Returns:
-            Mean absolute difference of the frames' bytes; 0 means that nothing was learned.
+        Return the mean absolute difference of the frames' bytes; 0: nothing was learned.
         """
         count = min(self.config.output.ab_clips, len(self._examples))
         without = [self._generate(self._engine, i, ()) for i in range(count)]

@@ -76,8 +76,7 @@ class FinetuneTask:
         if folder.conditioning == "channels" and any(b.num_frames == 1 for b in dataset.buckets):
             raise InputError(
                 f"{folder.name} makes clips from a first frame, so it can't learn from pictures; "
-                "leave them out of data.folders"
-            )
+                "leave them out of data.folders")
         self.conditions = Conditions(folder, settle_conditions(config.conditions, folder))
         torch.manual_seed(config.run.seed)
         self.transformers = open_transformers(config, folder, self.device)
@@ -102,15 +101,12 @@ class FinetuneTask:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW, of full fine-tuning also Muon for the blocks' matrices where a rate is given."""
         optim = self.config.run.optim
-        made = build_optimizers(
-            self.transformers, optim, use_muon=lambda name, _: ".blocks." in name
-        )
+        made = build_optimizers(self.transformers, optim,
+                                use_muon=lambda name, _: ".blocks." in name)
         if self.config.subject is not None and self.subject is not None:
             rate = self.config.subject.lr
-            made[0].add_param_group({
-                "params": [self.subject.token.row], "lr": rate, "peak_lr": rate,
-                "weight_decay": 0.0,
-            })  # fmt: skip
+            made[0].add_param_group({"params": [self.subject.token.row], "lr": rate,
+                                     "peak_lr": rate, "weight_decay": 0.0})
         return made
 
     def batch(self, step: int, micro: int) -> Batch:
@@ -169,8 +165,7 @@ class FinetuneTask:
             side = "from" if config.experts == "high" else "below"
             raise InputError(
                 f"validation.sigmas {list(asked)} has none that the {config.experts}-noise expert "
-                f"denoises at; give some {side} {self._boundary:g}"
-            )
+                f"denoises at; give some {side} {self._boundary:g}")
         scores = [_MEAN, *map(_score, sigmas)]
         if config.run.best not in (None, *scores):
             raise InputError(f"run.best is {config.run.best!r}, which validation doesn't score; "
@@ -185,10 +180,8 @@ class FinetuneTask:
         for index in range(min(self.config.validation.clips, len(source.items))):
             chosen.setdefault(source.items[index].bucket, []).append(index)
         size = self.config.run.batch_size
-        return [
-            source.item_batch(indices[start : start + size])
-            for indices in chosen.values() for start in range(0, len(indices), size)
-        ]
+        return [source.item_batch(indices[start : start + size])
+                for indices in chosen.values() for start in range(0, len(indices), size)]
 
     def _held_out(self, index: int, sigma: float, role: str) -> Batch:
         """A validation batch at a noise level; its noise and conditions are always the same."""
@@ -212,10 +205,8 @@ class FinetuneTask:
         else:
             ids, mask = self.subject.tokenizer.encode(data["captions"])
             context, ids, lengths = None, ids.to(self.device), mask.sum(1)
-        return Batch(
-            state, noise, sigma.to(self.device), role, context, lengths.to(self.device), ids,
-            list(data["files"]),
-        )
+        return Batch(state, noise, sigma.to(self.device), role, context, lengths.to(self.device),
+                     ids, list(data["files"]))
 
     def _error(self, batch: Batch, keep: float = 0.0) -> Tensor:
         """Squared error of the velocity; how much it counts that others than the subject stay."""
@@ -230,11 +221,9 @@ class FinetuneTask:
             context = encode_tokens(self.subject.encoder, batch.ids, mask, learned)
 
         def predict() -> Tensor:
-            return velocity(
-                dit, state, noisy, batch.sigma, (context, batch.lengths),
-                patch=self._dit_config.patch_size, image_context=state.image_context,
-                control=state.control, ranks=current_place().ranks,
-            )
+            return velocity(dit, state, noisy, batch.sigma, (context, batch.lengths),
+                            patch=self._dit_config.patch_size, image_context=state.image_context,
+                            control=state.control, ranks=current_place().ranks)
 
         if not keep:
             return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
@@ -272,8 +261,7 @@ class FinetuneTask:
         ops = transformer_ops(
             config, frames, per_frame, int(batch.lengths.max()),
             image_tokens=0 if state.image_context is None else state.image_context.shape[1],
-            controlled=state.control is not None,
-        )
+            controlled=state.control is not None)
         forward = sum(op.flops for op in ops if op.kind == "linear")
         attention = sum(op.flops for op in ops if op.kind == "attention")
         gemms = 3 if self.config.method == "full" else 2
@@ -281,5 +269,4 @@ class FinetuneTask:
 
 
 def _score(sigma: float) -> str:
-    """Name of the validation's score at a noise level."""
     return f"velocity_{sigma:g}"
