@@ -60,8 +60,7 @@ def run(args: Namespace, report: Report) -> int:
         from vidgen.core.runtime import check_output
 
         check_output(args.html, overwrite=args.overwrite)
-    workers = args.workers or os.cpu_count() or 1
-    known = survey(config, folder, report, workers=workers)
+    known = survey(config, folder, report, workers=args.workers or os.cpu_count() or 1)
     if args.action == "check":
         return _tell(known, config, args, report)
     return _cache(known, config, folder, model, args, report)
@@ -156,9 +155,8 @@ def _cache(
     for fate in known.fates:
         if fate.dropped is not None:
             report({"event": "note", "text": f"{fate.file.name} is left out: {fate.dropped}"})
-    device = choose_device(args.device or "auto")
     made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
-                      device=device.type)
+                      device=choose_device(args.device or "auto").type)
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]
     lines.append(
         f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "

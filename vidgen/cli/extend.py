@@ -9,14 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.options import (
-    Parser,
-    add_request_options,
-    add_resume,
-    choose_devices,
-    given_options,
-    share_threads,
-)
+from vidgen.cli import options
+from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import OUTPUT, Loading, Request, silenced
@@ -39,10 +33,10 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("clip", metavar="CLIP", help="the clip to continue: one of vidgen's, or any other")
     add("--seconds", type=float, required=True, metavar="S", help="seconds to add")
-    add_request_options(parser, OPTIONS, are_optional=True)
+    options.add_request_options(parser, OPTIONS, are_optional=True)
     parser.group(OUTPUT).add_argument(
         "-o", "--output", metavar="FILE", help="default CLIP-longer, in the same folder")
-    add_resume(parser)
+    options.add_resume(parser)
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -75,10 +69,10 @@ def run(args: Namespace, report: Report) -> int:
     recipe = ending.recipe
     if recipe is not None and recorded.made_of_clips(recipe) is not None:
         recipe = None  # it goes on as any other clip does
-    given = given_options(args)
+    given = options.given_options(args)
     del given["seconds"]  # of the added part
     given["settings"] = parse_settings(args.settings or [])
-    loading = given_options(args, Loading)
+    loading = options.given_options(args, Loading)
     if recipe is not None:
         try:
             own = recorded.own_options(recipe, args.model, args.audio)
@@ -88,7 +82,7 @@ def run(args: Namespace, report: Report) -> int:
             raise InputError(f"{args.clip}: {error}") from None
         began = {"model": model, "quantize": recipe.get("quantize"), "dtype": recipe.get("dtype")}
         loading = began | loading
-    chosen = choose_devices(Loading(**loading), [journal])
+    chosen = options.choose_devices(Loading(**loading), [journal])
     if suffix not in CONTAINERS:
         given |= silenced(given["settings"])  # none is made for nobody to hear
     if "prompt" not in given:
@@ -105,7 +99,7 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _make(
-    options: dict[str, Any], size: tuple[int, int], loading: Loading, output: str,
+    asked: dict[str, Any], size: tuple[int, int], loading: Loading, output: str,
     journal: OutputJournal, report: Report,
 ) -> int:
     import torch
@@ -115,9 +109,9 @@ def _make(
     from vidgen.pipeline.recorded import at_own_size
     from vidgen.weights.family import models_with
 
-    request = Request.of(options.pop("prompt"), options)
+    request = Request.of(asked.pop("prompt"), asked)
     start = time.monotonic()
-    share_threads(loading.devices, torch.get_num_threads())
+    options.share_threads(loading.devices, torch.get_num_threads())
     able = f"models that go on from a clip: toybox, {', '.join(models_with('extend'))}"
     engine = load_own(loading.model, able, **loading.model_dump(exclude={"model"}))
     request = at_own_size(request, size, engine.folder)

@@ -9,15 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.options import (
-    FIELDS,
-    Parser,
-    add_request_options,
-    add_resume,
-    choose_devices,
-    given_options,
-    share_threads,
-)
+from vidgen.cli import options
+from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import MODEL, OUTPUT, Loading, Request, silenced
@@ -32,12 +25,12 @@ ENDLESS = 99_997
 """Frames of a clip into a pipe where nobody says: hours."""
 ONLY_PYTHON = ("latents", "prefix", "overlap", "colour_hold")
 """Options that this command line doesn't have; extend has some of them."""
-OPTIONS = [name for name in FIELDS if name not in ONLY_PYTHON]
+OPTIONS = [name for name in options.FIELDS if name not in ONLY_PYTHON]
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the verb's options: all fields of `Request`, and those of the output."""
-    add_request_options(parser, OPTIONS)
+    options.add_request_options(parser, OPTIONS)
     parser.advanced.append(parser.group(MODEL).add_argument(
         "--attention", choices=BACKENDS, default="auto", help=(
             "attention back end; one that can't run here is replaced with a warning, or refused "
@@ -46,14 +39,14 @@ def add_arguments(parser: Parser) -> None:
     output.add_argument("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
         "default prompt-slug-seed.mp4; - with --roll: stdout, for a player"))
-    add_resume(parser)
+    options.add_resume(parser)
     parser.advanced.append(output.add_argument("--preview", action="store_true", help=(
         "show the clip while it forms, as OUTPUT.preview.webp, which is removed at the end")))
 
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    request = Request(**given_options(args))
+    request = Request(**options.given_options(args))
 
     from vidgen.cli import outputs
 
@@ -72,8 +65,8 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.preview import preview_path, write_preview
 
     start = time.monotonic()
-    loading = choose_devices(Loading(**given_options(args, Loading)), journals)
-    share_threads(loading.devices, torch.get_num_threads())
+    loading = options.choose_devices(Loading(**options.given_options(args, Loading)), journals)
+    options.share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
         loading = loading.replace(offload="stage")  # nothing is left that would need a network
     with outputs.resumable(journals, report):
@@ -134,7 +127,7 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
         request = request.replace(frames=ENDLESS)
     if request.seed is None:
         request = request.replace(seed=choose_seed(args, request, report))
-    engine = load(**given_options(args, Loading))
+    engine = load(**options.given_options(args, Loading))
     clip = one_clip(engine.generate(request))
     told = {"event": "progress", "stage": "roll", "total": clip.num_frames}
     write_live(sys.stdout.buffer, clip.chunks(), clip.info,

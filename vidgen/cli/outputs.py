@@ -164,9 +164,8 @@ def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int]
     """Return each clip's seed, its own or that of --retry, and those still to be tried."""
     first = request.seed or 0
     spare = range(first + len(journals), first + len(journals) + request.retry)
-    found = [seed_of(journal) for journal in journals]
     seeds = [seed if seed is not None and seed in spare else first + index
-             for index, seed in enumerate(found)]
+             for index, seed in enumerate(map(seed_of, journals))]
     return seeds, spare[max(seeds) - spare.start + 1 :] if max(seeds) in spare else spare
 
 
@@ -188,8 +187,7 @@ def journals_of_outputs(
                 for path in paths]
     for journal in journals if args.overwrite and prompt is not None else ():
         recipe = journal.recipe or {}
-        plan = recipe.get("plan", {"prompt": prompt})
-        if recipe.get("rewritten", plan)["prompt"] != prompt:
+        if recipe.get("rewritten", recipe.get("plan", {"prompt": prompt}))["prompt"] != prompt:
             journal.resume = False
     return journals
 

@@ -67,8 +67,7 @@ def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
 
     found = known_rates(device, dtype)
     if found is None:
-        name = str(dtype).removeprefix("torch.")
-        report.note(f"measuring this machine in {name}, once")
+        report.note(f"measuring this machine in {str(dtype).removeprefix('torch.')}, once")
         found = measure_rates(device, dtype)
     return found
 

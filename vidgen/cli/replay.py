@@ -105,8 +105,7 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
             given.discard(name)
         else:
             flag = "--" + name.replace("_", "-")
-            is_pair = actions[name].nargs == 2
-            words += [flag, *value.split(",")] if is_pair else [f"{flag}={value}"]
+            words += [flag, *value.split(",")] if actions[name].nargs == 2 else [f"{flag}={value}"]
             given.add(name)
     parsed = vars(parser.parse(words))
     options |= {name: parsed[name] for name in given}
@@ -115,8 +114,7 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 def _again(file: str) -> str:
     path = Path(file)
-    tail = "/" if path.is_dir() else path.suffix
-    return str(path.with_name(f"{path.stem}-again")) + tail
+    return str(path.with_name(f"{path.stem}-again")) + ("/" if path.is_dir() else path.suffix)
 
 
 def _make(

@@ -77,7 +77,8 @@ def run(args: Namespace, report: Report) -> int:
     _check_axes(args.over)
     stem, is_drawn = _stem_and_seed(args)
     cells = _cells(args, stem)
-    columns = _columns(args.over)
+    values = len(args.over[-1].values)
+    columns = values if len(args.over) > 1 or values < 6 else math.ceil(math.sqrt(values))
     recipe = _recipe(cells, columns, args)
     there = [path for path in (f"{stem}.png", f"{stem}.mp4") if _is_there(path, recipe, args)]
     todo = sorted((cell for cell in cells
@@ -243,8 +244,7 @@ def _make(cells: Sequence[Cell], report: Report) -> None:
         share_threads(loading.devices, threads)
         with closing(load(**loading.model_dump())) as engine:
             for cell in alike:
-                journal = Journal(cell.path, resume=True)
-                with resumable([journal], report):
+                with resumable([Journal(cell.path, resume=True)], report):
                     write_request(engine, cell.request, cell.path, report,
                                   {"clip": next(numbers), "num_clips": len(cells)})
 
@@ -277,11 +277,6 @@ def _verdict(cell: Cell, report: Report) -> str | None:
     for finding in found or ():
         report.note(f"{cell.label}: {finding.text}")
     return None if found is None else verdict(found)
-
-
-def _columns(axes: Sequence[Axis]) -> int:
-    values = len(axes[-1].values)
-    return values if len(axes) > 1 or values < 6 else math.ceil(math.sqrt(values))
 
 
 def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, Any]:

@@ -42,8 +42,7 @@ def run(args: Namespace, report: Report) -> int:
     summary = finetune(config, resume=args.resume, accept_changes=args.accept_changes, tell=report)
     if summary is None:  # another rank speaks for all
         return 0
-    use = "\n".join(summary.get("use", [f"stopped at step {summary['step']}"]))
-    report.result(summary, use)
+    report.result(summary, "\n".join(summary.get("use", [f"stopped at step {summary['step']}"])))
     if summary["finished"]:
         return 0
     return 130 if summary["interrupted"] else 1

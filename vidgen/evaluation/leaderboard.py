@@ -116,8 +116,7 @@ def read_results(
         InputError: the file can't be read, or holds no such results.
     """
     try:
-        result = json.loads(Path(path).read_text("utf-8"))
-        entries = entries_of(str(path), result)
+        entries = entries_of(str(path), json.loads(Path(path).read_text("utf-8")))
         page_of([*entries, *entries])  # all that will be asked of them
         return entries
     except OSError as error:

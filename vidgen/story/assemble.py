@@ -65,8 +65,7 @@ def assemble(
     sources = [Source(each.path, each.num_frames) for each in shots]
     with _workplace(output) as folder:
         sources, scenes = _matched(edit, sources)
-        parts = _parts(edit, shots, sources, folder)
-        pieces = pieces_of(edit.timeline, edit.burner.ranges, parts)
+        pieces = pieces_of(edit.timeline, edit.burner.ranges, _parts(edit, shots, sources, folder))
         total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
         reels = Reels(edit.timeline, sources, edit.burner, lambda done: on_frames(done, total))
         stretches = _written(edit, reels, pieces, folder)

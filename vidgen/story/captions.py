@@ -177,8 +177,7 @@ class Burner:
             ImageDraw.Draw(dark).text(place, words, 255, font, anchor="mm", stroke_width=outline,
                                       stroke_fill=255)
         light, shade = (np.asarray(image, np.float32) / 255 for image in (ink, dark))
-        margin = height // 20
-        top = (height - rows) // 2 if kind == "title" else height - rows - margin
+        top = (height - rows) // 2 if kind == "title" else height - rows - height // 20
         cover = np.maximum(light, 0.85 * shade, dtype=np.float32)
         return max(0, top), cover, np.asarray(255 * light, np.float32)
 

@@ -48,9 +48,8 @@ class Narrated:
     @property
     def cues(self) -> list[Cue]:
         """The sentences as texts; speech from a file has none."""
-        pairs = zip(self.sentences, self.speakers, strict=True)
         return [Cue(each.text, each.start_s, each.end_s, speaker)
-                for each, speaker in pairs if each.text]
+                for each, speaker in zip(self.sentences, self.speakers, strict=True) if each.text]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -144,8 +143,7 @@ def _begin(timeline: Timeline, placed: Placed, said: Narration, free: float | No
 def _voiced(script: Script, said: Narration, voices: dict[str, Voice]) -> tuple[str, Voice | None]:
     """Return a text as `spoken` takes it, and its voice, which is opened once."""
     if said.text.startswith(OWN_FILE):
-        path = script.file(Path(said.text.removeprefix(OWN_FILE)))
-        return f"{OWN_FILE}{path}", None
+        return f"{OWN_FILE}{script.file(Path(said.text.removeprefix(OWN_FILE)))}", None
     speaker = script.characters.get(said.speaker or "")
     name = said.voice or (speaker.voice if speaker else None)
     if name is not None and name.endswith(".pt"):

@@ -87,9 +87,8 @@ def _sounds(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
             continue
         path = edit.film.script.file(sound.file)
         begin, first, last = map(edit.timeline.sample, (placed.start, *ends))
-        facts = {"gain_db": sound.gain_db, "loop": sound.loop}
         yield first, Clip(path.stem, _file(path, folder), _range(first - begin, last - first, RATE),
-                          {"vidgen": facts})
+                          {"vidgen": {"gain_db": sound.gain_db, "loop": sound.loop}})
 
 
 def _music(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
@@ -99,9 +98,8 @@ def _music(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
             continue
         path = edit.film.script.file(music.file)
         first, last = map(edit.timeline.sample, (placed.start, end))
-        facts = {"gain_db": music.gain_db, "loop": music.loop}
         yield first, Clip(path.stem, _file(path, folder), _range(0, last - first, RATE),
-                          {"vidgen": facts})
+                          {"vidgen": {"gain_db": music.gain_db, "loop": music.loop}})
 
 
 def _narration(edit: Edit) -> Iterator[tuple[int, Clip]]:

@@ -156,11 +156,9 @@ def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
         share: of the second, above 0 and below 1.
     """
     if kind == "dissolve":
-        mixed = first + share * (second.astype(np.float32) - first)
-        return np.asarray(np.rint(mixed), np.uint8)
+        return np.asarray(np.rint(first + share * (second.astype(np.float32) - first)), np.uint8)
     if kind in _COLOURS:
-        seen = first if share < 0.5 else second
-        return faded(kind, seen, abs(1 - 2 * share))
+        return faded(kind, first if share < 0.5 else second, abs(1 - 2 * share))
     name, _, direction = kind.partition("-")
     width = first.shape[1]
     columns = round(share * width)  # of the second

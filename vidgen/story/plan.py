@@ -263,8 +263,7 @@ class _Planner:
         return [[option, self._picture_hash(file)] for option, file in named if file is not None]
 
     def _shown(self, shot: Shot, index: int) -> list[list[str]]:
-        last = len(shot.prompt) - 1
-        pairs = ((shot.first_frame, 0), (shot.last_frame, last))
+        pairs = ((shot.first_frame, 0), (shot.last_frame, len(shot.prompt) - 1))
         return [[str(n), self.film.shots[each.shot].key, each.frame]
                 for n, (each, part) in enumerate(pairs)
                 if isinstance(each, ShotFrame) and index == part]

@@ -93,8 +93,7 @@ class ShotStore(Store):
 
     def is_done(self, plan: ShotPlan) -> bool:
         """Return whether nothing is left to do for a shot."""
-        chosen = len(plan.takes) == 1 or self.choice(plan) is not None
-        return chosen and not self.missing(plan)
+        return (len(plan.takes) == 1 or self.choice(plan) is not None) and not self.missing(plan)
 
     def write_index(self, rendered: Sequence[RenderedShot]) -> None:
         """Write the list of the film's shots, for programs that join them and for people."""

@@ -85,9 +85,8 @@ class Timeline:
 
     def faded(self, index: int) -> tuple[int, int]:
         """Return the frames that transitions take at the beginning and at the end of a shot."""
-        is_last = index == len(self.shots) - 1
         return (self.shots[index].overlap if index else self.opening,
-                self.ending if is_last else self.shots[index + 1].overlap)
+                self.ending if index == len(self.shots) - 1 else self.shots[index + 1].overlap)
 
     def sections(self) -> Iterator[Section]:
         """Yield the film's sections, from its beginning to its end."""
@@ -96,8 +95,7 @@ class Timeline:
             begin = placed.start + placed.overlap
             end = placed.end - self.faded(index)[1]
             if placed.overlap:
-                kind = placed.transition.type
-                yield Section(placed.start, begin, (index - 1, index), kind)
+                yield Section(placed.start, begin, (index - 1, index), placed.transition.type)
             elif index == 0 and self.opening:
                 begin += self.opening
                 yield Section(0, begin, (0,), f"{placed.transition.type}-in")

@@ -64,8 +64,7 @@ def color_feature(frame: Frames) -> NDArray[np.float64]:
 def sharpness(frame: Frames) -> float:
     """Return the variance of the luma's Laplacian in squared levels; 0 for a flat picture."""
     cv2 = opencv()
-    luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    return float(cv2.Laplacian(luma, cv2.CV_64F).var())
+    return float(cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
 class IdentityDrift:

@@ -66,9 +66,7 @@ class Tracks:
 
     def _measure(self) -> None:
         places = list(self._places)
-        fresh = self._age >= 1
-        way = (places[-1] - places[-2])[fresh]
-        _vote(self._velocity, way, self._short)
+        _vote(self._velocity, (places[-1] - places[-2])[self._age >= 1], self._short)
         if len(places) >= 3 and (old := self._age >= 2).any():
             turn = (places[-1] - 2 * places[-2] + places[-3])[old]
             _vote(self._acceleration, turn, self._short)
@@ -77,12 +75,9 @@ class Tracks:
             self._jerks.append(float(np.hypot(*jerk.T).mean()) / self._short)
         self._in_segment += 1
         if self._in_segment == SEGMENT - 1:
-            self._end_segment()
-
-    def _end_segment(self) -> None:
-        both = np.concatenate([self._velocity, self._acceleration]) / (self._in_segment or 1)
-        self.histograms.append([float(value) for value in both])
-        self._velocity[:], self._acceleration[:], self._in_segment = 0, 0, 0
+            both = np.concatenate([self._velocity, self._acceleration]) / self._in_segment
+            self.histograms.append([float(value) for value in both])
+            self._velocity[:], self._acceleration[:], self._in_segment = 0, 0, 0
 
     @property
     def jerk(self) -> float | None:
@@ -117,7 +112,9 @@ class MotionMeter:
             height, width = grey.shape
             self._first = self._looked_at = grey
             self.tracks = Tracks(height, width)
-            self._begin_grid(height, width)
+            xs = np.linspace(0.05 * width, 0.95 * width, vbench.CAMERA_GRID)
+            ys = np.linspace(0.05 * height, 0.95 * height, vbench.CAMERA_GRID)
+            self._grid = self._grid_home = np.stack(np.meshgrid(xs, ys), axis=-1)
         else:
             self._measure(frame, grey)
         self._grey, self._frames = grey, [*self._frames[-1:], frame]
@@ -131,12 +128,6 @@ class MotionMeter:
         pixels = vbench.top_speed(self._flows.flow(self._looked_at, self._grey), vbench.DYNAMIC_TOP)
         seconds = (self._index - self._last_look) / self._fps
         return float(pixels / min(self._grey.shape) / seconds)
-
-    def _begin_grid(self, height: int, width: int) -> None:
-        xs = np.linspace(0.05 * width, 0.95 * width, vbench.CAMERA_GRID)
-        ys = np.linspace(0.05 * height, 0.95 * height, vbench.CAMERA_GRID)
-        self._grid = np.stack(np.meshgrid(xs, ys), axis=-1)
-        self._grid_home = self._grid.copy()
 
     def _measure(self, frame: Frames, grey: NDArray[np.uint8]) -> None:
         before = self._frames[-1]

@@ -169,8 +169,7 @@ def tensor(frame: Frames) -> Tensor:
 
 def resized(frame: Frames, side: int, mode: str) -> Tensor:
     """Return a frame [H, W, 3] as [1, 3, h, w] whose short side is `side`, without smoothing."""
-    size = _short_side(frame, side)
-    return F.interpolate(tensor(frame), size, mode=mode, align_corners=False)
+    return F.interpolate(tensor(frame), _short_side(frame, side), mode=mode, align_corners=False)
 
 
 def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:

@@ -131,9 +131,8 @@ def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
     is that of the flow's picture, in pixels.
     """
     limit = DYNAMIC_PIXELS * short_side / 256
-    needed = round(4 * (len(speeds) + 1) / 16)
     # one pair has to move even where the count is rounded to none
-    return sum(speed > limit for speed in speeds) >= max(1, needed)
+    return sum(speed > limit for speed in speeds) >= max(1, round(4 * (len(speeds) + 1) / 16))
 
 
 def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -> bool:
