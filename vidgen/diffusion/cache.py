@@ -78,7 +78,7 @@ class Memory(ABC):
 
     def reuse(self) -> Tensor:
         """Return the predicted result of the last block [B, L, D]."""
-        return _sum(self._tokens, self._added())
+        return (self._tokens.float() + self._added().float()).to(self._tokens.dtype)
 
     def _added(self) -> Tensor:
         """Return the predicted addition of the blocks after the first `lead`."""
@@ -222,9 +222,8 @@ class Forecast(Memory):
 class Probe(Memory):
     """Lets every step be computed, and measures the size of its addition.
 
-    Attributes:
-        logs: (sigma, logarithm of the size relative to the first) of each step (Ma et al. 2025,
-            eq. 5: the ratio of a step is the mean over tokens).
+    `logs` are (sigma, logarithm of the size relative to the first) of each step (Ma et al. 2025,
+    eq. 5: the ratio of a step is the mean over tokens).
     """
 
     def __init__(self) -> None:
@@ -380,10 +379,6 @@ def relative_change(now: Tensor, before: Tensor) -> float:
 
 def _difference(tokens: Tensor, start: Tensor) -> Tensor:
     return (tokens.float() - start.float()).to(tokens.dtype)
-
-
-def _sum(tokens: Tensor, added: Tensor) -> Tensor:
-    return (tokens.float() + added.float()).to(tokens.dtype)
 
 
 def _log_snr(sigma: float) -> float:

@@ -30,10 +30,9 @@ UPSAMPLED_NOISE = -1
 class LatentRate:
     """Rate of upsampled latent frames against those of a clip, or of a stretch of it.
 
-    Args:
-        factor: upsampled latent frames for each one of the clip.
-        alone: whether the first one stands for a single frame, as it does at any rate; within a
-            clip each stands for `stride_t` frames.
+    It has `factor` upsampled latent frames for each of the clip. `alone` says whether the first
+    stands for a single frame, as it does at any rate; within a clip each stands for `stride_t`
+    frames.
     """
 
     factor: int

@@ -48,8 +48,7 @@ class Look:
 class Looker:
     """Reduces frames of one size in order, at a cost that hardly grows with the size.
 
-    Attributes:
-        before: [h, w] grey of the frame before; None at the first.
+    `before` is [h, w] grey of the frame before; None at the first.
     """
 
     def __init__(self, height: int, width: int) -> None:

@@ -176,11 +176,7 @@ class ClipChecker:
         return pack({**state, "before": self._looker.before})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Resume after the frames of a snapshot.
-
-        Raises:
-            InputError: it is damaged.
-        """
+        """Resume after the frames of a snapshot; raise InputError if it is damaged."""
         state = unpack(snapshot)
         self._looker.before, self._given = state.pop("before", None), None
         for name, value in state.items():

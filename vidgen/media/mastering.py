@@ -195,9 +195,7 @@ def _phases() -> list[Signal]:
 class SoundTrack:
     """A clip's sound in a container, exactly as long as its picture: cut, or followed by silence.
 
-    Args:
-        info: of the clip, which has sound.
-        codec: libav's name of the encoder.
+    The clip of `info` has sound; `codec` is libav's name of the encoder.
     """
 
     def __init__(self, info: ClipInfo, codec: str) -> None:

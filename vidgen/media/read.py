@@ -183,11 +183,7 @@ def fit(
 
 
 def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the PNGs of a folder, sorted by name.
-
-    Raises:
-        InputError: it has none.
-    """
+    """Return the PNGs of a folder, sorted by name; raise InputError if it has none."""
     found = sorted(Path(folder).glob("*.png"))
     if not found:
         raise InputError(f"folder {folder} holds no PNGs; give a file, or a folder of pictures")

@@ -69,10 +69,8 @@ class SoundReader:
     """The first sound track of a file, block by block at constant memory.
 
     One channel stays one. More become two by libswresample's matrix: centre and surrounds at -3 dB
-    on the side where they are, or on both; the low-frequency channel is left out.
-
-    Args:
-        rate: samples a second of the blocks; None is the file's own.
+    on the side where they are, or on both; the low-frequency channel is left out. Blocks have
+    `rate` samples a second; None: the file's own.
 
     Attributes:
         source_rate: the file's samples a second.

@@ -66,9 +66,8 @@ class Speech:
 class EspeakVoice:
     """A voice of espeak-ng.
 
-    Args:
-        name: a language or voice as `espeak-ng --voices` lists it; `+f3` and the like after it
-            are its variants.
+    `name` is a language or voice as `espeak-ng --voices` lists it; `+f3` and the like after it are
+    its variants.
 
     Raises:
         InputError: no espeak-ng here, or no such voice; names those near it.
@@ -125,9 +124,8 @@ class EspeakVoice:
 class KokoroVoice:
     """A voice of Kokoro, a small speech model, by its own package.
 
-    Args:
-        path: the voice's file, FOLDER/voices/NAME.pt, with FOLDER/config.json and the weights
-            FOLDER/*.pth, as they were published.
+    `path` is the voice's file, FOLDER/voices/NAME.pt, with FOLDER/config.json and the weights
+    FOLDER/*.pth, as they were published.
 
     Raises:
         InputError: the package isn't here, or files are missing.

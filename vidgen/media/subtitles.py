@@ -81,9 +81,7 @@ def as_webvtt(cues: Sequence[Cue]) -> str:
 class TextTrack:
     """A track of cues in a container, written as its picture advances.
 
-    Args:
-        cues: in order, none of which overlap; see `one_at_a_time`.
-        suffix: of the file, one of `TRACKS`.
+    The cues are in order and don't overlap, see `one_at_a_time`; `suffix` is one of `TRACKS`.
     """
 
     def __init__(self, cues: Sequence[Cue], suffix: str) -> None:

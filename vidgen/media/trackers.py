@@ -40,8 +40,7 @@ class Span:
 class Spans:
     """Marked frames as spans; those less than half a second from each other are one.
 
-    Args:
-        longest: number of spans kept; a hopeless film's further ones lengthen the last.
+    At most `longest` are kept; a hopeless film's further ones lengthen the last.
     """
 
     fps: float
@@ -363,11 +362,7 @@ def pack(state: dict[str, Any]) -> Snapshot:
 
 
 def unpack(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the values that `pack` was given.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Return the values that `pack` was given; raise InputError if they are damaged."""
     arrays, state = snapshot
 
     def unpacked(data: dict[str, Any]) -> Any:

@@ -35,10 +35,8 @@ _LOCK = threading.Lock()
 class LowRank:
     """A layer's delta of low rank, scale * up @ down (Hu et al. 2021, eq. 3; scale is alpha / r).
 
-    Args:
-        down: [r, in]; a patch embedding's may have the shape of its convolution, [r, C, 1, p, p].
-        up: [out, r].
-        scale: factor of the product.
+    `up` is [out, r], `down` [r, in]; that of a patch embedding may have the shape of its
+    convolution, [r, C, 1, p, p].
     """
 
     down: Tensor

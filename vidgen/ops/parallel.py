@@ -29,9 +29,8 @@ Move = Callable[[Tensor], Tensor]
 class Ranks:
     """Processes that share one sequence; all of them make this object at the same time.
 
-    Args:
-        group: of torch.distributed; None: all processes.
-        device: of the tensors that they exchange.
+    `group` is one of torch.distributed; None: all processes. `device` has the tensors they
+    exchange.
     """
 
     def __init__(
