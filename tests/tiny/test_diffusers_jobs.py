@@ -109,7 +109,7 @@ def test_a_sweeps_clip_goes_on(model: Path, cli: Any) -> None:
 
 
 @pytest.mark.parametrize(("stop", "calls", "tried"), [
-    ("keep_arrays", 1, 1), ("keep_job", 3, 0), ("keep_arrays", 2, 0),
+    ("keep_arrays", 1, 1), ("keep_job", 3, 0), ("keep_arrays", 5, 0),
 ])
 def test_a_further_seed_goes_on(
     model: Path, cli: Any, tmp_path: Path, stop: str, calls: int, tried: int
