@@ -34,8 +34,9 @@ def content(folder: Path) -> dict[str, bytes]:
             if path.is_file() and not path.name.endswith(".tmp")}
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_killed_at_any_change_it_goes_on(
-    server: ForkServer, data: Path, tiny_model: Path, tmp_path: Path
+    server: ForkServer, data: Path, tiny_model: Path, tmp_path: Path, kills: int
 ) -> None:
     def run(records: Path, cache: Path, number: int) -> object:
         job = Job("tests.clips:at_event", (records, number, arguments(data, cache, tiny_model)))
@@ -49,7 +50,7 @@ def test_killed_at_any_change_it_goes_on(
     expected = content(tmp_path / "straight")
     assert len(expected) == 3 + 4 + 2
     count = straight[1]
-    for number in range(3, count + 1, count // 3):
+    for number in range(3, count + 1, count // kills):
         records, cache = tmp_path / f"r{number}", tmp_path / f"c{number}"
         assert run(records, cache, number) is None, "it was killed"
         assert run(records, cache, 0)[0] == 0

@@ -121,7 +121,8 @@ def halfway(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], 
 
 
 @pytest.mark.parametrize(("engine", "full", "late"), [
-    (None, 0, 1), pytest.param(None, 1, 0, marks=pytest.mark.long), ("zero1", 1, 0),
+    (None, 0, 1), pytest.param(None, 1, 0, marks=pytest.mark.long),
+    pytest.param("zero1", 1, 0, marks=pytest.mark.long),
 ])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, halfway, engine, full, late):
     run = tmp_path / "run"

@@ -37,6 +37,7 @@ def step(dit: SpacetimeDiT, size: tuple[int, int], times: str) -> list[torch.Ten
     return [made.detach(), *gradients]
 
 
+@pytest.mark.long
 def test_fused_steps_of_any_shape_are_plain_ones(
     dit: SpacetimeDiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

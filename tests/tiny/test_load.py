@@ -188,7 +188,8 @@ def test_loading_takes_the_weights_and_one_layer(large, dtype, size):
     layer = 4 * WIDTH * (WIDTH + 1)
     weights = size * LAYERS * WIDTH * (WIDTH + 1)
     taken = measure(large, dtype)
-    assert 0.9 * weights < taken["after"] <= taken["peak"] <= 1.1 * weights + layer, taken
+    assert 0.9 * weights < taken["after"] <= taken["peak"] + (1 << 20), taken  # counted by turns
+    assert taken["peak"] <= 1.1 * weights + layer, taken
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

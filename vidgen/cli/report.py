@@ -197,14 +197,15 @@ def _check_events(path: Path) -> None:
 
 
 def print_line(line: str, file: TextIO, name: str) -> None:
-    """Print at once.
+    """Print in one piece, so that lines of several processes don't mix.
 
     Raises:
         BrokenPipeError: nobody reads any more.
         OutputError: the disk is full.
     """
     try:
-        print(line, file=file, flush=True)
+        file.write(f"{line}\n")
+        file.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
