@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import http.server
 import json
 import logging
@@ -18,7 +19,7 @@ import pytest
 from vidgen.core.errors import InputError, OptionError
 from vidgen.core.request import Request
 from vidgen.server.app import JsonFormatter
-from vidgen.server.body import _nested
+from vidgen.server.body import MAX_FIELD_BYTES, _Form, _nested
 from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import sniff
@@ -149,6 +150,40 @@ def test_what_is_fetched_and_what_is_not(site, monkeypatch):
                 "http://localhost/", "http://[::1]/"):
         with pytest.raises(InputError):
             fetch(url, 1000)
+
+
+def part(disposition: str) -> bytes:
+    return f"--b\r\nContent-Disposition: {disposition}\r\n\r\n".encode()
+
+
+def test_a_file_is_hashed_and_closed_as_it_comes(tmp_path):
+    form, pieces = _Form(b"b", tmp_path), [b"one", b"two" * 1000]
+    form.feed(part('form-data; name="image"; filename="a.png"'))
+    for piece in pieces:
+        form.feed(piece)
+    form.feed(b"\r\n--b--\r\n")
+    content, upload = b"".join(pieces), form.finish()["image"]
+    assert upload == Upload(upload.path, "a.png", hashlib.sha256(content).hexdigest(), len(content))
+    assert upload.path.read_bytes() == content
+
+    cut = _Form(b"b", tmp_path)
+    cut.feed(part('form-data; name="image"; filename="a.png"') + b"begun")
+    assert not cut._part.file.closed
+    cut.close()
+    assert cut._part.file.closed
+
+
+def test_a_field_is_refused_as_soon_as_it_is_too_large(tmp_path):
+    form = _Form(b"b", tmp_path)
+    form.feed(part('form-data; name="prompt"') + b"x" * MAX_FIELD_BYTES)
+    with pytest.raises(ApiError, match="the field 'prompt' is larger than"):
+        form.feed(b"x" * 100)  # and more would follow
+
+
+@pytest.mark.parametrize("disposition", ['attachment; name="a"', "form-data"])
+def test_parts_that_are_no_fields_are_refused(tmp_path, disposition):
+    with pytest.raises(ApiError, match="a part of the body has no name"):
+        _Form(b"b", tmp_path).feed(part(disposition))
 
 
 @pytest.mark.parametrize(("head", "found"), [

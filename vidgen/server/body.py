@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, FormParser, parse_options_header
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from vidgen.core.runtime import write_error
@@ -43,9 +43,12 @@ async def read_body(request: Request, uploads: Path) -> dict[str, Any]:
         if not boundary or len(boundary) > 200:
             raise ApiError(400, "malformed_body", "the multipart body has no boundary")
         form = _Form(boundary, uploads)
-        async for chunk in _chunks(request):
-            form.feed(chunk)
-        return form.finish()
+        try:
+            async for chunk in _chunks(request):
+                form.feed(chunk)
+            return form.finish()
+        finally:
+            form.close()
     if kind in (b"application/json", b""):
         return await _read_json(request)
     raise ApiError(415, "unsupported_media_type",
@@ -92,6 +95,18 @@ async def _read_json(request: Request) -> dict[str, Any]:
     return value
 
 
+@dataclass
+class _Part:
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    name: str = ""
+    content: bytearray = field(default_factory=bytearray)
+    upload: Path | None = None
+    filename: str = ""
+    file: BinaryIO | None = None
+    digest: Any = None
+    size: int = 0
+
+
 class _Form:
     """A multipart body, parsed piece by piece.
 
@@ -101,18 +116,23 @@ class _Form:
     def __init__(self, boundary: bytes, uploads: Path) -> None:
         self._uploads, self._is_whole = uploads, False
         self._fields: list[tuple[str, Any]] = []
-        self._parser = FormParser(
-            "multipart/form-data", self._take_field, self._take_file, self._end, boundary, config={
-                "UPLOAD_DIR": str(uploads), "UPLOAD_DELETE_TMP": False, "MAX_MEMORY_FILE_SIZE": 0})
+        self._part = _Part()
+        self._header = [bytearray(), bytearray()]
+        self._parser = MultipartParser(boundary, {
+            "on_part_begin": self._begin, "on_part_data": self._data, "on_part_end": self._end,
+            "on_header_field": self._header_name, "on_header_value": self._header_value,
+            "on_header_end": self._header_end, "on_headers_finished": self._headers_finished,
+            "on_end": self._whole,
+        })
 
     def feed(self, chunk: bytes) -> None:
         try:
             self._parser.write(chunk)
-        except OSError as error:
-            raise write_error(self._uploads / "upload", error) from error
         except FormParserError as error:
             raise ApiError(400, "malformed_body", f"the multipart body is malformed: {error}"
                            ) from None
+        except OSError as error:
+            raise write_error(self._uploads / "upload", error) from error
 
     def finish(self) -> dict[str, Any]:
         if not self._is_whole:
@@ -120,29 +140,60 @@ class _Form:
                                                   "boundary; send all of it")
         return _nested(self._fields)
 
-    def _take_field(self, field: Field) -> None:
-        name, value = _text(field.field_name or b"", "a field's name"), field.value or b""
-        if len(value) > MAX_FIELD_BYTES:
-            raise ApiError(413, "too_large", f"the field {name!r} is larger than {MAX_FIELD_BYTES} "
-                                             "bytes", name)
-        self._add(name, _text(value, f"the field {name!r}"))
+    def close(self) -> None:
+        if self._part.file is not None:
+            self._part.file.close()
 
-    def _take_file(self, file: File) -> None:
-        if file.in_memory:
-            file.flush_to_disk()
-        file.file_object.seek(0)
-        digest = hashlib.file_digest(file.file_object, "sha256").hexdigest()
-        file.close()
-        self._add(_text(file.field_name or b"", "a field's name"), Upload(
-            Path(os.fsdecode(file.actual_file_name or b"")),
-            _text(file.file_name or b"", "a file's name"), digest, file.size))
-
-    def _add(self, name: str, value: Any) -> None:
+    def _begin(self) -> None:
         if len(self._fields) >= MAX_FIELDS:
             raise ApiError(400, "malformed_body", f"the body has more than {MAX_FIELDS} parts")
-        self._fields.append((name, value))
+        self._part = _Part()
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header[0] += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header[1] += data[start:end]
+
+    def _header_end(self) -> None:
+        name, value = map(bytes, self._header)
+        self._part.headers[name.lower()] = value
+        self._header = [bytearray(), bytearray()]
+
+    def _headers_finished(self) -> None:
+        kind, options = parse_options_header(self._part.headers.get(b"content-disposition", b""))
+        if kind != b"form-data" or b"name" not in options:
+            raise ApiError(400, "malformed_body", "a part of the body has no name")
+        self._part.name = _text(options[b"name"], "a field's name")
+        if b"filename" in options:
+            self._part.filename = _text(options[b"filename"], "a file's name")
+            self._part.upload = self._uploads / secrets.token_hex(8)
+            self._part.file = self._part.upload.open("wb")
+            self._part.digest = hashlib.sha256()
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        piece, part = data[start:end], self._part
+        part.size += len(piece)
+        if part.file is not None:
+            part.file.write(piece)
+            part.digest.update(piece)
+            return
+        if part.size > MAX_FIELD_BYTES:
+            raise ApiError(413, "too_large", f"the field {part.name!r} is larger than "
+                                             f"{MAX_FIELD_BYTES} bytes", part.name)
+        part.content += piece
 
     def _end(self) -> None:
+        part = self._part
+        if part.file is not None and part.upload is not None:
+            part.file.close()
+            part.file = None
+            made = Upload(part.upload, part.filename, part.digest.hexdigest(), part.size)
+            self._fields.append((part.name, made))
+        else:
+            self._fields.append((part.name, _text(bytes(part.content), f"the field {part.name!r}")))
+
+    def _whole(self) -> None:
         self._is_whole = True
 
 
