@@ -77,17 +77,22 @@ class Place:
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """The ranks' mean of named scalars, the same on all; the names must be, too."""
-        rows = self.told([float(value.detach()) for value in values.values()])
-        means = (sum(column) / self.size for column in zip(*rows, strict=True))
-        return dict(zip(values, means, strict=True))
+        both = torch.stack([value.detach().double().cpu() for value in values.values()])
+        if self.size > 1:
+            dist.all_reduce(both)
+        return dict(zip(values, (both / self.size).tolist(), strict=True))
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is up on any rank, the same on all."""
-        return [any(column) for column in zip(*self.told(flags), strict=True)]
+        if self.size == 1:
+            return list(flags)
+        both = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in both]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.told(None)
+        self.any(False)
 
 
 _ALONE = Place()
