@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, get_args
 
 from prometheus_client import (
@@ -18,6 +17,8 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from vidgen.server.types import Job, Status
 
@@ -158,14 +159,23 @@ class Metrics:
 
     def watch_queue(self, counts: Callable[[], dict[str, int]]) -> None:
         """Count the queue at each scrape."""
-        jobs = Gauge("vidgen_jobs", "Jobs that are there", ["status"], registry=self.registry)
-        for each in get_args(Status):
-            jobs.labels(each).set_function(partial(_count, counts, each))
+        self.registry.register(_Queue(counts))
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-def _count(counts: Callable[[], dict[str, int]], status: Status) -> float:
-    return counts().get(status, 0)
+class _Queue(Collector):
+    """Numbers of jobs by status, of one look at the queue."""
+
+    def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the numbers, those of no job among them."""
+        counts = self._counts()
+        jobs = GaugeMetricFamily("vidgen_jobs", "Jobs that are there", labels=["status"])
+        for status in get_args(Status):
+            jobs.add_metric([status], counts.get(status, 0))
+        yield jobs
