@@ -20,7 +20,7 @@ from vidgen.ops.parallel import Ranks, Spread, ulysses_attention
 CONFIGS = {
     "full": TINY, "control": WITH_CONTROL, "audio": WITH_AUDIO, "audio-alone": WITH_AUDIO,
     "audio-behind": WITH_AUDIO,
-    "causal": replace(TINY, pattern="causal"), "factorised": replace(TINY, pattern="factorised"),
+    "causal": replace(TINY, pattern="causal"),
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens, StepCache
 from vidgen.models.dit_blocks import (
-    Axis,
     Block,
     ControlBlock,
     FeedForward,
@@ -81,14 +80,13 @@ class SpacetimeDiT(nn.Module):
             self.image_embed = ImageEmbedding(config.image_dim, width, config.image_positions)
         if audio is not None:
             self.audio_embed = nn.Linear(audio.channels, width)
-        axes: tuple[Axis, ...] = ("space", "time") if config.pattern == "factorised" else ("all",)
         self.blocks = nn.ModuleList(
             Block(
-                width, config.num_heads, config.ffn_dim, config.eps, axis=axes[i % len(axes)],
+                width, config.num_heads, config.ffn_dim, config.eps,
                 image=config.image_dim is not None,
                 audio_ffn_dim=None if audio is None else audio.ffn_dim,
             )
-            for i in range(config.num_layers)
+            for _ in range(config.num_layers)
         )
         self.control_blocks = nn.ModuleList(
             ControlBlock(
@@ -215,7 +213,7 @@ class SpacetimeDiT(nn.Module):
         if self.config.audio is None:
             raise InputError("audio was given to a model without the audio modality")
         stream, rope = self._embed_sound(audio, self.config.audio)
-        streams, layout = [stream], Layout(0, 0, None)
+        streams, layout = [stream], Layout(None)
         text = self._context(context, context_lengths, None)
         if cache is not None:
             cache.recording = False

@@ -3,18 +3,16 @@
 Norms, modulation, residual gates and time embedding are computed in float32 whatever the weights'
 dtype; matrix products run in the autocast dtype or the weights'.
 
-Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, F latent frames
-and stills, N tokens of one of them, H heads, d head width.
+Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, H heads, d head
+width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,10 +28,6 @@ from vidgen.ops.norm import (
 )
 from vidgen.ops.parallel import ulysses_attention
 from vidgen.ops.rope import normed_heads
-
-Axis = Literal["all", "space", "time"]
-
-_GROUPED = {"space": "(B F) H N d", "time": "(B N) H F d"}
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -136,7 +130,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention among tokens, with rotary positions, over all of them or along one axis."""
+    """Attention among all tokens, with rotary positions."""
 
     def __init__(self, width: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -145,20 +139,19 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (HeadsNorm(width, num_heads, eps) for _ in range(2))
 
     def forward(
-        self, x: Tensor, rope: Tensor, layout: Layout, axis: Axis, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: Tensor, layout: Layout, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]; `cache` goes with axis "all"."""
+        """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]."""
         q, k = self.norm_q(self.q(x), rope), self.norm_k(self.k(x), rope)
         v = _heads(self.v(x), self.num_heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
-            q, k, v = (_split(part, layout, axis) for part in (q, k, v))
-            bias = None if axis == "space" else layout.bias
+            bias = layout.bias
             separate = max(layout.num_alone, layout.num_unseen)
             if not separate:
-                return _join(attention(q, k, v, bias=bias), layout, axis)
+                return attention(q, k, v, bias=bias)
             rest = q.shape[2] - separate
 
             def among(looking: slice, seen: slice) -> Tensor:
@@ -174,20 +167,6 @@ class SelfAttention(nn.Module):
         else:
             mixed = ulysses_attention(attend, q, k, v, layout.spread)
         return self.out(mixed.transpose(1, 2).flatten(-2))
-
-
-def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """Map [B, H, F * N, d] to [B * F, H, N, d] along space, to [B * N, H, F, d] along time."""
-    if axis == "all":
-        return x
-    return rearrange(x, f"B H (F N) d -> {_GROUPED[axis]}", F=layout.num_frames)
-
-
-def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    if axis == "all":
-        return x
-    sizes = {"F": layout.num_frames, "N": layout.frame_tokens}
-    return rearrange(x, f"{_GROUPED[axis]} -> B H (F N) d", **sizes)
 
 
 class CrossAttention(nn.Module):
@@ -222,10 +201,10 @@ class Block(nn.Module):
 
     def __init__(
         self, width: int, num_heads: int, ffn_dim: int, eps: float, *,
-        axis: Axis, image: bool, audio_ffn_dim: int | None,
+        image: bool, audio_ffn_dim: int | None,
     ) -> None:
         super().__init__()
-        self.eps, self.axis = eps, axis
+        self.eps = eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, width))
         self.self_attn = SelfAttention(width, num_heads, eps)
         self.norm_cross = nn.LayerNorm(width, eps)
@@ -247,7 +226,7 @@ class Block(nn.Module):
         ]
         lengths = [s.tokens.shape[1] for s in streams]
         joined = normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
-        mixed = self.self_attn(joined, rope, layout, self.axis, cache, layer).split(lengths, dim=1)
+        mixed = self.self_attn(joined, rope, layout, cache, layer).split(lengths, dim=1)
         out = []
         for stream, part, table in zip(streams, mixed, tables, strict=True):
             ffn = self.audio_ffn if stream.is_sound else self.ffn
@@ -270,7 +249,7 @@ class ControlBlock(Block):
         self, width: int, num_heads: int, ffn_dim: int, eps: float, *, image: bool, first: bool
     ) -> None:
         super().__init__(
-            width, num_heads, ffn_dim, eps, axis="all", image=image, audio_ffn_dim=None
+            width, num_heads, ffn_dim, eps, image=image, audio_ffn_dim=None
         )
         self.proj_in = nn.Linear(width, width) if first else None
         self.proj_out = nn.Linear(width, width)

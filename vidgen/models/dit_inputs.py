@@ -125,16 +125,13 @@ def lay_out(
     sound = 0 if audio is None else audio.latents.shape[2]
     alone = 0 if audio is None or audio.sees_video else sound
     unseen = 0 if audio is None or audio.is_seen else sound
-    layout = Layout(num_frames + stills, frame_tokens, None, num_alone=alone, num_unseen=unseen)
+    layout = Layout(None, num_alone=alone, num_unseen=unseen)
     if visible is None:
         return layout
     bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
-    if config.pattern == "factorised":
-        bias = bias.repeat_interleave(frame_tokens, dim=0)
-    else:
-        bias = bias.repeat_interleave(frame_tokens, dim=2)
-        if bias.shape[1] > 1:
-            bias = bias.repeat_interleave(frame_tokens, dim=1)
+    bias = bias.repeat_interleave(frame_tokens, dim=2)
+    if bias.shape[1] > 1:
+        bias = bias.repeat_interleave(frame_tokens, dim=1)
     return layout._replace(bias=F.pad(bias, (0, sound))[:, None])
 
 

@@ -16,7 +16,7 @@ from vidgen.ops.latents import check_positive
 from vidgen.ops.norm import TokenVectors
 from vidgen.ops.parallel import Spread
 
-Pattern = Literal["full", "factorised", "causal"]
+Pattern = Literal["full", "causal"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class DiTConfig:
         eps: of all norms.
         image_dim: width of CLIP features (Wan 2.1 I2V), or None.
         image_positions: learned positions of CLIP features (FLF2V: 514), or None.
-        pattern: of self-attention: among all tokens ("full"); within frames and within places in
-            turn ("factorised"); to no later frame ("causal").
+        pattern: of self-attention: among all tokens ("full"), or to no later frame ("causal").
         causal_frames: latent frames that see each other in the causal pattern.
         control_layers: blocks whose output a control block adds to (VACE), rising from 0.
         control_channels: C of the control, or None without `control_layers`.
@@ -171,14 +170,12 @@ class Context(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Layout of the tokens in self-attention, F * N of frames first, and the bias to add.
+    """Layout of the tokens in self-attention, and the bias to add.
 
     With `spread` they lie over several ranks, which exchange in self-attention only. The last
     `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
     """
 
-    num_frames: int
-    frame_tokens: int
     bias: Tensor | None
     spread: Spread | None = None
     num_alone: int = 0

@@ -65,8 +65,6 @@ def transformer_ops(
     """Count one forward pass; `frames` includes stills, `sound_tokens` are sound latents in it."""
     width, tokens = config.hidden_dim, frames * frame_tokens
     keys = float(tokens + sound_tokens)
-    if config.pattern == "factorised":
-        keys = (frames + frame_tokens) / 2
     context = text_tokens + 1 + image_tokens
     controls = len(config.control_layers) if controlled else 0
     ops = _block_ops(width, config.ffn_dim, tokens, keys, context, config.num_layers + controls)
