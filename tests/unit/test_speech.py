@@ -1,14 +1,13 @@
 """Speech: sentences with their times, voices that are there and those that aren't."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
 from tests.sounds import RATE, save, tone
 from vidgen.core.errors import InputError
-from vidgen.media.speech import PAUSE_S, open_voice, sentences_of, speak
+from vidgen.media.speech import PAUSE_S, Voice, sentences_of, speak
 
 spoken = [
     pytest.mark.system,
@@ -87,7 +86,7 @@ def test_two_texts_at_once_are_refused_and_any_order_is_taken():
 ])  # fmt: skip
 def test_unknown_voices_are_refused_with_those_near_them(voice, near):
     with pytest.raises(InputError, match=near):
-        open_voice(voice)
+        Voice(voice)
 
 
 @with_espeak
@@ -99,7 +98,7 @@ def test_a_text_without_words_is_refused():
 def test_without_espeak_the_way_to_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="apt install espeak-ng"):
-        open_voice("en")
+        Voice("en")
 
 
 def test_speech_of_ones_own_comes_from_a_file(tmp_path):
@@ -113,20 +112,3 @@ def test_speech_of_ones_own_comes_from_a_file(tmp_path):
         speak([(1.0, f"@{path}.no")], None, 2 * RATE)
     with pytest.raises(InputError, match=r"0\.50 s behind"):
         speak([(2.0, f"@{path}")], None, 2 * RATE)
-
-
-def kokoro_folder(folder):
-    for name in ("config.json", "kokoro-v1_0.pth", "voices/af_heart.pt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"{}")
-    return folder / "voices/af_heart.pt"
-
-
-def test_kokoro_without_its_package_or_files_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kokoro", None)
-    voice = kokoro_folder(tmp_path)
-    with pytest.raises(InputError, match="pip install kokoro"):
-        open_voice(str(voice))
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match=r"needs .*config\.json, which is not there"):
-        open_voice(str(voice))

@@ -296,8 +296,7 @@ class Request(Options):
         (), SOUND, "speech at a time, or after the previous line; @FILE is recorded speech; "
         "repeatable", "[SECONDS=]TEXT|@FILE", basic=True)
     voice: str | None = option(
-        None, SOUND, "voice of --say: one of espeak-ng, default en-us, or the file of one of "
-        "Kokoro", "NAME|FILE.pt", max_length=4096)
+        None, SOUND, "voice of --say: one of espeak-ng; default en-us", "NAME", max_length=4096)
 
     tiles: Annotated[str, AfterValidator(values.check_tiles)] = option(
         "auto", MODEL, "rows x columns in which the VAE takes a picture; auto cuts it if the whole "

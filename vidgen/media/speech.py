@@ -1,7 +1,6 @@
-"""Speech: sentences spoken by a voice, each at its time; a voice is a program's, never a person's.
+"""Speech: sentences spoken by espeak-ng or recorded in a file, each at its time.
 
-Voices are those of espeak-ng (a program), of Kokoro (a package and model files), and speech of
-one's own out of a file. Nothing here copies somebody's voice.
+Nothing here copies somebody's voice.
 
 Axes: N samples at `RATE`.
 """
@@ -15,18 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import OWN_FILE
-from vidgen.core.runtime import sha256_file
-from vidgen.media.mix import at_length
 from vidgen.media.sound import RATE, SoundReader, gather, room
 from vidgen.media.types import Samples
 
@@ -34,9 +29,6 @@ PAUSE_S = 0.25
 """Between two sentences, and between texts of which the second has no time of its own."""
 DEFAULT_VOICE = "en-us"
 _SILENCE = 10 ** (-50 / 20)
-_KOKORO_RATE = 24_000
-_KOKORO_ENGLISH = ("a", "b")  # first letters of its voices' names
-_ENGLISH = "en_core_web_sm"
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|$)", re.DOTALL)
 
 
@@ -63,22 +55,23 @@ class Speech:
     voice: dict[str, Any]
 
 
-class EspeakVoice:
+class Voice:
     """A voice of espeak-ng.
 
-    `name` is a language or voice as `espeak-ng --voices` lists it; `+f3` and the like after it are
-    its variants.
+    `name` is a language or voice as `espeak-ng --voices` lists it, with an optional variant such as
+    `+f3`; None is English.
 
     Raises:
         InputError: no espeak-ng here, or no such voice; names those near it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | None) -> None:
+        name = name or DEFAULT_VOICE
         program = shutil.which("espeak-ng")
         if program is None:
             raise InputError("speech needs espeak-ng, which is not here; apt install espeak-ng "
-                             "(brew, dnf and winget have it, too), or give --voice a Kokoro voice "
-                             "or --say a file of your own: --say 1=@FILE")
+                             "(brew, dnf and winget have it, too), or give --say a file of your "
+                             "own: --say 1=@FILE")
         self._program, self.name = program, name
         base, _, variant = name.partition("+")
         known = {word.lower(): word for word in self._listed("--voices")}
@@ -121,77 +114,6 @@ class EspeakVoice:
             return gather(SoundReader(file, RATE), 1)
 
 
-class KokoroVoice:
-    """A voice of Kokoro, a small speech model, by its own package.
-
-    `path` is the voice's file, FOLDER/voices/NAME.pt, with FOLDER/config.json and the weights
-    FOLDER/*.pth, as they were published.
-
-    Raises:
-        InputError: the package isn't here, or files are missing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        folder = path.parent.parent
-        weights = sorted(folder.glob("*.pth"))
-        missing = [each for each in (path, folder / "config.json") if not each.is_file()]
-        if missing or len(weights) != 1:
-            what = missing[0] if missing else f"{folder}/*.pth (one file)"
-            raise InputError(f"voice {path} needs {what}, which is not there; give FOLDER/voices/"
-                             "NAME.pt of a whole Kokoro folder")
-        try:
-            import torch
-            from kokoro import KModel, KPipeline
-        except ImportError as error:
-            raise InputError(f"voice {path} needs Kokoro's package ({error}); pip install kokoro, "
-                             "or choose one of espeak-ng's voices such as en-gb") from None
-        if path.stem[:1] in _KOKORO_ENGLISH and find_spec(_ENGLISH) is None:  # it would fetch it
-            raise InputError(f"voice {path} speaks English, for which Kokoro's package needs "
-                             f"spaCy's {_ENGLISH}, which is not here; python -m spacy download "
-                             f"{_ENGLISH}, or choose one of espeak-ng's voices such as en-gb")
-        self._path, self._weights = path, weights[0]
-        name = "hexgrad/Kokoro-82M"  # a label alone, since both files are given
-        try:
-            with torch.random.fork_rng():  # which it draws its first weights from
-                model = KModel(name, str(folder / "config.json"), str(weights[0]))
-            self._pipeline = KPipeline(lang_code=path.stem[0], repo_id=name, model=model.eval())
-            self._pipeline.load_voice(str(path))
-        except Exception as error:  # whatever its files or languages lead the package to
-            raise InputError(f"voice {path} can't be loaded by Kokoro's package: {error}; copy its "
-                             "folder again") from error
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """Package, voice and hashes of both files."""
-        return {"engine": f"kokoro {version('kokoro')}", "voice": self._path.stem,
-                "sha256": sha256_file(self._path), "model_sha256": sha256_file(self._weights)}
-
-    def say(self, text: str) -> Samples:
-        """A sentence as float32 [N, 1] at `RATE`."""
-        import torch
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # its voiced sounds begin with noise
-            made = list(self._pipeline(text, voice=str(self._path)))
-        waves = [np.asarray(part.audio, np.float32) for part in made if part.audio is not None]
-        wave = np.concatenate(waves)[:, None] if waves else np.zeros((0, 1), np.float32)
-        return at_length(wave, _KOKORO_RATE, round(len(wave) * RATE / _KOKORO_RATE))
-
-
-Voice: TypeAlias = EspeakVoice | KokoroVoice
-
-
-def open_voice(name: str | None) -> Voice:
-    """Open a voice by its name in espeak-ng, or by the file of a Kokoro voice.
-
-    Raises:
-        InputError: unknown, or what it needs isn't here.
-    """
-    if name is not None and name.endswith(".pt"):
-        return KokoroVoice(Path(name))
-    return EspeakVoice(name or DEFAULT_VOICE)
-
-
 def sentences_of(text: str) -> list[str]:
     """Split a text into sentences, by their closing marks."""
     return [part.strip() for part in _SENTENCE.findall(text) if part.strip()]
@@ -201,12 +123,12 @@ def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_sampl
     """Speak texts, each at its time, for a clip of `num_samples` at `RATE`.
 
     `said` are (seconds, text) pairs; None: after the one before. `@FILE` is speech in a file.
-    `voice` is as in `open_voice`; None is English by espeak-ng.
+    `voice` names a `Voice`.
 
     Raises:
         InputError: a text that doesn't fit, with by how much; an unusable voice or file.
     """
-    speaker = None if all(_is_file(text) for _, text in said) else open_voice(voice)
+    speaker = None if all(_is_file(text) for _, text in said) else Voice(voice)
     samples, sentences, free = room(num_samples, 1), list[Sentence](), 0.0
     if all(start is not None for start, _ in said):
         said = sorted(said, key=lambda pair: pair[0] or 0.0)

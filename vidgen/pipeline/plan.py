@@ -16,7 +16,7 @@ from vidgen.core.shapes import LatentShape, Tiles, VideoShape
 from vidgen.core.values import parse_readings
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.media.speech import open_voice
+from vidgen.media.speech import Voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
@@ -316,7 +316,7 @@ def require_models(request: Request, folder: ModelFolder) -> None:
         if name is not None:
             open_model(name)
     if request.say:
-        open_voice(request.voice)
+        Voice(request.voice)
 
 
 def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:

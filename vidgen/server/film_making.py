@@ -70,9 +70,6 @@ def _named_files(value: Any) -> Iterator[Path]:
             inner = getattr(value, each.name)
             if each.name == "lora":
                 yield from (parse_option(text).path for text in inner)
-            elif each.name == "voice" and isinstance(inner, str):
-                if "/" in inner or "\\" in inner or inner.endswith(".pt"):
-                    yield Path(inner)
             elif each.name == "text" and isinstance(inner, str) and inner.startswith(OWN_FILE):
                 yield Path(inner.removeprefix(OWN_FILE))
             else:

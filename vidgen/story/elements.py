@@ -97,7 +97,7 @@ class Narration:
     text: Annotated[str, "the words; `@FILE` is speech in a file"]
     at: Annotated[
         float | None, "seconds from the shot's start; default after the previous narration"] = None
-    voice: Annotated[str | None, "one of espeak-ng's, or the file of a Kokoro voice"] = None
+    voice: Annotated[str | None, "a voice of espeak-ng, such as en-gb"] = None
     speaker: Annotated[str | None, "the character who speaks; default a narrator"] = None
 
     def __post_init__(self) -> None:

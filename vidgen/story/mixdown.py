@@ -23,7 +23,7 @@ from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
 from vidgen.media import mix
 from vidgen.media.sound import RATE, SoundReader, read_sound, room
-from vidgen.media.speech import PAUSE_S, Sentence, Voice, open_voice, spoken
+from vidgen.media.speech import PAUSE_S, Sentence, Voice, spoken
 from vidgen.media.subtitles import Cue
 from vidgen.media.types import Samples
 from vidgen.story.elements import Music, Narration
@@ -146,10 +146,8 @@ def _voiced(script: Script, said: Narration, voices: dict[str, Voice]) -> tuple[
         return f"{OWN_FILE}{script.file(Path(said.text.removeprefix(OWN_FILE)))}", None
     speaker = script.characters.get(said.speaker or "")
     name = said.voice or (speaker.voice if speaker else None)
-    if name is not None and name.endswith(".pt"):
-        name = str(script.file(Path(name)))
     if (name or "") not in voices:
-        voices[name or ""] = open_voice(name)
+        voices[name or ""] = Voice(name)
     return said.text, voices[name or ""]
 
 
