@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,6 @@ from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 from vidgen.pipeline.diffusers_backend.plan import Abilities
-from vidgen.pipeline.diffusers_backend.result import (
-    Decode,
-    deferred_decoding,
-    stream_decode,
-    temporal_tiles,
-)
 from vidgen.pipeline.inputs import Inputs
 from vidgen.weights.folder import DiffusersFolder
 
@@ -150,64 +143,6 @@ def test_a_run_stops_between_two_steps_and_the_next_is_unharmed(
     assert np.array_equal(generate(engine(family), family).frames, before.frames)
 
 
-def test_decoding_waits_for_frames(engine: Open) -> None:
-    ours = engine("hunyuan")
-    clip = generate(ours, "hunyuan")
-    assert clip.latents.shape == (1, 4, 3, 4, 4)
-    with deferred_decoding(ours.pipe.own.vae, lambda _latents: 9) as noted:
-        _ = clip.frames
-    assert len(noted) == 1
-    assert torch.equal(noted[0].latents, clip.latents)
-
-
-def test_tiles_are_the_vaes_own(engine: Open) -> None:
-    vae = engine("hunyuan").pipe.own.vae
-    assert temporal_tiles(vae) == (4, 3)
-    for num_latents in (5, 7, 9):
-        noise = torch.randn(1, 4, num_latents, 4, 4)
-        parts = list(stream_decode(vae, Decode(noise, (), {}), torch.device("cpu")))
-        with torch.no_grad():
-            whole = vae.decode(noise).sample
-        assert len(parts) > 1
-        assert max(part.shape[2] for part in parts) <= 4 * 3 + 1
-        assert torch.allclose(torch.cat(parts, dim=2), whole, atol=1e-6)
-
-
-def test_tiles_come_closer_to_the_whole_than_ltxs_own(engine: Open) -> None:
-    """Those of diffusers place all tiles but the first a frame too late."""
-    vae = engine("ltx").pipe.own.vae
-    noise, errors = torch.randn(1, 8, 9, 1, 2, generator=torch.Generator().manual_seed(0)), []
-    with torch.no_grad():
-        whole = vae.decode(noise).sample
-        vae.use_framewise_decoding = True
-        try:
-            own = vae.decode(noise).sample
-            parts = list(stream_decode(vae, Decode(noise, (), {}), torch.device("cpu")))
-        finally:
-            vae.use_framewise_decoding = False
-    for tiled in (torch.cat(parts, dim=2), own):
-        assert tiled.shape == whole.shape
-        errors.append(float((tiled - whole).square().mean()))
-    assert len(parts) == 8
-    assert errors[0] < errors[1]
-    assert temporal_tiles(vae) == (8, 5)  # 64 frames, 40 on, where it doesn't tile of itself
-
-
-def test_the_peak_of_a_whole_decode_is_said_before(
-    engine: Open, caplog: pytest.LogCaptureFixture
-) -> None:
-    def stop(_progress: Any) -> None:
-        raise Cancelled("stopped")
-
-    for family in ("hunyuan15", "hunyuan", "mochi", "skyreels"):
-        with caplog.at_level(logging.WARNING), pytest.raises(Cancelled):
-            generate(engine(family), family, on_event=stop)
-    said = [record.message for record in caplog.records if "decoded at once" in record.message]
-    assert len(said) == 1
-    assert "AutoencoderKLHunyuanVideo15" in said[0]
-    assert "MB" in said[0]
-
-
 def test_sound_comes_along(engine: Open, tmp_path: Path) -> None:
     clip = generate(engine("ltx2"), "ltx2", seconds=0.25, frames=None)
     assert clip.num_frames == 6
@@ -242,7 +177,7 @@ def test_a_models_sound_can_be_left_out_replaced_or_spoken_over(
         generate(engine("ltx"), "ltx", audio="generate")
 
 
-def test_a_clip_that_feeds_on_its_own_frames_is_decoded_at_once(engine: Open) -> None:
+def test_a_clip_that_feeds_on_its_own_frames(engine: Open) -> None:
     class Sectioned(diffusers.LTXPipeline):
         def __call__(  # a pipeline's signature
             self, prompt=None, height=32, width=64, num_frames=9, num_inference_steps=2,
@@ -267,7 +202,6 @@ def test_a_clip_that_feeds_on_its_own_frames_is_decoded_at_once(engine: Open) ->
     ours = open_diffusers_model(engine("ltx").folder.path)
     ours.pipe.own = Sectioned(**ours.pipe.own.components)
     clip = generate(ours, "ltx")
-    assert clip.latents is None
     assert clip.num_frames == 9  # those asked for, of 18
     assert np.array_equal(clip.frames, generate(engine("ltx"), "ltx").frames)
 
@@ -342,7 +276,7 @@ def test_it_runs_in_bf16(models: Callable[[str], Path], family: str) -> None:
 def test_given_noise_replaces_the_seeds(engine: Open) -> None:
     noise = torch.randn(1, 4, 3, 4, 4)
     a, b = (generate(engine("hunyuan"), "hunyuan", seed=s, latents=noise) for s in (1, 2))
-    assert torch.equal(a.latents, b.latents)
+    assert np.array_equal(a.frames, b.frames)
     assert a.recipe["custom_noise"]
     with pytest.raises(InputError, match="own layout"):
         generate(engine("hunyuan"), "hunyuan", latents=noise[:, :2])

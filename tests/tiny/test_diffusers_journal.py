@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,14 +17,6 @@ from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
-from vidgen.pipeline.diffusers_backend.result import (
-    Decode,
-    PipelineResult,
-    decode_all,
-    keep_result,
-    kept_result,
-    stream_decode,
-)
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import MADE, job_facts, job_folder, progress_text, read_job
 from vidgen.pipeline.journal.journal import Journal
@@ -150,34 +140,6 @@ def test_at_the_mux_nothing_is_decoded(
     assert_same(out, whole)
 
 
-@pytest.mark.parametrize(("family", "stride"), [
-    ("hunyuan", None), ("hunyuan", 4), ("hunyuan", 8), ("ltx", None),
-])
-def test_tiles_from_the_middle_are_bit_equal(
-    engine: Open, family: str, stride: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where three tiles and more are blended over each other."""
-    vae = engine(family).pipe.own.vae
-    if stride:
-        monkeypatch.setattr(vae, "tile_sample_stride_num_frames", stride)
-    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
-    shape = (1, 4, 11, 2, 2) if family == "hunyuan" else (1, 8, 14, 1, 2)
-    noted = Decode(torch.randn(shape, generator=generator), (), {})
-    whole = torch.cat(list(stream_decode(vae, noted, cpu)), dim=2)
-    total = 1 + (shape[2] - 1) * vae.temporal_compression_ratio
-    assert whole.shape[2] == total
-    decoded = calls_of(monkeypatch, vae, "decode")
-    sizes = []
-    for start in (0, 1, 4, 5, 12, 13, 16, 17, 30, total - 1):
-        decoded.clear()
-        part = torch.cat(list(stream_decode(vae, noted, cpu, start)), dim=2)
-        assert torch.equal(part, whole[:, :, start:])
-        sizes.append(len(decoded))
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < sizes[0]
-    assert torch.equal(torch.cat(list(decode_all(vae, [noted], cpu, 3, 21)), 2), whole[:, :, 3:21])
-
-
 def test_a_label_stays_on_the_opening(engine: Open, out: Path) -> None:
     ours, whole = engine("hunyuan"), out.with_name("whole.mkv")
     make(ours, "hunyuan", label="visible").save(whole)
@@ -185,34 +147,6 @@ def test_a_label_stays_on_the_opening(engine: Open, out: Path) -> None:
         make(ours, "hunyuan", Journal(out), label="visible").save(
             out, on_frames=interrupt_behind(14))
     make(ours, "hunyuan", Journal(out, resume=True), label="visible").save(out)
-    assert_same(out, whole)
-
-
-class Sectioned(diffusers.LTXPipeline):
-    """Changes its frames behind the decoding, so that this can't be put off."""
-
-    def __call__(self, prompt=None, height=32, width=64, num_frames=9, num_inference_steps=2,
-                 generator=None, output_type="np"):
-        output = super().__call__(
-            prompt, height=height, width=width, num_frames=num_frames, generator=generator,
-            num_inference_steps=num_inference_steps, output_type=output_type,
-        )
-        output.frames = output.frames[:, ::-1]
-        return output
-
-
-def test_frames_are_kept_where_decoding_cannot_wait(
-    engine: Open, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours, whole = open_diffusers_model(engine("ltx").folder.path), out.with_name("whole.mkv")
-    ours.pipe.own = Sectioned(**ours.pipe.own.components)
-    make(ours, "ltx", frames=17).save(whole)
-    with pytest.raises(KeyboardInterrupt):
-        make(ours, "ltx", Journal(out), frames=17).save(out, on_frames=interrupt_behind(0))
-    calls = calls_of(monkeypatch, ours.pipe, "make")
-    clip = make(ours, "ltx", Journal(out, resume=True), frames=17)
-    assert (clip.latents, calls) == (None, [])
-    clip.save(out)
     assert_same(out, whole)
 
 
@@ -310,42 +244,3 @@ def test_a_damaged_journal_is_refused(engine: Open, out: Path, damage: str) -> N
     with pytest.raises(InputError, match=f"{MADE} is damaged"):
         make(engine("cogvideox"), "cogvideox", Journal(out, resume=True))
     assert "problem" in job_facts(job_folder(out)) or damage == "bit"
-
-
-def test_what_a_vae_takes_comes_back_as_it_was(out: Path) -> None:
-    latents = torch.randn(1, 4, 3, 2, 2).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(5)
-    steps = torch.tensor([7], dtype=torch.int64)
-    arguments = (0.1, None, [steps, "x"], (True,))
-    options = {"generator": generator, "scales": torch.rand(2).half(), "more": {"n": 2}}
-    sound = np.ones((5, 2), np.float32)
-    made = PipelineResult(9, [Decode(latents, arguments, options)], 4, None, sound, 24)
-    with (kept := Journal(out)).running({"plan": {}}):
-        keep_result(kept, made)
-        again = kept_result(kept)
-    kept.pause()
-    assert again is not None
-    (one,), (two,) = made.decodings, again.decodings
-    assert two.latents.dtype == torch.bfloat16
-    assert torch.equal(one.latents, two.latents)
-    assert (two.arguments[:2], two.arguments[3]) == ((0.1, None), (True,))
-    assert (two.arguments[2][0].dtype, two.arguments[2][1]) == (torch.int64, "x")
-    assert torch.equal(two.options["scales"], options["scales"])
-    assert two.options["scales"].dtype == torch.float16
-    assert two.options["more"] == {"n": 2}
-    drawn = [torch.rand(3, generator=each) for each in (generator, two.options["generator"])]
-    assert torch.equal(*drawn)
-    assert (again.num_frames, again.cut, again.sound_rate) == (9, 4, 24)
-    assert np.array_equal(again.sound, made.sound)
-
-
-def test_what_cannot_be_written_down_costs_the_journal_and_not_the_clip(
-    out: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = PipelineResult(9, [Decode(torch.zeros(1, 4, 3, 2, 2), (object(),), {})])
-    with (kept := Journal(out)).running({"plan": {}}):
-        keep_result(kept, made)
-        assert "decoding takes a object, which can't be written down" in caplog.text
-        assert kept_result(kept) is None
-    assert list(out.parent.iterdir()) == []
-    keep_result(Journal(None), replace(made, decodings=()))

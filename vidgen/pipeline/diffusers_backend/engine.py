@@ -3,16 +3,18 @@
 One adapter over the pipelines of diffusers, led by the signature of their call, so that most
 unknown families work:
 
-    read the pictures -> settle the request -> call the pipeline -> decode when frames are wanted
+    read the pictures -> settle the request -> call the pipeline -> write
 
-A journal keeps the pipeline's result, and the segments that were encoded since.
+Between two steps a pipeline holds state that can't be read or set from outside. So a journal keeps
+its result and the segments that were encoded since; denoising that was killed starts again.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,30 +25,21 @@ from PIL import Image
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.core.runtime import size_text
 from vidgen.core.shapes import size_for_aspect
 from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo, Frames
-from vidgen.pipeline.codec import to_frames
-from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline
+from vidgen.pipeline.diffusers_backend.pipe import LoadedPipeline, PipelineResult
 from vidgen.pipeline.diffusers_backend.plan import (
     Abilities,
     DiffusersPlan,
     make_diffusers_plan,
     make_scheduler,
 )
-from vidgen.pipeline.diffusers_backend.result import (
-    PipelineResult,
-    as_settled,
-    decode_all,
-    keep_result,
-    kept_result,
-    peak_bytes,
-)
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
+from vidgen.pipeline.journal.job import MADE
 from vidgen.pipeline.journal.journal import Journal, journals_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.policy import Policy
@@ -59,6 +52,10 @@ from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
 _WANTED = "a first frame is drawn by one such as SDXL, SD3 or FLUX, as diffusers saves it"
+_ASKED = ("size", "frames", "seconds")
+"""Options that determine size and length."""
+_SETTLED = ("width", "height", "num_frames", "kept_frames")
+"""Entries of a plan that are known only after the pipeline has run."""
 
 
 class DiffusersEngine:
@@ -116,13 +113,11 @@ class DiffusersEngine:
         recipes = []
         for plan, kept in zip(plans, journals, strict=True):
             recipe = make_diffusers_recipe(self, plan, request, inputs) | rewritten
-            recipe = as_settled(recipe, kept.recipe)
+            recipe = _as_settled(recipe, kept.recipe)
             known = recipe["plan"]["kept_frames"]  # None: it shows when the clip is made
             recipe = stamped(recipe | (track(known).facts if known else {}), kept.recipe)
             kept.check(recipe)
             recipes.append(recipe)
-        if not all(kept.finished for kept in journals):
-            self._warn_of_peak(first)
 
         clips = []
         for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
@@ -131,11 +126,8 @@ class DiffusersEngine:
                 continue
             report = Reporter(on_event, index, request.count)
             with kept.running(recipe):
-                made = kept_result(kept)
-                if made is None:
-                    made = self._made(plan, scheduler, request, inputs, able, kept, report)
-                    keep_result(kept, made)
-                settled = self._settled(plan, request, able, made)
+                made = self._made(plan, scheduler, request, inputs, able, kept, report)
+                settled = self._settled(plan, request, made)
                 assert settled.kept_frames is not None
                 sound = track(settled.kept_frames)
                 whole = recipe | {"plan": plan_facts(settled)} | sound.facts
@@ -152,13 +144,21 @@ class DiffusersEngine:
         self, plan: DiffusersPlan, scheduler: Any, request: Request, inputs: Inputs,
         able: Abilities, kept: Journal, report: Report,
     ) -> PipelineResult:
+        if (earlier := kept.kept_arrays(MADE, "frames")) is not None:
+            arrays, facts = earlier
+            return PipelineResult(arrays["frames"], arrays.get("sound"), facts["sound_rate"])
+
         def on_step(done: int, total: int) -> None:
             kept.keep_job()
             report("sample", done, total)
 
         report("prompt", 0, 1)
         arguments = self._arguments(plan, request, inputs, able)
-        return self.pipe.make(able, plan, scheduler, arguments, on_step)
+        made = self.pipe.make(able, plan, scheduler, arguments, on_step)
+        arrays = {"frames": made.frames} | ({} if made.sound is None else {"sound": made.sound})
+        kept.keep_arrays(MADE, arrays, {"num_frames": len(made.frames), "finished": True,
+                                        "sound_rate": made.sound_rate})
+        return made
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         able = Abilities(self.pipe.own)
@@ -167,17 +167,6 @@ class DiffusersEngine:
             return request, read_inputs(request)
         size = request.size or able.default_size() or (512, 512)
         return with_first_frame(request, size, self.device, self.dtype)
-
-    def _warn_of_peak(self, plan: DiffusersPlan) -> None:
-        if self.pipe.defers_decoding and plan.width and plan.height and (plan.num_frames or 1) > 1:
-            vae = self.pipe.own.vae
-            peak = peak_bytes(vae, plan.num_frames or 1, plan.height, plan.width)
-            if peak is not None:
-                log.warning(
-                    "%s has no temporal tiles: %d frames of %dx%d are decoded at once, in about "
-                    "%s beside the model", type(vae).__name__, plan.num_frames, plan.width,
-                    plan.height, size_text(peak),
-                )
 
     def _arguments(
         self, plan: DiffusersPlan, request: Request, inputs: Inputs, able: Abilities
@@ -210,14 +199,10 @@ class DiffusersEngine:
         return given | {"output_type": "np"}
 
     def _settled(
-        self, plan: DiffusersPlan, request: Request, able: Abilities, made: PipelineResult
+        self, plan: DiffusersPlan, request: Request, made: PipelineResult
     ) -> DiffusersPlan:
-        shown, kept = made.num_frames, min(plan.kept_frames or made.num_frames, made.num_frames)
-        if made.frames is not None:
-            height, width = made.frames.shape[1:3]
-        else:
-            sides = made.decodings[0].latents.shape[-2:]
-            height, width = (side * able.strides.hw for side in sides)
+        shown, height, width, _ = made.frames.shape
+        kept = min(plan.kept_frames or shown, shown)
         if request.frames is not None and kept < request.frames:
             log.warning("%s gave %d frames of the %d asked for", plan.pipeline, kept,
                         request.frames)
@@ -234,14 +219,8 @@ class DiffusersEngine:
         assert plan.height is not None
 
         def chunks(start: int = 0) -> Iterator[Frames]:
-            if start >= kept:
-                return
-            if made.frames is not None:
+            if start < kept:
                 yield made.frames[start:kept]
-                return
-            places = (made.cut + start, made.cut + kept)
-            for video in decode_all(self.pipe.own.vae, made.decodings, self.device, *places):
-                yield to_frames(video[0]).numpy()
 
         sound = made.sound
         if sound is not None:
@@ -250,7 +229,18 @@ class DiffusersEngine:
                         sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t)
         is_labelled = recipe["request"].get("label") == "visible"
         source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
-        return Clip(source, info, made.latents, journal)
+        return Clip(source, info, journal=journal)
+
+
+def _as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a recipe with the size and length of an `earlier` one of the same wishes, if any."""
+    if earlier is None or not isinstance(plan := earlier.get("plan"), dict):
+        return recipe
+    wishes = [[each.get("request", {}).get(name) for name in _ASKED] for each in (recipe, earlier)]
+    if json.loads(json.dumps(wishes[0])) != wishes[1]:
+        return recipe
+    known = {name: plan[name] for name in _SETTLED if plan.get(name) is not None}
+    return recipe | {"plan": recipe["plan"] | known}
 
 
 def draw_first_frame(

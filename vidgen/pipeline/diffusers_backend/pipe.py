@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from vidgen.core.errors import InputError, ModelError
+from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
-from vidgen.pipeline.diffusers_backend.result import (
-    PipelineResult,
-    deferred_decoding,
-    prepare_vae,
-    shown_frames,
-)
 from vidgen.pipeline.rewrite import without_bars
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.quantize import quiet_torchao
 
 OnProgress = Callable[[int, int], None]
 """Called with the steps done and their total."""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """A pipeline's result for one clip."""
+
+    frames: Frames  # uint8 [T, H, W, 3]
+    sound: Samples | None = None  # float32 [N, channels]
+    sound_rate: int = 48_000  # samples per second
+
+    @classmethod
+    def of(cls, able: Abilities, output: Any) -> PipelineResult:
+        """Convert a pipeline's output."""
+        shown = output[0] if able.is_image else output[0][0]
+        frames = [(np.asarray(each, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+                  for each in shown]
+        return cls(np.stack(frames), *_sound(able.pipe, output))
 
 
 class LoadedPipeline:
@@ -43,9 +58,9 @@ class LoadedPipeline:
         self.folder, self.device, self.offload = folder, device, offload
         self.own = _load(folder, dtype, loader)
         self._placed: Any = None
-        self.defers_decoding = hasattr(getattr(self.own, "vae", None), "decode")
-        if self.defers_decoding:
-            prepare_vae(self.own.vae)
+        vae = getattr(self.own, "vae", None)
+        if hasattr(vae, "use_framewise_decoding") and _carries_past(vae):
+            vae.use_framewise_decoding = True  # equal frames in less memory
 
     def taking(self, option: str | None) -> Any:
         """Return the pipeline that takes a picture or clip given as `option`, on its device."""
@@ -91,7 +106,7 @@ class LoadedPipeline:
         """
         try:
             with _lent(able, plan, scheduler), stepping(able.pipe, on_step):
-                return self._run(able, plan, arguments)
+                return PipelineResult.of(able, able.pipe(**arguments))
         except ValueError as error:
             rule = re.search(r"divisible by (\d+)", str(error))
             if rule is not None:
@@ -106,25 +121,6 @@ class LoadedPipeline:
             shape = list(arguments["latents"].shape)
             raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
                              "in the pipeline's own layout") from error
-
-    def _run(
-        self, able: Abilities, plan: DiffusersPlan, arguments: dict[str, Any]
-    ) -> PipelineResult:
-        def length(latents: torch.Tensor) -> int:
-            if plan.num_frames is not None and (plan.num_frames - 1) % able.strides.t:
-                return plan.num_frames  # against the causal rule, but so the pipeline has it
-            return 1 + (latents.shape[2] - 1) * able.strides.t
-
-        if self.defers_decoding and not able.is_image:
-            with deferred_decoding(able.pipe.vae, length) as noted:
-                output = able.pipe(**arguments)
-            shown = shown_frames(output[0][0]) if noted else None
-            if shown is not None and (len(noted) == 1 or not noted[0].is_video):
-                return PipelineResult.of(able, output, noted, shown.start)
-            # It builds on decoded frames, or changes them afterwards: decoding can't wait.
-            self.defers_decoding = False
-            arguments["generator"].manual_seed(plan.seed)
-        return PipelineResult.of(able, able.pipe(**arguments))
 
 
 class _StepBar:
@@ -201,3 +197,22 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
         raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
                          "show; give a text-to-video, image-to-video or text-to-image model")
     return pipe
+
+
+def _carries_past(vae: Any) -> bool:
+    """Return whether a VAE caches its convolutions' past from slice to slice."""
+    parameters = inspect.signature(vae.decoder.forward).parameters
+    return "conv_cache" in parameters or "feat_cache" in parameters
+
+
+def _sound(pipe: Any, output: Any) -> tuple[Samples | None, int]:
+    """Return the sound in the output, float32 [N, channels], and its rate."""
+    waves = getattr(output, "audio", None)
+    if waves is None:
+        return None, 48_000
+    config = getattr(getattr(pipe, "vocoder", None), "config", {})
+    names = ("output_sampling_rate", "sampling_rate", "sample_rate")
+    rate = int(next((config[name] for name in names if config.get(name)), 48_000))
+    wave = torch.as_tensor(waves)[0].float().cpu().clamp(-1, 1)
+    wave = wave[None] if wave.ndim == 1 else wave
+    return wave.T.contiguous().numpy(), rate

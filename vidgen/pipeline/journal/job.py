@@ -5,7 +5,7 @@
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
         tried.safetensors    the best candidate of a clip or window so far
-        made.safetensors     a diffusers pipeline's result: its decodings, or its frames
+        made.safetensors     a diffusers pipeline's frames and sound
         heard.safetensors    the sound's latents of the finished windows
         sound.safetensors    the clip's sound, made by its own or a text-to-audio model
         segments/00000 ...   encoded segments of the picture, and the state of its checks
