@@ -2,19 +2,23 @@
 
     python -m tests.reference        write the tables
 
-They are docs/reference/options.md as a whole, what_can_i_ask_for.md between <!-- words --> and
-<!-- /words -->, and api.md between <!-- fields --> and <!-- /fields -->. A contract test compares
-them with the code.
+They are docs/reference/options.md and docs/script.schema.json as a whole, what_can_i_ask_for.md
+between <!-- words --> and <!-- /words -->, and api.md between <!-- fields --> and <!-- /fields -->.
+A contract test compares them with the code.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 
 from train.toybox.world.captions import phrases
 from train.toybox.world.cast import SPRITES
@@ -24,11 +28,13 @@ from vidgen.cli.options import FIELDS
 from vidgen.core.request import GROUPS, MODEL, Request
 from vidgen.pipeline.settings import SETTINGS, settings_of
 from vidgen.server.schema import NAMES, SHAPED
+from vidgen.story.script import Script
 from vidgen.weights.layouts import open_model
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference"
 OPTIONS, WORDS = REFERENCE / "options.md", REFERENCE / "what_can_i_ask_for.md"
 API = REFERENCE / "api.md"
+SCHEMA = REFERENCE.parent / "script.schema.json"
 _PICTURE = "![{}](words/{}.webp)\n"
 _DRAWN = ("motions", "places", "weathers")
 INTRO = """\
@@ -157,7 +163,42 @@ def api_page() -> str:
 
 def pages() -> dict[Path, str]:
     """Return the text of each page that has tables made from the code."""
-    return {OPTIONS: options_page(), WORDS: words_page(), API: api_page()}
+    schema = json.dumps(script_schema(), indent=1) + "\n"
+    return {OPTIONS: options_page(), WORDS: words_page(), API: api_page(), SCHEMA: schema}
+
+
+def script_schema() -> dict[str, Any]:
+    """Return the JSON Schema of scripts; editors complete and check by it.
+
+    Draft 2020-12 (json-schema.org). A field is described by the text in its `Annotated`.
+    """
+    class Schema(GenerateJsonSchema):
+        """Adds the texts of fields, short forms, and that no other keys are allowed."""
+
+        def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+            made, properties = super().dataclass_schema(schema), {}
+            own = {field.name: field for field in fields(schema["cls"]) if field.init}
+            hints = get_type_hints(schema["cls"], include_extras=True)
+            for name, field in own.items():
+                part = {key: value for key, value in made["properties"][name].items()
+                        if key != "title" and not (key == "default" and value in (None, []))}
+                if field.metadata.get("one"):
+                    several = {key: part.pop(key) for key in ("type", "items")}
+                    part = {"anyOf": [several["items"], several], **part}
+                if get_origin(hints[name]) is Annotated:
+                    part["description"] = get_args(hints[name])[1]
+                properties[name] = part
+            made |= {"properties": properties, "additionalProperties": False}
+            short = getattr(schema["cls"], "SHORT", None)
+            if short is None:
+                return made
+            plain = {key: value for key, value in properties[short].items()
+                     if key not in ("default", "description")}
+            return {"anyOf": [plain, made], "description": made.pop("description")}
+
+    whole = TypeAdapter(Script).json_schema(schema_generator=Schema)
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **whole, "title": "vidgen script"}
 
 
 def _filled(page: Path, block: str, text: str) -> str:

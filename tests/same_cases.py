@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.same_materials import ASKED, Materials
+from tests.same_materials import Materials
 
 Case = Callable[[Materials], None]
 """Makes its things in the current folder."""
@@ -104,7 +104,6 @@ COMMANDS: dict[str, str] = {
     "two-devices": f"generate {CAR} {FEW} --devices 2",
     "two-devices-sharded": f"generate {CAR} --model %wan-t2v {WAN} --devices 2 --shard",
     "count": f"generate {CAR} {FEW} --count 3",
-    "expand": f"generate '{ASKED}' {FEW} --expand %writer",
     "drawn-first-frame": f"generate {CAR} {FEW} --first-frame-model %sdxl",
     "ltx": f"generate {CAR} --model %ltx {FOREIGN}",
     "ltx-first-frame": f"generate {CAR} --model %ltx {FOREIGN} --image %first.png",

@@ -18,9 +18,6 @@ from PIL import Image, ImageDraw
 SIDE, FRAMES, RATE = 128, 13, 48_000
 MARK = re.compile(r"%([\w.-]+)")
 """Names a thing of `MATERIALS` in a command line: %first.png."""
-WRITTEN = "a red car bounces across the desert at night."
-"""What the language model makes of `ASKED`."""
-ASKED = "a red car bounces"
 
 
 class Materials:
@@ -154,14 +151,6 @@ def _foreign(family: str) -> Callable[[Path], None]:
     return build
 
 
-def _writer(path: Path) -> None:
-    """Write a tiny language model that knows one answer by heart."""
-    from tests.language_models import build_language_model
-    from vidgen.pipeline import rewrite
-
-    build_language_model(path, [(rewrite.INSTRUCTION, [ASKED], WRITTEN)])
-
-
 def _text(text: str) -> Callable[[Path], Any]:
     return lambda path: path.write_text(text)
 
@@ -177,7 +166,6 @@ MATERIALS: dict[str, Callable[[Path], Any]] = {
     "knocks.wav": _knocks,
     "lora.safetensors": _lora,
     "prompts.txt": _text("a red car bounces\na cat moves left\n"),
-    "writer": _writer,
     **{f"wan-{variant}": _wan(variant) for variant in
        ("t2v", "i2v", "ti2v-5b", "vace", "t2v-a14b")},
     **{family: _foreign(family) for family in ("sdxl", "ltx", "ltx2")},

@@ -262,7 +262,7 @@ def test_a_known_frame_behind_the_end_is_refused_by_its_time(cli, tiny_model, ve
 
 
 @pytest.mark.parametrize("words", [
-    ["--lora", "none.safetensors"], ["--expand", "none"], ["--first-frame-model", "none"],
+    ["--lora", "none.safetensors"], ["--first-frame-model", "none"],
     ["--audio-model", "none"], ["--say", "hi", "--voice", "none.pt"],
 ])
 def test_a_plan_refuses_what_the_generation_would(cli, tiny_model, words):

@@ -26,7 +26,7 @@ from vidgen.pipeline.recorded import recorded_request
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
-_APART = ("seed", "count", "retry", "strict", "expand")
+_APART = ("seed", "count", "retry", "strict")
 """Options that no single clip's recognition depends on."""
 
 
@@ -121,7 +121,7 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     for path, index, first in names:
         recipe = Journal(path, resume=True).recipe or {}
         plan = recipe.get("plan")
-        if plan and recipe.get("rewritten", plan)["prompt"] == request.prompt:
+        if plan and plan["prompt"] == request.prompt:
             seeds.add(plan["seed"] - index if first is None else first)
     return seeds
 
@@ -153,7 +153,6 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
     def is_of_command(recipe: Mapping[str, Any]) -> bool:
         return (
             bool(recipe.get("plan")) and as_json(recorded_request(recipe)) == given
-            and ("rewritten" in recipe) == (request.expand is not None)
             and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
             and recipe["model"]["sha256"] == model)
 
@@ -187,7 +186,7 @@ def journals_of_outputs(
                 for path in paths]
     for journal in journals if args.overwrite and prompt is not None else ():
         recipe = journal.recipe or {}
-        if recipe.get("rewritten", recipe.get("plan", {"prompt": prompt}))["prompt"] != prompt:
+        if recipe.get("plan", {"prompt": prompt})["prompt"] != prompt:
             journal.resume = False
     return journals
 

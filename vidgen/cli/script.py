@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -42,11 +41,6 @@ def add_arguments(parser: Parser) -> None:
     add("--check", action="store_true",
         help="check the script and estimate its time and memory; render nothing")
     add("--init", action="store_true", help="write a commented example to FILM")
-    add("--draft-from", metavar="IDEA",
-        help="have the language model of --expand draft a script from an idea, to FILM")
-    add("--expand", metavar="FOLDER",
-        help="language model, as transformers saved it, that rewrites every prompt")
-    add("--schema", action="store_true", help="print the JSON Schema of scripts")
     add("--only", action="append", default=[], metavar="SHOT",
         help="render this shot and those that it needs, and no film; may be repeated")
     add("--draft", action="store_true", help="small, in few steps and one take, to FILM-draft.mp4")
@@ -64,14 +58,8 @@ def run(args: Namespace, report: Report) -> int:
     """Read and plan the script, then check or make the film."""
     from vidgen.story.script import Script
 
-    if args.schema:
-        return _print_schema(report)
     if args.script is None:
         raise InputError("no script was named; give one, or make one with --init FILM.yaml")
-    if args.draft_from is not None:
-        if args.expand is None:
-            raise InputError("--draft-from IDEA needs --expand FOLDER, a language model; give both")
-        return _write_draft(args, report)
     if args.init:
         return _write_example(Path(args.script), report, overwrite=args.overwrite)
 
@@ -80,7 +68,6 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.policy import policy_from_environment
     from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import make_edit
-    from vidgen.story.expand import expand_prompts
     from vidgen.story.export import FilmExport
     from vidgen.story.plan import enforce_film, plan_film
     from vidgen.story.sounds import describe_sounds
@@ -95,10 +82,8 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"output {output} must be a film: {', '.join(CONTAINERS)}")
     folder = open_model(_model(args.model, script))
     place = output.with_suffix(".shots")
-    expansion = None if args.expand is None else expand_prompts(script, args.expand, place, report)
     film = plan_film(script, folder, suffix=output.suffix.lower(), draft=args.draft,
-                     dtype=args.dtype, quantize=args.quantize, tiles=args.tiles,
-                     expansion=expansion)
+                     dtype=args.dtype, quantize=args.quantize, tiles=args.tiles)
     enforce_film(policy_from_environment(), film)
     store = ShotStore(place, film)
     plans = film.needed(args.only)
@@ -149,38 +134,12 @@ def _model(asked: str | None, script: Script) -> str:
     return str(beside) if beside.is_dir() else script.project.model
 
 
-def _print_schema(report: Report) -> int:
-    from vidgen.core.config import json_schema
-    from vidgen.story.script import Script
-
-    schema = json_schema(Script, "vidgen script")
-    report.result(schema, json.dumps(schema, indent=1))
-    return 0
-
-
-def _write_draft(args: Namespace, report: Report) -> int:
-    from vidgen.core.runtime import check_output
-    from vidgen.story.expand import write_draft
-
-    _require_yaml(path := Path(args.script), "a draft")
-    check_output(path, overwrite=args.overwrite)
-    script = write_draft(args.expand, args.draft_from, path)
-    report.written(path)
-    data = {"path": str(path), "shots": [shot.id for shot in script.shots]}
-    report.result(data, f"{path}, {len(script.shots)} shots; read it, then vidgen script {path}")
-    return 0
-
-
-def _require_yaml(path: Path, what: str) -> None:
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"{what} is YAML; call it {path.with_suffix('.yaml')}")
-
-
 def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
     from vidgen.core.config_file import packaged_config
     from vidgen.core.runtime import atomic_write, check_output
 
-    _require_yaml(path, "the example")
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"the example is YAML; call it {path.with_suffix('.yaml')}")
     check_output(path, overwrite=overwrite)
     atomic_write(path, packaged_config(EXAMPLE).read_bytes())
     report.written(path)

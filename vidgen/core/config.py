@@ -1,8 +1,8 @@
 """Strict configs: mappings in, frozen dataclasses out, and back again.
 
-`vidgen.core.config_file` reads the mappings, `json_schema` describes them. Nothing is guessed and
-nothing ignored: an unknown key is an error that says where it belongs or which known one is
-nearest, a value of the wrong type says where it stands and what is expected there.
+`vidgen.core.config_file` reads the mappings. Nothing is guessed and nothing ignored: an unknown key
+is an error that says where it belongs or which known one is nearest, a value of the wrong type says
+where it stands and what is expected there.
 
 Two short forms, where a dataclass asks for them: one with a class variable `SHORT` may be written
 as the value of the field that it names, and a field of metadata `ONE` as its only entry.
@@ -16,7 +16,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vidgen.core.errors import InputError, kind_of, nearest, quoted
 
@@ -231,38 +231,3 @@ def _describe(hint: Any) -> str:
     if hint in names:
         return names[hint]
     return "a list" if get_origin(hint) in (tuple, list) else "a mapping"
-
-
-def json_schema(kind: type, title: str) -> dict[str, Any]:
-    """Return the JSON Schema of what `build(kind, ...)` reads; editors complete and check by it.
-
-    Draft 2020-12 (json-schema.org). A field is described by the text in its `Annotated`.
-    """
-    from pydantic import TypeAdapter
-    from pydantic.json_schema import GenerateJsonSchema
-
-    class Schema(GenerateJsonSchema):
-        """Adds the texts of fields, short forms, and that no other keys are allowed."""
-
-        def dataclass_schema(self, schema: Any) -> dict[str, Any]:
-            made, properties = super().dataclass_schema(schema), {}
-            hints = get_type_hints(schema["cls"], include_extras=True)
-            for name, field in _fields(schema["cls"]).items():
-                part = {key: value for key, value in made["properties"][name].items()
-                        if key != "title" and not (key == "default" and value in (None, []))}
-                if field.metadata.get("one"):
-                    several = {key: part.pop(key) for key in ("type", "items")}
-                    part = {"anyOf": [several["items"], several], **part}
-                if get_origin(hints[name]) is Annotated:
-                    part["description"] = get_args(hints[name])[1]
-                properties[name] = part
-            made |= {"properties": properties, "additionalProperties": False}
-            short = getattr(schema["cls"], "SHORT", None)
-            if short is None:
-                return made
-            plain = {key: value for key, value in properties[short].items()
-                     if key not in ("default", "description")}
-            return {"anyOf": [plain, made], "description": made.pop("description")}
-
-    whole = TypeAdapter(kind).json_schema(schema_generator=Schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": title}

@@ -226,9 +226,6 @@ class Request(Options):
     readings: Annotated[str, AfterValidator(values.check_readings)] = option(
         "auto", WHAT, "meaning of words that the model doesn't know: auto takes the nearest known "
         "word, none leaves them", "auto|none|WORD=KNOWN,...")
-    expand: str | None = option(
-        None, WHAT, "folder of a language model that rewrites the prompt; the recipe keeps both "
-        "texts", "FOLDER", max_length=4096)
     lora: Annotated[tuple[str, ...], PlainValidator(values.parse_loras)] = option(
         (), WHAT, "an adapter; add @high or @low for one expert only; repeatable",
         "PATH[:WEIGHT]", basic=True)

@@ -23,10 +23,10 @@ from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.core.values import check_picture
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.journal.journal import Journal, journals_of
+from vidgen.pipeline.journal.journal import Journal, journals_of, recall
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.model import OpenedModel
-from vidgen.pipeline.policy import Policy, policy_from_environment
+from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.tasks import SOUND, check_tasks
 from vidgen.pipeline.types import AnyEngine, Contexts, Offload, OnPreview, Plan, Progress, Reporter
 from vidgen.weights.folder import DiffusersFolder
@@ -127,13 +127,13 @@ class Engine(OpenedModel):
         from vidgen.pipeline.making import Making
         from vidgen.pipeline.preview import Glimpses
         from vidgen.pipeline.recipe import make_recipe
-        from vidgen.pipeline.rewrite import settle_texts
         from vidgen.pipeline.sound.own_sound import sound_plan
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
 
         request = Request.of(prompt, options)
         journals = journals_of(journal, request.count)
-        request, rewritten = settle_texts(request, journals, self.policy)
+        enforce(self.policy, request)
+        request = recall(request, journals)
         request, inputs = self.read(request)
         plan = self.plan(request, inputs)
         track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
@@ -142,7 +142,7 @@ class Engine(OpenedModel):
         loras = read_loras(request.lora, self.folder)
         plans = [replace(plan, seed=plan.seed + index) for index in range(request.count)]
         recipes = [
-            stamped(make_recipe(self, each, request, inputs, loras) | track.facts | rewritten,
+            stamped(make_recipe(self, each, request, inputs, loras) | track.facts,
                     kept.recipe)
             for each, kept in zip(plans, journals, strict=True)
         ]

@@ -21,7 +21,6 @@ from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.settings import asked_about, check_settings, settled_value
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks, makes_sound
@@ -310,8 +309,6 @@ def require_models(request: Request, folder: ModelFolder) -> None:
         ModelError: a folder that holds no such model, or an adapter of another one.
     """
     read_loras(request.lora, folder)
-    if request.expand is not None:
-        LanguageModel(request.expand)
     for name in (request.first_frame_model, request.audio_model):
         if name is not None:
             open_model(name)

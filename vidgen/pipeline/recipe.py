@@ -18,7 +18,6 @@ from vidgen.ops.attention import asked_backend, used_backend
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.loader import DTYPES
-from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.types import NO_LORAS, Loras, Opened, Plan
 from vidgen.weights.folder import DiffusersFolder, ModelFolder, embedded_folder
 from vidgen.weights.layouts import open_model
@@ -100,8 +99,6 @@ def identity(request: Request, **loading: Any) -> str:
              **request_facts(request)}
     if asked_backend() != "auto":
         facts["attention"] = asked_backend()
-    if request.expand is not None:
-        facts["expand"] = LanguageModel(request.expand).sha256
     for option in ("first_frame_model", "audio_model"):
         if (model := getattr(request, option)) is not None:
             facts[option] = open_model(model).content_hash

@@ -76,7 +76,7 @@ def _short(value: Any) -> str:
 
 def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a recipe's request said of its clip, as `recipe.request_facts`."""
-    return {"prompt": recipe.get("rewritten", recipe["plan"])["prompt"],
+    return {"prompt": recipe["plan"]["prompt"],
             "request": recipe["request"], "frame_times_s": recipe["frame_times_s"],
             "inputs": [[each["option"], each.get("sha256")] for each in recipe["inputs"]],
             "loras": [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]]}

@@ -162,8 +162,6 @@ def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
 
 def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
     """Copy a recipe's records of models that made a part of the request."""
-    if old.get("rewritten") and recipe["plan"]["prompt"] == old["plan"]["prompt"]:
-        recipe["rewritten"] = old["rewritten"]
     pictures = [each for each in recipe["inputs"] if each["option"] == "image"]
     for record in old["inputs"]:
         if record["option"] == "first_frame_model" and record not in recipe["inputs"] and any(

@@ -205,7 +205,6 @@ def _recipe(
     encoder: dict[str, Any] = {**asdict(edit.picture.fitting(film.size)), "segment": SEGMENT}
     if sound is not None:
         encoder["sound"] = sound.facts()
-    rewritten = {} if film.expansion is None else {"rewritten": film.expansion.facts()}
     facts: dict[str, Any] = {"source": "film"}
     if edit.narrated is not None:
         facts["speech"] = edit.narrated.facts
@@ -214,7 +213,7 @@ def _recipe(
         "model": {"name": film.folder.name, "sha256": film.folder.content_hash},
         "film": {
             "key": edit.key([each.path.stem for each in shots]),
-            "script": dump(film.script), **rewritten,
+            "script": dump(film.script),
             "shots": [{"id": each.shot.id, "address": each.path.stem, "seed": each.seed}
                       for each in shots],
             "timeline": edit.facts(), "copied_frames": copied, "colours": colours,

@@ -243,15 +243,6 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """Origin of a drafted script."""
-
-    idea: Annotated[str, "as a person wrote it"]
-    model: Annotated[str, "the language model that drafted it"]
-    sha256: Annotated[str, "of the model's files"]
-
-
-@dataclass(frozen=True, slots=True)
 class Project:
     """Settings of the whole film."""
 
@@ -269,7 +260,6 @@ class Project:
         "settings of shots that have none of their own"] = field(default_factory=Defaults)
     finish: Annotated[
         Finish, "settings by which shots become one film"] = field(default_factory=Finish)
-    drafted_from: Annotated[Draft | None, "origin of a script that a language model drafted"] = None
 
 
 def check_text(name: str, text: str) -> None:

@@ -21,19 +21,6 @@ DRAFT_STEPS = 8
 """Most steps of a draft; half the film's where that is less."""
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """Prompts that a language model rewrote."""
-
-    texts: Mapping[str, str]  # new text of each prompt, whose names are replaced by descriptions
-    by: Mapping[str, Any]  # the model's name, hash and library
-
-    def facts(self) -> dict[str, Any]:
-        """Return the recipe's entry: the model, and both texts of each prompt."""
-        return {"by": dict(self.by), "prompts": [{"prompt": prompt, "text": text}
-                                                 for prompt, text in self.texts.items()]}
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of a shot under one prompt: its address, and the frames that it adds."""
@@ -78,7 +65,6 @@ class FilmPlan:
     loading: Mapping[str, Any] = field(default_factory=dict)  # dtype and quantize, as in `load`
     tiles: str = "auto"  # as in a request
     draft: bool = False  # whether shots are small and take few steps
-    expansion: Expansion | None = None  # rewritten prompts, or None
     # by id, each after those that it needs
     shots: dict[str, ShotPlan] = field(default_factory=dict)
 
@@ -109,8 +95,7 @@ class FilmPlan:
 
     def words(self, shot: Shot, index: int) -> str:
         """Return one of a shot's prompts as the model gets it, with the sound that it makes."""
-        texts = None if self.expansion is None else self.expansion.texts
-        text = self.script.words(shot, shot.prompt[index].prompt, texts)
+        text = self.script.words(shot, shot.prompt[index].prompt)
         heard = shot.sound.effects if shot.sound is not None and self.is_heard(shot) else None
         return text if heard is None else f"{text}, with the sound of {heard}"
 

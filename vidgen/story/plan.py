@@ -31,7 +31,7 @@ from vidgen.pipeline.recipe import asked_options
 from vidgen.pipeline.setups import choose
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
-from vidgen.story.film import Expansion, FilmPlan, Part, ShotPlan, Take
+from vidgen.story.film import FilmPlan, Part, ShotPlan, Take
 from vidgen.story.script import Script, Shot
 from vidgen.weights.family import models_with
 from vidgen.weights.lora import parse_option
@@ -54,7 +54,7 @@ DRAFT_ASPECT = 0.1
 def plan_film(
     script: Script, folder: ModelFolder | DiffusersFolder, *, suffix: str = ".mp4",
     draft: bool = False, dtype: str | None = None, quantize: str | None = None,
-    tiles: str = "auto", expansion: Expansion | None = None,
+    tiles: str = "auto",
 ) -> FilmPlan:
     """Plan every shot of a checked script; a draft has small pictures and few steps.
 
@@ -72,8 +72,7 @@ def plan_film(
     size = asked.size or (defaults.width, defaults.height)
     film = FilmPlan(
         script, folder, fps, _draft_size(folder, size) if draft else size, suffix,
-        {"dtype": dtype or project.dtype, "quantize": quantize}, tiles, draft,
-        expansion)
+        {"dtype": dtype or project.dtype, "quantize": quantize}, tiles, draft)
     planner = _Planner(film)
     for shot in script.order():
         with located(script.where(shot)):

@@ -175,8 +175,8 @@ class Script:
             if found[1] is not None:
                 yield found[1]
 
-    def described(self, shot: Shot, text: str) -> str:
-        """Return a prompt with descriptions in place of names."""
+    def words(self, shot: Shot, text: str) -> str:
+        """Return a prompt as the model gets it, with descriptions, camera and styles."""
         place = shot.place or self._scene(shot).place
         known = {name: each.description for name, each in (self.characters | self.places).items()}
         if place is not None:
@@ -185,15 +185,7 @@ class Script:
         def meant(found: re.Match[str]) -> str:
             return found[0][0] if found[1] is None else known[found[1]]
 
-        return _BRACES.sub(meant, text)
-
-    def words(self, shot: Shot, text: str, rewritten: Mapping[str, str] | None = None) -> str:
-        """Return a prompt as the model gets it, with descriptions, camera and styles.
-
-        `rewritten` holds new texts by prompts with descriptions.
-        """
-        seen = self.described(shot, text)
-        seen = (rewritten or {}).get(seen, seen)
+        seen = _BRACES.sub(meant, text)
         camera: Camera | None = self.option(shot, "camera")
         added = [part for part in (camera and camera.words, self._scene(shot).style,
                                     self.project.style) if part]

@@ -5,7 +5,6 @@
         ADDRESS.wav   a sound or music that the script describes in words
         ADDRESS.json  of several takes: which was chosen, and why
         threads.json  by processor, how many threads shots are computed on
-        prompts.json  by language model, what it made of the script's prompts
         shots.json    the film's shots as they were rendered last, for programs that join them
         sums.json     SHA-256 of each shot by its name, to detect one that was changed
 

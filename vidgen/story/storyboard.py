@@ -57,7 +57,7 @@ def _shots(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[dict[str, Any]
         scene = shot.scene
         yield {
             "id": shot.id, "scene": title, "thumbnails": _thumbnails(rendered),
-            "prompts": [(each.at, film.words(shot, index), film.script.words(shot, each.prompt))
+            "prompts": [(each.at, film.words(shot, index))
                         for index, each in enumerate(shot.prompt)],
             "facts": _facts(edit, placed, rendered), "findings": rendered.findings}
 

@@ -40,11 +40,10 @@ from vidgen.pipeline.diffusers_backend.plan import (
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal.job import MADE
-from vidgen.pipeline.journal.journal import Journal, journals_of
+from vidgen.pipeline.journal.journal import Journal, journals_of, recall
 from vidgen.pipeline.loader import DTYPES
-from vidgen.pipeline.policy import Policy
+from vidgen.pipeline.policy import Policy, enforce
 from vidgen.pipeline.recipe import make_diffusers_recipe, plan_facts
-from vidgen.pipeline.rewrite import settle_texts
 from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.types import OnPreview, Progress, Report, Reporter, draw_seed
 from vidgen.weights.folder import DiffusersFolder
@@ -98,7 +97,8 @@ class DiffusersEngine:
         if on_preview is not None:
             raise InputError(f"{self.folder.name} shows no previews; leave --preview out")
         journals = journals_of(journal, request.count)
-        request, rewritten = settle_texts(request, journals, self.policy)
+        enforce(self.policy, request)
+        request = recall(request, journals)
         request, inputs = self._read(request)
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
         able = Abilities(self.pipe.taking(next(shown, None)))
@@ -112,7 +112,7 @@ class DiffusersEngine:
 
         recipes = []
         for plan, kept in zip(plans, journals, strict=True):
-            recipe = make_diffusers_recipe(self, plan, request, inputs) | rewritten
+            recipe = make_diffusers_recipe(self, plan, request, inputs)
             recipe = _as_settled(recipe, kept.recipe)
             known = recipe["plan"]["kept_frames"]  # None: it shows when the clip is made
             recipe = stamped(recipe | (track(known).facts if known else {}), kept.recipe)

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from vidgen.core.errors import InputError, ModelError
 from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
-from vidgen.pipeline.rewrite import without_bars
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.quantize import quiet_torchao
 
@@ -185,7 +184,7 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
                          "doesn't have; install a newer diffusers")
     damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
-        with quiet_torchao(), without_bars(logging, transformers_logging):
+        with quiet_torchao(), _without_bars(logging, transformers_logging):
             pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
                 str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
             )
@@ -216,3 +215,16 @@ def _sound(pipe: Any, output: Any) -> tuple[Samples | None, int]:
     wave = torch.as_tensor(waves)[0].float().cpu().clamp(-1, 1)
     wave = wave[None] if wave.ndim == 1 else wave
     return wave.T.contiguous().numpy(), rate
+
+
+@contextmanager
+def _without_bars(*libraries: Any) -> Iterator[None]:
+    """Hide loading bars of `utils.logging` modules, which would break into our own report."""
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

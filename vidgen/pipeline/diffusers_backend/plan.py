@@ -45,7 +45,7 @@ _PLAIN = {"negative": "negative_prompt", "steps": "num_inference_steps", "image"
           "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents"}
 """Options that a parameter of one name stands for."""
 _ALWAYS = {"prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
-           "retry", "expand", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice"}
+           "retry", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice"}
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
                  "use_exponential_sigmas", "use_beta_sigmas")
