@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.signing import TEST_NAME, Signing, make_signing
 from tests.tiny.test_provenance import RECIPE, plain_environment, write  # noqa: F401
 from vidgen.core.errors import InputError, OutputError
 from vidgen.media.clip import Clip
-from vidgen.media.manifest import TEST_NAME, Signing, make_test_signing, read_marks
+from vidgen.media.manifest import read_marks, signer_info
 from vidgen.media.probe import read_recipe
 from vidgen.media.provenance import GENERATED
 
@@ -20,17 +22,23 @@ SIGNED = [".mp4", ".mov", ".gif", ".webp", ".apng", ".png", ".jpg"]
 
 
 @pytest.fixture(scope="module")
-def signing() -> Signing:
+def signing(tmp_path_factory) -> Signing:
     pytest.importorskip("c2pa")
-    return make_test_signing()
+    return make_signing(tmp_path_factory.mktemp("signing"))
 
 
 @pytest.fixture
 def trust(signing, tmp_path) -> Path:
     """The root that the test certificate descends from."""
     path = tmp_path / "roots.pem"
-    path.write_bytes(b"-----BEGIN" + signing.certificates.split(b"-----BEGIN")[2])
+    path.write_bytes(b"-----BEGIN" + signing.certificates.read_bytes().split(b"-----BEGIN")[2])
     return path
+
+
+def write_signed(signing: Signing, path: Path | str, recipe=RECIPE) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        signing.environment(patch)
+        return write(path, recipe)
 
 
 def record(path: Path) -> dict[str, str]:
@@ -41,7 +49,7 @@ def record(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("suffix", SIGNED)
 def test_a_signed_file_is_whole_and_names_its_signer(tmp_path, signing, trust, suffix):
-    path = write(tmp_path / f"a{suffix}", RECIPE, signing=signing)
+    path = write_signed(signing, tmp_path / f"a{suffix}")
     marks = read_marks(path)
     assert (marks.c2pa, marks.problems) == ("untrusted", ("signingCredential.untrusted",))
     assert marks.signer == TEST_NAME
@@ -57,7 +65,7 @@ def test_a_signed_file_is_whole_and_names_its_signer(tmp_path, signing, trust, s
 
 @pytest.mark.parametrize("suffix", SIGNED)
 def test_a_change_anywhere_shows(tmp_path, signing, trust, suffix):
-    data = write(tmp_path / f"a{suffix}", RECIPE, signing=signing).read_bytes()
+    data = write_signed(signing, tmp_path / f"a{suffix}").read_bytes()
     changed = tmp_path / f"b{suffix}"
     picture = {".mp4": b"mdat", ".mov": b"mdat", ".webp": b"VP8 ", ".gif": b"\x21\xf9\x04",
                ".jpg": b"\xff\xda", ".png": b"IDAT", ".apng": b"IDAT"}[suffix]  # fmt: skip
@@ -75,7 +83,7 @@ def test_a_change_anywhere_shows(tmp_path, signing, trust, suffix):
 
 
 def test_a_damaged_manifest_is_tampering_too(tmp_path, signing):
-    data = bytearray(write(tmp_path / "a.png", RECIPE, signing=signing).read_bytes())
+    data = bytearray(write_signed(signing, tmp_path / "a.png").read_bytes())
     place = data.find(b"jumdc2pa")
     data[place + 60 : place + 200] = bytes(140)
     (tmp_path / "b.png").write_bytes(data)
@@ -89,9 +97,9 @@ def test_an_inputs_manifest_is_kept_as_an_ingredient(
     tmp_path, signing, trust, suffix, monkeypatch
 ):
     monkeypatch.setenv("VIDGEN_C2PA_TRUST", str(trust))
-    photo = write(tmp_path / "in.png", RECIPE, signing=signing)
+    photo = write_signed(signing, tmp_path / "in.png")
     recipe = {**RECIPE, "inputs": [record(photo), record(photo), {"option": "mask", "shape": [1]}]}
-    marks = read_marks(write(tmp_path / f"out{suffix}", recipe, signing=signing))
+    marks = read_marks(write_signed(signing, tmp_path / f"out{suffix}", recipe))
     assert marks.c2pa == "valid"
     (kept,) = marks.ingredients
     assert (kept["title"], kept["id"]) == ("in.png", read_marks(photo).id)
@@ -99,18 +107,18 @@ def test_an_inputs_manifest_is_kept_as_an_ingredient(
 
 
 def test_a_tampered_input_stays_tampered_and_a_broken_one_is_told_of(tmp_path, signing, caplog):
-    data = bytearray(write(tmp_path / "in.png", RECIPE, signing=signing).read_bytes())
+    data = bytearray(write_signed(signing, tmp_path / "in.png").read_bytes())
     data[-40] ^= 1
     (tmp_path / "in.png").write_bytes(data)
     recipe = {**RECIPE, "inputs": [record(tmp_path / "in.png")]}
-    marks = read_marks(write(tmp_path / "a.mp4", recipe, signing=signing))
+    marks = read_marks(write_signed(signing, tmp_path / "a.mp4", recipe))
     assert marks.ingredients[0]["c2pa"] == "tampered"
     assert marks.c2pa == "untrusted"
     place = data.find(b"jumdc2pa")
     data[place + 60 : place + 200] = bytes(140)
     (tmp_path / "in.png").write_bytes(data)
     recipe = {**RECIPE, "inputs": [record(tmp_path / "in.png")]}
-    marks = read_marks(write(tmp_path / "b.mp4", recipe, signing=signing))
+    marks = read_marks(write_signed(signing, tmp_path / "b.mp4", recipe))
     assert "in.png can't be kept as an ingredient" in caplog.text
     assert marks.ingredients[0]["title"] == "in.png"  # the marks still tell
 
@@ -119,7 +127,7 @@ def test_an_input_that_changed_since_is_no_ingredient(tmp_path, signing):
     photo = write(tmp_path / "in.png")
     entry = record(photo)
     photo.write_bytes(photo.read_bytes() + b"more")
-    marks = read_marks(write(tmp_path / "a.mp4", {"inputs": [entry]}, signing=signing))
+    marks = read_marks(write_signed(signing, tmp_path / "a.mp4", {"inputs": [entry]}))
     assert marks.ingredients == ({"title": "in.png", "id": f"sha256:{entry['sha256']}"},)
 
 
@@ -127,22 +135,20 @@ def test_an_input_that_changed_since_is_no_ingredient(tmp_path, signing):
 def test_a_format_without_manifests_stays_unsigned_with_a_warning(
     tmp_path, signing, suffix, caplog
 ):
-    marks = read_marks(write(tmp_path / f"a{suffix}", RECIPE, signing=signing))
+    marks = read_marks(write_signed(signing, tmp_path / f"a{suffix}"))
     assert (marks.c2pa, marks.digital_source_type) == ("absent", GENERATED)
     assert f"{suffix} can't carry a signed manifest" in caplog.text
 
 
 def test_the_environment_names_the_certificate(tmp_path, signing, trust, monkeypatch):
-    assert Signing.from_environment() is None
-    for name, content in (("CERTIFICATE", signing.certificates), ("KEY", signing.key)):
-        (tmp_path / name).write_bytes(content)
-        monkeypatch.setenv(f"VIDGEN_C2PA_{name}", str(tmp_path / name))
+    assert signer_info() is None
+    signing.environment(monkeypatch)
     monkeypatch.setenv("VIDGEN_C2PA_TRUST", str(trust))
-    assert Signing.from_environment() == signing
+    info = signer_info()
+    assert (info.alg, info.private_key) == (b"es256", signing.key.read_bytes())
+    assert info.sign_cert == signing.certificates.read_bytes()
     assert read_marks(write(tmp_path / "a.mp4", RECIPE)).c2pa == "valid"
     assert read_marks(write(tmp_path / "b.mp4")).c2pa == "absent"  # what no model made
-    monkeypatch.setenv("VIDGEN_C2PA_CERTIFICATE", "test")
-    assert read_marks(write(tmp_path / "c.mp4", RECIPE)).c2pa == "untrusted"
 
 
 @pytest.mark.parametrize(
@@ -155,14 +161,14 @@ def test_the_environment_names_the_certificate(tmp_path, signing, trust, monkeyp
 def test_a_certificate_that_cannot_be_used_is_refused(
     tmp_path, signing, monkeypatch, certificate, key, message
 ):
-    files = {"C": signing.certificates, "K": signing.key, "text": b"hello"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+    shutil.copy(signing.certificates, tmp_path / "C")
+    shutil.copy(signing.key, tmp_path / "K")
+    (tmp_path / "text").write_bytes(b"hello")
     for name, value in (("CERTIFICATE", certificate), ("KEY", key)):
         if value:
             monkeypatch.setenv(f"VIDGEN_C2PA_{name}", str(tmp_path / value))
     with pytest.raises(InputError, match=message):
-        Signing.from_environment()
+        signer_info()
 
 
 def new_key(kind: str) -> bytes:
@@ -187,14 +193,13 @@ def new_key(kind: str) -> bytes:
      ("Ed25519", "ed25519"), ("SECP256K1", None), ("X25519", None)],
 )
 def test_the_key_tells_the_algorithm(tmp_path, signing, monkeypatch, kind, algorithm):
-    for name, content in (("CERTIFICATE", signing.certificates), ("KEY", new_key(kind))):
-        (tmp_path / name).write_bytes(content)
-        monkeypatch.setenv(f"VIDGEN_C2PA_{name}", str(tmp_path / name))
+    (tmp_path / "key.pem").write_bytes(new_key(kind))
+    Signing(signing.certificates, tmp_path / "key.pem").environment(monkeypatch)
     if algorithm is None:
         with pytest.raises(InputError, match="a kind that C2PA doesn't know"):
-            Signing.from_environment()
+            signer_info()
     else:
-        assert Signing.from_environment().algorithm == algorithm
+        assert signer_info().alg == algorithm.encode()
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,7 @@ def test_the_key_tells_the_algorithm(tmp_path, signing, monkeypatch, kind, algor
      (b"-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n", "no good cert")],
 )
 def test_a_bad_list_of_trusted_certificates_is_no_tampering(tmp_path, signing, content, message):
-    path = write(tmp_path / "a.mp4", RECIPE, signing=signing)
+    path = write_signed(signing, tmp_path / "a.mp4")
     if content is not None:
         (tmp_path / "roots.pem").write_bytes(content)
     with pytest.raises(InputError, match=message):
@@ -211,20 +216,20 @@ def test_a_bad_list_of_trusted_certificates_is_no_tampering(tmp_path, signing, c
 
 
 def test_a_key_of_another_certificate_leaves_nothing_behind(tmp_path, signing):
-    other = Signing(signing.certificates, make_test_signing().key, "es256")
+    (tmp_path / "other").mkdir()
+    other = Signing(signing.certificates, make_signing(tmp_path / "other").key)
     with pytest.raises(OutputError, match="can't be signed"):
-        write(tmp_path / "a.mp4", RECIPE, signing=other)
-    assert list(tmp_path.iterdir()) == []
+        write_signed(other, tmp_path / "a.mp4", RECIPE)
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
 
 def test_without_the_extra_signing_is_refused_and_a_manifest_unverified(
     tmp_path, signing, monkeypatch
 ):
-    path = write(tmp_path / "a.mp4", RECIPE, signing=signing)
+    path = write_signed(signing, tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "c2pa", None)
     marks = read_marks(path)
     assert (marks.c2pa, marks.digital_source_type) == ("unverified", GENERATED)
-    monkeypatch.setenv("VIDGEN_C2PA_CERTIFICATE", "test")
     with pytest.raises(InputError, match=r"vidgen\[c2pa\]"):
-        write(tmp_path / "b.mp4", RECIPE)
+        write_signed(signing, tmp_path / "b.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]

@@ -25,7 +25,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
-from vidgen.media.manifest import Signing, seal
+from vidgen.media.manifest import seal
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.probe import read_recipe
 from vidgen.media.provenance import marks_of, stamped, tags
@@ -157,8 +157,7 @@ def join_files(
                 _copy(paths, container, tracks)
             recipe = read_recipe(last) if own is None else own
             if recipe is not None:
-                suffix = target.suffix.lower()
-                seal(temporary, suffix, stamped(recipe), Signing.from_environment())
+                seal(temporary, target.suffix.lower(), stamped(recipe))
         except av.FFmpegError as error:
             raise write_error(target, OSError(error.errno, error.strerror), temporary) from error
     return target

@@ -3,7 +3,7 @@
 A manifest binds the marks to every byte of the file, so it is written last; any change to the file
 shows. The environment names the certificate that signs:
 
-    VIDGEN_C2PA_CERTIFICATE  PEM file, the signer's certificate first; "test" makes one that says so
+    VIDGEN_C2PA_CERTIFICATE  PEM file, the signer's certificate first, then those it descends from
     VIDGEN_C2PA_KEY          PEM file of its private key (PKCS #8)
     VIDGEN_C2PA_TIME_STAMP   address of a time-stamping authority (RFC 3161), if one is wanted
     VIDGEN_C2PA_TRUST        PEM file of certificates whose signatures `read_marks` trusts
@@ -16,8 +16,7 @@ import io
 import logging
 import mmap
 import os
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -37,7 +36,6 @@ from vidgen.media.provenance import (
 
 log = logging.getLogger(__name__)
 
-TEST_NAME = "vidgen TEST certificate, trusted by nobody"
 _STORE = b"jumdc2pa\x00\x11\x00\x10"  # how a manifest store begins in every format
 _OFFLINE: dict[str, Any] = {
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
@@ -50,41 +48,21 @@ _MEDIA_TYPES = {
 _CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 
 
-@dataclass(frozen=True)
-class Signing:
-    """A signer.
+def signer_info() -> Any:
+    """Return the signer that the environment names, as c2pa's `C2paSignerInfo`, or None.
 
-    Args:
-        certificates: PEM, the signer's first, then those it descends from.
-        key: PEM, PKCS #8.
-        algorithm: C2PA's name of the key's: "es256", "es384", "es512", "ps256" or "ed25519".
-        time_stamp: address of a time-stamping authority, or None.
+    Raises:
+        InputError: a file that is missing or no PEM, a key without certificate, or no extra.
     """
-
-    certificates: bytes
-    key: bytes
-    algorithm: str
-    time_stamp: str | None = None
-
-    @classmethod
-    def from_environment(cls) -> Signing | None:
-        """Return the signer that the environment names, or None.
-
-        Raises:
-            InputError: a file that is missing or no PEM, a key without certificate, or no extra.
-        """
-        place, key = (os.environ.get(f"VIDGEN_C2PA_{n}") for n in ("CERTIFICATE", "KEY"))
-        if not place and not key:
-            return None
-        if place == "test":
-            return make_test_signing()
-        if not (place and key):
-            raise InputError("one of VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY is set without "
-                             "the other; set both, or the first to 'test'")
-        _load_c2pa()
-        secret = _read(key, "VIDGEN_C2PA_KEY")
-        return cls(_read(place, "VIDGEN_C2PA_CERTIFICATE"), secret, _algorithm(secret, key),
-                   os.environ.get("VIDGEN_C2PA_TIME_STAMP") or None)
+    place, key = (os.environ.get(f"VIDGEN_C2PA_{n}") for n in ("CERTIFICATE", "KEY"))
+    if not place and not key:
+        return None
+    if not (place and key):
+        raise InputError("one of VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY is set without the "
+                         "other; set both")
+    c2pa, secret = _load_c2pa(), _read(key, "VIDGEN_C2PA_KEY")
+    return c2pa.C2paSignerInfo(_algorithm(secret, key), _read(place, "VIDGEN_C2PA_CERTIFICATE"),
+                               secret, os.environ.get("VIDGEN_C2PA_TIME_STAMP") or None)
 
 
 def _load_c2pa() -> ModuleType:
@@ -125,81 +103,35 @@ def _algorithm(key: bytes, path: str) -> str:
                      "on the curve P-256")
 
 
-def make_test_signing() -> Signing:
-    """Make a signer for tests: a fresh key under `TEST_NAME`, below a root of its own.
-
-    Raises:
-        InputError: the extra isn't installed.
-    """
-    _load_c2pa()
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    start = datetime.now(UTC) - timedelta(minutes=5)
-    usages = dict.fromkeys((
-        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
-        "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"), False)
-
-    def certificate(name: str, public: Any, *, is_root: bool) -> x509.Certificate:
-        subject, issuer = (
-            x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "vidgen tests"),
-                       x509.NameAttribute(NameOID.COMMON_NAME, common)])
-            for common in (name, f"{TEST_NAME}: root")
-        )
-        usage = {"key_cert_sign": True} if is_root else {"digital_signature": True}
-        issued_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key())
-        purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])  # as C2PA asks
-        built = (
-            x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(start + timedelta(days=365))
-            .add_extension(x509.BasicConstraints(ca=is_root, path_length=None), critical=True)
-            .add_extension(x509.KeyUsage(**(usages | usage)), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(issued_by, critical=False)
-        )
-        built = built if is_root else built.add_extension(purpose, critical=False)
-        return built.sign(root_key, hashes.SHA256())
-
-    chain = [certificate(TEST_NAME, key.public_key(), is_root=False),
-             certificate(f"{TEST_NAME}: root", root_key.public_key(), is_root=True)]
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return Signing(b"".join(c.public_bytes(pem) for c in chain), secret, "es256")
-
-
-def seal(path: Path, suffix: str, recipe: dict[str, Any], signing: Signing | None) -> None:
-    """Finish a file before it gets its name: XMP where a muxer has none, and the signature.
+def seal(path: Path, suffix: str, recipe: dict[str, Any]) -> None:
+    """Finish a file before it gets its name: XMP where a muxer has none, and the signature if the
+    environment names a signer.
 
     The file is appended to, or rewritten where it is signed; `suffix` is its format. The inputs of
     a stamped `recipe` become ingredients, with their own manifests.
 
     Raises:
+        InputError: a signer that can't be used, see `signer_info`.
         OutputError: the certificate isn't fit for it, or the authority of time didn't answer.
     """
     if suffix in (".mp4", ".mov"):
         append_xmp(path, xmp(marks_of(recipe)))
-    if signing is None:
+    info = signer_info()
+    if info is None:
         return
     if suffix in _MEDIA_TYPES:
-        _sign(path, _MEDIA_TYPES[suffix], recipe, signing)
+        _sign(path, _MEDIA_TYPES[suffix], recipe, info)
     else:
         log.warning("%s can't carry a signed manifest and stays unsigned; .mp4 can", suffix)
 
 
-def _sign(path: Path, kind: str, recipe: dict[str, Any], signing: Signing) -> None:
+def _sign(path: Path, kind: str, recipe: dict[str, Any], info: Any) -> None:
     c2pa = _load_c2pa()
     marks = marks_of(recipe)
     program, _, version = (marks.generator or "").partition(" ")
     agent = {"name": program, "version": version}
     definition = {"claim_generator_info": [agent], "title": marks.id}
-    time_stamp = signing.time_stamp.encode() if signing.time_stamp else None
     try:
-        info = c2pa.C2paSignerInfo(signing.algorithm.encode(), signing.certificates, signing.key,
-                                   time_stamp)
         with (atomic_path(path) as signed, _context(c2pa, None) as context,
               c2pa.Signer.from_info(info) as signer,
               c2pa.Builder(definition, context=context) as builder):

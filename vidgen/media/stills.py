@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from vidgen.core.runtime import atomic_path
-from vidgen.media.manifest import Signing, seal
+from vidgen.media.manifest import seal
 from vidgen.media.provenance import gif_xmp, marks_of, xmp
 from vidgen.media.types import ClipInfo, Frames
 
@@ -40,7 +40,7 @@ def still_encoder(suffix: str, quality: int | None = None) -> dict[str, Any]:
 
 def write_stills(
     path: Path, suffix: str, info: ClipInfo, frames: Iterator[Frames],
-    recipe: Callable[[], str | None], options: Mapping[str, int], signing: Signing | None,
+    recipe: Callable[[], str | None], options: Mapping[str, int],
 ) -> None:
     """Write frames uint8 [H, W, 3] as an animation, picture or folder of pictures, atomically.
 
@@ -65,7 +65,7 @@ def write_stills(
         else:
             temporary.write_bytes(_animation(pictures, suffix, options, info, recipe, marks))
         if info.recipe is not None:
-            seal(temporary, suffix, info.recipe, signing)
+            seal(temporary, suffix, info.recipe)
 
 
 def _png_text(recipe: str | None, marks: str) -> PngInfo:

@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.encode import Spool, checked, configure, encode_picture, to_picture
-from vidgen.media.manifest import Signing, seal
+from vidgen.media.manifest import seal, signer_info
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
@@ -119,7 +119,7 @@ def require_sound(path: str | Path, suffix: str) -> None:
 def write_clip(
     path: str | Path, chunks: Iterable[Frames | Tensor], info: ClipInfo, *, overwrite: bool = False,
     on_frames: Callable[[int], None] | None = None, store: SegmentStore | None = None,
-    signing: Signing | None = None, checker: ClipChecker | None = None,
+    checker: ClipChecker | None = None,
 ) -> Path:
     """Stream a clip into a file or a folder of PNGs that appears when it is whole; return its path.
 
@@ -132,7 +132,6 @@ def write_clip(
         on_frames: called with the number of frames handed over so far.
         store: holds encoded segments of an earlier try, after which `chunks` begin, and keeps
             further ones; formats without segments use none.
-        signing: who signs a clip that has a recipe; None takes the environment's, if it names one.
         checker: sees every frame; the recipe holds what it then reports.
 
     Raises:
@@ -144,13 +143,13 @@ def write_clip(
     check_output(path, overwrite=overwrite, num_bytes=pixels // PIXELS_PER_BYTE)
     if info.recipe is not None:  # a clip that a model made is marked
         info = replace(info, recipe=stamped(info.recipe))
-        signing = signing or Signing.from_environment()
+        signer_info()  # refuse one that can't sign before the work
     if suffix in CONTAINERS:
-        encode = partial(_write_container, Path(path), suffix, info, signing, store, checker)
+        encode = partial(_write_container, Path(path), suffix, info, store, checker)
     else:
         if info.sound is not None:
             log.warning("%s holds no sound; the clip's sound is left out", path)
-        encode = partial(_write_stills, Path(path), suffix, info, signing, checker)
+        encode = partial(_write_stills, Path(path), suffix, info, checker)
     _encode_in_thread(encode, _counted(chunks, info, on_frames, store.num_frames if store else 0))
     return Path(path)
 
@@ -216,8 +215,7 @@ def _completed(
 
 
 def _write_stills(
-    path: Path, suffix: str, info: ClipInfo, signing: Signing | None, checker: ClipChecker | None,
-    chunks: Iterator[Frames],
+    path: Path, suffix: str, info: ClipInfo, checker: ClipChecker | None, chunks: Iterator[Frames],
 ) -> None:
     encoder = still_encoder(suffix, info.quality)
 
@@ -226,12 +224,12 @@ def _write_stills(
         return None if completed is None else recipe_text(completed)
 
     frames = checked(chunks, checker)
-    write_stills(path, suffix, info, frames, recipe, encoder["options"], signing)
+    write_stills(path, suffix, info, frames, recipe, encoder["options"])
 
 
 def _write_container(
-    path: Path, suffix: str, info: ClipInfo, signing: Signing | None,
-    store: SegmentStore | None, checker: ClipChecker | None, chunks: Iterator[Frames],
+    path: Path, suffix: str, info: ClipInfo, store: SegmentStore | None,
+    checker: ClipChecker | None, chunks: Iterator[Frames],
 ) -> None:
     kind = CONTAINERS[suffix]
     wanted = info.picture or kind.picture
@@ -258,7 +256,7 @@ def _write_container(
                 stream.time_base = 1 / info.fps
                 mux(container, stream, spool.packets(1 / info.fps), [sound] if sound else [])
             if recipe is not None:
-                seal(temporary, suffix, recipe, signing)
+                seal(temporary, suffix, recipe)
         except av.FFmpegError as error:
             raise write_error(path, OSError(error.errno, error.strerror), temporary) from error
 

@@ -63,13 +63,13 @@ def load(
         InputError: options that conflict, or more devices than exist.
         ModelError: no such model, files missing, damaged or inconsistent, or too little memory.
     """
-    from vidgen.media.manifest import Signing
+    from vidgen.media.manifest import signer_info
     from vidgen.pipeline.parallel.devices import start_devices
     from vidgen.weights.layouts import open_model
 
     check_picture("model", model, array=False)
     policy = policy or policy_from_environment()
-    Signing.from_environment()  # report one that can't sign before a clip is made
+    signer_info()  # refuse one that can't sign before a clip is made
     asked = Loading(model=os.fspath(model), dtype=dtype, offload=offload,  # type: ignore[arg-type]
                     quantize=quantize, devices=devices, shard=shard)
     if shard and asked.offload is None:
