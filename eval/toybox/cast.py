@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -42,7 +43,7 @@ from vidgen.pipeline.engine import load
 from vidgen.pipeline.workers.scheduler import settle_threads
 from vidgen.pipeline.workers.types import Staff
 from vidgen.story.plan import plan_film
-from vidgen.story.render import Renderer
+from vidgen.story.render import ShotWork, render_film
 from vidgen.story.script import Script
 from vidgen.story.store import ShotStore
 from vidgen.weights.layouts import open_model
@@ -127,11 +128,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     store = ShotStore(folder / "shots", film)
     staff = settle_threads(store.folder, Staff(options.workers, threads=options.threads), tell)
     engine = partial(load, options.model, dtype=options.dtype)
-    renderer = Renderer(store, engine, tell, staff=staff)
     judges = embedded_judge()
     judge = judges.load()
-    seen = {each.shot.id: sees(judge, each.path) for each in renderer.render(film.needed([]))}
-    renderer.close()
+    with closing(ShotWork(engine, store)) as work:
+        seen = {each.shot.id: sees(judge, each.path)
+                for each in render_film(work, film.needed([]), tell, staff=staff)}
     return {
         "model": {"name": model.name, "sha256": model.content_hash}, "judge": judges.sha256,
         "sprites": sprites, "shots": SHOTS, "steps": options.steps, "threads": staff.threads,

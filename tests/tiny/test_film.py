@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,17 +93,13 @@ def test_a_film_is_its_shots_one_after_the_other(rendered):
     assert (folder / "film.yaml").read_text() == FILM
 
 
-def test_the_index_tells_those_who_join_all_they_need(rendered):
-    folder, told = rendered
-    index = json.loads((folder / "film.shots/shots.json").read_text())
-    assert (index["version"], index["fps"], index["size"], index["title"]) == (
-        1, "12", [32, 32], "A film"
-    )
-    assert index["shots"] == told["shots"]
-    one = index["shots"][0]
+def test_the_result_tells_those_who_join_all_they_need(rendered):
+    shots = rendered[1]["shots"]
+    one = shots[0]
     assert (one["num_frames"], one["duration_s"], one["seed"]) == (12, 1.0, 7)
+    assert (one["fps"], one["width"], one["height"]) == ("12", 32, 32)
     assert one["shot"]["caption"] == [{"text": "hello", "at": 0.0, "duration": None}]
-    assert index["shots"][4]["shot"]["in_film"] is False
+    assert shots[4]["shot"]["in_film"] is False
 
 
 def test_a_shot_that_continues_holds_what_an_extension_adds(rendered, tiny_model):
@@ -153,6 +148,18 @@ def test_of_several_takes_the_best_is_kept_with_reasons(rendered):
     assert folder / "film.shots" / kept["path"] == Path(three["path"])
     prefix = read_recipe(told["shots"][3]["path"])["inputs"][0]
     assert (prefix["option"], prefix["path"]) == ("prefix", Path(three["path"]).name)
+
+
+def test_a_take_that_is_another_shots_is_made_once_and_compared(tmp_path, tiny_model):
+    script = tmp_path / "film.yaml"
+    script.write_text("shots: [{id: a, prompt: a cat, frames: 5, seed: 3},\n"
+                      "  {id: b, prompt: a cat, frames: 5, seed: 3, takes: 2}]\n")
+    command = ["script", script, "-o", tmp_path / "film.mp4", "--model", tiny_model]
+    vidgen(*command, "--only", "a")
+    one, two = vidgen(*command)["shots"]
+    assert (one["made"], one["choice"]) == (False, None)
+    assert [take["seed"] for take in two["choice"]["takes"]] == [3, 4]
+    assert len([*(tmp_path / "film.shots").glob("*.mp4")]) == 2
 
 
 def test_a_verifier_scores_each_prompt_of_every_take(tmp_path_factory, tmp_path):
@@ -381,7 +388,6 @@ def test_shots_that_are_there_are_counted_when_one_is_interrupted(
                       "frames: 9}]")
     command = ["script", str(script), "-o", str(tmp_path / "film.mp4"), "--model", str(tiny_model)]
     vidgen(*command, "--only", "a")
-    (tmp_path / "film.shots/shots.json").unlink()
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -131,8 +131,8 @@ def test_a_model_that_makes_sound_is_heard_in_its_shots(tmp_path: Path) -> None:
         "  - {id: two, prompt: a cat, continue_from: one}\n"
         "  - {id: three, prompt: a dog, sound: {file: said.wav}}\n")
     assert main(command(script, model, None)) == 0
-    index = json.loads((tmp_path / "film.shots/shots.json").read_text())
-    one, two, three = (Path(each["path"]) for each in index["shots"])
+    shots = read_recipe(script.with_suffix(".mp4"))["film"]["shots"]
+    one, two, three = (tmp_path / f"film.shots/{each['address']}.mp4" for each in shots)
     assert read_recipe(one)["plan"]["prompt"] == "a red car, with the sound of thuds"
     assert read_sound(three) is None
     film, _ = read_sound(script.with_suffix(".mp4"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from vidgen.pipeline.best_of_n import Verified
-from vidgen.story.render import TakeScore, best_take
+from vidgen.story.store import TakeScore, best_take
 
 SEEN = Verified("car", 0.95, is_enough=True)
 MISSED = Verified("car", 0.2, is_enough=False)

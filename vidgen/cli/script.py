@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vidgen.cli.options import Parser, add_request_options, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.types import Estimate
+    from vidgen.pipeline.types import Offload
     from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import Edit
-    from vidgen.story.film import FilmPlan, ShotPlan, Take
+    from vidgen.story.film import ShotPlan
     from vidgen.story.script import Script
     from vidgen.story.store import RenderedShot, ShotStore
 
@@ -68,7 +69,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.policy import policy_from_environment
     from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import make_edit
-    from vidgen.story.export import FilmExport
+    from vidgen.story.export import check_export, export_film
     from vidgen.story.plan import enforce_film, plan_film
     from vidgen.story.sounds import describe_sounds
     from vidgen.story.store import ShotStore
@@ -91,21 +92,20 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
     describe = None if args.audio_model is None else partial(
         describe_sounds, film, model=args.audio_model, folder=place,
-        offload="none" if args.offload == "auto" else args.offload)
+        offload=_offload(args) or "none")
     edit = None if args.only else make_edit(film, film.in_film, output, describe=describe)
     if args.check:
-        return _tell_plan(film, plans, store, staff, args, report, edit)
-    if edit is None:
-        check_output(output, overwrite=True)  # its folder: the shots lie there, too
-    else:
-        wanted = [".otio"] * args.otio + [".html"] * args.storyboard
-        export = FilmExport(edit, store, wanted, overwrite=args.overwrite)
+        return _tell_plan(store, plans, staff, args, report, edit)
+    wanted = [".otio"] * args.otio + [".html"] * args.storyboard
+    is_done = edit is not None and check_export(edit, store, wanted, overwrite=args.overwrite)
+    check_output(output, overwrite=True)  # its folder: the shots lie there, too
     start = time.monotonic()
     shots = _render(store, plans, staff, args, report)
     made = list[str]()
     if edit is not None:
         report.expect_nothing()
-        made = [str(output), *map(str, export.write(shots, report))]
+        made = [str(output), *map(str, export_film(
+            edit, shots, wanted, report, is_done=is_done, overwrite=args.overwrite))]
     elapsed = round(time.monotonic() - start, 3)
     data = {
         "film": made[0] if made else None, "beside": made[1:],
@@ -150,114 +150,58 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
 def _render(
     store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
 ) -> list[RenderedShot]:
+    from vidgen.core.runtime import choose_device
     from vidgen.pipeline.engine import load
     from vidgen.pipeline.workers.scheduler import settle_threads
-    from vidgen.story.render import Renderer
-    from vidgen.story.store import remember
+    from vidgen.story.plan import estimates
+    from vidgen.story.render import ShotWork, render_film
 
-    film, offload = store.film, args.offload
-    parts = [*{take.parts[index].key: (plan, take, index) for plan in plans
-               for take, index in store.missing(plan)}.values()]
-    if parts:
+    film, offload, device = store.film, args.offload, choose_device()
+    if parts := store.left(plans):
         staff = settle_threads(store.folder, staff, report)
-        made = _estimates(film, parts, args, _memory(staff))
+        made = [*estimates(film, parts, device, staff.memory(device), _offload(args))]
         report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not staff.is_here)
         if not staff.is_here and staff.ray is None:  # they can't each see what is left for them
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
     engine = partial(load, _model(args.model, film.script), dtype=film.loading["dtype"],
                      offload=offload, quantize=args.quantize)
-    renderer = Renderer(store, engine, report, overwrite=args.overwrite, staff=staff)
-    shots: list[RenderedShot] = []
     try:
-        shots.extend(renderer.render(plans))
+        with closing(ShotWork(engine, store)) as work:
+            return [*render_film(work, plans, report, overwrite=args.overwrite, staff=staff)]
     except BaseException as error:
         if not isinstance(error, VidgenError) or error.exit_code != 2:
             there = sum(store.is_done(plan) for plan in plans)
             report.note(f"{there} of {len(plans)} shots are there; the same command goes on")
         raise
-    finally:
-        renderer.close()
-        remember(shots)
-    store.write_index(shots)
-    return shots
 
 
-def _memory(staff: Staff) -> int | None:
-    """Return the bytes free for each worker; None: unknown."""
-    from vidgen.core.runtime import available_memory, choose_device, num_devices
-
-    if staff.ray is not None:  # other machines' memory shows there
-        return None
-    have = available_memory(device := choose_device())
-    if have is None or staff.workers is None:
-        return have
-    return have // -(-staff.workers // num_devices(device))
-
-
-def _estimates(
-    film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, have: int | None
-) -> list[Estimate]:
-    from vidgen.core.runtime import best_dtype, choose_device
-    from vidgen.story.plan import estimates
-
-    device = choose_device()
-    offload = None if args.offload == "auto" else args.offload
-    return list(estimates(film, parts, device, have,
-                          film.loading["dtype"] or best_dtype(device), offload))
+def _offload(args: Namespace) -> Offload | None:
+    return None if args.offload == "auto" else args.offload
 
 
 def _tell_plan(
-    film: FilmPlan, plans: Sequence[ShotPlan], store: ShotStore, staff: Staff, args: Namespace,
-    report: Report, edit: Edit | None,
+    store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report,
+    edit: Edit | None,
 ) -> int:
-    from vidgen.core.runtime import size_text
-    from vidgen.story.plan import word_remarks
+    from vidgen.core.runtime import choose_device, size_text
+    from vidgen.story.plan import film_facts
 
-    missing = [store.missing(plan) for plan in plans]
-    # what is there already is counted as if it weren't, for the memory that it took
-    parts = [(plan, *part) for plan, left in zip(plans, missing, strict=True)
-             for part in left or [(plan.takes[0], 0)]]
-    have = _memory(staff)
-    made = _estimates(film, parts, args, have)
-    told, rows = iter(made), list[dict[str, Any]]()
-    for plan, left in zip(plans, missing, strict=True):
-        own = [next(told) for _ in range(max(len(left), 1))]
-        rows.append(_row(plan, own, store, len(left)))
-    notes = dict.fromkeys(one.choice for one in made if one.choice)
-    notes |= dict.fromkeys(word_remarks(film, plans))
-    undone = [row for row in rows if not row["rendered"]]
-    whole: dict[str, Any] = {
-        "shots": len(rows), "rendered": len(rows) - len(undone),
-        "measured": all(row["measured"] for row in rows),
-        "duration_s": edit.facts()["duration_s"] if edit is not None else
-        sum(row["duration_s"] for row in rows if row["in_film"]),
-        "seconds": sum(row["seconds"] for row in undone),
-        "peak_bytes": max((row["peak_bytes"] for row in rows), default=0)}
-    data = {"film": whole, "fps": str(film.fps), "size": list(film.size),
-            "model": film.folder.name, "available_bytes": have, "notes": [*notes], "shots": rows}
+    device = choose_device()
+    data = film_facts(store, plans, device, have := staff.memory(device), _offload(args))
+    whole, (width, height) = data["film"], data["size"]
+    if edit is not None:
+        whole["duration_s"] = edit.facts()["duration_s"]
     lines = [
         "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {told}".format(
             **row, told="there" if row["rendered"] else
             f"{row['seconds']:.1f} s, {size_text(row['peak_bytes'])}")
-        for row in rows]
+        for row in data["shots"]]
     free = "" if have is None else f", {size_text(have)} are free"
     lines.append(
-        f"{whole['duration_s']:.2f} s of {film.size[0]}x{film.size[1]} at {film.fps} fps; "
-        f"{whole['rendered']} of {len(rows)} shots are there, the others take "
+        f"{whole['duration_s']:.2f} s of {width}x{height} at {data['fps']} fps; "
+        f"{whole['rendered']} of {whole['shots']} shots are there, the others take "
         f"{whole['seconds']:.1f} s and {size_text(whole['peak_bytes'])}{free}")
     if not whole["measured"]:
         lines.append("the times are an ordinary machine's; vidgen plan PROMPT measures this one")
-    report.result(data, "\n".join([*lines, *notes]))
+    report.result(data, "\n".join([*lines, *data["notes"]]))
     return 0
-
-
-def _row(plan: ShotPlan, made: Sequence[Estimate], store: ShotStore, left: int) -> dict[str, Any]:
-    """Return a shot's line of the plan; `seconds` are for what is left to render."""
-    seconds = sum(s.seconds for one in made for s in one.stages if s.name != "load")
-    return {
-        "id": plan.shot.id, "num_frames": plan.num_frames,
-        "duration_s": float(plan.num_frames / store.film.fps), "takes": len(plan.takes),
-        "seed": plan.takes[0].seed, "address": plan.key, "needs": list(plan.shot.needs),
-        "in_film": plan.shot.in_film, "rendered": store.is_done(plan), "parts_left": left,
-        "seconds": seconds if left else 0.0, "peak_bytes": max(one.peak_bytes for one in made),
-        "measured": all(one.measured for one in made)}

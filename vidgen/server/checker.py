@@ -139,7 +139,7 @@ class Checker:
             at_most(f"steps of shot {name}", request.steps or 0, limits.steps)
         with allowing():
             enforce_film(self.policy, film)
-        made = estimates(film, parts, self.device, None, self.dtype)
+        made = estimates(film, parts, self.device, None)
         return {
             "shots": planned_shots(film), "width": film.size[0], "height": film.size[1],
             "fps": str(film.fps), "title": film.script.project.title,

@@ -26,7 +26,7 @@ from vidgen.server.making import Stopwatch, write_stills
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 from vidgen.story.plan import estimates, plan_film
-from vidgen.story.render import Renderer
+from vidgen.story.render import ShotWork, render_film
 from vidgen.story.script import Script
 from vidgen.story.store import RenderedShot, ShotStore
 from vidgen.story.storyboard import write_storyboard
@@ -154,9 +154,9 @@ class FilmMaker:
         self, store: ShotStore, folder: Path, on_preview: OnPreview
     ) -> Iterator[RenderedShot]:
         """Render missing shots, and link each under its id with a thumbnail."""
-        renderer = Renderer(store, lambda: self.engine, self._on_event, on_preview=on_preview)
+        work = ShotWork(lambda: self.engine, store, on_preview)
         (folder / SHOTS).mkdir(exist_ok=True)
-        for each in renderer.render(list(store.film.shots.values())):
+        for each in render_film(work, list(store.film.shots.values()), self._on_event):
             name, plan = each.shot.id, store.film.shots[each.shot.id]
             self._show(each.path, shot_file(folder, name), each)
             for take in plan.takes if len(plan.takes) > 1 else ():
@@ -174,9 +174,8 @@ class FilmMaker:
 
     def _expect(self, store: ShotStore) -> None:
         film, device = store.film, self.engine.device
-        parts = [(plan, *part) for plan in film.shots.values() for part in store.missing(plan)]
-        made = list(estimates(film, parts, device, available_memory(device), self.engine.dtype,
-                              self.engine.offload))
+        parts = store.left([*film.shots.values()])
+        made = [*estimates(film, parts, device, available_memory(device), self.engine.offload)]
         self._clock = [Clock(made, len(parts), one_by_one=True)] if made else []
 
     def _on_event(self, event: dict[str, Any]) -> None:

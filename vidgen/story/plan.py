@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, located
 from vidgen.core.request import Loading, Request
-from vidgen.core.runtime import sha256_file
+from vidgen.core.runtime import best_dtype, sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.core.store import address_of
 from vidgen.media.read import check_image
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from vidgen.pipeline.types import Estimate, Offload
+    from vidgen.story.store import ShotStore
     from vidgen.weights.folder import DiffusersFolder, ModelFolder
 
 log = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
 
 def estimates(
     film: FilmPlan, parts: Iterable[tuple[ShotPlan, Take, int]], device: torch.device,
-    have: int | None, dtype: str, offload: Offload | None = None,
+    have: int | None, offload: Offload | None = None,
 ) -> Iterator[Estimate]:
     """Yield the time and memory that parts of a film take; read headers, measure nothing.
 
@@ -114,6 +116,7 @@ def estimates(
         ModelError: a part that doesn't fit the memory, with its shot and what would fit.
     """
     known: dict[Any, Estimate] = {}
+    dtype = film.loading["dtype"] or best_dtype(device)
     shown_again = OVERLAP * _configs(film.folder)[0].strides.t
     for plan, take, index in parts:
         goes_on = index > 0 or plan.shot.continue_from is not None
@@ -127,6 +130,45 @@ def estimates(
                 known[shape] = choose(film.folder, make_plan(request, film.folder), request,
                                       loading, device, have, dtype=dtype)
         yield known[shape]
+
+
+def film_facts(
+    store: ShotStore, plans: Sequence[ShotPlan], device: torch.device, have: int | None,
+    offload: Offload | None = None,
+) -> dict[str, Any]:
+    """Return a film's plan as JSON data: its whole, its shots, what each takes, and notes.
+
+    A shot that is there already is counted as if it weren't, for the memory that it took.
+
+    Raises:
+        ModelError: as of `estimates`.
+    """
+    film, rows, notes = store.film, list[dict[str, Any]](), dict[str, None]()
+    missing = [store.missing(plan) for plan in plans]
+    parts = [[(plan, *part) for part in left or [(plan.takes[0], 0)]]
+             for plan, left in zip(plans, missing, strict=True)]
+    made = estimates(film, chain(*parts), device, have, offload)
+    for plan, left, own in zip(plans, missing, parts, strict=True):
+        needed = [*islice(made, len(own))]
+        notes |= dict.fromkeys(one.choice for one in needed if one.choice)
+        seconds = sum(s.seconds for one in needed for s in one.stages if s.name != "load")
+        rows.append({
+            "id": plan.shot.id, "num_frames": plan.num_frames,
+            "duration_s": float(plan.num_frames / film.fps), "takes": len(plan.takes),
+            "seed": plan.takes[0].seed, "address": plan.key, "needs": list(plan.shot.needs),
+            "in_film": plan.shot.in_film, "rendered": not left, "parts_left": len(left),
+            "seconds": seconds if left else 0.0,
+            "peak_bytes": max(one.peak_bytes for one in needed),
+            "measured": all(one.measured for one in needed)})
+    whole = {
+        "shots": len(rows), "rendered": sum(row["rendered"] for row in rows),
+        "measured": all(row["measured"] for row in rows),
+        "duration_s": sum(row["duration_s"] for row in rows if row["in_film"]),
+        "seconds": sum(row["seconds"] for row in rows),
+        "peak_bytes": max((row["peak_bytes"] for row in rows), default=0)}
+    return {
+        "film": whole, "fps": str(film.fps), "size": list(film.size), "model": film.folder.name,
+        "available_bytes": have, "notes": [*notes, *word_remarks(film, plans)], "shots": rows}
 
 
 def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:

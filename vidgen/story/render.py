@@ -1,8 +1,6 @@
 """A film's shots rendered, by one worker or several, and the best take of each chosen.
 
-The best take has the fewest faults in its file's checks. Where the model's folder has a verifier,
-it then scores each take for what the prompts name; otherwise the checks alone decide. Among equals
-the first take is kept.
+Where the model's folder has a verifier, it scores each take for what the prompts name.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
-from vidgen.media.checks import Finding
 from vidgen.media.join import ContinuedClip
 from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import read_as
@@ -31,7 +28,7 @@ from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Staff
 from vidgen.story.elements import ShotFrame
 from vidgen.story.film import Part, ShotPlan, Take
-from vidgen.story.store import RenderedShot, ShotStore, findings_of
+from vidgen.story.store import RenderedShot, ShotStore, TakeScore, findings_of, remember
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -40,113 +37,98 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import AnyEngine, OnPreview
 
 
-class Renderer:
-    """Renders shots, one after the other or in parallel.
+def render_film(
+    work: ShotWork, plans: Sequence[ShotPlan], tell: OnEvent, *, overwrite: bool = False,
+    staff: Staff | None = None,
+) -> Iterator[RenderedShot]:
+    """Render missing shots; yield each shot in this order, as soon as it exists.
 
     Args:
-        engine: opens the model, once in each worker; picklable for several workers.
         tell: called with progress, notes and files, as events; `clip` counts the parts.
         overwrite: begin stopped shots again, instead of resuming them.
         staff: the workers; a single one is this process.
-        on_preview: called with each part while it forms, for a single worker.
+
+    Raises:
+        InputError: a shot that can't be made, with its place in the script.
     """
-
-    def __init__(
-        self, store: ShotStore, engine: Callable[[], AnyEngine], tell: OnEvent, *,
-        overwrite: bool = False, staff: Staff | None = None,
-        on_preview: OnPreview | None = None,
-    ) -> None:
-        self.store, self.film, self.tell = store, store.film, tell
-        self.overwrite, self.staff = overwrite, staff or Staff()
-        self.work = ShotWork(engine, self.film.folder.content_hash, store, on_preview)
-
-    def close(self) -> None:
-        """Close the engine, if this process opened one."""
-        self.work.close()
-
-    def render(self, plans: Sequence[ShotPlan]) -> Iterator[RenderedShot]:
-        """Render missing shots; yield each shot in this order, as soon as it exists.
-
-        Raises:
-            InputError: a shot that can't be made, with its place in the script.
-        """
-        self.store.folder.mkdir(parents=True, exist_ok=True)
-        ahead: deque[tuple[ShotPlan, bool]] = deque()
-        open_keys = set[str]()
-        for outcome in run_jobs(self._jobs(plans, ahead, open_keys), self.work, self.staff,
-                                self.tell):
+    store, made = work.store, list[RenderedShot]()
+    store.folder.mkdir(parents=True, exist_ok=True)
+    ahead: deque[tuple[ShotPlan, bool]] = deque()
+    open_keys = set[str]()
+    try:
+        for outcome in run_jobs(_jobs(store, plans, ahead, open_keys, overwrite=overwrite), work,
+                                staff or Staff(), tell):
             if outcome.error is not None:
                 raise _named(outcome.error, outcome.job.name)
             open_keys.discard(outcome.job.key)
-            while ahead and open_keys.isdisjoint(keys_of(ahead[0][0])):
-                plan, made = ahead.popleft()
-                yield self._rendered(plan, made=made)
-        for plan, made in ahead:
-            yield self._rendered(plan, made=made)
+            while ahead and open_keys.isdisjoint(_keys_of(ahead[0][0])):
+                made.append(_rendered(store, *ahead.popleft(), tell))
+                yield made[-1]
+        for plan, is_new in ahead:
+            made.append(_rendered(store, plan, is_new, tell))
+            yield made[-1]
+    finally:
+        remember(made)
 
-    def _jobs(
-        self, plans: Sequence[ShotPlan], ahead: deque[tuple[ShotPlan, bool]], open_keys: set[str]
-    ) -> Iterator[Job]:
-        """Yield a job for each missing part and for each choice, after those that it needs.
 
-        Shots that are equal in all that shapes them have one address, so one job.
-        """
-        given, clip = set[str](), 0
-        for number, plan in enumerate(plans, 1):
-            jobs = list[Job]()
-            where = self.film.script.where(plan.shot)
-            text = f"shot {plan.shot.id}, {number} of {len(plans)}"
-            needs = tuple(self.film.shots[name].key for name in plan.shot.needs)
-            for take, index in self.store.missing(plan):
-                key = take.parts[index].key
-                if key in given:
-                    continue
-                clip += 1
-                part = PartJob(plan.shot.id, plan.takes.index(take), index, clip,
-                               "" if jobs else text)
-                before = (take.parts[index - 1].key,) if index else ()
-                jobs.append(Job(key, part, (*needs, *before), where))
-                self._forget(key)
-            if not self.store.is_done(plan) and len(plan.takes) > 1 and plan.key not in given:
-                takes = tuple(take.key for take in plan.takes)
-                jobs.append(Job(plan.key, ChoiceJob(plan.shot.id), takes, where))
-            keys = {job.key for job in jobs}
-            given |= keys
-            open_keys |= keys
-            ahead.append((plan, plan.key in given))
-            yield from jobs
+def _jobs(
+    store: ShotStore, plans: Sequence[ShotPlan], ahead: deque[tuple[ShotPlan, bool]],
+    open_keys: set[str], *, overwrite: bool,
+) -> Iterator[Job]:
+    """Yield a job for each missing part, after those that it needs.
 
-    def _forget(self, key: str) -> None:
-        """Under `overwrite`, remove the journal of a part that was stopped."""
-        folder = job_folder(path := self.store.path(key))
-        if not (self.overwrite and folder.is_dir()):
-            return
-        try:
+    Shots that are equal in all that shapes them have one address, so one job.
+    """
+    given, shots = set[str](), store.film.shots
+    compared = {take.key for plan in plans if len(plan.takes) > 1 for take in plan.takes}
+    for number, plan in enumerate(plans, 1):
+        note = f"shot {plan.shot.id}, {number} of {len(plans)}"
+        needs = tuple(take.key for name in plan.shot.needs for take in shots[name].takes)
+        for take, index in store.missing(plan):
+            if (key := take.parts[index].key) in given:
+                continue
+            given.add(key)
+            part = PartJob(plan.shot.id, plan.takes.index(take), index, len(given),
+                           key in compared, note)
+            note = ""
+            before = (take.parts[index - 1].key,) if index else ()
+            if overwrite:
+                _forget(store.path(key))
+            open_keys.add(key)
+            yield Job(key, part, (*needs, *before), store.film.script.where(plan.shot))
+        ahead.append((plan, not given.isdisjoint(take.key for take in plan.takes)))
+
+
+def _forget(path: Path) -> None:
+    """Remove the journal of a part that was stopped."""
+    try:
+        if (folder := job_folder(path)).is_dir():
             remove_job(folder)
-        except BlockingIOError:
-            raise OutputError(f"{path} is being made by another process; wait for it") from None
-
-    def _rendered(self, plan: ShotPlan, *, made: bool) -> RenderedShot:
-        take = self.store.take(plan)
-        path = self.store.path(take.key)
-        if job_folder(path).is_dir():  # a kill came after the file, before the end of its job
-            with suppress(OSError):
-                remove_job(job_folder(path))
-        findings = tuple(findings_of(path))
-        for finding in findings if made and len(plan.takes) == 1 else ():
-            self.tell({"event": "note", "text": f"shot {plan.shot.id}: {finding.text}",
-                       "shot": plan.shot.id})
-        shot = replace(plan.shot, transition=self.film.script.option(plan.shot, "transition"))
-        return RenderedShot(
-            shot, path, plan.num_frames, self.film.fps, self.film.size, take.seed, findings,
-            self.store.choice(plan) if len(plan.takes) > 1 else None, made)
+    except BlockingIOError:
+        raise OutputError(f"{path} is being made by another process; wait for it") from None
 
 
-def keys_of(plan: ShotPlan) -> Iterator[str]:
-    """Yield the addresses of all that belongs to a shot."""
-    yield plan.key
-    for take in plan.takes:
-        yield from (part.key for part in take.parts)
+def _rendered(store: ShotStore, plan: ShotPlan, is_new: bool, tell: OnEvent) -> RenderedShot:
+    film, take, choice, name = store.film, store.take(plan), store.choice(plan), plan.shot.id
+    path = store.path(take.key)
+    if job_folder(path).is_dir():  # a kill came after the file, before the end of its job
+        with suppress(OSError):
+            remove_job(job_folder(path))
+    findings = tuple(findings_of(path))
+    notes = [finding.text for finding in findings]
+    if choice is not None:
+        best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
+        notes = [f"of {len(plan.takes)} takes that of seed {choice['seed']} is kept: "
+                 f"{'; '.join(best['reasons'])}"]
+    for text in notes if is_new else ():
+        tell({"event": "note", "text": f"shot {name}: {text}", "shot": name})
+    shot = replace(plan.shot, transition=film.script.option(plan.shot, "transition"))
+    return RenderedShot(shot, path, plan.num_frames, film.fps, film.size, take.seed, findings,
+                        choice, is_new)
+
+
+def _keys_of(plan: ShotPlan) -> Iterator[str]:
+    return (part.key for take in plan.takes for part in take.parts)
 
 
 def _named(error: Exception, name: str) -> Exception:
@@ -164,37 +146,28 @@ class PartJob:
     take: int  # index among the shot's takes
     index: int  # among the take's parts
     clip: int  # number of the part among all that are rendered
+    is_compared: bool  # whether it ends a take that is one of several
     note: str = ""  # reported when it begins
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceJob:
-    """A shot whose best take is to be chosen."""
-
-    shot: str
-
-
 class ShotWork(EngineWork):
-    """Renders parts of a film's shots into its store, and chooses among takes.
+    """Renders parts of a film's shots into its store, and scores takes where a shot has several.
 
     Args:
-        open_engine: opens the model, once in each worker.
+        open_engine: opens the model, once in each worker; picklable for several workers.
         on_preview: called with each part while it forms; not where work is pickled.
     """
 
     def __init__(
-        self, open_engine: Callable[[], AnyEngine], model_sha256: str, store: ShotStore,
+        self, open_engine: Callable[[], AnyEngine], store: ShotStore,
         on_preview: OnPreview | None = None,
     ) -> None:
-        super().__init__(open_engine, model_sha256)
+        super().__init__(open_engine, store.film.folder.content_hash)
         self.store, self.film, self.on_preview = store, store.film, on_preview
 
-    def __call__(self, payload: PartJob | ChoiceJob, tell: OnEvent) -> None:
+    def __call__(self, payload: PartJob, tell: OnEvent) -> None:
         """Do one job; raise InputError for a part that can't be made."""
         plan = self.film.shots[payload.shot]
-        if isinstance(payload, ChoiceJob):
-            self._choose(plan, tell)
-            return
         if payload.note:
             tell({"event": "note", "text": payload.note, "shot": payload.shot})
         take = plan.takes[payload.take]
@@ -203,6 +176,11 @@ class ShotWork(EngineWork):
         cut = partial(_without_head, head=head) if head and not payload.index else None
         path = self.store.path(take.parts[payload.index].key)
         write_request(self.engine, request, path, tell, facts, cut, self.on_preview)
+        if payload.is_compared:
+            engine = self.engine
+            assert isinstance(engine, OpenedModel), "films are made by the engine's own models"
+            verified = tuple(verify_take(engine, path, take.parts))
+            self.store.keep(take.key, asdict(score_take(take.seed, path, verified)))
 
     def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
         """Return the request for a part, and how many of its first frames another file holds."""
@@ -226,21 +204,6 @@ class ShotWork(EngineWork):
             request = request.replace(prefix=str(before), seconds=seconds)
         return request.replace(**pictures), head
 
-    def _choose(self, plan: ShotPlan, tell: OnEvent) -> None:
-        engine = self.engine
-        assert isinstance(engine, OpenedModel), "films are made by the engine's own models"
-        scores = []
-        for take in plan.takes:
-            path = self.store.path(take.key)
-            verified = tuple(verify_take(engine, path, take.parts))
-            scores.append(score_take(take.seed, path, findings_of(path), verified))
-        choice = best_take(scores)
-        self.store.keep(plan.key, choice)
-        best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
-        tell({"event": "note", "shot": plan.shot.id,
-              "text": f"shot {plan.shot.id}: of {len(scores)} takes that of seed "
-                      f"{choice['seed']} is kept: {'; '.join(best['reasons'])}"})
-
 
 def picture_of(path: Path, which: str) -> Frames:
     """Return the first or last frame of a file, uint8 [H, W, 3].
@@ -263,40 +226,9 @@ def _without_head(clip: Clip, head: int) -> Clip:
     return clip.added()
 
 
-@dataclass(frozen=True, slots=True)
-class TakeScore:
-    """The quality of a take."""
-
-    seed: int
-    path: str  # name of its file
-    faults: tuple[str, ...]  # kinds of findings that are faults
-    warnings: tuple[str, ...]  # kinds of findings that may be meant
-    # the verifier's score for each prompt that names something it knows
-    verified: tuple[Verified, ...]
-    reasons: tuple[str, ...]  # the same in sentences
-
-    @property
-    def rank(self) -> tuple[int, int, int, float, int]:
-        """Smaller is better: faults, prompts not shown, warnings, the scores, the seed."""
-        missing = sum(not each.is_enough for each in self.verified)
-        total = sum(each.score for each in self.verified)
-        return len(self.faults), missing, len(self.warnings), -round(total, 3), self.seed
-
-
-def best_take(scores: Sequence[TakeScore]) -> dict[str, Any]:
-    """Return the choice among takes as JSON data: the seed, why, and every take's score."""
-    ranked = sorted(scores, key=lambda score: score.rank)
-    best = ranked[0]
-    why = "; ".join(best.reasons)
-    if len(ranked) > 1:
-        why += f"; next was seed {ranked[1].seed}: {'; '.join(ranked[1].reasons)}"
-    return {"seed": best.seed, "why": why, "takes": [asdict(score) for score in scores]}
-
-
-def score_take(
-    seed: int, path: Path, findings: Sequence[Finding], verified: Sequence[Verified] = ()
-) -> TakeScore:
+def score_take(seed: int, path: Path, verified: Sequence[Verified] = ()) -> TakeScore:
     """Score a take by the findings of its checks, and by the verifier where there is one."""
+    findings = findings_of(path)
     faults = tuple(each.kind for each in findings if each.severity == "fault")
     warnings = tuple(each.kind for each in findings if each.severity == "warning")
     reasons = [each.text for each in findings] or ["the checks found nothing"]

@@ -1,11 +1,10 @@
-"""A film's shots in a store; its data, by name, say which takes were chosen and what was made.
+"""A film's shots in a store; of several takes of a shot the best is chosen by their scores.
 
     FILM.shots/
         ADDRESS.mp4   a take of a shot, or a stretch of one that has several prompts
         ADDRESS.wav   a sound or music that the script describes in words
-        ADDRESS.json  of several takes: which was chosen, and why
+        ADDRESS.json  of one of several takes: its score
         threads.json  by processor, how many threads shots are computed on
-        shots.json    the film's shots as they were rendered last, for programs that join them
         sums.json     SHA-256 of each shot by its name, to detect one that was changed
 
 All of it may be removed at any time: what is missing is rendered again.
@@ -14,24 +13,24 @@ All of it may be removed at any time: what is missing is rendered again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.config import dump
+from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import sha256_file
 from vidgen.core.store import Store
 from vidgen.media.checks import Finding, as_data, recorded
 from vidgen.media.probe import read_recipe
+from vidgen.pipeline.best_of_n import Verified
 from vidgen.story.film import FilmPlan, ShotPlan, Take
 
 if TYPE_CHECKING:
     from vidgen.story.script import Shot
 
-INDEX, SUMS = "shots", "sums"
-INDEX_VERSION = 1
+SUMS = "sums"
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,70 @@ class RenderedShot:
             "checks": as_data(self.findings), "choice": self.choice, "shot": dump(self.shot)}
 
 
+@dataclass(frozen=True, slots=True)
+class TakeScore:
+    """The quality of a take.
+
+    The best has the fewest faults in its file's checks; then the model's verifier decides, if it
+    has one. Among equals the first take is kept.
+    """
+
+    seed: int
+    path: str  # name of its file
+    faults: tuple[str, ...]  # kinds of findings that are faults
+    warnings: tuple[str, ...]  # kinds of findings that may be meant
+    # the verifier's score for each prompt that names something it knows
+    verified: tuple[Verified, ...]
+    reasons: tuple[str, ...]  # the same in sentences
+
+    @property
+    def rank(self) -> tuple[int, int, int, float, int]:
+        """Smaller is better: faults, prompts not shown, warnings, the scores, the seed."""
+        missing = sum(not each.is_enough for each in self.verified)
+        total = sum(each.score for each in self.verified)
+        return len(self.faults), missing, len(self.warnings), -round(total, 3), self.seed
+
+
+def best_take(scores: Sequence[TakeScore]) -> dict[str, Any]:
+    """Return the choice among takes as JSON data: the seed, why, and every take's score."""
+    ranked = sorted(scores, key=lambda score: score.rank)
+    best = ranked[0]
+    why = "; ".join(best.reasons)
+    if len(ranked) > 1:
+        why += f"; next was seed {ranked[1].seed}: {'; '.join(ranked[1].reasons)}"
+    return {"seed": best.seed, "why": why, "takes": [asdict(score) for score in scores]}
+
+
 class ShotStore(Store):
-    """The folder of a film's shots; a choice among takes is the data of the shot's address."""
+    """The folder of a film's shots; a take's score is the data of its address."""
 
     def __init__(self, folder: Path, film: FilmPlan) -> None:
         super().__init__(folder, film.suffix)
         self.film = film
 
     def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
-        """Return (take, index) of parts to be rendered; an existing one stands for those before."""
+        """Return (take, index) of parts to be rendered; an existing one stands for those before.
+
+        A take of several that has no score yet lacks its last part.
+        """
         left = []
         for take in plan.takes:
             there = [n for n, part in enumerate(take.parts) if self.has(part.key)]
             begin = there[-1] + 1 if there else 0
+            if begin == len(take.parts) and len(plan.takes) > 1 and self._score(take) is None:
+                begin -= 1
             left += [(take, index) for index in range(begin, len(take.parts))]
         return left
 
+    def left(self, plans: Sequence[ShotPlan]) -> list[tuple[ShotPlan, Take, int]]:
+        """Return each part of several shots that is to be rendered, once."""
+        return [*{take.parts[index].key: (plan, take, index) for plan in plans
+                  for take, index in self.missing(plan)}.values()]
+
     def choice(self, plan: ShotPlan) -> dict[str, Any] | None:
-        """Return the choice among several takes; None without one that can be read."""
-        choice = self.data(plan.key)
-        return choice if choice.get("seed") in [take.seed for take in plan.takes] else None
+        """Return the choice among several takes; None for one take, or while a score is missing."""
+        scores = [score for take in plan.takes if (score := self._score(take)) is not None]
+        return best_take(scores) if len(scores) == len(plan.takes) > 1 else None
 
     def take(self, plan: ShotPlan) -> Take:
         """Return the chosen take of a shot whose takes exist."""
@@ -92,16 +135,14 @@ class ShotStore(Store):
 
     def is_done(self, plan: ShotPlan) -> bool:
         """Return whether nothing is left to do for a shot."""
-        return (len(plan.takes) == 1 or self.choice(plan) is not None) and not self.missing(plan)
+        return not self.missing(plan)
 
-    def write_index(self, rendered: Sequence[RenderedShot]) -> None:
-        """Write the list of the film's shots, for programs that join them and for people."""
-        script = self.film.script
-        self.keep(INDEX, {
-            "version": INDEX_VERSION, "script": str(script.path), "title": script.project.title,
-            "fps": str(self.film.fps), "size": list(self.film.size),
-            "characters": dump(script.characters), "scenes": dump(script.scenes),
-            "shots": [each.as_data() for each in rendered]})
+    def _score(self, take: Take) -> TakeScore | None:
+        data = self.data(take.key)
+        try:
+            return build(TakeScore, data)
+        except InputError:
+            return None
 
 
 def findings_of(path: Path) -> Sequence[Finding]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
+from vidgen.core.runtime import available_memory, num_devices
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_WORKERS = MAX_THREADS = 1024
 
@@ -78,6 +82,13 @@ class Staff:
 
         count = torch.get_num_threads()
         return count if "OMP_NUM_THREADS" in os.environ else max(1, count // (self.workers or 1))
+
+    def memory(self, device: torch.device) -> int | None:
+        """Return the bytes that are free for each worker; None: unknown, as on other machines."""
+        have = None if self.ray is not None else available_memory(device)
+        if have is None or self.workers is None:
+            return have
+        return have // -(-self.workers // num_devices(device))
 
 
 def pin_threads(count: int) -> None:
