@@ -5,22 +5,23 @@ python -m eval.toybox.leaderboard --results a.json --results b.json -o board.htm
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from eval.toybox.suite.judging import TASKS
 from eval.toybox.suite.table import within, writer
-from vidgen.cli.eval import write_leaderboard
 from vidgen.cli.main import ExitCode, parser_of
 from vidgen.cli.report import Report
+from vidgen.core import pages
 from vidgen.core.errors import InputError
 from vidgen.core.pages import Cell, Table
-from vidgen.core.runtime import check_output
-from vidgen.evaluation.leaderboard import board, name_cell, ranked, read_results
+from vidgen.core.runtime import atomic_write, check_output
 from vidgen.evaluation.statistics import mean_interval, paired_interval
 from vidgen.evaluation.temporal.comparison import FEWEST_PAIRS
 
@@ -137,24 +138,41 @@ def tables(entries: Sequence[ToyboxEntry]) -> list[dict[str, Any]]:
     return [
         {"conditions": group[0].conditions, "columns": _columns(group),
          "rows": [_row(entry, group[0]) for entry in group]}
-        for group in ranked(entries)
+        for group in _ranked(entries)
     ]  # fmt: skip
+
+
+def _ranked(entries: Sequence[ToyboxEntry]) -> list[list[ToyboxEntry]]:
+    """Return groups of entries that may be ranked together, the best of each first."""
+    groups: dict[str, list[ToyboxEntry]] = {}
+    for entry in entries:
+        groups.setdefault(json.dumps(entry.conditions, sort_keys=True), []).append(entry)
+    return [sorted(group, key=lambda entry: -entry.headline) for group in groups.values()]
 
 
 def page(entries: Sequence[ToyboxEntry]) -> str:
     """Return the page of all tables."""
-    return board(
+    intro = (
         "Ordered by how well prompts are followed. An order means something only where the "
         "verdict names a winner: each model is compared with the first of its table, prompt by "
-        "prompt. Figures have their 95% interval.",
-        [(table, _drawn(table)) for table in tables(entries)],
+        "prompt. Figures have their 95% interval."
     )
+    sections = [
+        {"conditions": "; ".join(f"{name}: {'unknown' if value is None else value}"
+                                 for name, value in table["conditions"].items()),
+         "table": _drawn(table),
+         "machines": "\n".join(sorted({json.dumps(each["machine"], sort_keys=True)
+                                       for each in table["rows"]}))}
+        for table in tables(entries)
+    ]  # fmt: skip
+    return pages.page("leaderboard", title="Leaderboard", intro=intro, sections=sections)
 
 
 def _drawn(table: Mapping[str, Any]) -> Table:
     heads = [column.replace(", ", "\n") for column in table["columns"]]
     rows = [
-        [name_cell(entry), entry["verdict"], str(entry["clips"]),
+        [Cell(entry["name"], entry["file"], below=f"{entry['model']}\n{entry['settings']}"),
+         entry["verdict"], str(entry["clips"]),
          *(_cell(column, entry["figures"].get(column)) for column in table["columns"])]
         for entry in table["rows"]
     ]  # fmt: skip
@@ -190,6 +208,24 @@ def _verdict(entry: ToyboxEntry, first: ToyboxEntry) -> str:
     return f"no significant difference: {told}" if low <= 0 <= high else f"follows less: {told}"
 
 
+def read_entry(path: str) -> ToyboxEntry:
+    """Return the entry of a results file, after a page could be made of it.
+
+    Raises:
+        InputError: it can't be read, or holds no such results.
+    """
+    try:
+        entry = ToyboxEntry.of(path, json.loads(Path(path).read_text("utf-8")))
+        page([entry, entry])  # all that will be asked of it
+        return entry
+    except OSError as error:
+        raise InputError(f"results {path} can't be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
+        raise InputError(f"{path} holds no results of python -m eval.toybox "
+                         f"({type(error).__name__}: {error}); make it again") from None
+
+
 DESCRIPTION = "Compare results of the Toybox suites on one page."
 
 
@@ -211,10 +247,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.results:
             raise InputError("no results; give --results FILE, as python -m eval.toybox wrote it")
         check_output(args.output, overwrite=args.overwrite)
-        entries = [entry for path in args.results
-                   for entry in read_results(path, lambda *each: [ToyboxEntry.of(*each)], page)]
+        entries = [read_entry(path) for path in args.results]
+        found = tables(entries)
+        atomic_write(args.output, page(entries).encode())
+        lines = [f"{number}. {row['name']}: {row['verdict']}" for table in found
+                 for number, row in enumerate(table["rows"], 1)]
         with Report(as_json=args.json, events=None) as report:
-            ended.code = write_leaderboard(args.output, tables(entries), page(entries), report)
+            report.written(args.output)
+            report.result({"path": args.output, "tables": found}, "\n".join([*lines, args.output]))
+            ended.code = 0
     return ended.code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +140,17 @@ def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
 
 
 def _run_leaderboard(args: Namespace, report: Report) -> int:
-    from vidgen.core.runtime import check_output
+    from vidgen.core.runtime import atomic_write, check_output
     from vidgen.evaluation.leaderboard import page, read_entries, tables
 
     if Path(args.output).suffix != ".html":
         raise OutputError(f"a leaderboard is HTML; {args.output} should end in .html")
     check_output(args.output, overwrite=args.overwrite)
     entries = read_entries(args.results)
-    return write_leaderboard(args.output, tables(entries), page(entries), report)
-
-
-def write_leaderboard(
-    output: str, found: Sequence[Mapping[str, Any]], html: str, report: Report
-) -> int:
-    """Write the page of many results, and report its tables."""
-    from vidgen.core.runtime import atomic_write
-
-    atomic_write(output, html.encode())
-    report.written(output)
+    found = tables(entries)
+    atomic_write(args.output, page(entries).encode())
+    report.written(args.output)
     lines = [f"{number}. {row['name']}: {row['verdict']}" for table in found
              for number, row in enumerate(table["rows"], 1)]
-    report.result({"path": output, "tables": found}, "\n".join([*lines, output]))
+    report.result({"path": args.output, "tables": found}, "\n".join([*lines, args.output]))
     return 0

@@ -8,10 +8,10 @@ first of its table, clip by clip.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from vidgen.core import pages
 from vidgen.core.errors import InputError
@@ -27,21 +27,6 @@ _SHOWN = (
     PROXY + "background_consistency", "motion_smoothness", PROXY + "motion_smoothness",
     "warp_error", "flicker", "identity_drift_16", "motion_speed",
 )
-
-
-class Ranked(Protocol):
-    """An entry that can be ranked."""
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """Conditions that two entries must share to be ranked together."""
-
-    @property
-    def headline(self) -> float:
-        """The figure by which entries are ordered."""
-
-
-AnyEntry = TypeVar("AnyEntry", bound=Ranked)
 
 
 @dataclass(frozen=True)
@@ -95,29 +80,21 @@ class Entry:
 
 
 def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
-    """Return the entries of results files.
+    """Return the entries of results files, after a page could be made of each.
 
     Raises:
-        InputError: no files, or one without such results.
+        InputError: no files, or one that can't be read or holds no such results.
     """
     if not paths:
         raise InputError("no results; give --results FILE, as vidgen eval wrote it")
-    return [entry for path in paths for entry in read_results(path, _entries, page)]
+    return [entry for path in paths for entry in _read(path)]
 
 
-def read_results(
-    path: str | Path,
-    entries_of: Callable[[str, Mapping[str, Any]], list[AnyEntry]],
-    page_of: Callable[[Sequence[AnyEntry]], str],
-) -> list[AnyEntry]:
-    """Return the entries of one results file, after a page could be made of them.
-
-    Raises:
-        InputError: the file can't be read, or holds no such results.
-    """
+def _read(path: str | Path) -> list[Entry]:
     try:
-        entries = entries_of(str(path), json.loads(Path(path).read_text("utf-8")))
-        page_of([*entries, *entries])  # all that will be asked of them
+        result = json.loads(Path(path).read_text("utf-8"))
+        entries = [Entry(str(path), folder, result) for folder in result["folders"]]
+        page([*entries, *entries])  # all that will be asked of them
         return entries
     except OSError as error:
         raise InputError(f"results {path} can't be read: {error.strerror}") from None
@@ -125,18 +102,6 @@ def read_results(
             RecursionError) as error:
         raise InputError(f"{path} holds no results of vidgen eval SUITE or temporal "
                          f"({type(error).__name__}: {error}); make it again") from None
-
-
-def _entries(path: str, result: Mapping[str, Any]) -> list[Entry]:
-    return [Entry(path, folder, result) for folder in result["folders"]]
-
-
-def ranked(entries: Sequence[AnyEntry]) -> list[list[AnyEntry]]:
-    """Return groups of entries that may be ranked together, the best of each first."""
-    groups: dict[str, list[AnyEntry]] = {}
-    for entry in entries:
-        groups.setdefault(json.dumps(entry.conditions, sort_keys=True), []).append(entry)
-    return [sorted(group, key=lambda entry: -entry.headline) for group in groups.values()]
 
 
 def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -147,7 +112,10 @@ def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         `clips`, `dynamic`, `figures`, the subtotals, `failed`, `machine`, and in `verdict` the
         comparison with the first.
     """
-    return [_table(group) for group in ranked(entries)]
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(json.dumps(entry.conditions, sort_keys=True), []).append(entry)
+    return [_table(sorted(group, key=lambda entry: -entry.headline)) for group in groups.values()]
 
 
 def _table(group: Sequence[Entry]) -> dict[str, Any]:
@@ -171,23 +139,17 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
 
 def page(entries: Sequence[Entry]) -> str:
     """Return the page of all tables."""
-    return board(
-        "Ordered by steadiness, which is 0 for clips that don't move. An order means something "
-        "only where the verdict names a winner: each model is compared with the first of its "
-        "table, clip by clip. Figures have their 95% interval.",
-        [(table, _drawn(table["rows"])) for table in tables(entries)])
-
-
-def board(intro: str, sections: Sequence[tuple[Mapping[str, Any], Table]]) -> str:
-    """Return the page of a leaderboard, of tables and the cells that are drawn for each."""
+    intro = ("Ordered by steadiness, which is 0 for clips that don't move. An order means "
+             "something only where the verdict names a winner: each model is compared with the "
+             "first of its table, clip by clip. Figures have their 95% interval.")
     return pages.page("leaderboard", title="Leaderboard", intro=intro, sections=[
         {
             "conditions": "; ".join(f"{name}: {_words(value)}"
                                     for name, value in table["conditions"].items()),
-            "table": drawn,
+            "table": _drawn(table["rows"]),
             "machines": "\n".join(sorted({json.dumps(each["machine"], sort_keys=True)
                                           for each in table["rows"]})),
-        } for table, drawn in sections
+        } for table in tables(entries)
     ])  # fmt: skip
 
 
@@ -200,16 +162,12 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> Table:
     for entry in rows:
         failed = f", {entry['failed']} failed" if entry["failed"] else ""
         lines.append([
-            name_cell(entry), entry["verdict"],
+            Cell(entry["name"], entry["file"], below=f"{entry['model']}\n{entry['settings']}"),
+            entry["verdict"],
             f"{entry['dynamic']} of {entry['clips']}{failed}",
             *(figure_cell(entry["figures"].get(measure)) for measure in shown),
             *(subtotal_cell(entry[name]) for name in totals)])
     return Table(["model", "against the first", "clips that move", *heads, *totals], lines, [1])
-
-
-def name_cell(entry: Mapping[str, Any]) -> Cell:
-    """Return the cell of a model, with its hash, settings and file."""
-    return Cell(entry["name"], entry["file"], below=f"{entry['model']}\n{entry['settings']}")
 
 
 def _words(value: Any) -> str:
