@@ -67,18 +67,9 @@ def test_results_say_what_shaped_them(results: Path) -> None:
     assert good["models"] == [{"model": "toybox", "model_sha256": "ab" * 32, "vidgen": "0.1.0",
                                "seeds": [7]}]  # fmt: skip
     assert told["machine"]["opencv"]
-    assert told["augmentation"] == "none"
     assert told["prompt_suite"] is None
     assert good["clips"][0]["figures"]["proxy_camera_motion"] == 1.0, "its prompt says pan right"
     assert good["clips"][1]["figures"]["proxy_camera_motion"] is None
-
-
-def test_vbenchs_layout_stands_beside(results: Path) -> None:
-    layout = json.loads(results.with_name("r_1_eval_results.json").read_text())
-    average, clips = layout["proxy_motion_smoothness"]
-    assert average == pytest.approx(np.mean([clip["video_results"] for clip in clips]))
-    assert clips[0]["video_path"].endswith("prompt 0-0.mp4")
-    assert not [name for name in layout if not name.startswith("proxy_")], "no network, no name"
 
 
 def test_the_report_needs_nothing_from_elsewhere(results: Path) -> None:
@@ -203,7 +194,6 @@ def test_vbenchs_prompts_count_in_their_own_dimensions(
     assert counts["proxy_subject_consistency"] == counts["proxy_dynamic_degree"] == 1
     assert (counts["proxy_motion_smoothness"], counts["steadiness"]) == (2, 3)
     assert "proxy_background_consistency" not in counts
-    assert len(told["folders"][0]["dimensions"]["proxy_motion_smoothness"][1]) == 2
     assert told["comparisons"][0]["measures"]["proxy_motion_smoothness"]["pairs"] == 2
 
 

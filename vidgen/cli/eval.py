@@ -56,8 +56,6 @@ def add_arguments(parser: Parser) -> None:
             help="a network of VBench's: dino, clip, dreamsim, raft, amt, cotracker or i3d")
         add("--first-images", metavar="FOLDER",
             help="pictures with which the clips begin, named like their prompts")
-        add("--augmentation", default="none", metavar="TEXT",
-            help="how the prompts were reworded; recorded; default %(default)s")
         add("--report", metavar="HTML", help="also write a page with charts")
         add_workers(parser, "clips", threads=suite == "prompts")
 
@@ -72,7 +70,7 @@ def run(args: Namespace, report: Report) -> int:
         return _run_leaderboard(args, report)
     if Path(args.output).suffix != ".json":
         raise OutputError(f"results are JSON; {args.output} should end in .json")
-    _check_outputs(args, 1 if is_list else len(args.videos))
+    _check_outputs(args)
     result = _run_prompts(args, report) if is_list else _run_temporal(args, report)
     return _write_results(result, args, report)
 
@@ -82,14 +80,14 @@ def _run_temporal(args: Namespace, report: Report) -> dict[str, Any]:
 
     run_of = TemporalRun(
         tuple(args.videos), tuple(args.network), args.first_images, args.prompt_suite,
-        args.augmentation, args.workers, args.ray)
+        args.workers, args.ray)
     return run_temporal(run_of, args.output, report)
 
 
-def _check_outputs(args: Namespace, num_folders: int) -> None:
+def _check_outputs(args: Namespace) -> None:
     from vidgen.core.runtime import check_output
 
-    for path in (args.output, args.report, *_layout_paths(Path(args.output), num_folders)):
+    for path in (args.output, args.report):
         if path is not None:
             check_output(path, overwrite=args.overwrite)
     if args.report is not None and Path(args.report).suffix != ".html":
@@ -102,10 +100,6 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
     from vidgen.core.runtime import atomic_write
     from vidgen.evaluation.temporal.report import page, tables
 
-    layouts = _layout_paths(Path(args.output), len(result["folders"]))
-    for path, folder in zip(layouts, result["folders"], strict=True):
-        atomic_write(path, (json.dumps(folder["dimensions"], indent=4) + "\n").encode())
-        report.written(path)
     if args.report is not None:
         atomic_write(args.report, page(result).encode())
         report.written(args.report)
@@ -121,11 +115,6 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
     return int(bool(failed))
 
 
-def _layout_paths(output: Path, num_folders: int) -> list[Path]:
-    numbers = [""] if num_folders == 1 else [f"_{n}" for n in range(1, num_folders + 1)]
-    return [output.with_name(f"{output.stem}{number}_eval_results.json") for number in numbers]
-
-
 def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
     from vidgen.evaluation.scale import SuiteRun, run_suite
     from vidgen.pipeline.workers.types import Staff
@@ -134,8 +123,7 @@ def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
     settings["settings"] = parse_settings(args.settings)
     run_of = SuiteRun(
         args.benchmark, args.model, args.seeds, args.seed, settings, args.dtype,
-        tuple(args.network), args.first_images, args.augmentation,
-        Staff(args.workers, args.ray, args.threads))
+        tuple(args.network), args.first_images, Staff(args.workers, args.ray, args.threads))
     return run_suite(run_of, args.output, report)
 
 

@@ -53,7 +53,7 @@ class Entry:
         suite, result = self.result["prompt_suite"], self.result
         return {
             "prompts": f"{suite['name']} ({suite['sha256'][:12]})" if suite else self._prompts,
-            "reworded": result["augmentation"], "fps": self.folder["fps"],
+            "fps": self.folder["fps"],
             "sizes": [f"{width}x{height}" for width, height in self.folder["sizes"]],
             "clips a prompt": len(result.get("generation", {}).get("seeds", ())) or None,
             "networks": result["networks"], "measures version": result["measures_version"]}

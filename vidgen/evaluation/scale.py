@@ -51,7 +51,6 @@ class SuiteRun:
     dtype: str | None = None  # of the computation; None: the device's best
     networks: Sequence[str] = ()  # as in `TemporalRun`
     images: str | None = None  # folder of first frames, named like their prompts
-    augmentation: str = "none"  # rewording of the prompts; only recorded
     staff: Staff = field(default_factory=Staff)
 
     def __post_init__(self) -> None:
@@ -95,7 +94,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
         raise InputError(f"no clip could be made: {next(iter(failed.values()))}")
     _lay_out(place / "named", there)
     measuring = TemporalRun((str(place / "named"),), run.networks, run.images, run.suite,
-                            run.augmentation, staff.workers, staff.ray)
+                            staff.workers, staff.ray)
     result = run_temporal(measuring, output, on_event)
     (measured,) = result["folders"]
     measured["name"] = folder.name

@@ -93,18 +93,6 @@ def prompts_of(clips: Sequence[Mapping[str, Any]]) -> list[str]:
     return prompts if len(set(prompts)) > 1 else [clip["name"] for clip in clips]
 
 
-def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return VBench's layout, {dimension: [average, [{video_path, video_results}, ...]]}."""
-    averages = figures(clips)["figures"]
-    found = {}
-    for measure in (name for name in averages if name.removeprefix(PROXY) in DIMENSIONS):
-        results = [
-            {"video_path": clip["path"], "video_results": clip["figures"][measure]}
-            for clip in clips if clip["figures"].get(measure) is not None]
-        found[measure] = [averages[measure]["value"], results]
-    return found
-
-
 def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, Any]:
     """Compare two folders, {clip's name: its scores}; clips of the same name are pairs.
 

@@ -20,7 +20,7 @@ SUBTOTALS = ("temporal_subtotal", PROXY + "temporal_subtotal")
 def page(result: Mapping[str, Any]) -> str:
     """Return the page of the results of `run_temporal`."""
     folders, comparisons = result["folders"], result["comparisons"]
-    shaped = {k: result[k] for k in ("prompt_suite", "augmentation", "networks", "machine")}
+    shaped = {k: result[k] for k in ("prompt_suite", "networks", "machine")}
     shaped["models"] = {folder["name"]: folder["models"] for folder in folders}
     return pages.page(
         "temporal", title="Clips in time", overview=_overview(folders), charts=_charts(folders),

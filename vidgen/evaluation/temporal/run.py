@@ -28,7 +28,7 @@ from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, pars
 from vidgen.evaluation.metrics.registry import PROXY
 from vidgen.evaluation.metrics.vbench import DIMENSIONS
 from vidgen.evaluation.suite import CLIP_SUFFIXES, Item, PromptSuite, find_images, find_items
-from vidgen.evaluation.temporal.comparison import by_name, compare, dimensions, figures
+from vidgen.evaluation.temporal.comparison import by_name, compare, figures
 from vidgen.media.read import load_image
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.workers.scheduler import run_jobs
@@ -54,7 +54,6 @@ class TemporalRun:
     images: str | None = None  # folder of the clips' first pictures
     # file of the prompts; None: the prompts of the clips that are there
     prompt_suite: str | None = None
-    augmentation: str = "none"  # rewording of the prompts before generation; only recorded
     workers: int | None = None  # processes that measure in parallel; None: this one
     ray: str | None = None  # address of a Ray cluster that measures, as in `Staff`
 
@@ -99,8 +98,8 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     """Measure folders of clips and compare them; keep single clips' scores next to `output`.
 
     Returns:
-        `folders`, each with `clips`, `failed`, `figures`, VBench's `dimensions` and what shaped
-        them; `comparisons`; `machine`.
+        `folders`, each with `clips`, `failed`, `figures` and what shaped them; `comparisons`;
+        `machine`.
 
     Raises:
         InputError: clips, networks or pictures that don't exist.
@@ -134,8 +133,8 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     return {
         "suite": "temporal",
         "prompt_suite": None if suite is None else {"name": suite.name, "sha256": suite.sha256},
-        "augmentation": run.augmentation, "measures_version": MEASURES_VERSION,
-        "networks": hashes, "folders": results, "comparisons": comparisons, "machine": versions,
+        "measures_version": MEASURES_VERSION, "networks": hashes, "folders": results,
+        "comparisons": comparisons, "machine": versions,
     }
 
 
@@ -257,7 +256,7 @@ def _result(folder: Folder) -> dict[str, Any]:
         "sizes": sorted({tuple(row["size"]) for row in rows.values()}),
         "models": _distinct(item.origin for item in items),
         "dynamic": sum(row["dynamic"] for row in rows.values()),
-        **figures(clips), "dimensions": dimensions(clips),
+        **figures(clips),
     }
 
 
