@@ -23,7 +23,7 @@ from vidgen.pipeline.timing import transformer_ops, vae_ops, vae_parts
 
 
 def test_products_are_counted_as_torch_counts_them(monkeypatch):
-    monkeypatch.setenv(ATTENTION_VARIABLE, "matmul")
+    monkeypatch.setenv(ATTENTION_VARIABLE, "reference")
     config = DIT_PRESETS["tiny"]
     dit = SpacetimeDiT(config).eval()
     latents, context = torch.randn(1, 4, 5, 8, 8), torch.randn(1, 7, config.text_dim)

@@ -410,7 +410,7 @@ def test_the_back_end_is_the_callers_choice(monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(attention, "used_backend", watch)
-    for backend in ("reference", "sdpa", "matmul"):
+    for backend in ("reference", "sdpa", "blocked"):
         used.clear()
         monkeypatch.setenv(ATTENTION_VARIABLE, backend)
         assert_equal(model(*inputs, context_lengths=[5, 2], control=control), expected)

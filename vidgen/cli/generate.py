@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
 DESCRIPTION = "Make a clip from a prompt. Options that are left out take the model's defaults."
-BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers")
+BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "xformers")
 PIPE = "-"
 ENDLESS = 99_997
 """Frames of a clip into a pipe where nobody says: hours."""

@@ -5,11 +5,7 @@
 * `native` on a CPU that has our kernels: a quarter of SDPA's time in bfloat16, half of it in
   float32, 0.9 in float32 with AVX2 only, with SDPA's error; it has a gradient.
 * `blocked` for bfloat16 on other CPUs: scores in float32, 0.45 of SDPA's time, 1.3 times its error.
-* `sdpa` elsewhere.
-
-`matmul` rounds the scores to bfloat16, too: 0.35 of SDPA's time, but 7 times its error at scores of
-deviation 3. Training on other CPUs and compiled blocks use it, whose gradients are noisier than
-that; elsewhere it has to be asked for.
+* `sdpa` elsewhere, and wherever those have no gradient.
 
 Axes: B batch, H heads, L tokens (Lq of queries, Lk of keys), d head width.
 """
@@ -33,10 +29,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.ops import native
 
-Backend = Literal["auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers"]
+Backend = Literal["auto", "reference", "native", "blocked", "sdpa", "xformers"]
 
 _MAX_SCORES = 1 << 24
-"""Scores that `matmul` and `blocked` hold at once without a gradient; more goes by blocks."""
+"""Scores that `blocked` holds at once."""
 _BLOCK = 512
 """Queries of a block whose scores stay in the second-level cache."""
 
@@ -59,7 +55,7 @@ def attention(
         InputError: an unknown back end.
     """
     if backend == "auto" and torch.compiler.is_compiling():
-        return _differentiable(q, k, v, bias)
+        return _sdpa(q, k, v, bias)
     return _BACKENDS[used_backend(backend, q.device, q.dtype)](q, k, v, bias)
 
 
@@ -106,19 +102,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _differentiable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attend by PyTorch's own operators, for autograd and the compiler."""
-    narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
-
-
 def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Attend by our kernel where it can: heads of 64, 128, ... and a bias by key only."""
     d = q.shape[-1]
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
     if native.kernels(q, k, v) is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
-        if native.needs_gradient(q, k, v):
-            return _differentiable(q, k, v, bias)
         return _BACKENDS[_without_kernels(q.device, q.dtype)](q, k, v, bias)
     if bias is not None:
         bias = bias.float().expand(q.shape[0], 1, 1, -1).contiguous()
@@ -184,6 +172,8 @@ class _NativeAttention(torch.autograd.Function):
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Attend with float32 scores of a block of one head's queries at a time, by oneDNN."""
+    if native.needs_gradient(q, k, v):
+        return _sdpa(q, k, v, bias)
     B, H, Lq, d = q.shape
     rows = max(1, min(_BLOCK, _MAX_SCORES // max(1, k.shape[2])))
     out = torch.empty(B, Lq, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -225,62 +215,11 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None:
-        bias = bias.to(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        if native.needs_gradient(q, k, v):
-            out: Tensor = _MatmulAttention.apply(q, k, v, bias)
-            return out
-        rows = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-        if rows >= q.shape[2]:
-            return _softmax_scores(q, k, bias) @ v
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for start in range(0, q.shape[2], rows):
-            part = slice(start, start + rows)
-            here = bias[..., part, :] if bias is not None and bias.shape[-2] > 1 else bias
-            out[:, :, part] = _softmax_scores(q[:, :, part], k, here) @ v
-        return out
-
-
-def _softmax_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Return attention weights [B, H, Lq, Lk] in q's dtype; softmax sums in float32."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if bias is not None:
-        scores += bias
-    return torch.softmax(scores, dim=-1)
-
-
-class _MatmulAttention(torch.autograd.Function):
-    """Saves only the weights for the backward pass: autograd would save scores and casts, too."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        weights = _softmax_scores(q, k, bias)
-        ctx.save_for_backward(q, k, v, weights)
-        return weights @ v
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        grad = grads[0]
-        scale = q.shape[-1] ** -0.5
-        grad_v = weights.transpose(-1, -2) @ grad
-        grad_weights = grad @ v.transpose(-1, -2)
-        # p * (dp - sum(p * dp)), the softmax's own backward kernel
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_q = (grad_scores @ k) * scale
-        grad_k = grad_scores.transpose(-1, -2) @ (q * scale)
-        return grad_q, grad_k, grad_v, None
-
-
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "reference": _reference,
     "native": _native,
     "blocked": _blocked,
     "sdpa": _sdpa,
-    "matmul": _matmul,
     "xformers": _xformers,
 }
 
