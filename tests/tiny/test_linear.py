@@ -1,31 +1,26 @@
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from vidgen.core import runtime
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import FeedForward
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import linear
-from vidgen.ops.linear import PackedLinear, pack, plain
+from vidgen.ops.linear import PackedLinear, pack, packs, plain
 
 
 @pytest.fixture
-def packing(monkeypatch):
-    """Pack whatever the clock says."""
-    if not linear._can_pack():
+def packing():
+    if not packs(torch.float32):
         pytest.skip("this PyTorch packs no weights")
-    monkeypatch.setattr(linear, "packs", lambda dtype: dtype in linear._DTYPES)
 
 
 @pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_packed_layers_give_the_same_and_keep_their_weights(dtype):
-    if not linear._can_pack(dtype):
+    if not packs(dtype):
         pytest.skip(f"oneDNN packs no {dtype} on this processor")
     torch.manual_seed(0)
     ffn, x = FeedForward(32, 64).to(dtype), torch.randn(2, 70, 32).to(dtype)
@@ -69,17 +64,12 @@ def test_adapters_attach_to_packed_layers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_this_processor_cannot_pack_stays_plain(monkeypatch, dtype):
-    monkeypatch.setattr(linear, "is_faster", lambda *_: True)
-    linear.packs.cache_clear()
-    try:
-        can = dtype in linear._DTYPES and linear._can_pack(dtype)
-        assert pack(nn.Linear(32, 32, dtype=dtype)) == int(can)
-    finally:
-        linear.packs.cache_clear()
+def test_what_this_processor_cannot_pack_stays_plain(dtype):
+    assert pack(nn.Linear(32, 32, dtype=dtype)) == int(packs(dtype))
+    assert not packs(torch.float16)
 
 
-def test_what_gains_nothing_stays_plain(monkeypatch):
+def test_what_cannot_be_packed_stays_plain(monkeypatch):
     monkeypatch.setattr(linear, "packs", lambda dtype: dtype == torch.bfloat16)
     layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, device="meta"))
     assert pack(layers) == 0
@@ -92,23 +82,3 @@ def test_a_last_layer_stays_plain_for_its_rounding():
     assert type(model.blocks[0].ffn.up) is PackedLinear
     assert not model.head.proj.weight.is_mkldnn
 
-
-def test_a_probe_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "cache_folder", lambda: tmp_path)
-    calls = []
-
-    def quick():
-        calls.append("quick")
-
-    def slow():
-        calls.append("slow")
-        torch.ones(300, 300) @ torch.ones(300, 300)
-
-    assert linear.is_faster("a", quick, slow)
-    count = len(calls)
-    assert linear.is_faster("a", slow, quick)  # the name is what was asked
-    assert len(calls) == count > 4
-    kept = json.loads((tmp_path / "probes.json").read_text())
-    assert [name.split(",")[0] for name in kept] == ["a"]
-    (tmp_path / "probes.json").write_text("[1")
-    assert not linear.is_faster("a", slow, quick)

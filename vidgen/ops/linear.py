@@ -9,9 +9,6 @@ Axes: B batch, L tokens, D width.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vidgen.core.runtime import fingerprint, read_cache, write_cache
 from vidgen.ops import native
 
 _ROWS = 1024
@@ -28,8 +24,6 @@ _ROWS = 1024
 _HIDDEN_BYTES = 16_000_000
 """Most bytes of a feed-forward's hidden values: more exceeds caches and glibc's free lists."""
 _DTYPES = (torch.bfloat16, torch.float32)
-_REPEATS = 5  # of what is timed
-PROBES = "probes.json"
 
 
 class LastLinear(nn.Linear):
@@ -62,8 +56,8 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str, how: str
 def pack(module: nn.Module) -> int:
     """Pack the linear layers of a module in place, one at a time, and return their number.
 
-    Layers that are a network's last, quantised, not on a CPU, or of a dtype that isn't faster when
-    packed stay as they are. Packed layers have no gradients.
+    Layers that are a network's last, quantised, not on a CPU, or of a dtype that oneDNN doesn't pack
+    here stay as they are. Packed layers have no gradients.
     """
     count = 0
     for layer in module.modules():
@@ -139,21 +133,11 @@ def feed_forward(up: nn.Linear, down: nn.Linear, x: Tensor, approximate: str) ->
 
 @lru_cache(maxsize=8)
 def packs(dtype: torch.dtype) -> bool:
-    """Return whether packing works here, which PyTorch doesn't promise, and is faster."""
-    if dtype not in _DTYPES or not _can_pack(dtype):
-        return False
-    x, weight = (torch.ones(rows, 768, dtype=dtype) for rows in (512, 1024))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 512)
-    return is_faster(f"packed linear layers in {dtype}",
-                     lambda: _product(x, packed, None, "none", ""), lambda: F.linear(x, weight))
+    """Return whether oneDNN packs and unpacks weights of a dtype here and computes with them.
 
-
-def _can_pack(dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether oneDNN packs and unpacks weights of a dtype and computes with them.
-
-    It refuses bfloat16 on CPUs without AVX512.
+    PyTorch doesn't promise it; oneDNN refuses bfloat16 on CPUs without AVX512.
     """
-    if not torch.backends.mkldnn.is_available():
+    if dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
         return False
     weight = torch.linspace(-1, 1, 96, dtype=dtype).view(6, 16)
     x, bias = torch.linspace(-1, 1, 48, dtype=dtype).view(3, 16), torch.ones(6, dtype=dtype)
@@ -166,32 +150,3 @@ def _can_pack(dtype: torch.dtype = torch.float32) -> bool:
     right = F.gelu(F.linear(x, weight, bias), approximate="tanh")
     near = 1e-5 if dtype == torch.float32 else 2e-2
     return torch.equal(back, weight) and torch.allclose(out, right, atol=near)
-
-
-def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) -> bool:
-    """Return whether `first` takes less time than `second`, as measured once for `name`.
-
-    Bits of results depend on the answer, so it must not flip: `probes.json` in the cache folder
-    keeps it by processor, PyTorch and thread count; delete that to measure again. Recipes and
-    journals record the choice. `name` holds all else that the answer depends on. Both do the same
-    work once; they are called several times, in turns.
-    """
-    machine = fingerprint()
-    key = f"{name}, {machine['cpu']}, torch {machine['torch']}, {machine['threads']} threads"
-    match (known := read_cache(PROBES)).get(key):
-        case [float(ours), float(theirs)]:
-            return ours < theirs
-    ours, theirs = _time_in_turns(first, second)
-    write_cache(PROBES, {**known, key: [ours, theirs]})
-    return ours < theirs
-
-
-def _time_in_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-    """Return the median seconds of each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(1 + _REPEATS):
-        for work, seen in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            work()
-            seen.append(time.perf_counter() - start)
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])

@@ -65,7 +65,7 @@ def load_module(
         keep_fp32: parts of names of weights that stay float32.
         names: stored name -> the module's, where they differ.
         stream: leave the blocks' weights in the files until they are used.
-        packed: pack linear layers for this CPU where that is faster; see `ops.linear`.
+        packed: pack linear layers for this CPU where it can; see `ops.linear`.
         mesh: devices over which the blocks' weights are sharded.
         each: called with every parameter as soon as it is read.
 
