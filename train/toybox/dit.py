@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from train.toybox.fusing import fusing
 from train.toybox.initial import init_dit
 from train.toybox.phases import Phase
 from train.toybox.program import run_program
@@ -85,8 +84,6 @@ class DiTRun(DiTData):
             says instead of the clips' velocity (Li & Hoiem 2016, sec. 3). Both read one text, so
             `part` is "transformer".
         keep_above: see `keep`.
-        fuse: have torch.compile fuse what surrounds matrix products; see `train.toybox.fusing`. Not
-            for CPUs, which our own kernels serve.
     """
 
     preset: str = "toybox"
@@ -103,7 +100,6 @@ class DiTRun(DiTData):
     init: str | None = None
     keep: str | None = None
     keep_above: float = 0.7
-    fuse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,11 +233,6 @@ class DiTTask:
         config = self.config
         with torch.autocast(self.device.type, enabled=False):
             made = self.clips.made(batch)
-        with fusing(on=config.fuse):
-            return self._losses(made)
-
-    def _losses(self, made: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
         context = encode_tokens(self.text, made.ids, made.mask)
         error, sound = self._errors(made, context, config.sprite_weight, self.former)
         total, values = error, {"velocity": error}

@@ -56,8 +56,8 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str, how: str
 def pack(module: nn.Module) -> int:
     """Pack the linear layers of a module in place, one at a time, and return their number.
 
-    Layers that are a network's last, quantised, not on a CPU, or of a dtype that oneDNN doesn't pack
-    here stay as they are. Packed layers have no gradients.
+    Layers that are a network's last, quantised, not on a CPU, or of a dtype without packing here
+    stay as they are. Packed layers have no gradients.
     """
     count = 0
     for layer in module.modules():

@@ -6,10 +6,10 @@ share a vector, U vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
-
-Made = TypeVar("Made")
 
 
 class _ChannelNormSilu(torch.autograd.Function):
@@ -131,9 +129,9 @@ class TokenVectors:
     index: Tensor | None = None
 
     def by_run(self) -> Tensor:
-        """Return [R, D], one for each of R equal runs of B * L tokens; with an index R = B * L."""
+        """Return [R, 1, D] of R equal runs of B * L tokens; with an index R = B * L."""
         rows = self.rows if self.index is None else F.embedding(self.index, self.rows)
-        return rows.flatten(0, 1).contiguous()
+        return rows.flatten(0, 1)[:, None]
 
     def table(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Return rows [R, D], and each token's row, [B * `length`] int32, if R > 1."""
@@ -164,40 +162,19 @@ def modulated_norm(
     """
     if (fused := _fused(x, None, None, scale, shift, 1.0, eps, dtype)) is not None:
         return fused[1]
-    made = by_runs(
-        _modulated_norm, shift, x.flatten(0, 1), shift.by_run(), scale.by_run(), eps, dtype
-    )
-    return made.view(x.shape)
-
-
-def by_runs(function: Callable[..., Made], vectors: TokenVectors, *args: Any) -> Made:
-    """Call a function of tokens and their runs' vectors; may be replaced to compile it."""
-    del vectors
-    return function(*args)
-
-
-def _modulated_norm(
-    x: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """Take tokens [B * L, D], as the functions below do."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(0, (len(shifts), -1))
-    return torch.addcmul(shifts[:, None], normed, 1 + scales[:, None]).flatten(0, 1).to(dtype)
+    shifts, scales = shift.by_run(), scale.by_run()
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).reshape(len(shifts), -1, x.shape[-1])
+    return torch.addcmul(shifts, normed, 1 + scales).view(x.shape).to(dtype)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: TokenVectors) -> Tensor:
     """Return x + gate * update of tokens [B, L, D], computed in float32, in x's dtype."""
     if (fused := _fused(x, update, gate, None, None, 0.0, 0.0, x.dtype)) is not None:
         return fused[0]
-    made = by_runs(_add_gated, gate, x.flatten(0, 1), update.flatten(0, 1), gate.by_run())
-    return made.view(x.shape)
-
-
-def _add_gated(x: Tensor, update: Tensor, gates: Tensor) -> Tensor:
-    runs = len(gates), -1
-    added = torch.addcmul(
-        x.float().unflatten(0, runs), update.float().unflatten(0, runs), gates[:, None]
-    )
-    return added.flatten(0, 1).to(x.dtype)
+    gates = gate.by_run()
+    runs = len(gates), -1, x.shape[-1]
+    added = torch.addcmul(x.float().reshape(runs), update.float().reshape(runs), gates)
+    return added.view(x.shape).to(x.dtype)
 
 
 def add_gated_and_norm(
@@ -208,18 +185,7 @@ def add_gated_and_norm(
     gain, offset = (TokenVectors(vector.float()[None, None]) for vector in (weight, bias))
     if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
         return fused
-    total, normed = by_runs(
-        _add_gated_and_norm, gate, x.flatten(0, 1), update.flatten(0, 1), gate.by_run(), weight,
-        bias, eps, dtype,
-    )
-    return total.view(x.shape), normed.view(x.shape)
-
-
-def _add_gated_and_norm(
-    x: Tensor, update: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    total = _add_gated(x, update, gates)
+    total = add_gated(x, update, gate)
     return total, layer_norm(total, weight, bias, eps).to(dtype)
 
 
@@ -230,18 +196,8 @@ def add_and_modulated_norm(
     """Return x + update in x's dtype, and its `modulated_norm`, in one pass over memory."""
     if (fused := _fused(x, update, None, scale, shift, 1.0, eps, dtype)) is not None:
         return fused
-    total, normed = by_runs(
-        _add_and_modulated_norm, shift, x.flatten(0, 1), update.flatten(0, 1), shift.by_run(),
-        scale.by_run(), eps, dtype,
-    )
-    return total.view(x.shape), normed.view(x.shape)
-
-
-def _add_and_modulated_norm(
-    x: Tensor, update: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
     total = x + update.to(x.dtype)
-    return total, _modulated_norm(total, shifts, scales, eps, dtype)
+    return total, modulated_norm(total, shift, scale, eps, dtype)
 
 
 def _fused(

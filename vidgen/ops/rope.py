@@ -67,7 +67,8 @@ def normed_heads(
     width = x.shape[-1]
     whole = width % native.WIDTHS == 0 if table is None else width // num_heads % native.WIDTHS == 0
     if not whole or width > native.MAX_WIDTH or native.kernels(x, weight) is None:
-        return plain_heads(x, weight, table, num_heads, eps)
+        plain: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
+        return plain
     turns = None if table is None else torch.view_as_real(table).flatten(0, 1).contiguous()
     if native.needs_gradient(x, weight):
         turned: Tensor = _NativeHeads.apply(x.contiguous(), weight.float(), turns, num_heads, eps)
@@ -75,14 +76,6 @@ def normed_heads(
         turned = _norm_and_turn(x.contiguous(), weight.float().contiguous(), turns, num_heads, eps)
     heads: Tensor = turned.unflatten(-1, (num_heads, -1))
     return heads.transpose(1, 2)
-
-
-def plain_heads(
-    x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float
-) -> Tensor:
-    """Do `normed_heads` without our kernels; may be replaced to compile it."""
-    out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
-    return out
 
 
 def _norm_and_turn(
