@@ -5,26 +5,10 @@ Axes: B batch, C channels, T frames, H rows, W columns, F h w the same of latent
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
-
-
-class LatentConfig(Protocol):
-    """The fields of a VAE's config that describe its latents."""
-
-    @property
-    def latent_channels(self) -> int:
-        """C."""
-
-    @property
-    def latents_mean(self) -> tuple[float, ...] | None:
-        """[C], subtracted from latents to normalise them; None: zeros."""
-
-    @property
-    def latents_std(self) -> tuple[float, ...] | None:
-        """[C], by which they are then divided; None: ones."""
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -34,8 +18,8 @@ def check_positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be 1 or more, not {getattr(config, name)}")
 
 
-def check_statistics(config: LatentConfig) -> None:
-    """Raise ValueError unless statistics have a value for each channel."""
+def check_statistics(config: Any) -> None:
+    """Raise ValueError unless `latents_mean` and `latents_std` have a value for each channel."""
     for name in ("latents_mean", "latents_std"):
         values = getattr(config, name)
         if values is not None and len(values) != config.latent_channels:
@@ -45,9 +29,12 @@ def check_statistics(config: LatentConfig) -> None:
 
 
 class NormalizedLatents:
-    """Mixin for a module with such a `config`; latents are [B, C, ...]."""
+    """Mixin for a VAE whose `config` has `latent_channels` C, and `latents_mean` and `latents_std`.
 
-    config: LatentConfig
+    The last two are [C], or None for zeros and ones; latents are [B, C, ...].
+    """
+
+    config: Any
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Return (raw - latents_mean) / latents_std, [B, C, ...]."""

@@ -27,18 +27,11 @@ Move = Callable[[Tensor], Tensor]
 
 
 class Ranks:
-    """Processes that share one sequence; all of them make this object at the same time.
+    """Processes that share one sequence: a group of torch.distributed, or None for all."""
 
-    `group` is one of torch.distributed; None: all processes. `device` has the tensors they
-    exchange.
-    """
-
-    def __init__(
-        self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.has_all_to_all = self._probe(device)
 
     def exchange(self, x: Tensor) -> Tensor:
         """Send part i of x [R, ...] to rank i; part i of the result is from rank i."""
@@ -58,22 +51,11 @@ class Ranks:
         out: Tensor = _Moved.apply(x, own, lambda grad: joined(grad) / self.size)
         return out
 
-    def _probe(self, device: torch.device | str) -> bool:
-        try:
-            sent = torch.zeros(self.size, 1, dtype=torch.uint8, device=device)
-            dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
-        except (RuntimeError, NotImplementedError, ValueError):
-            return False
-        return True
-
     def _exchanged(self, x: Tensor) -> Tensor:
         # as bytes: whatever the dtype is, it is only moved
         sent = x.contiguous().view(self.size, -1).view(torch.uint8)
-        if self.has_all_to_all:
-            out = torch.empty_like(sent)
-            dist.all_to_all_single(out, sent, group=self.group)
-        else:
-            out = self._gathered(sent)[:, self.rank].contiguous()
+        out = torch.empty_like(sent)
+        dist.all_to_all_single(out, sent, group=self.group)
         return out.view(x.dtype).view(x.shape)
 
     def _gathered(self, x: Tensor) -> Tensor:

@@ -134,11 +134,11 @@ class Channel:
         with environment(**dict.fromkeys(_INTERFACES, _LOOPBACK) if local else {}):
             dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank,
                                     world_size=size, timeout=TIMEOUT)
-            self._whole, self._half = Ranks(None, device), None
+            self._whole, self._half = Ranks(), None
             if size > 2 and size % 2 == 0:
                 half = size // 2
                 groups = [dist.new_group(range(first, first + half)) for first in (0, half)]
-                self._half = Ranks(groups[rank // half], device)
+                self._half = Ranks(groups[rank // half])
 
     def ranks(self, division: Division) -> Ranks | None:
         """Return the ranks that share a sequence with this one, or None."""

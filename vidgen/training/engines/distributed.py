@@ -127,7 +127,7 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
     ranks = None
     if sequence > 1:
         groups = [dist.new_group(range(i, i + sequence)) for i in range(0, size, sequence)]
-        ranks = Ranks(groups[rank // sequence], device)
+        ranks = Ranks(groups[rank // sequence])
     _places.append(Place(rank, size, sequence, ranks))
     failed = True
     try:
