@@ -121,7 +121,7 @@ class Checker:
                 return self._film(path, draft)
 
     def _film(self, path: Path, draft: bool) -> dict[str, Any]:
-        from vidgen.server.film_making import plan_confined, planned_shots, script_data
+        from vidgen.server.making import plan_confined, planned_shots, script_data
         from vidgen.story.edit import make_edit
         from vidgen.story.plan import enforce_film, estimates, word_remarks
 

@@ -1,10 +1,12 @@
-"""One clip of the queue: from what was asked to its files, with an engine at hand.
+"""One clip or film of the queue: from what was asked to its files, with an engine at hand.
 
-A job that is begun once more finds what exists and goes on. `layout.py` says where files lie.
+A job that is begun once more finds what exists and goes on. A script names files in its own folder
+alone. `layout.py` says where files lie.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -14,25 +16,29 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from vidgen.core.config import build, dump
+from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.request import Request
-from vidgen.core.runtime import atomic_write
+from vidgen.core.request import OWN_FILE, Request
+from vidgen.core.runtime import atomic_write, available_memory, link
 from vidgen.media.checks import as_data
-from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.preview import as_webp
 from vidgen.pipeline.recorded import (
     at_own_size,
     lengthened,
@@ -40,43 +46,94 @@ from vidgen.pipeline.recorded import (
     rate_of_still,
     with_own_options,
 )
-from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO, files_of
+from vidgen.pipeline.workers.clip_work import write_request
+from vidgen.server.layout import (
+    FILM,
+    FILM_SHOTS,
+    RECIPE,
+    SPRITESHEET,
+    STORYBOARD,
+    THUMBNAIL,
+    VIDEO,
+    files_of,
+    shot_file,
+)
+from vidgen.story.edit import make_edit
+from vidgen.story.export import export_film
+from vidgen.story.plan import estimates, plan_film
+from vidgen.story.render import ShotWork, render_film
+from vidgen.story.script import Script
+from vidgen.story.store import RenderedShot, ShotStore
+from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.types import OnPreview
+    from vidgen.media.clip import Clip
+    from vidgen.pipeline.engine import Engine
+    from vidgen.pipeline.types import Estimate, Preview
+    from vidgen.story.film import FilmPlan
     from vidgen.weights.folder import ModelFolder
 
 THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
 SPRITES, COLUMNS = 16, 4
+PROGRESS_PAUSE_S = 0.1
+"""Between two messages on a stage's progress; steps of the sampler are always reported."""
+LISTS = (".txt",)
+_REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: of \d+ takes .*)")
+"""Notes that repeat progress and shots."""
 
 
-class Stopwatch:
-    """Seconds of a job's stages, by the events between which they lie, and its peak memory."""
+class Reporter:
+    """Passes on a job's events, those that are news to clients, and measures its stages.
 
-    def __init__(self) -> None:
-        self._durations: dict[str, float] = defaultdict(float)
-        self._stage: str | None = None
-        self._began_s = self._since_s = time.monotonic()
+    Progress gets its fraction and the time left once `clock` is set; `tell` raises `Cancelled` to
+    stop the job.
+    """
+
+    def __init__(self, tell: OnEvent) -> None:
+        self.clock: Clock | None = None
+        self._tell, self._told_s = tell, 0.0
+        self._stage, self._durations = "", defaultdict[str, float](float)
+        self._start_s = self._since_s = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak, where it can be
 
-    def __call__(self, stage: str | None) -> None:
-        """Note that a stage goes on, or, with None, that none does."""
-        if stage != self._stage:
-            if self._stage is not None:
-                self._durations[self._stage] += time.monotonic() - self._since_s
-            self._stage, self._since_s = stage, time.monotonic()
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Pass on an event; those that come by the frame not too often."""
+        if event["event"] == "progress":
+            stage, done, total = event["stage"], event["done"], event["total"]
+            self._enter(stage)
+            if self.clock is not None and stage not in ("assemble", "finish"):
+                event = event | self.clock(stage, done, total, event.get("clip", 1))
+            too_early = time.monotonic() - self._told_s < PROGRESS_PAUSE_S
+            if stage in ("write", "assemble") and too_early and done < total:
+                return
+        elif event["event"] not in ("note", "shot") or _REPORTED.fullmatch(event.get("text", "")):
+            return
+        self._told_s = time.monotonic()
+        self._tell(event)
+
+    def preview(self, shown: Preview) -> None:
+        """Pass on small frames of the forming clip."""
+        image = base64.b64encode(as_webp(shown)).decode()
+        self._tell({"event": "preview", "step": shown.step, "fps": float(shown.fps),
+                    "image": f"data:image/webp;base64,{image}"})
 
     def facts(self) -> dict[str, Any]:
         """Return seconds by stage and in all, and the most memory in use since the beginning."""
-        self(None)
+        self._enter("")
         return {
-            "stage_durations": {name: round(s, 3) for name, s in self._durations.items()},
-            "inference_time_s": round(time.monotonic() - self._began_s, 3),
+            "stage_durations": {name: round(s, 3) for name, s in self._durations.items() if name},
+            "inference_time_s": round(time.monotonic() - self._start_s, 3),
             "peak_memory_mb": round(_peak_memory() / 1e6, 1),
         }
+
+    def _enter(self, stage: str) -> None:
+        if stage != self._stage:
+            now = time.monotonic()
+            self._durations[self._stage] += now - self._since_s
+            self._stage, self._since_s = stage, now
 
 
 def _peak_memory() -> int:
@@ -90,81 +147,176 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Maker:
-    """Makes the clips of one engine.
+def make_clip(
+    engine: Engine, folder: Path, spec: dict[str, Any], report: Reporter
+) -> dict[str, Any]:
+    """Make a clip, or go on with it, and return its facts.
 
-    `tell` gets progress and notes as events; it raises `Cancelled` to stop between two steps.
+    `spec` has `options`, fields of `Request` with paths from the job's folder, and `added_s` to
+    extend the clip in `prefix`. A clip that is rolled out shows no previews.
+
+    Raises:
+        InputError: a request that can't be made.
+        Cancelled: by `report`.
     """
+    output = folder / VIDEO
+    clip = _written(engine, request_of(folder, spec, engine.folder), output, report)
+    report({"event": "progress", "stage": "finish", "done": 0, "total": 1})
+    write_stills(output, folder / THUMBNAIL, folder / SPRITESHEET, clip.num_frames)
+    recipe = read_recipe(output) or {}
+    content = json.dumps(recipe, sort_keys=True).encode()
+    atomic_write(folder / RECIPE, content)
+    (width, height), plan = clip.size, recipe.get("plan", {})
+    return {
+        "width": width, "height": height, "num_frames": clip.num_frames, "fps": str(clip.fps),
+        "seconds": float(clip.num_frames / clip.fps), "seed": plan.get("seed"),
+        "sound": clip.sound is not None, "captions": clip.captions,
+        "checks": as_data(clip.findings or []),
+        "recipe_sha256": hashlib.sha256(content).hexdigest(),
+    }
 
-    def __init__(self, engine: Engine, tell: OnEvent) -> None:
-        self.engine, self.tell = engine, tell
-        self._threads = torch.get_num_threads()
 
-    def make(self, folder: Path, spec: dict[str, Any], on_preview: OnPreview) -> dict[str, Any]:
-        """Make a clip, or go on with it, and return its facts.
+def _written(engine: Engine, request: Request, output: Path, report: Reporter) -> Clip:
+    """Generate and write; the journal of another version is dropped."""
+    def on_estimate(made: Estimate) -> None:
+        report.clock = Clock(made)
 
-        `spec` has `options`, fields of `Request` with paths from the job's folder, and `added_s`
-        to extend the clip in `prefix`. A clip that is rolled out shows no previews.
+    write = partial(write_request, engine, request, output, report, {}, on_estimate=on_estimate,
+                    on_preview=None if request.roll else report.preview)
+    went_on = Journal(output, resume=True).unfinished
+    try:
+        return write()
+    except InputError as error:
+        if not went_on:
+            raise
+        report({"event": "note", "text": f"it starts anew: {error}"})
+        remove_job(job_folder(output))
+        return write()
 
-        Raises:
-            InputError: a request that can't be made.
-            Cancelled: by `tell`.
-        """
-        torch.set_num_threads(self._threads)  # a job that went on may have brought others
-        watch, output = Stopwatch(), folder / VIDEO
-        request = request_of(folder, spec, self.engine.folder)
-        clip = self._clip(request, output, watch, on_preview)
-        watch("finish")
-        self.tell({"event": "progress", "stage": "finish", "done": 0, "total": 1})
-        write_stills(output, folder / THUMBNAIL, folder / SPRITESHEET, clip.num_frames)
-        recipe = read_recipe(output) or {}
-        content = json.dumps(recipe, sort_keys=True).encode()
-        atomic_write(folder / RECIPE, content)
-        (width, height), plan = clip.size, recipe.get("plan", {})
-        return {
-            "width": width, "height": height, "num_frames": clip.num_frames, "fps": str(clip.fps),
-            "seconds": float(clip.num_frames / clip.fps), "seed": plan.get("seed"),
-            "sound": clip.sound is not None, "captions": clip.captions,
-            "checks": as_data(clip.findings or []), "hand_over": recipe.get("hand_over"),
-            "recipe_sha256": hashlib.sha256(content).hexdigest(), **watch.facts(),
-        }
 
-    def _clip(
-        self, request: Request, output: Path, watch: Stopwatch, on_preview: OnPreview
-    ) -> Clip:
-        """Generate and write; the journal of another version is dropped."""
-        journal = Journal(output, resume=True)
-        went_on = journal.unfinished
-        try:
-            return self._written(request, journal, watch, on_preview)
-        except InputError as error:
-            if not went_on:
-                raise
-            self.tell({"event": "note", "text": f"it starts anew: {error}"})
-            remove_job(job_folder(output))
-            return self._written(request, Journal(output, overwrite=True), watch, on_preview)
+def make_film(
+    engine: Engine, folder: Path, spec: dict[str, Any], report: Reporter
+) -> dict[str, Any]:
+    """Make a film, or go on with it, and return its facts.
 
-    def _written(
-        self, request: Request, journal: Journal, watch: Stopwatch, on_preview: OnPreview
-    ) -> Clip:
-        clock: list[Clock] = []
+    `spec` has `script`, its path from the job's folder, and `draft`. `report` gets each finished
+    shot, too.
 
-        def report(stage: str, done: int, total: int) -> None:
-            watch(stage)
-            told = clock[-1](stage, done, total) if clock else {}
-            self.tell({"event": "progress", "stage": stage, "done": done, "total": total, **told})
+    Raises:
+        InputError: a film that can't be made.
+        Cancelled: by `report`.
+    """
+    film = plan_confined(folder / spec["script"], engine.folder, draft=spec["draft"],
+                         dtype=engine.dtype)
+    store = ShotStore(folder / FILM_SHOTS, film)
+    report.clock = _clock(engine, store)
+    work = ShotWork(lambda: engine, store, report.preview)
+    shots = [_shown(each, store, folder, report)
+             for each in render_film(work, [*film.shots.values()], report)]
+    edit = make_edit(film, film.in_film, folder / FILM)
+    files = export_film(edit, shots, [Path(STORYBOARD).suffix], report)
+    facts = edit.facts()
+    write_stills(edit.output, folder / THUMBNAIL, None, facts["num_frames"])
+    content = json.dumps(read_recipe(edit.output) or {}, sort_keys=True).encode()
+    return {
+        "width": film.size[0], "height": film.size[1], "num_frames": facts["num_frames"],
+        "fps": facts["fps"], "seconds": facts["duration_s"], "timeline": facts["shots"],
+        "shots": [shot_facts(each) for each in shots],
+        "files": [path.name for path in files if path.name != STORYBOARD],
+        "recipe_sha256": hashlib.sha256(content).hexdigest(),
+    }
 
-        done = journal.finished
-        clip = self.engine.generate(
-            request, journal=journal, on_event=lambda p: report(p.stage, p.done, p.total),
-            on_preview=None if request.roll else on_preview,
-            on_estimate=lambda made: clock.append(Clock(made)))
-        assert isinstance(clip, Clip), "a request is for one clip"
-        if not done:
-            assert journal.output is not None
-            clip.save(journal.output, overwrite=True,
-                      on_frames=lambda count: report("write", count, clip.num_frames))
-        return clip
+
+def _clock(engine: Engine, store: ShotStore) -> Clock | None:
+    film, device = store.film, engine.device
+    parts = store.left([*film.shots.values()])
+    made = [*estimates(film, parts, device, available_memory(device), engine.offload)]
+    return Clock(made, len(parts), one_by_one=True) if made else None
+
+
+def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: Reporter) -> RenderedShot:
+    """Link a shot, and each of several takes, under names that clients know, with thumbnails."""
+    takes = store.film.shots[each.shot.id].takes
+    paths = {shot_file(folder, each.shot.id): each.path}
+    if len(takes) > 1:
+        paths |= {shot_file(folder, each.shot.id, take.seed): store.path(take.key)
+                  for take in takes}
+    for shown, path in paths.items():
+        thumbnail = shown.with_suffix(".webp")
+        if each.made or not thumbnail.is_file():
+            shown.parent.mkdir(exist_ok=True)
+            link(path, shown)
+            write_stills(path, thumbnail, None, each.num_frames)
+    report({"event": "shot", "shot": shot_facts(each)})
+    return each
+
+
+def read_confined(path: Path, model: str) -> Script:
+    """Read a script that names no file outside its own folder, and no other model.
+
+    Raises:
+        InputError: it names one, or is no script.
+    """
+    if path.suffix not in LISTS:  # before the files are looked for: whether they exist is told
+        raw = load_yaml(path, "script")
+        project = raw.get("project")
+        asked = project.get("model") if isinstance(project, dict) else None
+        if asked not in (None, model):
+            raise InputError(f"project: model is {asked!r}; this service has {model!r}: leave it "
+                             "out")
+        for file in _named_files(build(Script, raw, "script")):
+            _require_inside(path.parent, file)
+    return Script.read(path)
+
+
+def _named_files(value: Any) -> Iterator[Path]:
+    """Yield every file that a script names."""
+    if isinstance(value, Path):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            inner = getattr(value, each.name)
+            if each.name == "lora":
+                yield from (parse_option(text).path for text in inner)
+            elif each.name == "text" and isinstance(inner, str) and inner.startswith(OWN_FILE):
+                yield Path(inner.removeprefix(OWN_FILE))
+            else:
+                yield from _named_files(inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _named_files(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _named_files(inner)
+
+
+def _require_inside(folder: Path, file: Path) -> None:
+    inside = (folder / file).resolve().is_relative_to(folder.resolve())
+    if file.is_absolute() or not inside or str(file) in ("", "."):
+        raise InputError(f"the script names the file {str(file)!r}; send it along and give its "
+                         "name alone")
+
+
+def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | None) -> FilmPlan:
+    """Plan a film by its confined script.
+
+    Raises:
+        InputError: a shot that can't be made, with its line.
+    """
+    film = plan_film(read_confined(path, folder.name), folder, draft=draft, dtype=dtype)
+    if not film.in_film:
+        raise InputError("every shot has in_film: false; a film needs one")
+    make_edit(film, film.in_film, path.with_name(FILM))
+    return film
+
+
+def script_data(script: Script) -> dict[str, Any]:
+    """Return a script as it was written, as JSON data that makes the same film."""
+    if script.path.suffix in LISTS:
+        return {"shots": [{"id": shot.id, "prompt": shot.prompt[0].prompt}
+                          for shot in script.shots]}
+    data = json.dumps(load_yaml(script.path, "script"))
+    return dict(json.loads(data, parse_constant=str))
 
 
 def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Request:
@@ -222,3 +374,20 @@ def _encoded(picture: Image.Image, kind: str, side: int) -> bytes:
     file = io.BytesIO()
     _scaled(picture, side).save(file, kind, quality=85)
     return file.getvalue()
+
+
+def shot_facts(each: RenderedShot) -> dict[str, Any]:
+    """Return the facts of a finished shot for clients."""
+    data = each.as_data()
+    return {name: data[name] for name in (
+        "id", "num_frames", "duration_s", "seed", "made", "checks", "choice")}
+
+
+def planned_shots(film: FilmPlan) -> list[dict[str, Any]]:
+    """Return the facts of a film's shots before they are made."""
+    return [
+        {"id": plan.shot.id, "prompt": [dump(each) for each in plan.shot.prompt],
+         "num_frames": plan.num_frames, "seconds": float(plan.num_frames / film.fps),
+         "takes": len(plan.takes), "seed": plan.takes[0].seed, "in_film": plan.shot.in_film}
+        for plan in film.shots.values()
+    ]

@@ -11,9 +11,7 @@ that was cancelled fails with `Cancelled`. Events of a job, each a dict:
 
 from __future__ import annotations
 
-import base64
 import logging
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +20,9 @@ from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError, V
 from vidgen.core.protocols import OnEvent
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.types import Preview
-    from vidgen.server.film_making import FilmMaker
-    from vidgen.server.making import Maker
+    from vidgen.pipeline.engine import Engine
 
 OPEN, CANCELLED, PAUSED = "open", "cancelled", "paused"
-PROGRESS_PAUSE_S = 0.1
-"""Between two messages on a stage's progress; steps of the sampler are always reported."""
 log = logging.getLogger(__name__)
 
 
@@ -39,12 +33,10 @@ class MemoryFull(VidgenError):
 class Runner:
     """Makes clips and films of one model; see `vidgen.pipeline.workers.types.Work`."""
 
-    _tell: OnEvent
+    _engine: Engine
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._makers: dict[str, Maker | FilmMaker] = {}
-        self._reported_s = 0.0
 
     def __call__(self, payload: dict[str, Any], tell: OnEvent) -> dict[str, Any] | None:
         """Open the model, or do a job and return its facts.
@@ -56,19 +48,21 @@ class Runner:
         if payload["kind"] == OPEN:
             self._open()
             return None
-        self._tell = tell
-        folder, maker = Path(payload["folder"]), self._makers[payload["kind"]]
+        from vidgen.server.making import Reporter, make_clip, make_film
+
+        make = make_film if payload["kind"] == "film" else make_clip
+        folder, report = Path(payload["folder"]), Reporter(tell)
         try:
-            return maker.make(folder, payload["spec"], self._preview)
+            return make(self._engine, folder, payload["spec"], report) | report.facts()
         except Cancelled as error:
             if str(error) == CANCELLED:
-                remove_half_made(folder)
+                _remove_half_made(folder)
             raise
         except (InputError, ModelError, OutputError):
             raise
         except Exception as error:
             log.error("the job failed", exc_info=error)
-            raise failure(error) from None
+            raise _failure(error) from None
 
     def _open(self) -> None:
         logging.getLogger().setLevel(logging.INFO)
@@ -76,31 +70,10 @@ class Runner:
         from vidgen.pipeline.engine import load_own
 
         reuse_freed_memory()
-        engine = load_own(self._model, "the service makes clips of its own models alone")
-        from vidgen.server.film_making import FilmMaker
-        from vidgen.server.making import Maker
-
-        self._makers = {"video": Maker(engine, self._report),
-                        "film": FilmMaker(engine, self._report)}
-
-    def _report(self, event: dict[str, Any]) -> None:
-        """Pass on an event of the makers, those that come by the frame not too often."""
-        now = time.monotonic()
-        often = event["event"] == "progress" and event["stage"] in ("write", "assemble")
-        if often and now - self._reported_s < PROGRESS_PAUSE_S and event["done"] < event["total"]:
-            return
-        self._reported_s = now
-        self._tell(event)
-
-    def _preview(self, shown: Preview) -> None:
-        from vidgen.pipeline.preview import as_webp
-
-        image = base64.b64encode(as_webp(shown)).decode()
-        self._tell({"event": "preview", "step": shown.step, "fps": float(shown.fps),
-                    "image": f"data:image/webp;base64,{image}"})
+        self._engine = load_own(self._model, "the service makes clips of its own models alone")
 
 
-def failure(error: Exception) -> VidgenError:
+def _failure(error: Exception) -> VidgenError:
     """Return an error of ours, for clients, in place of one that isn't."""
     if isinstance(error, MemoryError):
         return MemoryFull("the memory is full; ask for a smaller or shorter clip")
@@ -109,7 +82,7 @@ def failure(error: Exception) -> VidgenError:
     return VidgenError("the job failed for a reason of the service's own")
 
 
-def remove_half_made(folder: Path) -> None:
+def _remove_half_made(folder: Path) -> None:
     """Remove the journals that would let a job go on."""
     from vidgen.pipeline.journal.job import SUFFIX, remove_job
 

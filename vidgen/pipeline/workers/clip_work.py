@@ -15,14 +15,14 @@ from vidgen.pipeline.journal.journal import Journal
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.types import AnyEngine, OnPreview
+    from vidgen.pipeline.types import AnyEngine, Estimate, OnPreview
 
 
 def write_request(
     engine: AnyEngine, request: Request, path: Path, tell: OnEvent,
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
-    on_preview: OnPreview | None = None,
-) -> None:
+    on_preview: OnPreview | None = None, on_estimate: Callable[[Estimate], None] | None = None,
+) -> Clip:
     """Make a request's single clip and write it, over an existing file; resume a stopped one.
 
     Args:
@@ -30,12 +30,13 @@ def write_request(
         told: further entries of each event.
         cut: returns the part of the clip to be written; None: all.
         on_preview: as in `Engine.generate`; other families' engines show none.
+        on_estimate: likewise.
     """
     journal = Journal(path, resume=True)
     if journal.finished:  # a kill came after the file, before anybody was told of it
-        journal.clip()
-        return
-    own: dict[str, Any] = {} if on_preview is None else {"on_preview": on_preview}
+        return journal.clip()
+    given = {"on_preview": on_preview, "on_estimate": on_estimate}
+    own: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
     clip = engine.generate(
         request, journal=journal, **own,
         on_event=lambda p: tell({"event": "progress", "stage": p.stage, "done": p.done,
@@ -47,6 +48,7 @@ def write_request(
     clip.save(path, overwrite=True, on_frames=lambda done: tell(
         {"event": "progress", "stage": "write", "done": done, "total": total, **told}))
     tell({"event": "written", "path": str(path), **told})
+    return clip
 
 
 @dataclass
