@@ -1,8 +1,7 @@
-"""`--devices` as a command: a device that dies ends it, Ctrl-C as well; torchrun may start it."""
+"""`--devices` as a command: a device that dies ends it, Ctrl-C as well."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -79,21 +78,3 @@ def test_nothing_is_left_behind(
     while any(map(is_running, workers)):
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-def test_torchrun_starts_the_ranks(tiny_model: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vidgen",
-        "generate", PROMPT, "--model", str(tiny_model), "--seed", "3", "-o", "clip.mp4", "--json",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["clips"][0]["path"] == "clip.mp4"
-
-    from vidgen.media.probe import read_recipe
-
-    assert read_recipe(tmp_path / "clip.mp4")["devices"]["count"] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]

@@ -169,11 +169,9 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb, arguments)
     args = parser.parse(arguments)
-    if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
-        from vidgen.pipeline.parallel.worker import join_torchrun
-
-        join_torchrun()  # the process of rank 0 does all the rest
-        return 0
+    if verb in ("generate", "extend", "sweep") and given_rank() is not None:
+        raise InputError(f"vidgen {verb} starts its devices itself; leave torchrun out, and give "
+                         "--devices N")
     events = getattr(args, "events", None)
     if events not in (None, "-") and events == getattr(args, "output", None):
         raise InputError(f"output and events are both {events}; give one of them another name")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import CALLED, OUTPUT, Loading, Options, Request
-from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -202,18 +201,17 @@ def add_resume(parser: Parser) -> None:
 
 
 def choose_devices(loading: Loading, journals: Sequence[Journal]) -> Loading:
-    """Return the loading with the devices given, started by torchrun, or used by unfinished clips.
+    """Return the loading with the devices given, or used by unfinished clips.
 
     If all clips are finished, one device is enough.
     """
     count, shard = loading.devices, loading.shard
-    given = given_rank()
-    if journals and not given and all(journal.finished for journal in journals):
+    if journals and all(journal.finished for journal in journals):
         return loading.replace(devices=1, shard=False)
     kept = ((journal.recipe or {}).get("devices") for journal in journals)
     began: dict[str, Any] = next(filter(None, kept), {})
     if count is None:
-        count = given[1] if given else began.get("count", 1)
+        count = began.get("count", 1)
     if shard is None:
         shard = began.get("shard", False)
     return loading.replace(devices=count, shard=shard)

@@ -20,7 +20,7 @@ from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import Loading
-from vidgen.core.runtime import given_rank, slug
+from vidgen.core.runtime import slug
 from vidgen.core.store import Store
 
 if TYPE_CHECKING:
@@ -71,9 +71,6 @@ def run(args: Namespace, report: Report) -> int:
                          "or vary the seed with --over seed=1..4")
     if args.preview:
         raise InputError("a sweep shows no previews; leave --preview out")
-    if given_rank() is not None:
-        raise InputError("a sweep starts its devices itself; leave torchrun out, and give "
-                         "--devices N")
     _check_axes(args.over)
     stem, is_drawn = _stem_and_seed(args)
     cells = _cells(args, stem)

@@ -186,8 +186,7 @@ class Loading(Options):
     quantize: Literal["int8"] | None = option(
         None, MODEL, "keep the linear layers' weights in 8 bits, half the memory", basic=True)
     devices: int | None = option(
-        None, MODEL, "devices that share the work; default 1, under torchrun as many as it "
-        "started", "N", ge=1, le=MAX_DEVICES)
+        None, MODEL, "devices that share the work; default 1", "N", ge=1, le=MAX_DEVICES)
     shard: bool | None = option(
         None, MODEL, "spread the transformer's weights over the devices")
 

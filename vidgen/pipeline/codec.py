@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -168,12 +169,20 @@ def room_for(num_bytes: int, num_rooms: int = 1) -> Tensor:
     """Return zeros uint8 [num_bytes]; in an unnamed file if `num_rooms` of them are large."""
     if num_bytes * num_rooms <= IN_MEMORY:
         return torch.zeros(num_bytes, dtype=torch.uint8)
+    with room_in_file(num_bytes) as (_, room):
+        return room
+
+
+@contextmanager
+def room_in_file(num_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """Give zeros uint8 [num_bytes] in a file, and its name, which is gone afterwards."""
     try:
-        with tempfile.NamedTemporaryFile(prefix="vidgen-") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, not as a fault when written
-            return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
+        file = tempfile.NamedTemporaryFile(prefix="vidgen-")  # noqa: SIM115
+        os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, not as a fault when written
     except OSError as error:
         raise write_error(Path(tempfile.gettempdir(), "frames"), error) from error
+    with file:
+        yield file.name, torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 def rooms_for(tiles: Tiles) -> Room:

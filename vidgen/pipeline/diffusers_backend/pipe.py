@@ -57,7 +57,7 @@ class LoadedPipeline:
         self.folder, self.device, self.offload = folder, device, offload
         self.own = _load(folder, dtype, loader)
         self._placed: Any = None
-        vae = getattr(self.own, "vae", None)
+        vae: Any = getattr(self.own, "vae", None)
         if hasattr(vae, "use_framewise_decoding") and _carries_past(vae):
             vae.use_framewise_decoding = True  # equal frames in less memory
 

@@ -1,9 +1,8 @@
 """Several devices for one clip: processes that share the denoising and decoding.
 
 This process, rank 0, runs the whole pipeline: it reads, plans, samples, keeps the journal and
-writes. The others, workers that have this one job, hold the transformers and the VAE and wait for
-orders; `worker` is their program. So every task, window, sampler and journal works with any number
-of devices.
+writes. The others are workers that hold the transformers and the VAE; each order is a job of
+theirs. So every task, window, sampler and journal works with any number of devices.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -11,13 +10,12 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,13 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.core.errors import DeviceError, InputError
-from vidgen.core.runtime import given_rank
 from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import LatentState, moved
-from vidgen.pipeline.codec import decode_latents, room_for
+from vidgen.pipeline.codec import decode_latents, room_in_file
 from vidgen.pipeline.parallel import ipc
-from vidgen.pipeline.parallel.worker import FAILURE, LOST, join_local
-from vidgen.pipeline.workers.pool import LocalPool
+from vidgen.pipeline.parallel.worker import LOST, DeviceWorker
+from vidgen.pipeline.workers.pool import LocalPool, LocalWorker
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -49,23 +46,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
-"""Time to wait for a rank that is to leave, or whose end is suspected."""
+"""Time to wait for the reason of a rank whose end is suspected."""
 
 
 class Devices:
     """Rank 0's side of the devices; `start_devices` creates it.
 
     If a device fails, methods raise DeviceError, and the engine can't be used afterwards. `pool`
-    holds the processes started here, and `shard` spreads the transformers' weights over all.
+    holds the other ranks, and `shard` spreads the transformers' weights over all.
     """
 
     def __init__(self, channel: ipc.Channel, pool: LocalPool, *, shard: bool) -> None:
         self.channel, self.size, self.shard = channel, channel.size, shard
         self._pool, self._num_heads = pool, 0
-        self._coming: _Coming | None = None
+        self._sent, self._done = Counter[int](), Counter[int]()  # orders, by rank
         self._sampling: ipc.Share | None = None
         self._remembered: Mapping[str, Tensor] = {}
-        self._end = weakref.finalize(self, _dissolve, channel, pool)
+        self._end = weakref.finalize(self, _dissolve, pool)
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -110,7 +107,7 @@ class Devices:
                 yield _guided(partial(self._velocities, made, division), share)
             finally:
                 self._sampling, self._remembered = None, {}
-                if not self.channel.broken:
+                if self._end.alive:
                     self.order("end")
 
     def _velocities(
@@ -147,42 +144,36 @@ class Devices:
         rate: int = 1,
     ) -> Iterator[Tensor]:
         """Yield the result of `codec.decode_latents`, a stretch decoded by each device."""
-        self._require_alive()
-        with loader.use("vae") as network:
-            vae = network.at_rate(rate)
-            t, hw = vae.strides.t, vae.strides.hw
-            shape = (latents.shape[0], 3, t, *(side * hw for side in latents.shape[3:]))
-            back = vae.receptive_frames() - 1
+        with ExitStack() as stack:
+            vae = stack.enter_context(loader.use("vae")).at_rate(rate)
+            t, hw, dtype = vae.strides.t, vae.strides.hw, loader.dtype_of("vae")
+            shape = torch.Size((len(latents), 3, t, *(side * hw for side in latents.shape[3:])))
+            num_bytes, back = shape.numel() * dtype.itemsize, vae.receptive_frames() - 1
             mine, *others = ipc.stretches(begin, latents.shape[2], self.size, back)
-            theirs = [(first, end) for first, end in others if end > first]
-            slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))
-                      for first, end in theirs]
-            coming: Iterable[Tensor] = ()
-            if slices:
-                self.order("decode", loader.dtype, loader.offload, slices, tiles, rate)
-                sizes = [end - first for first, end in theirs]
-                coming = self._coming = _Coming(self, sizes, shape, loader.dtype_of("vae"))
+            theirs = [(worker, first, end) for worker, (first, end)
+                      in zip(self._pool.workers, others, strict=True) if end > first]
+            if theirs:
+                total = num_bytes * (latents.shape[2] - mine[1])
+                name, room = stack.enter_context(room_in_file(total))
+                stack.callback(self._finish)  # the file has its name until they have opened it
+            for worker, first, end in theirs:
+                given = latents[:, :, max(0, first - back) : end].cpu()
+                place = (name, total, num_bytes * (first - mine[1]))
+                self._send(worker, "decode", loader.dtype, loader.offload, place, given,
+                           min(first, back), tiles, rate)
             yield from decode_latents(loader, latents, *mine, tiles, rate)
-            yield from coming
+            if theirs:
+                self._finish()
+                for chunk in room.split(num_bytes):
+                    yield chunk.view(dtype).view(shape)
 
     def close(self) -> None:
         """Dismiss the others; an engine with these devices can't be used afterwards."""
-        if self._end.alive and self._coming is not None and not self.channel.broken:
-            self._coming.take_all()
         self._end()
 
     def order(self, *what: Any) -> None:
         """Send the others an order."""
-        self._require_alive()
-        if self._coming is not None:  # a clip that is half decoded: receive its frames first
-            self._coming.take_all()
-            self._coming = None
-        with self.together():
-            self.channel.order(*what)
-
-    def _require_alive(self) -> None:
-        if not self._end.alive:
-            raise DeviceError("the other devices are gone; load the model again")
+        self._send(None, *what)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -190,25 +181,52 @@ class Devices:
         try:
             yield
         except BaseException as error:
-            reason = None
-            if ipc.is_loss(error):
-                reason = self._failure() or f"the devices lost each other: {error}"
-            self.channel.broken = True
+            lost = ipc.is_loss(error)
+            reason = self._failure() or f"the devices lost each other: {error}" if lost else None
             self._end()
             if reason is not None:
                 raise DeviceError(reason) from error
             raise
 
+    def _require_alive(self) -> None:
+        if not self._end.alive:
+            raise DeviceError("the other devices are gone; load the model again")
+
+    def _send(self, worker: LocalWorker | None, *what: Any) -> None:
+        """Send an order to one worker, or to all."""
+        self._require_alive()
+        with self.together():
+            self._hear()
+        order = pickle.dumps(what)
+        for each in self._pool.workers if worker is None else [worker]:
+            self._sent[each.number] += 1
+            each.send("job", order)
+
+    def _finish(self) -> None:
+        """Wait until all orders are done."""
+        with self.together():
+            while self._end.alive and self._done != self._sent:
+                self._hear(1.0)
+
+    def _hear(self, seconds: float = 0.0) -> None:
+        """Take the others' messages; raise DeviceError for one that failed."""
+        lost = False
+        while not lost and (heard := self._pool.listen(seconds)):
+            seconds = 0.0
+            for worker, (kind, *details) in heard:
+                lost |= kind == "lost"
+                self._done[worker.number] += kind == "done"
+                if kind == "tell" or (kind == "lost" and worker.process.returncode != LOST):
+                    text = details[0] if kind == "lost" else details[0]["text"]
+                    raise DeviceError(f"device {worker.number} of {self.size} failed: {text}")
+
     def _failure(self) -> str | None:
         until = time.monotonic() + GRACE_S
         while time.monotonic() < until:
-            with suppress(RuntimeError):
-                if self.channel.store.check([FAILURE]):
-                    return self.channel.store.get(FAILURE).decode()
-            for worker, (kind, *details) in self._pool.listen(0):
-                if kind == "lost" and worker.process.returncode != LOST:
-                    return f"device {worker.number} of {self.size} failed: {details[0]}"
-            time.sleep(0.05)
+            try:
+                self._hear(0.05)
+            except DeviceError as error:
+                return str(error)
         return None
 
 
@@ -216,24 +234,21 @@ def start_devices(
     devices: int | None, device: torch.device, *, shard: bool | None = False,
     offload: str | None = None, quantize: Quantization | None = None,
 ) -> Devices | None:
-    """Start the other processes, or join torchrun's; None for one device.
+    """Start the other processes; None for one device.
 
     Raises:
-        InputError: more devices than exist, or than torchrun started; options that conflict.
+        InputError: more devices than exist; options that conflict.
         DeviceError: one failed while it started.
     """
     if devices is None or devices == 1:
         if shard:
             raise InputError("shard spreads weights over devices; give --devices 2 or more")
         return None
-    shard = bool(shard)
     if shard and (quantize or offload == "block"):
         raise InputError("weights that are spread over devices can be neither int8 nor read block "
                          "by block; leave --shard out, or the other")
-    given = given_rank()
-    here = devices if given is None else int(os.environ.get("LOCAL_WORLD_SIZE", devices))
     count = torch.cuda.device_count()
-    if device.type == "cuda" and here > count:
+    if device.type == "cuda" and devices > count:
         raise InputError(f"devices is {devices}, but torch sees {count} here; give {count} or "
                          "fewer")
     if device.type not in ("cpu", "cuda"):
@@ -241,20 +256,10 @@ def start_devices(
     if dist.is_initialized():
         raise InputError("torch.distributed is in use in this process already; close the other "
                          "engine, or load with devices=1")
-    if given is None:
-        return _start_local(devices, device, shard=shard)
-    if given[1] != devices:
-        raise InputError(f"torchrun started {given[1]} processes, devices is {devices}; the two "
-                         "must be the same")
-    channel = ipc.Channel(*ipc.torchrun_place(), device, local=False)
-    return Devices(channel, LocalPool(b"", 0, None), shard=shard)
-
-
-def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)
     store = dist.TCPStore("127.0.0.1", 0, devices, is_master=True, wait_for_workers=False)
-    pool = LocalPool(pickle.dumps(join_local), devices - 1, None)
+    pool = LocalPool(pickle.dumps(DeviceWorker()), devices - 1, None)
     try:
         pool.start()
         waiting = devices - 1
@@ -262,10 +267,13 @@ def _start_local(devices: int, device: torch.device, *, shard: bool) -> Devices:
             for worker, (kind, *details) in pool.listen(1.0):
                 if kind == "lost":
                     raise DeviceError(f"device {worker.number} of {devices} failed: {details[0]}")
-                if kind == "ready":
-                    worker.send("job", (worker.number, devices, store.port, device.type))
-                    waiting -= 1
-        return Devices(ipc.Channel(store, 0, devices, device, local=True), pool, shard=shard)
+                waiting -= kind == "ready"
+        for worker in pool.workers:
+            place = (worker.number, devices, store.port, device.type)
+            worker.send("job", pickle.dumps(("join", *place)))
+        made = Devices(ipc.Channel(store, 0, devices, device), pool, shard=bool(shard))
+        made._sent.update(worker.number for worker in pool.workers)
+        return made
     except BaseException:
         pool.end()
         raise
@@ -283,43 +291,7 @@ def _guided(call: Callable[..., tuple[Tensor, ...]], share: ipc.Share) -> Denois
                   both=lambda latents, sigma: call(latents, sigma, 0, 1))
 
 
-class _Coming:
-    """Chunks of `shape` that ranks 1, 2, ... decode meanwhile, in order, `sizes` of each."""
-
-    def __init__(
-        self, devices: Devices, sizes: list[int], shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        self._devices, self._shape, self._dtype = devices, shape, dtype
-        self._senders = deque(rank for rank, size in enumerate(sizes, 1) for _ in range(size))
-        self._taken: deque[Tensor] = deque()
-        devices.channel.owed = bool(self._senders)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self._taken or self._senders:
-            yield self._taken.popleft() if self._taken else self._receive(self._room(1)[0])
-
-    def take_all(self) -> None:
-        """Receive the remaining chunks, so that the ranks are free for other work."""
-        for room in self._room(len(self._senders)):
-            self._taken.append(self._receive(room))
-
-    def _room(self, count: int) -> Sequence[Tensor]:
-        each = torch.Size(self._shape).numel() * self._dtype.itemsize
-        return room_for(count * each).split(each) if count else ()
-
-    def _receive(self, room: Tensor) -> Tensor:
-        with self._devices.together():
-            dist.recv(room, src=self._senders.popleft())
-        self._devices.channel.owed = bool(self._senders)
-        return room.view(self._dtype).view(self._shape)
-
-
-def _dissolve(channel: ipc.Channel, pool: LocalPool) -> None:
-    grace_s = 0.0
-    if not (channel.broken or channel.owed):
-        with suppress(RuntimeError):
-            channel.order("close")
-            grace_s = GRACE_S
-    pool.end(grace_s)
+def _dissolve(pool: LocalPool) -> None:
+    pool.end()
     with suppress(RuntimeError):
         dist.destroy_process_group()

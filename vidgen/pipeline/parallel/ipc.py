@@ -1,8 +1,4 @@
-"""Communication of ranks: groups that compute, and orders from rank 0.
-
-Orders travel in two parts, since a rank may wait for hours while a collective has to fail after
-minutes: a key in the rendezvous store wakes a rank, then a broadcast carries the order.
-"""
+"""Groups of ranks that compute together, and the division of work among them."""
 
 from __future__ import annotations
 
@@ -118,20 +114,12 @@ class Share:
 
 
 class Channel:
-    """This process's place among the ranks; all create it at the same time.
+    """This process's place among the ranks of one machine; all create it at the same time."""
 
-    `local` ranks run on one machine, so that they need only the loopback device.
-    """
-
-    def __init__(
-        self, store: dist.Store, rank: int, size: int, device: torch.device, *, local: bool
-    ) -> None:
-        self.store, self.rank, self.size, self.device = store, rank, size, device
-        self.broken = False  # ranks may wait for what never comes, so that no order reaches them
-        self.owed = False  # a rank has yet to send a result, and receives no order before
-        self._count = 0
+    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with environment(**dict.fromkeys(_INTERFACES, _LOOPBACK) if local else {}):
+        with environment(**dict.fromkeys(_INTERFACES, _LOOPBACK)):
             dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank,
                                     world_size=size, timeout=TIMEOUT)
             self._whole, self._half = Ranks(), None
@@ -162,38 +150,11 @@ class Channel:
 
         return init_device_mesh(self.device.type, (self.size,))
 
-    def order(self, *what: Any) -> None:
-        """Send an order from rank 0 to all others."""
-        self.store.set(f"order/{self._count}", "")
-        self.store.delete_key(f"order/{self._count - 2}")  # all have seen that one
-        self._count += 1
-        dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
-
-    def await_order(self) -> tuple[Any, ...]:
-        """Return rank 0's next order, however long that takes."""
-        while True:
-            try:
-                self.store.wait([f"order/{self._count}"], timedelta(minutes=5))
-                break
-            except dist.DistStoreError as error:  # both a timeout and an end of the connection
-                if "timeout" not in str(error).lower():
-                    raise
-        self._count += 1
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return tuple(box[0])
-
 
 def is_loss(error: BaseException) -> bool:
     """Return whether an error means that another rank can't be reached, not its own failure."""
     is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     return is_gloo or isinstance(error, dist.DistError)
-
-
-def torchrun_place() -> tuple[dist.Store, int, int]:
-    """Return the rendezvous store, rank and number of ranks of torchrun's process."""
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    return dist.PrefixStore("vidgen", store), rank, size
 
 
 @contextmanager

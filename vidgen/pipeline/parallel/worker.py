@@ -1,13 +1,12 @@
-"""The program of all ranks but 0: open the model and follow orders."""
+"""The work of all ranks but 0: open the model and follow orders."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-import traceback
+import pickle
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from vidgen.core.protocols import OnEvent
 from vidgen.diffusion.state import moved
-from vidgen.pipeline.codec import decode_latents, room_for
+from vidgen.pipeline.codec import decode_latents
 from vidgen.pipeline.loader import EXPERTS, ModelLoader
 from vidgen.pipeline.parallel import ipc
 from vidgen.pipeline.types import Offload
@@ -31,22 +30,40 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 
-CPU = torch.device("cpu")
-FAILURE = "failure"
-"""Key of the rendezvous store at which a rank leaves the reason why it failed."""
 LOST = 3
 """Exit code of a rank that stops because another one is gone."""
 
 
 class DeviceWorker:
-    """A rank's answers to orders; each order is a method of the same name."""
+    """A rank's answers to orders; each order is a method of the same name.
+
+    The process ends with a failure, so that the others notice a rank that they wait for in vain.
+    """
 
     loader: ModelLoader | None = None
     _caches: StepCaches | None = None
 
-    def __init__(self, channel: ipc.Channel) -> None:
-        self._channel = channel
-        self._sampling = ExitStack()
+    def __call__(self, order: bytes, tell: OnEvent) -> None:
+        """Follow an order: its name and arguments, pickled."""
+        name, *details = pickle.loads(order)
+        try:
+            getattr(self, name)(*details)
+        except BaseException as error:
+            if not ipc.is_loss(error):
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                with suppress(OSError):
+                    tell({"event": "failed", "text": text})
+            os._exit(LOST if ipc.is_loss(error) else 1)
+
+    def join(self, rank: int, size: int, port: int, kind: str) -> None:
+        """Become a rank of the group whose store has this port, on a kind of device."""
+        logging.getLogger().setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")  # rank 0 gives the same
+        device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=ipc.TIMEOUT)
+        self._channel, self._sampling = ipc.Channel(store, rank, size, device), ExitStack()
 
     def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
         """Open the networks that the ranks share; they are loaded when they are used."""
@@ -94,25 +111,20 @@ class DeviceWorker:
         self._caches = None
 
     def decode(
-        self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]],
-        tiles: Tiles | None, rate: int,
+        self, dtype: torch.dtype, offload: Offload, room: tuple[str, int, int],
+        latents: Tensor, skipped: int, tiles: Tiles | None, rate: int,
     ) -> None:
-        """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
-        if self._channel.rank > len(slices):
-            return
+        """Decode latents [B, C, F, h, w] but the first `skipped` frames, one after the other.
+
+        `room` is a file, its size in bytes, and the place of the first frame in it.
+        """
+        name, size, place = room
+        there = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)[place:]
         loader = self._set_up(dtype, offload)
-        latents, skipped = slices[self._channel.rank - 1]
-        room, sent = None, []
-        videos = decode_latents(loader, latents, skipped, tiles=tiles, rate=rate)
-        for index, video in enumerate(videos):
+        for video in decode_latents(loader, latents, skipped, tiles=tiles, rate=rate):
             made = video.contiguous().view(-1).view(torch.uint8)
-            if room is None:  # rank 0 may be long in coming to it
-                room = room_for((latents.shape[2] - skipped) * made.numel()).split(made.numel())
-            work = dist.isend(room[index].copy_(made), dst=0)
-            assert work is not None, "all ranks are of the group"
-            sent.append(work)
-        for work in sent:
-            work.wait()
+            there[: len(made)].copy_(made)
+            there = there[len(made) :]
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> ModelLoader:
         old = self.loader
@@ -123,53 +135,3 @@ class DeviceWorker:
         self.loader = ModelLoader(self._folder, self._channel.device, dtype, offload,
                                   self._quantize, self._mesh)
         return self.loader
-
-
-def serve(channel: ipc.Channel) -> int:
-    """Follow rank 0's orders until it closes; return the exit code."""
-    worker = DeviceWorker(channel)
-    try:
-        while True:
-            order, *details = channel.await_order()
-            if order == "close":
-                break
-            getattr(worker, order)(*details)
-    except BaseException as error:  # rank 0 reports all of them
-        if ipc.is_loss(error):
-            return LOST
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        channel.store.set(FAILURE, f"device {channel.rank} of {channel.size} failed: {text}")
-        raise
-    dist.destroy_process_group()
-    return 0
-
-
-def _device(index: int) -> torch.device:
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def join_torchrun() -> None:
-    """Serve as a rank of torchrun until the end."""
-    store, rank, size = ipc.torchrun_place()
-    device = _device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else CPU
-    if code := serve(ipc.Channel(store, rank, size, device, local=False)):
-        sys.exit(code)
-
-
-def join_local(place: tuple[int, int, int, str], _tell: OnEvent) -> None:
-    """Serve as a rank of `start_devices`: rank, number of ranks, store's port, kind of device.
-
-    The process ends with it, so that the others notice a rank that they wait for in vain.
-    """
-    rank, size, port, kind = place
-    logging.getLogger().setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # rank 0 gives the same
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=ipc.TIMEOUT)
-    device = _device(rank) if kind == "cuda" else CPU
-    try:
-        code = serve(ipc.Channel(store, rank, size, device, local=True))
-    except Exception:
-        traceback.print_exc()  # its last line is quoted
-        code = 1
-    os._exit(code)  # without the seconds it takes to take down what was imported

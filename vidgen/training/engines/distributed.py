@@ -22,7 +22,7 @@ from torch import Tensor
 from vidgen.core.errors import DeviceError, InputError, VidgenError
 from vidgen.core.runtime import choose_device, given_rank
 from vidgen.ops.parallel import Ranks
-from vidgen.pipeline.parallel.ipc import is_loss, torchrun_place
+from vidgen.pipeline.parallel.ipc import is_loss
 from vidgen.training.config import RunConfig
 
 T = TypeVar("T")
@@ -120,7 +120,9 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
         yield _ALONE
         return
     device = own_device(run.device)
-    store: dist.Store = dist.HashStore() if given is None else torchrun_place()[0]
+    store: dist.Store = dist.HashStore()
+    if given is not None:
+        store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     store = dist.PrefixStore(f"run-{next(_joined)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=TIMEOUT, store=store, rank=rank, world_size=size)
