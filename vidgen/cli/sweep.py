@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from argparse import ArgumentTypeError, Namespace
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
-SEED = "seed"
-"""Name of the data that hold a drawn seed."""
+SUFFIXES = (".png", ".mp4")
+"""Of the sheet and of the video."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Check every setting, make missing clips, lay them out."""
     from vidgen.pipeline.journal.job import job_folder
-    from vidgen.pipeline.journal.job import sweep as sweep_up
 
     if args.count != 1 or args.retry:
         raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
@@ -72,26 +70,20 @@ def run(args: Namespace, report: Report) -> int:
     if args.preview:
         raise InputError("a sweep shows no previews; leave --preview out")
     _check_axes(args.over)
-    stem, is_drawn = _stem_and_seed(args)
-    cells = _cells(args, stem)
+    args.seed = args.seed or 0
+    stem, store = _places(args)
+    cells = _cells(args, store)
     values = len(args.over[-1].values)
     columns = values if len(args.over) > 1 or values < 6 else math.ceil(math.sqrt(values))
-    recipe = _recipe(cells, columns, args)
-    there = [path for path in (f"{stem}.png", f"{stem}.mp4") if _is_there(path, recipe, args)]
     todo = sorted((cell for cell in cells
                    if job_folder(cell.path).is_dir() or not cell.path.is_file()),
                   key=lambda cell: str(cell.loading))
     expected = _estimates(todo)
-    for path in (f"{stem}.png", f"{stem}.mp4") if args.resume else ():
-        sweep_up(job_folder(path))
-    _store(stem).folder.mkdir(exist_ok=True)
-    if is_drawn:
-        _store(stem).keep(SEED, {"seed": args.seed})
-        report.note(f"seed {args.seed}")
+    store.folder.mkdir(exist_ok=True)
     if expected:
         report.expect(expected, num_clips=len(todo), one_by_one=True)
     _make(todo, report)
-    _lay_out(cells, columns, recipe, stem, there, args, report)
+    _lay_out(cells, columns, stem, args, report)
     data: dict[str, Any] = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
         "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
@@ -129,49 +121,24 @@ def _check_axes(axes: Sequence[Axis]) -> None:
                          "one")
 
 
-def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
-    """Return the outputs' name without suffix, and whether a seed was drawn.
-
-    One seed for all settings is settled in `args`; one that an earlier run drew is kept with its
-    clips, so that the same command finds them again.
-    """
-    from vidgen.cli.outputs import output_names
-    from vidgen.core.request import Request
+def _places(args: Namespace) -> tuple[str, Store]:
+    """Return the outputs' name without suffix, and the store of the clips."""
     from vidgen.core.runtime import check_output
-    from vidgen.pipeline.types import draw_seed
+    from vidgen.pipeline.journal.job import job_folder
+    from vidgen.pipeline.journal.job import sweep as sweep_up
 
-    is_drawn = args.seed is None
-    if is_drawn:
-        args.seed = _earlier_seed(args) or draw_seed()
-    request = Request(prompt=args.prompt, seed=args.seed)
-    output = args.output or f"{output_names(None, request)[0].removesuffix('.mp4')}-sweep.png"
+    output = args.output or f"{slug(args.prompt)}-{args.seed}-sweep.png"
     stem = output.removesuffix(suffix := Path(output).suffix)
-    if suffix.lower() not in (".png", ".mp4"):
+    if suffix.lower() not in SUFFIXES:
         raise InputError(f"output {output} must end in .png or .mp4; a sweep writes both")
-    for suffix in (".png", ".mp4"):
+    for suffix in SUFFIXES:
         check_output(stem + suffix, overwrite=args.overwrite or args.resume)
-    kept = _store(stem).data(SEED).get("seed") if is_drawn else None
-    if isinstance(kept, int):
-        args.seed = kept
-    return stem, is_drawn
+        if args.resume:
+            sweep_up(job_folder(stem + suffix))
+    return stem, Store(Path(f"{stem}.cells"))
 
 
-def _store(stem: str) -> Store:
-    return Store(Path(f"{stem}.cells"))
-
-
-def _earlier_seed(args: Namespace) -> int | None:
-    if args.output or not args.resume:
-        return None
-    name = re.compile(rf"{re.escape(slug(args.prompt))}-(\d+)-sweep\.cells")
-    seeds = [int(found[1]) for path in Path().iterdir() if (found := name.fullmatch(path.name))]
-    if len(seeds) > 1:
-        raise InputError(f"sweeps of this prompt have the seeds {sorted(seeds)}; say with --seed "
-                         "which one is to go on")
-    return seeds[0] if seeds else None
-
-
-def _cells(args: Namespace, stem: str) -> list[Cell]:
+def _cells(args: Namespace, store: Store) -> list[Cell]:
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
@@ -181,7 +148,7 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
     base = given_options(args) | given_options(args, Loading)
     base["settings"] = parse_settings(args.settings)
     cells = [
-        _cell(base, list(zip(args.over, values, strict=True)), stem)
+        _cell(base, list(zip(args.over, values, strict=True)), store)
         for values in product(*(axis.values for axis in args.over))]
     policy = policy_from_environment()
     for cell in cells:
@@ -189,7 +156,7 @@ def _cells(args: Namespace, stem: str) -> list[Cell]:
     return cells
 
 
-def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str) -> Cell:
+def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], store: Store) -> Cell:
     from vidgen.core.request import Request
 
     options, label = dict(base), []
@@ -204,8 +171,7 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
             label.append(value)
     loaded = {name: options.pop(name) for name in Loading.model_fields if name in options}
     loading, request = choose_devices(Loading(**loaded), ()), Request(**options)
-    name = _identity(request, loading)
-    return Cell(", ".join(label), request, loading, _store(stem).path(name))
+    return Cell(", ".join(label), request, loading, store.path(_identity(request, loading)))
 
 
 def _replaced(prompt: str, word: str, value: str) -> str:
@@ -276,39 +242,21 @@ def _verdict(cell: Cell, report: Report) -> str | None:
     return None if found is None else verdict(found)
 
 
-def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, Any]:
-    from vidgen import __version__
-
-    over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
-    return {"vidgen": __version__, "sweep": {
-        "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
-        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells]}}
-
-
-def _is_there(path: str, recipe: Mapping[str, Any], args: Namespace) -> bool:
-    """Return whether this very sweep's sheet or video exists, when it goes on."""
-    from vidgen.media.probe import read_recipe
-
-    if args.overwrite or not Path(path).exists():
-        return False
-    if (read_recipe(path) or {}).get("sweep") != json.loads(json.dumps(recipe["sweep"])):
-        raise InputError(f"{path} is another sweep's; choose another name, or give --overwrite")
-    return True
-
-
 def _lay_out(
-    cells: Sequence[Cell], columns: int, recipe: dict[str, Any], stem: str, there: Sequence[str],
-    args: Namespace, report: Report,
+    cells: Sequence[Cell], columns: int, stem: str, args: Namespace, report: Report
 ) -> None:
+    from vidgen import __version__
     from vidgen.media.grid import Grid
     from vidgen.media.write import write_clip
 
+    over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
+    recipe = {"vidgen": __version__, "sweep": {
+        "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
+        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells]}}
     grid = Grid([cell.path for cell in cells], [cell.label for cell in cells], columns)
     film = replace(grid.info, recipe=recipe)
-    for path, frames, info in (
-        (f"{stem}.png", [grid.still()[None]], replace(film, num_frames=1)),
-        (f"{stem}.mp4", grid.frames(), film),
-    ):
-        if path not in there:
-            write_clip(path, frames, info, overwrite=args.overwrite)
-            report.written(path)
+    still = replace(film, num_frames=1)
+    write_clip(f"{stem}.png", [grid.still()[None]], still, overwrite=True)
+    report.written(f"{stem}.png")
+    write_clip(f"{stem}.mp4", grid.frames(), film, overwrite=True)
+    report.written(f"{stem}.mp4")
