@@ -64,7 +64,6 @@ COMMANDS: dict[str, str] = {
     "windows": f"generate {CAR} --frames 49 --steps 4 --seed 7 -o clip.mp4",
     "two-subjects": f"generate {TWO} --frames 13 --steps 6 --set candidates=2 --seed 7 "
                     "-o clip.mp4",
-    "roll": f"generate {CAR} --frames 25 --roll --seed 7 -o clip.mp4",
     "no-sound": f"generate {CAR} {FEW} --audio none",
     "own-sound": f"generate {CAR} {FEW} --audio generate --set audio_steps=3 "
                  "--set audio_candidates=2 --set audio_delay=0.05",
@@ -191,14 +190,6 @@ def _stages(events: Iterable[Any]) -> list[list[Any]]:
 
 def _read_events(path: str) -> list[Any]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def pipe(materials: Materials) -> None:
-    """Roll a clip into stdout."""
-    with Path("clip.mkv").open("wb") as file:
-        process = _start(materials, f"generate {CAR} --frames 25 --roll --seed 7 -o -", stdout=file)
-        if process.wait():
-            raise RuntimeError(f"exit code {process.returncode}")
 
 
 def events(materials: Materials) -> None:
@@ -334,7 +325,6 @@ def _kill(materials: Materials, words: str, stage: str, done: int) -> None:
 CASES: dict[str, Case] = {
     **{name: lambda materials, text=text: [run(materials, words) for words in text.split("\n")]
        for name, text in COMMANDS.items()},
-    "roll-into-a-pipe": pipe,
     "events": events,
     "python": python,
     "python-wan": python_wan,

@@ -23,15 +23,14 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.diffusion.state import LatentState
 from vidgen.diffusion.temporal_upsampling import LatentRate
-from vidgen.media.clip import Clip
-from vidgen.pipeline.codec import as_video, to_frames
+from vidgen.pipeline.codec import to_frames
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.extend import LongClip
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, no_beginning, window_size
 from vidgen.pipeline.types import Plan
 
-WAYS = ("pixels", "latents", "held", "anchored", "rolled")
+WAYS = ("pixels", "latents", "held", "anchored")
 TRUTH = "truth"
 
 
@@ -104,8 +103,6 @@ class Chain:
             return self._truth(self.plan.num_frames)
         if way == "pixels":
             return self._by_pixels()
-        if way == "rolled":
-            return self._rolled()
         hold = 0.0 if way == "latents" else self.settings.hold
         request = self.request.replace(colour_hold=hold, settings={"anchor": way == "anchored"})
         long = LongClip(self.engine, self.plan, request, Inputs(), no_beginning(self.plan))
@@ -134,13 +131,6 @@ class Chain:
             )
             video = torch.cat([video, self._decode(long.sample(self._sample))[:, :, count:]], dim=2)
         return video
-
-    def _rolled(self) -> Tensor:
-        """Have the model's roller make a clip as long."""
-        request = self.request.replace(roll=True, overlap=None, steps=None)
-        clip = self.engine.generate(request)
-        assert isinstance(clip, Clip)
-        return as_video(clip.frames)
 
     def _encode(self, video: Tensor) -> Tensor:
         """Latents at the rate that clips are drawn at, on the CPU."""

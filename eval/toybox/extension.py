@@ -4,13 +4,12 @@
 
 Each seed is a benchmark prompt of the Toybox world whose motion and camera can go on for ever (what
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
-five ways:
+four ways:
     pixels   each window begins with the last frames of the one before, decoded and encoded again
     latents  windows hand over latents (`vidgen extend` with --colour-hold 0 --set anchor=false)
     held     the same, colours held to the first window's (--set anchor=false)
     anchored the same, and each window is shown the clip's first frame (as by default, in models
              that were taught to keep to it)
-    rolled   the model's roller, turn by turn, beside them
 All ways share the first window: made from the prompt, or rendered (`--start render`) so that what
 follows shows how a true picture is kept. `truth` is a render as long as the clips: what moving
 sprites and cameras do to the same figures by themselves.
@@ -52,7 +51,7 @@ from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
 from vidgen.pipeline.workers.types import Job, Patience, Staff
 
 COLOURS = {TRUTH: "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
-           "anchored": "#9467bd", "rolled": "#ff7f0e"}
+           "anchored": "#9467bd"}
 SHEET_SEEDS = 6
 
 
@@ -65,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )).settled()  # fmt: skip
     settings, folder = asdict(work.settings) | {"scenes": options.scenes}, work.engine.folder
     identity = settings | {"sha256": folder.content_hash, "judge": embedded_judge().sha256}
-    lacking = {"anchored": ANCHOR_TASK not in folder.tasks, "rolled": folder.roller is None}
+    lacking = {"anchored": ANCHOR_TASK not in folder.tasks}
     ways = [TRUTH, *(way for way in options.way or WAYS if not lacking.get(way))]
     jobs = {
         json.dumps([identity, seed, way]):

@@ -22,13 +22,11 @@ from vidgen.pipeline.best_of_n import sample_best
 from vidgen.pipeline.denoise import RegionalPrompts
 from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.experts import upsampling_of
-from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.rolling import rolled_videos
 from vidgen.pipeline.settings import own_value
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
-from vidgen.pipeline.types import NO_LORAS, Contexts, Plan
+from vidgen.pipeline.types import Contexts, Plan
 
 
 @torch.no_grad()
@@ -46,16 +44,11 @@ def generate_batch(
         plan: size, length, steps and guidance of all; its own prompt and seed are not used.
         prompts: B of them.
         seeds: one each.
-        first_frames: [B, 3, 1, H, W] in [-1, 1], with which the clips are to begin, or None; a
-            plan that rolls clips out has none.
+        first_frames: [B, 3, 1, H, W] in [-1, 1], with which the clips are to begin, or None.
 
     Returns:
         Video [B, 3, T, H, W] in [-1, 1], float32, on the CPU.
     """
-    if plan.roll is not None:
-        plans = [replace(plan, prompt=text, seed=seed)
-                 for text, seed in zip(prompts, seeds, strict=True)]
-        return torch.cat([_rolled(engine, each) for each in plans])
     state = fresh_state(engine, plan, seeds)
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
@@ -86,17 +79,6 @@ def sampled(
         begun = state.rows(slice(row, row + 1))
         made.append(sample_best(engine.loader, plan, begun, prompt, draw, Journal(None), 0, 1)[0])
     return torch.cat(made)
-
-
-def _rolled(engine: Engine, plan: Plan) -> Tensor:
-    made = list[Tensor]()
-    context = text_contexts(engine, plan, read_prompts(engine, [plan.prompt]))[0]
-    request = Request(prompt=plan.prompt)
-    for frames in rolled_videos(engine, plan, request, Inputs(), NO_LORAS, context):
-        made.append(frames.float().clamp(-1, 1).cpu())
-        if sum(part.shape[2] for part in made) >= plan.num_frames:
-            break
-    return torch.cat(made, dim=2)[:, :, : plan.num_frames]
 
 
 @torch.no_grad()

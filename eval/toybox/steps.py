@@ -6,8 +6,8 @@
 
 `caches`: each method at some thresholds, a clip with it right after the same clip without: seconds
 of denoising, PSNR and SSIM against that, and whether the judge finds in both what the prompt says.
-`few`: solvers, step counts, noise schedules, guidance intervals and the model's student and roller,
-if it has them, by what the judge finds, each against the model's own settings on the same prompts
+`few`: solvers, step counts, noise schedules, guidance intervals and the model's student,
+if it has one, by what the judge finds, each against the model's own settings on the same prompts
 and seeds; intervals are paired bootstraps. `wide`: the schedule that `caches` found nearest to 30
 dB, timed at the width of Wan 1.3B. Run it under `scripts/quiet` where seconds matter. A run that
 was stopped goes on: each clip's figures are a line of OUTPUT.jsonl.
@@ -62,7 +62,7 @@ LEVELS = {
 GOAL_DB = 30.0
 MANY: dict[str, Any] = {"sampler": "unipc", "steps": 25, "shift": 3.0}
 """What step caches are measured against: by one path the embedded model gains nothing by more."""
-REFERENCE, STUDENT, ROLLER = "default", "student", "roller"
+REFERENCE, STUDENT = "default", "student"
 FEW: dict[str, dict[str, Any]] = {REFERENCE: {}, "unipc 25 shift 3": MANY} | {
     f"{sampler} {steps} shift {shift:g}": {"sampler": sampler, "steps": steps, "shift": shift}
     for sampler, shifts in (("unipc", (3.0, 5.0, 7.0, 9.0)), ("euler", (3.0, 5.0)))
@@ -212,7 +212,6 @@ def run_few(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, 
     bench = Bench.open(args)
     student = bench.engine.folder.student
     known = FEW | ({} if student is None else {STUDENT: {"steps": student.num_steps}})
-    known |= {} if bench.engine.folder.roller is None else {ROLLER: {"roll": True}}
     ways = {name: known[name] for name in known if name == REFERENCE or _is_asked(name, args.only)}
     rights = {}
     for name, options in ways.items():

@@ -31,7 +31,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig
+from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces"
@@ -221,13 +221,10 @@ def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match=r"candidates is 2, but tiny has no verifier"):
         plain.generate(PROMPT, **OPTIONS, settings={"candidates": 2})
-    roller = StudentConfig("euler", (1.0, 0.0), 3.0, RollConfig())
-    for changed, why in (({"strength": 0.5}, "begins from another"),
-                         ({"student": roller}, "rolled out")):
-        plan = replace(engine.plan(Request.of(PROMPT, OPTIONS), Inputs()), **changed)
-        with pytest.raises(InputError, match=f"candidates is 2, but .*{why}"):
-            with_verifier(plan, Request.of(PROMPT, {"settings": {"candidates": 2}}), engine.folder)
-        assert with_verifier(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
+    plan = replace(engine.plan(Request.of(PROMPT, OPTIONS), Inputs()), strength=0.5)
+    with pytest.raises(InputError, match=r"candidates is 2, but .*begins from another"):
+        with_verifier(plan, Request.of(PROMPT, {"settings": {"candidates": 2}}), engine.folder)
+    assert with_verifier(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
     assert plain.generate(PROMPT, **OPTIONS,
                           settings={"candidates": 1}).recipe["plan"]["candidates"] == 1
     with pytest.raises(InputError, match="candidates is 0; give a whole number from 1 to 64"):

@@ -103,9 +103,8 @@ def test_a_stills_place_is_its_real_position():
     assert_equal(moved, near, 1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["full", "causal"])
-def test_a_still_that_is_not_valid_changes_nothing(pattern):
-    model = make_model(replace(TINY, pattern=pattern))
+def test_a_still_that_is_not_valid_changes_nothing():
+    model = make_model()
     latents, timestep, context = make_inputs()
     alone = model(latents, timestep, context)
     valid = torch.tensor([[False, False], [True, False]])
@@ -130,58 +129,17 @@ def reach(model: SpacetimeDiT, frames: int) -> torch.Tensor:
     return torch.stack(rows, dim=1)
 
 
-def test_patterns_reach_what_they_say():
+def test_every_frame_reaches_every_other():
     assert reach(make_model(), 4).all()
-    causal = reach(make_model(replace(TINY, pattern="causal")), 4)
-    assert torch.equal(causal, torch.ones(4, 4, dtype=torch.bool).tril())
-    pairs = reach(make_model(replace(TINY, pattern="causal", causal_frames=2)), 5)
-    turn = torch.arange(5) // 2
-    assert torch.equal(pairs, turn[:, None] >= turn)
 
 
-@pytest.mark.parametrize("stills", [False, True])
-@pytest.mark.parametrize("causal_frames", [1, 2])
-def test_a_cached_roll_out_equals_the_whole_pass(causal_frames, stills):
-    model = make_model(replace(TINY, pattern="causal", causal_frames=causal_frames))
-    latents, _, context = make_inputs(frames=6)
-    times = torch.arange(12).view(2, 6) * 50.0
-    extra = make_stills([[-4.0], [2.5]]) if stills else None
-    whole = model(latents, times, context, extra=extra)
-    cache = KVCache()
-    parts = []
-    for start, stop in ((0, 2), (2, 6)):
-        part = latents[:, :, start:stop], times[:, start:stop], context
-        known = extra if start == 0 else None
-        cache.recording = False
-        model(part[0] + 1, *part[1:], extra=known, cache=cache)
-        cache.recording = True
-        parts.append(model(*part, extra=known, cache=cache))
-    assert_equal(torch.cat(parts, dim=2), whole)
-    assert (cache.num_frames, cache.num_held) == (6, 6 + int(stills))
-
-
-def test_a_roll_out_that_forgets_sees_the_newest_frames_at_their_places():
-    model = make_model(replace(TINY, num_layers=1)).eval()
-    latents, times, context = make_inputs(frames=6)
-    with model.causal(2):
-        cache, short = KVCache(), KVCache()
-        model(latents[:, :, :4], times, context, cache=cache)
-        cache.forget(2)
-        cache.recording = False
-        made = model(latents[:, :, 4:], times, context, cache=cache)
-        model(latents[:, :, 2:4], times, context, cache=short)
-        short.recording = False
-        again = model(latents[:, :, 4:], times, context, cache=short)
-    assert (cache.num_frames, cache.num_held) == (4, 2)
-    assert_equal(made, again)  # one layer deep, frames that are gone have left nothing behind
-    assert model.config.pattern == "full"
-
-
-def test_other_patterns_than_the_trained_one_are_refused():
-    model = make_model()
-    latents, timestep, context = make_inputs()
-    with pytest.raises(InputError, match=r"'causal' was asked for.*trained with 'full'"):
-        model(latents, timestep, context, cache=KVCache())
+def test_what_cannot_be_recorded_is_refused():
+    model, (latents, timestep, context) = make_model(WITH_AUDIO), make_inputs()
+    with pytest.raises(InputError, match="empty one to a model with the audio modality"):
+        make_model()(latents, timestep, context, cache=KVCache())
+    hidden = make_stills([[5.0], [5.0]], torch.tensor([[True], [False]]))
+    with pytest.raises(InputError, match="are all valid"):
+        model(latents, timestep, context, extra=hidden, cache=KVCache())
 
 
 def test_shapes_and_options_that_do_not_fit_are_refused():
@@ -202,9 +160,6 @@ def test_shapes_and_options_that_do_not_fit_are_refused():
     two_images = make_model(replace(TINY, image_dim=6, image_positions=10))
     with pytest.raises(InputError, match="has 5 rows; this model takes 10"):
         two_images(latents, timestep, context, image_context=torch.zeros(2, 5, 6))
-    heard = make_model(replace(WITH_AUDIO, pattern="causal"))
-    with pytest.raises(InputError, match="audio needs"):
-        heard(latents, timestep, context, audio=make_sound())
     with pytest.raises(ValueError, match="head_dim must be even"):
         replace(TINY, head_dim=13)
 
@@ -272,7 +227,7 @@ def test_the_video_can_be_kept_from_seeing_audio_which_is_then_made_behind_it():
     assert (deaf.audio - both.audio).abs().max() > 1e-4
     with pytest.raises(InputError, match="without the audio modality"):
         make_model().listen(behind, context)
-    with pytest.raises(InputError, match="causal"):
+    with pytest.raises(InputError, match="give an empty one"):
         model(latents, timestep, context, cache=cache)
 
 

@@ -78,7 +78,6 @@ WORDS = {
     "--set oversampling=2 --set candidates=3 --set binding=0.5 --set anchor=false":
         {"settings": {"oversampling": 2, "candidates": 3, "binding": 0.5, "anchor": False}},
     "--readings crimson=red": {"readings": "crimson=red"},
-    "--roll": {"roll": True},
     "--count 3 --strict --retry 2 --aigc ACME":
         {"count": 3, "strict": True, "retry": 2, "aigc": "ACME"},
     "--audio a.wav --audio-loop": {"audio": "a.wav", "audio_loop": True},

@@ -363,6 +363,6 @@ def test_what_memory_does_not_hold_lies_in_a_file_without_a_name(tmp_path, monke
     frames = moving_bars(70)
     whole = write(tmp_path / "whole.mkv", frames)
     monkeypatch.setattr(Spool, "IN_MEMORY", 1000)
-    rolled = write(tmp_path / "rolled.mkv", frames)
-    assert rolled.read_bytes() == whole.read_bytes()
-    assert names(tmp_path) == ["rolled.mkv", "whole.mkv"]
+    spooled = write(tmp_path / "spooled.mkv", frames)
+    assert spooled.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == ["spooled.mkv", "whole.mkv"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.tiny.test_dit import TINY, WITH_AUDIO, WITH_CONTROL, make_inputs, make_model, make_stills
-from vidgen.models.dit_types import AudioTokens, KVCache
+from vidgen.models.dit_types import AudioTokens
 from vidgen.ops.attention import attention
 from vidgen.ops.parallel import Ranks, Spread, ulysses_attention
 
 CONFIGS = {
     "full": TINY, "control": WITH_CONTROL, "audio": WITH_AUDIO, "audio-alone": WITH_AUDIO,
     "audio-behind": WITH_AUDIO,
-    "causal": replace(TINY, pattern="causal"),
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -49,7 +47,6 @@ def everything() -> dict[str, float]:
         found[f"gradients of weights on {size}"] = weight_gradients(ranks)
         for name in CONFIGS:
             found[f"{name} on {size}"] = transformer(ranks, name)
-        found[f"roll-out on {size}"] = roll_out(ranks)
     if HAS_DEEPSPEED:
         found["deepspeed"] = against_deepspeed(Ranks())
     return found
@@ -80,19 +77,6 @@ def transformer(ranks: Ranks, name: str) -> float:
             furthest(model(latents, times, context, **options, ranks=ranks),
                      model(latents, times, context, **options))
             for times in (timestep, frames, tokens)
-        )
-
-
-def roll_out(ranks: Ranks) -> float:
-    """Frame by frame through a cache of keys and values."""
-    model = make_model(CONFIGS["causal"])
-    latents, timestep, context = make_inputs()
-    alone, shared = KVCache(), KVCache()
-    with torch.no_grad():
-        return max(
-            furthest(model(frame, timestep, context, cache=shared, ranks=ranks),
-                     model(frame, timestep, context, cache=alone))
-            for frame in latents.split(1, dim=2)
         )
 
 
@@ -163,7 +147,7 @@ def differences() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("size", [3, 4])
-@pytest.mark.parametrize("name", [*CONFIGS, "roll-out"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_transformer_over_ranks_gives_what_one_process_gives(differences, name, size):
     assert differences[f"{name} on {size}"] < 1e-5
 

@@ -31,7 +31,6 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import preflight
-from vidgen.weights.folder import RollConfig, StudentConfig
 
 TWO, ONE = "a red car chases the cat", "a red car bounces"
 OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 4, "settings": {"binding": 1.0}}
@@ -229,11 +228,9 @@ def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match=r"binding is 1\.0, but tiny has no verifier"):
         plain.generate(TWO, **OPTIONS)
-    roller = StudentConfig("euler", (1.0, 0.0), 3.0, RollConfig())
     plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
     for changed, devices, why in (
-        ({"strength": 0.5}, 1, "begins from another"), ({"student": roller}, 1, "rolled out"),
-        ({}, 2, "several devices"),
+        ({"strength": 0.5}, 1, "begins from another"), ({}, 2, "several devices"),
     ):
         request = Request.of(TWO, OPTIONS)
         with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):

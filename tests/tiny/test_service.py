@@ -14,23 +14,16 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.lora_models import make_adapter, make_dit
-from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.services import wait_for
-from train.toybox.model_files import write_student
 from vidgen.core.errors import InputError
-from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline.engine import load
 from vidgen.server import checker, guard, probe, scheduler
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError, Refusal
-from vidgen.server.making import Reporter, make_clip
 from vidgen.server.probe import check_uploads
 from vidgen.server.routes import require_completed
 from vidgen.server.service import CHECKED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
-from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
 SHORT = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}
@@ -208,22 +201,6 @@ def test_a_service_takes_less_of_some_settings(tmp_path, tiny_model):
         spec["options"]["settings"] = {"encode_passes": passes}
         with pytest.raises(InputError, match=told):
             made.clip(tmp_path, spec)
-
-
-def test_a_clip_is_rolled_out_without_previews(tmp_path):
-    model = build_tiny_model(tmp_path / "tiny")
-    roll = RollConfig(turn_frames=2, window_frames=4, history_noise=0.2)
-    student = StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0, roll=roll)
-    write_student(make_adapter(make_dit(DIT_PRESETS["tiny"])), student, model)
-    write_model_info(model, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
-                     defaults=DEFAULTS)
-    spec = {"options": {"prompt": "a red car", "roll": True, "frames": 21, "seed": 1}}
-    assert Checker(str(model), Limits()).clip(tmp_path, spec)["num_frames"] == 21
-    told = []
-    made = make_clip(load(str(model), dtype="fp32"), tmp_path, spec, Reporter(told.append))
-    assert (made["num_frames"], {event["event"] for event in told}) == (21, {"progress"})
-    assert (tmp_path / "thumbnail.webp").is_file()
-    assert {event["stage"] for event in told} >= {"write", "finish"}
 
 
 def picture(place, name="a.png"):

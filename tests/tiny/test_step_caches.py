@@ -310,8 +310,8 @@ def test_control_and_sound_go_with_a_cache() -> None:
         assert torch.allclose(recalled, plain, atol=1e-5)
 
 
-def test_a_roll_out_needs_every_block() -> None:
-    model = SpacetimeDiT(replace(DIT_PRESETS["tiny"], pattern="causal"))
+def test_a_recorded_pass_needs_every_block() -> None:
+    model = SpacetimeDiT(replace(DIT_PRESETS["tiny"], audio=AudioConfig(4, 8, 5.0)))
     cache = StepCaches(lambda _: FirstBlock(0.5)).at("prompt", 0.9)
     latents = torch.randn(1, model.config.in_channels, 1, 4, 4)
     with pytest.raises(InputError, match="leaves blocks out"):

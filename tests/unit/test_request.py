@@ -49,7 +49,7 @@ from vidgen.core.request import CALLED, Loading, Request
         ({"say": 5}, "say is 5; give a list of texts or pairs"),
         ({"sampler": 5}, "sampler is 5; give a name, or one of diffusers' flow schedulers"),
         ({"strict": "no"}, "strict is 'no'; give True or False"),
-        ({"roll": "x"}, "roll is 'x'"),
+        ({"audio_loop": "x"}, "audio_loop is 'x'"),
         ({"settings": 5}, "settings is 5; give a list of KEY=VALUE"),
         ({"settings": ["candidates"]}, "settings holds 'candidates'; give KEY=VALUE"),
         ({"settings": {"refine": "x"}}, "refine is 'x'; give a number, true or false"),

@@ -226,7 +226,7 @@ def test_fields_are_options_of_a_request(tmp_path):
     (tmp_path / "style.safetensors").touch()
     extra = {
         "sampler": "euler", "cache": "forecast", "fit": "pad", "guidance_low": 2.0,
-        "guidance_rescale": 0.3, "overlap": 2, "colour_hold": 0.5, "roll": False,
+        "guidance_rescale": 0.3, "overlap": 2, "colour_hold": 0.5,
         "label": "visible", "readings": "crimson=red", "settings": {
             "image_guidance": 1.5, "image_guidance_reach": 2, "reference_guidance": 0.5,
             "refine": 3, "encode_passes": 2, "oversampling": 2, "candidates": 3, "binding": 0.5,

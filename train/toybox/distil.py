@@ -1,4 +1,4 @@
-"""Teach a low-rank delta of a model to make clips in few steps, or turn by turn without end.
+"""Teach a low-rank delta of a model to make clips in few steps.
 
     python -m train.toybox.cache
         -c train/toybox/configs/student.yaml    first: render and encode
@@ -9,9 +9,7 @@
         then: what its clips lack
 
 The first run is a plain regression on what the teacher answered, the second compares the student's
-own clips with the teacher's. roller.yaml and roller_match.yaml teach the delta that
-rolls clips out, which begins as the student, in the same two parts. See
-`train.toybox.distillation`.
+own clips with the teacher's. See `train.toybox.distillation`.
 """
 
 from __future__ import annotations
@@ -20,16 +18,13 @@ from typing import Any
 
 from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.match import MatchTask
-from train.toybox.distillation.roll import RollMatchTask, RollTask
 from train.toybox.distillation.student import DeltaTask, DistilTask
 from train.toybox.program import run_program
 
 
 def task_of(config: DistilRun) -> DeltaTask[Any]:
-    """What a run's student learns: the teacher's answers, of turns too, or what its clips lack."""
-    if config.match is not None:
-        return MatchTask(config) if config.roll is None else RollMatchTask(config)
-    return DistilTask(config) if config.roll is None else RollTask(config)
+    """What a run's student learns: the teacher's answers, or what its clips lack."""
+    return DistilTask(config) if config.match is None else MatchTask(config)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from vidgen.weights.configs import read_json
 from vidgen.weights.folder import StudentConfig, write_info
 from vidgen.weights.lora import spelled
 from vidgen.weights.store import SCALE
-from vidgen.weights.student import ROLLER, STUDENT, WEIGHTS
+from vidgen.weights.student import STUDENT, WEIGHTS
 
 INT8_FROM = 1 << 10
 """Numbers from which a student's factor is stored in int8; smaller ones save nothing."""
@@ -53,7 +53,7 @@ def write_student(
     Raises:
         OutputError: it can't be written.
     """
-    folder = model / (ROLLER if config.roll else STUDENT)
+    folder = model / STUDENT
     folder.mkdir(parents=True, exist_ok=True)
     tensors = spelled(adapter, "vidgen")
     _write_tensors(tensors, folder / WEIGHTS[part], INT8_FROM, {"format": "pt"})

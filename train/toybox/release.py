@@ -64,10 +64,10 @@ from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.finetune.model import open_trainable
 from vidgen.weights.configs import config_of, encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
-from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
+from vidgen.weights.folder import StudentConfig, write_model_info
 from vidgen.weights.layouts import open_model
 from vidgen.weights.store import TensorStore
-from vidgen.weights.student import STUDENT, STUDENTS, open_students
+from vidgen.weights.student import STUDENT, open_student
 
 DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
@@ -174,7 +174,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     dit = DIT_PRESETS[settings["preset"]]
     if _is_low(settings):
         made = mixed(load_averages(run, "transformer"), LOW, mix, out)
-        student = open_students(out)[STUDENT]
+        student = open_student(out)
         if student is not None and student.boundary is not None and not keep_students:
             shutil.rmtree(out / STUDENT)
         save_module(made, dit, out / LOW, torch.bfloat16, INT8_FROM)
@@ -183,8 +183,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     made, words = (mixed(load_averages(run, part), part, mix, out)
                    for part in ("transformer", "text_encoder"))
     if not keep_students and settings["part"] != "sound":  # which leaves pictures as they were
-        for name in STUDENTS:
-            shutil.rmtree(out / name, ignore_errors=True)
+        shutil.rmtree(out / STUDENT, ignore_errors=True)
     if settings["part"] == "all":  # the expert at low noise reads another text
         shutil.rmtree(out / LOW, ignore_errors=True)
     save_module(made, dit, out / "transformer", torch.bfloat16, INT8_FROM)
@@ -274,10 +273,9 @@ def release_student(run: Path, out: Path) -> None:
                          f"that of {out}; name the model it was taught on")
     trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
-    roll = build(RollConfig, settings["roll"], str(run)) if settings.get("roll") else None
     student = StudentConfig(
         trajectories.sampler, tuple(trajectories.sigmas.tolist()), trajectories.guidance_scale,
-        roll, teacher.defaults.boundary if delta.has_other else None,
+        teacher.defaults.boundary if delta.has_other else None,
     )
     write_student(adapter_of(factors), student, out, part)
 

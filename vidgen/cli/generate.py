@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from functools import partial
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Make a clip from a prompt. Options that are left out take the model's defaults."
 BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "xformers")
-PIPE = "-"
-ENDLESS = 99_997
-"""Frames of a clip into a pipe where nobody says: hours."""
 ONLY_PYTHON = ("latents", "prefix", "overlap", "colour_hold")
 """Options that this command line doesn't have; extend has some of them."""
 OPTIONS = [name for name in options.FIELDS if name not in ONLY_PYTHON]
@@ -38,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     output = parser.group(OUTPUT)
     output.add_argument("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
-        "default prompt-slug-seed.mp4; - with --roll: stdout, for a player"))
+        "default prompt-slug-seed.mp4"))
     options.add_resume(parser)
     parser.advanced.append(output.add_argument("--preview", action="store_true", help=(
         "show the clip while it forms, as OUTPUT.preview.webp, which is removed at the end")))
@@ -50,8 +46,6 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.cli import outputs
 
-    if args.output == PIPE:
-        return _into_pipe(request, args, report)
     if request.seed is None:
         request = request.replace(seed=outputs.choose_seed(args, request, report))
     paths = outputs.output_names(args.output, request)
@@ -107,32 +101,6 @@ def run(args: Namespace, report: Report) -> int:
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
     return int(any(facts["path"] != path for facts, path in zip(results, paths, strict=True)))
-
-
-def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
-    from vidgen.cli.outputs import choose_seed
-    from vidgen.media.write import write_live
-    from vidgen.pipeline.engine import load
-
-    if not request.roll or request.count > 1 or args.resume or args.preview:
-        raise InputError("output - is for one clip that is made while it is shown: give --roll, "
-                         "without --count, --resume and --preview, or a file's name")
-    if request.audio_file or request.audio_model or request.say:
-        raise InputError("output - holds pictures alone; leave the sound out, or give a file's "
-                         "name")
-    if args.json or args.events == PIPE:
-        raise InputError("output -, --json and --events - all claim stdout; give one of them a "
-                         "file")
-    if request.seconds is None and request.frames is None:
-        request = request.replace(frames=ENDLESS)
-    if request.seed is None:
-        request = request.replace(seed=choose_seed(args, request, report))
-    engine = load(**options.given_options(args, Loading))
-    clip = one_clip(engine.generate(request))
-    told = {"event": "progress", "stage": "roll", "total": clip.num_frames}
-    write_live(sys.stdout.buffer, clip.chunks(), clip.info,
-               on_frames=lambda done: report({**told, "done": done}))
-    return 0
 
 
 def one_clip(made: Clip | list[Clip]) -> Clip:

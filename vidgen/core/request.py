@@ -255,8 +255,6 @@ class Request(Options):
         max_length=4096)
     prefix: OneFile | None = option(
         None, CONDITIONS, "a clip to continue; the new clip's length includes it", "CLIP")
-    roll: bool | None = option(
-        None, CONDITIONS, "make and write the clip section by section, by a model with a roller")
     overlap: int | None = option(
         None, CONDITIONS, "latent frames that the windows of a long clip share; default 3", "N",
         ge=1, le=1000)

@@ -28,7 +28,6 @@ class ConditionMix:
         text: nothing but the caption.
         frames: a random choice of a sample's stills.
         prefix: a beginning of up to two thirds of the latent frames.
-        prefix_step: latent frames of which a beginning is a multiple, if that many fit.
         mask: a region kept through the whole clip.
         reference: probability that a sample gets its reference stills, whatever else was drawn.
     """
@@ -41,12 +40,8 @@ class ConditionMix:
     prefix: float = 0.10
     mask: float = 0.05
     reference: float = 0.5
-    prefix_step: int = 1
 
     def __post_init__(self) -> None:
-        if self.prefix_step < 1:
-            raise InputError(f"prefix_step is {self.prefix_step}; a beginning has a latent frame "
-                             "at least")
         for name in (*KINDS, "reference"):
             weight = getattr(self, name)
             if not 0 <= weight < float("inf"):
@@ -127,8 +122,7 @@ def draw_conditions(
             used[row] = _draw_subset(inside, generator)
         if kind == "prefix":
             longest = max(1, 2 * num_frames // 3)
-            whole = mix.prefix_step if mix.prefix_step <= longest else 1
-            known[row, :, : whole * _draw_int(1, longest // whole, generator)] = True
+            known[row, :, : _draw_int(1, longest, generator)] = True
         if kind == "mask":
             region = _draw_region(height // patch, width // patch, generator)
             known[row] = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)

@@ -180,11 +180,6 @@ class LatentState(PartlyKnown):
         chosen: LatentState = mapped(self, lambda tensor: tensor[index])
         return chosen
 
-    def stretch(self, frames: slice) -> LatentState:
-        """Return some latent frames of the picture, without stills and sound."""
-        return LatentState(self.latents[:, :, frames], self.clean[:, :, frames],
-                           self.denoise_mask[:, :, frames])
-
     def to(self, device: torch.device) -> LatentState:
         """Return the state on another device."""
         there: LatentState = moved(self, device)

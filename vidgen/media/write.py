@@ -12,15 +12,14 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from queue import Full, Queue
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.encode import Spool, checked, configure, encode_picture, to_picture
+from vidgen.media.encode import Spool, checked, configure, encode_picture
 from vidgen.media.manifest import seal, signer_info
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.provenance import marks_of, stamped, tags
@@ -67,9 +66,6 @@ CONTAINERS = {
     ".webm": Container("webm", _VP9, "libopus", _MKV),
     ".mkv": Container("matroska", _FFV1, "libopus", _MKV),
 }
-_LIVE = PictureSettings("libx264", "yuv420p",
-                        {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1)
-_LIVE_MUXER = {"live": "1", "flush_packets": "1", "cluster_time_limit": "200"}
 
 GIF_FPS = 50
 """Of a GIF at most: delays are counted in 1/100 s, and viewers take one below 2 for 10."""
@@ -287,48 +283,3 @@ def mux(
         container.mux(packet)
     for track in tracks:
         track.finish()
-
-
-def write_live(
-    out: BinaryIO, chunks: Iterable[Frames], info: ClipInfo,
-    on_frames: Callable[[int], None] | None = None,
-) -> int:
-    """Write pictures as Matroska with H.264, each as soon as it exists, marks and recipe first.
-
-    `out` is a pipe, which isn't closed; `chunks` are uint8 [t, H, W, 3]; the sound of `info` is
-    left out. Return the number of frames written: fewer than came if the reader left.
-    """
-    picture, count, pipe = _LIVE.fitting(info.size), 0, _Pipe(out)
-    reformatter = VideoReformatter()
-    with av.open(pipe, "w", format="matroska", options=dict(_LIVE_MUXER)) as container:
-        recipe = None if info.recipe is None else stamped(info.recipe)
-        stream = begin_stream(container, picture, replace(info, recipe=recipe))
-        for chunk in chunks:
-            for frame in chunk:
-                image = to_picture(frame, picture.pix_fmt, reformatter)
-                image.pts, image.time_base = count, 1 / info.fps
-                container.mux(stream.encode(image))
-                count += 1
-            if on_frames:
-                on_frames(count)
-            if pipe.is_left:
-                break
-        container.mux(stream.encode())
-    return count
-
-
-class _Pipe:
-    """A pipe that libav may go on writing to when its reader has left."""
-
-    def __init__(self, out: BinaryIO) -> None:
-        self._out, self.is_left = out, False
-
-    def write(self, data: bytes) -> int:
-        """Pass all of it on at once, while the reader is there."""
-        if not self.is_left:
-            try:
-                self._out.write(data)
-                self._out.flush()
-            except BrokenPipeError:
-                self.is_left = True
-        return len(data)

@@ -11,8 +11,6 @@ N audio tokens, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,19 +101,6 @@ class SpacetimeDiT(nn.Module):
         )
         self.gradient_checkpointing = False
 
-    @contextmanager
-    def causal(self, turn_frames: int) -> Iterator[None]:
-        """Make attention causal inside the `with` block, for an attached delta trained with it.
-
-        `turn_frames` latent frames see each other.
-        """
-        trained = self.config
-        self.config = replace(trained, pattern="causal", causal_frames=turn_frames)
-        try:
-            yield
-        finally:
-            self.config = trained
-
     def forward(  # noqa: PLR0913
         self,
         latents: Tensor,
@@ -144,10 +129,9 @@ class SpacetimeDiT(nn.Module):
                 `text_len`. None: all S rows are valid.
             image_context: CLIP features [B, _, image_dim], for models that take them.
             extra: known stills, seen by all frames; they have no output.
-            positions: [F] or [B, F] time positions of the frames; None: 0, 1, ... after the
-                cache's.
+            positions: [F] or [B, F] time positions of the frames; None: 0, 1, ...
             audio: sound to denoise with the video, for models with the modality.
-            cache: earlier frames, for causal models; an empty one records for `listen`.
+            cache: an empty one, which records this pass for `listen`.
             control: [B, control_channels, F, h, w], for models with `control_layers`; None: their
                 blocks don't run.
             control_scale: strength of the control, one for all control layers or one for each.
@@ -166,8 +150,8 @@ class SpacetimeDiT(nn.Module):
         )
         scales = control_scales(self.config, latents, extra, control, control_scale)
         F_, (h, w) = latents.shape[2], (s // self.config.patch_size for s in latents.shape[3:])
-        streams, rope = self._embed(latents, timestep, extra, positions, audio, cache, h, w)
-        layout = lay_out(self.config, F_, extra, audio, cache, h * w, latents.device)
+        streams, rope = self._embed(latents, timestep, extra, positions, audio, h, w)
+        layout = lay_out(F_, extra, audio, h * w)
         streams, rope, layout = spread_tokens(streams, rope, layout, ranks)
         text = self._context(context, context_lengths, image_context)
         hints = self._hints(control, streams[0], rope, layout, text)
@@ -186,8 +170,6 @@ class SpacetimeDiT(nn.Module):
                 streams = [video._replace(tokens=video.tokens.add(hint, alpha=scales[i]))]
         if step_cache is not None and known is None:
             step_cache.keep(join_tokens(streams))
-        if cache is not None:
-            cache.advance(F_, 0 if extra is None else extra.num_keys)
         with torch.autocast(latents.device.type, enabled=False):
             patches = layout.whole(self.head(streams[0], self.head.proj), 0)[:, : F_ * h * w]
             video = unpatchify_latents(patches, self.config.patch_size, h, w).to(latents.dtype)
@@ -215,8 +197,6 @@ class SpacetimeDiT(nn.Module):
         stream, rope = self._embed_sound(audio, self.config.audio)
         streams, layout = [stream], Layout(None)
         text = self._context(context, context_lengths, None)
-        if cache is not None:
-            cache.recording = False
         for i, block in enumerate(self.blocks):
             streams = self._run(block, streams, rope, layout, text, cache, i)
         with torch.autocast(context.device.type, enabled=False):
@@ -244,13 +224,12 @@ class SpacetimeDiT(nn.Module):
 
     def _embed(
         self, latents: Tensor, timestep: Tensor, extra: KeyTokens | None, positions: Tensor | None,
-        audio: AudioTokens | None, cache: KVCache | None, h: int, w: int,
+        audio: AudioTokens | None, h: int, w: int,
     ) -> tuple[list[Stream], Tensor]:
         """Return the stream of each modality, and the rotations [B or 1, L, d/2] of all tokens."""
         batch, _, frames = latents.shape[:3]
         if positions is None:
-            start = 0 if cache is None else cache.num_frames
-            positions = torch.arange(start, start + frames, device=latents.device)
+            positions = torch.arange(frames, device=latents.device)
         positions = positions.double().reshape(-1, frames)
         stills = 0 if extra is None else extra.num_keys
         if extra is not None:

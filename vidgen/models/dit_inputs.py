@@ -61,25 +61,16 @@ def check_inputs(
         )
     if audio is not None and config.audio is None:
         raise InputError("audio was given to a model without the audio modality")
-    if audio is not None and config.pattern != "full":
-        raise InputError(f"audio needs the attention pattern 'full', not {config.pattern!r}")
     if cache is None:
         return
-    if config.pattern != "causal" and (cache.num_frames or config.audio is None):
-        raise InputError(
-            "attention pattern 'causal' was asked for, but these weights were trained with "
-            f"{config.pattern!r}; use that, or weights trained with 'causal'"
-        )
+    if config.audio is None or not cache.is_empty:
+        raise InputError("a KVCache records one pass for sound that sees the picture; give an "
+                         "empty one to a model with the audio modality")
     if step_cache is not None:
-        raise InputError("a step cache leaves blocks out, whose keys and values a roll-out with a "
-                         "KVCache needs; give one of them")
-    if cache.num_frames % config.causal_frames:
-        raise InputError(
-            f"the cache holds {cache.num_frames} frames, no multiple of the "
-            f"{config.causal_frames} that see each other"
-        )
-    if extra is not None and (cache.num_frames or extra.valid is not None):
-        raise InputError("stills join a cached roll-out with its first frames, all valid")
+        raise InputError("a step cache leaves blocks out, whose keys and values a KVCache needs; "
+                         "give one of them")
+    if extra is not None and extra.valid is not None:
+        raise InputError("stills of a pass that a KVCache records are all valid")
 
 
 def runs_of_time(times: Tensor, num_frames: int, num_stills: int) -> Tensor:
@@ -116,47 +107,19 @@ def embed_times(
 
 
 def lay_out(
-    config: DiTConfig, num_frames: int, extra: KeyTokens | None, audio: AudioTokens | None,
-    cache: KVCache | None, frame_tokens: int, device: torch.device,
+    num_frames: int, extra: KeyTokens | None, audio: AudioTokens | None, frame_tokens: int
 ) -> Layout:
-    """Return the layout of tokens, with the bias that hides some from others."""
-    stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
-    visible = _visible_frames(config, num_frames, stills, valid, cache, device)
+    """Return the layout of tokens, with the bias that hides stills that aren't valid."""
     sound = 0 if audio is None else audio.latents.shape[2]
     alone = 0 if audio is None or audio.sees_video else sound
     unseen = 0 if audio is None or audio.is_seen else sound
     layout = Layout(None, num_alone=alone, num_unseen=unseen)
-    if visible is None:
+    if extra is None or extra.valid is None:
         return layout
-    bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
-    bias = bias.repeat_interleave(frame_tokens, dim=2)
-    if bias.shape[1] > 1:
-        bias = bias.repeat_interleave(frame_tokens, dim=1)
-    return layout._replace(bias=F.pad(bias, (0, sound))[:, None])
-
-
-def _visible_frames(
-    config: DiTConfig, num_frames: int, num_stills: int, valid: Tensor | None,
-    cache: KVCache | None, device: torch.device,
-) -> Tensor | None:
-    """Return which frames see which: bool [B or 1, F + K or 1, cached + F + K], None if all do.
-
-    Of the stills, only `valid` [B, K] ones are seen; in a causal model they see only each other.
-    """
-    visible, num_cached = None, 0 if cache is None else cache.num_held
-    if config.pattern == "causal" and (num_frames > config.causal_frames or num_stills):
-        turn = torch.arange(num_frames, device=device) // config.causal_frames
-        turn = F.pad(turn, (0, num_stills), value=-1)
-        visible = F.pad((turn[:, None] >= turn)[None], (num_cached, 0), value=True)
-    if valid is None:
-        return visible
-    valid = F.pad(valid, (num_cached + num_frames, 0), value=True)[:, None]
-    if visible is None:
-        return valid
-    # a hidden still sees itself: no row of scores may be empty
-    looking, seen = visible.shape[1:]
-    itself = torch.eye(looking, dtype=torch.bool, device=device)
-    return visible & valid | F.pad(itself, (seen - looking, 0))
+    visible = F.pad(extra.valid, (num_frames, 0), value=True)
+    bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)
+    bias = bias.repeat_interleave(frame_tokens, dim=1)
+    return layout._replace(bias=F.pad(bias, (0, sound))[:, None, None])
 
 
 def spread_tokens(

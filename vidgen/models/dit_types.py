@@ -7,7 +7,7 @@ U unique times, F latent frames, N tokens of one of them, H heads, d head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch import Tensor
 from vidgen.ops.latents import check_positive
 from vidgen.ops.norm import TokenVectors
 from vidgen.ops.parallel import Spread
-
-Pattern = Literal["full", "causal"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,6 @@ class DiTConfig:
         eps: of all norms.
         image_dim: width of CLIP features (Wan 2.1 I2V), or None.
         image_positions: learned positions of CLIP features (FLF2V: 514), or None.
-        pattern: of self-attention: among all tokens ("full"), or to no later frame ("causal").
-        causal_frames: latent frames that see each other in the causal pattern.
         control_layers: blocks whose output a control block adds to (VACE), rising from 0.
         control_channels: C of the control, or None without `control_layers`.
 
@@ -65,21 +61,17 @@ class DiTConfig:
     eps: float = 1e-6
     image_dim: int | None = None
     image_positions: int | None = None
-    pattern: Pattern = "full"
-    causal_frames: int = 1
     audio: AudioConfig | None = None
     control_layers: tuple[int, ...] = ()
     control_channels: int | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim",
-                       "text_dim", "text_len", "patch_size", "causal_frames")
+                       "text_dim", "text_len", "patch_size")
         if self.head_dim < 6 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and at least 6, not {self.head_dim}")
         if self.freq_dim < 2 or self.freq_dim % 2:
             raise ValueError(f"freq_dim must be even and at least 2, not {self.freq_dim}")
-        if self.pattern not in get_args(Pattern):
-            raise ValueError(f"pattern must be one of {get_args(Pattern)}, not {self.pattern!r}")
         layers = self.control_layers
         if bool(layers) != bool(self.control_channels):
             raise ValueError(
@@ -90,8 +82,8 @@ class DiTConfig:
             raise ValueError(
                 f"control_layers must rise from 0 to at most {self.num_layers - 1}, not {layers}"
             )
-        if layers and (self.pattern != "full" or self.audio is not None):
-            raise ValueError("control needs the pattern 'full' and no audio")
+        if layers and self.audio is not None:
+            raise ValueError("control goes with no audio; leave audio or control_layers out")
 
     @property
     def hidden_dim(self) -> int:
@@ -191,46 +183,23 @@ class Layout(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of earlier frames, for rolling out a causal model turn by turn.
-
-    A forward pass sees the cached frames before its own, and adds its own while `recording`:
-    denoise frames with `recording = False`, then pass the finished ones once with True. Gradients
-    reach recorded frames. A first pass can also be recorded for sound that sees its frames: see
-    `SpacetimeDiT.listen`.
-    """
+    """Keys and values of one pass over a picture, for sound that sees it: `SpacetimeDiT.listen`."""
 
     def __init__(self) -> None:
-        self.recording = True
-        self.num_frames = 0
-        self.num_held = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def advance(self, num_frames: int, num_stills: int) -> None:
-        """Count the frames and stills of a recording pass."""
-        if self.recording:
-            self.num_frames += num_frames
-            self.num_held += num_frames + num_stills
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pass was recorded."""
+        return not self._layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepend a layer's cached tokens to k, v [B, H, L, d]; keep the result if recording.
+        """Prepend a layer's recorded tokens to k, v [B, H, L, d]; without any, record these.
 
-        Where fewer clips are cached, each serves an equal number of consecutive ones.
+        Where fewer clips are recorded, each serves an equal number of consecutive ones.
         """
-        if layer in self._layers:
-            old_k, old_v = self._layers[layer]
-            k, v = _prepend(old_k, k), _prepend(old_v, v)
-        if self.recording:
-            self._layers[layer] = (k, v)
-        return k, v
-
-    def forget(self, num_frames: int) -> None:
-        """Keep the newest `num_frames` frames; positions of later ones don't change."""
-        if self.num_held <= num_frames:
-            return
-        for layer, (k, v) in self._layers.items():
-            count = k.shape[2] // self.num_held * num_frames
-            self._layers[layer] = k[:, :, -count:], v[:, :, -count:]
-        self.num_held = num_frames
+        old_k, old_v = self._layers.setdefault(layer, (k, v))
+        return (k, v) if old_k is k else (_prepend(old_k, k), _prepend(old_v, v))
 
 
 def _prepend(old: Tensor, new: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,26 +100,19 @@ def refine_first(loader: ModelLoader, picture: Tensor, latents: Tensor, num_step
         return best
 
 
+@torch.no_grad()
 def decode_latents(
     loader: ModelLoader, latents: Tensor, begin: int = 0, end: int | None = None,
     tiles: Tiles | None = None, rate: int = 1,
 ) -> Iterator[Tensor]:
     """Yield video [B, 3, n, H, W] of each latent frame from `begin` to `end` of [B, C, F, h, w]."""
-    return decode_frames(loader, latents[:, :, :end].split(1, dim=2), begin, tiles, rate)
-
-
-@torch.no_grad()
-def decode_frames(
-    loader: ModelLoader, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
-    rate: int = 1,
-) -> Iterator[Tensor]:
-    """Yield video [B, 3, n, H, W] of each latent frame [B, C, 1, h, w] from number `begin` on."""
     with loader.use("vae") as network:
         vae = network.at_rate(rate)
         dtype = next(vae.parameters()).dtype
         # earlier by the decoder's look-back, so that its caches, and the frames, are bit-equal
         first = max(0, begin - vae.receptive_frames() + 1)
-        pieces = (frame.to(loader.device, dtype) for frame in islice(frames, first, None))
+        frames = latents[:, :, first:end].split(1, dim=2)
+        pieces = (frame.to(loader.device, dtype) for frame in frames)
         for index, video in enumerate(_decoded(vae, pieces, tiles), first):
             if index >= begin:
                 yield video

@@ -36,7 +36,6 @@ from vidgen.models.dit_types import AudioTokens, KVCache
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.experts import TransformerAt, boundary_of, experts
 from vidgen.pipeline.types import Loras
-from vidgen.weights.student import STUDENT
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
@@ -90,7 +89,7 @@ def denoisers(
     With `ranks` each call runs on all of them together, and all get the same result.
     """
     if plan.student is not None:
-        loras = loras.plus(loader.deltas(STUDENT))
+        loras = loras.plus(loader.deltas())
     if state.sound is not None:
         takes = state.sound.takes  # several sounds of a clip are adjacent in the batch
         contexts = [(features.repeat_interleave(takes, 0), lengths.repeat_interleave(takes, 0))

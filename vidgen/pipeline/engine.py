@@ -137,8 +137,8 @@ class Engine(OpenedModel):
         request, inputs = self.read(request)
         plan = self.plan(request, inputs)
         track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
-                                has_sound=SOUND in self.folder.tasks and not plan.roll)
-        plan = self._fitted(plan, request, on_estimate, previewed=on_preview is not None)
+                                has_sound=SOUND in self.folder.tasks)
+        plan = self._fitted(plan, request, on_estimate)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(plan, seed=plan.seed + index) for index in range(request.count)]
         recipes = [
@@ -165,21 +165,15 @@ class Engine(OpenedModel):
                 glimpses = Glimpses(self, on_preview, each.fps, index)
                 making = Making(self, each, request, inputs, loras, contexts, track, kept, report,
                                 glimpses)
-                made = making.rolled(recipe) if each.roll else making.clip(recipe)
-                clips.append(making.finished(made))
+                clips.append(making.finished(making.clip(recipe)))
         return clips if request.count > 1 else clips[0]
 
     def _fitted(
-        self, plan: Plan, request: Request, on_estimate: Callable[[Estimate], None] | None, *,
-        previewed: bool,
+        self, plan: Plan, request: Request, on_estimate: Callable[[Estimate], None] | None
     ) -> Plan:
         from vidgen.ops.attention import asked_backend, require_backend
         from vidgen.pipeline.setups import preflight
 
-        if plan.roll and (previewed or self.devices is not None):
-            option = "preview" if previewed else "devices"
-            raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
-                             "written, on one device; leave one of them out")
         estimate = preflight(self.loader, plan, request, self.asked)
         self.adopt(estimate.setup)
         if request.strict:

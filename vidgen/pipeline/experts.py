@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TransformerAt = Callable[[float], "SpacetimeDiT"]
 """Maps a noise level to the transformer that denoises there."""
-AT_ONE_RATE = ("control", "follow_audio", "roll")
+AT_ONE_RATE = ("control", "follow_audio")
 """Options of clips that keep one frame rate: they are read at no finer one."""
 
 

@@ -78,7 +78,7 @@ class ModelLoader:
         self.offload, self.quantize, self.mesh = offload, quantize, mesh
         self._loaded: dict[Role, nn.Module] = {}
         self._lent: dict[Role, nn.Module] = {}
-        self._deltas: dict[str, dict[ExpertRole, Adapter]] = {}
+        self._deltas: dict[ExpertRole, Adapter] | None = None
         self._users: Counter[Role] = Counter()
         self._lock = threading.RLock()
 
@@ -128,16 +128,14 @@ class ModelLoader:
             dit: SpacetimeDiT = self._get(role)
             return dit
 
-    def deltas(self, student: str) -> Mapping[ExpertRole, Adapter]:
-        """Return a distilled version's weight deltas, read once; raise ModelError if damaged."""
+    def deltas(self) -> Mapping[ExpertRole, Adapter]:
+        """Return the student's weight deltas, read once; raise ModelError if damaged."""
         with self._lock:
-            if student not in self._deltas:
+            if self._deltas is None:
                 path, networks = self.folder.path, self.folder.components
-                self._deltas[student] = {
-                    part: read_student(path, networks[part].config, student, part)
-                    for part in student_parts(path, student) if part in networks
-                }
-            return self._deltas[student]
+                self._deltas = {part: read_student(path, networks[part].config, part)
+                                for part in student_parts(path) if part in networks}
+            return self._deltas
 
     def lend(self, role: Role, module: nn.Module) -> None:
         """Use a caller's network, such as one in training; it is never freed here."""

@@ -16,7 +16,6 @@ from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.best_of_n import counted_on, sample_best
 from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
-from vidgen.pipeline.long.rolling import rolled_videos
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
 if TYPE_CHECKING:
@@ -79,12 +78,6 @@ class Making:
             samples, rate = kept.kept_sound() or self._sound(latents)
             clip.info = replace(clip.info, sound=samples, sound_rate=rate)
         return clip
-
-    def rolled(self, recipe: dict[str, Any]) -> Clip:
-        """Return the lazy clip that the model's roller makes while it is written."""
-        videos = partial(rolled_videos, self.model, self.plan, self.request, self.inputs,
-                         self.loras, self.contexts()[0])
-        return self.model.lazy(self.plan, videos, recipe, journal=self.kept)
 
     def finished(self, clip: Clip) -> Clip:
         """Add the clip's whole sound, and the picture that it began with."""

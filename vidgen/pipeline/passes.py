@@ -6,7 +6,6 @@ The windows that the transformer denoises, and the frames that the VAE encodes a
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,7 @@ from vidgen.pipeline.long import tail
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.types import Plan
-    from vidgen.weights.folder import ModelFolder, RollConfig
+    from vidgen.weights.folder import ModelFolder
 
 
 class Window(NamedTuple):
@@ -55,8 +54,6 @@ class Passes:
 
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     """Count a clip's work; raise InputError if the clip that it continues is missing."""
-    if plan.roll is not None:
-        return _rolled(folder, plan, plan.roll, request)
     t, begun = folder.components["vae"].config.strides.t, tail.no_beginning(plan)
     if request.prefix is not None:
         begun = _beginning(folder, plan, os.fspath(request.prefix))
@@ -89,18 +86,6 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         made = stop
     kept = max(plan.kept_frames - begun.num_frames, 1)
     return Passes(tuple(windows), tuple(encoded), refined, total, shown, kept)
-
-
-def _rolled(folder: ModelFolder, plan: Plan, roll: RollConfig, request: Request) -> Passes:
-    """Count turns, each in view of its window; finished ones are read once more."""
-    turns = math.ceil(plan.latents.num_frames / roll.turn_frames)
-    read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
-            for turn in range(turns)]
-    above, _ = _num_passes(folder, plan, has_given=False)
-    windows = tuple(Window(frames, frames, above + 1, 0, False) for frames in read)
-    begins = request.has("image") or request.has("first_frame_model")
-    return Passes(windows, (Encoded(1),) * begins, int(begins), turns * roll.turn_frames, 0,
-                  plan.kept_frames)
 
 
 def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[int, int]:

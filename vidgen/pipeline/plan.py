@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, OptionError, nearest
-from vidgen.core.request import MAX_SECONDS, OWN_AUDIO, Request
+from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.shapes import LatentShape, Tiles, VideoShape
 from vidgen.core.values import parse_readings
 from vidgen.diffusion.guidance import Guidance
@@ -31,15 +31,12 @@ from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
     from vidgen.weights.family import ModelDefaults
-    from vidgen.weights.folder import ModelFolder, StudentConfig
+    from vidgen.weights.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
 """Options that define sampling, which a student has settled; settings do so, too."""
-NOT_ROLLED = (*SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference", "prefix",
-              "control", "follow_audio", "latents", "overlap", "colour_hold")
-"""Options that a clip can't have that is rolled out."""
 
 
 def make_plan(
@@ -72,7 +69,7 @@ def make_plan(
     _check_stills(request, fps, kept)
     if read.ending is not None:
         _check_beginning(read.ending.frames_at(fps), request, fps, kept)
-    if kept > MAX_SECONDS * fps and not request.roll:
+    if kept > MAX_SECONDS * fps:
         raise InputError(f"{kept} frames at {float(fps):g} frames a second last "
                          f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
                          f"{MAX_SECONDS} at most")
@@ -241,48 +238,18 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
 
     A student is taken for the step count that it was taught, when nothing else is asked of
     sampling: no option of `SAMPLING` and no such setting, no negative prompt, no step cache, no
-    `strength`, which begins between its noise levels, and no sound to follow. The roller is taken
-    where the request asks for it.
-
-    Raises:
-        InputError: a roller that isn't there, or what it can't do.
+    `strength`, which begins between its noise levels, and no sound to follow.
     """
-    if request.roll:
-        student = _roller(plan, request, folder)
-    else:
-        asks_more = (
-            any(map(request.has, SAMPLING)) or asked_about(request, "sampling")
-            or plan.negative != folder.defaults.negative_prompt or request.cache != "none"
-            or plan.strength < 1 or request.follow_audio
-        )
-        if folder.student is None or request.steps != folder.student.num_steps or asks_more:
-            return plan
-        student = folder.student
+    student = folder.student
+    asks_more = (
+        any(map(request.has, SAMPLING)) or asked_about(request, "sampling")
+        or plan.negative != folder.defaults.negative_prompt or request.cache != "none"
+        or plan.strength < 1 or request.follow_audio
+    )
+    if student is None or request.steps != student.num_steps or asks_more:
+        return plan
     return replace(plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
                    student=student)
-
-
-def _roller(plan: Plan, request: Request, folder: ModelFolder) -> StudentConfig:
-    roller = folder.roller
-    if roller is None:
-        raise InputError(f"model {folder.name!r} has no roller, which roll needs; leave it out, or "
-                         "teach it one (docs/lab/training.md)")
-    negative = ("negative",) * (plan.negative != folder.defaults.negative_prompt)
-    given = [*negative, *(option for option in NOT_ROLLED if request.has(option)),
-             *asked_about(request, "sampling", "windows")]
-    if given:
-        raise InputError(f"{given[0]} doesn't go with roll, by which a clip follows from its "
-                         "prompt and first frame; leave one of them out")
-    if request.cache != "none":
-        raise InputError(f"cache is {request.cache!r}; a roller has no steps to spare, leave it "
-                         "out")
-    if request.audio == OWN_AUDIO:
-        raise InputError("audio is 'generate', but a roller makes no sound; give --audio FILE or "
-                         "leave it out")
-    if request.steps not in (None, roller.num_steps):
-        raise InputError(f"steps is {request.steps}; the roller of {folder.name!r} takes "
-                         f"{roller.num_steps}, leave it out")
-    return roller
 
 
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:

@@ -165,8 +165,6 @@ def own_options(
         }
         if "sampler" not in own:  # a scheduler of diffusers, which a command line can't give
             own["shift"] = None
-        if (plan.get("student") or {}).get("roll"):  # its steps are of no other
-            own["steps"] = None
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"its recipe is damaged ({error}); extend a copy that is whole") from error
     return {name: value for name, value in own.items() if value not in (None, [], {})}

@@ -39,7 +39,7 @@ def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bo
 def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
     """Return whether a model of such tasks makes the clip's sound itself."""
     asked = request.audio in (None, OWN_AUDIO) and request.audio_model is None
-    return SOUND in tasks and asked and not request.roll
+    return SOUND in tasks and asked
 
 
 def words_alone(request: Request) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vidgen.models.lora import Adapter
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.weights.component import ExpertRole, Role
-    from vidgen.weights.folder import DiffusersFolder, ModelFolder, RollConfig, StudentConfig
+    from vidgen.weights.folder import DiffusersFolder, ModelFolder, StudentConfig
     from vidgen.weights.quantize import Quantization
 
 Offload = Literal["none", "stage", "block"]
@@ -177,11 +177,6 @@ class Plan:
         from vidgen.diffusion.temporal_upsampling import LatentRate
 
         return LatentRate(self.oversampling)
-
-    @property
-    def roll(self) -> RollConfig | None:
-        """Settings of the roll-out; None if the clip is made in windows."""
-        return None if self.student is None else self.student.roll
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def make_clip(
     """Make a clip, or go on with it, and return its facts.
 
     `spec` has `options`, fields of `Request` with paths from the job's folder, and `added_s` to
-    extend the clip in `prefix`. A clip that is rolled out shows no previews.
+    extend the clip in `prefix`.
 
     Raises:
         InputError: a request that can't be made.
@@ -182,7 +182,7 @@ def _written(engine: Engine, request: Request, output: Path, report: Reporter) -
         report.clock = Clock(made)
 
     write = partial(write_request, engine, request, output, report, {}, on_estimate=on_estimate,
-                    on_preview=None if request.roll else report.preview)
+                    on_preview=report.preview)
     went_on = Journal(output, resume=True).unfinished
     try:
         return write()

@@ -36,7 +36,7 @@ CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shif
 SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")
 """Options of any other clip, besides files."""
 _EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "overlap", "colour_hold",
-          "roll", "label", "readings", "settings")
+          "label", "readings", "settings")
 MAX_SAID, MAX_LORAS, MAX_FILES = 100, 8, 100
 _VOICE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z0-9]+)*(?:\+[a-zA-Z0-9]+)?")
 

@@ -114,9 +114,7 @@ def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """Return diffusers' `config.json`; raise ModelError for a pattern that it doesn't have."""
-    if config.pattern != "full":
-        raise ModelError(f"diffusers' Wan has no attention pattern {config.pattern!r}, only 'full'")
+    """Return diffusers' `config.json`."""
     settings = {
         "_class_name": TRANSFORMER_CLASSES[bool(config.control_layers)],
         "patch_size": [1, config.patch_size, config.patch_size],
@@ -141,12 +139,7 @@ def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_wan(config: DiTConfig, model_type: str) -> dict[str, Any]:
-    """Return Wan's own `config.json`; raise ModelError for a pattern that it doesn't have.
-
-    `model_type` is Wan's word for the variant: t2v, i2v, flf2v, vace, ti2v.
-    """
-    if config.pattern != "full":
-        raise ModelError(f"Wan has no attention pattern {config.pattern!r}, only 'full'")
+    """Return Wan's own `config.json`; `model_type` is t2v, i2v, flf2v, vace or ti2v."""
     settings = {
         "_class_name": "VaceWanModel" if config.control_layers else "WanModel",
         "model_type": model_type, "dim": config.hidden_dim,

@@ -43,7 +43,7 @@ from vidgen.weights.layouts import (
     VAE_FILES,
     WAN_TOKENIZER,
 )
-from vidgen.weights.student import STUDENTS
+from vidgen.weights.student import STUDENT
 from vidgen.weights.view import Source, fuse_clip
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
@@ -112,9 +112,8 @@ def convert(
                 write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", kept)
                 set_aside += kept
             component.store.release()
-        for name in STUDENTS:  # deltas of these very weights
-            if (source.path / name).is_dir() and not changed:
-                shutil.copytree(source.path / name, folder / name)
+        if (source.path / STUDENT).is_dir() and not changed:  # deltas of these very weights
+            shutil.copytree(source.path / STUDENT, folder / STUDENT)
         _keep_measured(source, folder, changed=bool(changed))
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)

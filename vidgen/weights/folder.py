@@ -36,34 +36,6 @@ _SETTLED_S = 2.0  # a file changed more recently may change again with the same 
 
 
 @dataclass(frozen=True)
-class RollConfig:
-    """Settings of a roll-out, which makes a clip in turns that see earlier ones.
-
-    Args:
-        turn_frames: latent frames of a turn, which see each other.
-        window_frames: most latent frames before a turn that it sees.
-        history_noise: their noise level there, so that faults of a turn don't accumulate; from 0 to
-            below 1.
-
-    Raises:
-        ValueError: values out of these ranges, or a window shorter than a turn.
-    """
-
-    turn_frames: int = 3
-    window_frames: int = 6
-    history_noise: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.turn_frames < 1:
-            raise ValueError(f"turn_frames is {self.turn_frames}; a turn has a frame at least")
-        if self.window_frames < self.turn_frames:
-            raise ValueError(f"window_frames is {self.window_frames}, less than the "
-                             f"{self.turn_frames} of a turn")
-        if not 0 <= self.history_noise < 1:
-            raise ValueError(f"history_noise is {self.history_noise}; it lies in 0..1, below 1")
-
-
-@dataclass(frozen=True)
 class StudentConfig:
     """Sampling of a few-step adapter (student), without guidance.
 
@@ -71,7 +43,6 @@ class StudentConfig:
         sampler: of its training, one of `SAMPLERS`.
         sigmas: noise levels of its training, from 1 down to 0.
         guidance_scale: of its teacher, distilled into it.
-        roll: for a student that makes a clip turn by turn; None: it makes whole clips.
         boundary: sigma below which the model's low-noise expert denoises, with its delta if there
             is one; None: nowhere.
 
@@ -82,7 +53,6 @@ class StudentConfig:
     sampler: str
     sigmas: tuple[float, ...]
     guidance_scale: float
-    roll: RollConfig | None = None
     boundary: float | None = None
 
     def __post_init__(self) -> None:
@@ -146,8 +116,7 @@ class ModelFolder(Files):
         image_processor: the folder of the image encoder's processor, or None.
         variant: of the family, by its name in `family.VARIANTS`.
         given: another name of the model: the argument of `open_model`.
-        student: few-step adapter for whole clips, or None.
-        roller: few-step adapter for roll-outs, or None.
+        student: few-step adapter, or None.
     """
 
     name: str
@@ -162,7 +131,6 @@ class ModelFolder(Files):
     variant: str | None = None
     given: str | None = None
     student: StudentConfig | None = None
-    roller: StudentConfig | None = None
 
     @property
     def conditioning(self) -> Conditioning:

@@ -58,7 +58,7 @@ from vidgen.weights.folder import (
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
 from vidgen.weights.published import cached_model, fetch_model, is_hub_id
 from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.student import STUDENTS, open_students
+from vidgen.weights.student import STUDENT, open_student
 from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -207,7 +207,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
             tokenizer=path / "tokenizer", image_processor=processor,
-            **open_students(path), **facts,
+            student=open_student(path), **facts,
         )
     except KeyError as error:
         raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
@@ -255,9 +255,9 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | DiffusersFol
     return ModelFolder(
         path=path, layout="diffusers", components=components, tokenizer=tokenizer,
         image_processor=processor, given=given, **facts,
-        files=_unhashed(path, [path / "model_index.json", *small, *_student_files(path)],
+        files=_unhashed(path, [path / "model_index.json", *small, *(path / STUDENT).glob("*")],
                         components),
-        **open_students(path),
+        student=open_student(path),
     )
 
 
@@ -300,11 +300,11 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
     _require(path, components)
     tokenizer = _tokenizer(path / WAN_TOKENIZER)
     facts = _facts(note, path / NOTE) if note else _recognised(path, given, components)
-    small += [*tokenizer.iterdir(), *_student_files(path)]
+    small += [*tokenizer.iterdir(), *(path / STUDENT).glob("*")]
     return ModelFolder(
         path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
         files=_unhashed(path, small, components),
-        **open_students(path), **facts,
+        student=open_student(path), **facts,
     )
 
 
@@ -314,10 +314,6 @@ def _own_parts(path: Path) -> dict[Role, Component[Config]]:
         role: assemble(role, config_of(_CONFIG_TYPES[role], folder), [("vidgen", _shards(folder))])
         for role in OWN_ROLES if ((folder := path / role) / "config.json").is_file()
     }
-
-
-def _student_files(path: Path) -> list[Path]:
-    return [file for name in STUDENTS for file in sorted((path / name).glob("*"))]
 
 
 def _shards(folder: Path) -> TensorStore:

@@ -99,7 +99,7 @@ def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path:
     roles = ("transformer", "transformer_2")
     parts = {role: engine.folder.components[role] for role in roles}
     dits = {role: part.load(torch.float32, torch.device("cpu")) for role, part in parts.items()}
-    deltas = {role: read_student(folder, part.config, STUDENT, role)
+    deltas = {role: read_student(folder, part.config, role)
               for role, part in parts.items()}
 
     def by_hand(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -237,5 +237,6 @@ def test_what_has_no_such_part_is_refused(
     alone = add_low_expert(Path(shutil.copytree(settings["teacher"], tmp_path / "alone")), BOUNDARY)
     with pytest.raises(InputError, match="student alone: 'tiny' has no student; release one"):
         open_shards(build(DistilRun, low | {"teacher": str(alone)}, "run"))
-    with pytest.raises(InputError, match="such a part neither rolls clips out nor has a student"):
-        build(DistilRun, low | {"roll": {"turn_frames": 3, "window_frames": 6}}, "run")
+    by_student = low["trajectories"] | {"by_student": True}
+    with pytest.raises(InputError, match="such a part has no student for its teacher"):
+        build(DistilRun, low | {"trajectories": by_student}, "run")

@@ -175,7 +175,7 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     student = engine.folder.student
     plan = clip.info.recipe["plan"]
     assert plan["student"] == {
-        "sampler": "unipc", "sigmas": student.sigmas, "guidance_scale": 3.0, "roll": None,
+        "sampler": "unipc", "sigmas": student.sigmas, "guidance_scale": 3.0,
         "boundary": None,
     }
     assert (plan["sampler"], plan["guidance"]["scale"]) == ("unipc", 1.0)
@@ -342,8 +342,6 @@ def test_bad_settings_and_files_are_refused(
         ({"match": {"start": "runs/x", "first_step": 2}}, "first_step is 2; .* end with number 1"),
         ({"match": {"start": "runs/x"}, "trajectories": trajectories | {"by_student": True}},
          "both given; .* leave by_student out"),
-        ({"match": {"start": "runs/x", "far_turns": 2}}, "far_turns is 2, .* give roll"),
-        ({"match": {"start": "runs/x", "far_turns": -1}}, "far_turns is -1; give 0 or more"),
     ):
         with pytest.raises(InputError, match=message):
             build(DistilRun, settings | changes, "run")

@@ -1,1 +1,1 @@
-"""Few-step students and rollers, taught by their teacher."""
+"""Few-step students, taught by their teacher."""

@@ -15,8 +15,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import RollConfig
-from vidgen.weights.student import STUDENTS
+from vidgen.weights.student import STUDENT
 
 LOW: ExpertRole = "transformer_2"
 SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at
@@ -95,7 +94,7 @@ class DeltaConfig:
     Args:
         rank: of each layer's change.
         targets: parts of layers' names, such as "self_attn.q" or "ffn".
-        begin_as: which of the model's own deltas it begins as, one of `STUDENTS`; None: nothing.
+        begin_as: "student" to begin as the model's own delta; None: nothing.
         part: which of the model's transformers it changes: the first one, at all noise levels, or
             its expert at low noise, below the boundary, the model's own student staying above it.
         above: whether the first one's is for levels above that boundary alone, the student's part
@@ -113,9 +112,9 @@ class DeltaConfig:
             raise InputError(f"delta.rank is {self.rank}; it must be at least 1")
         if not self.targets:
             raise InputError("delta.targets is empty; name parts of layers' names")
-        if self.begin_as not in (None, *STUDENTS):
-            raise InputError(f"delta.begin_as is {self.begin_as!r}; it is one of "
-                             + ", ".join(STUDENTS))
+        if self.begin_as not in (None, STUDENT):
+            raise InputError(f"delta.begin_as is {self.begin_as!r}; give {STUDENT}, or leave it "
+                             "out")
         if self.above and self.part == LOW:
             raise InputError(f"delta.part is {LOW!r} and delta.above is true, but the expert "
                              "denoises below the boundary; leave one of them out")
@@ -145,8 +144,6 @@ class MatchConfig:
         phased: whether a step's clips are compared no lower than where the next one begins: noise
             covers there what later steps make anew (Fan et al. 2025, "Phased DMD").
         follower_lr: peak rate of what follows the student; it has to be faster than the student.
-        far_turns: of rollers, the turns at most that a clip is rolled out for, before those behind
-            them are compared.
     """
 
     start: str | None = None
@@ -155,7 +152,6 @@ class MatchConfig:
     between: tuple[float, float] = (0.02, 0.98)
     phased: bool = False
     follower_lr: float = 1e-3
-    far_turns: int = 0
 
     def __post_init__(self) -> None:
         low, high = self.between
@@ -164,8 +160,6 @@ class MatchConfig:
                              "0..1")
         if self.first_step < 0:
             raise InputError(f"match.first_step is {self.first_step}; the first is 0")
-        if self.far_turns < 0:
-            raise InputError(f"match.far_turns is {self.far_turns}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +170,13 @@ class DistilRun:
         teacher: the model, whose weights the student shares; a name or a folder.
         caches: clips that lend captions and conditions; see `train/toybox/cache.py`.
         trajectories: the teacher's, made by `train/toybox/trajectories.py`.
-        roll: how the student rolls clips out, turn by turn; None: it makes them as a whole.
         match: how its own clips are compared with the teacher's; None: it repeats answers.
         delta: of the student. Rank 16 of all layers of the embedded model is 1.6 MB in bf16.
         run: its phases have the trajectories' frames, and `batch_size` steps of one shard each, or
             clips that are matched.
 
     Raises:
-        InputError: a phase of other clips than the trajectories', no step to match, or turns of a
-            student that makes none.
+        InputError: a phase of other clips than the trajectories', or no step to match.
     """
 
     run: PhasedRun
@@ -192,22 +184,18 @@ class DistilRun:
     caches: tuple[CacheConfig, ...]
     trajectories: TrajectoryConfig
     delta: DeltaConfig
-    roll: RollConfig | None = None
     match: MatchConfig | None = None
 
     def __post_init__(self) -> None:
         if self.match is not None and self.trajectories.by_student:
             raise InputError("match and trajectories.by_student are both given; a student is "
                              "matched with the guided model, leave by_student out")
-        if self.delta.has_other and (self.roll is not None or self.trajectories.by_student):
-            raise InputError(f"{self.delta.asked}; such a part neither rolls clips out nor has a "
-                             "student for its teacher, leave roll and trajectories.by_student out")
+        if self.delta.has_other and self.trajectories.by_student:
+            raise InputError(f"{self.delta.asked}; such a part has no student for its teacher, "
+                             "leave trajectories.by_student out")
         if self.match is not None and self.match.start is None and self.delta.begin_as is None:
             raise InputError("match.start and delta.begin_as are both missing; matching goes on "
                              "from a student, give its run folder or the name of a model's own")
-        if self.match is not None and self.match.far_turns and self.roll is None:
-            raise InputError(f"match.far_turns is {self.match.far_turns}, but only a roller makes "
-                             "turns; give roll, or leave it out")
         if self.match is not None and self.match.first_step >= self.trajectories.num_steps:
             raise InputError(f"match.first_step is {self.match.first_step}; the student's "
                              f"{self.trajectories.num_steps} steps end with number "

@@ -82,14 +82,14 @@ def _key(path: str) -> str:
     return path.replace(".", "/")
 
 
-def delta_of(folder: ModelFolder, name: str, config: DiTConfig, part: ExpertRole) -> Adapter:
-    """One of a model's own deltas, to begin as.
+def delta_of(folder: ModelFolder, config: DiTConfig, part: ExpertRole) -> Adapter:
+    """The delta of a model's own student, to begin as.
 
     Raises:
-        InputError: it has none of that name for that transformer.
+        InputError: it has none for that transformer.
     """
-    if part not in student_parts(folder.path, name):
+    if part not in student_parts(folder.path):
         whose = "" if part == "transformer" else f" of its {part}"
-        raise InputError(f"delta.begin_as is {name!r}, but {folder.name!r} has no {name}{whose}; "
+        raise InputError(f"delta.begin_as is 'student', but {folder.name!r} has no student{whose}; "
                          "release one first, or leave it out")
-    return read_student(folder.path, config, name, part)
+    return read_student(folder.path, config, part)

@@ -43,7 +43,7 @@ from vidgen.diffusion.state import LatentState
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.optim import build_optimizers
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.student import STUDENT, read_student
+from vidgen.weights.student import read_student
 
 BatchT = TypeVar("BatchT")
 
@@ -62,7 +62,7 @@ class DeltaTask(ABC, Generic[BatchT]):
         dit = load_dit(folder, part, torch.float32, self.device)
         self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
         if config.delta.begin_as is not None:
-            self.delta.begin_as(delta_of(folder, config.delta.begin_as, dit.config, part))
+            self.delta.begin_as(delta_of(folder, dit.config, part))
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
         self.other: Side | None = None
@@ -70,7 +70,7 @@ class DeltaTask(ABC, Generic[BatchT]):
         if config.delta.has_other:
             role: ExpertRole = "transformer" if part == LOW else LOW
             other = load_dit(folder, role, torch.float32, self.device)
-            self.other = other, read_student(folder.path, other.config, STUDENT, role)
+            self.other = other, read_student(folder.path, other.config, role)
             self.boundary = boundary_of(folder)
             above = int((self.sigmas >= self.boundary).sum())
             self.own = self.own[above:] if part == LOW else self.own[:above]

@@ -185,8 +185,7 @@ class DiTDraws:
                        dropout=config.caption_dropout,
                        handed=config.handed_share if is_settled else 0)
         if num_frames > 1 and _happens(config.window_share, kind):
-            window = replace(WINDOW, reference=config.anchor_share,
-                             prefix_step=config.conditions.prefix_step)
+            window = replace(WINDOW, reference=config.anchor_share)
             frames = replace(frames, inside=True, has_stills=True, conditions=window, handed=0)
         elif _happens(config.still_share, kind):
             frames = replace(frames, has_stills=True, conditions=config.still_conditions)

@@ -1,1 +1,1 @@
-"""Clips longer than a window: extended, or rolled out turn by turn."""
+"""Clips longer than a window."""
