@@ -30,7 +30,7 @@ VIDEOS = ("a.mp4", "b.mov", "c.webm", "d.mkv", "e.avi", "f.ts", "g.flv")
 SOUNDS = ("s.wav", "t.mp3", "u.flac", "v.ogg", "w.m4a")
 PICTURES = ("a.png", "b.png", "c.png", "d.apng", "e.gif", "f.webp", "g.webp", "h.jpg", "i.jpg",
             "j.bmp", "k.tif", "l.tif")  # fmt: skip
-SCRIPTS = ("film.yaml", "film.json", "film.csv", "film.txt")
+SCRIPTS = ("film.yaml", "film.json", "film.txt")
 CAPTIONS = ("caption.json", "caption.txt", "table.csv", "table.jsonl")
 RECIPE = {"vidgen": "0", "plan": {"prompt": "a cat", "seed": 1}, "inputs": []}
 NOISE = torch.linspace(-2, 2, 192).reshape(1, 4, 3, 4, 4)
@@ -86,9 +86,6 @@ def _texts(folder: Path) -> None:
     """Scripts, prompts, word lists and captions, as people write them."""
     (folder / "film.yaml").write_text(_YAML)
     (folder / "film.json").write_text(json.dumps(FILM, indent=1))
-    (folder / "film.csv").write_text(
-        'id,prompt,duration,seed\na,"a red car, at night",1,3\nb,a cat spins,2,\n'
-    )
     (folder / "film.txt").write_text("# two shots\na red car\na cat spins\n")
     (folder / "suite.txt").write_text("a red car\na cat spins\n")
     (folder / "suite.json").write_text(json.dumps([{"prompt_en": "a car"}, "a cat"]))

@@ -1,7 +1,5 @@
 """Scripts: what is read as people mean it, and every mistake told with its line and remedy."""
 
-import csv
-import io
 import json
 import subprocess
 import sys
@@ -109,26 +107,6 @@ def test_a_plain_list_is_a_prompt_a_line_and_its_ids_last(tmp_path):
     assert [shot.id for shot in longer.shots[1:]] == [shot.id for shot in script.shots]
 
 
-def test_a_table_is_a_row_a_shot(tmp_path):
-    rows = [
-        {"id": "one", "prompt": 'a "red" car, driving', "duration": "1.5", "seed": "12",
-         "in_film": "false", "camera": "pan-left", "continue_from": ""},
-        {"id": "2", "prompt": "a cat", "duration": "2", "continue_from": "one"},
-    ]
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [*rows[0]])
-    writer.writeheader()
-    writer.writerows(rows)
-    script = read(tmp_path, "\ufeff" + file.getvalue(), "film.csv")
-    one, two = script.shots
-    assert (one.prompt[0].prompt, one.duration, one.seed, one.in_film) == (
-        'a "red" car, driving', 1.5, 12, False
-    )
-    assert one.camera == Camera("pan-left")
-    assert (two.id, two.continue_from, two.duration, two.seed) == ("2", "one", 2.0, None)
-    assert script.lines == {"one": 2, "2": 3}
-
-
 def test_the_order_follows_the_script_but_for_what_shots_need(tmp_path):
     script = read(tmp_path, shots(
         "  - {id: a, prompt: x, continue_from: c}\n  - {id: b, prompt: x}\n"
@@ -230,13 +208,6 @@ def test_aliases_may_repeat_but_not_without_end(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("a.csv", "id,duration\na,2\n", "line 1: no column is called prompt"),
-    ("b.csv", "prompt,sed\nx,2\n", "line 2: unknown key 'sed'; did you mean 'seed'"),
-    ("c.csv", "prompt,seed\nx,2,3\n", "line 2: 1 cells have no column"),
-    ("d.csv", "prompt,seed\nx,two\n", "line 2: seed must be a whole number"),
-    ("e.csv", 'prompt\n"x\n', "CSV"),
-    ("f.csv", "", "no column is called prompt"),
-    ("g.csv", "prompt,seed,prompt\nx,2,y\n", "line 1: 2 columns are called 'prompt'; keep one"),
     ("g.txt", "# nothing\n", "there are no shots"),
     ("h.toml", "", "must end in one of .yaml"),
     ("i.json", '{"shots": [{"prompt": "x"},]}', "is not JSON: line 1"),
@@ -261,7 +232,7 @@ def test_a_missing_or_binary_script_is_told(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_any_text_is_read_or_refused_in_words(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("any")
-    for name in ("x.yaml", "x.csv", "x.txt", "x.json"):
+    for name in ("x.yaml", "x.txt", "x.json"):
         told = str(folder)
         try:
             read(folder, f"shots: [{{prompt: {text}" if name == "x.yaml" else text, name)
@@ -270,10 +241,10 @@ def test_any_text_is_read_or_refused_in_words(tmp_path_factory, text):
         assert str(folder) in told
 
 
-@given(st.sampled_from([".yaml", ".json", ".csv"]), st.data())
+@given(st.sampled_from([".yaml", ".json"]), st.data())
 @settings(max_examples=80, deadline=None)
 def test_a_damaged_script_is_read_or_refused_in_words(tmp_path_factory, suffix, data):
-    texts = {".yaml": FILM, ".csv": "id,prompt,duration\none,a red car,2\ntwo,a cat,1.5\n",
+    texts = {".yaml": FILM,
              ".json": json.dumps({"version": 1, "shots": [{"prompt": "a cat", "seed": 3}]})}
     text = texts[suffix]
     start = data.draw(st.integers(0, len(text)))

@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("script", metavar="FILM", nargs="?",
-        help="a script: .yaml, .json, a table .csv, or a list .txt of one prompt a line")
+        help="a script: .yaml, .json, or a list .txt of one prompt a line")
     add("-o", "--output", metavar="FILE",
         help=".mp4 .mov .webm or .mkv; default FILM.mp4; its shots are kept in FILM.shots")
     add("--check", action="store_true",

@@ -1,20 +1,17 @@
 """The script of a film: its shots, in order, and what they share.
 
-YAML and JSON files hold a script as it is, tables a row for each shot, plain lists a prompt for
-each line. A shot checks itself, `_check` what needs the whole script.
+YAML and JSON files hold a script as it is, plain lists a prompt for each line. A shot checks
+itself, `_check` what needs the whole script.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 from vidgen.core.config import ONE, build, called
 from vidgen.core.config_file import Located, load_text, load_yaml
@@ -39,9 +36,8 @@ from vidgen.story.elements import (
 VERSION = 1
 NAME = re.compile(r"\w[\w-]{0,63}")
 """Names of shots, characters, places and scenes."""
-_LISTS = frozenset({".txt", ".csv"})
-_SUFFIXES = (".yaml", ".yml", ".json", *sorted(_LISTS))
-_SEVERAL = ("characters", "lora")
+_LIST = ".txt"
+_SUFFIXES = (".yaml", ".yml", ".json", _LIST)
 MAX_SHOTS = 100_000
 SILENCE = Path("none")
 """Written as the file of music that ends the one before."""
@@ -128,9 +124,8 @@ class Script:
         """Read a script and check it; files are never changed.
 
         Args:
-            path: .yaml, .json, .csv (a header of a shot's keys, then a row for each; several
-                characters are separated by semicolons) or .txt (a prompt a line, without empty
-                lines and lines that begin with #).
+            path: .yaml, .json or .txt (a prompt a line, without empty lines and lines that begin
+                with #).
 
         Raises:
             InputError: the fault, with line, key and remedy.
@@ -139,10 +134,8 @@ class Script:
         suffix = path.suffix.lower()
         if suffix not in _SUFFIXES:
             raise InputError(f"script {path} must end in one of {', '.join(_SUFFIXES)}")
-        if suffix in _LISTS:
-            text = load_text(path, "script")
-            rows = list(_table(text, path) if suffix == ".csv" else _prompts(text))
-            mapping = Located({"shots": rows}, {})
+        if suffix == _LIST:
+            mapping = Located({"shots": [*_prompts(load_text(path, "script"))]}, {})
         else:
             mapping = load_yaml(path, "script")
             _check_version(mapping, path)
@@ -270,52 +263,6 @@ def _prompts(text: str) -> Iterator[Located]:
             # braces in a plain list are signs like any other: there is nobody to refer to
             words = prompt.replace("{", "{{").replace("}", "}}")
             yield Located({"prompt": words}, {"prompt": number})
-
-
-def _table(text: str, path: Path) -> Iterator[Located]:
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        names = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = names
-        if "prompt" not in names:
-            raise InputError(f"script {path}, line 1: no column is called prompt; the first line "
-                             "must name the columns by a shot's keys")
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise InputError(f"script {path}, line 1: {names.count(repeated)} columns are called "
-                             f"{repeated!r}; keep one of them")
-        for row in reader:
-            line = reader.line_num
-            extra = row.pop(None, None)
-            if extra:
-                raise InputError(f"script {path}, line {line}: {len(extra)} cells have no column; "
-                                 "put text with commas in quotes")
-            values = {k: _cell(k, v.strip()) for k, v in row.items() if v and v.strip()}
-            yield Located(values, dict.fromkeys(values, line))
-    except csv.Error as error:
-        raise InputError(f"script {path}, line {reader.line_num}: {error}; write the table again "
-                         "as CSV with commas and double quotes") from None
-
-
-@cache
-def _kinds() -> dict[str, tuple[Any, ...]]:
-    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Shot).items()}
-
-
-def _cell(key: str, text: str) -> Any:
-    """Return a cell as YAML reads it: a number where the key takes one, else text."""
-    if key in _SEVERAL:
-        return [part.strip() for part in text.split(";") if part.strip()]
-    kinds = _kinds().get(key, ())
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return text
 
 
 def _finished(script: Script, path: Path, mapping: Located) -> Script:
