@@ -138,18 +138,6 @@ class Flow(torch.nn.Module):
         return self.mix(other - one)
 
 
-class Track(torch.nn.Module):
-    """Tracks as CoTracker's interface has them: by how the picture's mean colour changes."""
-
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """Tracks [1, T, 100, 2] of a 10x10 grid in video [1, T, 3, H, W]."""
-        spots = torch.linspace(5.0, 125.0, 10)
-        rows, columns = torch.meshgrid(spots, spots, indexing="ij")
-        grid = torch.stack([columns, rows], -1).reshape(1, 1, 100, 2)
-        tone = video.mean((3, 4))[:, :, :2, None].transpose(2, 3)
-        return grid + 20 * (tone - tone[:, :1])
-
-
 def write_networks(folder: Path) -> None:
     """Networks at random weights in the form that `--network` takes."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
@@ -165,7 +153,7 @@ def write_networks(folder: Path) -> None:
         parameter.data += 0.2 * torch.randn_like(parameter)
     dino.save_pretrained(folder / "dino")
     clip.save_pretrained(folder / "clip")
-    for name, module in (("dreamsim", Embed()), ("raft", Flow()), ("cotracker", Track())):
+    for name, module in (("dreamsim", Embed()), ("raft", Flow())):
         torch.jit.script(module.eval()).save(str(folder / f"{name}.pt"))
 
 
@@ -173,7 +161,7 @@ def measure_ours(work: Path) -> dict[str, dict[str, Any]]:
     """{dimension: {clip: value}} by `vidgen eval temporal`, None where it takes none."""
     folder = work / "networks"
     networks = {"dino": folder / "dino", "clip": folder / "clip"}
-    networks |= {name: folder / f"{name}.pt" for name in ("dreamsim", "raft", "amt", "cotracker")}
+    networks |= {name: folder / f"{name}.pt" for name in ("dreamsim", "raft", "amt")}
     run = TemporalRun(
         (str(work / "clips"),), tuple(f"{n}={p}" for n, p in networks.items()),
         str(work / "pictures"),

@@ -208,31 +208,6 @@ class Embedder:
         return found
 
 
-def camera_of(path: Path) -> Any:
-    """VBench's camera predictor before a tracker as TorchScript.
-
-    Its module imports a drawing program that the wheel lacks; a stand-in takes the name.
-    """
-    visualizer = types.ModuleType("visualizer")
-    visualizer.Visualizer = None  # type: ignore[attr-defined]
-    name = "vbench2_beta_i2v.third_party.cotracker.utils.visualizer"
-    parts = name.split(".")
-    for depth in range(2, len(parts)):
-        sys.modules.setdefault(".".join(parts[:depth]), types.ModuleType(parts[depth - 1]))
-    sys.modules.setdefault(name, visualizer)
-    from vbench2_beta_i2v import camera_motion
-
-    network = torch.jit.load(str(path)).eval()
-
-    class Tracker(torch.nn.Module):
-        def forward(self, video: torch.Tensor, grid_size: int) -> tuple[torch.Tensor, None]:
-            assert grid_size == 10
-            return network(video), None
-
-    torch.hub.load = lambda *_names, **_options: Tracker()  # type: ignore[assignment]
-    return camera_motion.CameraPredict("cpu", {"repo": "", "model": ""})
-
-
 def by_clip(results: Any) -> dict[str, Any]:
     """{clip's file name: value} of what a VBench function returns; its last part is by video."""
     return {Path(one["video_path"]).name: one["video_results"] for one in results[-1]}
@@ -260,7 +235,6 @@ def measure(work: Path, dino: Path | None) -> tuple[Results, dict[str, str]]:
             "vbench2_beta_i2v.i2v_subject", network, pairs, "cpu"),
         "i2v_background": lambda: call(
             "vbench2_beta_i2v.i2v_background", Embedder(networks / "dreamsim.pt"), pairs, "cpu"),
-        "camera_motion": lambda: call_camera(networks / "cotracker.pt", clips),
     }  # fmt: skip
     results: Results = {
         "static_filter": {Path(clip).name: bool(static.infer(clip)) for clip in clips}
@@ -284,15 +258,6 @@ def needs(network: Any) -> bool:
 def call(module: str, *args: Any) -> Any:
     """VBench's function of a dimension; it bears its module's last name."""
     return getattr(importlib.import_module(module), module.rpartition(".")[2])(*args)
-
-
-def call_camera(path: Path, clips: list[str]) -> Any:
-    """The camera's motion in those clips whose name tells what it is to be."""
-    camera = camera_of(path)
-    from vbench2_beta_i2v import camera_motion
-
-    told = [clip for clip in clips if "camera" in Path(clip).name]
-    return camera_motion.camera_motion(camera, told)
 
 
 def main() -> None:

@@ -68,8 +68,6 @@ def test_results_say_what_shaped_them(results: Path) -> None:
                                "seeds": [7]}]  # fmt: skip
     assert told["machine"]["opencv"]
     assert told["prompt_suite"] is None
-    assert good["clips"][0]["figures"]["proxy_camera_motion"] == 1.0, "its prompt says pan right"
-    assert good["clips"][1]["figures"]["proxy_camera_motion"] is None
 
 
 def test_the_report_needs_nothing_from_elsewhere(results: Path) -> None:

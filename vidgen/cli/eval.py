@@ -53,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
         parser.epilog = "vidgen eval SUITE --help lists the options of a suite."
     if suite in ("temporal", "prompts"):
         add("--network", action="append", default=[], metavar="NAME=PATH",
-            help="a network of VBench's: dino, clip, dreamsim, raft, amt, cotracker or i3d")
+            help="a network of VBench's: dino, clip, dreamsim, raft, amt or i3d")
         add("--first-images", metavar="FOLDER",
             help="pictures with which the clips begin, named like their prompts")
         add("--report", metavar="HTML", help="also write a page with charts")

@@ -1,7 +1,5 @@
 """All measures of one clip, in one pass over its frames and at constant memory.
 
-Only `cotracker` needs all frames at once, and keeps them.
-
 Axes: T frames, H W rows and columns.
 """
 
@@ -42,7 +40,6 @@ class Measured:
     histograms: list[list[float]]  # motion histograms [K, 16] of segments of 16 frames
     num_frames: int
     dynamic: bool  # whether the clip moves
-    camera: list[str]  # the camera's motion, by the stand-in
     # of `i3d` [K, D] of segments of 16 frames, where that network is given
     features: list[list[float]] = field(default_factory=list)
     flat: bool = False  # whether each frame is of a single colour, without a subject
@@ -82,10 +79,8 @@ class _Plain:
 class _Originals:
     """VBench's dimensions by its own networks, as far as these are given."""
 
-    def __init__(
-        self, networks: Networks, fps: float, image: Frames | None, target: str | None
-    ) -> None:
-        self._networks, self._target = networks, target
+    def __init__(self, networks: Networks, fps: float, image: Frames | None) -> None:
+        self._networks = networks
         self._consistencies = {
             dimension: (getattr(networks, feature), vbench.Consistency())
             for dimension, feature in _FEATURES.items() if feature in networks}
@@ -100,10 +95,8 @@ class _Originals:
         self._speeds: list[float] = []
         self._first: Frames | None = None
         self._before: Frames | None = None
-        self._all: list[Frames] = []
         self._segment: list[Frames] = []
         self.features: list[list[float]] = []
-        self._keeps = "cotracker" in networks and target is not None
 
     def feed(self, frame: Frames) -> None:
         for feature, meter in (*self._consistencies.values(), *self._likenesses.values()):
@@ -114,8 +107,6 @@ class _Originals:
                 self._speeds.append(self._static_speed(self._before, frame))
         if self._smooth:
             self._smooth.feed(frame)
-        if self._keeps:
-            self._all.append(frame)
         if "i3d" in self._networks:
             self._segment.append(frame)
             if len(self._segment) == motion.SEGMENT:
@@ -128,8 +119,7 @@ class _Originals:
         return vbench.top_speed(self._networks.raft(one, other), vbench.STATIC_TOP)
 
     def figures(self, changes: list[float]) -> motion.Figures:
-        found: motion.Figures = {"camera_motion": None} if "cotracker" in self._networks else {}
-        found |= {name: meter.score for name, (_, meter) in self._consistencies.items()}
+        found = {name: meter.score for name, (_, meter) in self._consistencies.items()}
         found |= {name: meter.image_score for name, (_, meter) in self._likenesses.items()}
         if self._moves and self._first is not None and self._before is not None:
             found["dynamic_degree"] = self._moves.score
@@ -139,22 +129,17 @@ class _Originals:
             found["temporal_flickering"] = vbench.stillness(changes) if static else None
         if self._smooth:
             found["motion_smoothness"] = self._smooth.score
-        if self._keeps:
-            tracks = self._networks.cotracker(np.stack(self._all))
-            short = min(self._all[0].shape[:2])
-            found["camera_motion"] = float(
-                self._target in vbench.camera_motions(tracks[0], tracks[-1], short))
         return found
 
 
 def measure_clip(
-    frames: Iterable[Frames], fps: Fraction, *, image: Frames | None = None, prompt: str = "",
+    frames: Iterable[Frames], fps: Fraction, *, image: Frames | None = None,
     networks: Networks | None = None,
 ) -> Measured:
     """Take all measures of a clip of frames uint8 [H, W, 3]; none of a single frame.
 
     The stand-ins see `image` [H, W, 3], the first frame that was asked for, at the clip's size, the
-    networks as it is. `prompt` judges the camera's motion, where it names one.
+    networks as it is.
 
     Raises:
         InputError: no OpenCV, or a side under 16 pixels.
@@ -164,19 +149,19 @@ def measure_clip(
     for frame in frames:
         if parts is None:
             check_flow_size(*frame.shape[:2])
-            parts = _Parts(flows, rate, frame, image, networks, vbench.camera_target(prompt))
+            parts = _Parts(flows, rate, frame, image, networks)
         parts.feed(frame)
     if parts is None or parts.num_frames < 2:
-        return Measured({}, [], 0 if parts is None else 1, False, [])
+        return Measured({}, [], 0 if parts is None else 1, False)
     return parts.measured()
 
 
 class _Parts:
     def __init__(
         self, flows: FlowEstimator, rate: float, first: Frames, image: Frames | None,
-        networks: Networks | None, target: str | None,
+        networks: Networks | None,
     ) -> None:  # fmt: skip
-        self._flows, self._target, self.num_frames = flows, target, 0
+        self._flows, self.num_frames = flows, 0
         self._plain = _Plain(rate, *first.shape[:2])
         self._motion = motion.MotionMeter(flows, rate)
         self._moves = motion.SampledMotion(self._speed, rate)
@@ -189,7 +174,7 @@ class _Parts:
             (kind, feature, vbench.Consistency(None if small is None else feature(small)))
             for kind, feature in features.items()]
         self._identity = appearance.IdentityDrift()
-        self._originals = _Originals(networks, rate, image, target) if networks else None
+        self._originals = _Originals(networks, rate, image) if networks else None
         self._mismatch = None if given is None else float(
             np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64))
 
@@ -218,11 +203,10 @@ class _Parts:
         for kind, _, consistency in self._features:
             stand_ins[f"{kind}_consistency"] = consistency.score
             stand_ins[f"i2v_{kind}"] = consistency.image_score
-        changes, camera = self._plain.changes, self._motion.camera
+        changes = self._plain.changes
         stand_ins |= {
             "temporal_flickering": vbench.stillness(changes) if self._motion.static else None,
-            "motion_smoothness": self._smooth.score, "dynamic_degree": self._moves.score,
-            "camera_motion": None if self._target is None else float(self._target in camera)}
+            "motion_smoothness": self._smooth.score, "dynamic_degree": self._moves.score}
         dynamic = (self._motion.speed or 0.0) >= motion.MOVING_SIDES
         known = ((name, stand_ins[name]) for name in _STEADY)
         steady = [vbench.normalise(name, value) for name, value in known if value is not None]
@@ -233,6 +217,6 @@ class _Parts:
             **self._motion.figures(), **self._identity.figures(), **self._plain.figures(),
             "first_frame_error": self._mismatch}
         return Measured(
-            figures, self._motion.tracks.histograms, self.num_frames, dynamic, camera,
+            figures, self._motion.tracks.histograms, self.num_frames, dynamic,
             self._originals.features if self._originals else [],
             flat=any(kind == "subject" and meter.is_blank for kind, _, meter in self._features))

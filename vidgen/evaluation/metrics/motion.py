@@ -103,7 +103,6 @@ class MotionMeter:
         self._speeds: list[float] = []
         self._static_speeds: list[float] = []
         self.tracks: Tracks
-        self._grid: NDArray[np.float64]
 
     def feed(self, frame: Frames) -> None:
         """Take the next frame, uint8 [H, W, 3]."""
@@ -112,9 +111,6 @@ class MotionMeter:
             height, width = grey.shape
             self._first = self._looked_at = grey
             self.tracks = Tracks(height, width)
-            xs = np.linspace(0.05 * width, 0.95 * width, vbench.CAMERA_GRID)
-            ys = np.linspace(0.05 * height, 0.95 * height, vbench.CAMERA_GRID)
-            self._grid = self._grid_home = np.stack(np.meshgrid(xs, ys), axis=-1)
         else:
             self._measure(frame, grey)
         self._grey, self._frames = grey, [*self._frames[-1:], frame]
@@ -143,8 +139,6 @@ class MotionMeter:
         if self._flow is not None:
             self._add_flicker(frame, self._flow, flow)
         self.tracks.advance(flow, self._flows.widened(hidden))
-        shape = self._grid.shape
-        self._grid = self._grid + sample_flow(flow, self._grid.reshape(-1, 2)).reshape(shape)
         self._flow = flow
 
     def _add_flicker(self, frame: Frames, came: Flow, goes: Flow) -> None:
@@ -168,11 +162,6 @@ class MotionMeter:
         flows = (self._flows.flow(*way) for way in (pair, pair[::-1]))
         ends = [vbench.top_speed(flow, vbench.STATIC_TOP) for flow in flows]
         return vbench.is_static(self._static_speeds, ends, min(self._grey.shape))
-
-    @property
-    def camera(self) -> list[str]:
-        """The camera's motion, by VBench's rules on points that the flow carries."""
-        return vbench.camera_motions(self._grid_home, self._grid, min(self._grey.shape))
 
     def finish(self) -> None:
         """End the clip; one that is shorter than the time between looks is looked at now."""

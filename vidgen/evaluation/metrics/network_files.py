@@ -7,8 +7,6 @@ raft       TorchScript: two pictures [1, 3, H, W], 0 to 255, sides divisible by 
            [1, 2, H, W] in pixels (x, y)
 amt        TorchScript: two pictures [1, 3, H, W] in [0, 1], sides divisible by 16 -> the
            picture between them, the same shape
-cotracker  TorchScript: video [1, T, 3, H, W], 0 to 255 -> tracks [1, T, 100, 2] in pixels
-           (x, y) of a 10x10 grid on the first frame, row by row
 i3d        TorchScript: video [1, 3, 16, 224, 224] in [-1, 1] -> features [1, D]
 """
 
@@ -35,7 +33,6 @@ NETWORKS: dict[str, Network] = {
     "dreamsim": Network(("i2v_background",)),
     "raft": Network(("temporal_flickering", "dynamic_degree")),
     "amt": Network(("motion_smoothness",)),
-    "cotracker": Network(("camera_motion",)),
     "i3d": Network(("fvd", "kvd")),
 }
 FOLDERS = ("dino", "clip")

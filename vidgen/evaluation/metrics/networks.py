@@ -1,6 +1,6 @@
 """VBench's feature networks with its preprocessing; `network_files` describes their files.
 
-Axes: T frames, H W rows and columns, D values of a feature.
+Axes: H W rows and columns, D values of a feature.
 """
 
 from __future__ import annotations
@@ -77,14 +77,6 @@ class Networks:
         found, inside = self._between("amt", one, other, 16, 1 / 255, channels=3)
         levels = (found[0].permute(1, 2, 0)[inside] * 255).clamp(0, 255)
         return levels.to(torch.uint8).numpy()
-
-    def cotracker(self, frames: Frames) -> NDArray[np.float32]:
-        """Return tracks [T, 10, 10, 2] of a 10x10 grid on the first of frames [T, H, W, 3]."""
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float()
-        tracks = self._called("cotracker", lambda net: net(video))
-        if tracks.shape != (1, len(frames), 100, 2):
-            raise ModelError(f"cotracker gave {list(tracks.shape)}, not [1, {len(frames)}, 100, 2]")
-        return tracks[0].reshape(-1, 10, 10, 2).numpy()
 
     def i3d(self, frames: Sequence[Frames]) -> NDArray[np.float32]:
         """Return the feature [D] of frames [H, W, 3], at 224x224."""

@@ -28,7 +28,7 @@ _SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)
 
 def _vbench(name: str, about: str) -> Measure:
     better: Better = "neither" if name == "dynamic_degree" else "more"
-    return Measure(better, "", about, _SHARE, name in ("dynamic_degree", "camera_motion"))
+    return Measure(better, "", about, _SHARE, name == "dynamic_degree")
 
 
 MEASURES: dict[str, Measure] = {

@@ -27,7 +27,6 @@ DIMENSIONS = {
     "dynamic_degree": (0.0, 1.0, "whether there is large motion"),
     "i2v_subject": (0.1462, 1.0, "the subject of the image is kept"),
     "i2v_background": (0.2615, 1.0, "the look of the image is kept"),
-    "camera_motion": (0.0, 1.0, "the camera does what the prompt says"),
 }
 """{dimension: least and most by which a score is normalised, meaning of a high score}."""
 #: dimension -> its weight among the five that make the temporal subtotal.
@@ -37,18 +36,6 @@ WEIGHTS = {
 }  # fmt: skip
 DYNAMIC_TOP, DYNAMIC_PIXELS, DYNAMIC_FPS = 0.05, 6.0, 8
 STATIC_TOP, STATIC_PIXELS = 0.02, 3.0
-CAMERA_SHARE, CAMERA_GRID = 0.005, 10
-CAMERA_PHRASES = {
-    "camera pans left": "pan_left", "camera pans right": "pan_right",
-    "camera tilts up": "tilt_up", "camera tilts down": "tilt_down",
-    "camera zooms in": "zoom_in", "camera zooms out": "zoom_out", "camera static": "static",
-}  # fmt: skip
-_OPPOSITE_EDGES = {  # how two opposite edges moved -> what the camera did
-    ("left", "left"): "pan_right", ("right", "right"): "pan_left",
-    ("down", "down"): "tilt_up", ("up", "up"): "tilt_down", ("static", "static"): "static",
-}  # fmt: skip
-_ROWS = {("up", "down"): "zoom_in", ("down", "up"): "zoom_out"}
-_COLUMNS = {("left", "right"): "zoom_in", ("right", "left"): "zoom_out"}
 
 
 def likeness(one: Feature, other: Feature) -> float:
@@ -145,41 +132,6 @@ def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -
     allowed = round(2 * (len(speeds) + 1) / 16)
     few = sum(speed > limit for speed in speeds) <= allowed
     return few and all(speed <= limit * allowed * 2 for speed in ends)
-
-
-def camera_target(prompt: str) -> str | None:
-    """Return the camera's motion that a prompt names, or None."""
-    return next((kind for phrase, kind in CAMERA_PHRASES.items() if phrase in prompt), None)
-
-
-def camera_motions(
-    first: NDArray[np.floating[Any]], last: NDArray[np.floating[Any]], short_side: int
-) -> list[str]:
-    """Return the camera's motions, by the points in the middle of the four edges of a grid.
-
-    The points [10, 10, 2] (x, y) of both frames and `short_side` are in pixels. The result is one
-    or more of the values of `CAMERA_PHRASES`, sorted, or ["None"].
-    """
-    middle, end = CAMERA_GRID // 2, CAMERA_GRID - 1
-    way = last.astype(np.int64) - first.astype(np.int64)
-    limit = CAMERA_SHARE * short_side
-    edges = ((0, middle), (end, middle), (middle, 0), (middle, end))
-    top, down, left, right = (_directions(way[at], limit) for at in edges)
-    found = {(_OPPOSITE_EDGES | _ROWS).get((a, b)) for a in top for b in down}
-    found |= {(_OPPOSITE_EDGES | _COLUMNS).get((a, b)) for a in left for b in right}
-    known = {kind for kind in found if kind is not None}
-    if len(known) > 1:
-        known.discard("static")
-    return sorted(known) or ["None"]
-
-
-def _directions(way: NDArray[np.int64], limit: float) -> list[str]:
-    found = []
-    if abs(way[0]) > limit:
-        found.append("right" if way[0] > 0 else "left")
-    if abs(way[1]) > limit:
-        found.append("down" if way[1] > 0 else "up")
-    return found or ["static"]
 
 
 def normalise(dimension: str, value: float) -> float:

@@ -26,7 +26,7 @@ FEWEST_PAIRS = 6
 HEADLINE = "steadiness"
 #: Whose values a still clip is allowed to bring into a comparison.
 _UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "motion_speed",
-            "dynamic_degree", PROXY + "dynamic_degree", "camera_motion", PROXY + "camera_motion")
+            "dynamic_degree", PROXY + "dynamic_degree")
 _BY_FRAMES = ("subject_consistency", "background_consistency")  # over frames, as in VBench
 
 

@@ -89,7 +89,6 @@ class Folder:
 @dataclass(frozen=True)
 class _Job:
     path: str
-    prompt: str
     image: str | None
     networks: tuple[tuple[str, str], ...]
 
@@ -175,9 +174,9 @@ def _measure(
     for folder in folders:
         for item in folder.items:
             image = folder.images.get(item.name)
-            job = _Job(str(item.path), item.prompt, None if image is None else str(image), networks)
+            job = _Job(str(item.path), None if image is None else str(image), networks)
             hashes = [None if file is None else sha256_file(file) for file in (job.path, job.image)]
-            key = address_of([identity, hashes[0], job.prompt, hashes[1]])
+            key = address_of([identity, *hashes])
             if key in log.scores:
                 folder.scores[item.name] = log.scores[key]
             else:
@@ -234,7 +233,7 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
 
             _networks[job.networks] = Networks({n: Path(p) for n, p in job.networks})
         found = measure_clip(
-            video, video.fps, image=image, prompt=job.prompt, networks=_networks.get(job.networks))
+            video, video.fps, image=image, networks=_networks.get(job.networks))
         if found.num_frames < 2:
             raise InputError("it has a single frame, and measures in time need two; give a longer "
                              "clip")
