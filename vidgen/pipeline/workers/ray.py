@@ -14,10 +14,7 @@ import re
 import socket
 import sys
 import threading
-import time
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +27,9 @@ from vidgen.pipeline.workers.process import Worker
 if TYPE_CHECKING:
     from vidgen.pipeline.workers.types import Staff, Work
 
-log = logging.getLogger(__name__)
 LISTEN_S = 1.0
 """Time an actor waits for a message; its answer is its heartbeat."""
 _REACH_S = 20.0
-_ROOM_S = 30.0
-"""After which workers for which the cluster has no room are reported."""
 
 
 class Actor:
@@ -45,8 +39,8 @@ class Actor:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
         self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._worker = Worker(self._said.put, threads)
-        sent = _SentWork(work, folder, version)
-        self._thread = threading.Thread(target=self._worker.run, args=(sent,), daemon=True)
+        opened = _opened(work, folder, version)
+        self._thread = threading.Thread(target=self._worker.run, args=(opened,), daemon=True)
         self._thread.start()
 
     def receive(self, kind: str, content: Any) -> None:
@@ -68,31 +62,25 @@ class Actor:
         self._thread.join(seconds)
 
 
-@dataclass
-class _SentWork:
-    """Pickled work of a command, opened by the first job; refuses another version or folder."""
+def _opened(work: bytes, folder: str, version: str) -> Work:
+    """Unpickle a command's work; with another version or without its folder, refuse each job."""
+    machine, problem = os.uname().nodename, ""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        problem = (f"machine {machine} doesn't see {folder} ({error.strerror}); all machines must "
+                   "share the folders of the film and the model")
+    if version != __version__:
+        problem = (f"machine {machine} has vidgen {__version__}, the command {version}; install "
+                   "the same on all")
+    if not problem:
+        opened: Work = pickle.loads(work)
+        return opened
 
-    work: bytes
-    folder: str
-    version: str
+    def refuse(_payload: Any, _tell: OnEvent) -> Any:
+        raise InputError(problem)
 
-    def __call__(self, payload: Any, tell: OnEvent) -> Any:
-        return self._opened(payload, tell)
-
-    @cached_property
-    def _opened(self) -> Work:
-        machine = os.uname().nodename
-        if self.version != __version__:
-            raise InputError(f"machine {machine} has vidgen {__version__}, the command "
-                             f"{self.version}; install the same on all")
-        try:
-            os.chdir(self.folder)
-        except OSError as error:
-            raise InputError(f"machine {machine} doesn't see {self.folder} ({error.strerror}); "
-                             "all machines must share the folders of the film and the "
-                             "model") from None
-        work: Work = pickle.loads(self.work)
-        return work
+    return refuse
 
 
 class RayPool(WorkerPool):
@@ -120,12 +108,10 @@ class RayPool(WorkerPool):
                    "max_restarts": 0, "max_concurrency": 4}
         self._actor = self._ray.remote(**options)(Actor)
         self._arguments = (work, self._threads, str(Path.cwd()), __version__)
-        self._told_room = False
 
     def start(self) -> None:
         """Request all workers; they come as the cluster has room."""
         self._stdout.__enter__()
-        self._since = time.monotonic()
         super().start()
 
     def _start_worker(self, number: int) -> RayWorker:
@@ -140,7 +126,6 @@ class RayPool(WorkerPool):
         heard: list[tuple[WorkerHandle, Message]] = []
         for answered in ready:
             heard += self._said_by(asked[answered])
-        self._tell_room()
         return heard
 
     def _said_by(self, worker: RayWorker) -> list[tuple[WorkerHandle, Message]]:
@@ -150,12 +135,6 @@ class RayPool(WorkerPool):
             return [(worker, ("lost", str(error).strip().splitlines()[0]))]
         worker.ask()
         return [(worker, message) for message in messages or [("beat",)]]
-
-    def _tell_room(self) -> None:
-        missing = sum(not worker.is_ready for worker in self.workers)
-        if missing and not self._told_room and time.monotonic() - self._since > _ROOM_S:
-            self._told_room = True
-            log.warning("the cluster has no room yet for %d of %d workers", missing, self._count)
 
     def end(self, grace_s: float = 0.0) -> None:
         """Kill all workers, and leave the cluster if it was joined here."""
