@@ -117,7 +117,7 @@ def _script(path: Path) -> None:
 
 def _noise(path: Path) -> None:
     digest = hashlib.sha256(noise_file(NOISE)).hexdigest()
-    recipe = {"inputs": [], "custom_noise": digest}
+    recipe = {"inputs": [{"option": "latents", "sha256": digest}]}
     restore_inputs(recipe, Path(), [("latents", str(path))])
 
 

@@ -406,5 +406,4 @@ def test_a_film_goes_on_as_any_clip_does_and_its_script_makes_it_again(film, tin
                   "--steps", 2)
     assert (told["hand_over"], told["num_frames"]) == ("pixels", 63)
     assert main(["replay", str(whole)]) == 2
-    assert "is a film, made of several clips; vidgen script makes it again" in (
-        capsys.readouterr().err)
+    assert "made of several clips; make it again by vidgen script" in capsys.readouterr().err

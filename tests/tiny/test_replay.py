@@ -37,7 +37,6 @@ from vidgen.pipeline.replay import (
     loading_from_recipe,
     recorded_threads,
     request_from_recipe,
-    restore_inputs,
 )
 from vidgen.weights.lora import write_lora
 
@@ -223,7 +222,7 @@ def test_noise_too_large_for_the_recipe_comes_from_a_file(
     monkeypatch.setattr("vidgen.pipeline.inputs.EMBED_LIMIT", 100)
     noise = torch.randn(1, 4, 3, 4, 4)
     engine.generate(PROMPT, seed=5, latents=noise).save("made.mkv")
-    digest = read_recipe("made.mkv")["custom_noise"]
+    digest = read_recipe("made.mkv")["inputs"][0]["sha256"]
     assert digest == hashlib.sha256(save({"latents": noise})).hexdigest()
     code, _, err = replay("made.mkv")
     assert code == 2
@@ -234,19 +233,6 @@ def test_noise_too_large_for_the_recipe_comes_from_a_file(
         assert "is another one" in replay("made.mkv", "--input", "latents=noise.safetensors")[2]
     save_file({"latents": noise, "more": noise + 1}, "noise.safetensors", {"by": "somebody"})
     assert replay("made.mkv", "--input", "latents=noise.safetensors")[1]["identical"]
-
-
-def test_noise_is_known_by_its_hash_alone(engine: Engine, tmp_path: Path) -> None:
-    """A recipe whose noise was taken away or exchanged names the hash that is missing."""
-    noise = torch.randn(1, 4, 3, 4, 4)
-    recipe = engine.generate(PROMPT, seed=5, latents=noise).recipe
-    (record,) = recipe["inputs"]
-    other = record | {"sha256": "0" * 64}
-    for records in ([], [other]):
-        with pytest.raises(InputError, match=recipe["custom_noise"]):
-            restore_inputs(recipe | {"inputs": records}, tmp_path)
-    assert torch.equal(restore_inputs(recipe, tmp_path)["latents"], noise)
-    assert engine.generate(PROMPT, seed=5).recipe["custom_noise"] is None
 
 
 def test_one_change_keeps_all_else(engine: Engine, replay: Replay) -> None:

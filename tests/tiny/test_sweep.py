@@ -66,7 +66,7 @@ def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(
     assert main(["replay", result["cells"][0]["path"], "-o", "again.mp4"]) == 0
     for name in ("s.mp4", "s.png"):
         assert main(["replay", name, "-o", "more.mp4"]) == 2
-        assert f"{name} is a sweep's, made of several clips" in capsys.readouterr().err
+        assert f"{name} is made of several clips" in capsys.readouterr().err
     assert main(["extend", "s.mp4", "--seconds", "1"]) == 2
     assert "s.mp4 doesn't tell its prompt; give --prompt" in capsys.readouterr().err
     assert read_recipe("s.mp4")["sweep"]["over"] == {

@@ -67,7 +67,7 @@ def run(args: Namespace, report: Report) -> int:
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
     recipe = ending.recipe
-    if recipe is not None and recorded.made_of_clips(recipe) is not None:
+    if recipe is not None and recorded.is_of_clips(recipe):
         recipe = None  # it goes on as any other clip does
     given = options.given_options(args)
     del given["seconds"]  # of the added part

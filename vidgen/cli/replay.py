@@ -42,12 +42,12 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.probe import read_recipe
     from vidgen.media.write import check_format
-    from vidgen.pipeline.recorded import made_of_clips
+    from vidgen.pipeline.recorded import is_of_clips
 
     recipe = read_recipe(args.file)
-    if recipe is not None and (made := made_of_clips(recipe)) is not None:
-        raise InputError(f"{args.file} is {made.name}, made of several clips; {made.again}, or "
-                         f"replay a clip in {Path(args.file).with_suffix(made.folder)}")
+    if recipe is not None and is_of_clips(recipe):
+        raise InputError(f"{args.file} is made of several clips; make it again by vidgen script or "
+                         "vidgen sweep, or replay one of its clips")
     if recipe is None:
         raise InputError(f"{args.file} holds no recipe; give a clip that vidgen wrote")
     changes = typed_options(args.changes)

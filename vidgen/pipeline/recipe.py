@@ -67,8 +67,6 @@ def _common(
         "scheduler": json.loads(json.dumps(settings, default=lambda v: v.tolist())) or None,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": inputs.records, "loras": list(loras.records),
-        "custom_noise": next(
-            (each["sha256"] for each in inputs.records if each["option"] == "latents"), None),
         "dtype": engine.dtype, "offload": engine.offload, "device": engine.device.type,
         "machine": fingerprint(),
     }

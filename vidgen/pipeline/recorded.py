@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,9 @@ from vidgen.pipeline.settings import settings_to_go_on
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
-FACTS = ("vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
-         "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
-         "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound")
+FACTS = ("vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype",
+         "offload", "quantize", "attention", "kernels", "device", "devices", "machine", "diffusers",
+         "transformers", "torchao", "encoder", "hand_over", "sound")
 """Entries that frames or sound depend on; others differ from run to run or repeat these."""
 _DECISIVE = set(FACTS) - {"offload", "torchao", "encoder", "hand_over"}
 """Facts of an unfinished job. `offload` isn't one: a job out of memory may resume with another."""
@@ -116,25 +115,9 @@ def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
                               "guidance_low": guidance["low_scale"]}
 
 
-@dataclass(frozen=True)
-class MadeOfClips:
-    """A kind of files that consist of several clips, so that no plan of one clip is in them."""
-
-    name: str  # in a sentence
-    again: str  # the command that makes one again
-    folder: str  # suffix of the folder next to it that holds its clips
-
-
-_MADE_OF_CLIPS = {
-    "film": MadeOfClips("a film", "vidgen script makes it again from its script", ".shots"),
-    "sweep": MadeOfClips("a sweep's", "the same vidgen sweep makes it again", ".cells"),
-}
-
-
-def made_of_clips(recipe: Mapping[str, Any]) -> MadeOfClips | None:
-    """Return the kind of a recipe that consists of several clips; None for one clip."""
-    kinds = [kind for key, kind in _MADE_OF_CLIPS.items() if key in recipe]
-    return kinds[0] if kinds and "plan" not in recipe else None
+def is_of_clips(recipe: Mapping[str, Any]) -> bool:
+    """Return whether a recipe is a film's or a sweep's, so that no plan of one clip is in it."""
+    return "plan" not in recipe and ("film" in recipe or "sweep" in recipe)
 
 
 def own_options(
@@ -148,7 +131,7 @@ def own_options(
     Raises:
         InputError: the recipe is damaged.
     """
-    if made_of_clips(recipe) is not None:
+    if is_of_clips(recipe):
         return {}
     try:
         plan, asked = recipe["plan"], recipe.get("request", {})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load
 
@@ -284,11 +282,6 @@ def _records(recipe: Mapping[str, Any], replaced: Collection[str]) -> list[Recor
     """Return the needed inputs; an embedded first frame replaces the model that drew it."""
     records: list[Record] = [*recipe["inputs"]]
     records += [{"option": "lora", **record} for record in recipe.get("loras", ())]
-    noise = recipe.get("custom_noise")
-    if isinstance(noise, str):  # the hash decides, whatever lies beside it
-        wanted = {"option": "latents", "sha256": noise}
-        if not any(wanted.items() <= record.items() for record in records):
-            records = [*(each for each in records if each["option"] != "latents"), wanted]
     by_option = {record["option"]: record for record in records}
     if "first_frame_model" in by_option:
         embedded = "content" in by_option["image"]
@@ -306,7 +299,7 @@ def _check_given(given: Given, records: Sequence[Record]) -> None:
             raise InputError(f"input {path} does not exist")
         embedded = [record for record in wanted if "content" in record]
         if embedded and len(embedded) == len(wanted) and not any(
-            _is_at(Path(path), record) for record in embedded
+            _read(Path(path), record)[1] == record["sha256"] for record in embedded
         ):
             raise InputError(_describe(embedded[0], given))
 
@@ -317,57 +310,41 @@ def _is_meant(key: str, record: Record) -> bool:
 
 
 def _restore(record: Record, place: Path, given: Given) -> Any:
-    """Return a picture, path, noise or text for `--lora`; None if it isn't found."""
-    option = record["option"]
+    """Return an option's value; None if no place has the recorded one."""
     places = [Path(path) for key, path in given if _is_meant(key, record)]
-    if option == "first_frame_model":
+    if record["option"] == "first_frame_model":
         return str([record["path"], *places][-1])
     if "content" in record:
-        return _embedded(record, place)
-    if "path" in record:
-        places.append(Path(record["path"]))
-    path = next((path for path in places if _is_at(path, record)), None)
-    if path is None:
-        return None
-    if option == "latents":
-        return load(path.read_bytes())["latents"]
-    return lora_option(path, record) if option == "lora" else str(path)
+        place = place.with_suffix(Path(record.get("path", "")).suffix)
+        place.write_bytes(base64.b64decode(record["content"], validate=True))
+        value, digest = _read(place, record)
+        if digest != record["sha256"]:
+            raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 "
+                             f"{digest}, recorded is {record['sha256']}")
+        return value
+    places += [Path(record["path"])] if "path" in record else []
+    for path in places:
+        value, digest = _read(path, record)
+        if digest is not None and digest == record.get("sha256"):
+            return value
+    return None
 
 
-def _is_at(path: Path, record: Record) -> bool:
+def _read(path: Path, record: Record) -> tuple[Any, Any]:
+    """Return a file as the value of a record's option, and its hash; None for both if unusable."""
     if not path.exists():
-        return False
-    found: Any = None
+        return None, None
     if record["option"] == "lora":
-        found = hashes_of(path)
-    elif "shape" in record:
-        found = hashlib.sha256(load_image(path)[0].tobytes()).hexdigest()
-    elif record["option"] == "latents":
+        return lora_option(path, record), hashes_of(path)
+    if "shape" in record:
+        pixels = load_image(path)[0]
+        return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
+    if record["option"] == "latents":
         with suppress(OSError, SafetensorError, KeyError):
             latents = load(path.read_bytes())["latents"]
-            found = hashlib.sha256(noise_file(latents)).hexdigest()
-    else:
-        found = sha256_file(path)
-    return found is not None and found == record.get("sha256")
-
-
-def _embedded(record: Record, place: Path) -> Any:
-    content, kept = base64.b64decode(record["content"], validate=True), None
-    digest = hashlib.sha256(content).hexdigest()
-    if "shape" in record:
-        with Image.open(io.BytesIO(content)) as image:
-            kept = np.array(image.convert("RGB"))
-        digest = hashlib.sha256(kept.tobytes()).hexdigest()
-    if digest != record["sha256"]:
-        raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 {digest}, "
-                         f"recorded is {record['sha256']}")
-    if kept is not None:
-        return kept
-    if "path" not in record:
-        return load(content)["latents"]
-    place = place.with_suffix(Path(record["path"]).suffix)
-    place.write_bytes(content)
-    return str(place)
+            return latents, hashlib.sha256(noise_file(latents)).hexdigest()
+        return None, None
+    return str(path), sha256_file(path)
 
 
 def _describe(record: Record, given: Given) -> str:
