@@ -40,6 +40,7 @@ from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import join_ranks
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import Task
 
 SIDES = ("plain", "ours", "one", "two")
 SIZES: dict[str, tuple[DiTConfig, tuple[int, int, int]]] = {
@@ -60,7 +61,7 @@ def batch_of(config: DiTConfig, shape: tuple[int, int, int], step: int) -> tuple
         1, 64, config.text_dim, generator=draw)
 
 
-class Random:
+class Random(Task):
     """Our task: velocities of random latents."""
 
     def __init__(self, config: DiTConfig, shape: tuple[int, int, int]) -> None:

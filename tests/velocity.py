@@ -21,9 +21,10 @@ from vidgen.training.config import EngineConfig, OptimConfig, RunConfig
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.loop import TrainResult, train
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import Task
 
 
-class Velocity:
+class Velocity(Task):
     """Batches [2, 4, 2, 4, 4] of latents; every one depends on (step, micro) alone.
 
     Args:

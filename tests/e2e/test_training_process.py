@@ -31,7 +31,7 @@ LIMIT_S = 300  # the machine may be busy; a rank that hangs waits for half an ho
 def learn(folder: Path, kill_at: int | None = None, engine: str | None = None) -> None:
     """Six steps with a checkpoint after each."""
     run = make_run(folder, deepspeed=engine, checkpoint_minutes=0.0)
-    join_and_follow(run, resume=(folder / "latest").exists(), kill_at=kill_at, dropout=0.3)
+    join_and_follow(run, resume=latest_checkpoint(folder) is not None, kill_at=kill_at, dropout=0.3)
 
 
 def learn_with_long_saves(folder: Path, engine: str | None) -> None:

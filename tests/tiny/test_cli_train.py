@@ -58,7 +58,7 @@ def test_killed_with_9_and_resumed_equals_straight(run_file, tmp_path):
     assert main(["train", "-c", str(straight)]) == 0
     process = start("-m", "vidgen", "train", "-c", str(killed))
     deadline = time.monotonic() + 200
-    while not (tmp_path / "killed" / "latest").exists():
+    while not latest_checkpoint(tmp_path / "killed"):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -82,7 +82,7 @@ def test_an_interrupt_is_told_from_an_end_of_minutes(run_file, tmp_path):
                                 "validate_every": 1_000_000})
     process = start("-m", "vidgen", "train", "-c", str(path), "--json")
     deadline = time.monotonic() + 200
-    while not (tmp_path / "run" / "latest").exists():
+    while not latest_checkpoint(tmp_path / "run"):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)

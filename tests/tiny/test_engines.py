@@ -24,6 +24,7 @@ from vidgen.training.engines.deepspeed import share_out
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import Task
 from vidgen.weights.load import load_module
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -136,7 +137,7 @@ def on_one_rank(folder: Path) -> dict[str, Any]:
     return found
 
 
-class Resting:
+class Resting(Task):
     """Three layers: one in all steps, one in every other, one in none; a step's loss is NaN."""
 
     def __init__(self, run: Any) -> None:

@@ -20,6 +20,7 @@ from vidgen.core.runtime import choose_device
 from vidgen.training import loop
 from vidgen.training.config import MAX_RATE, RunConfig, check_number
 from vidgen.training.engines.distributed import Place, current_place
+from vidgen.training.task import Task
 
 WORKERS = 14
 """Most processes that make a small network's batches: one batch takes as long as several steps."""
@@ -116,7 +117,7 @@ class PhasedTask(Protocol):
         """See `Task`."""
 
 
-class InPhases:
+class InPhases(Task):
     """A task as the training loop takes it.
 
     On a GPU batches that need none are made in processes while the steps before compute.
@@ -131,12 +132,15 @@ class InPhases:
         self, task: PhasedTask, run: PhasedRun, *, in_processes: bool | None = None
     ) -> None:
         self._task, self._run, self.modules = task, run, task.modules
-        self.optimizers, self.loss, self.validate = task.optimizers, task.loss, task.validate
         self.alternates = getattr(task, "alternates", False)
         if in_processes is None:
             on_cpu = choose_device(run.device).type == "cpu"
             in_processes = getattr(task, "makes_on_cpu", False) and not on_cpu
         self._made = _InProcesses(self._make, run, current_place()) if in_processes else None
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the task's."""
+        return self._task.optimizers()
 
     def begin_step(self, step: int) -> bool:
         """Start a phase with its first step; return whether weights were changed by hand."""
@@ -149,6 +153,14 @@ class InPhases:
     def batch(self, step: int, micro: int) -> Any:
         """Make a micro-batch of the step's phase."""
         return self._make(step, micro) if self._made is None else self._made.get(step, micro)
+
+    def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the task's."""
+        return self._task.loss(batch, step)
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Return the task's scores."""
+        return self._task.validate(step, folder)
 
     def _make(self, step: int, micro: int) -> Any:
         return self._task.batch(self._run.phase_at(step)[1], step, micro)

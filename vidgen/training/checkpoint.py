@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00001200/` of `state.safetensors` (weights, averages, optimiser
 moments), `rng-00000.safetensors` of each rank's random generators, `state.json` (position, metrics)
 and, from DeepSpeed, a folder `zero` of its own files with `manifest.json`, their hashes. It is
-written under a temporary name, synced and renamed; only then does the file `latest` point to it.
+written under a temporary name, synced and renamed, so the newest folder is the one to resume from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
 from vidgen.weights.write import Lazy, write_safetensors
 
-_STATE, META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+STATE, META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _PICKLES = "*.pt"
 """Files that are code to whoever reads them: read only with the hash that was written down."""
 
@@ -43,13 +43,8 @@ class _Held:
         return self.likeness.cpu()
 
 
-def live_weights(task: Task, *, frozen: bool | None = None) -> dict[str, Tensor]:
-    """A task's weights and buffers by the names that checkpoints give them.
-
-    `frozen` says whether with those that aren't trained, by default as the task does.
-    """
-    if frozen is None:
-        frozen = getattr(task, "saves_frozen", True)
+def live_weights(task: Task, *, frozen: bool) -> dict[str, Tensor]:
+    """Return a task's weights and buffers by their names in checkpoints, frozen ones if asked."""
     tensors = {}
     for key, module in task.modules.items():
         left = set() if frozen else {n for n, p in module.named_parameters() if not p.requires_grad}
@@ -59,19 +54,10 @@ def live_weights(task: Task, *, frozen: bool | None = None) -> dict[str, Tensor]
     return tensors
 
 
-def write_state(folder: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
-    """Write the tensors of a checkpoint that is being made, one in memory at a time."""
-    _write(folder / _STATE, tensors)
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
+    """Write tensors of a checkpoint, one in memory at a time."""
     write_safetensors(path, {name: _Held(value.detach()) if isinstance(value, Tensor) else value
                              for name, value in tensors.items()})
-
-
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, mapped."""
-    return read_tensors(folder / _STATE)
 
 
 @contextmanager
@@ -136,7 +122,7 @@ def save_rng(folder: Path, place: Place) -> None:
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    _write(folder / f"rng-{place.rank:05d}.safetensors", tensors)
+    write_tensors(folder / f"rng-{place.rank:05d}.safetensors", tensors)
 
 
 def load_rng(folder: Path, place: Place) -> bool:
@@ -162,22 +148,23 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if not isinstance(meta["step"], int) or not isinstance(meta["metrics"], dict):
             raise TypeError("step is no number, or metrics no object")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        others = [name for name in _complete(folder.parent) if name != folder.name]
+        others = [other.name for other in _complete(folder.parent) if other != folder]
+        remedy = (f"remove {shlex.quote(str(folder))} to go on from {others[-1]}" if others else
+                  "no other step-* folder is complete, so it can't go on")
         raise ModelError(f"{folder / META} is damaged ({type(error).__name__}: {error}); "
-                         f"{_advice(folder.parent, others)}") from None
+                         f"{remedy}") from None
     return meta
 
 
-def point_to(folder: Path, name: str, target: Path) -> None:
-    """Have the file `latest` or `best` of a run's folder name a checkpoint."""
-    atomic_write(folder / name, target.name.encode())
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint before a step, from 0."""
+    return folder / f"step-{step:08d}"
 
 
-def drop_old(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ones and those that are pointed to."""
-    kept = {_named(folder / name) for name in ("latest", "best") if (folder / name).exists()}
+def drop_old(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the newest ones and the best step's."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        if old.name not in kept:
+        if best is None or old != step_folder(folder, best):
             shutil.rmtree(old)
 
 
@@ -191,46 +178,12 @@ def drop_partial(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, or None.
-
-    A kill between a first save and its name in `latest` leaves one without the other.
-
-    Raises:
-        ModelError: the file `latest` names none that is complete.
-    """
-    found, complete = _pointed_to(folder / "latest"), _complete(folder)
-    return folder / complete[-1] if found is None and complete else found
+    """Return the newest complete checkpoint of a run folder, or None."""
+    return next(reversed(_complete(folder)), None)
 
 
-def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that the run's `best` score was lowest at, or None."""
-    return _pointed_to(folder / "best")
-
-
-def _pointed_to(pointer: Path) -> Path | None:
-    if not pointer.exists():
-        return None
-    name, complete = _named(pointer), _complete(pointer.parent)
-    if name not in complete:
-        raise ModelError(f"{pointer} names {name[:40]!r}, which is missing or incomplete; "
-                         f"{_advice(pointer.parent, complete, pointer.name)}")
-    return pointer.parent / name
-
-
-def _named(pointer: Path) -> str:
-    return pointer.read_bytes().decode(errors="replace").strip()
-
-
-def _complete(folder: Path) -> list[str]:
-    """Names of a run folder's complete checkpoints, the newest last."""
-    return sorted(path.name for path in folder.glob("step-*") if (path / META).exists())
-
-
-def _advice(folder: Path, complete: Sequence[str], pointer: str = "latest") -> str:
-    if not complete:
-        return "no other step-* folder is complete, so it can't go on"
-    return (f"to go on from the newest complete one: "
-            f"echo {complete[-1]} > {shlex.quote(str(folder / pointer))}")
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if (path / META).exists())
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -259,7 +212,7 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
     target = target or latest_checkpoint(folder)
     if target is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
-    tensors = read_state(target)
+    tensors = read_tensors(target / STATE)
     return below(tensors, f"model/{key}.") | below(tensors, f"ema/{key}.")
 
 

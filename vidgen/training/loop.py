@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from vidgen.core.runtime import (
 from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig, refuse_changes
 from vidgen.training.engines.distributed import Place, current_place
-from vidgen.training.engines.engine import Engine, open_engine
+from vidgen.training.engines.engine import Engine
 from vidgen.training.task import Batches, Task
 
 OnRecord = Callable[[dict[str, Any]], None]
@@ -95,9 +95,17 @@ def train(
                       " times as long as fp32; stop with Ctrl-C and begin anew with --set "
                       "run.dtype=auto", file=sys.stderr)
         place.barrier()
-        engine = stack.enter_context(open_engine(task, run, place, source))
+        engine = stack.enter_context(closing(_open_engine(task, run, place, source)))
         loop = _Loop(task, run, place, engine, on_record)
         return loop.run_from(loop.restore(source))
+
+
+def _open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) -> Engine:
+    if run.engine.deepspeed is None:
+        return Engine(task, run, place, source)
+    from vidgen.training.engines.deepspeed import open_deepspeed
+
+    return open_deepspeed(task, run, place, source)
 
 
 def find_source(folder: Path, *, resume: bool) -> Path | None:
@@ -143,6 +151,7 @@ class _State:
     mean_loss: float = math.nan
     left_out: set[int] = field(default_factory=set)
     best: float = math.inf
+    best_step: int | None = None
     validated: int = -1
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
@@ -178,11 +187,11 @@ class _Loop:
                       "begins anew")
         meta = checkpoint.read_meta(source)
         metrics, is_own = meta["metrics"], source.parent == self.folder
-        same_score = is_own and meta.get("best_of") == self.run.best
         self.state = _State(metrics, float(metrics.pop("loss_mean", math.nan)),
-                            set(meta.get("left_out", ())),
-                            meta.get("best", math.inf) if same_score else math.inf,
-                            meta.get("validated", -1), **(meta.get("window", {}) if is_own else {}))
+                            set(meta.get("left_out", ())), validated=meta.get("validated", -1),
+                            **(meta.get("window", {}) if is_own else {}))
+        if is_own and meta.get("best_of") == self.run.best:
+            self.state.best, self.state.best_step = meta["best"], meta["best_step"]
         self._reset_speed()
         return int(meta["step"])
 
@@ -196,8 +205,7 @@ class _Loop:
         interrupted = False
         with _stop_signals() as stopped:
             while step < run.steps:
-                begin = getattr(self.task, "begin_step", None)
-                if begin is not None and begin(step):
+                if self.task.begin_step(step):
                     self.engine.ema.restart()
                 is_bad = step not in self.state.left_out and not self._step(step)
                 if is_bad and run.on_bad == "rollback":
@@ -274,8 +282,7 @@ class _Loop:
     def _complain(self, step: int, loss: float, what: str, made: list[Any]) -> None:
         """Say what was wrong with a step, and stop where that is asked for or goes on too long."""
         self.bad_in_a_row += 1
-        name_files: Callable[[Any], list[str]] = getattr(self.task, "files", lambda _batch: [])
-        own = [file for batch in made for file in name_files(batch)]
+        own = [file for batch in made for file in self.task.files(batch)]
         files = [file for part in self.place.told(own) for file in part]
         if files:
             what += f", of {', '.join(files)}"
@@ -325,10 +332,8 @@ class _Loop:
             raise InputError(f"best is {name!r}, which validation doesn't score; it has "
                              f"{', '.join(metrics)}")
         if any(self.place.any(self.place.main and metrics[name] < self.state.best)):
-            self.state.best = metrics[name]
+            self.state.best, self.state.best_step = metrics[name], step
             self._save(step)
-            if self.place.main:
-                checkpoint.point_to(self.folder, "best", self.folder / f"step-{step:08d}")
 
     def _say(self, what: str) -> None:
         if self.place.main:
@@ -348,21 +353,21 @@ class _Loop:
     def _save(self, step: int) -> None:
         if step == self.saved:
             return
-        target, state = self.folder / f"step-{step:08d}", self.state
+        target, state = checkpoint.step_folder(self.folder, step), self.state
         with checkpoint.written_together(target, self.place) as temporary:
             self.engine.save(temporary)
             checkpoint.save_rng(temporary, self.place)
             if self.place.main:
                 (temporary / checkpoint.META).write_text(json.dumps({
                     "step": step, "ranks": self.place.size, "best": state.best,
-                    "best_of": self.run.best, "validated": state.validated,
+                    "best_of": self.run.best, "best_step": state.best_step,
+                    "validated": state.validated,
                     "left_out": sorted(state.left_out),
                     "window": {"sums": state.sums, "count": state.count},
                     "metrics": {**state.metrics, "loss_mean": state.mean_loss},
                 }))
         if self.place.main:
-            checkpoint.point_to(self.folder, "latest", target)
-            checkpoint.drop_old(self.folder, self.run.keep)
+            checkpoint.drop_old(self.folder, self.run.keep, state.best_step)
         self.saved = step
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +15,47 @@ from vidgen.training.config import RunConfig
 from vidgen.training.engines.distributed import Place
 
 
-class Task(Protocol):
-    """What is trained. Modules are on the run's device when the loop begins.
+class Task(ABC):
+    """Define what is trained. Modules are on the run's device when the loop begins.
 
-    Four more are optional: `begin_step(step)` is called before each step and gives True if it
-    changed weights by hand; `files(batch)` names what a batch was made of, for messages;
-    `saves_frozen`, if False, keeps frozen weights out of checkpoints; `alternates`, if True, says
-    that some parameters have no part in some steps, such as an expert or what makes sound.
+    Attributes:
+        saves_frozen: whether checkpoints hold frozen weights, too.
+        alternates: whether some parameters have no part in some steps, such as an expert.
     """
 
     modules: dict[str, nn.Module]
+    saves_frozen = True
+    alternates = False
 
+    @abstractmethod
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Optimisers over the modules' parameters, each group with its `peak_lr`."""
+        """Return optimisers over the modules' parameters, each group with its `peak_lr`."""
 
+    def begin_step(self, step: int) -> bool:
+        """Prepare a step; return whether weights were changed by hand."""
+        del step
+        return False
+
+    @abstractmethod
     def batch(self, step: int, micro: int) -> Any:
-        """A micro-batch of a step: a pure function of its arguments and the run's seed.
+        """Make a micro-batch of a step: a pure function of its arguments and the run's seed.
 
         On R ranks a step has R times `run.accumulate` of them, of one shape; rank r is asked for
         r, r + R, ...
         """
 
-    def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and named scalars for the curve; the names depend on the step alone."""
+    def files(self, batch: Any) -> list[str]:
+        """Name the files that a batch was made of, for messages."""
+        del batch
+        return []
 
+    @abstractmethod
+    def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and named scalars for the curve; the names depend on the step alone."""
+
+    @abstractmethod
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Scores of the averaged weights on held-out data; may write sheets to `folder`.
+        """Score the averaged weights on held-out data; sheets may be written to `folder`.
 
         All ranks call it at once and do the same; the folder of all but the first is thrown away.
         """

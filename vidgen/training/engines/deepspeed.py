@@ -32,8 +32,10 @@ from vidgen.core.runtime import choose_device
 from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig
 from vidgen.training.engines.distributed import Place
-from vidgen.training.optim import EMA, named_parameters, set_lr
-from vidgen.training.task import Losses, Task
+from vidgen.training.engines.engine import Engine
+from vidgen.training.optim import EMA, set_lr
+from vidgen.training.task import Task
+from vidgen.weights.load import read_tensors
 
 _WRITERS = ("PytorchStreamWriter", "inline_container")  # named where torch.save can't write
 _TAG = "zero"
@@ -153,60 +155,53 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     return module
 
 
-@contextmanager
-def open_deepspeed(
-    task: Task, run: RunConfig, place: Place, source: Path | None
-) -> Iterator[_DeepSpeedEngine]:
-    """DeepSpeed for a run, taken down before the process group is; see `open_engine`.
+def open_deepspeed(task: Task, run: RunConfig, place: Place, source: Path | None) -> Engine:
+    """Return the engine of a run that asks for DeepSpeed; arguments as `Engine`'s.
 
     Raises:
         InputError: an optimiser that can't be shared out, or a task that needs one engine a part.
     """
-    engine = _DeepSpeedEngine(task, run, place, source)
-    try:
-        yield engine
-    finally:
-        engine.deepspeed.destroy()
+    return _DeepSpeedEngine(task, run, place, source)
 
 
-class _DeepSpeedEngine:
-    def __init__(self, task: Task, run: RunConfig, place: Place, source: Path | None) -> None:
-        self._task, self._place, self._settings = task, place, read_settings(run)
-        deepspeed = _import_deepspeed(choose_device(run.device))
-        config = self._settings.config
+class _DeepSpeedEngine(Engine):
+    def _open(self, run: RunConfig, source: Path | None) -> None:
+        settings = read_settings(run)
+        deepspeed, config = _import_deepspeed(choose_device(run.device)), settings.config
         ranks = None if source is None else checkpoint.read_meta(source).get("ranks")
-        self._resized = source is not None and ranks != place.size
+        self._resized = source is not None and ranks != self.place.size
         if self._resized:
             config = {**config, "checkpoint": {"load_universal": True}}
-        self._parameters: dict[str, Any] = {**named_parameters(task.modules)}
-        model = Losses(task, choose_device(run.device), bf16=run.dtype == "bf16")
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=_only_adamw(task),
-                                                  config=config, dist_init_required=False)
-        self._shares_weights = self._settings.stage == 3
-        if self._shares_weights:
-            _register_norms(deepspeed, model)
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=self.model, optimizer=_only_adamw(self.task), config=config,
+            dist_init_required=False)
+        self._shared: dict[str, Any] = {**self.parameters} if settings.stage == 3 else {}
+        if self._shared:
+            _register_norms(deepspeed, self.model)
         self._hyper = [{k: v for k, v in group.items() if k != "params"}
-                       for group in self.deepspeed.optimizer.param_groups]
-        own = {name: p.ds_tensor if self._shares_weights else p  # of shares [S]
-               for name, p in self._parameters.items()}
-        self.ema = EMA(own, run.ema_decay)
+                       for group in self._deepspeed.optimizer.param_groups]
+        shares = {name: p.ds_tensor for name, p in self._shared.items()}  # [S]
+        self.ema = EMA(shares or self.parameters, run.ema_decay)
+
+    def close(self) -> None:
+        self._deepspeed.destroy()
 
     def loss(self, batch: Any, step: int, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        self.deepspeed.set_gradient_accumulation_boundary(last)
-        loss, named = self.deepspeed(batch, step)
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        loss, named = self._deepspeed(batch, step)
         return loss, named
 
     def backward(self, loss: Tensor) -> None:
-        self.deepspeed.backward(loss)
+        self._deepspeed.backward(loss)
 
     def discard(self, loss: Tensor) -> None:
-        self.deepspeed.backward(loss * torch.nan)  # DeepSpeed itself drops what isn't finite
-        self.deepspeed.step()
+        self._deepspeed.backward(loss * torch.nan)  # DeepSpeed itself drops what isn't finite
+        self._deepspeed.step()
 
     def update(self, scale: float) -> float:
-        set_lr([self.deepspeed.optimizer], scale)
-        self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())
+        set_lr([self._deepspeed.optimizer], scale)
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -218,7 +213,7 @@ class _DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """DeepSpeed's own files hold weights and moments, ours the averages."""
         try:
-            self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False,
+            self._deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False,
                                            exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(n in str(error) for n in _WRITERS):
@@ -226,14 +221,13 @@ class _DeepSpeedEngine:
             raise OutputError(f"the checkpoint in {folder.parent} can't be written: the disk may "
                               f"be full ({str(error).splitlines()[0][:120]}); the one before is "
                               "whole: make room and --resume") from error
-        shared = self._parameters if self._shares_weights else {}
-        averages = {f"ema/{name}": _Gathered(shadow, shared.get(name))
+        averages = {f"ema/{name}": _Gathered(shadow, self._shared.get(name))
                     for name, shadow in self.ema.shadow.items()}
-        if self._place.main:
-            live = checkpoint.live_weights(self._task, frozen=False)
+        if self.place.main:
+            live = checkpoint.live_weights(self.task, frozen=False)
             buffers = {name: value for name, value in live.items()
-                       if name.removeprefix("model/") not in self._parameters}
-            checkpoint.write_state(folder, {**averages, **buffers})
+                       if name.removeprefix("model/") not in self.parameters}
+            checkpoint.write_tensors(folder / checkpoint.STATE, {**averages, **buffers})
         else:
             for each in averages.values():
                 each.get()
@@ -244,31 +238,31 @@ class _DeepSpeedEngine:
                              "wrote it (engine.deepspeed left out)")
         checkpoint.check_manifest(folder)
         self._release()
-        with _readable(folder / _TAG, self._place, resized=self._resized) as place:
-            path, _ = self.deepspeed.load_checkpoint(
+        with _readable(folder / _TAG, self.place, resized=self._resized) as place:
+            path, _ = self._deepspeed.load_checkpoint(
                 str(place.parent), tag=place.name, load_module_strict=False,
                 load_lr_scheduler_states=False)
         if path is None:
             raise ModelError(f"{folder / _TAG} can't be read; resume from another step-* folder")
-        for group, hyper in zip(self.deepspeed.optimizer.param_groups, self._hyper, strict=True):
+        for group, hyper in zip(self._deepspeed.optimizer.param_groups, self._hyper, strict=True):
             group.update(hyper)  # rates and decay are the config's, not the past's
-        for state in self.deepspeed.basic_optimizer.state.values():
+        for state in self._deepspeed.basic_optimizer.state.values():
             if "step" in state:  # of the universal layout all groups got one, to count up together
                 state["step"] = torch.as_tensor(state["step"]).clone()
-        tensors = checkpoint.read_state(folder)
+        tensors = read_tensors(folder / checkpoint.STATE)
         for name, shadow in self.ema.shadow.items():
             whole = checkpoint.average_of(folder, tensors, name)
-            if not self._shares_weights:
+            if not self._shared:
                 shadow.copy_(whole)
                 continue
-            first = self._place.rank * shadow.numel()
+            first = self.place.rank * shadow.numel()
             mine = whole.flatten()[first : first + shadow.numel()]
             shadow.zero_()[: mine.numel()].copy_(mine)
 
     def _release(self) -> None:
         """Leave only shares, so that weights are gathered again from them."""
-        if self._shares_weights:
-            self.deepspeed.empty_partition_cache()
+        if self._shared:
+            self._deepspeed.empty_partition_cache()
 
 
 @dataclass(frozen=True)
@@ -292,7 +286,7 @@ class _Gathered:
 
 
 def _only_adamw(task: Task) -> torch.optim.Optimizer:
-    if getattr(task, "alternates", False):
+    if task.alternates:
         raise InputError("parts that take turns can't be trained by DeepSpeed, which would "
                          "change those that rest: train one after the other, or by torch")
     optimizers = task.optimizers()

@@ -71,14 +71,15 @@ def choose_checkpoint(run: RunConfig) -> Chosen:
     """
     folder = Path(run.folder)
     newest = checkpoint.latest_checkpoint(folder)
-    best = checkpoint.best_checkpoint(folder) if run.best else None
     if newest is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
-    meta = checkpoint.read_meta(best) if best else {}
-    if best is None or meta["best_of"] != run.best:  # of another score before the run went on
+    meta = checkpoint.read_meta(newest)
+    step = meta["best_step"] if run.best and meta["best_of"] == run.best else None
+    if step is None:  # or the best is of another score before the run went on
         why = f", as none was kept for its {run.best}" if run.best else ""
-        return Chosen(newest, checkpoint.read_meta(newest)["step"], f"the newest one{why}")
-    return Chosen(best, meta["step"], f"where {run.best} was lowest, {meta['best']:.4g}")
+        return Chosen(newest, meta["step"], f"the newest one{why}")
+    return Chosen(checkpoint.step_folder(folder, step), step,
+                  f"where {run.best} was lowest, {meta['best']:.4g}")
 
 
 def export(config: FinetuneConfig, folder: ModelFolder) -> Made:

@@ -30,7 +30,7 @@ from vidgen.training.finetune.conditions import Conditions, settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import open_subject, open_transformers, rate_of, without_delta
 from vidgen.training.optim import build_optimizers
-from vidgen.training.task import generator_of, seed_of
+from vidgen.training.task import Task, generator_of, seed_of
 from vidgen.weights.folder import ModelFolder
 
 Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
@@ -58,7 +58,7 @@ class Batch:
     files: list[str]  # what it was made of
 
 
-class FinetuneTask:
+class FinetuneTask(Task):
     """Transformers of an opened model, learning from clips that were encoded by it.
 
     Raises:
@@ -130,7 +130,7 @@ class FinetuneTask:
         return self._error(batch, 0.0 if subject is None else subject.keep_others), told
 
     def files(self, batch: Batch) -> list[str]:
-        """Files that a batch was made of."""
+        """Name the files that a batch was made of."""
         return batch.files
 
     @torch.no_grad()
