@@ -161,11 +161,11 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def drop_old(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the newest ones and the best step's."""
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if best is None or old != step_folder(folder, best):
-            shutil.rmtree(old)
+def drop_old(folder: Path, keep: int, best: int) -> None:
+    """Remove all checkpoints but the newest ones and the best step's, -1 if there is none."""
+    kept = {*_complete(folder)[-keep:], step_folder(folder, best)}
+    for old in set(folder.glob("step-*")) - kept:
+        shutil.rmtree(old)
 
 
 def drop_partial(folder: Path) -> None:

@@ -151,7 +151,7 @@ class _State:
     mean_loss: float = math.nan
     left_out: set[int] = field(default_factory=set)
     best: float = math.inf
-    best_step: int | None = None
+    best_step: int = -1
     validated: int = -1
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0

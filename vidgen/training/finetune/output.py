@@ -74,8 +74,8 @@ def choose_checkpoint(run: RunConfig) -> Chosen:
     if newest is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
     meta = checkpoint.read_meta(newest)
-    step = meta["best_step"] if run.best and meta["best_of"] == run.best else None
-    if step is None:  # or the best is of another score before the run went on
+    step = meta["best_step"] if run.best and meta["best_of"] == run.best else -1
+    if step < 0:  # or the best is of another score before the run went on
         why = f", as none was kept for its {run.best}" if run.best else ""
         return Chosen(newest, meta["step"], f"the newest one{why}")
     return Chosen(checkpoint.step_folder(folder, step), step,
