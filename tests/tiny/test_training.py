@@ -23,7 +23,7 @@ from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import Place
 from vidgen.training.finetune.output import read_curve
 from vidgen.training.loop import train
-from vidgen.training.optim import build_optimizers, orthogonalized
+from vidgen.training.optim import build_optimizers
 from vidgen.training.task import Batches, Task
 
 ROOT = Path(__file__).parents[2]
@@ -145,26 +145,6 @@ def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> No
     for step in [0, 1, 2, *range(1, run.steps)]:  # rolled back behind the third
         for micro in range(run.accumulate):
             assert torch.equal(ahead.get(step, micro), plain.get(step, micro))
-
-
-def test_vectors_are_spared_muon_and_weight_decay() -> None:
-    net = nn.ParameterDict({
-        "kernel": torch.zeros(4, 3, 1, 3, 3), "gain": torch.zeros(4, 1, 1, 1),
-        "table": torch.zeros(1, 6, 8), "matrix": torch.zeros(4, 8), "bias": torch.zeros(4),
-    })
-    config = OptimConfig(muon_lr=1e-3, weight_decay=0.1)
-    adamw, muon = build_optimizers({"net": net}, config, use_muon=lambda *_: True)
-    assert {tuple(p.shape) for p in muon.param_groups[0]["params"]} == {(4, 3, 1, 3, 3), (4, 8)}
-    assert len(adamw.param_groups[1]["params"]) == 3
-    assert adamw.param_groups[1]["weight_decay"] == 0
-
-
-def test_orthogonalized_brings_singular_values_near_one() -> None:
-    torch.manual_seed(0)
-    for shape in ((3, 16, 40), (2, 40, 16)):
-        values = torch.linalg.svdvals(orthogonalized(torch.randn(shape)))
-        assert values.min() > 0.6
-        assert values.max() < 1.3
 
 
 def test_a_branch_starts_from_the_trunk_in_full_and_decays(tmp_path: Path) -> None:

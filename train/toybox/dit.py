@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from train.toybox.initial import init_dit
+from train.toybox.muon import Muon
 from train.toybox.phases import Phase
 from train.toybox.program import run_program
 from train.toybox.tasks.channel_weights import channel_weights
@@ -193,6 +194,7 @@ class DiTTask:
             self.modules,
             self.config.run.optim,
             use_muon=lambda name, _: name.startswith("transformer.blocks."),
+            make_muon=Muon,
         )
 
     def start_phase(self, index: int, phase: Phase) -> bool:

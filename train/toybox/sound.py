@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eval.toybox.rulers.fidelity import measure_fidelity
 from eval.toybox.rulers.sync import bouncing_scenes
 from train.toybox.mel import log_mel, spectrogram
+from train.toybox.muon import Muon
 from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.sound_vae import load_sound_vae
@@ -147,6 +148,7 @@ class SoundTask:
             use_muon=lambda name, p: (
                 p.dim() == 2 and not any(end in name for end in ("embed", "head", "latents"))
             ),
+            make_muon=Muon,
         )
 
     def batch(self, phase: Phase, step: int, micro: int) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.toybox.muon import Muon
 from train.toybox.phases import Phase, PhasedRun
 from train.toybox.program import run_program
 from train.toybox.tasks.toybox_data import cut_around, fresh_seed, load_vae
@@ -172,6 +173,7 @@ class VAETask:
         return build_optimizers(
             self.modules, self.config.run.optim,
             use_muon=lambda name, _: "conv_in" not in name and "conv_out" not in name,
+            make_muon=Muon,
         )
 
     def start_phase(self, index: int, phase: Phase) -> bool:
