@@ -59,11 +59,8 @@ def scenarios(folder: Path) -> dict[str, Any]:
             found[f"{name}-{kind}"] = losses(follow(here, **task)[1])
         if name in OFFLOADED:
             continue
-        if name == "zero2":
-            here = replace(run, folder=str(folder / f"{name}-poison"))
-            found[f"{name}-poison"] = losses(follow(here, poison=frozenset({2}))[1])
-        else:
-            found[f"{name}-back"] = rolled_back(replace(run, folder=str(folder / f"{name}-back")))
+        here = replace(run, folder=str(folder / f"{name}-poison"))
+        found[f"{name}-poison"] = losses(follow(here, poison=frozenset({2}))[1])
         straight = replace(run, folder=str(folder / f"{name}-straight"))
         found[f"{name}-straight"] = losses(follow(straight, dropout=0.3)[1])
         found[f"{name}-resumed"] = resumed(folder, straight, name)
@@ -101,12 +98,6 @@ def loaded_in_shares(folder: Path) -> dict[str, Any]:
     sizes = [p.nbytes for p in saved.parameters()]
     return {"peak": peak, "total": sum(sizes), "largest": max(sizes), "count": len(sizes),
             "right": right}
-
-
-def rolled_back(run: Any) -> list[float]:
-    """Losses of a run that saves at every step and goes back at step 3."""
-    here = replace(run, on_bad="rollback", checkpoint_minutes=0.0)
-    return losses(follow(here, poison=frozenset({3}))[1])
 
 
 def resumed(folder: Path, straight: Any, name: str) -> list[float]:
@@ -176,7 +167,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     found = {}
     for kind, task in {**KINDS, "poison": {"poison": frozenset({2})}}.items():
         found[kind] = losses(follow(make_run(folder / kind, accumulate=2), **task)[1])
-    found["back"] = rolled_back(make_run(folder / "back", accumulate=2))
     found["shared"] = losses(follow(make_run(folder / "shared"))[1])
     found["bf16"] = losses(
         follow(make_run(folder / "bf16", accumulate=2, dtype="bf16"), lora=True)[1])
@@ -209,10 +199,13 @@ def test_parameters_may_rest_in_some_steps_or_in_all(tmp_path):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(other))
 
 
-def test_a_bad_step_is_skipped_or_left_out_by_all_ranks(double, single):
-    assert double["zero2-poison"] == pytest.approx(single["poison"], rel=2e-5, nan_ok=True)
-    for engine in ("ddp", "zero1", "zero3"):
-        assert double[f"{engine}-back"] == pytest.approx(single["back"], rel=2e-5), engine
+@each_engine
+def test_a_bad_step_is_skipped_by_all_ranks(double, single, folder, engine):
+    assert double[f"{engine}-poison"] == pytest.approx(single["poison"], rel=2e-5, nan_ok=True)
+    lines = [json.loads(line) for line in (folder / f"{engine}-poison" / "curve.jsonl").open()]
+    [event] = [line for line in lines if "event" in line]
+    assert event["event"] == "skip"
+    assert len(event["files"]) == 2  # one of each rank
 
 
 def test_ranks_that_share_samples_follow_the_curve_of_one(single, folder):
@@ -245,16 +238,6 @@ def test_resumed_is_straight_bit_for_bit(double, folder, engine):
             for which in ("straight", "resumed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_rolled_back_step_is_left_out_for_good(double, folder):
-    del double
-    state = json.loads((latest_checkpoint(folder / "zero3-back") / "state.json").read_text())
-    assert state["left_out"] == [3]
-    lines = [json.loads(line) for line in (folder / "zero3-back" / "curve.jsonl").open()]
-    [event] = [line for line in lines if "event" in line]
-    assert event["event"] == "rollback"
-    assert len(event["files"]) == 2  # one of each rank
 
 
 def test_zero_3_reads_a_share_and_one_tensor_more(double):

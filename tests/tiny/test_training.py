@@ -142,7 +142,7 @@ def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> No
     run = make_run(tmp_path)
     task = Regression(run)
     ahead, plain = (Batches(task, run, Place(), ahead=flag) for flag in (True, False))
-    for step in [0, 1, 2, *range(1, run.steps)]:  # rolled back behind the third
+    for step in [0, 1, 2, *range(1, run.steps)]:  # restarted after the third
         for micro in range(run.accumulate):
             assert torch.equal(ahead.get(step, micro), plain.get(step, micro))
 

@@ -109,9 +109,7 @@ class RunConfig:
     best: str | None = None
     # a loss beyond this multiple of its running mean is as unusable as NaN
     spike_factor: float = 20.0
-    # what an unusable step leads to: it is skipped; the newest checkpoint is loaded again and the
-    # step left out; or the run stops
-    on_bad: Literal["skip", "rollback", "stop"] = "skip"
+    on_bad: Literal["skip", "stop"] = "skip"  # the effect of an unusable step
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:

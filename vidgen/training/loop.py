@@ -41,8 +41,6 @@ OnRecord = Callable[[dict[str, Any]], None]
 _CURVE = "curve.jsonl"
 MAX_BAD = 10
 """Unusable steps in a row that are skipped before a run stops."""
-MAX_ROLLBACKS = 3
-"""Steps in a row that are left out, each after going back to a checkpoint, before a run stops."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,6 @@ class _State:
 
     metrics: dict[str, float] = field(default_factory=dict)
     mean_loss: float = math.nan
-    left_out: set[int] = field(default_factory=set)
     best: float = math.inf
     best_step: int = -1
     validated: int = -1
@@ -188,7 +185,7 @@ class _Loop:
         meta = checkpoint.read_meta(source)
         metrics, is_own = meta["metrics"], source.parent == self.folder
         self.state = _State(metrics, float(metrics.pop("loss_mean", math.nan)),
-                            set(meta.get("left_out", ())), validated=meta.get("validated", -1),
+                            validated=meta.get("validated", -1),
                             **(meta.get("window", {}) if is_own else {}))
         if is_own and meta.get("best_of") == self.run.best:
             self.state.best, self.state.best_step = meta["best"], meta["best_step"]
@@ -207,16 +204,7 @@ class _Loop:
             while step < run.steps:
                 if self.task.begin_step(step):
                     self.engine.ema.restart()
-                is_bad = step not in self.state.left_out and not self._step(step)
-                if is_bad and run.on_bad == "rollback":
-                    left_out = self.state.left_out | {step}
-                    source = checkpoint.latest_checkpoint(self.folder)
-                    if source is None:
-                        raise InputError(f"step {step} was not usable and there is no checkpoint "
-                                         "yet to go back to; lower optim.lr, or set on_bad to skip")
-                    step = self.restore(source)
-                    self.state.left_out = left_out
-                    continue
+                self._step(step)
                 step += 1
                 if step % run.log_every == 0:
                     self._log(step)
@@ -239,8 +227,8 @@ class _Loop:
         self._save(step)
         return TrainResult(step, finished, self.state.metrics, interrupted and not finished)
 
-    def _step(self, step: int) -> bool:
-        """Take one optimiser step, unless it isn't usable; return whether it was."""
+    def _step(self, step: int) -> None:
+        """Take one optimiser step, unless it isn't usable."""
         for module in self.task.modules.values():
             module.train()
         scale, (accumulate, samples) = self.run.lr_scale(step), self.run.micro_batches(step)
@@ -266,7 +254,7 @@ class _Loop:
         if not math.isfinite(norm):
             what = f"step {step}: loss {mean:.4g}"
             self._complain(step, mean, what + f", gradient norm {norm:.4g}" * has_gradients, made)
-            return False
+            return
         state = self.state
         known = math.isfinite(state.mean_loss)
         state.mean_loss = 0.99 * state.mean_loss + 0.01 * mean if known else mean
@@ -277,7 +265,6 @@ class _Loop:
         state.count += 1
         self.timed_steps += 1
         self.timed_samples += accumulate * samples * self.place.data_size
-        return True
 
     def _complain(self, step: int, loss: float, what: str, made: list[Any]) -> None:
         """Say what was wrong with a step, and stop where that is asked for or goes on too long."""
@@ -286,14 +273,13 @@ class _Loop:
         files = [file for part in self.place.told(own) for file in part]
         if files:
             what += f", of {', '.join(files)}"
-        limits = {"skip": MAX_BAD, "rollback": MAX_ROLLBACKS + 1, "stop": 1}
-        if self.bad_in_a_row >= limits[self.run.on_bad]:
+        if self.bad_in_a_row >= {"skip": MAX_BAD, "stop": 1}[self.run.on_bad]:
             often = f"{self.bad_in_a_row} steps" if self.bad_in_a_row > 1 else "a step"
             raise InputError(
                 f"the loss was not usable for {often} up to step {step} ({what}); nothing was "
                 "saved since the last good checkpoint; lower optim.lr, or leave those files out, "
                 "and --resume")
-        self._say(f"{what}: {'rolled back' if self.run.on_bad == 'rollback' else 'skipped'}")
+        self._say(f"{what}: skipped")
         self._record({"step": step, "event": self.run.on_bad, "loss": loss, "files": files})
 
     def _log(self, step: int) -> None:
@@ -362,7 +348,6 @@ class _Loop:
                     "step": step, "ranks": self.place.size, "best": state.best,
                     "best_of": self.run.best, "best_step": state.best_step,
                     "validated": state.validated,
-                    "left_out": sorted(state.left_out),
                     "window": {"sums": state.sums, "count": state.count},
                     "metrics": {**state.metrics, "loss_mean": state.mean_loss},
                 }))
