@@ -115,9 +115,8 @@ def test_a_lora_of_toybox_learns_a_spare_token_along(tiny_model, clips, tmp_path
     assert not np.array_equal(*made)
     assert (tmp_path / "run" / "sheet-00000006.png").stat().st_size > 500
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-    line = next(each for each in curve(tmp_path / "run") if "mfu" in each)
+    line = next(each for each in curve(tmp_path / "run") if "tokens_per_s" in each)
     assert line["tokens_per_s"] > 0
-    assert 0 < line["mfu"] < 1
     card = (tmp_path / "run" / "output" / "README.md").read_text()
     assert "Prompts have `<subject_7>`" in card
     assert "Consent of people in the clips: not stated" in card

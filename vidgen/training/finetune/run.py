@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import gc
 import json
-import math
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vidgen.core.config import build, dump
 from vidgen.core.config_file import load_run
@@ -114,7 +109,7 @@ def _train(
     parameters = (p for m in task.modules.values() for p in m.parameters() if p.requires_grad)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
     result = train(task, config.run, resume=resume, record=record, accept_changes=accept_changes,
-                   on_record=_Monitor(config, place, task.device, tell))
+                   on_record=_Monitor(config, place, tell))
     return result, _facts(config, dataset, place, trainable, result)
 
 
@@ -175,12 +170,8 @@ def _finish(
 class _Monitor:
     """Hears every line of the run's curve before it is written, and adds what only it knows."""
 
-    def __init__(
-        self, config: FinetuneConfig, place: Place, device: torch.device, tell: OnEvent
-    ) -> None:
+    def __init__(self, config: FinetuneConfig, place: Place, tell: OnEvent) -> None:
         self._run, self._place, self._tell = config.run, place, tell
-        dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
-        self._peak = matmul_peak(device, dtype) if place.main else math.inf
         self._board: Any = None
         if config.tensorboard and place.main:
             try:
@@ -194,9 +185,8 @@ class _Monitor:
     def __call__(self, record: dict[str, Any]) -> None:
         run, step = self._run, record["step"]
         if "seconds_per_step" in record:  # means of a micro-batch; data ranks take `accumulate`
-            each_s = run.accumulate / record["seconds_per_step"]
-            record["tokens_per_s"] = record.pop("tokens") * each_s * self._place.data_size
-            record["mfu"] = record.pop("flops") * each_s / self._place.sequence / self._peak
+            tokens = record.pop("tokens") * run.accumulate * self._place.data_size
+            record["tokens_per_s"] = tokens / record["seconds_per_step"]
             left = (run.steps - step) * record["seconds_per_step"]
             self._tell({"event": "progress", "stage": "train", "done": step, "total": run.steps,
                         "eta_s": left, **{k: v for k, v in record.items() if k != "step"}})
@@ -212,17 +202,3 @@ class _Monitor:
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{kind}/{name}", value, step)
             self._board.flush()
-
-
-@cache
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square product, timed once: what MFU is measured against."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(side, side, device=device, dtype=dtype)
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        times.append(time.perf_counter() - begin)
-    return float(2 * side**3 / min(times[1:]))  # the first one warms up

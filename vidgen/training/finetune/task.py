@@ -23,7 +23,6 @@ from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.loader import EXPERTS
-from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.data.dataset import Dataset
 from vidgen.training.engines.distributed import current_place
 from vidgen.training.finetune.conditions import Conditions, settle_conditions
@@ -124,10 +123,10 @@ class FinetuneTask(Task):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity, where latents are to be generated."""
         del step
-        tokens, flops = self._work(batch)
-        told = {"tokens": torch.tensor(float(tokens)), "flops": torch.tensor(flops)}
-        subject = self.config.subject
-        return self._error(batch, 0.0 if subject is None else subject.keep_others), told
+        subject, shape = self.config.subject, batch.state.clean.shape
+        tokens = shape[0] * shape[2:].numel() / self._dit_config.patch_size**2
+        error = self._error(batch, 0.0 if subject is None else subject.keep_others)
+        return error, {"tokens": torch.tensor(tokens)}
 
     def files(self, batch: Batch) -> list[str]:
         """Name the files that a batch was made of."""
@@ -246,26 +245,6 @@ class FinetuneTask(Task):
 
     def _role_at(self, sigma: float) -> str:
         return EXPERTS[0] if sigma >= self._boundary else EXPERTS[1]
-
-    def _work(self, batch: Batch) -> tuple[int, float]:
-        """Tokens of a batch, and the FLOPs of learning from it.
-
-        The forward pass, twice that for the gradients of inputs and weights; of frozen weights
-        there are none. What checkpointing computes again isn't counted (as PaLM's MFU: Chowdhery
-        et al. 2022, appendix B).
-        """
-        config, state = self._dit_config, batch.state
-        count, _, frames, height, width = state.clean.shape
-        frames += 0 if state.keys is None else state.keys.num_keys
-        per_frame = height * width // config.patch_size**2
-        ops = transformer_ops(
-            config, frames, per_frame, int(batch.lengths.max()),
-            image_tokens=0 if state.image_context is None else state.image_context.shape[1],
-            controlled=state.control is not None)
-        forward = sum(op.flops for op in ops if op.kind == "linear")
-        attention = sum(op.flops for op in ops if op.kind == "attention")
-        gemms = 3 if self.config.method == "full" else 2
-        return count * frames * per_frame, float(count * (gemms * forward + 3 * attention))
 
 
 def _score(sigma: float) -> str:
