@@ -71,7 +71,7 @@ def test_every_wan_variant_learns_and_generate_loads_what_came_out(variant, wan,
     assert summary["finished"]
     first, *_, last = scores(tmp_path / "run")
     assert last < first
-    assert all(share > 1e-4 for share in summary["relative_delta"].values())
+    assert all(norm > 1e-4 for norm in summary["delta_norm"].values())
     assert summary["ab_difference"] > 0
     two = variant.endswith("a14b")
     assert [path.rpartition("@")[2] for path in summary["use"]] == ["high", "low"] if two else True
@@ -130,7 +130,7 @@ def test_both_experts_of_toybox_learn_a_subject(tiny_experts, clips, tmp_path):
     )
     summary = finetune(config)
     assert [path.rpartition("@")[2] for path in summary["use"]] == ["high", "low"]
-    assert set(summary["relative_delta"]) == {"transformer", "transformer_2"}
+    assert set(summary["delta_norm"]) == {"transformer", "transformer_2"}
     card = (tmp_path / "run" / "output" / "README.md").read_text()
     assert "--lora tiny-high.safetensors@high --lora tiny-low.safetensors@low" in card
     engine = load(str(tiny_experts), device="cpu", dtype="fp32")
@@ -233,7 +233,7 @@ def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method,
     assert f"weights of step: {best}" in (tmp_path / "run/output/README.md").read_text()
     averages = load_averages(tmp_path / "run", "transformer", tmp_path / f"run/step-{best:08d}")
     other = replace(config.run, best="velocity_mean")
-    assert choose_checkpoint(other).path.name == "step-00000006", "the best is of another score"
+    assert choose_checkpoint(other).checkpoint.name == "step-00000006", "another score"
     if method == "full":
         part = open_model(summary["use"][0]).components["transformer"]
         written = {ours: part.store.get(stored) for stored, ours in part.names.items()}
@@ -369,9 +369,9 @@ def test_what_lies_where_results_go_is_found_before_anything_is_learned(
 def test_an_expert_that_learned_nothing_fails_the_run_by_name(wan, clips, tmp_path, monkeypatch):
     config = make_config(wan("t2v-a14b"), clips, tmp_path / "run", run={"steps": 2})
     folder = open_model(config.model)
-    made = Made([], [], {"transformer": 0.5, "transformer_2": 0.0}, {}, None)
-    monkeypatch.setattr(finetune_output, "choose_checkpoint", lambda _: None)
-    monkeypatch.setattr(finetune_output, "_export_lora", lambda *_: made)
+    made = Made(tmp_path, "", delta={"transformer": 0.5, "transformer_2": 0.0})
+    monkeypatch.setattr(finetune_output, "choose_checkpoint", lambda _: made)
+    monkeypatch.setattr(finetune_output, "_export_lora", lambda *_: None)
     (tmp_path / "run").mkdir()
     with pytest.raises(NoEffect, match=r"the low-noise expert learned nothing.*experts: high"):
         export(config, folder)

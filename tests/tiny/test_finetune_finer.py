@@ -115,7 +115,7 @@ def test_it_learns_and_is_planned_for_as_many_frames(
                       validation={"steps": 4})
     told = finetune(low)
     assert told["finished"]
-    assert told["relative_delta"][LOW] > 1e-4
+    assert told["delta_norm"][LOW] > 1e-4
     assert told["ab_difference"] > 0
     high = make_config(model, clips, tmp_path / "high", experts="high")
     kept = [plan(config).device["activations"] for config in (low, high)]

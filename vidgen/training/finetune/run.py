@@ -145,7 +145,7 @@ def _finish(
 ) -> dict[str, Any]:
     made = export(config, folder)
     tell({"event": "note",
-          "text": f"what comes out is of step {made.chosen.step}: {made.chosen.reason}"})
+          "text": f"what comes out is of step {made.step}: {made.reason}"})
     target = Path(config.run.folder) / FOLDER
     effect = None
     if config.output.ab_clips:
@@ -158,8 +158,7 @@ def _finish(
     write_card(config, folder, facts | {"effect": effect}, made, target)
     summary |= {
         "files": [str(path) for path in made.files], "use": made.use, "delta_norm": made.delta,
-        "relative_delta": made.relative, "ab_difference": effect,
-        "exported_step": made.chosen.step,
+        "ab_difference": effect, "exported_step": made.step,
     }
     atomic_write(target / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     for path in (*made.files, target / "README.md"):
