@@ -90,12 +90,13 @@ def encode(model: str, path: Path, num_frames: int) -> list[int]:
     import torch
 
     from vidgen.training.data.config import Bucket
-    from vidgen.training.data.encode import Cursor, ItemEncoder
+    from vidgen.training.data.encode import ItemEncoder, open_frames
     from vidgen.training.data.select import Item
     from vidgen.weights.layouts import open_model
 
     bucket = Bucket(256, 192, num_frames)
-    item = Item(0, path.name, path, "", bucket, 0, num_frames, (0.5, 0.5), ("",), "")
+    item = Item(0, path.name, path, "", bucket, 0, num_frames, ("",), "")
     encoder = ItemEncoder(open_model(model), torch.device("cpu"))
-    made = encoder.item(item, range(num_frames), Cursor(path))
+    with open_frames(path) as frame_at:
+        made = encoder.item(item, range(num_frames), frame_at)
     return list(made["clip"].shape)

@@ -57,7 +57,7 @@ from vidgen.pipeline.journal.job import (
 from vidgen.pipeline.policy import WordList
 from vidgen.pipeline.replay import restore_inputs
 from vidgen.training.config import RunConfig
-from vidgen.training.data import texts
+from vidgen.training.data import files as data_files
 from vidgen.training.data.probe import probe_file
 from vidgen.weights.load import read_tensors
 from vidgen.weights.lora import read_lora
@@ -122,10 +122,11 @@ def _noise(path: Path) -> None:
 
 
 def _captions(path: Path) -> None:
-    read = texts.table if path.suffix in texts.TABLES else texts.sidecar
+    is_table = path.suffix in data_files.TABLES
+    read = data_files.table if is_table else data_files.sidecar
     try:
-        read(path, ("caption", "text"), "auto")
-    except texts.Unreadable as error:
+        read(path, "auto")
+    except data_files.Unreadable as error:
         raise InputError(str(error)) from None
 
 

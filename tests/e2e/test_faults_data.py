@@ -48,7 +48,7 @@ def test_killed_at_any_change_it_goes_on(
     assert straight is not None
     assert straight[0] == 0
     expected = content(tmp_path / "straight")
-    assert len(expected) == 3 + 4 + 2
+    assert len(expected) == 3 + 4 + 1
     count = straight[1]
     for number in range(3, count + 1, count // kills):
         records, cache = tmp_path / f"r{number}", tmp_path / f"c{number}"

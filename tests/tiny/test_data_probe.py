@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
+import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,14 +14,12 @@ from PIL import Image
 
 from tests.clips import film, flat, moving
 from vidgen.core.config import build, dump
-from vidgen.core.errors import OutputError
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.training.data import probe as probing
 from vidgen.training.data.files import MediaFile
-from vidgen.training.data.probe import FileFacts, Flawed, probe_file
+from vidgen.training.data.probe import FileFacts, probe_file
 from vidgen.training.data.select import find_alike
-from vidgen.training.data.survey import Records, look_at
+from vidgen.training.data.survey import look_at
 
 
 def test_an_ordinary_film_is_counted_exactly(tmp_path):
@@ -172,18 +171,6 @@ def test_a_film_that_was_cut_short_tells_so(tmp_path):
     assert told, "damage in the middle isn't passed over"
 
 
-def test_long_films_are_looked_at_by_the_stated_rule(tmp_path, monkeypatch):
-    monkeypatch.setattr(probing, "LOOKED_AT", 10)
-    pictures = moving(30) + moving(30, 5)
-    facts = probe_file(film(tmp_path / "a.mp4", pictures))
-    assert facts.num_frames == 60, "counts stay exact"
-    assert facts.look_step == 8
-    (cut,) = facts.cuts
-    assert cut[0] < 30 <= cut[1], "a cut lies between two looks"
-    assert cut[1] - cut[0] <= 4
-    assert any("1 of 8 frames was looked at" in note for note in facts.notes)
-
-
 def test_files_that_look_the_same_are_found(tmp_path):
     pictures = moving(36, size=(160, 120))
     films = {
@@ -204,37 +191,26 @@ def media(path: Path) -> MediaFile:
     return MediaFile(0, path.name, path, facts.st_size, facts.st_mtime_ns)
 
 
-def test_records_spare_what_is_known_and_heed_changes(tmp_path):
-    records = Records(tmp_path / "records" / "data.sqlite")
+def test_facts_that_are_known_are_not_found_again(tmp_path):
+    kept = tmp_path / "kept"
     path = film(tmp_path / "a.mp4", moving(9))
-    copy = tmp_path / "copy.mp4"
-    copy.write_bytes(path.read_bytes())
-    stages: list[tuple[str, int]] = []
+    os.utime(path, (1e9, 1e9))
+    totals: list[int] = []
+
+    def look(*paths: Path) -> list[FileFacts]:
+        return look_at([media(each) for each in paths], tell, folder=kept)
 
     def tell(event):
         if event["done"] == 0:
-            stages.append((event["stage"], event["total"]))
+            assert event["stage"] == "look"
+            totals.append(event["total"])
 
-    hashes, facts = look_at([media(path), media(copy)], tell, records=records)
-    assert hashes[0] == hashes[1]
-    assert len(facts) == 1
-    assert stages == [("read", 2), ("look", 1)], "the same bytes are decoded once"
-    stages.clear()
-    again = look_at([media(path), media(copy)], tell, records=records)
-    assert again == (hashes, facts)
-    assert stages[1] == ("look", 0)
+    facts = look(path)
+    assert look(path) == facts
+    assert totals == [1, 0]
+    assert [build(FileFacts, json.loads(each.read_text())) for each in kept.iterdir()] == facts
     film(path, moving(12))
-    changed, _ = look_at([media(path)], tell, records=records)
-    assert changed[0] != hashes[0]
-    (tmp_path / "broken.sqlite").write_bytes(b"x" * 5000)
-    with pytest.raises(OutputError, match=r"broken.sqlite.*delete it"):
-        look_at([media(path)], tell, records=Records(tmp_path / "broken.sqlite"))
-
-
-def test_records_are_whole_at_every_moment(tmp_path):
-    records = Records(tmp_path / "data.sqlite")
-    facts = FileFacts(num_frames=3, flaws=(Flawed("cut", 1, 2),), colour={"range": None})
-    records.keep_facts("abc", facts)
-    with sqlite3.connect(tmp_path / "data.sqlite") as other:  # on the disk, not in our memory
-        assert other.execute("select count(*) from facts").fetchone() == (1,)
-    assert Records(tmp_path / "data.sqlite").facts_of("abc") == facts
+    changed = look(path)
+    assert changed[0].sha256 != facts[0].sha256
+    assert look(path) == changed
+    assert totals == [1, 0, 1, 1], "it may change again within the grain of its time stamp"

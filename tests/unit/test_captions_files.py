@@ -9,10 +9,7 @@ import pytest
 
 from vidgen.core.errors import InputError
 from vidgen.training.data.config import DataConfig, FolderConfig
-from vidgen.training.data.files import scan
-from vidgen.training.data.texts import Unreadable, decode, sidecar, table
-
-KEYS = ("caption", "text")
+from vidgen.training.data.files import Unreadable, decode, scan, sidecar, table
 
 
 @pytest.mark.parametrize(
@@ -48,7 +45,7 @@ def test_damaged_text_is_told(tmp_path):
     with big.open("wb") as file:
         file.truncate(11_000_000)
     with pytest.raises(Unreadable, match="over 10 MB"):
-        sidecar(big, KEYS, "auto")
+        sidecar(big, "auto")
 
 
 @pytest.mark.parametrize(
@@ -62,12 +59,12 @@ def test_damaged_text_is_told(tmp_path):
 def test_json_beside_a_file(tmp_path, content, captions):
     path = tmp_path / "clip.json"
     path.write_text(json.dumps(content))
-    assert sidecar(path, KEYS, "auto").captions == captions
+    assert sidecar(path, "auto")[0] == captions
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is no JSON"), ('{"title": "x"}', "none of the keys caption, text"),
+    [("{", "is no JSON"), ('{"title": "x"}', "none of the keys caption, text, prompt, desc"),
      ('{"text": 3}', "a caption that is no text"), (r'{"text": "\ud83d"}', "half of a character"),
      ("[" * 100_000, "is no JSON")],
 )
@@ -75,24 +72,24 @@ def test_json_without_a_caption_is_told(tmp_path, content, message):
     path = tmp_path / "clip.json"
     path.write_text(content)
     with pytest.raises(Unreadable, match=message):
-        sidecar(path, KEYS, "auto")
+        sidecar(path, "auto")
 
 
 def test_tables(tmp_path):
     lines = tmp_path / "metadata.jsonl"
     lines.write_text('{"file_name": "a.mp4", "text": "a"}\n\n{"file_name": "./b.mp4", '
                      '"text": ["b", "c"]}\n{"file_name": "a.mp4", "text": "again"}\n{"text": "x"}')
-    found, notes = table(lines, KEYS, "auto")
-    assert {name: told.captions for name, told in found.items()} == {
+    found, notes = table(lines, "auto")
+    assert found == {
         "a.mp4": ("a", "again"), "b.mp4": ("b", "c")}
     assert len(notes) == 2
     sheet = tmp_path / "list.csv"
     sheet.write_bytes('Video;Caption;Rating\r\nsub\\a.mp4;"a car; été";5\r\n'.encode("cp1252"))
-    found, notes = table(sheet, KEYS, "auto")
-    assert {name: told.captions for name, told in found.items()} == {"sub/a.mp4": ("a car; été",)}
+    found, notes = table(sheet, "auto")
+    assert found == {"sub/a.mp4": ("a car; été",)}
     assert "guess" in notes[0]
     sheet.write_text("day,sales\n1,2\n")
-    assert table(sheet, KEYS, "auto") is None
+    assert table(sheet, "auto") is None
 
 
 @pytest.mark.parametrize("sign", [",", ";", "\t"])
@@ -103,8 +100,8 @@ def test_a_csv_keeps_every_caption_whole(tmp_path, sign):
         writer = csv.writer(file, delimiter=sign)
         writer.writerow(["File", "Caption"])
         writer.writerows([f"{n}.mp4", text] for n, text in enumerate(captions))
-    found, notes = table(sheet, KEYS, "auto")
-    assert [told.captions for told in found.values()] == [
+    found, notes = table(sheet, "auto")
+    assert list(found.values()) == [
         (" ".join(text.split()),) for text in captions]
     assert not notes
 
@@ -113,16 +110,16 @@ def test_what_a_csv_has_no_column_for_is_told(tmp_path):
     sheet = tmp_path / "list.csv"
     sheet.write_text("file,caption\na.mp4,a car,\nb.mp4,a cat, red\n")
     with pytest.raises(Unreadable, match=r"line 3 has more values than .* double quotes"):
-        table(sheet, KEYS, "auto")
+        table(sheet, "auto")
     sheet.write_text('file,caption\na.mp4,"a car\nb.mp4,a cat\n')
     with pytest.raises(Unreadable, match="is no CSV"):
-        table(sheet, KEYS, "auto")
+        table(sheet, "auto")
     sheet.write_text("day,sales\n1,2,3\n")
-    assert table(sheet, KEYS, "auto") is None
+    assert table(sheet, "auto") is None
     sheet.write_text("file,title,rating\na.mp4,a car,5\n,a cat,4\n")
-    _, notes = table(sheet, KEYS, "auto")
+    _, notes = table(sheet, "auto")
     assert notes[0] == "list.csv, line 3, has an empty file"
-    assert "its columns are file, title, rating; read are caption, text" in notes[1]
+    assert "its columns are file, title, rating; read are caption, text, prompt" in notes[1]
 
 
 def test_only_ends_of_lines_part_rows(tmp_path):
@@ -132,8 +129,8 @@ def test_only_ends_of_lines_part_rows(tmp_path):
                       '{"file": "b.mp4", "text": "three\x85"}\n'.encode())
     sheet.write_bytes("file,text\r\na.mp4,one\u2028two\r\nb.mp4,three\x85\r\n".encode())
     for path in (lines, sheet):
-        found, notes = table(path, KEYS, "auto")
-        assert {name: told.captions for name, told in found.items()} == {
+        found, notes = table(path, "auto")
+        assert found == {
             "a.mp4": ("one two",), "b.mp4": ("three",)}
         assert not notes
 
@@ -151,15 +148,15 @@ def test_a_folder_is_searched_and_what_is_odd_is_told(tmp_path):
     (root / "f.txt").write_text("  \n")
     (root / "notes.pdf").write_bytes(b"x")
     (root / "list.csv").write_text("file,caption\na.mp4,in the table\nlost.mp4,x\n")
-    found = scan(DataConfig(folders=(FolderConfig(str(root)),)))
-    told = {file.name: file for file in found.files}
+    files, notes = scan(DataConfig(folders=(FolderConfig(str(root)),)))
+    told = {file.name: file for file in files}
     assert {name: file.captions for name, file in told.items()} == {
         "a.mp4": ("in the table",), "B.MOV": ("another case",), "f.webm": (), "gone.mp4": (),
         "sub/c.png": ("by its whole name",)}
     assert told["f.webm"].notes == ("f.txt is empty",)
     assert "can't be read" in told["gone.mp4"].notes[0]
-    assert any("1 .pdf" in note for note in found.notes)
-    assert any("lost.mp4" in note for note in found.notes)
+    assert any("1 .pdf" in note for note in notes)
+    assert any("lost.mp4" in note for note in notes)
 
 
 def test_folders_without_media_and_damaged_tables_are_refused(tmp_path):
@@ -169,7 +166,7 @@ def test_folders_without_media_and_damaged_tables_are_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     (tmp_path / "meta.jsonl").write_text(
         r'{"file": "\u0000.mp4", "text": "x"}' + "\n" + r'{"file": "\ud800.mp4", "text": "x"}')
-    assert sum("no file can be called" in note for note in scan(config).notes) == 2
+    assert sum("no file can be called" in note for note in scan(config)[1]) == 2
     (tmp_path / "meta.jsonl").write_text('{"file": "a.mp4"}\n{')
     with pytest.raises(InputError, match=r"meta.jsonl line 2 is no JSON.*mend it"):
         scan(config)

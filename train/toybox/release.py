@@ -61,7 +61,7 @@ from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
-from vidgen.training.finetune.model import open_trainable
+from vidgen.training.data.survey import open_trainable
 from vidgen.weights.configs import config_of, encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
 from vidgen.weights.folder import StudentConfig, write_model_info

@@ -51,11 +51,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Look at all files; report on them, or encode them."""
-    from vidgen.training.data.survey import open_own, survey
+    from vidgen.training.data.survey import open_trainable, survey
 
     _refuse_others(args)
     config, model = settings(args)
-    folder = open_own(model)
+    folder = open_trainable(model)
     if args.html is not None:
         from vidgen.core.runtime import check_output
 

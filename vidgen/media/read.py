@@ -163,20 +163,18 @@ def _of_eight_bits(image: Image.Image, is_deep: bool) -> tuple[Image.Image, bool
 
 
 def fit(
-    picture: Frames, height: int, width: int, mode: Fit = "crop",
-    border: int = 0, centring: tuple[float, float] = (0.5, 0.5),
+    picture: Frames, height: int, width: int, mode: Fit = "crop", border: int = 0
 ) -> Frames:
     """Bring a picture uint8 [H, W, 3] to a size without stretching it, Lanczos resampled.
 
-    "crop" fills the size and keeps the part at `centring`, from 0 (left, top) to 1 (right, bottom);
-    "pad" keeps all, within a `border` of a grey value, 0 to 255. A picture of this size is returned
-    itself.
+    "crop" fills the size and keeps the middle; "pad" keeps all, within a `border` of a grey value,
+    0 to 255. A picture of this size is returned itself.
     """
     if picture.shape[:2] == (height, width):
         return picture
     image, size = Image.fromarray(picture), (width, height)
     if mode == "crop":
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centring)
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     else:
         image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=(border,) * 3)
     return np.array(image)

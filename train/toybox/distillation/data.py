@@ -27,8 +27,8 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.state import LatentState
 from vidgen.models.dit_types import DiTConfig
+from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import own_device
-from vidgen.training.finetune.model import open_trainable
 from vidgen.training.task import generator_of
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_path, given_rank
-from vidgen.training.data.cache import require_manifest
+from vidgen.core.runtime import atomic_path, atomic_write, given_rank, write_error
 
 
 class LatentShards:
@@ -60,3 +61,37 @@ class LatentShards:
                              "make the rest first (train/toybox/cache.py)")
         shards = [load_file(self.path(index)) for index in range(count)]
         return {name: torch.cat([shard.pop(name) for shard in shards]) for name in list(shards[0])}
+
+
+def require_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what shapes a folder's latents, or make sure that it was the same before.
+
+    Raises:
+        InputError: latents there were made otherwise, which tells in what; or their manifest is
+            damaged.
+        OutputError: the folder can't be made.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(folder, error) from None
+        atomic_write(path, json.dumps(manifest, indent=1).encode())
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, which says what made the latents there, is damaged ({error}); "
+                         "name another folder or delete this one") from None
+    told = _differing(found, manifest, sorted({**manifest, **found}))
+    if told:
+        raise InputError(f"the latents in {folder} were made otherwise ({told}); "
+                         "name another folder or delete this one")
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> str:
+    return "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+                     for name in names if there.get(name) != here.get(name))

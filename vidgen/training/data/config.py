@@ -53,11 +53,6 @@ class DataConfig:
     # lengths of clips; a stretch takes the longest that fits. None: the model's own.
     frames: tuple[int, ...] = field(default=(), metadata=ONE)
     fps: Fraction | None = None  # rate at which clips are shown to the model; None: its own
-    # "nearest" shows at each moment the frame nearest to it, so that motion keeps its speed;
-    # "native" takes frame by frame, so that it doesn't
-    fps_rule: Literal["nearest", "native"] = "nearest"
-    # which part is kept of a picture that isn't of its bucket's aspect
-    crop: Literal["centre", "random"] = "centre"
     max_crop: float = 0.35  # share of a picture that may be cut off; more drops the file
     max_enlarge: float = 1.25  # factor by which a picture may be enlarged; more drops the file
     # most items of one file, evenly spread; or "all", side by side
@@ -67,10 +62,6 @@ class DataConfig:
     # "drop-exact" keeps one of files with the same bytes, "drop" also one of those that look the
     # same
     duplicates: Literal["keep", "drop-exact", "drop"] = "drop-exact"
-    # files of PQ or HLG; "keep" takes their values as they are, without tone mapping
-    hdr: Literal["drop", "keep"] = "drop"
-    # of JSON and of tables' columns; the first that is there counts
-    caption_keys: tuple[str, ...] = ("caption", "text", "prompt", "description")
     # of captions' files; "auto" knows UTF-8 and -16 and guesses the others
     caption_encoding: str = "auto"
     prefix: str = ""  # put before each caption, such as a new word for a subject
@@ -81,10 +72,8 @@ class DataConfig:
     image_share: float | None = None
     held_out: float = 0.0  # share of files that is kept for validation, chosen by their content
     validation: str | None = None  # a folder for validation instead
-    # leave out what doesn't fill a bucket's last batch; else it is filled up
-    drop_last: bool = False
     store_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of cached latents and contexts
-    seed: int = 0  # of what is drawn: order, captions, dropout, random crops
+    seed: int = 0  # of what is drawn: order, captions, dropout
 
     def __post_init__(self) -> None:
         if not self.folders:

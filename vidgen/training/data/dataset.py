@@ -1,4 +1,8 @@
-"""What fine-tuning draws its batches from: items of the cache, or encoded as they are drawn.
+"""Batches for fine-tuning, of items from the cache or encoded as they are drawn.
+
+Which items make up a batch is a pure function of seed, step and place: an epoch goes through every
+bucket, and a batch is of one bucket. So a run goes on at any step, on any number of ranks, without
+knowing what came before.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns, S text or
 image tokens, D width.
@@ -8,13 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +31,110 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.training.data.cache import LatentCache, open_cache
 from vidgen.training.data.config import NO_CACHE, Bucket, DataConfig, Geometry
-from vidgen.training.data.encode import Cursor, ItemEncoder, still_frames
-from vidgen.training.data.schedule import Schedule, drawn
+from vidgen.training.data.encode import ItemEncoder, open_frames, still_frames
 from vidgen.training.data.select import Item, Selection, picks
-from vidgen.training.data.survey import open_own, survey
+from vidgen.training.data.survey import open_trainable, survey
 from vidgen.weights.folder import ModelFolder
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def drawn(key: str) -> float:
+    """Return the number in [0, 1) that a key stands for."""
+    return _hash(key) / 2**64
+
+
+@lru_cache(maxsize=64)
+def order_of(count: int, key: str) -> list[int]:
+    """Return the numbers below `count` in the order that a key stands for."""
+    return sorted(range(count), key=lambda number: _hash(f"{key} {number}"))
+
+
+class Draw(NamedTuple):
+    """One step's items."""
+
+    bucket: Bucket  # of all of them
+    slots: tuple[int, ...]  # numbers within the bucket, of the whole global batch
+
+
+class Schedule:
+    """The order of a run's batches, from each bucket's items, repeats counted.
+
+    Items from a bucket's beginning fill its last batch. `image_share` of the steps are of pictures;
+    None: as many as there are.
+
+    Raises:
+        InputError: a share of pictures, or of clips, where there are none.
+    """
+
+    def __init__(
+        self, counts: Mapping[Bucket, int], *, seed: int = 0, image_share: float | None = None
+    ) -> None:
+        self.counts, self.seed = {b: counts[b] for b in sorted(counts) if counts[b]}, seed
+        self._pools, self._main = {"all": self.counts}, "all"
+        self._share = Fraction(image_share or 0).limit_denominator(1000)
+        if image_share is None:
+            return
+        clips = {b: n for b, n in self.counts.items() if b.num_frames > 1}
+        pictures = {b: n for b, n in self.counts.items() if b.num_frames == 1}
+        for wanted, pool, what in ((self._share > 0, pictures, "picture"),
+                                   (self._share < 1, clips, "clip")):
+            if wanted and not pool:
+                raise InputError(f"data.image_share is {image_share}, but there is no {what}; add "
+                                 "some, or leave image_share out")
+        self._pools = {"clips": clips, "pictures": pictures}
+        self._main = "clips" if self._share < 1 else "pictures"
+
+    def draw(self, step: int, global_batch: int) -> Draw:
+        """Return the items of a step (from 0) in which all ranks together learn `global_batch`."""
+        pool, index = self._main, step
+        if pool != "all":
+            pictures = math.floor(step * self._share)  # before this step
+            is_picture = math.floor((step + 1) * self._share) > pictures
+            pool, index = ("pictures", pictures) if is_picture else ("clips", step - pictures)
+        batches = self._batches(pool, global_batch)
+        ends = list(accumulate(batches.values()))
+        epoch, position = divmod(index, ends[-1])
+        key = f"{self.seed} {pool} {epoch}"
+        place = order_of(ends[-1], key)[position]
+        which = bisect_right(ends, place)
+        bucket = list(batches)[which]
+        number = place - ends[which] + batches[bucket]
+        size = self._pools[pool][bucket]
+        order = order_of(size, f"{key} {bucket.label}")
+        numbers = range(number * global_batch, (number + 1) * global_batch)
+        return Draw(bucket, tuple(order[n % size] for n in numbers))
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        """Return the steps until every item (every clip, with a share of pictures) was learned."""
+        wanted = sum(self._batches(self._main, global_batch).values())
+        if self._main == "pictures":
+            return math.ceil(wanted / self._share)
+        return math.floor((wanted - 1) / (1 - self._share)) + 1
+
+    def remainders(self, global_batch: int) -> dict[Bucket, int]:
+        """Return how many of each bucket's items an epoch learns twice to fill the last batch."""
+        return {b: -n % global_batch for b, n in self.counts.items() if n % global_batch}
+
+    def _batches(self, pool: str, global_batch: int) -> dict[Bucket, int]:
+        return {b: math.ceil(n / global_batch) for b, n in self._pools[pool].items()}
 
 
 class _Encoded:
     """Items encoded when they are drawn; contexts, which are small, are kept."""
 
-    def __init__(self, config: DataConfig, known: Selection, encoder: ItemEncoder) -> None:
-        self._config, self._geometry, self._encoder = config, known.geometry, encoder
-        self._facts = {item.sha256: fate.facts for fate in known.fates if fate.facts is not None
-                       for item in fate.items[:1]}
+    def __init__(self, known: Selection, encoder: ItemEncoder) -> None:
+        self._geometry, self._encoder = known.geometry, encoder
+        self._facts = {fate.facts.sha256: fate.facts for fate in known.fates}
         self.text, self.close = lru_cache(maxsize=4096)(encoder.text), encoder.close
         self._grey = lru_cache(maxsize=16)(encoder.grey)
 
     def item(self, item: Item) -> Mapping[str, Tensor]:
-        shown = picks(item, self._facts[item.sha256], self._config, self._geometry)
-        with closing(Cursor(item.path)) as cursor:
-            return self._encoder.item(item, shown, cursor)
+        shown = picks(item, self._facts[item.sha256], self._geometry)
+        with open_frames(item.path) as frame_at:
+            return self._encoder.item(item, shown, frame_at)
 
     def grey(self, bucket: Bucket) -> Tensor | None:
         return self._grey(bucket) if self._encoder.extras.grey else None
@@ -64,7 +154,7 @@ def open_dataset(
         InputError: data that can't be used, a cache that doesn't match, or nothing to learn.
         ModelError: no such model.
     """
-    folder = model if isinstance(model, ModelFolder) else open_own(str(model))
+    folder = model if isinstance(model, ModelFolder) else open_trainable(str(model))
     geometry = Geometry.of(config, folder)
     source: LatentCache | _Encoded
     if config.cache != NO_CACHE:
@@ -74,7 +164,7 @@ def open_dataset(
         items, notes = known.items, [
             *known.notes, *(f"{fate.file.name} is left out: {fate.dropped}"
                                       for fate in known.fates if fate.dropped)]
-        source = _Encoded(config, known, ItemEncoder(folder, torch.device(device)))
+        source = _Encoded(known, ItemEncoder(folder, torch.device(device)))
     learned, kept = list[Item](), list[Item]()
     for item in items:
         if item.folder < 0 or int(item.group, 16) / 2**256 < config.held_out:
@@ -89,7 +179,7 @@ def open_dataset(
         raise InputError(f"nothing is left to learn from in {folders}: {'; '.join(notes[:5])}")
     shape: dict[str, Any] = {
         "batch_size": batch_size, "accumulate": accumulate, "with_context": with_context}
-    once = replace(config, caption_dropout=0.0, image_share=None, drop_last=False)
+    once = replace(config, caption_dropout=0.0, image_share=None)
     held_out = Dataset(once, geometry, kept, source, None, notes, **shape) if kept else None
     return Dataset(config, geometry, learned, source, held_out, notes, **shape)
 
@@ -116,38 +206,35 @@ class Dataset:
         self._slots: dict[Bucket, list[int]] = {bucket: [] for bucket in self.buckets}
         for index, item in enumerate(self.items):
             self._slots[item.bucket].append(index)
-        self._schedule = Schedule(self.buckets, seed=config.seed, drop_last=config.drop_last,
-                                  image_share=config.image_share)
-        self.steps_per_epoch()  # refuses a batch that no bucket fills
+        self._schedule = Schedule(self.buckets, seed=config.seed, image_share=config.image_share)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides which items are drawn when."""
         config = self.config
         facts = [[item.key, item.captions] for item in self.items]
-        drawn_by = [config.seed, config.drop_last, str(config.image_share), config.caption_dropout,
-                    self.batch_size, self.accumulate, str(self.fps), config.fps_rule]
+        drawn_by = [config.seed, str(config.image_share), config.caption_dropout,
+                    self.batch_size, self.accumulate, str(self.fps)]
         return hashlib.sha256(json.dumps([facts, drawn_by]).encode()).hexdigest()
 
     def _global_batch(self, world: int) -> int:
         return self.batch_size * self.accumulate * world
 
     def steps_per_epoch(self, world: int = 1) -> int:
-        """Steps in which each item is learned once."""
+        """Return the steps in which each item is learned once."""
         return self._schedule.steps_per_epoch(self._global_batch(world))
 
     def ends(self, world: int = 1) -> list[str]:
-        """What becomes of items that don't fill a bucket's last batch, in words."""
-        fate = ("items of each epoch are left out (drop_last)" if self.config.drop_last else
-                "items are learned twice in each epoch, to fill its last batch")
+        """Say how many items are learned twice to fill a bucket's last batch."""
         remainders = self._schedule.remainders(self._global_batch(world))
-        return [f"bucket {bucket.label}: {count} {fate}" for bucket, count in remainders.items()]
+        return [f"bucket {bucket.label}: {count} items are learned twice in each epoch, to fill "
+                "its last batch" for bucket, count in remainders.items()]
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """A micro-batch of a step, from 0, for a rank of the `world` that take different items.
+        """Make a micro-batch of a step, from 0, for one of `world` ranks with different items.
 
         Returns:
-            `latents` [B, C, F, h, w] float32; `context` [B, S, D], zero behind `context_lengths`
+            `latents` [B, C, F, h, w] float32; `context` [B, S, D], zero after `context_lengths`
             [B], and `context_mask` [B, S]; `captions`, "" where dropped; `files`; `indices` into
             `items`; `fps`; `bucket`; in clips alone `finer` [B, C, n, h, w], of models that draw
             at a finer rate, and what the model's conditions need: `stills` [B, C, K, h, w] with
@@ -156,20 +243,20 @@ class Dataset:
         """
         draw = self._schedule.draw(step, self._global_batch(world))
         begin = (micro * world + rank) * self.batch_size
-        numbers = range(begin, begin + self.batch_size)
-        indices = [self._slots[draw.bucket][draw.slots[number]] for number in numbers]
-        captions = []
-        for index, number in zip(indices, numbers, strict=True):
-            texts = self.items[index].captions
-            is_dropped = drawn(f"{draw.key} {number} dropout") < self.config.caption_dropout
-            chosen = int(drawn(f"{draw.key} {number} caption") * len(texts))
+        indices, captions = list[int](), list[str]()
+        for number in range(begin, begin + self.batch_size):
+            index = self._slots[draw.bucket][draw.slots[number]]
+            texts, key = self.items[index].captions, f"{self.config.seed} {step} {number}"
+            is_dropped = drawn(f"{key} dropout") < self.config.caption_dropout
+            chosen = int(drawn(f"{key} caption") * len(texts))
+            indices.append(index)
             captions.append("" if is_dropped else texts[chosen])
         return self.item_batch(indices, captions=captions)
 
     def item_batch(
         self, indices: Sequence[int], *, captions: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """A batch like `batch`'s of items of one bucket, by default with their first captions."""
+        """Make a batch like `batch`'s of items of one bucket, by default with first captions."""
         items = [self.items[index] for index in indices]
         buckets = {item.bucket for item in items}
         assert len(buckets) == 1, "a batch is of one bucket"

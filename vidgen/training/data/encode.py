@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
-from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.read import fit, load_image
 from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
-from vidgen.models.image import ImageEncoder, prepare_image
+from vidgen.models.image import prepare_image
 from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
@@ -39,13 +36,15 @@ from vidgen.weights.folder import ModelFolder, hash_files
 
 _KEPT = 4  # frames that the next item may begin before
 
+GetFrame: TypeAlias = Callable[[int], Frames]
+
 
 @dataclass(frozen=True)
 class Extras:
-    """What a model's conditions need beside a clip's latents."""
+    """Latents that a model's conditions need in addition to a clip's."""
 
     stills: bool = False  # middle and last frame, each encoded alone: known frames go in place
-    first: bool = False  # the clip with grey behind its first frame: known frames go beside it
+    first: bool = False  # the clip with grey after its first frame: known frames go next to it
     both: bool = False  # the clip with grey between first and last frame
     grey: bool = False  # a clip of grey, for control blocks
     num_images: int = 0  # pictures of which the model reads image features
@@ -53,7 +52,7 @@ class Extras:
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Extras:
-        """By how the model learned conditions."""
+        """Derive them from the way in which a model learned conditions."""
         kind, tasks = folder.conditioning, folder.tasks
         beside = kind in ("channels", "control")
         images = 0
@@ -64,24 +63,9 @@ class Extras:
                    first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
                    num_images=images, rate=upsampling_of(folder))
 
-    def as_data(self) -> dict[str, Any]:
-        """What a cache's manifest says; of temporal upsampling nothing where there is none."""
-        data = asdict(self)
-        rate = data.pop("rate")
-        return data if rate == 1 else data | {"oversampling": rate}
-
-    def num_values(self, bucket: Bucket, vae: VAEConfig) -> int:
-        """How many numbers an item's latents have, about."""
-        frames = 1 + (bucket.num_frames - 1) // vae.strides.t
-        count = frames * (1 + self.first + self.both) + 2 * self.stills
-        if self.rate > 1 and frames > 1:
-            count += LatentRate(self.rate).num_upsampled(frames)
-        rows, columns = bucket.height // vae.strides.hw, bucket.width // vae.strides.hw
-        return count * vae.latent_channels * rows * columns
-
 
 def component_hash(folder: ModelFolder, role: Role) -> str | None:
-    """SHA-256 of a network's files and architecture, the tokenizer's with the text encoder's."""
+    """Hash a network's files and architecture, the tokenizer's with the text encoder's."""
     component = folder.components.get(role)
     if component is None:
         return None
@@ -92,82 +76,60 @@ def component_hash(folder: ModelFolder, role: Role) -> str | None:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-class Cursor:
-    """Frames of one file by rising numbers, decoded once; a step back of a few is allowed."""
+@contextmanager
+def open_frames(path: Path) -> Iterator[GetFrame]:
+    """Give a function that returns a file's frame of a number, uint8 [H, W, 3].
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._still = load_image(path)[0] if is_still(path) else None
-        self._stack = ExitStack()
-        self._recent: deque[tuple[int, TimedFrame]] = deque(maxlen=_KEPT)
-        self._restart()
+    Numbers rise, as each frame is decoded once; a step back of a few is allowed. The function
+    raises InputError where the file ends before.
+    """
+    if is_still(path):
+        picture = load_image(path)[0]
+        yield lambda _: picture
+        return
+    recent: deque[tuple[int, TimedFrame]] = deque(maxlen=_KEPT)
+    frames: Iterator[tuple[int, TimedFrame]] = iter(())
 
-    def close(self) -> None:
-        """Close the file."""
-        self._stack.close()
-
-    def _restart(self) -> None:
-        self.close()
-        self._recent.clear()
-        if self._still is None:
-            self._reader = self._stack.enter_context(VideoReader(self.path, square=False))
-            self._frames = enumerate(self._reader.timed())
-
-    def frame(self, index: int) -> Frames:
-        """Frame number `index`, uint8 [H, W, 3].
-
-        Raises:
-            InputError: the file ends before.
-        """
-        if self._still is not None:
-            return self._still
-        if self._recent and index < self._recent[0][0]:
-            self._restart()
-        while not self._recent or self._recent[-1][0] < index:
-            following = next(self._frames, None)
+    def frame_at(index: int) -> Frames:
+        nonlocal frames
+        if not recent or index < recent[0][0]:
+            recent.clear()
+            frames = enumerate(reader.timed())
+        while not recent or recent[-1][0] < index:
+            following = next(frames, None)
             if following is None:
-                raise InputError(f"{self.path} ends before frame {index}; was it changed? check it "
+                raise InputError(f"{path} ends before frame {index}; was it changed? check it "
                                  "again with vidgen data check")
-            self._recent.append(following)
-        found = next(frame for number, frame in self._recent if number == index)
-        return self._reader.picture(found)
+            recent.append(following)
+        return reader.picture(next(frame for number, frame in recent if number == index))
+
+    with VideoReader(path, square=False) as reader:
+        yield frame_at
 
 
 class ItemEncoder:
     """A model's networks that data go through; each is loaded when it is first needed.
 
-    What pixels pass through computes in float32, the text encoder in what the device does best.
+    Pixels are encoded in float32, captions in the dtype that the device computes fastest.
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
         self.folder, self.device, self.extras = folder, device, Extras.of(folder)
-        self._stack = ExitStack()
-        self._pixel_loader = ModelLoader(folder, device, torch.float32, "stage")
-        self._text_loader = ModelLoader(folder, device, DTYPES[best_dtype(device)], "stage")
+        self._pixels = ModelLoader(folder, device, torch.float32)
+        self._texts = ModelLoader(folder, device, DTYPES[best_dtype(device)])
+        limit = folder.components["transformer"].config.text_len
+        self._tokenizer = PromptTokenizer(folder.tokenizer, limit)
 
     def close(self) -> None:
         """Let the networks go."""
-        self._stack.close()
-
-    @cached_property
-    def _vae(self) -> CausalVAE:
-        return self._stack.enter_context(self._pixel_loader.use("vae"))
-
-    @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        return self._stack.enter_context(self._pixel_loader.use("image_encoder"))
-
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        limit = self.folder.components["transformer"].config.text_len
-        network = self._stack.enter_context(self._text_loader.use("text_encoder"))
-        return TextEncoder(network, PromptTokenizer(self.folder.tokenizer, limit))
+        self._pixels.close()
+        self._texts.close()
 
     @torch.no_grad()
-    def item(self, item: Item, picks: Sequence[int], cursor: Cursor) -> dict[str, Tensor]:
-        """All that is learned from of an item that shows the `picks` of its file's frames.
+    def item(self, item: Item, picks: Sequence[int], frame_at: GetFrame) -> dict[str, Tensor]:
+        """Encode an item that shows the `picks` of its file's frames.
 
-        It has `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several
+        Return `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several
         frames, what `extras` names: `finer` [C, n, h, w], the same at the finer rate, `stills`
         [C, 2, h, w], `first` and `both` like `clip`, `image` and `image_last` [S, D]. All float32
         on the CPU.
@@ -180,8 +142,7 @@ class ItemEncoder:
 
         def shown() -> Iterator[Frames]:
             for position, index in enumerate(picks):
-                picture = cursor.frame(index)
-                fitted = fit(picture, bucket.height, bucket.width, "crop", centring=item.centring)
+                fitted = fit(frame_at(index), bucket.height, bucket.width, "crop")
                 if position in (0, count // 2, count - 1):
                     kept[position] = fitted
                 yield fitted
@@ -203,19 +164,18 @@ class ItemEncoder:
         if self.extras.both:
             made["both"] = self._encode([first, *[grey] * (count - 2), last], bucket)
         for name, picture in (("image", first), ("image_last", last))[: self.extras.num_images]:
-            pixels = prepare_image(torch.from_numpy(picture), self._image_encoder.config)
-            made[name] = self._image_encoder(pixels.to(self.device))[0].float().cpu()
+            with self._pixels.use("image_encoder") as encoder:
+                pixels = prepare_image(torch.from_numpy(picture), encoder.config)
+                made[name] = encoder(pixels.to(self.device))[0].float().cpu()
         return made
 
     def grey(self, bucket: Bucket) -> Tensor:
-        """Latents [C, F, h, w] of a clip of grey."""
+        """Return latents [C, F, h, w] of a clip of grey."""
         return self._encode([_grey(bucket)] * bucket.num_frames, bucket)
 
     @torch.no_grad()
     def _encode(self, frames: Iterable[Frames | Tensor], bucket: Bucket, rate: int = 1) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
-        vae = self._vae.at_rate(rate)
-
         def chunks() -> Iterator[Tensor]:
             for frame in frames:
                 if isinstance(frame, Tensor):
@@ -223,14 +183,16 @@ class ItemEncoder:
                 else:
                     yield pixels_of([frame], bucket.width, bucket.height, "crop").to(self.device)
 
-        latents = vae.stream_encode(chunks())
-        return torch.cat([latent.float().cpu() for latent in latents], dim=2)[0]
+        with self._pixels.use("vae") as vae:
+            latents = vae.at_rate(rate).stream_encode(chunks())
+            return torch.cat([latent.float().cpu() for latent in latents], dim=2)[0]
 
     @torch.no_grad()
     def text(self, caption: str) -> Tensor:
-        """Context [S, D] of a caption, encoded as if alone, float32 on the CPU."""
-        context, lengths = self._text_encoder.encode([caption])
-        return context[0, : int(lengths[0])].float().cpu()
+        """Return the context [S, D] of a caption, encoded as if alone, float32 on the CPU."""
+        with self._texts.use("text_encoder") as network:
+            context, lengths = TextEncoder(network, self._tokenizer).encode([caption])
+            return context[0, : int(lengths[0])].float().cpu()
 
 
 def _grey(bucket: Bucket) -> Tensor:
@@ -238,5 +200,5 @@ def _grey(bucket: Bucket) -> Tensor:
 
 
 def still_frames(bucket: Bucket) -> tuple[int, int]:
-    """Frames of a clip that are encoded alone, too: the middle and the last one."""
+    """Return the frames of a clip that are encoded alone, too: the middle and the last one."""
     return bucket.num_frames // 2, bucket.num_frames - 1

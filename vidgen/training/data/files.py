@@ -1,72 +1,100 @@
-"""Finding videos, pictures and their captions in folders, without opening the media."""
+"""Find videos, pictures and their captions in folders, without opening the media.
+
+Captions are texts next to a file or in a table, in whatever encoding.
+"""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
+import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vidgen.core.errors import InputError
 from vidgen.media.read import PICTURE_SUFFIXES
-from vidgen.training.data import texts
 from vidgen.training.data.config import DataConfig
-from vidgen.training.data.texts import Texts, Unreadable
 
 FILM_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
     ".wmv", ".flv", ".3gp", ".ogv", ".mxf",
 )
+FILE_KEYS = ("file_name", "file", "filename", "path", "video", "video_path", "image", "image_path",
+             "media")
+"""Columns or keys of a table that name the file."""
+CAPTION_KEYS = ("caption", "text", "prompt", "description")
+"""Columns or keys with captions, of which the first counts."""
+TABLES = (".csv", ".jsonl")
+SIDECARS = (".txt", ".json")
+MAX_BYTES = 10_000_000
+"""A larger sidecar is no caption."""
+LIKELY = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
+          "koi8_r", "cp932", "euc_jp", "gb18030", "big5", "cp949", "cp874")
+"""Encodings that are guessed among."""
+_DELIMITERS = (",", ";", "\t")
+_SURPLUS = "\0"
+"""Stands for the columns of values that are beyond a CSV's header."""
+_HALF = re.compile("[\ud800-\udfff]")
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+Captions = tuple[str, ...]
+"""Of one file; one of them is drawn each time."""
+
+
+class Unreadable(Exception):
+    """A caption's file that can't be understood; the text says why."""
 
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A video or picture with what is said of it."""
+    """A video or picture with its captions."""
 
     folder: int  # which of the config's folders it lies in; -1: the one for validation
     name: str  # its path below that folder
     path: Path  # the file
     num_bytes: int  # its size
     mtime_ns: int  # when it was changed last
-    captions: tuple[str, ...] = ()  # one of which is drawn each time; none where it has none
+    captions: Captions = ()
     notes: tuple[str, ...] = ()  # what had to be guessed to read them, or why they can't be
 
 
-@dataclass
-class Scan:
-    """What folders hold."""
-
-    files: list[MediaFile] = field(default_factory=list)  # by folder and name
-    notes: list[str] = field(default_factory=list)  # about tables and files that are no media
-
-
-def scan(config: DataConfig) -> Scan:
-    """Find all files of a config's folders, the one for validation included.
+def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
+    """Return all files of a config's folders, the one for validation included, and notes.
 
     Raises:
         InputError: a folder that is missing or holds no media.
     """
-    found = Scan()
-    for number, each in enumerate(config.folders):
-        _scan_folder(Path(each.path), number, config, found)
+    folders = {number: each.path for number, each in enumerate(config.folders)}
     if config.validation is not None:
-        _scan_folder(Path(config.validation), -1, config, found)
-    return found
+        folders[-1] = config.validation
+    files, notes = list[MediaFile](), list[str]()
+    for number, folder in folders.items():
+        files += _scan_folder(Path(folder), number, config.caption_encoding, notes)
+    return files, notes
 
 
-def _scan_folder(root: Path, number: int, config: DataConfig, found: Scan) -> None:
+def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> list[MediaFile]:
     if not root.is_dir():
         raise InputError(f"data folder {root} is no folder; give one of videos and pictures")
-    media, beside, tables = list[Path](), dict[str, Path](), list[Path]()
+    media, sidecars, tables = list[Path](), dict[str, Path](), list[Path]()
     others: Counter[str] = Counter()
     for path in _walk(root):
         suffix = path.suffix.lower()
         if suffix in FILM_SUFFIXES or suffix in PICTURE_SUFFIXES:
             media.append(path)
-        elif suffix in texts.SIDECARS:
-            beside[str(path.relative_to(root)).lower()] = path
-        elif suffix in texts.TABLES:
+        elif suffix in SIDECARS:
+            sidecars[str(path).lower()] = path
+        elif suffix in TABLES:
             tables.append(path)
         else:
             others[suffix or path.name] += 1
@@ -76,15 +104,27 @@ def _scan_folder(root: Path, number: int, config: DataConfig, found: Scan) -> No
             f"{', '.join((*FILM_SUFFIXES, *PICTURE_SUFFIXES))}")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-        found.notes.append(f"{root}: files that are no media were left alone: {kinds}")
-    rows = _read_tables(root, tables, config, found.notes)
-    for path in media:
-        found.files.append(_media_file(root, number, path, rows, beside, config))
+        notes.append(f"{root}: files that are no media were left alone: {kinds}")
+    rows = _read_tables(root, tables, encoding, notes)
     missing = sorted(rows.keys() - {str(path.resolve()) for path in media})
     if missing:
-        found.notes.append(
-            f"{root}: {len(missing)} files that its tables name are not there: "
-            f"{', '.join(missing[:5])}")
+        notes.append(f"{root}: {len(missing)} files that its tables name are not there: "
+                     f"{', '.join(missing[:5])}")
+    found = []
+    for path in media:
+        name = path.relative_to(root).as_posix()
+        try:
+            facts = path.stat()
+        except OSError as error:
+            problem = f"can't be read: {error.strerror}"
+            found.append(MediaFile(number, name, path, 0, 0, notes=(problem,)))
+            continue
+        captions, told = rows.get(str(path.resolve()), ()), list[str]()
+        if not captions:
+            captions, told = _next_to(path, sidecars, encoding)
+        found.append(MediaFile(number, name, path, facts.st_size, facts.st_mtime_ns, captions,
+                               tuple(told)))
+    return found
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -103,52 +143,213 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _read_tables(
-    root: Path, tables: Sequence[Path], config: DataConfig, notes: list[str]
-) -> dict[str, Texts]:
+    root: Path, tables: Sequence[Path], encoding: str, notes: list[str]
+) -> dict[str, Captions]:
     """Captions by the absolute path of the file that a table names."""
-    rows: dict[str, Texts] = {}
+    rows: dict[str, Captions] = {}
     for path in tables:
         try:
-            made = texts.table(path, config.caption_keys, config.caption_encoding)
+            made = table(path, encoding)
         except Unreadable as error:
             raise InputError(f"table {path} {error}; mend it, or move it elsewhere") from None
         if made is None:
             notes.append(f"{root}: {path.name} names no files, so it was left alone")
             continue
         notes += made[1]
-        for name, told in made[0].items():
+        for name, captions in made[0].items():
             try:
                 place = str((path.parent / name).resolve())
             except (OSError, ValueError):  # a zero byte, half a character, too long
                 notes.append(f"{path.name} names {name[:80]!r}, as which no file can be called; "
                              "its captions don't count")
                 continue
-            if place in rows and rows[place] != told:
+            if rows.setdefault(place, captions) != captions:
                 notes.append(f"{name} stands in several tables; {path.name} doesn't count")
-            rows.setdefault(place, told)
     return rows
 
 
-def _media_file(
-    root: Path, number: int, path: Path, rows: dict[str, Texts], beside: dict[str, Path],
-    config: DataConfig,
-) -> MediaFile:
-    name = path.relative_to(root).as_posix()
-    try:
-        facts = path.stat()
-    except OSError as error:
-        return MediaFile(number, name, path, 0, 0, notes=(f"can't be read: {error.strerror}",))
-    told, problems = rows.get(str(path.resolve()), Texts(())), list[str]()
-    for suffix in texts.SIDECARS:  # clip.txt, clip.mp4.txt, clip.json, clip.mp4.json
+def _next_to(
+    path: Path, sidecars: Mapping[str, Path], encoding: str
+) -> tuple[Captions, list[str]]:
+    """Captions in clip.txt, clip.mp4.txt, clip.json or clip.mp4.json, and notes."""
+    problems = list[str]()
+    for suffix in SIDECARS:
         for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
-            file = beside.get(str(candidate.relative_to(root)).lower())
-            if file is None or told.captions:
+            file = sidecars.get(str(candidate).lower())
+            if file is None:
                 continue
             try:
-                told = texts.sidecar(file, config.caption_keys, config.caption_encoding)
-                if not told.captions:
-                    problems.append(f"{file.name} is empty")
+                captions, notes = sidecar(file, encoding)
             except Unreadable as error:
                 problems.append(f"{file.name} {error}")
-    notes = told.notes if told.captions else tuple(problems)
-    return MediaFile(number, name, path, facts.st_size, facts.st_mtime_ns, told.captions, notes)
+                continue
+            if captions:
+                return captions, notes
+            problems.append(f"{file.name} is empty")
+    return (), problems
+
+
+def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
+    """Return the text of bytes, and a note where its encoding had to be guessed.
+
+    The encoding "auto" goes by a byte order mark, else takes UTF-8, else guesses.
+
+    Raises:
+        Unreadable: bytes that are no text in that encoding, or in any.
+    """
+    if encoding != "auto":
+        try:
+            return content.decode(encoding), None
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"is no text in {encoding}: {error.reason}") from None
+    for mark, name in _MARKS:
+        if content.startswith(mark):
+            return _strictly(content, name), None
+    if b"\0" in content:  # most text has the zeros of UTF-16 in the high bytes
+        is_little = content[1::2].count(0) >= content[::2].count(0)
+        wide = "utf-16-le" if is_little else "utf-16-be"
+        return _strictly(content, wide), "read as UTF-16 by its zero bytes"
+    try:
+        return content.decode("utf-8"), None
+    except UnicodeDecodeError:
+        pass
+    from charset_normalizer import from_bytes
+
+    matches = list(from_bytes(content, cp_isolation=list(LIKELY)))
+    if not matches:
+        raise Unreadable("is no text in any encoding that is known; save it as UTF-8")
+    best = matches[0]
+    guess = best.encoding
+    for match in matches:  # Western Europe's encoding where another makes no more sense
+        ties = match.chaos <= best.chaos + 0.01 and match.coherence >= best.coherence - 0.01
+        if match.encoding == "cp1252" and ties:
+            guess = match.encoding
+    told = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
+    return content.decode(guess), told
+
+
+def _strictly(content: bytes, encoding: str) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"is damaged {encoding}: {error.reason}; save it as UTF-8") from None
+
+
+def _read(path: Path, encoding: str) -> tuple[str, list[str]]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Unreadable(f"has over {MAX_BYTES // 1_000_000} MB, which is no caption")
+        text, note = decode(path.read_bytes(), encoding)
+    except OSError as error:
+        raise Unreadable(f"can't be read: {error.strerror}") from None
+    return text, [] if note is None else [f"{path.name} {note}"]
+
+
+def sidecar(path: Path, encoding: str) -> tuple[Captions, list[str]]:
+    """Return captions in a .txt (all of it, as one) or .json next to a file, and notes.
+
+    Raises:
+        Unreadable: it holds none that can be read.
+    """
+    text, notes = _read(path, encoding)
+    if path.suffix.lower() != ".json":
+        return _clean([text]), notes
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"is no JSON: {error}") from None
+    return _of_value(value), notes
+
+
+def _of_value(value: Any) -> Captions:
+    if isinstance(value, Mapping):
+        found = next((key for key in CAPTION_KEYS if key in value), None)
+        if found is None:
+            raise Unreadable(f"has none of the keys {', '.join(CAPTION_KEYS)}")
+        value = value[found]
+    several = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str) for each in several):
+        raise Unreadable("holds a caption that is no text")
+    return _clean(several)
+
+
+def _clean(texts: Iterable[str]) -> Captions:
+    squeezed = [re.sub(r"\s+", " ", text).strip() for text in texts]
+    if any(_HALF.search(text) for text in squeezed):
+        raise Unreadable("holds half of a character (a surrogate alone), which is "
+                         "no text; write the whole character, or take it out")
+    return tuple(dict.fromkeys(text for text in squeezed if text))
+
+
+def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | None:
+    """Return captions by file of a CSV or of JSON lines, and notes; None where it names no files.
+
+    Names are as written: relative to the table's folder, or absolute.
+
+    Raises:
+        Unreadable: a table of files that can't be read, with the line.
+    """
+    text, notes = _read(path, encoding)
+    rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
+    found: dict[str, Captions] = {}
+    columns: dict[str, None] = {}
+    for line, row in rows:
+        column = next((key for key in FILE_KEYS if isinstance(row.get(key), str)), None)
+        if column is None:
+            if not found and line <= 2:  # another kind of table
+                return None
+            notes.append(f"{path.name}, line {line}, names no file ({', '.join(FILE_KEYS)})")
+            continue
+        if any(row.get(_SURPLUS) or ()):
+            raise Unreadable(f"line {line} has more values than the header has columns; put "
+                             "captions that hold the sign between columns in double quotes")
+        columns |= dict.fromkeys(row)
+        name = row[column].strip()
+        if not name:
+            notes.append(f"{path.name}, line {line}, has an empty {column}")
+            continue
+        given = {key: row[key] for key in CAPTION_KEYS if row.get(key)}
+        try:
+            captions = _of_value(given) if given else ()
+        except Unreadable as error:
+            raise Unreadable(f"line {line} {error}") from None
+        name = name.replace("\\", "/").removeprefix("./")
+        if name in found:
+            notes.append(f"{path.name}, line {line}, names {name} again; both captions count")
+        found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
+    if found and columns.keys().isdisjoint(CAPTION_KEYS):
+        have = ", ".join(key for key in columns if key and key != _SURPLUS)
+        notes.append(f"{path.name} has no captions: its columns are {have}; read are "
+                     f"{', '.join(CAPTION_KEYS)}")
+    return found, notes
+
+
+def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_SURPLUS,
+                            delimiter=_delimiter(text), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, {(k or "").strip().lower(): v for k, v in row.items()}
+    except csv.Error as error:
+        raise Unreadable(f"line {reader.line_num} is no CSV: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """What stands between the header's columns; captions, which may hold any sign, have no say."""
+    header = text.lstrip("\r\n").partition("\n")[0].lower()
+    parted = {sign: [name.strip(' \r"') for name in header.split(sign)] for sign in _DELIMITERS}
+    return max(parted, key=lambda sign: (not {*FILE_KEYS}.isdisjoint(parted[sign]),
+                                         len(parted[sign])))
+
+
+def _json_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand within a text
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"line {number} is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise Unreadable(f"line {number} is no JSON object")
+        yield number, row

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import base64
 import io
-import zlib
-from array import array
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -22,19 +20,17 @@ import numpy as np
 from PIL import Image
 
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import sha256_file
 from vidgen.media.cells import Array, Look, Looker
 from vidgen.media.checks import BLANK, FLAT
 from vidgen.media.probe import probe
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.trackers import STILL, Runs, likeness
 from vidgen.media.types import Frames
-from vidgen.media.video_reader import VideoReader
+from vidgen.media.video_reader import TimedFrame, VideoReader
 
-PROBE_VERSION = 1
-"""Of what is recorded; records of another are made anew."""
-LOOKED_AT = 18_000
-"""Frames of which each is looked at, 10 minutes at 30 a second. Of as many again it is every
-second, of the next 36,000 every fourth, and so on; each is decoded and counted."""
+PROBE_VERSION = 2
+"""Of what is recorded; records of another are made again."""
 FROZEN_S = 1.0
 """How long nothing may move before it counts."""
 SIGNATURE = (8, 12, 12, 3)
@@ -57,12 +53,13 @@ class Flawed:
 class FileFacts:
     """What a file holds, found by decoding all of it."""
 
+    sha256: str = ""  # of its content
     # why nothing can be learned from it, or None; then the rest is of no use
     problem: str | None = None
     kind: Literal["video", "picture"] = "video"  # a single frame is a picture
     num_frames: int = 0  # decoded, not told
     tick_s: Fraction = Fraction(1)  # seconds of a tick, exact
-    lengths: str = ""  # of frames in ticks, packed; see `times`
+    lengths: tuple[int, ...] = ()  # of frames in ticks
     fps: Fraction = Fraction(0)  # frames over duration, exact where the file's times are
     is_variable: bool = False  # whether frames follow each other unevenly
     size: tuple[int, int] = (0, 0)  # (width, height) as shown
@@ -74,8 +71,7 @@ class FileFacts:
     colour: dict[str, str | None] = field(default_factory=dict)
     cuts: tuple[tuple[int, int], ...] = ()  # (last frame of a shot, first of the next)
     flaws: tuple[Flawed, ...] = ()  # stretches that are black, white, blank, frozen or damaged
-    num_repeats: int = 0  # frames that are equal to the one before, of those looked at
-    look_step: int = 1  # of how many frames one was looked at, at the sparsest
+    num_repeats: int = 0  # frames that are equal to the one before
     # small pictures of 8 moments, by which near duplicates are found, in base64
     signature: str = ""
     thumbnails: tuple[str, ...] = ()  # JPEGs of its beginning, middle and end, in base64
@@ -94,8 +90,7 @@ class FileFacts:
     @cached_property
     def times(self) -> Ticks:
         """When each frame is shown, in ticks from the first on, and when the last one ends."""
-        lengths = np.frombuffer(zlib.decompress(base64.b64decode(self.lengths)), dtype="<u4")
-        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     def small_pictures(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The signature, uint8 [K, h, w, 3]."""
@@ -103,18 +98,19 @@ class FileFacts:
 
 
 def probe_file(path: Path) -> FileFacts:
-    """Decode a file once, from its first frame to its last.
+    """Read a file, and decode it once from its first frame to its last.
 
     A file that can't be used is no error: its `problem` says why.
     """
+    sha256 = ""
     try:
+        sha256 = sha256_file(path)
         if path.stat().st_size == 0:
-            return FileFacts(problem="is empty: 0 bytes")
-        if is_still(path):
-            return _probe_picture(path)
-        return _probe_video(path)
+            return FileFacts(sha256, "is empty: 0 bytes")
+        facts = _probe_picture(path) if is_still(path) else _probe_video(path)
+        return replace(facts, sha256=sha256)
     except (InputError, OSError) as error:
-        return FileFacts(problem=_without_path(str(error), path))
+        return FileFacts(sha256, _without_path(str(error), path))
 
 
 def _without_path(text: str, path: Path) -> str:
@@ -124,7 +120,7 @@ def _without_path(text: str, path: Path) -> str:
 
 
 def is_still(path: Path) -> bool:
-    """Whether a file is a picture that doesn't move."""
+    """Return whether a file is a picture that doesn't move."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         return False
     try:
@@ -141,7 +137,7 @@ def _probe_picture(path: Path) -> FileFacts:
     with Image.open(path) as image:
         codec, mode = str(image.format).lower(), image.mode
     return FileFacts(
-        kind="picture", num_frames=1, lengths=_packed([1]), size=(width, height), codec=codec,
+        kind="picture", num_frames=1, lengths=(1,), size=(width, height), codec=codec,
         pix_fmt=mode, flaws=tuple(Flawed(kind, 0, 0) for kind, has in flat.items() if has),
         signature=_signature([pixels]), thumbnails=(_thumbnail(pixels),), notes=tuple(notes))
 
@@ -155,51 +151,39 @@ def _probe_video(path: Path) -> FileFacts:
             for frame in reader.timed():
                 seen.feed(frame)
         except InputError as error:
-            problem = _without_path(str(error), path)
-            return FileFacts(problem=f"{problem} ({seen.num_frames} frames were decoded)")
+            raise InputError(f"{error} ({len(seen.ticks)} frames were decoded)") from None
         return seen.facts(stream)
 
 
 class _Watcher:
-    """Gathers facts while frames pass, in memory that grows by 12 bytes a frame."""
+    """Gathers facts while frames pass, in memory that hardly grows."""
 
     def __init__(self, reader: VideoReader) -> None:
-        self._reader, self.num_frames = reader, 0
+        self._reader, self.ticks = reader, list[int]()
         self._looker, self._anchored = (Looker(*reader.small_shape) for _ in range(2))
-        self._ticks, self._last_length = array("q"), 0
-        self._cuts = Cuts()
-        fps = float(reader.fps)
-        self._runs = {kind: Runs(fps) for kind in ("black", "white", "blank")}
+        self._cuts, fps = Cuts(), float(reader.fps)
+        self._runs = {kind: Runs(fps) for kind in ("black", "white", "blank", "damaged")}
         self._runs["frozen"] = Runs(fps, max(2, round(FROZEN_S * fps)))
         for runs in self._runs.values():
             runs.spans.longest = 1_000_000
-        self._damaged = Runs(fps)
-        self._kept: list[tuple[int, Frames]] = []
-        self._keep_step = 1
-        self._num_repeats = self._rotation = 0
-        self._is_interlaced, self._step = False, 1
+        self._kept, self._keep_step = list[Frames](), 1
+        self._num_repeats, self._is_interlaced = 0, False
 
-    def feed(self, frame: Any) -> None:
-        index, self.num_frames = self.num_frames, self.num_frames + 1
-        self._ticks.append(frame.ticks)
-        self._last_length, self._rotation = frame.length, frame.rotation
-        self._is_interlaced |= frame.is_interlaced
-        self._damaged.feed(index, frame.is_damaged, 1.0)
-        self._step = 1 << (index // LOOKED_AT).bit_length()
-        if index % self._step:
-            return
+    def feed(self, frame: TimedFrame) -> None:
+        index = len(self.ticks)
+        self.ticks.append(frame.ticks)
+        self._last, self._is_interlaced = frame, self._is_interlaced or frame.is_interlaced
         small = self._reader.small(frame)
         look = self._looker.look(small)
         self._cuts.feed(index, look.color)
-        has = _flat(look) | {"frozen": self._stands_still(small)}
+        has = _flat(look) | {"frozen": self._stands_still(small), "damaged": frame.is_damaged}
         for kind, runs in self._runs.items():
             runs.feed(index, has[kind], 1.0)
         self._num_repeats += look.moved is not None and float(look.moved.max()) < 0.1
         if index % self._keep_step == 0:
-            self._kept.append((index, small))
+            self._kept.append(small)
         if len(self._kept) > 64:  # half as dense from here on
-            self._keep_step *= 2
-            self._kept = [each for each in self._kept if each[0] % self._keep_step == 0]
+            self._kept, self._keep_step = self._kept[::2], 2 * self._keep_step
 
     def _stands_still(self, small: Frames) -> bool:
         """Whether a frame is still what it was when last something moved, be it ever so slowly."""
@@ -212,74 +196,52 @@ class _Watcher:
 
     def facts(self, stream: dict[str, Any]) -> FileFacts:
         self._cuts.finish()
-        for runs in (*self._runs.values(), self._damaged):
+        flaws = []
+        for kind, runs in self._runs.items():
             runs.finish()
-        lengths = np.diff(self._ticks).tolist()
-        usual = round(float(np.median(lengths))) if lengths else 1
-        lengths.append(self._last_length or usual)
-        spans = {kind: runs.spans.found for kind, runs in self._runs.items()}
-        spans["damaged"] = self._damaged.spans.found
-        flaws = [Flawed(kind, max(0, span.first - (kind == "frozen")), span.last)
-                 for kind, found in spans.items() for span in found]
-        kept = [picture for _, picture in self._kept]
+            flaws += [Flawed(kind, max(0, span.first - (kind == "frozen")), span.last)
+                      for span in runs.spans.found]
+        reader, count, between = self._reader, len(self.ticks), np.diff(self.ticks).tolist()
+        lengths = [*between, self._last.length or round(float(np.median(between or [1])))]
+        spread = max(between, default=0) - min(between, default=0)
+        # beyond the rounding of times to ticks
+        is_variable = spread > 1 or spread > 0.25 * sum(between) / max(len(between), 1)
+        fps = rate = Fraction(reader.fps)
+        if count > 1:
+            rate = count / (sum(lengths) * reader.tick_s)
+        if is_variable or abs(float(rate / fps) - 1) * count >= 0.5:
+            fps = rate
         return FileFacts(
-            kind="video" if self.num_frames > 1 else "picture",
-            num_frames=self.num_frames, tick_s=self._reader.tick_s, lengths=_packed(lengths),
-            fps=self._rate(lengths), is_variable=_is_variable(lengths[:-1]),
-            size=self._reader.size, rotation=self._rotation,
-            pixel_aspect=self._reader.pixel_aspect, codec=str(stream.get("codec")),
-            pix_fmt=str(stream.get("pix_fmt")),
+            kind="video" if count > 1 else "picture", num_frames=count, tick_s=reader.tick_s,
+            lengths=tuple(lengths), fps=fps, is_variable=is_variable, size=reader.size,
+            rotation=self._last.rotation, pixel_aspect=reader.pixel_aspect,
+            codec=str(stream.get("codec")), pix_fmt=str(stream.get("pix_fmt")),
             colour={k: stream.get(k) for k in ("range", "primaries", "transfer", "matrix")},
             cuts=tuple(self._cuts.found), flaws=tuple(flaws), num_repeats=self._num_repeats,
-            look_step=self._step, signature=_signature(kept),
-            thumbnails=tuple(map(_thumbnail, _spread(kept, min(_THUMBNAILS, len(kept))))),
-            notes=tuple(self._notes(lengths)))
+            signature=_signature(self._kept), notes=tuple(self._notes(sum(lengths))),
+            thumbnails=tuple(map(_thumbnail, _spread(self._kept, min(_THUMBNAILS, count)))))
 
-    def _rate(self, lengths: list[int]) -> Fraction:
-        if self.num_frames == 1:
-            return Fraction(self._reader.fps)
-        rate = self.num_frames / (sum(lengths) * self._reader.tick_s)
-        told = Fraction(self._reader.fps)
-        off = abs(float(rate / told) - 1) * self.num_frames
-        return told if off < 0.5 and not _is_variable(lengths[:-1]) else rate
-
-    def _notes(self, lengths: list[int]) -> list[str]:
-        notes, told = [], self._reader.header_frames
-        if told is not None and told != self.num_frames:
-            notes.append(f"its head tells of {told} frames, {self.num_frames} can be decoded")
-        header_s, found_s = self._reader.header_s, sum(lengths) * self._reader.tick_s
-        if header_s is not None and found_s < 0.9 * header_s:
-            notes.append(f"it ends early: its head tells of {float(header_s):.2f} s, "
-                         f"{float(found_s):.2f} s can be decoded")
+    def _notes(self, ticks: int) -> Iterator[str]:
+        count, reader = len(self.ticks), self._reader
+        if reader.header_frames not in (None, count):
+            yield f"its head tells of {reader.header_frames} frames, {count} can be decoded"
+        found_s = ticks * reader.tick_s
+        if reader.header_s is not None and found_s < 0.9 * reader.header_s:
+            yield (f"it ends early: its head tells of {float(reader.header_s):.2f} s, "
+                   f"{float(found_s):.2f} s can be decoded")
         if self._is_interlaced:
-            notes.append("it is interlaced: frames hold two moments, line by line")
-        if self.num_frames == 1:
-            notes.append("a film of one frame, taken as a picture")
-        if self._rotation % 90:
-            notes.append(f"it is turned by {self._rotation} degrees, which is rounded to 90s")
-        if self._step > 1:
-            notes.append(f"it is long: at its end 1 of {self._step} frames was looked at")
-        if self._num_repeats > 0.2 * self.num_frames:
-            notes.append(f"{self._num_repeats / self.num_frames:.0%} of the frames repeat the one "
-                         "before; its real rate may be lower")
-        return notes
-
-
-def _is_variable(lengths: list[int]) -> bool:
-    """Whether frames last differently by more than the rounding of times to ticks."""
-    if len(lengths) < 2:
-        return False
-    spread, mean = max(lengths) - min(lengths), sum(lengths) / len(lengths)
-    return spread > 1 or spread > 0.25 * mean
+            yield "it is interlaced: frames hold two moments, line by line"
+        if count == 1:
+            yield "a film of one frame, taken as a picture"
+        if self._last.rotation % 90:
+            yield f"it is turned by {self._last.rotation} degrees, which is rounded to 90s"
+        if self._num_repeats > 0.2 * count:
+            yield (f"{self._num_repeats / count:.0%} of the frames repeat the one before; its real "
+                   "rate may be lower")
 
 
 def _flat(look: Look) -> dict[str, bool]:
     return {"black": look.dark >= FLAT, "white": look.bright >= FLAT, "blank": look.spread < BLANK}
-
-
-def _packed(lengths: list[int]) -> str:
-    raw = np.asarray(lengths, dtype="<u4").tobytes()
-    return base64.b64encode(zlib.compress(raw, 6)).decode()
 
 
 def _spread(pictures: Sequence[Frames], count: int) -> list[Frames]:

@@ -37,7 +37,7 @@ def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
         "totals": {
             "files": len(chosen.fates), "dropped": len(chosen.fates) - len(used),
             "items": len(chosen.items), "seconds_used": round(float(seconds), 3),
-            "seconds": round(sum(f.facts.duration_s for f in chosen.fates if f.facts), 3),
+            "seconds": round(sum(f.facts.duration_s for f in chosen.fates), 3),
         },
         "buckets": {bucket.label: {**dump(bucket), "items": counts[bucket], "files": files[bucket]}
                     for bucket in sorted(counts)},
@@ -54,7 +54,7 @@ def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
         "captions": list(file.captions), "dropped": fate.dropped, "notes": fate.notes,
         "items": [{"bucket": item.bucket.label, "first_frame": item.start} for item in fate.items],
     }
-    if facts is None or facts.problem is not None:
+    if facts.problem is not None:
         return told
     shown: dict[str, Any] = dump({name: getattr(facts, name) for name in _FACTS})
     return told | shown
@@ -121,7 +121,7 @@ def _shown(row: Mapping[str, Any], fate: Fate) -> dict[str, Any]:
     items = f"{count} {'item' if count == 1 else 'items'} in {', '.join(buckets)}" if count else ""
     return {
         "name": row["name"].encode("utf-8", "replace").decode(),
-        "thumbnails": fate.facts.thumbnails if fate.facts is not None else (),
+        "thumbnails": fate.facts.thumbnails,
         "facts": "; ".join(part for part in (_describe(row), items) if part),
         "caption": " | ".join(row["captions"])[:300],
         "dropped": row["dropped"], "notes": row["notes"],

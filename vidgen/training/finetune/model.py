@@ -28,8 +28,7 @@ from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.training.engines.deepspeed import share_out
 from vidgen.training.finetune.config import FinetuneConfig, LoraSettings, SubjectSettings
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import DiffusersFolder, ModelFolder
-from vidgen.weights.layouts import open_model
+from vidgen.weights.folder import ModelFolder
 
 _ADAPTER = "default"  # PEFT's name of a first adapter
 _GROUPS = {
@@ -58,19 +57,6 @@ class Subject:
     token: LearnedToken
     encoder: UMT5Encoder
     tokenizer: PromptTokenizer
-
-
-def open_trainable(model: str) -> ModelFolder:
-    """Open a model's folder.
-
-    Raises:
-        ModelError: no such model, or one of a family that vidgen doesn't train.
-    """
-    folder = open_model(model)
-    if isinstance(folder, DiffusersFolder):
-        raise ModelError(
-            f"{folder.name} is a {folder.class_name}; vidgen fine-tunes toybox and the Wan family")
-    return folder
 
 
 def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRole, ...]:

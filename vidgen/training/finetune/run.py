@@ -18,10 +18,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
 from vidgen.training.data.dataset import Dataset, open_dataset
+from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import Place, join_ranks
 from vidgen.training.finetune.conditions import settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.model import open_trainable
 from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse, unstated, write_card
 from vidgen.training.finetune.sheet import Sheets, check_sheets
 from vidgen.training.finetune.task import FinetuneTask
