@@ -104,7 +104,8 @@ class Chain:
         if way == "pixels":
             return self._by_pixels()
         hold = 0.0 if way == "latents" else self.settings.hold
-        request = self.request.replace(colour_hold=hold, settings={"anchor": way == "anchored"})
+        request = self.request.replace(
+            settings={"colour_hold": hold, "anchor": way == "anchored"})
         long = LongClip(self.engine, self.plan, request, Inputs(), no_beginning(self.plan))
         return self._decode(long.sample(self._sample, done=self.first))
 
@@ -114,7 +115,7 @@ class Chain:
     def _by_pixels(self) -> Tensor:
         """Chain as most programs do: the last frames, as a file holds them, are encoded again."""
         video = self._decode(self.first)
-        request = self.request.replace(colour_hold=0.0, settings={"anchor": False})
+        request = self.request.replace(settings={"colour_hold": 0.0, "anchor": False})
         size, t = self.windows.size, self.windows.stride_t
         while video.shape[2] < self.plan.num_frames:
             count = 1 + (min(TAIL_FRAMES, size) - 1) * t

@@ -6,7 +6,7 @@ Each seed is a benchmark prompt of the Toybox world whose motion and camera can 
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
 four ways:
     pixels   each window begins with the last frames of the one before, decoded and encoded again
-    latents  windows hand over latents (`vidgen extend` with --colour-hold 0 --set anchor=false)
+    latents  windows hand over latents (`vidgen extend` with --set colour_hold=0 --set anchor=false)
     held     the same, colours held to the first window's (--set anchor=false)
     anchored the same, and each window is shown the clip's first frame (as by default, in models
              that were taught to keep to it)
@@ -45,8 +45,8 @@ from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.core.store import ScoreLog
 from vidgen.evaluation.statistics import mean_interval
 from vidgen.media.grid import contact_sheet
-from vidgen.pipeline.long.extend import COLOUR_HOLD
-from vidgen.pipeline.long.tail import ANCHOR_TASK, OVERLAP
+from vidgen.pipeline.long.tail import ANCHOR_TASK
+from vidgen.pipeline.settings import SETTINGS
 from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
 from vidgen.pipeline.workers.types import Job, Patience, Staff
 
@@ -198,8 +198,9 @@ def main() -> None:
     add("--start", choices=("text", "render"), default="text", help="how the first window is made")
     add("--scenes", choices=("endless", "any"), default="endless", help="default %(default)s")
     add("--steps", type=int, help="denoising steps; default the model's")
-    add("--overlap", type=int, default=OVERLAP, help="latent frames; default %(default)s")
-    add("--hold", type=float, default=COLOUR_HOLD, help="of `held`; default %(default)s")
+    add("--overlap", type=int, default=SETTINGS["overlap"].off,
+        help="latent frames; default %(default)s")
+    add("--hold", type=float, default=SETTINGS["colour_hold"].off, help="of `held`; default %(default)s")
     add("--dtype", choices=("fp32", "bf16", "fp16"))
     add("--workers", type=int, help="clips beside each other")
     add("--threads", type=int, help="that each worker computes on")

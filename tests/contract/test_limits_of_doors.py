@@ -16,7 +16,7 @@ from vidgen.cli.options import given_options
 from vidgen.cli.replay import typed_options
 from vidgen.cli.sweep import _cell, read_axis
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request, limits_of
+from vidgen.core.request import Request, Saving, limits_of
 from vidgen.core.store import Store
 from vidgen.core.values import MAX_SIDE, MIN_SIDE
 from vidgen.server.schema import NAMES, ExtraParams, VideoAsk
@@ -38,7 +38,7 @@ Case = tuple[str, Any, str]
 
 def cases() -> Iterator[Case]:
     """Yield the values at the ends of every option's limits, and those next beyond."""
-    for name, field in Request.model_fields.items():
+    for name, field in (Request.model_fields | Saving.model_fields).items():
         limits = limits_of(field)
         for end, limit in limits.items():
             yield name, limit + 0.01 if end == "gt" else limit, ""
@@ -54,11 +54,16 @@ def cases() -> Iterator[Case]:
 
 
 def given(name: str, value: Any) -> dict[str, Any]:
-    return {"prompt": "a red car"} | NEEDED.get(name, {}) | {name: value}
+    rest = {} if name in Saving.model_fields else {"prompt": "a red car"}
+    return rest | NEEDED.get(name, {}) | {name: value}
+
+
+def of(name: str) -> type[Request | Saving]:
+    return Saving if name in Saving.model_fields else Request
 
 
 def by_python(name: str, value: Any) -> None:
-    Request(**given(name, value))
+    of(name)(**given(name, value))
 
 
 @cache
@@ -73,11 +78,11 @@ def is_of(verb: str, name: str) -> bool:
 def by_command_line(name: str, value: Any) -> None:
     verb, words = ("generate", []) if is_of("generate", name) else (
         "extend", ["a.mp4", "--seconds=1"])
-    for key, one in given(name, value).items():
+    for key, one in {"prompt": "a red car", **given(name, value)}.items():
         text = one[0] if isinstance(one, list) else one
         is_plain = (verb, key) == ("generate", "prompt")
         words.append(str(text) if is_plain else f"--{key.replace('_', '-')}={text}")
-    Request(**given_options(parser(verb).parse(words)))
+    of(name)(**given_options(parser(verb).parse(words), of(name)))
 
 
 def by_sweep(name: str, value: Any) -> None:
@@ -88,7 +93,7 @@ def by_sweep(name: str, value: Any) -> None:
 
 
 def by_replay(name: str, value: Any) -> None:
-    Request(**given(name, value) | typed_options([(name, str(value))]))
+    of(name)(**given(name, value) | typed_options([(name, str(value))]))
 
 
 def by_body(name: str, value: Any) -> None:

@@ -31,5 +31,6 @@ def made(client):
     return client.videos.create_and_poll(
         prompt="a red car", model="tiny", seconds="0.75", size="32x32", poll_interval_ms=50,
         extra_body={"seed": 7, "num_inference_steps": 4, "guidance_scale": 2.5,
-                    "negative_prompt": "a cat", "extra_params": {"label": "visible"}},
+                    "negative_prompt": "a cat",
+                    "extra_params": {"label": "visible", "aigc": "ACME"}},
     )

@@ -33,7 +33,7 @@ def test_the_official_client_makes_a_clip(made, client, tmp_path):
     plan = clip.recipe["plan"]
     assert (plan["prompt"], plan["negative"], plan["seed"]) == ("a red car", "a cat", 7)
     assert plan["guidance"]["scale"] == 2.5
-    assert clip.recipe["request"]["label"] == "visible"
+    assert (clip.recipe["label"], clip.recipe["aigc"]) == ("visible", "ACME")
 
 
 def test_lists_pages_and_unknown_ids(made, served, client):

@@ -121,8 +121,8 @@ def test_a_cache_and_devices_are_recorded_and_a_cache_goes_on(short, tmp_path):
     (["--seconds", "0.01"], "less than a frame"),
     (["--seconds", "1", "-o", "SELF", "--overwrite"], "is the clip itself"),
     (["--seconds", "1", "-o", "x.avi"], "unknown suffix"),
-    (["--seconds", "1", "--overlap", "9"], "overlap is 9"),
-    (["--seconds", "1", "--colour-hold", "2"], "colour_hold is 2"),
+    (["--seconds", "1", "--set", "overlap=9"], "overlap is 9"),
+    (["--seconds", "1", "--set", "colour_hold=2"], "colour_hold is 2"),
 ])
 def test_mistakes_are_told(short, capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_a_label_is_burnt_into_the_opening_once(short, tmp_path, caplog):
     caplog.clear()
     assert extend(two, "--seconds", 1, "-o", three)["num_frames"] == 43
     assert "once more" not in caplog.text
-    assert read_recipe(three)["request"]["label"] == "visible"
+    assert read_recipe(three)["label"] == "visible"
     assert all(map(np.array_equal, labelled, frames_of(three)))
 
 

@@ -142,11 +142,11 @@ def test_at_the_mux_nothing_is_decoded(
 
 def test_a_label_stays_on_the_opening(engine: Open, out: Path) -> None:
     ours, whole = engine("hunyuan"), out.with_name("whole.mkv")
-    make(ours, "hunyuan", label="visible").save(whole)
+    make(ours, "hunyuan").save(whole, label="visible")
+    marks = {"label": "visible"}
     with pytest.raises(KeyboardInterrupt):
-        make(ours, "hunyuan", Journal(out), label="visible").save(
-            out, on_frames=interrupt_behind(14))
-    make(ours, "hunyuan", Journal(out, resume=True), label="visible").save(out)
+        make(ours, "hunyuan", Journal(out, marks=marks)).save(out, on_frames=interrupt_behind(14))
+    make(ours, "hunyuan", Journal(out, resume=True, marks=marks)).save(out)
     assert_same(out, whole)
 
 

@@ -28,7 +28,7 @@ from vidgen.pipeline.engine import load
 from vidgen.weights.lora import write_lora
 
 PROMPT = "a red car bounces"
-LOADING = ("offload", "quantize")
+LOADING, SAVING = ("offload", "quantize", "tiles", "attention"), ("label", "aigc")
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "length": ("--seconds 0.5 --fps 10", {"seconds": 0.5, "fps": 10}),
@@ -50,7 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "strength": ("--video clip.mkv --strength 0.6", {"video": "clip.mkv", "strength": 0.6}),
     "cache": ("--steps 8 --cache first-block:0.5", {"steps": 8, "cache": "first-block:0.5"}),
     "adapter": ("--lora style.safetensors:0.5", {"lora": ["style.safetensors:0.5"]}),
-    "label": ("--label visible", {"label": "visible"}),
+    "marks": ("--label visible --aigc ACME", {"label": "visible", "aigc": "ACME"}),
+    "attention": ("--attention sdpa", {"attention": "sdpa"}),
     "offload": ("--offload block", {"offload": "block"}),
     "int8": ("--quantize int8", {"quantize": "int8"}),
     "tiles": ("--size 96x64 --tiles 2x2", {"size": (96, 64), "tiles": "2x2"}),
@@ -75,6 +76,7 @@ WORDS = {
         {"settings": {"image_guidance": 2, "image_guidance_reach": 3, "reference_guidance": 1.5}},
     "--image a.png --set refine=4 --set encode_passes=2":
         {"image": "a.png", "settings": {"refine": 4, "encode_passes": 2}},
+    "--set overlap=2 --set colour_hold=0.25": {"settings": {"overlap": 2, "colour_hold": 0.25}},
     "--set oversampling=2 --set candidates=3 --set binding=0.5 --set anchor=false":
         {"settings": {"oversampling": 2, "candidates": 3, "binding": 0.5, "anchor": False}},
     "--readings crimson=red": {"readings": "crimson=red"},
@@ -84,9 +86,10 @@ WORDS = {
     "--audio-model heard --audio-prompt 'a hum'":
         {"audio_model": "heard", "audio_prompt": "a hum"},
     "--say 0.5=Hi --say @b.wav --voice en-gb": {"say": [(0.5, "Hi"), "@b.wav"], "voice": "en-gb"},
-    "--dtype bf16 --offload stage --quantize int8 --devices 2 --shard --tiles 2x2":
+    "--dtype bf16 --offload stage --quantize int8 --devices 2 --shard --tiles 2x2 "
+    "--attention sdpa":
         {"dtype": "bf16", "offload": "stage", "quantize": "int8", "devices": 2, "shard": True,
-         "tiles": "2x2"},
+         "tiles": "2x2", "attention": "sdpa"},
 }
 """What is handed on as it is, whatever model it is for."""
 
@@ -128,10 +131,14 @@ def assert_same(model: str, words: str, options: Mapping[str, Any]) -> None:
            *pins, *shlex.split(words))
     loading = {"offload": "none"} | {key: options[key] for key in LOADING if key in options}
     engine = load(model, device="cpu", dtype="fp32", **loading)
-    asked = {key: value for key, value in options.items() if key not in LOADING}
+    asked = {key: value for key, value in options.items() if key not in (*LOADING, *SAVING)}
     clip, made = engine.generate(PROMPT, seed=5, **asked), Clip.from_file("made.mkv")
-    clip.save("own.mkv", overwrite=True)
+    clip.save("own.mkv", overwrite=True,
+              **{key: value for key, value in options.items() if key in SAVING})
     own = Clip.from_file("own.mkv")
+    kept = ("label", "aigc", "attention")
+    assert {name: made.recipe.get(name) for name in kept} == {
+        name: own.recipe.get(name) for name in kept}
     assert np.array_equal(made.frames, own.frames)
     assert (made.sound is None) == (own.sound is None)
     assert made.sound is None or np.array_equal(made.sound, own.sound)

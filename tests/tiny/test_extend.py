@@ -80,7 +80,7 @@ def test_windows_cover_the_clip_and_share_the_overlap(first, total, size, overla
 
 
 def test_a_window_begins_with_the_clips_last_latents_and_its_own_share_of_the_noise(engine):
-    long = begin(engine, frames=41, overlap=2, colour_hold=0)
+    long = begin(engine, frames=41, settings={"overlap": 2, "colour_hold": 0})
     latents, seen = denoise(engine, long)
     assert [w["plan"].latents.num_frames for w in seen] == [5, 5, 5]
     noise = draw_noise(1, long.plan.latents)
@@ -94,12 +94,13 @@ def test_a_window_begins_with_the_clips_last_latents_and_its_own_share_of_the_no
 
 
 def test_a_longer_clip_begins_as_the_shorter_one(engine):
-    one, two = (denoise(engine, begin(engine, frames=n, overlap=2))[0] for n in (29, 41))
+    one, two = (denoise(engine, begin(engine, frames=n, settings={"overlap": 2}))[0]
+                for n in (29, 41))
     assert torch.equal(one, two[:, :, : one.shape[2]])
 
 
 def test_a_run_goes_on_behind_the_windows_that_are_done(engine):
-    long, kept = begin(engine, frames=37, overlap=1), []
+    long, kept = begin(engine, frames=37, settings={"overlap": 1}), []
     whole, _ = denoise(engine, long, keep=lambda latents: kept.append(latents.clone()))
     assert torch.equal(kept[-1], whole)
     again, seen = denoise(engine, long, done=kept[0])
@@ -126,7 +127,8 @@ def test_frames_stream_out_as_whole_decoding_gives_them(engine):
 
 def test_stills_are_met_in_the_window_they_fall_into(engine):
     still = np.full((32, 32, 3), 90, np.uint8)
-    long = begin(engine, frames=41, overlap=2, image=still, last_image=still, reference=[still],
+    long = begin(engine, frames=41, settings={"overlap": 2}, image=still, last_image=still,
+                 reference=[still],
                  frame=[(18 / 12, still)])
     _, seen = denoise(engine, long)
     known = [int((~w["state"].denoise_mask[0, 0, :, 0, 0]).sum()) for w in seen]
@@ -235,16 +237,16 @@ def test_holding_colours_ends_at_them_and_begins_where_it_was():
 
 
 def test_colours_are_held_to_the_first_windows(engine):
-    long = begin(engine, frames=41, overlap=2, colour_hold=1)
+    long = begin(engine, frames=41, settings={"overlap": 2, "colour_hold": 1})
     latents, seen = denoise(engine, long)
-    free, _ = denoise(engine, begin(engine, frames=41, overlap=2, colour_hold=0))
+    free, _ = denoise(engine, begin(engine, frames=41, settings={"overlap": 2, "colour_hold": 0}))
     assert torch.equal(latents[:, :, :FIRST], free[:, :, :FIRST])
     expected = hold_colours(seen[1]["made"][:, :, 2:], colours_of(latents[:, :, :FIRST]), 1.0)
     assert torch.equal(latents[:, :, FIRST:8], expected)
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"frames": 41, "overlap": 5}, "overlap is 5"),
+    ({"frames": 41, "settings": {"overlap": 5}}, "overlap is 5"),
     ({"frames": 41, "video": "SHORT", "strength": 0.5}, "video holds for one window"),
     ({"prefix": "SHORT", "seconds": 2}, "leaves nothing to generate"),
     ({"prefix": "SHORT", "seconds": 6, "image": "STILL"}, "image and prefix"),
@@ -279,7 +281,7 @@ def references(state) -> Tensor:
 
 
 def test_later_windows_are_shown_the_first_frame(anchored, engine):
-    long = begin(anchored, frames=41, overlap=2)
+    long = begin(anchored, frames=41, settings={"overlap": 2})
     latents, seen = denoise(anchored, long)
     first, *later = [w["state"] for w in seen]
     assert first.keys is None
@@ -287,11 +289,12 @@ def test_later_windows_are_shown_the_first_frame(anchored, engine):
         assert state.keys.positions.tolist() == [[-4.0]]
         assert torch.equal(state.keys.latents, latents[:, :, :1])
     still = np.full((32, 32, 3), 90, np.uint8)
-    for options in ({"settings": {"anchor": False}}, {"reference": [still]}):
-        _, seen = denoise(anchored, begin(anchored, frames=41, overlap=2, **options))
+    for options in ({"settings": {"overlap": 2, "anchor": False}},
+                    {"settings": {"overlap": 2}, "reference": [still]}):
+        _, seen = denoise(anchored, begin(anchored, frames=41, **options))
         shown = [references(w["state"]).shape[2] for w in seen]
         assert shown == [len(options.get("reference", []))] * 3
-    _, seen = denoise(engine, begin(engine, frames=41, overlap=2))  # not taught to
+    _, seen = denoise(engine, begin(engine, frames=41, settings={"overlap": 2}))  # not taught to
     assert all(w["state"].keys is None for w in seen)
 
 
@@ -299,10 +302,10 @@ def test_later_windows_look_through_noise_where_the_model_was_taught_to(engine, 
     taught = load(str(tiny_model), device="cpu", dtype="fp32")
     defaults = replace(taught.folder.defaults, history_noise=0.25)
     taught.folder = replace(taught.folder, defaults=defaults)
-    latents, seen = denoise(taught, begin(taught, frames=41, overlap=2))
+    latents, seen = denoise(taught, begin(taught, frames=41, settings={"overlap": 2}))
     (first, *later), stop = [w["state"] for w in seen], FIRST
     assert first.known_sigma is None
-    shape = replace(begin(taught, frames=41, overlap=2).plan.latents, num_frames=2)
+    shape = replace(begin(taught, frames=41, settings={"overlap": 2}).plan.latents, num_frames=2)
     for state in later:
         assert state.known_sigma.tolist() == [0.25]
         noise = draw_noise(1, shape, stream="history", first_frame=stop - 2)
@@ -310,7 +313,7 @@ def test_later_windows_look_through_noise_where_the_model_was_taught_to(engine, 
         assert torch.equal(state.clean[:, :, :2], 0.75 * known + 0.25 * noise)
         stop += state.latents.shape[2] - 2
     assert stop == latents.shape[2]
-    plain, seen = denoise(engine, begin(engine, frames=41, overlap=2))
+    plain, seen = denoise(engine, begin(engine, frames=41, settings={"overlap": 2}))
     assert all(w["state"].known_sigma is None for w in seen)
     assert torch.equal(plain[:, :, :FIRST], latents[:, :, :FIRST])
     assert not torch.equal(plain, latents)
@@ -346,8 +349,8 @@ def wan(folder: Path, variant: str) -> Engine:
 def test_vace_reads_what_came_before_as_known_frames(tmp_path):
     vace = wan(tmp_path, "vace")
     still = np.full((32, 32, 3), 90, np.uint8)
-    long = begin(vace, frames=13, size=(32, 32), steps=2, overlap=2, reference=[still],
-                 colour_hold=0)
+    long = begin(vace, frames=13, size=(32, 32), steps=2, reference=[still],
+                 settings={"overlap": 2, "colour_hold": 0})
     latents, seen = denoise(vace, long)
     assert long.windows == [(0, 3), (1, 4)]
     state, C = seen[1]["state"], latents.shape[1]

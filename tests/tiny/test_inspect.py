@@ -20,8 +20,8 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
 @pytest.fixture(scope="module")
 def film(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = load(str(tiny_model), device="cpu", dtype="fp32")
-    clip = engine.generate("a red car", seed=5, image=PICTURE, fps="24000/1001", label="visible")
-    return clip.save(tmp_path_factory.mktemp("films") / "a.mp4")
+    clip = engine.generate("a red car", seed=5, image=PICTURE, fps="24000/1001")
+    return clip.save(tmp_path_factory.mktemp("films") / "a.mp4", label="visible")
 
 
 def test_streams_colour_rate_and_marks(film: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vidgen.media.clip import Clip
-from vidgen.media.label import _capital, _font, labelled, letter_height, with_label
+from vidgen.media.label import _capital, _font, labelled, letter_height
 from vidgen.media.types import ClipInfo
 from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import write_clip
@@ -107,10 +107,10 @@ def test_a_clips_source_is_labelled_from_any_frame_on():
     def source(start=0):
         yield frames[start:]
 
-    info = ClipInfo(Fraction(12), (64, 48), 30)
-    labelling = with_label(source, info.size, info.fps)
-    assert np.array_equal(Clip(labelling, info).frames, burn(frames))
-    assert np.array_equal(next(labelling(20)), burn(frames)[20:])
+    clip, marks = Clip(source, ClipInfo(Fraction(12), (64, 48), 30)), {"label": "visible"}
+    assert np.array_equal(next(clip.marked(marks)[0]), burn(frames))
+    assert np.array_equal(next(clip.marked(marks, 20)[0]), burn(frames)[20:])
+    assert np.array_equal(next(clip.marked({})[0]), frames)
 
 
 def test_only_the_corner_changes_and_a_still_is_labelled():

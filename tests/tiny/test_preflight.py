@@ -91,14 +91,15 @@ def test_work_and_memory_grow_as_they_should(tiny_model):
     assert twice.stages[3].seconds == pytest.approx(2 * of["denoise"].seconds)
     plain = estimate(*planned(tiny_model, guidance=1.0), FP32)
     assert plain.stages[3].seconds == pytest.approx(of["denoise"].seconds / 2)
-    pair = estimate(*planned(tiny_model, count=2), FP32)
+    pair = estimate(*planned(tiny_model), FP32, count=2)
     assert pair.stages[3].seconds == pytest.approx(2 * of["denoise"].seconds)
 
 
 def test_a_long_clip_is_counted_by_its_windows(tiny_model):
     whole = {s.name: s for s in estimate(*planned(tiny_model, frames=17), FP32).stages}
     long, longer = (
-        {s.name: s for s in estimate(*planned(tiny_model, frames=n, overlap=2), FP32).stages}
+        {s.name: s for s in estimate(
+            *planned(tiny_model, frames=n, settings={"overlap": 2}), FP32).stages}
         for n in (41, 65)  # windows of 5 latent frames, 3 and 5 of them
     )
     assert long["denoise"].bytes == longer["denoise"].bytes == whole["denoise"].bytes
@@ -140,7 +141,8 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "encode_first", count_begun)
     monkeypatch.setattr(engine, "sample", count_seen)
     for options in (
-        {"frames": 9}, {"frames": 41, "overlap": 2, "image": picture, "reference": [picture]},
+        {"frames": 9}, {"frames": 41, "settings": {"overlap": 2}, "image": picture,
+         "reference": [picture]},
         {"frames": 41, "last_image": picture, "frame": [(2.0, picture)]},
         {"prefix": str(given), "seconds": 5}, {"prefix": str(bare), "seconds": 5},
         {"frames": 9, "image": picture, "mask": half},

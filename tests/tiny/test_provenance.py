@@ -23,7 +23,7 @@ from vidgen.media.write import write_clip
 SUFFIXES = [".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng", ".png", ".jpg", "/"]
 RECIPE = {
     "vidgen": "9.8.7", "model": {"name": 'tiny "<&>" é'}, "plan": {"seed": 7},
-    "request": {"aigc": "ACME & 匠"},
+    "aigc": "ACME & 匠",
     "inputs": [
         {"option": "image", "path": "in/cat <1>.png", "sha256": "ab",
          "marks": {"id": "urn:x:1", "digital_source_type": "http://example.org/photo"}},

@@ -291,10 +291,10 @@ def test_what_is_encoded_is_counted(
     ):
         encoded.clear()
         request, inputs = engine.read(
-            Request.of(PROMPT, {"seed": 1, "audio": "none", "overlap": 2, **options})
+            Request.of(PROMPT, {"seed": 1, "audio": "none", "settings": {"overlap": 2}, **options})
         )
         counted = count_passes(engine.folder, engine.plan(request, inputs), request)
-        made(engine, overlap=2, **options)
+        made(engine, settings={"overlap": 2}, **options)
         assert sorted(counted.encoded) == sorted(encoded)
         if "strength" in options:  # begun below the boundary, a clip has one rate, which is drawn
             rates = {rate for _, rate in encoded}

@@ -24,7 +24,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.memory import estimate
 from vidgen.pipeline.parallel.devices import start_devices
 from vidgen.pipeline.plan import settle
-from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.replay import loading_from_recipe, request_from_recipe
 from vidgen.pipeline.setups import choose
 from vidgen.pipeline.types import Setup
 from vidgen.weights.layouts import open_model
@@ -39,10 +39,15 @@ def engine(tiny_model: Path) -> Engine:
     return load(str(tiny_model), device="cpu", dtype="fp32")
 
 
+def in_tiles(engine: Engine, tiles: str) -> Engine:
+    return Engine(engine.folder, CPU, engine.asked.replace(tiles=tiles))
+
+
 def test_tiles_show_nowhere_but_in_the_plan(engine: Engine, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     whole, cut = (
-        engine.generate(PROMPT, **OPTIONS, image=picture, tiles=tiles) for tiles in ("auto", "2x3")
+        in_tiles(engine, tiles).generate(PROMPT, **OPTIONS, image=picture)
+        for tiles in ("auto", "2x3")
     )
     assert (whole.latents - cut.latents).abs().max() < 1e-5
     assert np.abs(whole.frames.astype(int) - cut.frames).max() <= 1
@@ -50,10 +55,10 @@ def test_tiles_show_nowhere_but_in_the_plan(engine: Engine, tmp_path: Path) -> N
     assert whole.recipe["plan"]["tiles"] is None
     assert cut.recipe["plan"]["tiles"] == {"rows": 2, "columns": 3}
     assert "tiles" not in cut.recipe["request"]
-    again = request_from_recipe(cut.recipe, tmp_path)
-    assert again.tiles == "2x3"
-    assert np.array_equal(engine.generate(again).frames, cut.frames)
-    assert request_from_recipe(whole.recipe, tmp_path).tiles == "none"
+    again, loading = request_from_recipe(cut.recipe, tmp_path), loading_from_recipe(cut.recipe)
+    assert loading["tiles"] == "2x3"
+    assert np.array_equal(load(**loading).generate(again).frames, cut.frames)
+    assert loading_from_recipe(whole.recipe)["tiles"] == "none"
 
 
 @pytest.mark.parametrize("variant", ["vace", "ti2v-5b"])
@@ -62,7 +67,7 @@ def test_every_encoding_and_decoding_of_wan_is_cut(tmp_path: Path, variant: str)
     picture = np.full((64, 64, 3), 90, np.uint8)
     options = {"seed": 1, "steps": 1, "size": "64x64", "frames": 9, "guidance": 1.0}
     whole, cut = (
-        wan.generate(PROMPT, **options, image=picture, tiles=tiles) for tiles in ("none", "2x2")
+        in_tiles(wan, tiles).generate(PROMPT, **options, image=picture) for tiles in ("none", "2x2")
     )
     assert (whole.latents - cut.latents).abs().max() < 1e-4 * float(whole.latents.abs().max())
     assert np.abs(whole.frames.astype(int) - cut.frames).max() <= 1
@@ -70,7 +75,7 @@ def test_every_encoding_and_decoding_of_wan_is_cut(tmp_path: Path, variant: str)
 
 def test_a_long_clip_is_decoded_in_tiles(engine: Engine) -> None:
     options = {**OPTIONS, "frames": 37, "guidance": 1.0}
-    whole, cut = (engine.generate(PROMPT, **options, tiles=tiles) for tiles in ("none", "1x2"))
+    whole, cut = (in_tiles(engine, tiles).generate(PROMPT, **options) for tiles in ("none", "1x2"))
     assert np.abs(whole.frames.astype(int) - cut.frames).max() <= 1
 
 
@@ -103,8 +108,8 @@ def test_tiles_are_chosen_only_where_the_whole_does_not_fit(tiny_model: Path) ->
         return estimate(folder, plan, request, Setup(CPU, "fp32", offload, tiles=tiles)).peak_bytes
 
     def chosen(have: int, tiles: str = "auto", **options: str) -> Setup:
-        asked, loading = request.replace(tiles=tiles), Loading(**options)
-        return choose(folder, settle(folder, asked), asked, loading, CPU, have, dtype="fp32").setup
+        loading = Loading(tiles=tiles, **options)
+        return choose(folder, plan, request, loading, CPU, have, dtype="fp32").setup
 
     least = min(map(need, ("none", "stage", "block")))
     assert chosen(least).tiles is None
@@ -146,8 +151,8 @@ def test_a_clip_that_was_cut_goes_on_cut(
     assert resumed.recipe["plan"]["tiles"] == straight.recipe["plan"]["tiles"]
     assert np.array_equal(resumed.frames, straight.frames)
     with pytest.raises(InputError, match=r"plan\.tiles"):
-        engine.generate(request.replace(tiles="none"),
-                        journal=Journal(tmp_path / "clip.mkv", resume=True))
+        in_tiles(engine, "none").generate(
+            request, journal=Journal(tmp_path / "clip.mkv", resume=True))
 
 
 def test_what_tiles_keep_lies_in_files_and_a_full_disk_is_told(

@@ -65,15 +65,17 @@ def test_with_a_given_time_a_request_gives_the_same_file(engine, tmp_path, monke
 
 
 @pytest.mark.parametrize("which", ["engine", "diffusers_engine"])
-def test_a_label_is_burnt_in_on_request_and_recorded(which, request):
+def test_a_label_is_burnt_in_on_request_and_recorded(which, request, tmp_path):
     maker = request.getfixturevalue(which)
     options = {"seed": 1, "frames": 9, "size": "64x64", "steps": 1}
-    plain, labelled = (maker.generate(PROMPT, **options, label=k) for k in ("none", "visible"))
+    clip = maker.generate(PROMPT, **options)
+    plain, labelled = (Clip.from_file(clip.save(tmp_path / f"{label}.mkv", label=label))
+                       for label in ("none", "visible"))
     changed = (plain.frames != labelled.frames).any(-1)
     assert changed.any((1, 2)).all()
     assert not changed[:, :32].any()
-    assert labelled.recipe["request"]["label"] == "visible"
-    assert "label" not in plain.recipe["request"]
+    assert labelled.recipe["label"] == "visible"
+    assert "label" not in plain.recipe
 
 
 @pytest.mark.parametrize("which", ["engine", "diffusers_engine"])
@@ -137,7 +139,20 @@ def test_a_certificate_that_cannot_sign_is_told_of_before_the_work(tiny_model, m
 
 
 def test_frames_of_a_labelled_clip_are_labelled_once(engine, tmp_path):
-    clip = engine.generate(PROMPT, seed=1, size="64x64", label="visible")
-    stored = Clip.from_file(clip.save(tmp_path / "a.mkv"))
-    assert np.array_equal(stored.frames, clip.frames)
-    assert np.array_equal(np.concatenate(list(clip.chunks())), clip.frames)
+    clip = engine.generate(PROMPT, seed=1, size="64x64")
+    stored = Clip.from_file(clip.save(tmp_path / "a.mkv", label="visible"))
+    assert not np.array_equal(stored.frames, clip.frames)
+    again = Clip.from_file(stored.save(tmp_path / "b.mkv", label="visible"))
+    assert np.array_equal(again.frames, stored.frames)
+
+
+def test_a_clip_has_the_marks_of_its_journal(engine, tmp_path):
+    out, marks = tmp_path / "a.mkv", {"label": "visible", "aigc": "ACME"}
+    clip = engine.generate(PROMPT, seed=1, journal=Journal(out, marks=marks))
+    with pytest.raises(InputError, match="give label and aigc to the journal"):
+        clip.save(out, aigc="Other")
+    recipe = Clip.from_file(clip.save(out)).recipe
+    assert {name: recipe[name] for name in marks} == marks
+    with pytest.raises(InputError, match='label was "visible", is null'):
+        engine.generate(PROMPT, seed=1, journal=Journal(out, resume=True))
+    assert engine.generate(PROMPT, seed=1, journal=Journal(out, resume=True, marks=marks))

@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import CALLED, Loading, Request
+from vidgen.core.request import CALLED, Loading, Request, Saving
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,19 @@ from vidgen.core.request import CALLED, Loading, Request
         ({"lora": [5]}, "lora holds 5"),
         ({"say": 5}, "say is 5; give a list of texts or pairs"),
         ({"sampler": 5}, "sampler is 5; give a name, or one of diffusers' flow schedulers"),
-        ({"strict": "no"}, "strict is 'no'; give True or False"),
+        ({"follow_audio": "no"}, "follow_audio is 'no'; give True or False"),
         ({"audio_loop": "x"}, "audio_loop is 'x'"),
         ({"settings": 5}, "settings is 5; give a list of KEY=VALUE"),
         ({"settings": ["candidates"]}, "settings holds 'candidates'; give KEY=VALUE"),
         ({"settings": {"refine": "x"}}, "refine is 'x'; give a number, true or false"),
         ({"settings": {5: 1}}, "settings names 5"),
         ({"settings": None}, "settings is None; leave it out, or give a value"),
-        ({"count": None}, "count is None; leave it out, or give a value"),
         ({"model": 5}, "model is no option of a clip; give model to vidgen.load"),
         ({"torch_dtype": "bf16"}, "torch_dtype is no option of a clip; give dtype to vidgen.load"),
-        ({"latents": np.zeros(3), "count": 2}, "latents are the noise of one clip, but count is 2"),
+        ({"count": 2}, "count is no option of a clip; give it to generate"),
+        ({"num_videos_per_prompt": 2}, "is no option of a clip; give it to generate"),
+        ({"label": "visible"}, "label is no option of a clip; clip.save"),
+        ({"tiles": "2x2"}, "tiles is no option of a clip; give tiles to vidgen.load"),
         ({"fps": 1000}, "fps is 1000; give a number from 1 to 240"),
         ({"size": "128"}, "size is '128'; give width and height"),
         ({"size": "0x128"}, "size is 0; give a whole number from 16 to 8192"),
@@ -79,7 +81,6 @@ from vidgen.core.request import CALLED, Loading, Request
         ({"mask": "m.png"}, "mask needs video or image"),
         ({"frame": ["a.png"]}, "frame holds 'a.png'; give pairs"),
         ({"frame": [(-1, "a.png")]}, "frame is -1; give a number from 0"),
-        ({"count": 0}, "count is 0; give a whole number from 1"),
     ],
 )
 def test_bad_values_are_refused_with_value_limit_and_remedy(options, message):
@@ -90,10 +91,26 @@ def test_bad_values_are_refused_with_value_limit_and_remedy(options, message):
 def test_bad_values_of_loading_are_refused_alike():
     for options, message in (
         ({"model": 5}, "model must be text, not 5"), ({"devices": 0}, "devices is 0; give a"),
+        ({"attention": "flash9"}, "attention is 'flash9'; "), ({"tiles": "2"}, "tiles is '2'"),
         ({"dtype": "fp8"}, "dtype is 'fp8'; did you mean 'fp"), ({"shard": 1}, "give True"),
     ):
         with pytest.raises(InputError, match=message):
             Loading(**options)
+
+
+def test_bad_values_of_saving_are_refused_alike():
+    for options, message in (
+        ({"strict": "no"}, "strict is 'no'; give True or False"),
+        ({"count": None}, "count is None; leave it out, or give a value"),
+        ({"count": 0}, "count is 0; give a whole number from 1"),
+        ({"label": "big"}, "label is 'big'; known: none, visible"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Saving(**options)
+    with pytest.raises(InputError, match="latents are the noise of one clip, but count is 2"):
+        Request.of("a cat", {"latents": np.zeros(3)}, 2)
+    with pytest.raises(InputError, match="count is 0; give a whole number from 1 to 1000"):
+        Request.of("a cat", {}, 0)
 
 
 def test_a_misspelt_option_names_the_nearest():
@@ -112,7 +129,7 @@ def test_what_other_programs_call_an_option_is_told_by_our_name(theirs, ours):
 
 
 def test_other_programs_names_mean_options_that_there_are():
-    ours = set(Request.model_fields) | set(Loading.model_fields)
+    ours = {*Request.model_fields, *Loading.model_fields, *Saving.model_fields}
     assert set(CALLED.values()) <= ours
     assert not set(CALLED) & ours
 
@@ -148,9 +165,10 @@ def test_values_are_brought_to_one_form():
 def test_numbers_of_other_libraries_are_taken_as_pythons_own():
     request = Request(
         prompt="a cat", seed=np.int64(5), guidance=np.float32(2), size=np.array([160, 96]),
-        fps=np.float64(23.976), strict=np.bool_(True), frame=[(np.float64(0.5), "a.png")],
+        fps=np.float64(23.976), audio="a.wav", audio_loop=np.bool_(True),
+        frame=[(np.float64(0.5), "a.png")],
     )
-    kinds = (request.seed, request.guidance, *request.size, request.strict, request.frame[0][0])
+    kinds = (request.seed, request.guidance, *request.size, request.audio_loop, request.frame[0][0])
     assert [type(value) for value in kinds] == [int, float, int, int, bool, float]
     assert request.fps == Fraction(24000, 1001)
 

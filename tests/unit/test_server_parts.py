@@ -23,6 +23,7 @@ from vidgen.server.body import MAX_FIELD_BYTES, _Form, _nested
 from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import sniff
+from vidgen.server.making import marks_of
 from vidgen.server.requests import Place, Translator, fetch, is_public, parse
 from vidgen.server.routes import JobFile
 from vidgen.server.schema import EditAsk, ExtraParams, RemixAsk, VideoAsk
@@ -226,8 +227,8 @@ def test_fields_are_options_of_a_request(tmp_path):
     (tmp_path / "style.safetensors").touch()
     extra = {
         "sampler": "euler", "cache": "forecast", "fit": "pad", "guidance_low": 2.0,
-        "guidance_rescale": 0.3, "overlap": 2, "colour_hold": 0.5,
-        "label": "visible", "readings": "crimson=red", "settings": {
+        "guidance_rescale": 0.3, "label": "visible", "aigc": "ACME",
+        "readings": "crimson=red", "settings": {
             "image_guidance": 1.5, "image_guidance_reach": 2, "reference_guidance": 0.5,
             "refine": 3, "encode_passes": 2, "oversampling": 2, "candidates": 3, "binding": 0.5,
             "audio_steps": 4, "audio_candidates": 2, "audio_delay": 0.1, "anchor": False,
@@ -259,6 +260,8 @@ def test_fields_are_options_of_a_request(tmp_path):
     for asked, audio in ((True, "generate"), (False, "none")):
         ask = parse(VideoAsk, {"prompt": "x", "generate_sound": asked, "seconds": 1})
         assert translator.options(ask).items() >= {"audio": audio, "seconds": 1}.items()
+    assert marks_of({"options": options}) == {"label": "visible", "aigc": "ACME"}
+    options = {name: options[name] for name in options.keys() - {"label", "aigc"}}
     request = Request.of(options.pop("prompt"), options)
     assert request.settings == extra["settings"]
     assert (request.size, request.say) == ((64, 32), ((None, "Hi"), (1.5, "ho")))
@@ -285,7 +288,7 @@ def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param,
 def test_unknown_fields_within_others_are_named_with_the_nearest():
     for fields, told in (({"extra_params": {"smapler": "x"}}, "did you mean 'sampler'"),
                          ({"extra_params": {"q": 1}},
-                          "known: cache, colour_hold, fit, guidance_low, guidance_rescale"),
+                          "known: aigc, cache, fit, guidance_low, guidance_rescale"),
                          ({"lora": [{"name": "a", "scael": 1}]}, "did you mean 'scale'")):
         with pytest.raises(ApiError, match=told) as error:
             parse(VideoAsk, {"prompt": "x", **fields})

@@ -13,7 +13,7 @@ from vidgen.cli import options
 from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import OUTPUT, Loading, Request, silenced
+from vidgen.core.request import OUTPUT, Loading, Request, Saving, silenced
 from vidgen.core.values import parse_settings
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 DESCRIPTION = "Continue a clip. Options that are left out are those of the clip's recipe."
 OPTIONS = (
     "prompt", "negative", "seed", "steps", "guidance", "sampler", "shift", "cache", "lora",
-    "settings", "last_image", "reference", "overlap", "colour_hold", "fit", "audio", "audio_loop",
-    "say", "voice", "model", "dtype", "offload", "quantize", "tiles", "devices", "shard", "label",
-    "aigc",
+    "settings", "last_image", "reference", "fit", "audio", "audio_loop", "say", "voice", "model",
+    "dtype", "offload", "quantize", "tiles", "devices", "shard", "label", "aigc",
 )
 
 
@@ -65,7 +64,8 @@ def run(args: Namespace, report: Report) -> int:
     if Path(output).resolve() == path.resolve():
         raise InputError(f"output {output} is the clip itself; choose another name")
     check_output(output, overwrite=args.overwrite or args.resume)
-    (journal,) = journals_of_outputs([output], args, report)
+    marks = Saving(**options.given_options(args, Saving)).marks
+    (journal,) = journals_of_outputs([output], args, report, marks)
     recipe = ending.recipe
     if recipe is not None and recorded.is_of_clips(recipe):
         recipe = None  # it goes on as any other clip does

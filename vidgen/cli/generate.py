@@ -12,25 +12,21 @@ from vidgen.cli import options
 from vidgen.cli.options import Parser
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import MODEL, OUTPUT, Loading, Request, silenced
+from vidgen.core.request import OUTPUT, Loading, Request, Saving, silenced
 
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
+    from vidgen.pipeline.types import Estimate
 
 DESCRIPTION = "Make a clip from a prompt. Options that are left out take the model's defaults."
-BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "xformers")
-ONLY_PYTHON = ("latents", "prefix", "overlap", "colour_hold")
-"""Options that this command line doesn't have; extend has some of them."""
+ONLY_PYTHON = ("latents", "prefix")
+"""Options that this command line doesn't have."""
 OPTIONS = [name for name in options.FIELDS if name not in ONLY_PYTHON]
 
 
 def add_arguments(parser: Parser) -> None:
-    """Declare the verb's options: all fields of `Request`, and those of the output."""
+    """Declare the verb's options: those of the request, the model and the output."""
     options.add_request_options(parser, OPTIONS)
-    parser.advanced.append(parser.group(MODEL).add_argument(
-        "--attention", choices=BACKENDS, default="auto", help=(
-            "attention back end; one that can't run here is replaced with a warning, or refused "
-            "with --strict; default %(default)s, the fastest with PyTorch's own error")))
     output = parser.group(OUTPUT)
     output.add_argument("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
@@ -43,19 +39,22 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     request = Request(**options.given_options(args))
+    saving = Saving(**options.given_options(args, Saving))
 
     from vidgen.cli import outputs
 
     if request.seed is None:
-        request = request.replace(seed=outputs.choose_seed(args, request, report))
-    paths = outputs.output_names(args.output, request)
+        request = request.replace(seed=outputs.choose_seed(args, request, saving, report))
+    paths = outputs.output_names(args.output, request, saving.count)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
         request = request.replace(**silenced(request.settings))  # none is made for nobody to hear
-    journals = outputs.journals_of_outputs(paths, args, report, request.prompt)
+    journals = outputs.journals_of_outputs(paths, args, report, saving.marks, request.prompt)
 
     import torch
 
+    from vidgen.ops.attention import asked_backend, require_backend
     from vidgen.pipeline.engine import load
+    from vidgen.pipeline.loader import DTYPES
     from vidgen.pipeline.preview import preview_path, write_preview
 
     start = time.monotonic()
@@ -66,20 +65,25 @@ def run(args: Namespace, report: Report) -> int:
     with outputs.resumable(journals, report):
         engine = load(**loading.model_dump())
 
+        def expect(made: Estimate, **how: Any) -> None:
+            if saving.strict:
+                require_backend(asked_backend(), made.setup.device, DTYPES[made.setup.dtype])
+            report.expect(made, **how)
+
         def hooks(kept: list[outputs.OutputJournal]) -> dict[str, Any]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
             shown = (lambda p: write_preview(p, kept[p.clip - 1].output)) if args.preview else None
             return {
-                "on_event": report.progress, "journal": kept,
-                "on_estimate": partial(report.expect, num_clips=len(kept), done=finished),
+                "on_event": report.progress, "journal": kept, "count": len(kept),
+                "on_estimate": partial(expect, num_clips=len(kept), done=finished),
                 "on_preview": shown}
 
-        seeds, spare = outputs.clip_seeds(request, journals)
+        seeds, spare = outputs.clip_seeds(request, journals, saving.retry)
         if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
             made = engine.generate(request, **hooks(journals))
             clips = made if isinstance(made, list) else [made]
         else:  # some came to another seed by --retry
-            own = [request.replace(seed=seed, count=1) for seed in seeds]
+            own = [request.replace(seed=seed) for seed in seeds]
             clips = [one_clip(engine.generate(each, **hooks([kept])))
                      for each, kept in zip(own, journals, strict=True)]
         results, further = [], iter(spare)
@@ -90,13 +94,14 @@ def run(args: Namespace, report: Report) -> int:
             while outputs.is_faulty(clip) and (seed := next(further, None)) is not None:
                 report.note(f"{path} has a fault; trying seed {seed}")
                 seeds[index] = seed
-                journals[index] = outputs.OutputJournal(path, report, overwrite=True)
-                again = request.replace(seed=seed, count=1)
+                journals[index] = outputs.OutputJournal(
+                    path, report, overwrite=True, marks=saving.marks)
+                again = request.replace(seed=seed)
                 clip = one_clip(engine.generate(again, **hooks(journals[index : index + 1])))
                 report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
             results.append(outputs.clip_facts(clip, path, seeds[index], report,
-                                              strict=request.strict))
+                                              strict=saving.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
@@ -104,7 +109,7 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def one_clip(made: Clip | list[Clip]) -> Clip:
-    """Return the clip of a request whose `count` is 1."""
+    """Return the clip of a generation whose `count` is 1."""
     assert not isinstance(made, list)
     return made
 

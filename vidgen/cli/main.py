@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vidgen import __version__
 from vidgen.cli.report import Report, print_line
 from vidgen.core.errors import InputError, VidgenError, nearest
-from vidgen.core.runtime import attention_by, given_rank
+from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
     from vidgen.cli.options import Parser
@@ -177,10 +177,7 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"output and events are both {events}; give one of them another name")
     if verb == "train" and (given_rank() or (0,))[0]:
         events = None  # the main rank's alone
-    with (
-        attention_by(getattr(args, "attention", "auto")),
-        Report(as_json=args.json, events=events) as report,
-    ):
+    with Report(as_json=args.json, events=events) as report:
         code: int = module.run(args, report)
         return code
 

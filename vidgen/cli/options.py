@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import CALLED, OUTPUT, Loading, Options, Request
+from vidgen.core.request import CALLED, OUTPUT, Loading, Options, Request, Saving
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -102,15 +102,15 @@ class Parser(argparse.ArgumentParser):
         return [flag for flag in flags if flag.startswith("--")]
 
 
-FIELDS = Request.model_fields | Loading.model_fields
-"""All that the request and the loading of a model leave to a person, by name."""
+FIELDS = Request.model_fields | Loading.model_fields | Saving.model_fields
+"""Options of a request, of loading a model and of saving clips, by name."""
 
 
 def add_request_options(
     parser: Parser, names: Iterable[str], *, are_optional: bool = False,
     fields: Mapping[str, FieldInfo] = FIELDS,
 ) -> None:
-    """Declare fields of `Request` and `Loading`, or other `Options`, under the headings of help.
+    """Declare fields of `FIELDS`, or of other `Options`, under the headings of help.
 
     With `are_optional` an option that isn't given is None instead of its default.
     """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.request import Request
+from vidgen.core.request import Request, Saving
 from vidgen.core.runtime import ATTENTION_VARIABLE, attention_by, slug
 from vidgen.media.checks import as_data, verdict
 from vidgen.media.probe import read_recipe
@@ -26,7 +26,7 @@ from vidgen.pipeline.recorded import recorded_request
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
-_APART = ("seed", "count", "retry", "strict")
+_APART = ("seed",)
 """Options that no single clip's recognition depends on."""
 
 
@@ -45,9 +45,10 @@ class OutputJournal(Journal):
     """
 
     def __init__(
-        self, output: str, report: Report, *, resume: bool = False, overwrite: bool = False
+        self, output: str, report: Report, *, resume: bool = False, overwrite: bool = False,
+        marks: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(output, resume=resume, overwrite=overwrite)
+        super().__init__(output, resume=resume, overwrite=overwrite, marks=marks)
         self.is_done, self._is_told = False, False
         self._name, self._report = output, report
         if resume and overwrite and not self._has_recipe():
@@ -81,22 +82,23 @@ class OutputJournal(Journal):
             return False
 
 
-def output_names(output: str | None, request: Request) -> list[str]:
-    """Return the output of each clip: the name itself for one, name-1, name-2, ... for several."""
+def output_names(output: str | None, request: Request, count: int = 1) -> list[str]:
+    """Return the clips' outputs: the name itself for one, name-1, name-2, ... for several."""
     if output is None:
         output = f"{slug(request.prompt)}-{request.seed}.mp4"
-    if request.count == 1:
+    if count == 1:
         return [output]
     tail = "/" if output.endswith("/") else Path(output).suffix
     stem = output.removesuffix(tail)
-    return [f"{stem}-{number}{tail}" for number in range(1, request.count + 1)]
+    return [f"{stem}-{number}{tail}" for number in range(1, count + 1)]
 
 
-def choose_seed(args: Namespace, request: Request, report: Report) -> int:
+def choose_seed(args: Namespace, request: Request, saving: Saving, report: Report) -> int:
     """Return the seed that an earlier run of the same command drew, or a new one."""
     if args.resume:
-        seeds = _seeds_of(args.output, request) or _seeds_of_finished(args, request)
-        if args.output is not None and request.retry:  # further ones are higher
+        seeds = (_seeds_of(args.output, request, saving.count)
+                 or _seeds_of_finished(args, request, saving.count))
+        if args.output is not None and saving.retry:  # further ones are higher
             seeds = {min(seeds)} if seeds else seeds
         if len(seeds) > 1:
             raise InputError(f"clips of this prompt have the seeds {sorted(seeds)}; say with "
@@ -108,11 +110,11 @@ def choose_seed(args: Namespace, request: Request, report: Report) -> int:
     return seed
 
 
-def _seeds_of(output: str | None, request: Request) -> set[int]:
+def _seeds_of(output: str | None, request: Request, count: int) -> set[int]:
     """Return seeds of the first clip, from this command's journals and a named output."""
     if output is not None:
         names: list[tuple[str, int, int | None]] = [
-            (path, i, None) for i, path in enumerate(output_names(output, request))]
+            (path, i, None) for i, path in enumerate(output_names(output, request, count))]
     else:  # the name has the first clip's seed
         name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
         jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
@@ -126,12 +128,12 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     return seeds
 
 
-def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
+def _seeds_of_finished(args: Namespace, request: Request, count: int) -> set[int]:
     if args.output is not None:
         return set()
     name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(-\d+)?\.mp4")
     found = [match for path in Path().iterdir() if (match := name.fullmatch(path.name))
-             and (match[2] is None) == (request.count == 1)]  # fmt: skip
+             and (match[2] is None) == (count == 1)]  # fmt: skip
     if not found:
         return set()
     is_of_command = _recognised(request, args)
@@ -159,10 +161,12 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
     return is_of_command
 
 
-def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int], range]:
+def clip_seeds(
+    request: Request, journals: Sequence[Journal], retry: int
+) -> tuple[list[int], range]:
     """Return each clip's seed, its own or that of --retry, and those still to be tried."""
     first = request.seed or 0
-    spare = range(first + len(journals), first + len(journals) + request.retry)
+    spare = range(first + len(journals), first + len(journals) + retry)
     seeds = [seed if seed is not None and seed in spare else first + index
              for index, seed in enumerate(map(seed_of, journals))]
     return seeds, spare[max(seeds) - spare.start + 1 :] if max(seeds) in spare else spare
@@ -176,14 +180,15 @@ def seed_of(journal: Journal) -> int | None:
 
 
 def journals_of_outputs(
-    paths: Sequence[str], args: Namespace, report: Report, prompt: str | None = None
+    paths: Sequence[str], args: Namespace, report: Report, marks: Mapping[str, str],
+    prompt: str | None = None,
 ) -> list[OutputJournal]:
     """Return a journal for each output; it reports what is done and what goes on.
 
     Under --overwrite nothing is taken over from a clip of another `prompt`.
     """
-    journals = [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite)
-                for path in paths]
+    journals = [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite,
+                              marks=marks) for path in paths]
     for journal in journals if args.overwrite and prompt is not None else ():
         recipe = journal.recipe or {}
         if recipe.get("plan", {"prompt": prompt})["prompt"] != prompt:

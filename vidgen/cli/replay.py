@@ -12,6 +12,7 @@ from vidgen.cli import generate
 from vidgen.cli.options import FIELDS, Parser, add_resume
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import Saving
 
 if TYPE_CHECKING:
     from vidgen.cli.outputs import OutputJournal
@@ -59,7 +60,10 @@ def run(args: Namespace, report: Report) -> int:
     is_length_kept = not {"frames", "seconds", "fps", "prefix"} & changes.keys()
     check_format(output, kept if is_length_kept and isinstance(kept, int) else None)
     check_output(output, overwrite=args.overwrite or args.resume)
-    (journal,) = journals_of_outputs([output], args, report)
+    recorded = {name: recipe[name] for name in ("label", "aigc") if recipe.get(name)}
+    asked = {name: changes[name] for name in Saving.model_fields if name in changes}
+    marks = Saving(**recorded | asked).marks
+    (journal,) = journals_of_outputs([output], args, report, marks)
     with resumable([journal], report, attention=str(recipe.get("attention") or "auto")):
         _make(recipe, output, journal, changes, args, report)
     _tell(output, args.file, changes, report)

@@ -163,8 +163,7 @@ def _render(
         report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not staff.is_here)
         if not staff.is_here and staff.ray is None:  # they can't each see what is left for them
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
-    engine = partial(load, _model(args.model, film.script), dtype=film.loading["dtype"],
-                     offload=offload, quantize=args.quantize)
+    engine = partial(load, _model(args.model, film.script), offload=offload, **film.loading)
     try:
         with closing(ShotWork(engine, store)) as work:
             return [*render_film(work, plans, report, overwrite=args.overwrite, staff=staff)]

@@ -18,7 +18,7 @@ from vidgen.cli.options import Parser, choose_devices, given_options, share_thre
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import Loading
+from vidgen.core.request import Loading, Saving
 from vidgen.core.runtime import slug
 from vidgen.core.store import Store
 
@@ -43,11 +43,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: its label, its request, the model's loading, and the clip's file."""
+    """One setting: its label, its request, the model's loading, and the clip's marks and file."""
 
     label: str
     request: Request
     loading: Loading
+    marks: Mapping[str, str]
     path: Path
 
 
@@ -145,7 +146,7 @@ def _cells(args: Namespace, store: Store) -> list[Cell]:
     wanted = math.prod(len(axis.values) for axis in args.over)
     if wanted > MAX_CELLS:
         raise InputError(f"a sheet of {wanted} clips is too large; give {MAX_CELLS} values at most")
-    base = given_options(args) | given_options(args, Loading)
+    base = given_options(args) | given_options(args, Loading) | given_options(args, Saving)
     base["settings"] = parse_settings(args.settings)
     cells = [
         _cell(base, list(zip(args.over, values, strict=True)), store)
@@ -170,8 +171,11 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], store: St
             options["prompt"] = _replaced(options["prompt"], axis.word, value)
             label.append(value)
     loaded = {name: options.pop(name) for name in Loading.model_fields if name in options}
+    saved = {name: options.pop(name) for name in Saving.model_fields if name in options}
     loading, request = choose_devices(Loading(**loaded), ()), Request(**options)
-    return Cell(", ".join(label), request, loading, store.path(_identity(request, loading)))
+    marks = Saving(**saved).marks
+    path = store.path(_identity(request, loading, marks))
+    return Cell(", ".join(label), request, loading, marks, path)
 
 
 def _replaced(prompt: str, word: str, value: str) -> str:
@@ -181,10 +185,11 @@ def _replaced(prompt: str, word: str, value: str) -> str:
     return re.sub(pattern, lambda _: value, prompt)
 
 
-def _identity(request: Request, loading: Loading) -> str:
+def _identity(request: Request, loading: Loading, marks: Mapping[str, str]) -> str:
     from vidgen.pipeline.recipe import identity
 
-    return identity(request, **loading.model_dump() | {"model": _content_hash(loading.model)})
+    model = {"model": _content_hash(loading.model)}
+    return identity(request, **loading.model_dump() | model | dict(marks))
 
 
 @lru_cache
@@ -209,7 +214,8 @@ def _make(cells: Sequence[Cell], report: Report) -> None:
             for cell in alike:
                 with resumable([Journal(cell.path, resume=True)], report):
                     write_request(engine, cell.request, cell.path, report,
-                                  {"clip": next(numbers), "num_clips": len(cells)})
+                                  {"clip": next(numbers), "num_clips": len(cells)},
+                                  marks=cell.marks)
 
 
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:

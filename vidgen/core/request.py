@@ -30,7 +30,7 @@ from pydantic.fields import FieldInfo
 
 from vidgen.core import values
 from vidgen.core.errors import InputError, OptionError, nearest
-from vidgen.core.values import MAX_PROMPT, File, Fit
+from vidgen.core.values import MAX_PROMPT, Attention, File, Fit
 
 MAX_DEVICES = 1024
 MAX_SECONDS = 3600
@@ -56,12 +56,16 @@ CALLED = {
 _ELSEWHERE = {
     "output": "save the clip: clip.save(PATH)",
     "overwrite": "clip.save(PATH, overwrite=True) takes it",
+    "label": "clip.save(PATH, label='visible') takes it",
+    "aigc": "clip.save(PATH, aigc='PRODUCER') takes it",
+    "count": "give it to generate: engine.generate(PROMPT, count=N)",
+    "strict": "read clip.findings after clip.save",
+    "retry": "read clip.findings after clip.save, and generate with another seed",
     "resume": "give a journal: vidgen.Journal(PATH, resume=True)",
     "preview": "give on_preview, which is shown small frames",
     "events": "give on_event, which is told of the progress",
-    "attention": "choose it around the call: with vidgen.core.runtime.attention_by(NAME)",
 }
-"""What the command line takes beside a request's options, and who takes it in Python."""
+"""Options of the command line that no request has, and what takes them in Python."""
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
@@ -134,9 +138,9 @@ class Options(BaseModel):
     @classmethod
     def _unknown(cls, name: str) -> str:
         """Return the message for an option that doesn't exist."""
-        if name in _ELSEWHERE:
-            return f"{name} is no option of a clip; {_ELSEWHERE[name]}"
-        if (meant := CALLED.get(name, name)) in Loading.model_fields:
+        if (meant := CALLED.get(name, name)) in _ELSEWHERE:
+            return f"{name} is no option of a clip; {_ELSEWHERE[meant]}"
+        if meant in Loading.model_fields:
             return f"{name} is no option of a clip; give {meant} to vidgen.load"
         known = set(cls.model_fields) - {"prompt"}
         return f"unknown option {name!r}; {nearest(name, known, CALLED)}"
@@ -189,6 +193,36 @@ class Loading(Options):
         None, MODEL, "devices that share the work; default 1", "N", ge=1, le=MAX_DEVICES)
     shard: bool | None = option(
         None, MODEL, "spread the transformer's weights over the devices")
+    tiles: Annotated[str, AfterValidator(values.check_tiles)] = option(
+        "auto", MODEL, "rows x columns in which the VAE takes a picture; auto cuts it if the whole "
+        "doesn't fit the memory", "auto|none|RxC")
+    attention: Attention = option(
+        "auto", MODEL, "attention back end; one that can't run here is replaced with a warning, or "
+        "refused with --strict; auto is the fastest with PyTorch's own error")
+
+
+class Saving(Options):
+    """How clips are kept; see `Clip.save`."""
+
+    count: int = option(
+        1, OUTPUT, "clips to make, of seeds N, N+1, ...", "N", basic=True, ge=1, le=1000)
+    strict: bool = option(
+        False, OUTPUT, "fail if the checks of a clip find it faulty, or if --attention can't be "
+        "used")
+    retry: int = option(
+        0, OUTPUT, "try up to N further seeds if the checks find faults", "N", ge=0, le=100)
+    label: Literal["none", "visible"] = option(
+        "none", OUTPUT, "visible: burn a label into the first 2 seconds; otherwise only the file "
+        "is marked")
+    aigc: str | None = option(
+        None, OUTPUT, "write the AIGC field of GB 45438-2025 for this producer", "PRODUCER",
+        max_length=200)
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """The marks of a file as its recipe holds them: `label` and `aigc`, where given."""
+        given = {"label": self.label, "aigc": self.aigc}
+        return {name: value for name, value in given.items() if value not in (None, "none")}
 
 
 class Request(Options):
@@ -255,12 +289,6 @@ class Request(Options):
         max_length=4096)
     prefix: OneFile | None = option(
         None, CONDITIONS, "a clip to continue; the new clip's length includes it", "CLIP")
-    overlap: int | None = option(
-        None, CONDITIONS, "latent frames that the windows of a long clip share; default 3", "N",
-        ge=1, le=1000)
-    colour_hold: float | None = option(
-        None, CONDITIONS, "0 to 1: how far a window's colours are matched to the clip's; default "
-        "0.5", "X", ge=0, le=1)
 
     seconds: float | None = option(
         None, LENGTH, "length; the next reachable count of frames is made and trimmed", "S",
@@ -292,28 +320,20 @@ class Request(Options):
     voice: str | None = option(
         None, SOUND, "voice of --say: one of espeak-ng; default en-us", "NAME", max_length=4096)
 
-    tiles: Annotated[str, AfterValidator(values.check_tiles)] = option(
-        "auto", MODEL, "rows x columns in which the VAE takes a picture; auto cuts it if the whole "
-        "doesn't fit the memory", "auto|none|RxC")
-    count: int = option(
-        1, OUTPUT, "clips to make, of seeds N, N+1, ...", "N", basic=True, ge=1, le=1000)
-    strict: bool = option(
-        False, OUTPUT, "fail if the checks of a clip find it faulty, or if --attention can't be "
-        "used")
-    retry: int = option(
-        0, OUTPUT, "try up to N further seeds if the checks find faults", "N", ge=0, le=100)
-    label: Literal["none", "visible"] = option(
-        "none", OUTPUT, "visible: burn a label into the first 2 seconds; otherwise only the file "
-        "is marked")
-    aigc: str | None = option(
-        None, OUTPUT, "write the AIGC field of GB 45438-2025 for this producer", "PRODUCER",
-        max_length=200)
-
     @classmethod
-    def of(cls, prompt: str | Request, options: Mapping[str, Any]) -> Request:
-        """Return a request of keywords, or a request with some of its options replaced."""
-        return prompt.replace(**options) if isinstance(prompt, Request) else cls(
+    def of(cls, prompt: str | Request, options: Mapping[str, Any], count: int = 1) -> Request:
+        """Return a request for `count` clips: of keywords, or with some of its options replaced.
+
+        Raises:
+            InputError: an option or the count is out of its limits, or they don't go together.
+        """
+        request = prompt.replace(**options) if isinstance(prompt, Request) else cls(
             prompt=prompt, **options)
+        Saving(count=count)
+        if request.latents is not None and count > 1:
+            raise InputError(f"latents are the noise of one clip, but count is {count}; leave one "
+                             "of them out")
+        return request
 
     def has(self, option: str) -> bool:
         """Return whether an option was given."""
@@ -363,9 +383,6 @@ class Request(Options):
         if self.scheduler is not None and self.shift is not None:
             raise InputError(f"shift is {self.shift}, but {type(self.scheduler).__name__} brings "
                              "its own; set it there")
-        if self.latents is not None and self.count > 1:
-            raise InputError(f"latents are the noise of one clip, but count is {self.count}; leave "
-                             "one of them out")
         if self.audio_model is not None and self.audio not in (None, OWN_AUDIO):
             raise InputError(f"audio {str(self.audio)!r} and audio_model are both given; the sound "
                              "is one of them")

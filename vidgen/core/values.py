@@ -20,6 +20,8 @@ File: TypeAlias = str | os.PathLike[str]
 Picture: TypeAlias = "File | np.ndarray[Any, Any]"
 Fit = Literal["crop", "pad"]
 """Treatment of a picture of another aspect: cut what sticks out, or keep all in a frame."""
+Attention = Literal["auto", "reference", "native", "blocked", "sdpa", "xformers"]
+"""Back ends of attention; see `vidgen.ops.attention`."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _ORIENTATION = 0x0112

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from vidgen.core.errors import InputError
+from vidgen.core.request import Saving
 from vidgen.media.read import load_image, pictures_in
 from vidgen.media.types import ClipInfo, Frames, Samples, SegmentStore
 
@@ -140,21 +143,30 @@ class Clip:
 
     def save(
         self, path: str | os.PathLike[str], *, overwrite: bool = False,
+        label: Literal["none", "visible"] = "none", aigc: str | None = None,
         on_frames: Callable[[int], None] | None = None,
     ) -> Path:
         """Stream the clip into a file of the format its suffix names; see `write_clip`.
 
         `findings` then lists possible faults.
 
+        Args:
+            label: "visible" burns a label into the first 2 seconds.
+            aigc: producer in the AIGC field of GB 45438-2025.
+
         Raises:
-            InputError: unknown suffix, or too many frames for it.
+            InputError: unknown suffix, too many frames for it, or marks other than its journal's.
             OutputError: it exists, can't be written, or the disk is full.
         """
         name, store = os.fspath(path), self.journal
+        marks: Mapping[str, str] = Saving(label=label, aigc=aigc).marks
         if store is None or store.output != Path(path):
-            return self._write(name, overwrite, on_frames)
+            return self._write(name, overwrite, on_frames, None, marks)
+        if marks and marks != store.marks:
+            raise InputError(f"{marks} differs from the marks of the clip's journal, "
+                             f"{dict(store.marks)}; give label and aigc to the journal")
         try:
-            written = self._write(name, overwrite, on_frames, store)
+            written = self._write(name, overwrite, on_frames, store, store.marks)
         except BaseException:
             store.pause()
             raise
@@ -163,20 +175,40 @@ class Clip:
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
-        store: SegmentStore | None = None,
+        store: SegmentStore | None, marks: Mapping[str, str],
     ) -> Path:
         from vidgen.media.write import write_clip
 
         checker = self._checker()
-        start = store.num_frames if store else 0
+        chunks, info = self.marked(marks, store.num_frames if store else 0)
+        written = write_clip(name, chunks, info, overwrite=overwrite, on_frames=on_frames,
+                             store=store, checker=checker)
+        self.findings = checker.findings
+        return written
+
+    def marked(
+        self, marks: Mapping[str, str], start: int = 0
+    ) -> tuple[Iterator[Frames], ClipInfo]:
+        """Return the chunks from frame `start` on and the description of a file with marks."""
+        from vidgen.media.label import labelled
+
         if "frames" in self.__dict__:
             chunks = iter([self.frames[start:]])
         else:
             chunks = self._source(start) if start else self._source()
-        written = write_clip(name, chunks, self.info, overwrite=overwrite, on_frames=on_frames,
-                             store=store, checker=checker)
-        self.findings = checker.findings
-        return written
+        if self._gets_label(marks):
+            chunks = labelled(chunks, self.size, self.fps, start=start)
+        return chunks, self._with_marks(marks)
+
+    def _with_marks(self, marks: Mapping[str, str]) -> ClipInfo:
+        recipe = None if self.recipe is None else {**self.recipe, **marks}
+        return replace(self.info, recipe=recipe)
+
+    def _gets_label(self, marks: Mapping[str, str]) -> bool:
+        """Return whether a label is burnt in; not where the opening has one or isn't shown."""
+        recipe = self.recipe or {}
+        is_opening = "head_frames" not in recipe
+        return marks.get("label") == "visible" != recipe.get("label") and is_opening
 
     def _checker(self) -> ClipChecker:
         from vidgen.media.checks import ClipChecker

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
@@ -24,7 +24,6 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.clip import Clip
-from vidgen.media.label import with_label
 from vidgen.media.manifest import seal
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.probe import read_recipe
@@ -215,12 +214,11 @@ class ContinuedClip(Clip):
         added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
             given one of their frames on.
         journal: the clip's own, by which saving to its output resumes.
-        label: whether a label is burnt into the opening, so that nothing can be copied.
     """
 
     def __init__(
         self, head: Path, head_frames: int, added: Callable[[int], Iterator[Frames]],
-        info: ClipInfo, journal: SegmentStore | None = None, *, label: bool = False,
+        info: ClipInfo, journal: SegmentStore | None = None,
     ) -> None:
         def source(start: int = 0) -> Iterator[Frames]:
             if start < head_frames:
@@ -228,10 +226,8 @@ class ContinuedClip(Clip):
                     yield from (frame[None] for frame in islice(reader, start, None))
             yield from added(max(0, start - head_frames))
 
-        shown = with_label(source, info.size, info.fps) if label else source
-        super().__init__(shown, info, journal=journal)
+        super().__init__(source, info, journal=journal)
         self.head, self.head_frames, self._added = head, head_frames, added
-        self._label = label
 
     def added(self) -> Clip:
         """Return the part after the file as a clip; its recipe has the frames left out."""
@@ -244,13 +240,13 @@ class ContinuedClip(Clip):
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
-        store: SegmentStore | None = None,
+        store: SegmentStore | None, marks: Mapping[str, str],
     ) -> Path:
         suffix = check_format(name, self.num_frames, self.info.fps)
-        reason = self._why_not_copied(suffix)
+        reason = self._why_not_copied(suffix, marks)
         if reason is not None:
             log.warning("%s: its frames are encoded once more, since %s", self.head, reason)
-            return super()._write(name, overwrite, on_frames, store)
+            return super()._write(name, overwrite, on_frames, store, marks)
         check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
         done = store.num_frames if store else 0
         checker = self._checker()
@@ -259,7 +255,8 @@ class ContinuedClip(Clip):
                 for frame in reader:
                     checker.feed(frame[None])
 
-        info = replace(self.info, num_frames=self.num_frames - self.head_frames, sound=None)
+        info = replace(self._with_marks(marks), sound=None,
+                       num_frames=self.num_frames - self.head_frames)
         target = Path(name)
         # named like what `atomic_path` makes, so that what a kill leaves is swept like that
         folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
@@ -277,9 +274,9 @@ class ContinuedClip(Clip):
         finally:
             rmtree(folder, ignore_errors=True)
 
-    def _why_not_copied(self, suffix: str) -> str | None:
+    def _why_not_copied(self, suffix: str, marks: Mapping[str, str]) -> str | None:
         """Compare the file with one frame, written as the new part would be."""
-        if self._label:
+        if self._gets_label(marks):
             return "a label is burnt into the opening"
         if suffix not in CONTAINERS:
             return f"{'a folder' if suffix == '/' else suffix} holds no packets of films"

@@ -9,9 +9,8 @@ Axes: t frames, H W rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -35,7 +34,7 @@ def labelled(
     Chunks after the label's end pass untouched. `start` is the number of the first frame that
     comes.
     """
-    end = math.ceil(SECONDS * fps)
+    end = label_end(fps)
     patch = _draw(size) if start < end else None
     for chunk in chunks:
         count = min(max(end - start, 0), len(chunk))
@@ -48,21 +47,9 @@ def labelled(
             yield chunk
 
 
-def with_label(
-    source: Callable[..., Iterator[Frames]], size: tuple[int, int], fps: Fraction
-) -> Callable[..., Iterator[Frames]]:
-    """Wrap a clip's source, which may take the frame to begin with, to burn the label in."""
-
-    def chunks(start: int = 0) -> Iterator[Frames]:
-        return labelled(source(start) if start else source(), size, fps, start=start)
-
-    return chunks
-
-
-def bears_label(recipe: Mapping[str, Any] | None) -> bool:
-    """Return whether a recipe's clip bears the label on its opening."""
-    asked = (recipe or {}).get("request")
-    return isinstance(asked, dict) and asked.get("label") == "visible"
+def label_end(fps: Fraction) -> int:
+    """Return the number of frames that bear the label."""
+    return math.ceil(SECONDS * fps)
 
 
 def letter_height(size: tuple[int, int]) -> int:

@@ -120,9 +120,9 @@ def stamped(recipe: dict[str, Any], earlier: dict[str, Any] | None = None) -> di
 
 
 def marks_of(recipe: dict[str, Any]) -> Marks:
-    """Return the marks of a stamped recipe's file; the option `aigc` names its producer."""
-    asked, model, inputs = recipe.get("request"), recipe.get("model"), recipe.get("inputs")
-    producer, name = asked.get("aigc") if isinstance(asked, dict) else None, recipe["id"]
+    """Return the marks of a stamped recipe's file; its entry `aigc` names the producer."""
+    model, inputs = recipe.get("model"), recipe.get("inputs")
+    producer, name = recipe.get("aigc"), recipe["id"]
     aigc = {"Label": "1", "ContentProducer": producer, "ProduceID": name, "ReservedCode1": "",
             "ContentPropagator": "", "PropagateID": "", "ReservedCode2": ""}
     return Marks(digital_source_type=GENERATED,

@@ -5,7 +5,7 @@ Axes: t frames, H W rows and columns, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +37,7 @@ class SegmentStore(Protocol):
 
     num_frames: int
     output: Path | None
+    marks: Mapping[str, str]  # with which they are written; see `Clip.save`
 
     def segments(self) -> Iterable[Segment]:
         """Return the finished segments, from the clip's start."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import ATTENTION_VARIABLE
+from vidgen.core.values import Attention as Backend
 from vidgen.ops import native
-
-Backend = Literal["auto", "reference", "native", "blocked", "sdpa", "xformers"]
 
 _MAX_SCORES = 1 << 24
 """Scores that `blocked` holds at once."""

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Loading, Request
-from vidgen.core.runtime import best_dtype, choose_device
-from vidgen.core.values import check_picture
+from vidgen.core.runtime import attention_by, best_dtype, choose_device
+from vidgen.core.values import Attention, check_picture
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.journal.journal import Journal, journals_of, recall
-from vidgen.pipeline.loader import DTYPES
+from vidgen.pipeline.journal.journal import Journal, journals_of, recall, recalled_tiles
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.tasks import SOUND, check_tasks
@@ -42,6 +41,7 @@ def load(
     model: str | os.PathLike[str] = "toybox", *, device: str = "auto", dtype: str | None = None,
     offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
     policy: Policy | None = None, devices: int | None = None, shard: bool | None = False,
+    tiles: str = "auto", attention: Attention = "auto",
 ) -> AnyEngine:
     """Open a model; `offload` controls when its networks are loaded.
 
@@ -58,6 +58,10 @@ def load(
         devices: number of devices that share the work, None is 1; see
             docs/howto/memory_and_devices.md.
         shard: spread the transformers' weights over the devices, by default with offload "stage".
+        tiles: "RxC", rows and columns in which the VAE takes a picture; "none" takes it whole,
+            "auto" cuts it where the whole doesn't fit the memory.
+        attention: back end of attention; "auto" is that of VIDGEN_ATTENTION, or the fastest with
+            PyTorch's own error.
 
     Raises:
         InputError: options that conflict, or more devices than exist.
@@ -71,20 +75,25 @@ def load(
     policy = policy or policy_from_environment()
     signer_info()  # refuse one that can't sign before a clip is made
     asked = Loading(model=os.fspath(model), dtype=dtype, offload=offload,  # type: ignore[arg-type]
-                    quantize=quantize, devices=devices, shard=shard)
+                    quantize=quantize, devices=devices, shard=shard, tiles=tiles,
+                    attention=attention)
     if shard and asked.offload is None:
         asked = asked.replace(offload="stage")
     folder, place = open_model(asked.model), choose_device(device)
     if isinstance(folder, DiffusersFolder):
         from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 
-        if quantize or (devices or 1) > 1:
-            option = f"quantize {quantize!r}" if quantize else f"devices {devices}"
+        refused = {"quantize": quantize, "devices": (devices or 1) > 1 and devices,
+                   "tiles": tiles != "auto" and tiles,
+                   "attention": attention != "auto" and attention}
+        if option := next((f"{name} {value}" for name, value in refused.items() if value), None):
             raise InputError(f"{option} works with the Wan family, not with {folder.class_name}; "
                              "leave it out")
         dtype = dtype or best_dtype(place)
         return DiffusersEngine(folder, place, dtype, asked.offload or "none", policy=policy)
-    shared = start_devices(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
+    with attention_by(attention):  # in the processes of further devices, too
+        shared = start_devices(devices, place, shard=shard, offload=asked.offload,
+                               quantize=quantize)
     return Engine(folder, place, asked, policy, shared)
 
 
@@ -104,13 +113,15 @@ class Engine(OpenedModel):
     """A model ready to generate."""
 
     def generate(
-        self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
+        self, prompt: str | Request, *, count: int = 1,
+        on_event: Callable[[Progress], None] | None = None,
         on_estimate: Callable[[Estimate], None] | None = None, on_preview: OnPreview | None = None,
         journal: Journal | Sequence[Journal] | None = None, **options: Any,
     ) -> Clip | list[Clip]:
         """Make a lazy clip, decoded while it is saved or read, or a list where `count` is over 1.
 
         Args:
+            count: number of clips, of the seeds N, N + 1, ...
             on_event: called with progress; raising `Cancelled` stops cleanly between two steps.
             on_estimate: called with the estimate before the work begins.
             on_preview: called with small frames of the forming clip, for at most 2% of the time.
@@ -130,54 +141,56 @@ class Engine(OpenedModel):
         from vidgen.pipeline.sound.own_sound import sound_plan
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
 
-        request = Request.of(prompt, options)
-        journals = journals_of(journal, request.count)
-        enforce(self.policy, request)
-        request = recall(request, journals)
-        request, inputs = self.read(request)
-        plan = self.plan(request, inputs)
-        track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
-                                has_sound=SOUND in self.folder.tasks)
-        plan = self._fitted(plan, request, on_estimate)
-        loras = read_loras(request.lora, self.folder)
-        plans = [replace(plan, seed=plan.seed + index) for index in range(request.count)]
-        recipes = [
-            stamped(make_recipe(self, each, request, inputs, loras) | track.facts,
-                    kept.recipe)
-            for each, kept in zip(plans, journals, strict=True)
-        ]
-        for kept, recipe in zip(journals, recipes, strict=True):
-            kept.check(recipe)
+        request = Request.of(prompt, options, count)
+        with attention_by(self.asked.attention):
+            journals = journals_of(journal, count)
+            enforce(self.policy, request)
+            request = recall(request, journals)
+            request, inputs = self.read(request)
+            plan = self.plan(request, inputs)
+            track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
+                                    has_sound=SOUND in self.folder.tasks)
+            tiles = recalled_tiles(journals) if self.asked.tiles == "auto" else None
+            plan = self._fitted(plan, request, count, tiles, on_estimate)
+            loras = read_loras(request.lora, self.folder)
+            plans = [replace(plan, seed=plan.seed + index) for index in range(count)]
+            recipes = [
+                stamped(make_recipe(self, each, request, inputs, loras) | track.facts,
+                        kept.recipe)
+                for each, kept in zip(plans, journals, strict=True)
+            ]
+            for kept, recipe in zip(journals, recipes, strict=True):
+                kept.check(recipe)
 
-        @cache  # once for all clips, and not where all are sampled already
-        def contexts() -> Contexts:
-            Reporter(on_event, 1, request.count)("prompt", 0, 1)
-            fullest = sound_plan(plan, self.folder.defaults) if track.is_own else plan
-            return self.encode_prompt(fullest, loras)
+            @cache  # once for all clips, and not where all are sampled already
+            def contexts() -> Contexts:
+                Reporter(on_event, 1, count)("prompt", 0, 1)
+                fullest = sound_plan(plan, self.folder.defaults) if track.is_own else plan
+                return self.encode_prompt(fullest, loras)
 
-        clips = []
-        for index, (each, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
-            if kept.finished:
-                clips.append(kept.clip())
-                continue
-            with kept.running(recipe, self.device):
-                report = Reporter(on_event, index, request.count)
-                glimpses = Glimpses(self, on_preview, each.fps, index)
-                making = Making(self, each, request, inputs, loras, contexts, track, kept, report,
-                                glimpses)
-                clips.append(making.finished(making.clip(recipe)))
-        return clips if request.count > 1 else clips[0]
+            clips = []
+            each_clip = zip(plans, recipes, journals, strict=True)
+            for index, (each, recipe, kept) in enumerate(each_clip, 1):
+                if kept.finished:
+                    clips.append(kept.clip())
+                    continue
+                with kept.running(recipe, self.device):
+                    report = Reporter(on_event, index, count)
+                    glimpses = Glimpses(self, on_preview, each.fps, index)
+                    making = Making(self, each, request, inputs, loras, contexts, track, kept,
+                                    report, glimpses)
+                    clips.append(making.finished(making.clip(recipe)))
+            return clips if count > 1 else clips[0]
 
     def _fitted(
-        self, plan: Plan, request: Request, on_estimate: Callable[[Estimate], None] | None
+        self, plan: Plan, request: Request, count: int, tiles: str | None,
+        on_estimate: Callable[[Estimate], None] | None,
     ) -> Plan:
-        from vidgen.ops.attention import asked_backend, require_backend
         from vidgen.pipeline.setups import preflight
 
-        estimate = preflight(self.loader, plan, request, self.asked)
+        asked = self.asked.replace(tiles=tiles) if tiles else self.asked
+        estimate = preflight(self.loader, plan, request, asked, count)
         self.adopt(estimate.setup)
-        if request.strict:
-            require_backend(asked_backend(), self.device, DTYPES[self.dtype])
         if on_estimate is not None:
             on_estimate(estimate)
         return replace(plan, tiles=estimate.setup.tiles)

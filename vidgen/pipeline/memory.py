@@ -131,13 +131,13 @@ def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
 
 def estimate(
     folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *,
-    rates: Mapping[torch.dtype, Rates] | None = None,
+    rates: Mapping[torch.dtype, Rates] | None = None, count: int = 1,
 ) -> Estimate:
-    """Estimate a generation from a model's headers alone.
+    """Estimate a generation of `count` clips from a model's headers alone.
 
     A dtype that `rates` lacks takes those measured earlier, else an ordinary machine's.
     """
-    job = _Job(folder, plan, request, setup, rates or {})
+    job = _Job(folder, plan, request, setup, rates or {}, count)
     job.load()
     job.text()
     job.prepare()
@@ -153,18 +153,19 @@ def estimate(
             request.cache != "none",
         "this machine was not measured: `vidgen plan` does": not job.measured,
     }
-    return Estimate(tuple(job.stages), setup, encoder_s=request.count * encoder_s,
-                    kept_frames=request.count * job.passes.kept,
-                    disk_bytes=request.count * job.disk(), measured=job.measured,
+    return Estimate(tuple(job.stages), setup, encoder_s=count * encoder_s,
+                    kept_frames=count * job.passes.kept, disk_bytes=count * job.disk(),
+                    measured=job.measured,
                     notes=tuple(note for note, holds in notes.items() if holds))
 
 
 class _Job:
     def __init__(
         self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
-        rates: Mapping[torch.dtype, Rates],
+        rates: Mapping[torch.dtype, Rates], count: int,
     ) -> None:
         self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
+        self.count = count
         self.on_cpu, self.dtype = setup.device.type == "cpu", DTYPES[setup.dtype]
         # quantised sizes are asked for below; torchao isn't needed to know them
         self.loader = ModelLoader(folder, setup.device, self.dtype, setup.offload)
@@ -292,7 +293,7 @@ class _Job:
         wall = max(decode_s, work / min(4, cores), (shared + work) / cores)
         # the last frames come when nothing is left to decode
         added = max(wall - decode_s, work * min(self.vae.strides.t, kept) / kept)
-        self.stages.append(StageEstimate("mux", self.request.count * added, self.stages[-1].bytes))
+        self.stages.append(StageEstimate("mux", self.count * added, self.stages[-1].bytes))
         return work
 
     def disk(self) -> int:
@@ -319,7 +320,7 @@ class _Job:
             kept = int(self.freed + HOLES * (self.freed + live))
             held += KERNELS_BYTES + min(kept, MOST_KEPT)
             self.freed += live
-        count = 1 if name in ("load", "text") else self.request.count
+        count = 1 if name in ("load", "text") else self.count
         self.stages.append(StageEstimate(name, count * seconds, held + live))
 
     def weight_bytes(self, role: Role) -> int:

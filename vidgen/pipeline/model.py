@@ -18,6 +18,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
+from vidgen.core.runtime import attention_by
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
 from vidgen.diffusion.state import LatentState, new_state
@@ -137,7 +138,15 @@ class OpenedModel:
         t = self.vae_config.strides.t // rate
         decode = codec.decode_latents if self.devices is None else self.devices.decode
         made = decode(self.loader, latents, codec.latent_of(start, t), tiles=tiles, rate=rate)
-        return codec.from_frame(made, start, t)
+        return self._attending(codec.from_frame(made, start, t))
+
+    def _attending(self, made: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Pass on what is made with the attention back end that the model was loaded with."""
+        while True:
+            with attention_by(self.asked.attention):
+                if (next_one := next(made, None)) is None:
+                    return
+            yield next_one
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:
@@ -258,13 +267,9 @@ class OpenedModel:
         latents: Tensor | None = None, journal: SegmentStore | None = None,
     ) -> Clip:
         """Return a lazy clip of the plan's length; `videos(start)` yields [1, 3, n, H, W] each."""
-        from vidgen.media.label import with_label
-
         def chunks(start: int = 0) -> Iterator[Any]:
             return codec.first_frames(videos(start), plan.kept_frames - start)
 
         info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
                         recipe=recipe, stride_t=self.vae_config.strides.t // plan.oversampling)
-        is_labelled = recipe.get("request", {}).get("label") == "visible"
-        source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
-        return Clip(source, info, latents, journal)
+        return Clip(chunks, info, latents, journal)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import MAX_SECONDS, Request
-from vidgen.core.shapes import LatentShape, Tiles, VideoShape
+from vidgen.core.shapes import VideoShape
 from vidgen.core.values import parse_readings
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
@@ -87,7 +87,7 @@ def make_plan(
         shift=float(request.shift or defaults.shift), sampler=sampler, guidance=guidance,
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
-        fit=request.fit, latents=shape, tiles=_tiles(request, shape),
+        fit=request.fit, latents=shape,
         encode_passes=int(settled_value("encode_passes", request, folder)),
         refine_steps=int(settled_value(
             "refine", request, folder, None if "refine" in defaults.settings else
@@ -106,17 +106,6 @@ def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int
         if round(seconds * fps) < num_frames:
             raise InputError(f"frame {seconds} lies in the clip that goes on, which has "
                              f"{float(num_frames / fps):g} s; give a later one")
-
-
-def _tiles(request: Request, latents: LatentShape) -> Tiles | None:
-    """Tiles that were asked for; None leaves them to the pre-flight, or asks for the whole."""
-    if request.tiles in ("auto", "none"):
-        return None
-    rows, columns = map(int, request.tiles.split("x"))
-    if rows > latents.height or columns > latents.width:
-        raise InputError(f"tiles is {request.tiles}, but the picture has {latents.height}x"
-                         f"{latents.width} latents; give at most a tile for each, or auto")
-    return Tiles(rows, columns) if rows * columns > 1 else None
 
 
 def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Guidance:

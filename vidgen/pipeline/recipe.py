@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE_VERSION = 1
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
-              "control", "latents", "lora", "tiles", "audio"}  # fmt: skip
+              "control", "latents", "lora", "audio"}  # fmt: skip
 
 
 def make_recipe(
@@ -60,6 +60,7 @@ def _common(
     engine: Opened, plan: Plan | DiffusersPlan, request: Request, inputs: Inputs, loras: Loras
 ) -> dict[str, Any]:
     folder, settings = engine.folder, dict(getattr(request.scheduler, "config", {}))
+    before = (inputs.ending.recipe if inputs.ending else None) or {}
     return {
         "format_version": RECIPE_VERSION, "vidgen": __version__,
         "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
@@ -69,6 +70,7 @@ def _common(
         "inputs": inputs.records, "loras": list(loras.records),
         "dtype": engine.dtype, "offload": engine.offload, "device": engine.device.type,
         "machine": fingerprint(),
+        **{name: before[name] for name in ("label", "aigc") if name in before},
     }
 
 
@@ -93,8 +95,7 @@ def identity(request: Request, **loading: Any) -> str:
 
     `loading` are the engine's loading options, with the model by its content hash.
     """
-    facts = {"vidgen": __version__, "loading": loading, "tiles": request.tiles,
-             **request_facts(request)}
+    facts = {"vidgen": __version__, "loading": loading, **request_facts(request)}
     if asked_backend() != "auto":
         facts["attention"] = asked_backend()
     for option in ("first_frame_model", "audio_model"):
@@ -112,7 +113,7 @@ def _source(folder: ModelFolder | DiffusersFolder) -> str:
 
 
 def asked_options(request: Request) -> dict[str, Any]:
-    """Return the options that were given, without files, prompt and tiles."""
+    """Return the options that were given, without files and prompt."""
     given = {name: getattr(request, name) for name in Request.model_fields
              if name not in _ELSEWHERE}
     if request.audio_file is None:

@@ -41,7 +41,7 @@ def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(json.dumps(_facts(recipe, _DECISIVE)))  # without tuples
     facts["model"]["class"] = recipe.get("model", {}).get("class")
     facts["machine"] = {k: v for k, v in facts.get("machine", {}).items() if k != "python"}
-    return facts | {"label": recipe.get("request", {}).get("label")}
+    return facts | {"label": recipe.get("label")}
 
 
 def _facts(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def own_options(
 ) -> dict[str, Any]:
     """Return the options with which a clip continues, from its recipe as `read_recipe` returns it.
 
-    With another `model` than the recipe's they are its prompt and marks alone; a film or sweep has
-    none. With sound given as `audio` the model's own sound isn't continued.
+    With another `model` than the recipe's they are its prompt alone; a film or sweep has none. With
+    sound given as `audio` the model's own sound isn't continued.
 
     Raises:
         InputError: the recipe is damaged.
@@ -135,12 +135,10 @@ def own_options(
         return {}
     try:
         plan, asked = recipe["plan"], recipe.get("request", {})
-        marks = {"label": asked.get("label", "none")}
-        marks |= {"aigc": asked["aigc"]} if "aigc" in asked else {}
         if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
-            return {"prompt": plan["prompt"], **marks}
+            return {"prompt": plan["prompt"]}
         own = {
-            "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"], **marks,
+            "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
             **recorded_sampling(plan),
             "cache": asked.get("cache"), "readings": asked.get("readings"),
             "settings": settings_to_go_on(plan, asked.get("settings", {}), sound=audio is None),

@@ -48,8 +48,8 @@ Given: TypeAlias = Sequence[tuple[str, str]]
 Record: TypeAlias = Mapping[str, Any]
 _MIN_HASH = 6
 _MANY = ("frame", "reference", "lora", "say")
-_DROPPED = ("count", "retry", "strict", "first_frame_model")
-"""Options that don't shape the one clip, or that stand elsewhere in the recipe."""
+_DROPPED = ("first_frame_model",)
+"""Options that stand elsewhere in the recipe."""
 _RIVALS = (("seconds", "frames"), ("image", "first_frame_model"), ("audio", "audio_model"))
 
 
@@ -71,7 +71,7 @@ def request_from_recipe(
             damaged recipe.
     """
     model = (changes or {}).get("model")
-    changes = {name: v for name, v in (changes or {}).items() if name not in Loading.model_fields}
+    changes = {name: v for name, v in (changes or {}).items() if name in Request.model_fields}
     changed = changes.pop("settings", {})
     replaced = set(changes)
     if replaced & {"prompt", "negative"}:
@@ -104,6 +104,8 @@ def loading_from_recipe(
         known = {"model": recipe["model"]["source"], "device": recipe["device"]}
         known |= {name: recipe.get(name) for name in ("dtype", "offload", "quantize")}
         known |= _devices(recipe.get("devices") or {})
+        if "class" not in recipe["model"] and "model" not in (changes or {}):
+            known["tiles"] = recorded_tiles(recipe["plan"])
         wanted = recipe["model"]["sha256"]
     known["model"] = dict(given).get("model", known["model"])
     known |= {name: value for name, value in (changes or {}).items()
@@ -194,7 +196,7 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
         options |= recorded_sampling(plan) | {"size": (plan["width"], plan["height"]),
-                                              "fps": plan["fps"], "tiles": recorded_tiles(plan),
+                                              "fps": plan["fps"],
                                               "readings": recorded_readings(plan)}
         kept, is_whole = plan["kept_frames"], plan["kept_frames"] == plan["num_frames"]
         options["frames"] = kept if is_whole else None

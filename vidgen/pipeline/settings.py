@@ -39,7 +39,7 @@ class Setting:
     recorded: str = ""  # its place in a recipe's plan, dotted; empty: in the recipe's request alone
     needs: tuple[str, ...] = ()  # options of a request, of which it needs one
     follows: str = ""  # option of a request; one that changes leaves the setting open again
-    task: str = ""  # that a model with it was trained on; empty: the model's defaults name it
+    task: str = ""  # task of the models that have it; empty: the model's defaults name it
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
@@ -69,6 +69,11 @@ SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
             off=0.0, recorded="binding"),
     Setting("anchor", "windows", bool,
             "whether later windows of a long clip are shown its first frame", task="anchor"),
+    Setting("overlap", "windows", int, "latent frames that the windows of a long clip share",
+            low=1, high=1000, off=3, task="extend"),
+    Setting("colour_hold", "windows", float,
+            "how far the colours of a window are matched to those of the clip", off=0.5,
+            task="extend"),
     Setting("audio_steps", "sound", int, "denoising steps of the model's own sound",
             low=1, high=1000, served=200, recorded="sound_steps"),
     Setting("audio_candidates", "sound", int, "how many such sounds are made, of which one is kept",
@@ -80,8 +85,9 @@ SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
 
 def settings_of(folder: ModelFolder) -> dict[str, Value]:
     """Return a model's settings with their defaults."""
-    taught = {each.name: True for each in SETTINGS.values() if each.task in folder.tasks}
-    return dict(sorted({**folder.defaults.settings, **taught}.items()))
+    taught = {each.name: True if each.off is None else each.off
+              for each in SETTINGS.values() if each.task in folder.tasks}
+    return dict(sorted({**taught, **folder.defaults.settings}.items()))
 
 
 def check_settings(request: Request, folder: ModelFolder) -> None:

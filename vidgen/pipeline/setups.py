@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import available_memory, best_dtype, size_text
-from vidgen.core.shapes import Tiles, VideoShape
+from vidgen.core.shapes import LatentShape, Tiles, VideoShape
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.memory import estimate
@@ -45,8 +45,10 @@ def first_setup(folder: ModelFolder, device: torch.device, asked: Loading) -> Se
     return setup
 
 
-def preflight(loader: ModelLoader, plan: Plan, request: Request, asked: Loading) -> Estimate:
-    """Estimate a generation without measuring anything; choose what `asked` leaves open.
+def preflight(
+    loader: ModelLoader, plan: Plan, request: Request, asked: Loading, count: int = 1
+) -> Estimate:
+    """Estimate `count` clips without measuring anything; choose what `asked` leaves open.
 
     Raises:
         ModelError: more than the memory holds; names what would fit.
@@ -55,12 +57,12 @@ def preflight(loader: ModelLoader, plan: Plan, request: Request, asked: Loading)
     if have is not None:
         have += loader.elsewhere_bytes
         have += sum(loader.needed_bytes(role, offload="stage") for role in loader.resident)
-    return choose(loader.folder, plan, request, asked, loader.device, have)
+    return choose(loader.folder, plan, request, asked, loader.device, have, count=count)
 
 
 def choose(
     folder: ModelFolder, plan: Plan, request: Request, asked: Loading, device: torch.device,
-    have: int | None, *, dtype: str | None = None,
+    have: int | None, *, dtype: str | None = None, count: int = 1,
     rates: Mapping[torch.dtype, Rates] | None = None,
 ) -> Estimate:
     """Choose the fastest setup that fits, of those that `asked` leaves open.
@@ -74,15 +76,16 @@ def choose(
     """
     have = sys.maxsize if have is None else have
     dtype = dtype or asked.dtype or best_dtype(device)
+    tiles = _given_tiles(asked.tiles, plan.latents)
 
     def made(setup: Setup) -> Estimate:
-        return estimate(folder, plan, request, setup, rates=rates)
+        return estimate(folder, plan, request, setup, rates=rates, count=count)
 
     first = None
     for name in _dtypes(asked.dtype, dtype):
-        setups = [Setup(device, name, offload, asked.quantize, plan.tiles)
+        setups = [Setup(device, name, offload, asked.quantize, tiles)
                   for offload in _offloads(asked)]
-        cut = setups if request.tiles == "auto" else []
+        cut = setups if asked.tiles == "auto" else []
         for found in chain(map(made, setups), (_tiled(setup, plan, have, made) for setup in cut)):
             if found is not None and found.peak_bytes <= have:
                 if first is None:
@@ -99,6 +102,17 @@ def choose(
     raise ModelError(f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
                      f"{size_text(stage.bytes)} on {device} while it is at {stage.name!r} "
                      f"({first.setup.words}), {size_text(have)} are free; {remedy}")
+
+
+def _given_tiles(given: str, latents: LatentShape) -> Tiles | None:
+    """Return tiles of "RxC"; None for the whole, and for what the memory decides."""
+    if given in ("auto", "none"):
+        return None
+    rows, columns = map(int, given.split("x"))
+    if rows > latents.height or columns > latents.width:
+        raise InputError(f"tiles is {given}, but the picture has {latents.height}x"
+                         f"{latents.width} latents; give at most a tile for each, or auto")
+    return Tiles(rows, columns) if rows * columns > 1 else None
 
 
 def _dtypes(asked: str | None, best: str) -> list[str]:

@@ -56,7 +56,8 @@ class AnyEngine(Opened, Protocol):
     """A model ready to generate; see `vidgen.pipeline.engine.Engine`."""
 
     def generate(
-        self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
+        self, prompt: str | Request, *, count: int = 1,
+        on_event: Callable[[Progress], None] | None = None,
         on_estimate: Callable[[Estimate], None] | None = None,
         on_preview: OnPreview | None = None, journal: Journal | Sequence[Journal] | None = None,
         **options: Any,

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from vidgen.core.config import build, dump
 from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.request import OWN_FILE, Request
+from vidgen.core.request import OWN_FILE, Request, Saving
 from vidgen.core.runtime import atomic_write, available_memory, link
 from vidgen.media.checks import as_data
 from vidgen.media.probe import read_recipe
@@ -152,15 +152,16 @@ def make_clip(
 ) -> dict[str, Any]:
     """Make a clip, or go on with it, and return its facts.
 
-    `spec` has `options`, fields of `Request` with paths from the job's folder, and `added_s` to
-    extend the clip in `prefix`.
+    `spec` has `options`, fields of `Request` and `Saving` with paths from the job's folder, and
+    `added_s` to extend the clip in `prefix`.
 
     Raises:
         InputError: a request that can't be made.
         Cancelled: by `report`.
     """
     output = folder / VIDEO
-    clip = _written(engine, request_of(folder, spec, engine.folder), output, report)
+    request = request_of(folder, spec, engine.folder)
+    clip = _written(engine, request, marks_of(spec), output, report)
     report({"event": "progress", "stage": "finish", "done": 0, "total": 1})
     write_stills(output, folder / THUMBNAIL, folder / SPRITESHEET, clip.num_frames)
     recipe = read_recipe(output) or {}
@@ -176,13 +177,15 @@ def make_clip(
     }
 
 
-def _written(engine: Engine, request: Request, output: Path, report: Reporter) -> Clip:
+def _written(
+    engine: Engine, request: Request, marks: Mapping[str, str], output: Path, report: Reporter
+) -> Clip:
     """Generate and write; the journal of another version is dropped."""
     def on_estimate(made: Estimate) -> None:
         report.clock = Clock(made)
 
     write = partial(write_request, engine, request, output, report, {}, on_estimate=on_estimate,
-                    on_preview=report.preview)
+                    on_preview=report.preview, marks=marks)
     went_on = Journal(output, resume=True).unfinished
     try:
         return write()
@@ -319,6 +322,12 @@ def script_data(script: Script) -> dict[str, Any]:
     return dict(json.loads(data, parse_constant=str))
 
 
+def marks_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Return the marks that a spec asks for."""
+    asked = {name: value for name, value in spec["options"].items() if name in Saving.model_fields}
+    return Saving(**asked).marks
+
+
 def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Request:
     """Return the request of a spec, its files in the job's folder.
 
@@ -326,6 +335,7 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
         InputError: invalid values, or a clip that can't go on.
     """
     options = spec["options"] | files_of(folder, spec["options"])
+    options = {name: value for name, value in options.items() if name not in Saving.model_fields}
     added_s = spec.get("added_s")
     if added_s is None:
         return Request.of(options.pop("prompt"), options)

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from vidgen.core.errors import InputError, OptionError, nearest
-from vidgen.core.request import OWN_FILE, Options, Request, expected, limits_of
+from vidgen.core.request import OWN_FILE, Options, Request, Saving, expected, limits_of
 from vidgen.core.values import MAX_SIDE, MIN_SIDE, shown
 from vidgen.server.types import Upload
 
@@ -35,8 +35,8 @@ CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shif
 """Options of a clip that goes on; what is left out is as the clip's recipe has it."""
 SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")
 """Options of any other clip, besides files."""
-_EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "overlap", "colour_hold",
-          "label", "readings", "settings")
+_EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "label", "aigc",
+          "readings", "settings")
 MAX_SAID, MAX_LORAS, MAX_FILES = 100, 8, 100
 _VOICE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z0-9]+)*(?:\+[a-zA-Z0-9]+)?")
 
@@ -144,10 +144,10 @@ def _body(
     name: str, base: type[Body], doc: str, options: tuple[str, ...],
     required: tuple[str, ...] = (),
 ) -> type[Body]:
-    """Return a body with options of `Request` as fields; `base` has those of the API's own."""
+    """Return a body with options of clips as fields; `base` has those of the API's own."""
     fields: dict[str, Any] = {}
     for option in options:
-        field = Request.model_fields[option]
+        field = (Request.model_fields | Saving.model_fields)[option]
         hint: Any = field.annotation
         checks = (*field.metadata, *_SENT.get(option, ()), Field(description=field.description))
         fields[NAMES.get(option, option)] = (

@@ -22,8 +22,10 @@ import numpy as np
 from vidgen import __version__
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError, OutputError
+from vidgen.core.request import Saving
 from vidgen.core.runtime import atomic_write, check_output
 from vidgen.media.join import Stretch, join_files, parting_places, why_not_joined
+from vidgen.media.label import label_end, labelled
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.sound import RATE
 from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
@@ -65,7 +67,7 @@ def assemble(
     sources = [Source(each.path, each.num_frames) for each in shots]
     with _workplace(output) as folder:
         sources, scenes = _matched(edit, sources)
-        pieces = pieces_of(edit.timeline, edit.burner.ranges, _parts(edit, shots, sources, folder))
+        pieces = pieces_of(edit.timeline, _burnt(edit), _parts(edit, shots, sources, folder))
         total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
         reels = Reels(edit.timeline, sources, edit.burner, lambda done: on_frames(done, total))
         stretches = _written(edit, reels, pieces, folder)
@@ -156,6 +158,15 @@ def _parts(
     return parts
 
 
+def _burnt(edit: Edit) -> list[tuple[int, int]]:
+    """Return the frames [first, last) that bear texts or the film's label, in order."""
+    if edit.film.script.project.finish.label == "none":
+        return edit.burner.ranges
+    end = min(label_end(edit.film.fps), edit.timeline.num_frames)
+    later = [(max(first, end), last) for first, last in edit.burner.ranges if last > end]
+    return [(0, end), *later]
+
+
 def _written(edit: Edit, reels: Reels, pieces: Sequence[Piece], folder: Path) -> list[Stretch]:
     """Encode the pieces that can't be copied; return the film's stretches of files, in order."""
     stretches: list[Stretch] = []
@@ -169,7 +180,10 @@ def _written(edit: Edit, reels: Reels, pieces: Sequence[Piece], folder: Path) ->
                 continue
             path = folder / f"{number}{edit.output.suffix.lower()}"
             info = ClipInfo(edit.film.fps, edit.film.size, count, picture=edit.picture)
-            write_clip(path, reels.frames(piece.first, piece.last), info)
+            frames = reels.frames(piece.first, piece.last)
+            if edit.film.script.project.finish.label == "visible":
+                frames = labelled(frames, info.size, info.fps, start=piece.first)
+            write_clip(path, frames, info)
             stretches.append(Stretch(path, 0, count))
     finally:
         reels.close()
@@ -208,8 +222,9 @@ def _recipe(
     facts: dict[str, Any] = {"source": "film"}
     if edit.narrated is not None:
         facts["speech"] = edit.narrated.facts
+    finish = film.script.project.finish
     recipe: dict[str, Any] = {
-        "vidgen": __version__,
+        "vidgen": __version__, **Saving(label=finish.label, aigc=finish.aigc).marks,
         "model": {"name": film.folder.name, "sha256": film.folder.content_hash},
         "film": {
             "key": edit.key([each.path.stem for each in shots]),

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from vidgen.core import values
 from vidgen.core.config import ONE, called
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import Saving
 from vidgen.core.values import MAX_PROMPT
 
 CAMERA_MOVES = {
@@ -231,12 +232,17 @@ class Finish:
     font: Annotated[
         Path | None, "of burnt texts, a TrueType or OpenType file; default Pillow's own"] = None
     loudness: Annotated[float, "of the whole film, in LUFS"] = -16.0
+    label: Annotated[
+        Literal["none", "visible"],
+        "visible: a label is burnt into the film's first 2 seconds"] = "none"
+    aigc: Annotated[str | None, "producer in the file's AIGC field of GB 45438-2025"] = None
     ending: Annotated[
         Transition,
         "of the film: a cut, fade-black or fade-white"] = field(default_factory=Transition)
 
     def __post_init__(self) -> None:
         check_within("loudness", self.loudness, -40, -5)
+        Saving(label=self.label, aigc=self.aigc)
         if self.ending.type not in ("cut", "fade-black", "fade-white"):
             raise InputError(f"ending is {self.ending.type!r}, which needs a shot after it; give "
                              "cut, fade-black or fade-white")

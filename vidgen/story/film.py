@@ -62,8 +62,8 @@ class FilmPlan:
     fps: Fraction
     size: tuple[int, int]  # (width, height) of all shots
     suffix: str = ".mp4"  # of the shots' files, which decides how they are encoded
-    loading: Mapping[str, Any] = field(default_factory=dict)  # dtype and quantize, as in `load`
-    tiles: str = "auto"  # as in a request
+    # dtype, quantize and tiles, as in `load`
+    loading: Mapping[str, Any] = field(default_factory=dict)
     draft: bool = False  # whether shots are small and take few steps
     # by id, each after those that it needs
     shots: dict[str, ShotPlan] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class FilmPlan:
             option["reference"] = tuple(str(script.file(f)) for f in references(script, shot))
         return Request(
             prompt=self.words(shot, index), seed=seed, size=self.size, fps=self.fps,
-            seconds=float(num_frames / self.fps), tiles=self.tiles,
+            seconds=float(num_frames / self.fps),
             audio=OWN_AUDIO if self.is_heard(shot) else NO_AUDIO,
             lora=tuple(_lora(script, each) for each in loras(script, shot)), **option)
 

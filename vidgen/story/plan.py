@@ -25,10 +25,10 @@ from vidgen.core.store import address_of
 from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.experts import hashes_of
-from vidgen.pipeline.long.tail import OVERLAP
 from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
 from vidgen.pipeline.recipe import asked_options
+from vidgen.pipeline.settings import own_value
 from vidgen.pipeline.setups import choose
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
@@ -60,7 +60,7 @@ def plan_film(
 ) -> FilmPlan:
     """Plan every shot of a checked script; a draft has small pictures and few steps.
 
-    `dtype` replaces the script's own; `quantize` is as in `load`, `tiles` as in a request.
+    `dtype` replaces the script's own; `quantize` and `tiles` are as in `load`.
 
     Raises:
         InputError: a shot that can't be made, with its line and the nearest that can.
@@ -74,7 +74,7 @@ def plan_film(
     size = asked.size or (defaults.width, defaults.height)
     film = FilmPlan(
         script, folder, fps, _draft_size(folder, size) if draft else size, suffix,
-        {"dtype": dtype or project.dtype, "quantize": quantize}, tiles, draft)
+        {"dtype": dtype or project.dtype, "quantize": quantize, "tiles": tiles}, draft)
     planner = _Planner(film)
     for shot in script.order():
         with located(script.where(shot)):
@@ -117,7 +117,7 @@ def estimates(
     """
     known: dict[Any, Estimate] = {}
     dtype = film.loading["dtype"] or best_dtype(device)
-    shown_again = OVERLAP * _configs(film.folder)[0].strides.t
+    shown_again = int(own_value("overlap", film.folder)) * _configs(film.folder)[0].strides.t
     for plan, take, index in parts:
         goes_on = index > 0 or plan.shot.continue_from is not None
         num_frames = take.parts[index].num_frames + (shown_again if goes_on else 0)
@@ -274,8 +274,8 @@ class _Planner:
             if not parts and shot.continue_from is not None:
                 before = f"shot {self.film.shots[shot.continue_from].key}"
             facts = {
-                **self.same, "prompt": request.prompt, "tiles": request.tiles,
-                "request": asked_options(request), "inputs": self._inputs(request),
+                **self.same, "prompt": request.prompt, "request": asked_options(request),
+                "inputs": self._inputs(request),
                 "loras": [[self._lora_hashes(choice.path), choice.weight, choice.expert]
                           for choice in map(parse_option, request.lora)],
                 "before": before, "shown": self._shown(shot, index)}

@@ -28,7 +28,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.media.sound import resampled
 from vidgen.pipeline.codec import as_video
-from vidgen.pipeline.long.tail import OVERLAP, window_size
+from vidgen.pipeline.long.tail import window_size
+from vidgen.pipeline.settings import SETTINGS
 from vidgen.pipeline.tasks import SOUND
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Maker:
         self.bench, self.engine, self.plan = bench, engine, plan
         strides = engine.vae_config.strides
         size = window_size(engine.folder, strides)
-        self.windows = Windows(size, min(OVERLAP, size - 1), bench.windows, strides.t)
+        self.windows = Windows(size, min(int(SETTINGS["overlap"].off or 0), size - 1), bench.windows, strides.t)
 
     def can_make(self, source: str) -> bool:
         """Whether the model has the task that a source takes."""

@@ -27,7 +27,6 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.shapes import size_for_aspect
 from vidgen.media.clip import Clip
-from vidgen.media.label import with_label
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo, Frames
@@ -79,7 +78,8 @@ class DiffusersEngine:
         self.pipe = LoadedPipeline(folder, device, DTYPES[dtype], offload, loader)
 
     def generate(
-        self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
+        self, prompt: str | Request, *, count: int = 1,
+        on_event: Callable[[Progress], None] | None = None,
         on_estimate: Callable[[Any], None] | None = None,  # noqa: ARG002  nothing is known
         on_preview: OnPreview | None = None, journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
@@ -93,10 +93,10 @@ class DiffusersEngine:
         Raises:
             InputError: an option that this family can't honour, with those that it can.
         """
-        request = Request.of(prompt, options)
+        request = Request.of(prompt, options, count)
         if on_preview is not None:
             raise InputError(f"{self.folder.name} shows no previews; leave --preview out")
-        journals = journals_of(journal, request.count)
+        journals = journals_of(journal, count)
         enforce(self.policy, request)
         request = recall(request, journals)
         request, inputs = self._read(request)
@@ -104,7 +104,7 @@ class DiffusersEngine:
         able = Abilities(self.pipe.taking(next(shown, None)))
         scheduler = make_scheduler(able.pipe.scheduler, request)
         first = make_diffusers_plan(request, inputs, able, scheduler)
-        plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
+        plans = [replace(first, seed=first.seed + index) for index in range(count)]
 
         @cache  # clips of one length share it
         def track(num_frames: int) -> Soundtrack:
@@ -124,7 +124,7 @@ class DiffusersEngine:
             if kept.finished:
                 clips.append(kept.clip())
                 continue
-            report = Reporter(on_event, index, request.count)
+            report = Reporter(on_event, index, count)
             with kept.running(recipe):
                 made = self._made(plan, scheduler, request, inputs, able, kept, report)
                 settled = self._settled(plan, request, made)
@@ -134,7 +134,7 @@ class DiffusersEngine:
                 kept.keep_recipe(whole)
                 clip = self._clip(settled, whole, able, made, kept)
                 clips.append(sound.under(clip, plan.seed, partial(report, "sound"), kept))
-        return clips if request.count > 1 else clips[0]
+        return clips if count > 1 else clips[0]
 
     def close(self) -> None:
         """Free the pipeline's memory; this engine can't be used afterwards."""
@@ -227,9 +227,7 @@ class DiffusersEngine:
             sound = sound[: round(float(kept / plan.fps) * made.sound_rate)]
         info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=kept, sound=sound,
                         sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t)
-        is_labelled = recipe["request"].get("label") == "visible"
-        source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
-        return Clip(source, info, journal=journal)
+        return Clip(chunks, info, journal=journal)
 
 
 def _as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:

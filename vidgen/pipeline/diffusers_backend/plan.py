@@ -44,8 +44,8 @@ _RATE = ("frame_rate", "fps")
 _PLAIN = {"negative": "negative_prompt", "steps": "num_inference_steps", "image": "image",
           "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents"}
 """Options that a parameter of one name stands for."""
-_ALWAYS = {"prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
-           "retry", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice"}
+_ALWAYS = {"prompt", "seed", "fit", "audio", "audio_loop", "audio_model", "audio_prompt", "say",
+           "voice"}
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
                  "use_exponential_sigmas", "use_beta_sigmas")

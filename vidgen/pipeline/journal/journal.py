@@ -51,6 +51,7 @@ class Journal:
         output: the file or folder to be written; None: a journal that keeps nothing.
         resume: continue an existing job; start if there is none.
         overwrite: start again even if a job or an output exists.
+        marks: `label` and `aigc` of the file, as `core.request.Saving.marks` gives them.
 
     Raises:
         OutputError: an unfinished job exists without either option, or another process runs it.
@@ -58,8 +59,9 @@ class Journal:
 
     def __init__(
         self, output: str | os.PathLike[str] | None, *, resume: bool = False,
-        overwrite: bool = False,
+        overwrite: bool = False, marks: Mapping[str, str] | None = None,
     ) -> None:
+        self.marks: Mapping[str, str] = marks or {}
         self.output = None if output is None else Path(output)
         self.folder = Path() if output is None else job.job_folder(output)
         self.resume, self.overwrite = resume, overwrite  # a job saves the latter
@@ -121,7 +123,7 @@ class Journal:
             OutputError: another process works on it.
         """
         if self.output is not None:
-            self._take_up(recipe, device)
+            self._take_up({**recipe, **self.marks}, device)
         try:
             yield
         except BaseException:
@@ -147,7 +149,7 @@ class Journal:
         """Replace the job's recipe by one that settles its open values."""
         if self.keeps:
             with self._saving():
-                job.write_job(self.folder, recipe, overwrite=self.overwrite)
+                job.write_job(self.folder, {**recipe, **self.marks}, overwrite=self.overwrite)
 
     def keep_window(self, done: Tensor) -> None:
         """Save the last finished window, given all latents so far [1, C, n, h, w]."""
@@ -231,6 +233,7 @@ class Journal:
     def check(self, recipe: dict[str, Any]) -> None:
         """Raise InputError with the differences if the job or output is of another recipe."""
         old, place = self.recipe, self.folder if self.unfinished else self.output
+        recipe = {**recipe, **self.marks}
         if old is None:
             if self.finished:
                 raise InputError(f"{place} tells no recipe, so it may be any clip; choose another "
@@ -337,19 +340,23 @@ class Journal:
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Restore jobs' seed, tiles, normalised words and thread count; raise InputError."""
+    """Restore jobs' seed, normalised words and thread count; raise InputError."""
     for index, journal in enumerate(journals):
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:
             request = request.replace(seed=recipe["plan"]["seed"] - index)
-        if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
-            request = request.replace(tiles=recorded.recorded_tiles(recipe["plan"]))
         if request.readings == "auto" and "readings" in recipe.get("plan", ()):
             request = request.replace(readings=recorded.recorded_readings(recipe["plan"]))
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:
             _use_threads(threads, journal)
     return request
+
+
+def recalled_tiles(journals: Sequence[Journal]) -> str | None:
+    """Return the tiles of the first job that has them, as an option; None if none has."""
+    plans = ((journal.recipe or {}).get("plan", {}) for journal in journals)
+    return next((recorded.recorded_tiles(plan) for plan in plans if "tiles" in plan), None)
 
 
 def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:

@@ -33,13 +33,13 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
-from vidgen.media.label import bears_label, with_label
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo, Frames, SegmentStore
 from vidgen.pipeline.codec import first_frames, room_for
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long import tail
 from vidgen.pipeline.long.tail import Beginning
+from vidgen.pipeline.settings import settled_value
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLOUR_HOLD = 0.5
 MAX_SHIFT, MAX_GAIN = 0.15, 1.1
 """Bounds of one window's correction, per latent channel: in its deviations, and of them."""
 
@@ -67,8 +66,8 @@ def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs)
     if request.prefix is None and plan.latents.num_frames <= size:
         return None
     _check(plan, request, engine.folder)
-    if request.overlap is not None and request.overlap >= size:
-        raise InputError(f"overlap is {request.overlap}; a window of this model has {size} latent "
+    if (overlap := request.settings.get("overlap", 0)) >= size:
+        raise InputError(f"overlap is {overlap}; a window of this model has {size} latent "
                          f"frames, give {size - 1} or fewer")
     begun = read_beginning(engine, plan, request, inputs)
     return LongClip(engine, plan, request, inputs, begun)
@@ -122,7 +121,8 @@ class LongClip:
         run, to resume after it. `add_sound` adds a given sound to a window's state, from its first
         latent frame and their number.
         """
-        rate, hold = self.begun.rate, self.request.colour_hold
+        rate = self.begun.rate
+        hold = settled_value("colour_hold", self.request, self.engine.folder)
         made = self.begun.latents if done is None else done
         count, finer = rate.num_shown(made.shape[2]), rate.num_upsampled
         end = self.windows[-1][1] if self.windows else count
@@ -142,8 +142,7 @@ class LongClip:
             picture, _ = state.unpack(sample(own, state))
             new = picture[:, :, finer(count) - finer(start) :]
             if count:
-                new = hold_colours(new, self._colours(latents),
-                                   COLOUR_HOLD if hold is None else hold)
+                new = hold_colours(new, self._colours(latents), hold)
             latents[:, :, finer(count) : finer(stop)] = new.cpu()
             count = stop
             if keep is not None:
@@ -179,13 +178,11 @@ class LongClip:
         ending = self.inputs.ending
         assert ending is not None
         path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
-        label = self.request.label == "visible" and not bears_label(ending.recipe)
         if (ending.fps, ending.size) == (plan.fps, info.size) and ending.is_plain:
-            return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
+            return ContinuedClip(path, begun.num_frames, added, info, journal)
         log.warning("%s: its frames are encoded once more, for another size, rate or timing",
                     self.request.prefix)
-        source = with_label(whole, info.size, info.fps) if label else whole
-        return Clip(source, info, journal=journal)
+        return Clip(whole, info, journal=journal)
 
     @property
     def _stride_t(self) -> int:

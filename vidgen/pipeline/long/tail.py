@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion.temporal_upsampling import LatentRate
+from vidgen.pipeline.settings import settled_value
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -32,7 +33,6 @@ that follow; from 6 by 2, from 8 by no more than bf16 does.
 TAIL_BYTES = 2_000_000
 ANCHOR_TASK = "anchor"
 """In `model.json`: the model was trained to refer to a long clip's first frame."""
-OVERLAP = 3
 """Default number of latent frames that windows share."""
 AS_SHOWN = LatentRate(1)
 
@@ -94,7 +94,7 @@ def windows_after(
     if given:
         missing = plan.kept_frames - begun.num_reached
         total = given + max(math.ceil(missing / strides.t), 0)
-    overlap = min(request.overlap or OVERLAP, size - 1)
+    overlap = min(int(settled_value("overlap", request, folder)), size - 1)
     return split_windows(given, total, size, min(overlap, given or overlap))
 
 

@@ -22,6 +22,7 @@ def write_request(
     engine: AnyEngine, request: Request, path: Path, tell: OnEvent,
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None, on_estimate: Callable[[Estimate], None] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Clip:
     """Make a request's single clip and write it, over an existing file; resume a stopped one.
 
@@ -31,8 +32,9 @@ def write_request(
         cut: returns the part of the clip to be written; None: all.
         on_preview: as in `Engine.generate`; other families' engines show none.
         on_estimate: likewise.
+        marks: of the file, as in `Journal`.
     """
-    journal = Journal(path, resume=True)
+    journal = Journal(path, resume=True, marks=marks)
     if journal.finished:  # a kill came after the file, before anybody was told of it
         return journal.clip()
     given = {"on_preview": on_preview, "on_estimate": on_estimate}
