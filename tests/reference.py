@@ -41,7 +41,8 @@ INTRO = """\
 # Options of a generation
 
 Every option of `vidgen generate`, by the headings of `vidgen generate --help-all`. In Python the
-options are keywords of `engine.generate` with `_` for `-`; over HTTP they are
+options are keywords of `engine.generate` with `_` for `-`, those of the model keywords of
+`vidgen.load`, and `label` and `aigc` keywords of `clip.save`; over HTTP they are
 [fields of a request](api.md). `vidgen plan` and `vidgen sweep` take the same
 options. An empty default means that the model chooses: `vidgen models --json` lists its defaults.
 

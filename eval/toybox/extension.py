@@ -200,7 +200,8 @@ def main() -> None:
     add("--steps", type=int, help="denoising steps; default the model's")
     add("--overlap", type=int, default=SETTINGS["overlap"].off,
         help="latent frames; default %(default)s")
-    add("--hold", type=float, default=SETTINGS["colour_hold"].off, help="of `held`; default %(default)s")
+    add("--hold", type=float, default=SETTINGS["colour_hold"].off,
+        help="of `held`; default %(default)s")
     add("--dtype", choices=("fp32", "bf16", "fp16"))
     add("--workers", type=int, help="clips beside each other")
     add("--threads", type=int, help="that each worker computes on")

@@ -19,6 +19,7 @@ from tests.films import FPS, SIZE, film, painted, render
 from tests.sounds import RATE, save, tone
 from vidgen.core.errors import InputError, OutputError
 from vidgen.media.clip import Clip
+from vidgen.media.manifest import read_marks
 from vidgen.media.mastering import measure
 from vidgen.media.probe import probe, read_recipe
 from vidgen.media.provenance import GENERATED
@@ -282,6 +283,22 @@ def test_scenes_are_chapters_and_the_recipe_tells_all(make):
     assert [each["address"] for each in recipe["film"]["shots"]] == ["s0", "s1", "s2", "s3"]
     assert recipe["film"]["timeline"]["shots"][1]["overlap_s"] == 0.5
     assert recipe["encoder"]["codec"] == "libx264"
+
+
+def test_a_film_bears_its_label_and_producer(make):
+    shots = shots_text("", "transition: dissolve", "caption: HELLO")
+    plain = make("project: {finish: {captions: burn}}\n" + shots, [12, 24, 24])
+    before = Clip.from_file(plain.output).frames
+    made = make("project: {finish: {captions: burn, label: visible, aigc: ACME}}\n" + shots,
+                [12, 24, 24])
+    film = Clip.from_file(made.output)
+    changed = np.abs(film.frames.astype(int) - before).max(axis=-1) > 60
+    assert changed[:24].any((1, 2)).all(), "2 seconds"
+    assert not changed[24:].any()
+    assert (film.recipe["label"], film.recipe["aigc"]) == ("visible", "ACME")
+    assert read_marks(made.output).aigc["ContentProducer"] == "ACME"
+    with pytest.raises(InputError, match="label is 'big'; known: none, visible"):
+        make("project: {finish: {label: big}}\n" + shots, [12, 24, 24])
 
 
 @pytest.mark.parametrize("off", [None, "film", "scene"])

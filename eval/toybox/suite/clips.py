@@ -67,7 +67,8 @@ class Maker:
         self.bench, self.engine, self.plan = bench, engine, plan
         strides = engine.vae_config.strides
         size = window_size(engine.folder, strides)
-        self.windows = Windows(size, min(int(SETTINGS["overlap"].off or 0), size - 1), bench.windows, strides.t)
+        overlap = min(int(SETTINGS["overlap"].off or 0), size - 1)
+        self.windows = Windows(size, overlap, bench.windows, strides.t)
 
     def can_make(self, source: str) -> bool:
         """Whether the model has the task that a source takes."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def write_request(
     engine: AnyEngine, request: Request, path: Path, tell: OnEvent,
-    told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
+    told: Mapping[str, Any], *, cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None, on_estimate: Callable[[Estimate], None] | None = None,
     marks: Mapping[str, str] | None = None,
 ) -> Clip:
