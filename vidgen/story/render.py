@@ -175,7 +175,8 @@ class ShotWork(EngineWork):
         facts = {"clip": payload.clip, "shot": payload.shot, "seed": take.seed}
         cut = partial(_without_head, head=head) if head and not payload.index else None
         path = self.store.path(take.parts[payload.index].key)
-        write_request(self.engine, request, path, tell, facts, cut, self.on_preview)
+        write_request(self.engine, request, path, tell, facts, cut=cut,
+                      on_preview=self.on_preview)
         if payload.is_compared:
             engine = self.engine
             assert isinstance(engine, OpenedModel), "films are made by the engine's own models"
