@@ -13,9 +13,7 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.samplers import (
     UNIPC_SIGMA_MAX,
-    sample_ancestral,
-    sample_euler,
-    sample_unipc,
+    sample,
     sample_with_scheduler,
     scheduler_sigmas,
 )
@@ -53,7 +51,7 @@ def run_diffusers(scheduler, num_steps):
 def test_unipc_equals_diffusers(num_steps, shift):
     expected = run_diffusers(unipc(shift), num_steps)
     sigmas = make_sigmas(num_steps, shift, sigma_min=0.001)
-    ours = sample_unipc(denoise, NOISY, sigmas)
+    ours = sample("unipc", denoise, NOISY, sigmas)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -63,7 +61,7 @@ def test_euler_equals_diffusers(num_steps, shift):
     expected = run_diffusers(FlowMatchEulerDiscreteScheduler(shift=shift), num_steps)
     smallest = float(shifted(torch.tensor(0.001), shift))
     sigmas = make_sigmas(num_steps, shift, sigma_min=smallest, reach_min=True)
-    ours = sample_euler(denoise, NOISY, sigmas)
+    ours = sample("euler", denoise, NOISY, sigmas)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -82,7 +80,7 @@ def test_ancestral_equals_diffusers(num_steps, shift):
         expected = scheduler.step(
             velocity, timestep, expected, variance_noise=noise[i], return_dict=False
         )[0]
-    ours = sample_ancestral(denoise, NOISY, scheduler.sigmas, fresh=lambda step: noise[step])
+    ours = sample("ancestral", denoise, NOISY, scheduler.sigmas, fresh=lambda step: noise[step])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 

@@ -9,13 +9,12 @@ import torch
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import LatentShape, Strides
-from vidgen.diffusion import condition
+from vidgen.diffusion import condition, samplers
 from vidgen.diffusion.condition import latent_mask
 from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.guidance import guidance_share
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample_euler, sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.state import denoise_inputs, new_sound, new_state
 
@@ -38,13 +37,13 @@ def velocity(latents, sigma):
     return torch.tanh(mixed) * (1 + sigma.view(-1, 1, 1, 1, 1))
 
 
-def sample(state, sampler=sample_unipc, sigmas=None):
+def sample(state, sampler="unipc", sigmas=None):
     def denoise(latents, sigma):
         seen, _ = denoise_inputs(state, sigma, latents)
         return velocity(seen, sigma)
 
     sigmas = make_sigmas(4, 3.0) if sigmas is None else sigmas
-    return sampler(denoise, state.latents, sigmas, project=state.impose)
+    return samplers.sample(sampler, denoise, state.latents, sigmas, project=state.impose)
 
 
 def test_without_conditions_the_model_sees_latents_and_sigma_as_they_are():
@@ -52,7 +51,8 @@ def test_without_conditions_the_model_sees_latents_and_sigma_as_they_are():
     latents, sigma = denoise_inputs(state, SIGMA)
     assert latents is NOISE
     assert sigma is SIGMA
-    assert torch.equal(sample(state), sample_unipc(velocity, NOISE, make_sigmas(4, 3.0)))
+    alone = samplers.sample("unipc", velocity, NOISE, make_sigmas(4, 3.0))
+    assert torch.equal(sample(state), alone)
 
 
 def test_first_frame_is_seen_clean_at_sigma_zero_and_comes_out_exactly():
@@ -133,7 +133,7 @@ def test_mask_keeps_the_clip_outside_and_gives_each_token_its_sigma():
     assert torch.equal(sigma, SIGMA.view(2, 1, 1, 1) * region[:, 0])
     _, tokens = denoise_inputs(state, SIGMA, patch=2)
     assert torch.equal(tokens, SIGMA.view(2, 1, 1, 1) * region[:, 0, :, ::2, ::2])
-    clip = sample(state, sample_euler)
+    clip = sample(state, "euler")
     assert torch.equal(clip[..., :2], CLIP[..., :2])
 
 

@@ -9,7 +9,7 @@ import torch
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
 from vidgen.diffusion.noise import shuffled
-from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.diffusion.samplers import SAMPLERS, sample
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.state import new_sound, new_state, sound_begins
 
@@ -59,15 +59,18 @@ def test_a_sampler_goes_to_the_same_ends_as_with_each_alone(sampler):
     def drawing(fresh):
         return {"fresh": fresh} if sampler == "ancestral" else {}
 
-    made = SAMPLERS[sampler](
+    made = sample(
+        sampler,
         both, state.begin(), sigmas, project=state.project, **drawing(state.fresh)
     )
     picture, sound = state.unpack(made)
-    alone = SAMPLERS[sampler](
+    alone = sample(
+        sampler,
         towards(aims[0]), state.impose(state.latents), sigmas, project=state.impose,
         **drawing(partial(shuffled, state.latents)),
     )
-    heard = SAMPLERS[sampler](
+    heard = sample(
+        sampler,
         towards(aims[1]), state.sound.impose(state.sound.latents), sigmas,
         project=state.sound.impose, **drawing(partial(shuffled, state.sound.latents)),
     )

@@ -18,7 +18,7 @@ from vidgen.diffusion.flow import (
 )
 from vidgen.diffusion.guidance import Guidance, guide, guided
 from vidgen.diffusion.noise import draw_noise, shuffled
-from vidgen.diffusion.samplers import SAMPLERS, sample_ancestral, sample_euler, sample_unipc
+from vidgen.diffusion.samplers import SAMPLERS, sample
 from vidgen.diffusion.schedule import draw_sigmas, make_sigmas, shifted
 
 MEAN, DEVIATION = 0.8, 0.5
@@ -44,18 +44,18 @@ def smooth_error(sampler, num_steps):
     start = 0.9  # where every derivative of the field is moderate
     noisy = (1 - start) * MEAN + math.hypot((1 - start) * DEVIATION, start) * noise
     levels = start * (1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
-    solved = sampler(gaussian_velocity, noisy, levels)
+    solved = sample(sampler, gaussian_velocity, noisy, levels)
     return float((solved - (MEAN + DEVIATION * noise)).abs().max())
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("unipc", 2)])
 def test_error_falls_with_the_order_of_the_sampler(name, order):
-    coarse, fine = (smooth_error(SAMPLERS[name], steps) for steps in (20, 40))
+    coarse, fine = (smooth_error(name, steps) for steps in (20, 40))
     assert math.log2(coarse / fine) > order - 0.25
     assert fine < {1: 5e-2, 2: 2e-3}[order]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_model_that_knows_the_clip_hits_it_exactly_in_any_number_of_steps(sampler):
     clean, noise = draw_noise(1, SHAPE), draw_noise(2, SHAPE)
 
@@ -63,19 +63,20 @@ def test_a_model_that_knows_the_clip_hits_it_exactly_in_any_number_of_steps(samp
         return (latents - clean) / sigma.view(-1, 1, 1, 1, 1)
 
     for num_steps in (1, 2, 5):
-        torch.testing.assert_close(sampler(denoise, noise, make_sigmas(num_steps)), clean)
+        torch.testing.assert_close(sample(sampler, denoise, noise, make_sigmas(num_steps)), clean)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_resuming_after_any_step_equals_running_straight(sampler):
     noise, sigmas = draw_noise(5, SHAPE), make_sigmas(7, 3.0)
     infos = []
-    straight = sampler(gaussian_velocity, noise, sigmas, on_step=infos.append)
+    straight = sample(sampler, gaussian_velocity, noise, sigmas, on_step=infos.append)
     assert [info.step for info in infos] == list(range(1, 8))
     assert torch.equal(infos[-1].state.latents, straight)
     for info in infos:
         later = []
-        again = sampler(
+        again = sample(
+            sampler,
             gaussian_velocity, noise, sigmas, resume=info.state, on_step=later.append
         )
         assert torch.equal(again, straight)
@@ -84,10 +85,10 @@ def test_resuming_after_any_step_equals_running_straight(sampler):
 
 def test_ancestral_steps_draw_from_the_distribution_and_not_along_a_path():
     noise = draw_noise(6, replace(SHAPE, num_frames=1, height=50, width=64))
-    clean = sample_ancestral(gaussian_velocity, noise, make_sigmas(600, 3.0))
+    clean = sample("ancestral", gaussian_velocity, noise, make_sigmas(600, 3.0))
     assert float(clean.mean()) == pytest.approx(MEAN, abs=0.03)
     assert float(clean.std()) == pytest.approx(DEVIATION, abs=0.03)
-    by_path = sample_euler(gaussian_velocity, noise, make_sigmas(600, 3.0))
+    by_path = sample("euler", gaussian_velocity, noise, make_sigmas(600, 3.0))
     pairs = [torch.stack([noise.flatten(), made.flatten()]) for made in (by_path, clean)]
     along, apart = (float(torch.corrcoef(pair)[0, 1]) for pair in pairs)
     assert along > 0.99
@@ -113,7 +114,7 @@ def test_shuffled_noise_is_noise_of_its_own_in_each_latent_frame(shape):
 def test_steps_report_where_they_are_and_what_the_model_believes():
     infos = []
     sigmas = make_sigmas(4, 2.0)
-    sample_euler(gaussian_velocity, draw_noise(5, SHAPE), sigmas, on_step=infos.append)
+    sample("euler", gaussian_velocity, draw_noise(5, SHAPE), sigmas, on_step=infos.append)
     assert [info.sigma for info in infos] == sigmas[:-1].tolist()
     assert [info.sigma_next for info in infos] == sigmas[1:].tolist()
     assert all(info.num_steps == 4 for info in infos)
@@ -129,7 +130,7 @@ def test_cancelling_stops_at_that_step():
             raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):
-        sample_unipc(gaussian_velocity, draw_noise(5, SHAPE), make_sigmas(6), on_step=stop)
+        sample("unipc", gaussian_velocity, draw_noise(5, SHAPE), make_sigmas(6), on_step=stop)
     assert steps == [1, 2]
 
 
@@ -137,7 +138,8 @@ def test_projection_holds_after_every_step():
     known = torch.zeros(SHAPE.dims, dtype=torch.bool)
     known[:, :, 0] = True
     infos = []
-    latents = sample_unipc(
+    latents = sample(
+        "unipc",
         gaussian_velocity,
         draw_noise(5, SHAPE),
         make_sigmas(3),
@@ -188,7 +190,7 @@ def test_strength_takes_its_share_of_the_steps():
     assert float(half[0]) == pytest.approx(0.75)
     assert torch.equal(make_sigmas(10, 3.0, strength=1.0), make_sigmas(10, 3.0))
     noisy = draw_noise(0, SHAPE)
-    assert torch.equal(sample_euler(gaussian_velocity, noisy, make_sigmas(9, strength=0)), noisy)
+    assert torch.equal(sample("euler", gaussian_velocity, noisy, make_sigmas(9, strength=0)), noisy)
     assert len(make_sigmas(10, strength=0.01)) == 2
 
 
@@ -228,12 +230,12 @@ def test_guidance_one_is_the_conditional_pass_bit_for_bit_and_costs_no_second():
         return -gaussian_velocity(latents, sigma)
 
     noise, sigmas = draw_noise(5, SHAPE), make_sigmas(4)
-    alone = sample_euler(gaussian_velocity, noise, sigmas)
+    alone = sample("euler", gaussian_velocity, noise, sigmas)
     model = guided(gaussian_velocity, unconditional, Guidance(scale=1.0))
-    assert torch.equal(sample_euler(model, noise, sigmas), alone)
+    assert torch.equal(sample("euler", model, noise, sigmas), alone)
     assert calls == []
     model = guided(gaussian_velocity, unconditional, Guidance(3.0, interval=(0.3, 0.8)))
-    assert not torch.equal(sample_euler(model, noise, sigmas), alone)
+    assert not torch.equal(sample("euler", model, noise, sigmas), alone)
     assert calls == [0.75, 0.5]
 
 

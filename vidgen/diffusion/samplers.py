@@ -36,16 +36,30 @@ UNIPC_SIGMA_MAX = 1 - 1e-6
 """UniPC works in log-SNR, which is infinite at sigma = 1; diffusers stops short by the same."""
 
 
-def sample_euler(
-    denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None,
-    project: Project | None = None, resume: SamplerState | None = None,
+SAMPLERS = ("euler", "unipc", "ancestral")
+
+
+def sample(
+    name: str, denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, fresh: Fresh | None = None,
+    on_step: OnStep | None = None, project: Project | None = None,
+    resume: SamplerState | None = None,
 ) -> Tensor:
-    """Integrate dx/dsigma = velocity with Euler steps (Karras et al. 2022, Alg. 1 without churn).
+    """Integrate dx/dsigma = velocity from noise to clean latents.
+
+    * euler: Karras et al. 2022, Alg. 1 without churn.
+    * unipc: UniPC-2, data prediction, B2(h) (Zhao et al. 2023, Alg. 2, Table 5). Each model call
+      first corrects its own point, then predicts the next one: second order at the cost of Euler.
+      Equal to diffusers' `UniPCMultistepScheduler` with flow sigmas and flow prediction.
+    * ancestral: steps that replace a share of the noise with fresh noise (Ho et al. 2020, Alg. 2),
+      of first order, as DDIM with eta = 1 (Song et al. 2021, eq. 16) and SDE-DPM-Solver++(1) (Lu et
+      al. 2022, appendix). Fresh noise covers part of the model's errors, which later steps correct.
 
     Args:
+        name: one of `SAMPLERS`.
         denoise: maps (latents [B, C, F, h, w], sigma [B]) to velocity of the same shape.
         noisy: starting latents [B, C, F, h, w], at sigmas[0].
         sigmas: [num_steps + 1], strictly falling, last value 0.
+        fresh: the noise of ancestral's steps; None: `shuffled` from `noisy`, then pure noise.
         on_step: called with StepInfo after each step; raising Cancelled stops cleanly.
         project: writes known values into latents; applied after each step.
         resume: the last state of an earlier run with the same arguments.
@@ -53,45 +67,15 @@ def sample_euler(
     Returns:
         Clean latents [B, C, F, h, w], float32.
     """
-    return _integrate(_euler_step, denoise, noisy, _levels(sigmas), on_step, project, resume)
-
-
-def sample_unipc(
-    denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None,
-    project: Project | None = None, resume: SamplerState | None = None,
-) -> Tensor:
-    """Integrate with UniPC-2, data prediction, B2(h) (Zhao et al. 2023, Alg. 2, Table 5).
-
-    Each model call first corrects its own point, then predicts the next one: second order at the
-    cost of Euler. Arguments and result are as in `sample_euler`; it is equal to diffusers'
-    `UniPCMultistepScheduler` with flow sigmas and flow prediction.
-    """
-    levels = _levels(sigmas.clamp(max=UNIPC_SIGMA_MAX))
-    return _integrate(_unipc_step, denoise, noisy, levels, on_step, project, resume)
-
-
-def sample_ancestral(
-    denoise: Denoise, noisy: Tensor, sigmas: Tensor, *, fresh: Fresh | None = None,
-    on_step: OnStep | None = None, project: Project | None = None,
-    resume: SamplerState | None = None,
-) -> Tensor:
-    """Take steps that replace a share of the noise with fresh noise (Ho et al. 2020, Alg. 2).
-
-    Of first order, as DDIM with eta = 1 (Song et al. 2021, eq. 16) and SDE-DPM-Solver++(1) (Lu et
-    al. 2022, appendix). Fresh noise covers part of the model's errors, which later steps correct.
-
-    Arguments and result are as in `sample_euler`; `fresh` returns the noise of each step but the
-    last. None: `shuffled` from `noisy`, which must be pure noise.
-    """
-    step = partial(_ancestral_step, fresh or partial(shuffled, noisy.float()))
-    return _integrate(step, denoise, noisy, _levels(sigmas), on_step, project, resume)
-
-
-Sampler = Callable[..., Tensor]
-"""Arguments and result are as in `sample_euler`."""
-SAMPLERS: dict[str, Sampler] = {
-    "euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral,
-}
+    step: Step = _unipc_step if name == "unipc" else _euler_step
+    if name == "unipc":
+        sigmas = sigmas.clamp(max=UNIPC_SIGMA_MAX)
+    elif name == "ancestral":
+        step = partial(_ancestral_step, fresh or partial(shuffled, noisy.float()))
+    levels: list[float] = sigmas.tolist()
+    assert levels[-1] == 0, f"the last sigma must be 0, not {levels[-1]}"
+    assert all(a > b for a, b in pairwise(levels)), f"sigmas must fall strictly, not {levels}"
+    return _integrate(step, denoise, noisy, levels, on_step, project, resume)
 
 
 def whole_timesteps(name: str) -> bool:
@@ -99,22 +83,13 @@ def whole_timesteps(name: str) -> bool:
     return name in ("unipc", "UniPCMultistepScheduler")
 
 
-def sampler_of(name: str, state: LatentState) -> Sampler:
-    """Return one of `SAMPLERS`; it draws fresh noise from the state's own."""
-    sampler = SAMPLERS[name]
-    return partial(sampler, fresh=state.fresh) if name == "ancestral" else sampler
-
-
 def sample_state(
     name: str, denoise: Denoise, state: LatentState, sigmas: Tensor, *,
     on_step: OnStep | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
-    """Sample a state by one of `SAMPLERS`, with its known values; see `sample_euler`.
-
-    The result is packed where the state has sound.
-    """
-    return sampler_of(name, state)(denoise, state.begin(), sigmas, on_step=on_step,
-                                   project=state.project, resume=resume)
+    """Sample a state with its known values; the result is packed where it has sound."""
+    return sample(name, denoise, state.begin(), sigmas, fresh=state.fresh, on_step=on_step,
+                  project=state.project, resume=resume)
 
 
 def _integrate(
@@ -254,7 +229,7 @@ def sample_with_scheduler(
     and every velocity so far, and resuming replays them without the model. The scheduler's own
     state is overwritten. `noisy` is at `scheduler_sigmas(...)[0]`, `num_steps` are of a run from
     pure noise, and `strength` is as in `make_sigmas`. `generator` is for schedulers that draw noise
-    at each step; it is seeded again when resuming. All else is as in `sample_euler`.
+    at each step; it is seeded again when resuming. All else is as in `sample`.
 
     Raises:
         InputError: see `scheduler_sigmas`.
@@ -279,10 +254,3 @@ def sample_with_scheduler(
         latents = project(latents) if project else latents
     state = SamplerState(len(velocities), latents, (start, *velocities))
     return _integrate(step, denoise, noisy, levels, on_step, project, state)
-
-
-def _levels(sigmas: Tensor) -> list[float]:
-    levels: list[float] = sigmas.tolist()
-    assert levels[-1] == 0, f"the last sigma must be 0, not {levels[-1]}"
-    assert all(a > b for a, b in pairwise(levels)), f"sigmas must fall strictly, not {levels}"
-    return levels

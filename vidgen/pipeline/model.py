@@ -20,7 +20,7 @@ from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
+from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo, SegmentStore
@@ -241,10 +241,8 @@ class OpenedModel:
                     on_step=on_step, project=state.project, resume=resume,
                 )
             else:
-                latents = sampler_of(plan.sampler, state)(
-                    denoise, state.begin(), sigmas, on_step=on_step, project=state.project,
-                    resume=resume,
-                )
+                latents = sample_state(plan.sampler, denoise, state, sigmas, on_step=on_step,
+                                       resume=resume)
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def decode(

@@ -19,7 +19,7 @@ from train.toybox.phases import train
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.samplers import UNIPC_SIGMA_MAX, sample_unipc
+from vidgen.diffusion.samplers import UNIPC_SIGMA_MAX, sample
 from vidgen.models.lora import attached
 from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.engine import Engine, load
@@ -109,7 +109,7 @@ def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path:
                             patch=dits[role].config.patch_size, whole=True)
 
     with torch.no_grad():
-        made = sample_unipc(by_hand, state.begin(), torch.tensor(engine.folder.student.sigmas))
+        made = sample("unipc", by_hand, state.begin(), torch.tensor(engine.folder.student.sigmas))
     torch.testing.assert_close(clip.latents, made, atol=1e-4, rtol=1e-4)
 
 

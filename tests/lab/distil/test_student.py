@@ -31,7 +31,7 @@ from vidgen.core.config import build
 from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.diffusion.samplers import sample_unipc
+from vidgen.diffusion.samplers import sample
 from vidgen.media.probe import read_recipe
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
@@ -114,7 +114,7 @@ def test_steps_of_the_targets_lead_where_the_teacher_does(settings: dict[str, An
     targets = iter(
         take_steps(given, sigmas, torch.arange(4), torch.full((4,), at)).target for at in (0, 1)
     )
-    made = sample_unipc(lambda *_: next(targets), given.state.begin(), sigmas,
+    made = sample("unipc", lambda *_: next(targets), given.state.begin(), sigmas,
                         project=given.state.project)
     torch.testing.assert_close(made, given.end, atol=4e-3, rtol=4e-3)
     drawn = draw_steps(given, sigmas, 4, 0, 1, 2, own=range(2))
@@ -187,7 +187,8 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     (context, lengths), = engine.encode_prompt(made)
     state = engine.prepare(made, Request(prompt=PROMPT, seed=3), Inputs())
     with engine.loader.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
-        by_hand = sample_unipc(
+        by_hand = sample(
+            "unipc",
             lambda noisy, sigma: velocity(
                 dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size,
                 whole=True,
