@@ -12,6 +12,7 @@ from train.toybox.phases import Phase, PhasedRun
 from train.toybox.redrawing import Redrawer
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_data import Batch, ClipDraws
+from train.toybox.tasks.mix import ConditionMix
 from train.toybox.tasks.model_made import Settled
 from train.toybox.tasks.toybox_data import (
     MARK_BINS,
@@ -26,7 +27,6 @@ from train.toybox.world.scenes import Actor, Scene
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.condition import reference_position
-from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.state import are_references
 from vidgen.diffusion.temporal_upsampling import LatentRate, interpolated
@@ -346,3 +346,10 @@ def test_clips_are_handed_over_at_low_noise_alone(handing: DiTData) -> None:
         replace(handing, handed_from=0.9)
     with pytest.raises(InputError, match=r"handed_from is 0\.8; .*handed_share 0"):
         replace(handing, levels=(0.0, 1.0), boundary=None)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"first": -0.1}, {"text": float("nan")}, {"reference": 1.5}])
+def test_nonsense_in_a_mix_is_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        ConditionMix(**weights)

@@ -5,63 +5,21 @@ Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import keyframe_position, reference_position
 from vidgen.diffusion.state import LatentState
 
 KINDS = ("text", "first", "last", "both", "frames", "prefix", "mask")
-"""Conditions of which a sample has one; it may have references, too."""
-
-
-@dataclass(frozen=True)
-class ConditionMix:
-    """Frequencies of the conditions in training; the weights needn't sum to 1.
-
-    Attributes:
-        text: nothing but the caption.
-        frames: a random choice of a sample's stills.
-        prefix: a beginning of up to two thirds of the latent frames.
-        mask: a region kept through the whole clip.
-        reference: probability that a sample gets its reference stills, whatever else was drawn.
-    """
-
-    text: float = 0.60
-    first: float = 0.15
-    last: float = 0.05
-    both: float = 0.05
-    frames: float = 0.05
-    prefix: float = 0.10
-    mask: float = 0.05
-    reference: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in (*KINDS, "reference"):
-            weight = getattr(self, name)
-            if not 0 <= weight < float("inf"):
-                raise InputError(f"condition {name!r} must have a weight from 0, not {weight}")
-        if self.reference > 1:
-            raise InputError(f"the share of references must lie in 0..1, not {self.reference}")
-
-
-@dataclass(frozen=True)
-class Stills:
-    """Stills of training clips, each encoded alone.
-
-    Attributes:
-        latents: [B, C, K, h, w].
-        frame_index: [B, K] int64, the frame of the clip, which may lie after the end of a clip
-            that was cut; -1 - n for reference n.
-    """
-
-    latents: Tensor
-    frame_index: Tensor
+"""Conditions of which a sample has one; it may have references, too. "text" is the caption alone,
+"frames" a random choice of a sample's stills, "prefix" a beginning of up to two thirds of the
+latent frames, "mask" a region that is kept through the whole clip."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +29,29 @@ class Given:
     Attributes:
         known: [B, 1, F, h, w] bool, latents known in place.
         used: [B, K] bool, the stills that a sample is given.
-        frame_index: [B, K], see `Stills`.
+        frame_index: [B, K], the frame of the clip that each still shows; -1 - n for reference n.
     """
 
     known: Tensor
     used: Tensor
     frame_index: Tensor
 
-    @property
-    def has_reference(self) -> Tensor:
-        """Samples that are given a reference image, [B] bool."""
-        return (self.used & (self.frame_index < 0)).any(1)
-
 
 def draw_conditions(
-    size: tuple[int, int, int, int], generator: torch.Generator, mix: ConditionMix,
-    strides: Strides, *, frame_index: Tensor | None = None, patch: int = 1,
+    size: tuple[int, int, int, int], generator: torch.Generator, weights: Mapping[str, float],
+    strides: Strides, *, reference: float = 0.0, frame_index: Tensor | None = None, patch: int = 1,
 ) -> Given:
     """Draw a condition for each sample of a batch of latents of `size` B, F, h and w.
 
-    Conditions that need missing stills or several frames leave their share to the others. The
-    generator and `frame_index` [B, K] of the stills (see `Stills`; None: no stills) are on the CPU.
-    A token has `patch` latents a side.
+    Conditions that need missing stills or several frames leave their share to the others.
+
+    Args:
+        generator: on the CPU.
+        weights: of `KINDS`; they needn't sum to 1.
+        reference: probability that a sample gets its reference stills, whatever else was drawn.
+        frame_index: of the stills, see `Given`, on the CPU; frames after the end of a clip that
+            was cut are left out. None: no stills.
+        patch: latents a side of one token.
     """
     batch, num_frames, height, width = size
     known = torch.zeros(batch, 1, num_frames, height, width, dtype=torch.bool)
@@ -108,10 +67,10 @@ def draw_conditions(
         frame_index = torch.zeros(batch, 0, dtype=torch.long)
     used = torch.zeros(frame_index.shape, dtype=torch.bool)
     kinds = list(possible)
-    weights = torch.tensor([float(getattr(mix, kind)) * possible[kind] for kind in kinds])
+    shares = torch.tensor([float(weights.get(kind, 0)) * possible[kind] for kind in kinds])
     drawn = [0] * batch  # "text"
-    if weights.any():
-        drawn = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
+    if shares.any():
+        drawn = torch.multinomial(shares, batch, replacement=True, generator=generator).tolist()
     for row, kind in enumerate(kinds[number] for number in drawn):
         if kind in {"first", "both"}:
             known[row, :, :1] = True
@@ -119,14 +78,15 @@ def draw_conditions(
             used[row] = frame_index[row] == last_index
         if kind == "frames":
             inside = (frame_index[row] > 0) & (frame_index[row] <= last_index)
-            used[row] = _draw_subset(inside, generator)
+            luck = torch.rand(len(inside), generator=generator).where(inside, 1.0)
+            used[row] = inside & ((luck < 0.5) | (luck == luck.min()))  # one, if any exist
         if kind == "prefix":
             longest = max(1, 2 * num_frames // 3)
             known[row, :, : _draw_int(1, longest, generator)] = True
         if kind == "mask":
             region = _draw_region(height // patch, width // patch, generator)
             known[row] = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    has_reference = torch.rand(batch, 1, generator=generator) < mix.reference
+    has_reference = torch.rand(batch, 1, generator=generator) < reference
     used |= (frame_index < 0) & has_reference
     return Given(known, used, frame_index)
 
@@ -136,35 +96,29 @@ def with_given(
 ) -> LatentState:
     """Return the state of clean clips [B, C, F, h, w] with drawn conditions, for `denoise_inputs`.
 
-    The loss counts where its `denoise_mask` is set. `stills` are [B, C, K, h, w], or None. The
-    state's keys have as many columns as the fullest row needs, and are None when no row needs any.
+    The loss counts where its `denoise_mask` is set. `stills` are [B, C, K, h, w], each encoded
+    alone, or None. The state's keys have as many columns as the fullest row needs, its stills to
+    the left, and are None when no row needs any.
     """
+    count = int(given.used.sum(1).max()) if given.used.numel() else 0
     keys = None
-    if stills is not None:
-        keys = _gather_keys(stills, given.frame_index, given.used, strides)
+    if stills is not None and count:
+        order = given.used.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+        shown = [
+            [keyframe_position(n, strides) if n >= 0 else reference_position(-1 - n) for n in row]
+            for row in given.frame_index.gather(1, order).tolist()
+        ]
+        rows, device = torch.arange(len(order))[:, None], stills.device
+        keys = KeyTokens(
+            latents=stills.transpose(1, 2)[rows.to(device), order.to(device)].transpose(1, 2),
+            positions=torch.tensor(shown, device=device),
+            valid=given.used.gather(1, order).to(device),
+        )
     return LatentState(latents, latents, ~given.known.to(latents.device), keys)
-
-
-def training_conditions(
-    latents: Tensor, generator: torch.Generator, mix: ConditionMix, strides: Strides, *,
-    stills: Stills | None = None, patch: int = 1,
-) -> LatentState:
-    """Draw conditions for clips and return their state: `draw_conditions` and `with_given`."""
-    batch, _, frames, height, width = latents.shape
-    index = None if stills is None else stills.frame_index.cpu()
-    given = draw_conditions((batch, frames, height, width), generator, mix, strides,
-                            frame_index=index, patch=patch)
-    return with_given(latents, given, None if stills is None else stills.latents, strides)
 
 
 def _draw_int(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-def _draw_subset(candidates: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random choice among the candidates [K] bool, at least one if any exist."""
-    luck = torch.rand(len(candidates), generator=generator).where(candidates, 1.0)
-    return candidates & ((luck < 0.5) | (luck == luck.min()))
 
 
 def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -179,25 +133,3 @@ def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
     region = torch.zeros(height, width, dtype=torch.bool)
     region[top : top + rows, left : left + columns] = True
     return region ^ bool(_draw_int(0, 1, generator))
-
-
-def _gather_keys(
-    latents: Tensor, frame_index: Tensor, used: Tensor, strides: Strides
-) -> KeyTokens | None:
-    """Return the used stills, moved to the left of their rows."""
-    count = int(used.sum(1).max()) if used.numel() else 0
-    if count == 0:
-        return None
-    order = torch.argsort(used.int(), dim=1, descending=True, stable=True)[:, :count]
-    index = frame_index.gather(1, order)
-    shown = [
-        [keyframe_position(n, strides) if n >= 0 else reference_position(-1 - n) for n in row]
-        for row in index.tolist()
-    ]
-    rows = torch.arange(len(order))[:, None]
-    device = latents.device
-    return KeyTokens(
-        latents=latents.transpose(1, 2)[rows.to(device), order.to(device)].transpose(1, 2),
-        positions=torch.tensor(shown, device=device),
-        valid=used.gather(1, order).to(device),
-    )

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from train.toybox.phases import PhasedRun
 from train.toybox.tasks.dit_config import PLAIN
+from train.toybox.tasks.mix import ConditionMix
 from train.toybox.tasks.toybox_data import CacheConfig
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from train.toybox.phases import PhasedRun
+from train.toybox.tasks.mix import ConditionMix
 from train.toybox.tasks.sound_cache import SoundMix
 from train.toybox.tasks.toybox_data import CacheConfig
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.weights.component import Role
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)

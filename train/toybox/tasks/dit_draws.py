@@ -16,6 +16,7 @@ from torch import Tensor
 
 from train.toybox.phases import Phase
 from train.toybox.tasks.dit_config import DiTData
+from train.toybox.tasks.mix import ConditionMix
 from train.toybox.tasks.model_made import knows_first
 from train.toybox.tasks.sound_cache import SoundCache, SoundGiven, SoundMix, draw_sound
 from train.toybox.tasks.toybox_data import ToyboxCache
@@ -23,7 +24,7 @@ from train.toybox.world.captions import CLASSES, attributes, caption
 from train.toybox.world.paraphrase import loose_caption
 from train.toybox.world.scenes import Draws, Scene
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition_mix import ConditionMix, Given, draw_conditions
+from vidgen.diffusion.condition_mix import Given
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.training.task import generator_of
@@ -227,8 +228,8 @@ class DiTDraws:
         count = 1 if window is None else window.stop - window.start
         if kind.crop is not None:
             height = width = kind.crop
-        given = draw_conditions(
-            (batch, count, height, width), draw, kind.conditions, self.strides, patch=self.patch,
+        given = kind.conditions.draw(
+            (batch, count, height, width), draw, self.strides, patch=self.patch,
             frame_index=index.expand(batch, -1) if kind.has_stills else None,
         )
         handed = None
@@ -240,7 +241,7 @@ class DiTDraws:
             sigma = torch.where(handed, levels, sigma)
         scenes = [cache.scene(row) for row in rows.tolist()]
         told = self._told(
-            scenes, given.has_reference, draw, kind.dropout,
+            scenes, (given.used & (given.frame_index < 0)).any(1), draw, kind.dropout,
             # a long one pads hundreds
             loose=kind.conditions is not TEXT_ONLY and kind.crop is None,
         )

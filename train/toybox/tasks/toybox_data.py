@@ -35,7 +35,6 @@ from train.toybox.world.scenes import (
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.training.task import seed_of
 from vidgen.weights.configs import config_of
@@ -135,6 +134,19 @@ class CacheConfig:
         return (self.motion is None or self.motion in [each.motion for each in scene.actors]) and (
             not self.sprites or any(each.sprite in self.sprites for each in scene.actors)
         )
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Stills of training clips, each encoded alone.
+
+    Attributes:
+        latents: [B, C, K, h, w].
+        frame_index: [B, K] int64; see `vidgen.diffusion.condition_mix.Given`.
+    """
+
+    latents: Tensor
+    frame_index: Tensor
 
 
 @dataclass(frozen=True)

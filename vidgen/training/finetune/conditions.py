@@ -19,7 +19,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import condition
-from vidgen.diffusion.condition_mix import KINDS, ConditionMix, Stills, training_conditions
+from vidgen.diffusion.condition_mix import KINDS, draw_conditions, with_given
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.weights.folder import ModelFolder
 
@@ -87,11 +87,11 @@ class Conditions:
         latents, components = batch["latents"], self.folder.components
         strides: Strides = components["vae"].config.strides
         if self.folder.conditioning == "tokens":
-            shares: dict[str, Any] = dict.fromkeys((*KINDS, "reference"), 0.0) | dict(self.weights)
-            stills = Stills(batch["stills"], batch["still_index"]) if "stills" in batch else None
-            state = training_conditions(latents, draw, ConditionMix(**shares), strides,
-                                        stills=stills,
-                                        patch=components["transformer"].config.patch_size)
+            index, (clips, _, frames, *sides) = batch.get("still_index"), latents.shape
+            given = draw_conditions((clips, frames, *sides), draw, self.weights, strides,
+                                    frame_index=None if index is None else index.cpu(),
+                                    patch=components["transformer"].config.patch_size)
+            state = with_given(latents, given, batch.get("stills"), strides)
             return replace(state, spacing=1 / rate)
         names = [name for name, weight in self.weights.items() if weight]
         weights = torch.tensor([self.weights[name] for name in names])
