@@ -24,8 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(data: Path, cache: Path, model: Path) -> list[str]:
-    return ["data", "cache", str(data), "-o", str(cache), "--model", str(model), "--workers", "1",
-            "--device", "cpu"]
+    return ["data", "cache", str(data), "-o", str(cache), "--model", str(model), "--workers", "1"]
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -341,8 +341,8 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "broken.mp4").write_bytes(b"x" * 999)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    shape = ["--size", "48x32", "--frames", "9", "--frames", "17", "--workers", "1", "--model",
-             str(tiny_model)]
+    shape = ["--set", "data.sizes=48x32", "--set", "data.frames=[9, 17]", "--workers", "1",
+             "--model", str(tiny_model)]
     page = tmp_path / "page.html"
     argv = ["data", "check", str(folder), *shape, "--html", str(page)]
     assert main([*argv, "--json"]) == 1, "a file was dropped"
@@ -371,10 +371,10 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
     assert len(open_dataset(config, tiny_model).items) == 8
     run.write_text(run.read_text().replace(str(tiny_model), "nowhere") + "run:\n  folder: x\n")
     argv = ["data", "cache", "-c", str(run), "--json", "--set", f"model={tiny_model}"]
-    assert main([*argv, "--set", "frames=[9, 17]", "--set", "run.steps=3"]) == 0
+    assert main([*argv, "--set", "data.frames=[9, 17]", "--set", "run.steps=3"]) == 0
     assert json.loads(capsys.readouterr().out)["encoded"] == 0, "the same cache by the same model"
-    assert main([*argv, "--set", "data.windows=all", "--set", "run.stepps=3"]) == 2
-    assert "did you mean 'steps'" in capsys.readouterr().err
+    assert main([*argv, "--set", "data.window=all"]) == 2
+    assert "did you mean 'windows'" in capsys.readouterr().err
     assert main([*argv, "--set", "modle=x"]) == 2
     assert "did you mean 'model'" in capsys.readouterr().err
     after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
@@ -385,15 +385,14 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
     ("argv", "message"),
     [
         (["check"], "no folder was named"), (["check", "nowhere"], "nowhere is no folder"),
-        (["chek", "x"], "invalid choice"), (["check", ".", "--fps", "fast"], "fps must be"),
+        (["chek", "x"], "invalid choice"),
+        (["check", ".", "--set", "data.fps=fast"], "fps must be"),
         (["check", ".", "--output", "x"], "--output has no meaning for data check"),
-        (["check", ".", "--device", "cpu"], "--device has no meaning for data check"),
         (["cache", ".", "--html", "x"], "--html has no meaning"),
-        (["check", ".", "--set", "avoid=[cuts]"], "did you mean 'cut'"),
+        (["check", ".", "--set", "data.avoid=[cuts]"], "did you mean 'cut'"),
         (["check", ".", "--set", "data=x"], "data is 'x'; give a mapping"),
         (["check", ".", "--workers", "0"], "give 1 or more"),
-        (["check", ".", "--set", "folders=x"], "both name the data; give one of them"),
-        (["check", ".", "--set", "data.folders=x"], "both name the data"),
+        (["check", ".", "--set", "data.folders=x"], "both name the data; give one of them"),
         (["check", ".", "--model", "nothing"], "neither an embedded model"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -32,20 +31,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("-c", "--config", metavar="RUN.yaml",
         help="take settings, folders and model from a training run, or from its data part alone")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a key of the run, such as model=FOLDER or data.windows=all, whose data. may be left "
-        "out; may be repeated")
+        help="a key of the run, such as data.sizes=832x480 or data.frames=[49, 81]; may be "
+        "repeated")
     add("--model", metavar="NAME|FOLDER", help="to be fine-tuned; default the run's, else toybox")
-    add("--size", action="append", default=[], metavar="WxH",
-        help="of a bucket; may be repeated; default the model's own sizes")
-    add("--frames", action="append", type=int, default=[], metavar="N",
-        help="length of clips; may be repeated: the longest that fits is taken; default the "
-        "model's")
-    add("--fps", metavar="F", help="at which clips are shown; default the model's")
     add("--workers", type=int, metavar="N",
         help="processes beside each other; default one a core for check, one for cache")
     add("--html", metavar="FILE", help="check: also write a page with thumbnails")
     add("-o", "--output", metavar="FOLDER", help="cache: default the run's, else FOLDER.cache")
-    add("--device", metavar="D", help="cache: cpu, cuda or auto; default auto")
     add("--overwrite", action="store_true", help="replace an existing page")
 
 
@@ -69,7 +61,7 @@ def run(args: Namespace, report: Report) -> int:
 def _refuse_others(args: Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers is {args.workers}; give 1 or more")
-    foreign = {"check": ("output", "device"), "cache": ("html", "overwrite")}[args.action]
+    foreign = {"check": ("output",), "cache": ("html", "overwrite")}[args.action]
     for name in foreign:
         if getattr(args, name):
             raise InputError(f"--{name} has no meaning for data {args.action}; leave it out")
@@ -82,53 +74,35 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
         InputError: neither names a folder, or a setting can't be.
     """
     from vidgen.core.config import build
-    from vidgen.core.config_file import load_run
+    from vidgen.core.config_file import apply_overrides, load_run
     from vidgen.training.data.config import NO_CACHE, DataConfig
+    from vidgen.training.finetune.config import FinetuneConfig
 
+    where = args.config or "data"
     given: dict[str, Any] = {} if args.config is None else load_run(args.config)
-    given = given if isinstance(given.get("data"), dict) else {"data": given}
-    run = _overridden(given, args.set, args.config or "data")
-    model, told = args.model or str(run.get("model") or "toybox"), run["data"]
-    if args.folder and any(re.match(r"(data\.)?folders\b", override) for override in args.set):
-        raise InputError(f"FOLDER {args.folder[0]} and --set data.folders both name the data; give "
-                         "one of them")
-    options = {"folders": args.folder, "sizes": args.size, "frames": args.frames}
-    told |= {name: value for name, value in options.items() if value}
-    if args.fps is not None:
-        told["fps"] = args.fps
-    if args.size:
-        told.pop("area", None)
+    if not isinstance(given.get("data"), dict):
+        given = {"data": given}
+    run = apply_overrides(given, args.set)
+    known = [each.name for each in fields(FinetuneConfig)]
+    for key in run:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+    told = run["data"]
+    if not isinstance(told, dict):
+        raise InputError(f"data is {told!r}; give a mapping, such as data.folders=clips")
+    if args.folder:
+        if any(each.startswith("data.folders") for each in args.set):
+            raise InputError(f"FOLDER {args.folder[0]} and --set data.folders both name the data; "
+                             "give one of them")
+        told["folders"] = args.folder
     if not told.get("folders"):
         raise InputError("no folder was named; give FOLDER, or --config RUN.yaml that names some")
     if args.action == "cache":
         place = args.output or told.get("cache", NO_CACHE)
         if place == NO_CACHE:
-            first = build(DataConfig, told, args.config or "data").folders[0].path
-            place = f"{str(first).rstrip('/')}.cache"
+            place = f"{build(DataConfig, told, where).folders[0].path.rstrip('/')}.cache"
         told["cache"] = place
-    return build(DataConfig, told, args.config or "data"), model
-
-
-def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict[str, Any]:
-    """Return a run with keys overridden, as by `vidgen train`; `data.` may be left out."""
-    from vidgen.core.config import build
-    from vidgen.core.config_file import apply_overrides
-    from vidgen.training.data.config import DataConfig
-    from vidgen.training.finetune.config import FinetuneConfig
-
-    own, data = ({each.name for each in fields(kind)} for kind in (FinetuneConfig, DataConfig))
-    keys = [re.split("[.=]", override)[0] for override in overrides]
-    for key, override in zip(keys, overrides, strict=True):
-        if key not in own | data:
-            raise InputError(f"override {override!r}: unknown key {key!r}; "
-                             f"{nearest(key, own | data)}")
-    run = apply_overrides(given, [override if key in own else f"data.{override}"
-                                  for key, override in zip(keys, overrides, strict=True)])
-    if not isinstance(run["data"], dict):
-        raise InputError(f"data is {run['data']!r}; give a mapping, such as data.folders=clips")
-    if own.intersection(keys) - {"data", "model"}:  # without effect here, yet checked
-        build(FinetuneConfig, run, where)
-    return run
+    return build(DataConfig, told, where), args.model or str(run.get("model") or "toybox")
 
 
 def _tell(known: Selection, config: DataConfig, args: Namespace, report: Report) -> int:
@@ -156,7 +130,7 @@ def _cache(
         if fate.dropped is not None:
             report({"event": "note", "text": f"{fate.file.name} is left out: {fate.dropped}"})
     made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
-                      device=choose_device(args.device or "auto").type)
+                      device=choose_device().type)
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]
     lines.append(
         f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "
