@@ -11,7 +11,7 @@ from vidgen.evaluation.temporal.report import pairs_text
 def rows(values, dynamic=True, seeds=1, **more):
     return {f"clip {i}": {"name": f"clip {i}", "prompt": f"prompt {i // seeds}", "num_frames": 9,
                           "figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
-                          "dynamic": dynamic, "histograms": [], "features": [], **more}
+                          "dynamic": dynamic, "features": [], **more}
             for i, v in enumerate(values)}  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_still_clips_cannot_win():
 def test_a_value_and_a_difference_lie_in_their_intervals_whatever_clips_weigh():
     name, moves = "proxy_subject_consistency", "proxy_dynamic_degree"
     sides = [
-        [{"name": f"clip {i}", "prompt": f"prompt {i}", "dynamic": True, "histograms": [],
+        [{"name": f"clip {i}", "prompt": f"prompt {i}", "dynamic": True,
           "features": [], "num_frames": 2 + i**3 * scale, "figures": {
               name: 1 - (7 - i) * spread, moves: float(i > 0),
               "warp_error": 0.1 if i else 9.0}} for i in range(8)]

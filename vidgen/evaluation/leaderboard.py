@@ -122,13 +122,13 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
     first = group[0]
     rows = []
     for entry in group:
-        name, leader = entry.folder["name"], first.folder["name"]
+        name, leader = str(entry.folder["name"]), str(first.folder["name"])
         if name == leader:  # two runs of one model
             name, leader = f"{name} ({entry.file})", f"{leader} ({first.file})"
         verdict = "the first" if entry is first else compare(
             leader, first.rows, name, entry.rows)["verdict"]
         rows.append({
-            "name": entry.folder["name"], "model": entry.model, "file": entry.file,
+            "name": str(entry.folder["name"]), "model": entry.model, "file": entry.file,
             "settings": entry.settings,
             "clips": len(entry.folder["clips"]), "dynamic": entry.folder["dynamic"],
             "figures": entry.folder["figures"], "failed": len(entry.folder["failed"]),

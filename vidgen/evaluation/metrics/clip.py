@@ -5,12 +5,13 @@ Axes: T frames, H W rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,7 +38,6 @@ class Measured:
     """Measures of one clip."""
 
     figures: motion.Figures  # by measure; None where one couldn't be taken
-    histograms: list[list[float]]  # motion histograms [K, 16] of segments of 16 frames
     num_frames: int
     dynamic: bool  # whether the clip moves
     # of `i3d` [K, D] of segments of 16 frames, where that network is given
@@ -144,79 +144,55 @@ def measure_clip(
     Raises:
         InputError: no OpenCV, or a side under 16 pixels.
     """
-    flows, rate = FlowEstimator(), float(fps)
-    parts: _Parts | None = None
-    for frame in frames:
-        if parts is None:
-            check_flow_size(*frame.shape[:2])
-            parts = _Parts(flows, rate, frame, image, networks)
-        parts.feed(frame)
-    if parts is None or parts.num_frames < 2:
-        return Measured({}, [], 0 if parts is None else 1, False)
-    return parts.measured()
+    rest, flows, rate = iter(frames), FlowEstimator(), float(fps)
+    first = next(rest, None)
+    if first is None:
+        return Measured({}, 0, False)
+    height, width, _ = first.shape
+    check_flow_size(height, width)
+    given = None if image is None else fit(image, height, width)
+    small = None if given is None else flows.working(given)
 
+    def speed(one: Frames, other: Frames) -> float:
+        return vbench.top_speed(flows.flow(flows.grey(one), flows.grey(other)), vbench.DYNAMIC_TOP)
 
-class _Parts:
-    def __init__(
-        self, flows: FlowEstimator, rate: float, first: Frames, image: Frames | None,
-        networks: Networks | None,
-    ) -> None:  # fmt: skip
-        self._flows, self.num_frames = flows, 0
-        self._plain = _Plain(rate, *first.shape[:2])
-        self._motion = motion.MotionMeter(flows, rate)
-        self._moves = motion.SampledMotion(self._speed, rate)
-        self._smooth = motion.Smoothness(partial(motion.interpolate, flows))
-        given = None if image is None else fit(image, *first.shape[:2])
-        small = None if given is None else flows.working(given)
-        features: dict[str, Callable[[Frames], Any]] = {
-            "subject": appearance.gradient_feature, "background": appearance.color_feature}
-        self._features = [
-            (kind, feature, vbench.Consistency(None if small is None else feature(small)))
-            for kind, feature in features.items()]
-        self._identity = appearance.IdentityDrift()
-        self._originals = _Originals(networks, rate, image) if networks else None
-        self._mismatch = None if given is None else float(
-            np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64))
-
-    def _speed(self, one: Frames, other: Frames) -> float:
-        flow = self._flows.flow(self._flows.grey(one), self._flows.grey(other))
-        return vbench.top_speed(flow, vbench.DYNAMIC_TOP)
-
-    def feed(self, frame: Frames) -> None:
-        working = self._flows.working(frame)
-        self._plain.feed(frame, working)
-        self._motion.feed(working)
-        self._moves.feed(working)
-        self._smooth.feed(working)
-        for kind, feature, consistency in self._features:
-            found = feature(working)
-            consistency.feed(found)
-            if kind == "background":
-                self._identity.feed(found)
-        if self._originals:
-            self._originals.feed(frame)
-        self.num_frames += 1
-
-    def measured(self) -> Measured:
-        self._motion.finish()
-        stand_ins: motion.Figures = {}
-        for kind, _, consistency in self._features:
-            stand_ins[f"{kind}_consistency"] = consistency.score
-            stand_ins[f"i2v_{kind}"] = consistency.image_score
-        changes = self._plain.changes
-        stand_ins |= {
-            "temporal_flickering": vbench.stillness(changes) if self._motion.static else None,
-            "motion_smoothness": self._smooth.score, "dynamic_degree": self._moves.score}
-        dynamic = (self._motion.speed or 0.0) >= motion.MOVING_SIDES
-        known = ((name, stand_ins[name]) for name in _STEADY)
-        steady = [vbench.normalise(name, value) for name, value in known if value is not None]
-        figures: motion.Figures = {
-            **(self._originals.figures(changes) if self._originals else {}),
-            **{PROXY + name: value for name, value in stand_ins.items()},
-            "steadiness": fmean(steady) if dynamic else 0.0,
-            **self._motion.figures(), **self._identity.figures(), **self._plain.figures(),
-            "first_frame_error": self._mismatch}
-        return Measured(
-            figures, self._motion.tracks.histograms, self.num_frames, dynamic,
-            self._originals.features if self._originals else [],
-            flat=any(kind == "subject" and meter.is_blank for kind, _, meter in self._features))
+    features = appearance.gradient_feature, appearance.color_feature
+    subject, background = (
+        vbench.Consistency(None if small is None else feature(small)) for feature in features)
+    plain, identity = _Plain(rate, height, width), appearance.IdentityDrift()
+    movement, moves = motion.MotionMeter(flows, rate), motion.SampledMotion(speed, rate)
+    smooth = motion.Smoothness(partial(motion.interpolate, flows))
+    originals = _Originals(networks, rate, image) if networks else None
+    count = 0
+    for frame in chain([first], rest):
+        working = flows.working(frame)
+        plain.feed(frame, working)
+        for meter in (movement, moves, smooth):
+            meter.feed(working)
+        edges, colors = (feature(working) for feature in features)
+        subject.feed(edges)
+        background.feed(colors)
+        identity.feed(colors)
+        if originals:
+            originals.feed(frame)
+        count += 1
+    if count < 2:
+        return Measured({}, count, False)
+    movement.finish()
+    stand_ins: motion.Figures = {
+        "subject_consistency": subject.score, "i2v_subject": subject.image_score,
+        "background_consistency": background.score, "i2v_background": background.image_score,
+        "temporal_flickering": vbench.stillness(plain.changes) if movement.static else None,
+        "motion_smoothness": smooth.score, "dynamic_degree": moves.score}
+    dynamic = (movement.speed or 0.0) >= motion.MOVING_SIDES
+    steady = [vbench.normalise(name, value) for name in _STEADY
+              if (value := stand_ins[name]) is not None]
+    figures: motion.Figures = {
+        **(originals.figures(plain.changes) if originals else {}),
+        **{PROXY + name: value for name, value in stand_ins.items()},
+        "steadiness": fmean(steady) if dynamic else 0.0,
+        **movement.figures(), **identity.figures(), **plain.figures(),
+        "first_frame_error": None if given is None else float(
+            np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64))}
+    return Measured(figures, count, dynamic, originals.features if originals else [],
+                    flat=subject.is_blank)

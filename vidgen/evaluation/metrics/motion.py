@@ -26,7 +26,6 @@ from vidgen.media.types import Frames
 Figures: TypeAlias = dict[str, float | None]
 GRID = 20
 SEGMENT = 16
-ANGLES = 8
 UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01
 MOVING_SIDES, LOOKS_PER_S = 0.02, 2
 """Short sides per second of the fastest twentieth of a moving clip, 5 pixels of 256, seen twice a
@@ -34,10 +33,7 @@ second: a tremble gets nowhere in half a second."""
 
 
 class Tracks:
-    """A grid of 20x20 points that follow the flow; lost ones restart from their first place.
-
-    Memory is bounded, but for one histogram of each segment of 16 frames.
-    """
+    """A grid of 20x20 points that follow the flow; lost ones restart from their first place."""
 
     def __init__(self, height: int, width: int) -> None:
         self._size, self._short = (width, height), min(height, width)
@@ -47,10 +43,6 @@ class Tracks:
         self._places: deque[Points] = deque([self._home.copy()], maxlen=4)  # third differences
         self._age = np.zeros(len(self._home), dtype=np.int64)
         self._jerks: list[float] = []
-        self._velocity = np.zeros(ANGLES)
-        self._acceleration = np.zeros(ANGLES)
-        self._in_segment = 0
-        self.histograms: list[list[float]] = []
 
     def advance(self, flow: Flow, hidden: Mask) -> None:
         """Follow a flow [H, W, 2] in pixels to the next frame, without `hidden` pixels [H, W]."""
@@ -62,22 +54,10 @@ class Tracks:
         self._age = np.where(lost, 0, self._age + 1)
         place[lost] = self._home[lost]
         self._places.append(place)
-        self._measure()
-
-    def _measure(self) -> None:
-        places = list(self._places)
-        _vote(self._velocity, (places[-1] - places[-2])[self._age >= 1], self._short)
-        if len(places) >= 3 and (old := self._age >= 2).any():
-            turn = (places[-1] - 2 * places[-2] + places[-3])[old]
-            _vote(self._acceleration, turn, self._short)
-        if len(places) == 4 and (old := self._age >= 3).any():
-            jerk = (places[3] - 3 * places[2] + 3 * places[1] - places[0])[old]
+        if len(self._places) == 4 and (old := self._age >= 3).any():
+            one, two, three, four = self._places
+            jerk = (four - 3 * three + 3 * two - one)[old]
             self._jerks.append(float(np.hypot(*jerk.T).mean()) / self._short)
-        self._in_segment += 1
-        if self._in_segment == SEGMENT - 1:
-            both = np.concatenate([self._velocity, self._acceleration]) / self._in_segment
-            self.histograms.append([float(value) for value in both])
-            self._velocity[:], self._acceleration[:], self._in_segment = 0, 0, 0
 
     @property
     def jerk(self) -> float | None:
@@ -248,13 +228,3 @@ def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
 
 def _mean_change(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(np.abs(np.subtract(one, other, dtype=np.float32)).mean(dtype=np.float64))
-
-
-def _vote(histogram: NDArray[np.float64], vectors: Points, short_side: int) -> None:
-    """Add vectors [N, 2] to a histogram of angles, each by its length (Liu et al. 2024, FVMD)."""
-    if not len(vectors):
-        return
-    lengths = np.hypot(vectors[:, 0], vectors[:, 1]) / short_side * 100
-    turns = np.arctan2(vectors[:, 1], vectors[:, 0]) / (2 * np.pi) * ANGLES
-    bins = np.rint(turns).astype(int) % ANGLES
-    histogram += np.bincount(bins, lengths, ANGLES) / len(vectors)

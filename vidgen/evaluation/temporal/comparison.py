@@ -102,7 +102,7 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
     Returns:
         `folders`, `pairs`, `unpaired`, `both_dynamic`, `unlike` (pairs of two sizes or rates);
         `measures` with `difference` (first less second), `low`, `high`, `pairs`, `prompts`,
-        `verdict`; distances of all clips, paired or not, `motion_distance`, `fvd`, `kvd` with
+        `verdict`; distances of all clips, paired or not, `fvd`, `kvd` with
         `fvd_segments` and `fvd_width`; the `verdict`.
     """
     shared = [clip for clip in rows if clip in others]
@@ -117,24 +117,19 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
                 measure, [rows[c] for c in known], [others[c] for c in known], (name, other_name))
     unlike = sum(
         any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared)
-    features, other_features = _listed("features", rows), _listed("features", others)
+    features, other_features = (
+        [row for clip in side.values() for row in clip["features"]] for side in (rows, others))
     return {
         "folders": [name, other_name], "pairs": len(shared),
         "unpaired": [len(rows) - len(shared), len(others) - len(shared)],
         "both_dynamic": len(moving), "unlike": unlike,
         "confidence": CONFIDENCE, "measures": measures,
-        "motion_distance": frechet_distance(
-            _listed("histograms", rows), _listed("histograms", others)),
-        "fvd": frechet_distance(features, other_features, least=2),
+        "fvd": frechet_distance(features, other_features),
         "kvd": kernel_distance(features, other_features),
         "fvd_segments": [len(features), len(other_features)],
         "fvd_width": max((len(row) for row in (*features, *other_features)), default=0),
         "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving), unlike),
     }
-
-
-def _listed(kind: str, rows: Rows) -> list[list[float]]:
-    return [row for clip in rows.values() for row in clip[kind]]
 
 
 def _compared(
@@ -171,14 +166,14 @@ def _headline(steadiness: Mapping[str, Any] | None, shared: int, moving: int, un
     return verdict + (still if moving < shared else "") + (differ if unlike else "")
 
 
-def frechet_distance(ones: Features, others: Features, least: int | None = None) -> float | None:
+def frechet_distance(ones: Features, others: Features) -> float | None:
     """Return the distance of two sets of features as of Gaussians (Dowson and Landau 1982).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5). With features of I3D it is FVD
-    (Unterthiner et al. 2018). None if a set [K, D] has fewer than `least` rows, by default D + 1.
+    (Unterthiner et al. 2018). None if a set [K, D] has fewer than two rows.
     """
     a, b = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    if not a.size or not b.size or min(len(a), len(b)) < (least or a.shape[1] + 1):
+    if min(len(a), len(b)) < 2:
         return None
     between = float(np.square(a.mean(0) - b.mean(0)).sum())
     one, other = (rows - rows.mean(0) for rows in (a, b))

@@ -26,7 +26,7 @@ def page(result: Mapping[str, Any]) -> str:
         "temporal", title="Clips in time", overview=_overview(folders), charts=_charts(folders),
         verdicts=[(" and ".join(each["folders"]), each["verdict"]) for each in comparisons],
         comparisons=[{"title": " less ".join(each["folders"]), "table": _comparison(each),
-                      "facts": f"{pairs_text(each)}; {_distances(each)}"} for each in comparisons],
+                      "facts": pairs_text(each) + _distances(each)} for each in comparisons],
         folders=[{**folder, "facts": _facts(folder), "table": _clips(folder)}
                  for folder in folders],
         shaped=json.dumps(shaped, indent=1))
@@ -37,9 +37,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[rich.table.Table]:
     yield _for_terminal(_overview(result["folders"]), "Clips in time")
     for compared in result["comparisons"]:
         title = f"{' less '.join(compared['folders'])}: {compared['verdict']}"
-        caption = pairs_text(compared)
-        if compared["fvd"] is not None:
-            caption += f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g}"
+        caption = pairs_text(compared) + _distances(compared)
         yield _for_terminal(_comparison(compared), title, caption)
 
 
@@ -124,13 +122,10 @@ def pairs_text(compared: Mapping[str, Any]) -> str:
 
 
 def _distances(compared: Mapping[str, Any]) -> str:
-    distance = compared["motion_distance"]
-    text = "Fréchet distance of motion histograms: "
-    text += "too few segments" if distance is None else f"{distance:.4g}"
     if compared["fvd"] is None:
-        return text
+        return ""
     counts = " and ".join(map(str, compared["fvd_segments"]))
-    return f"{text}; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g} of {counts} segments"
+    return f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g} of {counts} segments"
 
 
 def _clips(folder: Mapping[str, Any]) -> Table:

@@ -274,9 +274,9 @@ def _skipped(paths: Mapping[str, Path], has_images: bool, compares: bool) -> Ite
     for name, network in NETWORKS.items():
         wanted = [kind for kind in network.measures if has_images or not kind.startswith("i2v")]
         if name not in paths and wanted and (compares or name != "i3d"):
-            stand_in = "motion_distance" if name == "i3d" else "proxy_*"
+            stand_in = "" if name == "i3d" else "; in their place: proxy_*"
             yield (f"without --network {name}=PATH, {network.given} (docs/reference/metrics.md), "
-                   f"there is no {' and no '.join(wanted)}; in their place: {stand_in}")
+                   f"there is no {' and no '.join(wanted)}{stand_in}")
 
 
 def _left_out(folder: Folder, has_images: bool) -> Iterator[str]:
