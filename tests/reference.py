@@ -27,7 +27,8 @@ from vidgen.cli.main import verb_parser
 from vidgen.cli.options import FIELDS
 from vidgen.core.request import GROUPS, MODEL, Request
 from vidgen.pipeline.settings import SETTINGS, settings_of
-from vidgen.server.schema import NAMES, SHAPED
+from vidgen.server.schema import SHAPED
+from vidgen.server.types import NAMES
 from vidgen.story.script import Script
 from vidgen.weights.layouts import open_model
 

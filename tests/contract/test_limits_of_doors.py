@@ -19,7 +19,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request, Saving, limits_of
 from vidgen.core.store import Store
 from vidgen.core.values import MAX_SIDE, MIN_SIDE
-from vidgen.server.schema import NAMES, ExtraParams, VideoAsk
+from vidgen.server.schema import ExtraParams, VideoAsk
+from vidgen.server.types import NAMES
 from vidgen.story.film import FilmPlan
 from vidgen.story.script import Script, Shot
 from vidgen.weights.folder import ModelFolder

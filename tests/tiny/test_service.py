@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 
 from tests.services import wait_for
-from vidgen.core.errors import InputError
+from vidgen.core.errors import OptionError
 from vidgen.server import checker, guard, probe, scheduler
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
-from vidgen.server.errors import ApiError, Refusal
 from vidgen.server.probe import check_uploads
 from vidgen.server.routes import require_completed
-from vidgen.server.service import CHECKED_AT_ONCE, Call, Service
+from vidgen.server.service import CHECKED_AT_ONCE, Service
 from vidgen.server.settings import Limits, Settings
+from vidgen.server.types import ApiError, Call
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
 SHORT = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}
@@ -156,10 +156,10 @@ def test_a_process_that_does_not_stop_is_ended_and_others_go_on(service, monkeyp
 
 def test_a_clip_of_few_frames_may_not_last_for_hours(service):
     wrong = {"prompt": "x", "num_frames": 605, "num_inference_steps": 4, "fps": 1}
-    with pytest.raises(Refusal, match=r"605 seconds .* takes 600: .* a higher fps"):
+    with pytest.raises(ApiError, match=r"605 seconds .* takes 600: .* a higher fps"):
         service.clip("create", wrong, ANN)
     script = {"project": {"fps": 1}, "shots": [{"id": "one", "prompt": "x", "frames": 605}]}
-    with pytest.raises(Refusal, match="605 seconds of shot one"):
+    with pytest.raises(ApiError, match="605 seconds of shot one"):
         service.check_film({"script": script}, ANN)
 
 
@@ -199,7 +199,7 @@ def test_a_service_takes_less_of_some_settings(tmp_path, tiny_model):
     for passes, told in ((11, "11 encode_passes are asked for; this service takes 10"),
                          (101, "encode_passes is 101; give a whole number from 1 to 100")):
         spec["options"]["settings"] = {"encode_passes": passes}
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(ApiError, match=told):
             made.clip(tmp_path, spec)
 
 
@@ -225,7 +225,7 @@ def test_a_request_outlives_one_reader_of_its_files_and_no_more(tmp_path, monkey
     assert [process.returncode for process in started] == [-signal.SIGKILL, 0]
     started.clear()
     deaths = 2
-    with pytest.raises(Refusal, match="brings the reader of such files down"):
+    with pytest.raises(OptionError, match="brings the reader of such files down"):
         check_uploads(files, Limits())
     assert len(started) == 2
 
@@ -233,13 +233,13 @@ def test_a_request_outlives_one_reader_of_its_files_and_no_more(tmp_path, monkey
 def test_uploads_that_hang_or_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "hangs.png")
     monkeypatch.setattr(probe, "PATIENCE_S", 2)
-    with pytest.raises(Refusal, match="can't be read in time"):
+    with pytest.raises(OptionError, match="can't be read in time"):
         check_uploads([("image", "picture", str(tmp_path / "hangs.png"))], Limits())
     monkeypatch.undo()
     (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(Refusal, match=r"image is no picture|image is damaged"):
+    with pytest.raises(OptionError, match=r"image is no picture|image is damaged"):
         check_uploads([("image", "picture", str(tmp_path / "damaged.png"))], Limits())
-    with pytest.raises(Refusal, match="3,072 pixels of image are asked for"):
+    with pytest.raises(OptionError, match="3,072 pixels of image are asked for"):
         check_uploads(picture(tmp_path), Limits(input_pixels=3000))
 
 

@@ -12,11 +12,10 @@ from dataclasses import replace
 import pytest
 
 from vidgen.core.errors import InputError, OutputError
-from vidgen.server.errors import Conflict, Full
 from vidgen.server.jobs import Jobs, ServiceClock
-from vidgen.server.types import NewJob
+from vidgen.server.types import ApiError, NewJob
 
-NEW = NewJob("video", "ann", {"prompt": "a car"}, {"options": {}}, "f1")
+NEW = NewJob("ann", kind="video", ask={"prompt": "a car"}, spec={"options": {}}, fingerprint="f1")
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_an_idempotency_key_is_one_job(jobs):
     job, is_new = jobs.add(replace(NEW, idempotency_key="k"))
     assert is_new
     assert jobs.add(replace(NEW, idempotency_key="k")) == (job, False)
-    with pytest.raises(Conflict, match="another request"):
+    with pytest.raises(ApiError, match="another request"):
         jobs.add(replace(NEW, idempotency_key="k", fingerprint="f2"))
     assert jobs.add(replace(NEW, idempotency_key="k", owner="bob"))[1]
     jobs.delete(job)
@@ -130,10 +129,10 @@ def test_a_first_try_that_comes_in_behind_its_retry(jobs):
 
 def test_only_so_many_wait(jobs):
     jobs.add(NEW, most=2, most_of_owner=1)
-    with pytest.raises(Full, match="1 may be at once"):
+    with pytest.raises(ApiError, match="1 may be at once"):
         jobs.add(NEW, most=2, most_of_owner=1)
     jobs.add(replace(NEW, owner="bob"), most=2, most_of_owner=1)
-    with pytest.raises(Full, match="2 may be at once"):
+    with pytest.raises(ApiError, match="2 may be at once"):
         jobs.add(replace(NEW, owner="eve"), most=2, most_of_owner=1)
     done = jobs.claim()
     finish(jobs, done)
@@ -207,7 +206,7 @@ from vidgen.server.types import NewJob
 from vidgen.server.jobs import Jobs, ServiceClock
 jobs = Jobs(Path(sys.argv[1]))
 jobs.recover()
-new = NewJob("video", "ann", {}, {}, "f")
+new = NewJob("ann", kind="video", ask={}, spec={}, fingerprint="f")
 while True:
     print("added", jobs.add(new)[0].id, flush=True)
     job = jobs.claim()

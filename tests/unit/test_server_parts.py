@@ -20,16 +20,15 @@ from vidgen.core.errors import InputError, OptionError
 from vidgen.core.request import Request
 from vidgen.server.app import JsonFormatter
 from vidgen.server.body import MAX_FIELD_BYTES, _Form, _nested
-from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import sniff
 from vidgen.server.making import marks_of
-from vidgen.server.requests import Place, Translator, fetch, is_public, parse
+from vidgen.server.requests import Draft, Translator, fetch, is_public, parse
 from vidgen.server.routes import JobFile
 from vidgen.server.schema import EditAsk, ExtraParams, RemixAsk, VideoAsk
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
-from vidgen.server.types import Upload
+from vidgen.server.types import ApiError, Call, Upload, from_vidgen
 
 
 def test_keys_are_kept_as_hashes(tmp_path):
@@ -244,11 +243,11 @@ def test_fields_are_options_of_a_request(tmp_path):
     others = {"input_reference", "seconds", "size", "model", "generate_sound", "extra_params"}
     assert {*own, *places} | others == VideoAsk.model_fields.keys()
     translator = Translator(Settings(data=tmp_path, loras=tmp_path), None, "tiny")
-    place = Place("video_1", tmp_path / "video_1")
-    place.inputs.mkdir(parents=True)
+    draft = Draft("video_1", "video", Call("ann"), tmp_path / "video_1")
+    draft.inputs.mkdir(parents=True)
     ask = parse(VideoAsk, {**own, **dict.fromkeys(places, "data:,"), "extra_params": extra})
     translator.lay_down = lambda _reference, name, *_: f"inputs/{name}"
-    options = translator.options(ask) | translator.inputs(ask, "ann", place)
+    options = translator.options(ask) | translator.inputs(ask, draft)
     assert options == extra | {
         "prompt": "x", "negative": "y", "seed": 7, "frames": 9, "fps": "24", "size": (64, 32),
         "steps": 4, "guidance": 2, "shift": 3, "strength": 0.6,

@@ -12,10 +12,9 @@ from fastapi.responses import StreamingResponse
 
 from vidgen.core.runtime import write_error
 from vidgen.server.body import read_body
-from vidgen.server.errors import ApiError
 from vidgen.server.keys import LOCAL
-from vidgen.server.service import Call, Service
-from vidgen.server.types import Job, Kind
+from vidgen.server.service import Service
+from vidgen.server.types import ApiError, Call, Job, Kind
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 COOKIE = "vidgen_key"

@@ -32,13 +32,13 @@ from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError, VidgenError
 from vidgen.server import routes
 from vidgen.server.access import service_of
-from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.guard import MAX_REQUESTS, Guard
 from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
 from vidgen.server.service import Service
 from vidgen.server.settings import Settings
+from vidgen.server.types import ApiError, from_vidgen
 
 STUDIO = Path(__file__).parent / "studio"
 _CODES = {404: "not_found", 405: "method_not_allowed", 416: "range_not_satisfiable"}
@@ -165,7 +165,7 @@ def make_app(service: Service) -> ASGIApp:
     """Return the whole application around a service."""
     app = FastAPI(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    for kind in (ApiError, VidgenError, RequestValidationError, HTTPException):
+    for kind in (VidgenError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     for router in (routes.videos, routes.films, routes.others):
         app.include_router(router)
@@ -197,8 +197,6 @@ def _complete_document(app: FastAPI) -> None:
 def _answer(request: Request, error: Exception) -> Response:
     service = service_of(request)
     match error:
-        case ApiError():
-            found = error
         case VidgenError():
             found = from_vidgen(error)
             found.message = without_folders(found.message, service.settings.data)

@@ -21,8 +21,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from vidgen.core.runtime import write_error
-from vidgen.server.errors import ApiError
-from vidgen.server.types import Upload
+from vidgen.server.types import ApiError, Upload
 
 MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
 PATIENCE_S = 60.0

@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import InputError, OptionError, VidgenError
-from vidgen.server.errors import POLICY, Refusal
+from vidgen.core.errors import VidgenError
 from vidgen.server.layout import FILM, files_of, is_font, sniff
 from vidgen.server.probe import NamedFile, check_uploads
 from vidgen.server.settings import Limits, at_most
+from vidgen.server.types import ApiError, refusal
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Estimate
 
+_POLICY = "content_policy_violation"
 _SHORTER = "ask for fewer frames, or a higher fps"
 _PICTURES = ("image", "last_image", "mask")
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Checker:
         """Return a clip's plan by the names of its answer, and `expected_s`.
 
         Raises:
-            Refusal: a request that can't be made, a bad file, or more than the limits.
+            ApiError: a request that can't be made, a bad file, or more than the limits.
             VidgenError: the check itself failed.
         """
         with refusing():
@@ -88,7 +89,7 @@ class Checker:
         from vidgen.server.making import request_of
 
         request = request_of(folder, spec, self.folder)
-        with allowing():
+        with refusing(_POLICY):
             enforce(self.policy, request)
         plan, limits = settle(self.folder, request), self.limits
         seconds = float(plan.kept_frames / plan.fps)
@@ -112,7 +113,7 @@ class Checker:
         """Return a film's plan: shots, width, height, fps, seconds, expected_s, script, notes.
 
         Raises:
-            Refusal: a film that can't be made, a bad file, or more than the limits.
+            ApiError: a film that can't be made, a bad file, or more than the limits.
             VidgenError: the check itself failed.
         """
         with refusing():
@@ -137,7 +138,7 @@ class Checker:
             at_most(f"frames of shot {name}", count, limits.frames)
             at_most(f"seconds of shot {name}", float(count / film.fps), limits.seconds, _SHORTER)
             at_most(f"steps of shot {name}", request.steps or 0, limits.steps)
-        with allowing():
+        with refusing(_POLICY):
             enforce_film(self.policy, film)
         made = estimates(film, parts, self.device, None)
         return {
@@ -155,25 +156,14 @@ def _without_loading(made: Iterable[Estimate]) -> float:
 
 
 @contextmanager
-def allowing() -> Iterator[None]:
-    """Turn a policy's errors into its refusals."""
-    try:
-        yield
-    except InputError as error:
-        raise Refusal(str(error), code=POLICY) from None
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
+def refusing(code: str = "invalid_request") -> Iterator[None]:
     """Turn errors inside the block into refusals, and those that aren't a request's into ours."""
     try:
         yield
-    except Refusal:
+    except ApiError:
         raise
-    except OptionError as error:
-        raise Refusal(str(error), error.option) from None
     except VidgenError as error:
-        raise Refusal(str(error)) from None
+        raise refusal(error, code) from None
     except Exception:
         log.exception("a request could not be checked")
         raise VidgenError("the checks failed") from None

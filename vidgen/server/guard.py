@@ -11,9 +11,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidgen.server.errors import ApiError
 from vidgen.server.service import Service
 from vidgen.server.settings import LOOPBACK
+from vidgen.server.types import ApiError
 
 _HEADERS = {
     "x-content-type-options": "nosniff",

@@ -6,7 +6,7 @@ audit log, so a kill at any moment leaves the state before or after it. A start 
 `in_progress` puts it back to `queued`: it goes on from its journal. What is finished can't be
 finished again, as a result counts for the attempt that it belongs to alone.
 
-The file knows nothing of HTTP, models or processes.
+The file knows nothing of models or processes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError, OptionError, OutputError
-from vidgen.server.errors import Conflict, Full
-from vidgen.server.types import Job, Kind, NewJob, new_id
+from vidgen.server.types import ApiError, Job, Kind, NewJob, new_id
 
 SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
@@ -106,8 +105,8 @@ class Jobs:
         No more than `most` jobs may be unfinished, `most_of_owner` of one key.
 
         Raises:
-            Conflict: the idempotency key belongs to another request.
-            Full: too many jobs are unfinished.
+            ApiError: the idempotency key belongs to another request, or too many jobs are
+                unfinished.
         """
         with self._transaction():
             known = self._known(new)
@@ -117,8 +116,9 @@ class Jobs:
                 "SELECT owner FROM jobs WHERE status IN ('queued', 'in_progress')")]
             for limit, count in ((most, len(owners)), (most_of_owner, owners.count(new.owner))):
                 if limit is not None and count >= limit:
-                    raise Full(f"{count} jobs are not finished yet, {limit} may be at once; wait "
-                               "for one, or cancel one")
+                    raise ApiError(429, "queue_full", f"{count} jobs are not finished yet, {limit} "
+                                   "may be at once; wait for one, or cancel one",
+                                   headers={"Retry-After": "10"})
             job_id, now = new.id or new_id(new.kind), self.clock()
             self._run(
                 "INSERT INTO jobs (id, kind, owner, status, created_at, ask, spec, expected_s, "
@@ -256,8 +256,9 @@ class Jobs:
             row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
                             new.owner, new.idempotency_key)
             if row is not None and row["fingerprint"] != new.fingerprint:
-                raise Conflict(f"the idempotency key {new.idempotency_key!r} belongs to another "
-                               "request; draw a new key for each")
+                raise ApiError(422, "idempotency_conflict", f"the idempotency key "
+                               f"{new.idempotency_key!r} belongs to another request; draw a new "
+                               "key for each")
             return None if row is None else _job_of(row)
         # A retry asks for what its first try may have begun, or the first try comes in behind it.
         row = self._one(

@@ -19,9 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OptionError
 from vidgen.core.runtime import child_environment
-from vidgen.server.errors import Refusal
 from vidgen.server.settings import Limits, at_most
 
 Content = Literal["picture", "streams", "font", "script"]
@@ -42,7 +41,7 @@ def check_uploads(files: Sequence[NamedFile], limits: Limits) -> None:
     """Decode files in a process of their own.
 
     Raises:
-        Refusal: one is damaged, larger than the limits, can't be read in time, or crashes its
+        OptionError: one is damaged, larger than the limits, can't be read in time, or crashes its
             reader.
         RuntimeError: the process failed for a reason of its own.
     """
@@ -52,11 +51,11 @@ def check_uploads(files: Sequence[NamedFile], limits: Limits) -> None:
     with _AT_ONCE:
         answer = _answer(json.dumps(order).encode())
     if "text" in answer:
-        raise Refusal(answer["text"], answer["option"])
+        raise OptionError(answer["text"], answer["option"])
 
 
 def _answer(order: bytes) -> dict[str, str]:
-    late = Refusal("what was sent can't be read in time; send it in a usual format")
+    late = OptionError("what was sent can't be read in time; send it in a usual format")
     for _ in range(MAX_DEATHS):
         try:
             ended = subprocess.run(
@@ -74,7 +73,8 @@ def _answer(order: bytes) -> dict[str, str]:
         log.error("a reader of uploads was killed by %s", died_by.name)
         if died_by in (signal.SIGALRM, signal.SIGXCPU):
             raise late
-    raise Refusal("what was sent brings the reader of such files down; send it in another format")
+    raise OptionError("what was sent brings the reader of such files down; send it in another "
+                      "format")
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import base64
 import binascii
 import http.client
 import ipaddress
-import secrets
 import socket
 import ssl
 import threading
@@ -27,12 +26,11 @@ from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO
 from vidgen.core.runtime import link
 from vidgen.server.body import write_upload
-from vidgen.server.errors import ApiError
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
-from vidgen.server.schema import NAMES, SHAPED, Body, ExtensionAsk, LoraAsk
+from vidgen.server.schema import SHAPED, Body, ExtensionAsk, LoraAsk
 from vidgen.server.settings import Settings
-from vidgen.server.types import Upload
+from vidgen.server.types import NAMES, ApiError, Call, Kind, Upload
 
 Allowed = Callable[[str], bool]
 MAX_REDIRECTS = 3
@@ -42,10 +40,12 @@ _MOVED, _PORTS = (301, 302, 303, 307, 308), {"http": 80, "https": 443}
 
 
 @dataclass
-class Place:
-    """The folder of a new job; it is removed unless the job is queued, which `is_kept` says."""
+class Draft:
+    """A new job's id and folder, which is removed unless the job is queued: `is_kept`."""
 
     id: str
+    kind: Kind
+    call: Call
     folder: Path
     is_kept: bool = False
 
@@ -70,12 +70,11 @@ class Translator:
         return sorted(path.stem for path in folder.glob("*.safetensors"))
 
     def options(self, ask: Any) -> dict[str, Any]:
-        """Return the fields of `Request` that need no files; draw a seed if none is given."""
+        """Return the fields of `Request` that need no files."""
         self.check_model(ask.model)
         given = dict(ask)
         named = {option: given.get(NAMES.get(option, option)) for option in SHAPED}
         options: dict[str, Any] = {
-            "seed": secrets.randbelow(2**31),
             **{option: value for option, value in named.items() if value is not None},
             **({} if ask.extra_params is None else ask.extra_params.model_dump(exclude_none=True)),
         }
@@ -89,7 +88,7 @@ class Translator:
             options["lora"] = [self._lora(each) for each in ask.lora]
         return options
 
-    def inputs(self, ask: Any, owner: str, place: Place) -> dict[str, Any]:
+    def inputs(self, ask: Any, draft: Draft) -> dict[str, Any]:
         """Put files into the job's folder; return the fields of `Request` that name them."""
         options: dict[str, Any] = {}
         wanted: tuple[tuple[str, str, tuple[Medium, ...]], ...] = (
@@ -104,7 +103,7 @@ class Translator:
             reference = getattr(ask, name, None)
             if reference is None:
                 continue
-            path = self.lay_down(reference, name, owner, place, *media)
+            path = self.lay_down(reference, name, draft, *media)
             if name == "input_reference" and path.endswith((".mp4", ".webm", ".mkv")):
                 option = "video"  # noqa: PLW2901
             if option in options:
@@ -114,12 +113,11 @@ class Translator:
         return options
 
     def lay_down(
-        self, reference: Upload | str | dict[str, str], name: str, owner: str, place: Place,
-        *media: Medium,
+        self, reference: Upload | str | dict[str, str], name: str, draft: Draft, *media: Medium
     ) -> str:
         """Put an input into the job's folder; return its path from there."""
         if isinstance(reference, dict):
-            source = self.jobs.get(reference["id"], owner)
+            source = self.jobs.get(reference["id"], draft.call.owner)
             if source is None or source.kind != "video":
                 raise ApiError(404, "not_found", f"there is no video {reference['id']!r}", name)
             if source.status != "completed":
@@ -127,20 +125,20 @@ class Translator:
                                "give one that is completed", name)
             if "video" not in media:
                 raise ApiError(400, "invalid_request", f"{name} is a video; give a picture", name)
-            target = place.inputs / f"{name}.mp4"
+            target = draft.inputs / f"{name}.mp4"
             link(self.settings.job_folder(source.id) / VIDEO, target)
             return f"{INPUTS}/{target.name}"
         if isinstance(reference, str):
-            reference = self._from_url(reference, name, place)
+            reference = self._from_url(reference, name, draft)
         try:
             _, suffix = sniff(reference.path, name, *media)
         except InputError as error:
             raise ApiError(400, "invalid_request", str(error), name) from None
-        target = place.inputs / f"{name}{suffix}"
+        target = draft.inputs / f"{name}{suffix}"
         reference.path.replace(target)
         return f"{INPUTS}/{target.name}"
 
-    def _from_url(self, url: str, name: str, place: Place) -> Upload:
+    def _from_url(self, url: str, name: str, draft: Draft) -> Upload:
         if url.startswith("data:"):
             head, _, text = url.partition(",")
             if not head.endswith(";base64"):
@@ -157,7 +155,7 @@ class Translator:
                 content = fetch(url, self.settings.upload_bytes)
             except InputError as error:
                 raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
-        return write_upload(content, place.folder)
+        return write_upload(content, draft.folder)
 
     def _lora(self, given: LoraAsk | str) -> str:
         if isinstance(given, str):

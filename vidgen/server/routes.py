@@ -35,12 +35,11 @@ from vidgen.server.access import (
     service_of,
     video_of,
 )
-from vidgen.server.errors import ApiError
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of, kept_recipe, shot_file
 from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk, body_schema
 from vidgen.server.service import Service
-from vidgen.server.types import Job, Kind
+from vidgen.server.types import ApiError, Job, Kind
 
 Answer = TypeVar("Answer")
 MAX_PAGE = 100

@@ -23,14 +23,8 @@ from pydantic import (
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import OWN_FILE, Options, Request, Saving, expected, limits_of
 from vidgen.core.values import MAX_SIDE, MIN_SIDE, shown
-from vidgen.server.types import Upload
+from vidgen.server.types import NAMES, Upload
 
-NAMES = {
-    "frames": "num_frames", "negative": "negative_prompt", "steps": "num_inference_steps",
-    "guidance": "guidance_scale", "shift": "flow_shift", "image": "image_reference",
-    "last_image": "last_image_reference", "video": "video_reference", "audio": "audio_reference",
-}
-"""Names of options of `Request` in bodies; the others keep theirs."""
 CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shift")
 """Options of a clip that goes on; what is left out is as the clip's recipe has it."""
 SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from vidgen.core.errors import OutputError
 from vidgen.core.request import OWN_AUDIO
 from vidgen.core.runtime import link
 from vidgen.server.checker import Checker
-from vidgen.server.errors import ApiError
 from vidgen.server.hub import Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, take_over
-from vidgen.server.requests import Place, Translator, parse
+from vidgen.server.requests import Draft, Translator, parse
 from vidgen.server.scheduler import Scheduler
 from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk
 from vidgen.server.settings import Settings
-from vidgen.server.types import Job, Kind, NewJob, Upload, new_id
+from vidgen.server.types import ApiError, Call, Job, Kind, NewJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
 CHECKED_AT_ONCE = 16
@@ -34,16 +33,6 @@ CHECKED_AT_ONCE = 16
 ASKS = {"create": VideoAsk, "remix": RemixAsk, "edit": EditAsk, "extension": ExtensionAsk}
 """Bodies of the ways to ask for a clip; a replay has none."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
-
-
-@dataclass(frozen=True)
-class Call:
-    """The caller of a request; see `NewJob`."""
-
-    owner: str
-    idempotency_key: str | None = None
-    is_retry: bool = False
-    arrived_at: float = 0.0
 
 
 class Service:
@@ -84,45 +73,46 @@ class Service:
         Its `kind` is create, edit or extension, or remix or replay of a `source`.
 
         Raises:
-            ApiError, Refusal: it can't be made as it is asked for.
+            ApiError: it can't be made as it is asked for.
         """
         ask: Any = parse(ASKS[kind], fields) if kind in ASKS else None
-        with self._new("video") as place:
-            options: dict[str, Any] = {}
-            if ask is not None:
-                options = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
-                if ask.seed is None and kind in ("remix", "extension"):
-                    options.pop("seed")  # the source's own goes on
-            spec = {"options": options}
-            source_id = source.id if source is not None else None
+        with self._draft("video", call) as draft:
+            given = {} if ask is None else self.asks.options(ask) | self.asks.inputs(ask, draft)
+            spec: dict[str, Any] = {"options": given}
             if source is not None:
-                spec = self._changed(source, options, kind, place)
+                spec = self._changed(source, given, kind, draft)
             elif kind == "edit":
-                options.setdefault("strength", EDIT_STRENGTH)
+                given.setdefault("strength", EDIT_STRENGTH)
             elif kind == "extension":
-                spec["added_s"] = options.pop("seconds")
+                spec["added_s"] = given.pop("seconds")
             if kind in ("edit", "extension") and isinstance(ask.video, dict):
-                source_id = ask.video["id"]
-                found = self.jobs.get(source_id, call.owner)
-                if kind == "extension" and found and "lora" in found.spec["options"]:
-                    options["lora"] = found.spec["options"]["lora"]
-            return self._submit(place, call, fields, kind, spec, source_id)
+                source = self.jobs.get(ask.video["id"], call.owner)
+                if kind == "extension" and source and "lora" in source.spec["options"]:
+                    given["lora"] = source.spec["options"]["lora"]
+            self._require_whole(spec["options"])
+            plan = self.checker.clip(draft.folder, spec)
+            spec["options"]["seed"] = plan["seed"]
+            source_id = source and source.id
+            facts = {"kind": kind, "source_video_id": source_id,
+                     "remixed_from_video_id": source_id if kind == "remix" else None}
+            asked = {"kind": kind, "source": source_id, **fields}
+            return self._queue(draft, asked, plan | facts, spec)
 
     def film(self, fields: dict[str, Any], call: Call) -> Job:
         """Queue a film."""
         ask = parse(FilmAsk, fields)
-        with self._new("film") as place:
-            plan, script = self._film_plan(ask, call, place)
+        with self._draft("film", call) as draft:
+            plan, script = self._film_plan(ask, draft)
             del plan["notes"]
             facts = {"draft": ask.draft, "previous_film_id": ask.previous_film_id}
             spec = {"script": f"{INPUTS}/{script.name}", "draft": ask.draft}
-            return self._queue(place, call, fields, "film", plan | facts, spec)
+            return self._queue(draft, fields, plan | facts, spec)
 
     def check_film(self, fields: dict[str, Any], call: Call) -> dict[str, Any]:
         """Return what a script would make; nothing is kept."""
         ask = parse(FilmAsk, fields)
-        with self._new("film") as place:
-            plan, _ = self._film_plan(ask, call, place)
+        with self._draft("film", call) as draft:
+            plan, _ = self._film_plan(ask, draft)
         return {**plan, "size": f"{plan['width']}x{plan['height']}",
                 "expected_s": round(plan["expected_s"], 1)}
 
@@ -144,26 +134,26 @@ class Service:
             raise OutputError(f"{int(free_mb)} MB are free, {int(self.settings.reserve_mb)} MB "
                               "stay in reserve; delete clips, or make room on the disk")
 
-    def _film_plan(self, ask: FilmAsk, call: Call, place: Place) -> tuple[dict[str, Any], Path]:
+    def _film_plan(self, ask: FilmAsk, draft: Draft) -> tuple[dict[str, Any], Path]:
         self.asks.check_model(ask.model)
-        path = lay_down(ask, place.folder)
+        path = lay_down(ask, draft.folder)
         if ask.previous_film_id is not None:
-            before = self.jobs.get(ask.previous_film_id, call.owner)
+            before = self.jobs.get(ask.previous_film_id, draft.call.owner)
             if before is None or before.kind != "film":
                 raise ApiError(404, "not_found", f"there is no film {ask.previous_film_id!r}",
                                "previous_film_id")
-            take_over(self.settings.job_folder(before.id), place.folder)
+            take_over(self.settings.job_folder(before.id), draft.folder)
         return self.checker.film(path, ask.draft), path
 
     def _changed(
-        self, source: Job, changes: dict[str, Any], kind: str, place: Place
+        self, source: Job, changes: dict[str, Any], kind: str, draft: Draft
     ) -> dict[str, Any]:
         """Return another clip's request with some of its options changed, and link its files."""
         options, spec = dict(source.spec["options"]), dict(source.spec)
         before = self.settings.job_folder(source.id) / INPUTS
         for path in before.iterdir() if before.is_dir() else ():
-            if not (place.inputs / path.name).exists():
-                link(path, place.inputs / path.name)
+            if not (draft.inputs / path.name).exists():
+                link(path, draft.inputs / path.name)
         if kind == "remix" and not changes:
             raise ApiError(400, "missing_parameter", "nothing is changed; give a prompt or another "
                            "field, or ask for a replay", "prompt")
@@ -174,11 +164,7 @@ class Service:
                 options = {name: value for name, value in options.items() if name not in pair}
         return spec | {"options": options | changes}
 
-    def _submit(
-        self, place: Place, call: Call, fields: dict[str, Any], kind: str, spec: dict[str, Any],
-        source: str | None,
-    ) -> Job:
-        options = spec["options"]
+    def _require_whole(self, options: dict[str, Any]) -> None:
         if "video" in options and "strength" not in options:
             raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
                            "strength; give 0, which keeps it, to 1, or leave the clip out",
@@ -187,40 +173,33 @@ class Service:
             raise ApiError(400, "invalid_request", f"generate_sound is true, but the model "
                            f"{self.model['name']!r} makes no sound; leave it out",
                            "generate_sound")
-        plan = self.checker.clip(place.folder, spec)
-        options["seed"] = plan["seed"]
-        facts = {"kind": kind, "source_video_id": source,
-                 "remixed_from_video_id": source if kind == "remix" else None}
-        known = {"kind": kind, "source": source, **fields}
-        return self._queue(place, call, known, "video", plan | facts, spec)
 
     def _queue(
-        self, place: Place, call: Call, fields: dict[str, Any], kind: Kind, plan: dict[str, Any],
-        spec: dict[str, Any],
+        self, draft: Draft, asked: dict[str, Any], ask: dict[str, Any], spec: dict[str, Any]
     ) -> Job:
-        expected_s, limits = plan.pop("expected_s"), self.settings.limits
+        expected_s = ask.pop("expected_s")
         job, is_new = self.jobs.add(NewJob(
-            kind, call.owner, plan | {"model": self.model["name"]}, spec, fingerprint(fields),
-            expected_s, call.idempotency_key, call.is_retry, call.arrived_at, id=place.id,
-        ), most=limits.queued, most_of_owner=self.settings.pending)
+            **vars(draft.call), id=draft.id, kind=draft.kind, spec=spec, expected_s=expected_s,
+            ask=ask | {"model": self.model["name"]}, fingerprint=fingerprint(asked),
+        ), most=self.settings.limits.queued, most_of_owner=self.settings.pending)
         if is_new:
-            place.is_kept = True
+            draft.is_kept = True
             self.scheduler.wake()
         return job
 
     @contextmanager
-    def _new(self, kind: Kind) -> Iterator[Place]:
+    def _draft(self, kind: Kind, call: Call) -> Iterator[Draft]:
         """Make a folder for a new job; it is removed unless the job is queued."""
         job_id = new_id(kind)
-        place = Place(job_id, self.settings.job_folder(job_id))
+        draft = Draft(job_id, kind, call, self.settings.job_folder(job_id))
         try:
-            place.inputs.mkdir(parents=True)
-            yield place
+            draft.inputs.mkdir(parents=True)
+            yield draft
         except OSError as error:
             raise OutputError(f"a job can't be kept: {error.strerror}") from error
         finally:
-            if not place.is_kept:
-                shutil.rmtree(place.folder, ignore_errors=True)
+            if not draft.is_kept:
+                shutil.rmtree(draft.folder, ignore_errors=True)
 
     def _clear_up(self) -> None:
         """Remove leftovers of a kill: uploads, and folders of jobs that were never queued."""
@@ -235,11 +214,7 @@ class Service:
 
 def fingerprint(fields: dict[str, Any]) -> str:
     """Return a hash of a request; files count by their content."""
-    def plain(value: Any) -> Any:
-        if isinstance(value, Upload):
-            return {"sha256": value.sha256}
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, list) else value
+    def content(upload: Upload) -> dict[str, str]:
+        return {"sha256": upload.sha256}
 
-    return hashlib.sha256(json.dumps(plain(fields), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=content).encode()).hexdigest()
