@@ -1,14 +1,23 @@
-"""Models of the service's answers, for its OpenAPI document."""
+"""Answers of the service: models for its OpenAPI document, and jobs as clients see them.
+
+Jobs have the OpenAI shape, with our own fields added.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from vidgen.server.types import Job, Status
+
+MAX_WARNINGS = 20
+Item = TypeVar("Item")
+
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
 class JobError(_Answer):
@@ -21,11 +30,11 @@ class JobError(_Answer):
 class _Job(_Answer):
     id: str
     model: str
-    status: Literal["queued", "in_progress", "completed", "failed"]
-    progress: int
-    stage: str | None
-    step: int | None
-    num_steps: int | None
+    status: Status
+    progress: int = 0
+    stage: str | None = None
+    step: int | None = None
+    num_steps: int | None = None
     created_at: int
     started_at: int | None
     completed_at: int | None
@@ -33,18 +42,18 @@ class _Job(_Answer):
     seconds: str
     size: str
     fps: str
-    num_frames: int | None
-    error: JobError | None
-    eta_s: float | None
+    num_frames: int | None = None
+    error: JobError | None = None
+    eta_s: float | None = None
     queue_position: int | None
     preview: bool
     resumed: int
-    checks: dict[str, Any] | None
-    stage_durations: dict[str, float] | None
-    inference_time_s: float | None
-    peak_memory_mb: float | None
-    recipe_sha256: str | None
-    warnings: list[str]
+    checks: dict[str, Any] | None = None
+    stage_durations: dict[str, float] | None = None
+    inference_time_s: float | None = None
+    peak_memory_mb: float | None = None
+    recipe_sha256: str | None = None
+    warnings: list[str] = []
 
 
 class Video(_Job):
@@ -59,8 +68,8 @@ class Video(_Job):
     num_inference_steps: int
     negative_prompt: str
     guidance_scale: float
-    sound: bool | None
-    captions: list[dict[str, Any]]
+    sound: bool | None = None
+    captions: list[dict[str, Any]] = []
 
 
 class Film(_Job):
@@ -69,31 +78,27 @@ class Film(_Job):
     object: Literal["film"]
     title: str | None
     draft: bool
-    shot: str | None
+    shot: str | None = None
     shots: list[dict[str, Any]]
-    timeline: list[dict[str, Any]] | None
-    files: list[str]
+    timeline: list[dict[str, Any]] | None = None
+    files: list[str] = []
     previous_film_id: str | None
     script: dict[str, Any]
 
 
-class _Page(_Answer):
+class Listing(_Answer, Generic[Item]):
+    """All of a kind."""
+
     object: Literal["list"] = "list"
+    data: list[Item]
+
+
+class Page(Listing[Item]):
+    """Some of a kind."""
+
     has_more: bool
     first_id: str | None
     last_id: str | None
-
-
-class VideoPage(_Page):
-    """Some clips."""
-
-    data: list[Video]
-
-
-class FilmPage(_Page):
-    """Some films."""
-
-    data: list[Film]
 
 
 class FilmCheck(_Answer):
@@ -148,13 +153,6 @@ class Model(_Answer):
     makes_sound: bool
 
 
-class ModelPage(_Answer):
-    """All models."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
 class Session(_Answer):
     """Who asks."""
 
@@ -162,13 +160,6 @@ class Session(_Answer):
     key_required: bool
     authenticated: bool
     owner: str | None
-
-
-class AuditPage(_Answer):
-    """Lines of the audit log."""
-
-    object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
 
 
 class Health(_Answer):
@@ -194,3 +185,95 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         500: "the service failed", 503: "the service stops", 507: "the disk is full",
     }.items()
 }
+
+
+@dataclass
+class Live:
+    """The state of a job at work, which isn't written to the queue.
+
+    Attributes:
+        fraction: done of the whole job, 0 to 1; None without an estimate.
+        shot: the film's shot at work.
+        shots: the film's finished shots, by id.
+    """
+
+    stage: str = "load"
+    done: int = 0
+    total: int = 1
+    fraction: float | None = None
+    eta_s: float | None = None
+    shot: str | None = None
+    preview: dict[str, Any] | None = None
+    shots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Take up a progress event."""
+        self.stage, self.done, self.total = event["stage"], event["done"], event["total"]
+        self.fraction, self.eta_s = event.get("fraction", self.fraction), event.get("eta_s")
+        if self.shot != event.get("shot"):  # what is shown is of another one
+            self.shot, self.preview = event.get("shot"), None
+
+    def warn(self, text: str) -> None:
+        """Keep a note, once."""
+        if text not in self.warnings and len(self.warnings) < MAX_WARNINGS:
+            self.warnings.append(text)
+
+    def kept(self) -> dict[str, Any]:
+        """Return the result that is kept of a job that isn't completed."""
+        shots = {"shots": list(self.shots.values())} if self.shots else {}
+        return {"warnings": self.warnings, **shots}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields of a progress event."""
+        sampling = self.stage == "sample"
+        return {
+            "stage": self.stage, "step": self.done if sampling else None,
+            "num_steps": self.total if sampling else None, "eta_s": self.eta_s,
+            "progress": min(99, int(100 * (self.fraction or 0.0))), "shot": self.shot,
+        }
+
+
+@dataclass(frozen=True)
+class Place:
+    """A job's `position` in the queue, 1 the next, None at work or done; and seconds to its end."""
+
+    position: int | None = None
+    eta_s: float | None = None
+
+
+def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
+    """Return a job as JSON data: the fields of its answer, from what is known of it."""
+    live = live if job.status == "in_progress" else None
+    known = job.ask | job.result
+    state: dict[str, Any] = {
+        "progress": 100 if job.status == "completed" else 0, "eta_s": place.eta_s}
+    if live is not None:
+        state = live.facts() | {"warnings": live.warnings}
+    if job.status == "failed":
+        state["error"] = {"code": job.error_code, "message": job.error_message}
+    if job.kind == "film":
+        state["shots"] = _shots(job, live)
+    times = {name: at and int(at) for name in (
+        "created_at", "started_at", "completed_at", "expires_at") for at in (getattr(job, name),)}
+    facts = {
+        **known, **state, **times, "object": job.kind, "id": job.id, "status": job.status,
+        "seconds": f"{known['seconds']:g}", "size": f"{known['width']}x{known['height']}",
+        "preview": bool(live and live.preview), "queue_position": place.position,
+        "resumed": max(0, job.attempt - 1)}
+    return (Film if job.kind == "film" else Video)(**facts).model_dump()
+
+
+def _shots(job: Job, live: Live | None) -> list[dict[str, Any]]:
+    there = {each["id"]: each for each in job.result.get("shots", ())}
+    there |= live.shots if live else {}
+    shots = []
+    for planned in job.ask["shots"]:
+        made = there.get(planned["id"], {})
+        at_work = live is not None and live.shot == planned["id"]
+        waits = "failed" if job.is_finished else "queued"
+        status = "completed" if made else "in_progress" if at_work else waits
+        facts = {name: made.get(name) for name in ("made", "checks", "choice")}
+        shots.append({**planned, **facts, "status": status,
+                      "seed": made.get("seed", planned["seed"])})
+    return shots

@@ -266,7 +266,7 @@ async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
     return await queued(request, partial(service_of(request).clip, "replay", {}, call, source))
 
 
-add_job_routes(videos, "video", video_of, responses.Video, responses.VideoPage, {
+add_job_routes(videos, "video", video_of, responses.Video, responses.Page[responses.Video], {
     "list": "Clips, the newest first.",
     "retrieve": "A clip as it stands.",
     "delete": "Take a clip out of the world; one that is being made stops within a step.",
@@ -308,7 +308,7 @@ async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     return await checked(request, partial(service_of(request).check_film, fields, call))
 
 
-add_job_routes(films, "film", film_of, responses.Film, responses.FilmPage, {
+add_job_routes(films, "film", film_of, responses.Film, responses.Page[responses.Film], {
     "list": "Films, the newest first.",
     "retrieve": "A film as it stands.",
     "delete": "Take a film out of the world; one that is being made stops within a step.",
@@ -359,7 +359,7 @@ def download_shot(
     return JobFile(file, media, file.name)
 
 
-@others.get("/v1/models", response_model=responses.ModelPage)
+@others.get("/v1/models", response_model=responses.Listing[responses.Model])
 def list_models(request: Request, owner: Owner) -> Any:  # noqa: ARG001
     """The model that is served."""
     return {"data": [_served(service_of(request))]}
@@ -380,7 +380,7 @@ def limits(request: Request, owner: Owner) -> Any:  # noqa: ARG001
     return service_of(request).limits
 
 
-@others.get("/v1/audit", response_model=responses.AuditPage)
+@others.get("/v1/audit", response_model=responses.Listing[dict[str, Any]])
 def audit(request: Request, owner: Owner, limit: int = Query(100, ge=1, le=1000)) -> Any:
     """What was done under this key, the latest first."""
     return {"data": service_of(request).jobs.audit(owner, limit)}

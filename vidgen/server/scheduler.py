@@ -22,10 +22,10 @@ from vidgen.pipeline.workers.pool import LocalPool, LocalWorker, Message, Worker
 from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
+from vidgen.server.responses import Live, Place, view
 from vidgen.server.runner import CANCELLED, OPEN, PAUSED, MemoryFull, Runner
 from vidgen.server.settings import Settings
 from vidgen.server.types import Job
-from vidgen.server.views import Live, Place, view
 
 _GB = 1 << 30
 LOOK_S, SWEEP_S = 1.0, 10.0
@@ -249,8 +249,7 @@ class Scheduler:
         self._step_s = now
         self._live.hear(message)
         self._publish("progress", job, {
-            "status": "in_progress", **self._live.facts(), "queue_position": None,
-            "shot": self._live.shot})
+            "status": "in_progress", "queue_position": None, **self._live.facts()})
 
     def _on_preview(self, job: Job, message: dict[str, Any]) -> None:
         shown = {name: message[name] for name in ("step", "fps", "image")}
