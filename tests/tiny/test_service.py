@@ -50,13 +50,13 @@ def test_who_waits_hears_that_others_leave_the_queue(service):
     assert seen(service, waiting)["queue_position"] == 2
 
     async def next_place():
-        listener = service.hub.listen("bob", None)
-        service.scheduler.cancel(ahead)
-        async for event in service.hub.stream(listener, 60.0):
-            assert event is not None, "nothing was told"
-            assert event.owner == "bob"
-            if event.name == "queue":
-                return event.data
+        with service.hub.listen("bob", None) as listener:
+            service.scheduler.cancel(ahead)
+            async for event in listener.stream(60.0):
+                assert event is not None, "nothing was told"
+                assert event.owner == "bob"
+                if event.name == "queue":
+                    return event.data
 
     place = asyncio.run(next_place())
     assert (place["id"], place["queue_position"]) == (waiting.id, 1)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Header, Path, Request
 from fastapi.responses import StreamingResponse
 
 from vidgen.core.runtime import write_error
@@ -109,25 +109,20 @@ async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str,
 Fields = Annotated[dict[str, Any], Depends(read_fields)]
 
 
-def video_of(request: Request, video_id: str, owner: Owner) -> Job:
-    """Return the clip that a path names."""
-    return _job_of(request, "video", video_id, owner)
+def _any(kind: Kind) -> Any:
+    """Depend on the job of a kind that a path names."""
+    def find(request: Request, owner: Owner, job_id: str = Path(alias=f"{kind}_id")) -> Job:
+        job = service_of(request).jobs.get(job_id, owner)
+        if job is None or job.kind != kind:
+            raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
+        return job
+
+    return Depends(find)
 
 
-def film_of(request: Request, film_id: str, owner: Owner) -> Job:
-    """Return the film that a path names."""
-    return _job_of(request, "film", film_id, owner)
-
-
-VideoJob = Annotated[Job, Depends(video_of)]
-FilmJob = Annotated[Job, Depends(film_of)]
-
-
-def _job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
-    job = service_of(request).jobs.get(job_id, owner)
-    if job is None or job.kind != kind:
-        raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
-    return job
+ANY_VIDEO, ANY_FILM = _any("video"), _any("film")
+VideoJob = Annotated[Job, ANY_VIDEO]
+FilmJob = Annotated[Job, ANY_FILM]
 
 
 class Router(APIRouter):

@@ -52,7 +52,7 @@ class Checker:
 
         known = self.folder.defaults
         return {
-            "name": self.folder.name, "tasks": list(self.folder.tasks),
+            "id": self.folder.name, "tasks": list(self.folder.tasks),
             "license": self.folder.license,
             "defaults": {
                 "seconds": known.num_frames / known.fps, "size": f"{known.width}x{known.height}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -43,18 +43,36 @@ class Event:
 
 @dataclass(eq=False)
 class Listener:
-    """One stream."""
+    """One stream of events, of an owner's jobs or one of them."""
 
     owner: str
     job: str | None
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
 
     def offer(self, event: Event | None) -> None:
-        """Queue an event; None ends the stream."""
+        """Queue an event, from any thread; None ends the stream."""
+        with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
+            self._loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: Event | None) -> None:
         is_passing = event is not None and event.name in PASSING
-        if not is_passing or self.events.qsize() <= MAX_WAITING:
-            self.events.put_nowait(event)
+        if not is_passing or self._events.qsize() <= MAX_WAITING:
+            self._events.put_nowait(event)
+
+    async def stream(self, ping_s: float) -> AsyncIterator[Event | None]:
+        """Yield events as they come, and None whenever none came for a while, up to the last."""
+        while True:
+            try:
+                event = await asyncio.wait_for(self._events.get(), ping_s)
+            except TimeoutError:
+                yield None
+                continue
+            if event is None:
+                return
+            yield event
+            if event.is_last and self.job is not None:
+                return
 
 
 class Hub:
@@ -73,54 +91,30 @@ class Hub:
     def publish(self, event: Event) -> None:
         """Pass an event to its listeners, from any thread."""
         with self._lock:
-            found = [each for each in self._listeners
-                     if each.owner == event.owner and each.job in (None, event.job)]
-        for each in found:
-            self._offer(each, event)
+            for each in self._listeners:
+                if each.owner == event.owner and each.job in (None, event.job):
+                    each.offer(event)
 
     def close(self) -> None:
         """End all streams, now and from here on."""
         with self._lock:
             self._is_closed = True
-            found = list(self._listeners)
-        for each in found:
-            self._offer(each, None)
+            for each in self._listeners:
+                each.offer(None)
 
-    def listen(self, owner: str, job: str | None) -> Listener:
-        """Listen to an owner's jobs, or one of them, from now on; `stream` yields the events."""
-        listener = Listener(owner, job, asyncio.get_running_loop())
+    @contextmanager
+    def listen(self, owner: str, job: str | None) -> Iterator[Listener]:
+        """Collect the events of an owner's jobs, or of one of them, inside the block."""
+        listener = Listener(owner, job)
         with self._lock:
             self._listeners.add(listener)
             if self._is_closed:
                 listener.offer(None)
-        return listener
-
-    def leave(self, listener: Listener) -> None:
-        """Stop listening."""
-        with self._lock:
-            self._listeners.discard(listener)
-
-    async def stream(self, listener: Listener, ping_s: float) -> AsyncIterator[Event | None]:
-        """Yield events as they come, and None whenever none came for a while, up to the last."""
         try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(listener.events.get(), ping_s)
-                except TimeoutError:
-                    yield None
-                    continue
-                if event is None:
-                    return
-                yield event
-                if event.is_last and listener.job is not None:
-                    return
+            yield listener
         finally:
-            self.leave(listener)
-
-    @staticmethod
-    def _offer(listener: Listener, event: Event | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
-            listener.loop.call_soon_threadsafe(listener.offer, event)
+            with self._lock:
+                self._listeners.discard(listener)
 
 
 class Metrics:

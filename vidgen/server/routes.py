@@ -6,13 +6,13 @@ import base64
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
-from fastapi import Depends, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel
@@ -22,6 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from vidgen.server import responses
 from vidgen.server.access import (
+    ANY_FILM,
+    ANY_VIDEO,
     COOKIE,
     Caller,
     Fields,
@@ -29,11 +31,9 @@ from vidgen.server.access import (
     Owner,
     Router,
     VideoJob,
-    film_of,
     key_required,
     owner_of,
     service_of,
-    video_of,
 )
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of, kept_recipe, shot_file
@@ -111,19 +111,19 @@ async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
 
 
 def add_job_routes(
-    router: Router, kind: Kind, find: Callable[..., Job], answer: type[BaseModel],
-    pages: type[BaseModel], descriptions: Mapping[str, str],
+    router: Router, kind: Kind, found: Any, answer: type[BaseModel], pages: type[BaseModel]
 ) -> None:
     """Add the routes that list, show, delete, cancel, preview and follow jobs of a kind.
 
-    `find` is the dependency that returns the job of a path; clients see a job as `answer`.
+    `found` depends on the job of a path; clients see a job as `answer`, several as `pages`.
     """
-    place, found = f"/{{{kind}_id}}", Depends(find)
+    place = f"/{{{kind}_id}}"
 
-    def named(verb: str, noun: str = kind) -> dict[str, Any]:
-        return {"name": f"{verb}_{noun}", "description": descriptions[verb]}
+    def named(verb: str, description: str, noun: str = kind) -> dict[str, Any]:
+        return {"name": f"{verb}_{noun}", "description": description}
 
-    @router.get("", response_model=pages, **named("list", f"{kind}s"))
+    @router.get("", response_model=pages, **named(
+        "list", f"All {kind}s, the newest first.", f"{kind}s"))
     def list_jobs(
         request: Request, owner: Owner, after: str | None = Query(None, max_length=100),
         limit: int = Query(20, ge=0, le=MAX_PAGE), order: Literal["asc", "desc"] = "desc",
@@ -135,18 +135,20 @@ def add_job_routes(
         return {"data": service.scheduler.views(jobs), "has_more": has_more,
                 "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
 
-    @router.get(place, response_model=answer, **named("retrieve"))
+    @router.get(place, response_model=answer, **named("retrieve", f"A {kind} as it stands."))
     def retrieve(request: Request, response: Response, job: Job = found) -> Any:
         if not job.is_finished:
             response.headers["openai-poll-after-ms"] = str(POLL_MS)
         return service_of(request).scheduler.view(job)
 
-    @router.delete(place, response_model=responses.Deleted, **named("delete"))
+    @router.delete(place, response_model=responses.Deleted, **named(
+        "delete", f"Take a {kind} out of the world; one being made stops within a step."))
     def delete(request: Request, job: Job = found) -> Any:
         service_of(request).scheduler.delete(job)
         return {"id": job.id, "object": f"{kind}.deleted"}
 
-    @router.post(f"{place}/cancel", response_model=answer, **named("cancel"))
+    @router.post(f"{place}/cancel", response_model=answer, **named(
+        "cancel", f"End a {kind} that isn't finished; it stops within a step."))
     def cancel(request: Request, job: Job = found) -> Any:
         if job.is_finished:
             raise ApiError(409, "already_finished", f"the {kind} {job.stands} already")
@@ -154,7 +156,7 @@ def add_job_routes(
         return scheduler.view(scheduler.cancel(job))
 
     @router.get(f"{place}/preview", response_class=Response, responses={
-        200: {"content": {"image/webp": {}}}}, **named("preview"))
+        200: {"content": {"image/webp": {}}}}, **named("preview", f"A {kind} while it forms."))
     def preview(request: Request, job: Job = found) -> Response:
         latest = service_of(request).scheduler.preview(job)
         if latest is None:
@@ -163,7 +165,7 @@ def add_job_routes(
         return Response(image, media_type="image/webp")
 
     @router.get(f"{place}/events", response_class=StreamingResponse, responses={
-        200: {"content": {"text/event-stream": {}}}}, **named("events_of"))
+        200: {"content": {"text/event-stream": {}}}}, **named("events_of", f"Events of a {kind}."))
     async def events(request: Request, owner: Owner, job: Job = found) -> Response:
         return event_stream(service_of(request), owner, job)
 
@@ -203,17 +205,14 @@ def event_stream(service: Service, owner: str, job: Job | None) -> StreamingResp
 
 
 async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator[str]:
-    listener = service.hub.listen(owner, job.id if job else None)  # first: nothing is lost
-    try:
+    with service.hub.listen(owner, job.id if job else None) as listener:  # nothing is lost
         yield f"retry: {RETRY_MS}\n\n"
         for now in await run_in_threadpool(_now, service, owner, job):
             yield _line(now)
             if now.is_last:
                 return
-        async for event in service.hub.stream(listener, PING_S):
+        async for event in listener.stream(PING_S):
             yield ": ping\n\n" if event is None else _line(event)
-    finally:
-        service.hub.leave(listener)
 
 
 def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
@@ -266,14 +265,7 @@ async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
     return await queued(request, partial(service_of(request).clip, "replay", {}, call, source))
 
 
-add_job_routes(videos, "video", video_of, responses.Video, responses.Page[responses.Video], {
-    "list": "Clips, the newest first.",
-    "retrieve": "A clip as it stands.",
-    "delete": "Take a clip out of the world; one that is being made stops within a step.",
-    "cancel": "End a clip that isn't finished; it stops within a step.",
-    "preview": "How a clip looks while it forms.",
-    "events_of": "What happens to a clip, as it happens.",
-})
+add_job_routes(videos, "video", ANY_VIDEO, responses.Video, responses.Page[responses.Video])
 
 
 @videos.get("/{video_id}/content", response_class=FileResponse, responses={
@@ -308,14 +300,7 @@ async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     return await checked(request, partial(service_of(request).check_film, fields, call))
 
 
-add_job_routes(films, "film", film_of, responses.Film, responses.Page[responses.Film], {
-    "list": "Films, the newest first.",
-    "retrieve": "A film as it stands.",
-    "delete": "Take a film out of the world; one that is being made stops within a step.",
-    "cancel": "End a film that isn't finished; shots that are there can be taken over by the next.",
-    "preview": "How the shot at work looks while it forms.",
-    "events_of": "What happens to a film, as it happens.",
-})
+add_job_routes(films, "film", ANY_FILM, responses.Film, responses.Page[responses.Film])
 
 
 @films.get("/{film_id}/content", response_class=FileResponse, responses={
@@ -446,9 +431,5 @@ def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
 
 
 def _served(service: Service) -> dict[str, Any]:
-    known = service.model
-    return {
-        "id": known["name"], "created": _STARTED_S, "license": known["license"],
-        "tasks": known["tasks"], "defaults": known["defaults"], "loras": service.asks.loras,
-        "limits": service.limits, "makes_sound": known["makes_sound"],
-    }
+    return service.model | {
+        "created": _STARTED_S, "loras": service.asks.loras, "limits": service.limits}

@@ -57,7 +57,7 @@ class Service:
         """
         self.checker = Checker(self.settings.model, self.settings.limits)
         self.model = self.checker.model()
-        self.asks = Translator(self.settings, self.jobs, self.model["name"])
+        self.asks = Translator(self.settings, self.jobs, self.model["id"])
         self._clear_up()
         self.scheduler.start()
 
@@ -171,7 +171,7 @@ class Service:
                            "strength")
         if options.get("audio") == OWN_AUDIO and not self.model["makes_sound"]:
             raise ApiError(400, "invalid_request", f"generate_sound is true, but the model "
-                           f"{self.model['name']!r} makes no sound; leave it out",
+                           f"{self.model['id']!r} makes no sound; leave it out",
                            "generate_sound")
 
     def _queue(
@@ -180,7 +180,7 @@ class Service:
         expected_s = ask.pop("expected_s")
         job, is_new = self.jobs.add(NewJob(
             **vars(draft.call), id=draft.id, kind=draft.kind, spec=spec, expected_s=expected_s,
-            ask=ask | {"model": self.model["name"]}, fingerprint=fingerprint(asked),
+            ask=ask | {"model": self.model["id"]}, fingerprint=fingerprint(asked),
         ), most=self.settings.limits.queued, most_of_owner=self.settings.pending)
         if is_new:
             draft.is_kept = True
