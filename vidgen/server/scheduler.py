@@ -1,7 +1,7 @@
 """The scheduler: passes the queue's jobs to the process that makes them, and keeps both in order.
 
-One thread starts the process, claims the next job, notices a process that died or no longer
-answers, and removes outdated jobs. The process's messages come in on another thread.
+Its thread starts the process, claims the next job, takes in the process's messages, notices one
+that died or no longer answers, and removes outdated jobs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
 from vidgen.pipeline.workers import types as workers
-from vidgen.pipeline.workers.pool import LocalPool, LocalWorker, Message, WorkerHandle
+from vidgen.pipeline.workers.pool import LocalPool, LocalWorker, Message
 from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
@@ -47,10 +48,9 @@ class Scheduler:
     def __init__(self, settings: Settings, jobs: Jobs, hub: Hub, metrics: Metrics) -> None:
         self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
         self._lock = threading.RLock()
-        self._wake = threading.Event()
+        self._woken, self._bell = Pipe(duplex=False)
         self._work = pickle.dumps(Runner(settings.model))
-        self._child: LocalWorker | None = None
-        self._listener: threading.Thread | None = None
+        self._pool: LocalPool | None = None
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
         self._running: Job | None = None
@@ -80,7 +80,7 @@ class Scheduler:
 
     def wake(self) -> None:
         """Look at the queue, since a job was added."""
-        self._wake.set()
+        self._bell.send_bytes(b"!")
 
     def view(self, job: Job) -> dict[str, Any]:
         """Return a job as clients see it."""
@@ -130,15 +130,8 @@ class Scheduler:
             running = self._running
         if running is not None and self._stop(running, PAUSED):
             self._await_end(max(patience_s, 5.0))
-        with self._lock:
-            self._is_over = True
-            child, listener = self._child, self._listener
-        self._wake.set()
-        if child is not None and listener is not None:
-            child.stop()
-            listener.join(2.0)
-            child.process.kill()
-            listener.join()
+        self._is_over = True
+        self.wake()
         if self._thread.is_alive():
             self._thread.join(10.0)
 
@@ -147,27 +140,34 @@ class Scheduler:
         while self._running is not None and time.monotonic() < until and self._is_ready:
             time.sleep(0.05)
 
+    @property
+    def _child(self) -> LocalWorker | None:
+        return self._pool.workers[0] if self._pool else None
+
     def _run(self) -> None:
         while not self._is_over:
             try:
                 self._look_after_child()
                 self._begin_next()
                 self._sweep()
+                self._listen()
             except OutputError as error:  # a full disk; what waits is tried again
                 log.error("%s", error)
                 time.sleep(LOOK_S)
             except Exception:
                 log.exception("the scheduler stumbled")
                 time.sleep(LOOK_S)
-            self._wake.wait(LOOK_S)
-            self._wake.clear()
+        if self._pool is not None:
+            self._pool.workers[0].stop()
+            self._pool.end(2.0)
 
     def _look_after_child(self) -> None:
         now = time.monotonic()
         with self._lock:
-            if self._child is None and now >= self._start_s and not self._is_draining:
+            if self._pool is None and now >= self._start_s and not self._is_draining:
                 self._heard_s = now
-                self._start_child()
+                self._pool = LocalPool(self._work, 1, workers.Staff().num_threads)
+                self._pool.start()
             child, silent = self._child, now - self._heard_s > SILENCE_S
             told_s = self._told_to_stop_s
             stuck = told_s is not None and now - told_s > STOP_PATIENCE_S
@@ -179,31 +179,21 @@ class Scheduler:
             self._heard_s = now
             child.process.kill()
 
-    def _start_child(self) -> None:
-        pool = LocalPool(self._work, 1, workers.Staff().num_threads)
-        pool.start()
-        self._child = pool.workers[0]
-        self._listener = threading.Thread(target=self._listen, args=(pool,), daemon=True)
-        self._listener.start()
-
-    def _listen(self, pool: LocalPool) -> None:
-        while True:
-            for worker, message in pool.listen(LOOK_S):
-                if message[0] == "lost":
-                    worker.end()
-                    self._gone(message[1])
-                    return
-                try:
-                    self._hear(worker, message)
-                except Exception:
-                    log.exception("a message could not be taken in")
+    def _listen(self) -> None:
+        """Take in what the process says, as soon as it says something or a job is added."""
+        pool, child = self._pool, self._child
+        wait([self._woken, *([child.connection] if child else [])], LOOK_S)
+        while self._woken.poll():
+            self._woken.recv_bytes()
+        for worker, message in pool.listen(0.0) if pool else ():
+            self._hear(worker, message)
 
     def _begin_next(self) -> None:
+        if self._unwritten is not None:
+            self._unwritten()
+            self._unwritten = None
         with self._lock:
-            if self._unwritten is not None:
-                self._unwritten()
-                self._unwritten = None
-            if self._running or not self._is_ready or self._is_draining or self._child is None:
+            if self._running or not self._is_ready or self._is_draining or self._pool is None:
                 return
             job = self.jobs.claim()
             if job is None:
@@ -211,30 +201,33 @@ class Scheduler:
             self._running, self._live = job, Live()
             self._step_s = time.monotonic()
             self.metrics.wait.observe(max(0.0, (job.started_at or 0.0) - job.created_at))
-            self._child.begin(workers.Job(job.id, {
+            self._pool.workers[0].begin(workers.Job(job.id, {
                 "kind": job.kind, "spec": job.spec,
                 "folder": str(self.settings.job_folder(job.id))}))
         log.info("started", extra={"job": job.id, "attempt": job.attempt})
         self._tell_status(job)
 
-    def _hear(self, worker: WorkerHandle, message: Message) -> None:
-        self._heard_s = time.monotonic()
-        kind, content = message[0], message[1:]
-        if kind == "ready":
-            worker.begin(workers.Job(OPEN, {"kind": OPEN}))
-        elif kind == "log":
-            self._hear_log(*content)
-        elif not self._is_ready and kind == "done":
-            with self._lock:
-                self._is_ready, self._broken, self._deaths = True, None, 0
-            self._wake.set()
-        elif not self._is_ready and kind == "failed":
-            self._broken = str(content[0])
-            log.error("the model can't be opened: %s", self._broken)
-            worker.stop()
-        elif (job := self._running) is not None and kind in ("tell", "done", "failed"):
-            name = content[0]["event"] if kind == "tell" else kind
-            getattr(self, f"_on_{name}")(job, content[0])
+    def _hear(self, worker: LocalWorker, message: Message) -> None:
+        self._heard_s, job = time.monotonic(), self._running
+        match message:
+            case "lost", fate:
+                worker.end()
+                self._gone(fate)
+            case ("ready",):
+                worker.begin(workers.Job(OPEN, {"kind": OPEN}))
+            case "log", level, text, trace:
+                self._hear_log(level, text, trace)
+            case "done", _ if not self._is_ready:
+                with self._lock:
+                    self._is_ready, self._broken, self._deaths = True, None, 0
+            case "failed", error if not self._is_ready:
+                self._broken = str(error)
+                log.error("the model can't be opened: %s", self._broken)
+                worker.stop()
+            case "tell", event if job is not None:
+                getattr(self, f"_on_{event['event']}")(job, event)
+            case ("done" | "failed") as end, outcome if job is not None:
+                getattr(self, f"_on_{end}")(job, outcome)
 
     def _hear_log(self, level: int, text: str, trace: str | None) -> None:
         job = self._running
@@ -303,8 +296,7 @@ class Scheduler:
             write_and_let_go()
         except OutputError as problem:
             log.error("%s", problem, extra={"job": job.id})
-            with self._lock:
-                self._unwritten = write_and_let_go
+            self._unwritten = write_and_let_go
 
     def _let_go(self, job: Job) -> None:
         with self._lock:
@@ -314,17 +306,14 @@ class Scheduler:
             self._remove(job.id)
         else:
             self._tell_status(now)
-        self._wake.set()
 
     def _gone(self, fate: str) -> None:
         """Queue the job of a dead process again, unless it has crashed too many."""
         with self._lock:
-            self._child, self._is_ready = None, False
+            self._pool, self._is_ready = None, False
             self._start_s = time.monotonic() + PAUSES_S[min(self._deaths, len(PAUSES_S) - 1)]
             self._deaths += 1
             job = self._running
-        if self._is_over:
-            return
         log.error("the runner %s", fate, extra={"job": job and job.id})
         self.metrics.restarts.inc()
         if job is None or self._unwritten is not None:
