@@ -6,19 +6,17 @@ page at `/`. Logs are JSON lines: time, level, text, and the job that they are a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -30,6 +28,7 @@ from starlette.types import ASGIApp
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError, VidgenError
+from vidgen.core.runtime import lock_file
 from vidgen.server import routes
 from vidgen.server.access import service_of
 from vidgen.server.guard import MAX_REQUESTS, Guard
@@ -44,7 +43,6 @@ STUDIO = Path(__file__).parent / "studio"
 _CODES = {404: "not_found", 405: "method_not_allowed", 416: "range_not_satisfiable"}
 SPARE_CONNECTIONS = 100
 """Beyond those of requests that are answered: idle ones, and those that are refused."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName",
                                                      "color_message"}
 log = logging.getLogger(__name__)
@@ -101,18 +99,6 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         self._on_ready(self._url)
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {each: signal.signal(each, self.handle_exit) for each in _SIGNALS}
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.is_draining:
             self.is_hurried = self.should_exit = True
@@ -127,20 +113,16 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-@contextmanager
-def _hold(data: Path) -> Iterator[TextIO]:
+def _hold(data: Path) -> AbstractContextManager[object]:
+    """Keep other services out of a folder as long as the block lasts."""
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (data / "lock").open("w")
+        return lock_file(data / "lock") or nullcontext()
+    except BlockingIOError:
+        raise OutputError(f"another service works in {data}; stop it, or give another folder "
+                          "with --data") from None
     except OSError as error:
         raise OutputError(f"{data} can't be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another service works in {data}; stop it, or give another folder "
-                              "with --data") from None
-        yield file
 
 
 @contextmanager
@@ -163,7 +145,7 @@ def _bound(settings: Settings) -> Iterator[socket.socket]:
 
 def make_app(service: Service) -> ASGIApp:
     """Return the whole application around a service."""
-    app = FastAPI(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
+    app = _App(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     for kind in (VidgenError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
@@ -175,23 +157,19 @@ def make_app(service: Service) -> ASGIApp:
     def page() -> Response:
         return FileResponse(STUDIO / "index.html", headers={"Cache-Control": "no-cache"})
 
-    _complete_document(app)
     return Guard(app, service)
 
 
-def _complete_document(app: FastAPI) -> None:
-    """Add to the OpenAPI document what bodies refer to, and how keys are sent."""
-    make = app.openapi
+class _App(FastAPI):
+    """An application whose document also has what bodies refer to, and how keys are sent."""
 
-    def openapi() -> dict[str, Any]:
-        document = make()
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
         parts = document.setdefault("components", {})
         parts.setdefault("schemas", {}).update(shared_schemas())
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}, {}]
         return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _answer(request: Request, error: Exception) -> Response:

@@ -99,10 +99,9 @@ class _Part:
     headers: dict[bytes, bytes] = field(default_factory=dict)
     name: str = ""
     content: bytearray = field(default_factory=bytearray)
-    upload: Path | None = None
     filename: str = ""
     file: BinaryIO | None = None
-    digest: Any = None
+    digest: Any = field(default_factory=hashlib.sha256)
     size: int = 0
 
 
@@ -166,9 +165,7 @@ class _Form:
         self._part.name = _text(options[b"name"], "a field's name")
         if b"filename" in options:
             self._part.filename = _text(options[b"filename"], "a file's name")
-            self._part.upload = self._uploads / secrets.token_hex(8)
-            self._part.file = self._part.upload.open("wb")
-            self._part.digest = hashlib.sha256()
+            self._part.file = (self._uploads / secrets.token_hex(8)).open("wb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         piece, part = data[start:end], self._part
@@ -184,13 +181,13 @@ class _Form:
 
     def _end(self) -> None:
         part = self._part
-        if part.file is not None and part.upload is not None:
-            part.file.close()
-            part.file = None
-            made = Upload(part.upload, part.filename, part.digest.hexdigest(), part.size)
-            self._fields.append((part.name, made))
-        else:
+        if part.file is None:
             self._fields.append((part.name, _text(bytes(part.content), f"the field {part.name!r}")))
+            return
+        part.file.close()
+        path = Path(part.file.name)
+        upload = Upload(path, part.filename, part.digest.hexdigest(), part.size)
+        self._fields.append((part.name, upload))
 
     def _whole(self) -> None:
         self._is_whole = True
@@ -211,7 +208,7 @@ def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if match is None:
             raise ApiError(400, "malformed_body", f"{name[:80]!r} is no field's name; send what is "
                            "nested deeper as JSON in the text of one field", name[:80])
-        if not _place(fields, match[1], bool(match[2]), match[3], value):
+        if not _place(fields, match[1], bool(match[2]) or match[1] == "files", match[3], value):
             raise ApiError(400, "malformed_body", f"the field {name!r} stands there twice", name)
     for name, rows in fields.items():
         kinds = {frozenset(each) for each in rows if isinstance(each, dict)} if isinstance(
@@ -228,31 +225,23 @@ def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, va
     A list's objects come field by field, of all of them at a time or one by one: `lora[][name]`
     belongs to the first that has no name yet.
     """
+    inner: Any = fields
     if is_list:
         rows = fields.setdefault(name, [])
         if not isinstance(rows, list):
             return False
-        row = next((each for each in rows if isinstance(each, dict) and key not in each), None)
         if key is None:
             rows.append(value)
-        elif row is None:
-            rows.append({key: value})
-        else:
-            row[key] = value
-        return True
-    if key is not None:
-        inner = fields.setdefault(name, {})
-        if not isinstance(inner, dict) or key in inner:
-            return False
-        inner[key] = value
-        return True
-    if name not in fields:
-        fields[name] = value
-        return True
-    if name != "files":  # the one that may be given several times
+            return True
+        inner = next((each for each in rows if isinstance(each, dict) and key not in each), None)
+        if inner is None:
+            rows.append(inner := {})
+        name = key
+    elif key is not None:
+        inner, name = fields.setdefault(name, {}), key
+    if not isinstance(inner, dict) or name in inner:
         return False
-    before = fields[name]
-    fields[name] = [*(before if isinstance(before, list) else [before]), value]
+    inner[name] = value
     return True
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import VidgenError
-from vidgen.server.layout import FILM, files_of, is_font, sniff
+from vidgen.server.layout import FILM, files_of, sniff
 from vidgen.server.probe import NamedFile, check_uploads
 from vidgen.server.settings import Limits, at_most
 from vidgen.server.types import ApiError, refusal
@@ -73,7 +73,7 @@ class Checker:
         """
         with refusing():
             files = files_of(folder, spec["options"])
-            check_uploads([(name, "picture" if name in _PICTURES else "streams", path)
+            check_uploads([(name, "picture" if name in _PICTURES else "video", path)
                            for name, path in files.items()], self.limits)
             with self._planning:
                 return self._clip(folder, spec)
@@ -178,9 +178,6 @@ def _files_beside(script: Path) -> list[NamedFile]:
         if path.stem == script.stem:
             continue
         name = f"file {path.name}"
-        if is_font(path):
-            files.append((name, "font", str(path)))
-        else:
-            medium, _ = sniff(path, name, "picture", "video", "sound")
-            files.append((name, "picture" if medium == "picture" else "streams", str(path)))
+        medium, _ = sniff(path, name, "picture", "video", "sound", "font")
+        files.append((name, medium, str(path)))
     return files

@@ -29,6 +29,7 @@ _HEADERS = {
 }
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_CACHED = {"/v1/": "no-store", "/studio/": "no-cache"}
 _PROBES = ("/health", "/ready", "/metrics")
 MAX_REQUESTS = 500
 """Under way at a time; more are refused. Probes are always answered."""
@@ -47,102 +48,94 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passage = _Passage(self._service, scope, receive, send)
+        request_id, start_s, status, taken = secrets.token_hex(8), time.monotonic(), 0, 0
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def take() -> Message:
+            """Pass on the body's next piece, as long as the body isn't too large."""
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            self._check_size(taken)
+            return message
+
+        async def give(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._complete(scope, MutableHeaders(scope=message), request_id)
+                self._service.metrics.latency.labels(_route(scope)).observe(
+                    time.monotonic() - start_s)
+            await send(message)
+
+        async def refuse(error: ApiError) -> None:
+            self._service.metrics.refused.labels(error.code).inc()
+            if status == 0:
+                response = JSONResponse(error.body(), error.status, headers=error.headers)
+                await response(scope, take, give)
+
         self._num_inside += 1
         try:
-            if self._num_inside > MAX_REQUESTS and scope["path"] not in _PROBES:
-                raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are under way; ask "
-                               "again in a moment", headers={"Retry-After": "1"})
-            passage.check()
-            await self._app(scope, passage.receive, passage.send)
+            self._check(scope)
+            await self._app(scope, take, give)
         except ApiError as error:
-            await passage.answer(error)
+            await refuse(error)
         except Exception:
-            log.exception("a request could not be answered", extra={"request": passage.id})
-            await passage.answer(ApiError(500, "server_error",
-                                          "the service failed for a reason of its own"))
+            log.exception("a request could not be answered", extra={"request": request_id})
+            await refuse(ApiError(500, "server_error",
+                                  "the service failed for a reason of its own"))
         finally:
             self._num_inside -= 1
-            passage.end()
+            self._end(scope, status, request_id, time.monotonic() - start_s)
 
-
-class _Passage:
-    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-        self._service, self._scope, self._receive, self._send = service, scope, receive, send
-        self.id = secrets.token_hex(8)
-        self._limit, self._taken = service.settings.upload_bytes, 0
-        self._status, self._start = 0, time.monotonic()
-        scope.setdefault("state", {})["request_id"] = self.id
-
-    def check(self) -> None:
+    def _check(self, scope: Scope) -> None:
         """Refuse requests of other pages or to other names, and those that announce too much."""
-        headers = Headers(scope=self._scope)
+        if self._num_inside > MAX_REQUESTS and scope["path"] not in _PROBES:
+            raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are under way; ask again "
+                           "in a moment", headers={"Retry-After": "1"})
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self._service.settings.is_loopback and _name_of(host) not in LOOPBACK:
             raise ApiError(403, "wrong_host", "this service answers to localhost alone")
-        if self._scope["method"] not in _SAFE:
+        if scope["method"] not in _SAFE:
             origin = headers.get("origin")
             is_foreign = bool(origin) and urlsplit(origin).netloc != host
             if is_foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
                 raise ApiError(403, "wrong_origin", "another site's page may not ask this")
         try:
-            announced = int(headers.get("content-length", "0"))
+            self._check_size(int(headers.get("content-length", "0")))
         except ValueError:
             raise ApiError(400, "malformed_body", "the content length is no number") from None
-        self._check_size(announced)
 
-    async def receive(self) -> Message:
-        """Pass on the body's next piece, as long as the body isn't too large."""
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._taken += len(message.get("body", b""))
-            self._check_size(self._taken)
-        return message
+    def _check_size(self, size: int) -> None:
+        if size > (limit := self._service.settings.upload_bytes):
+            raise ApiError(413, "too_large", f"the request has more than {limit} bytes; send a "
+                           "smaller one", headers={"Connection": "close"})
 
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-            headers = MutableHeaders(scope=message)
-            for name, value in {**_HEADERS, "x-request-id": self.id}.items():
-                headers.setdefault(name, value)
-            if self._scope["path"].startswith("/v1/"):
-                headers.setdefault("cache-control", "no-store")
-            elif self._scope["path"].startswith("/studio/"):
-                headers.setdefault("cache-control", "no-cache")
-            self._service.metrics.latency.labels(self._route()).observe(self._elapsed_s)
-        await self._send(message)
+    @staticmethod
+    def _complete(scope: Scope, headers: MutableHeaders, request_id: str) -> None:
+        for name, value in {**_HEADERS, "x-request-id": request_id}.items():
+            headers.setdefault(name, value)
+        for start, value in _CACHED.items():
+            if scope["path"].startswith(start):
+                headers.setdefault("cache-control", value)
 
-    async def answer(self, error: ApiError) -> None:
-        """Answer with an error, unless an answer was begun."""
-        self._service.metrics.refused.labels(error.code).inc()
-        if self._status == 0:
-            response = JSONResponse(error.body(), error.status, headers=error.headers)
-            await response(self._scope, self.receive, self.send)
-
-    def end(self) -> None:
+    def _end(self, scope: Scope, status: int, request_id: str, elapsed_s: float) -> None:
         """Let its owner's next request in; count and log this one."""
-        method, owner = self._scope["method"], self._scope["state"].get("owner")
+        method, owner, route = scope["method"], scope["state"].get("owner"), _route(scope)
         if owner is not None:
             self._service.crowd.leave(owner)
         self._service.metrics.requests.labels(
-            method if method in _METHODS else "other", self._route(), str(self._status)).inc()
-        if self._route() not in _PROBES:
+            method if method in _METHODS else "other", route, str(status)).inc()
+        if route not in _PROBES:
             log.info("answered", extra={
-                "request": self.id, "method": method, "path": self._scope["path"],
-                "status": self._status, "seconds": round(self._elapsed_s, 4), "owner": owner})
+                "request": request_id, "method": method, "path": scope["path"],
+                "status": status, "seconds": round(elapsed_s, 4), "owner": owner})
 
-    def _check_size(self, size: int) -> None:
-        if size > self._limit:
-            raise ApiError(413, "too_large", f"the request has more than {self._limit} bytes; send "
-                                             "a smaller one", headers={"Connection": "close"})
 
-    def _route(self) -> str:
-        """Return the route's pattern, so that ids don't make a series each."""
-        return getattr(self._scope.get("route"), "path", "none")
-
-    @property
-    def _elapsed_s(self) -> float:
-        return time.monotonic() - self._start
+def _route(scope: Scope) -> str:
+    """Return the route's pattern, so that ids don't make a series each."""
+    return getattr(scope.get("route"), "path", "none")
 
 
 def _name_of(host: str) -> str:

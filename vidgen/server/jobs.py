@@ -120,12 +120,11 @@ class Jobs:
                                    "may be at once; wait for one, or cancel one",
                                    headers={"Retry-After": "10"})
             job_id, now = new.id or new_id(new.kind), self.clock()
-            self._run(
-                "INSERT INTO jobs (id, kind, owner, status, created_at, ask, spec, expected_s, "
-                "idempotency_key, fingerprint, is_retry) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, "
-                "?, ?)", job_id, new.kind, new.owner, now, json.dumps(new.ask),
-                json.dumps(new.spec), new.expected_s, new.idempotency_key, new.fingerprint,
-                new.is_retry)
+            row = vars(new) | {"id": job_id, "status": "queued", "created_at": now,
+                               "ask": json.dumps(new.ask), "spec": json.dumps(new.spec)}
+            del row["arrived_at"]
+            self._run(f"INSERT INTO jobs ({', '.join(row)}) VALUES "
+                      f"({', '.join('?' * len(row))})", *row.values())
             self._note(new.owner, "created", job_id, {"kind": new.kind, **new.ask})
             return self._get(job_id), True
 

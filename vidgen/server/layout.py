@@ -34,18 +34,21 @@ STORYBOARD = "film.html"
 _FILES = ("image", "last_image", "mask", "video", "prefix", "audio")
 _FILE = re.compile(r"\w[\w .-]{0,99}")
 _FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "txt"}
-Medium = Literal["picture", "video", "sound"]
+Medium = Literal["picture", "video", "sound", "font"]
 _TAKEN = {
     "picture": "PNG, JPEG, WebP or GIF", "video": "MP4, MOV, WebM or MKV",
-    "sound": "WAV, FLAC, MP3, Ogg, M4A or a video",
+    "sound": "WAV, FLAC, MP3, Ogg, M4A or a video", "font": "TrueType or OpenType",
 }
-_WEBP: tuple[Medium, str] = ("picture", ".webp")
-_WAV: tuple[Medium, str] = ("sound", ".wav")
 _STARTS: dict[bytes, tuple[Medium, str]] = {
-    b"\x89PNG\r\n\x1a\n": ("picture", ".png"), b"\xff\xd8\xff": ("picture", ".jpg"),
-    b"GIF87a": ("picture", ".gif"), b"GIF89a": ("picture", ".gif"), b"fLaC": ("sound", ".flac"),
-    b"OggS": ("sound", ".ogg"), b"ID3": ("sound", ".mp3"),
+    rb"\x89PNG\r\n\x1a\n": ("picture", ".png"), rb"\xff\xd8\xff": ("picture", ".jpg"),
+    rb"GIF8[79]a": ("picture", ".gif"), rb"RIFF.{4}WEBP": ("picture", ".webp"),
+    rb".{4}ftypM4A": ("sound", ".m4a"), rb".{4}ftyp": ("video", ".mp4"),
+    rb"\x1a\x45\xdf\xa3.*webm": ("video", ".webm"), rb"\x1a\x45\xdf\xa3": ("video", ".mkv"),
+    rb"RIFF.{4}WAVE": ("sound", ".wav"), rb"fLaC": ("sound", ".flac"), rb"OggS": ("sound", ".ogg"),
+    rb"ID3|\xff[\xe2\xe3\xea\xeb\xf2\xf3\xfa\xfb]": ("sound", ".mp3"),
+    rb"\x00\x01\x00\x00|OTTO|true": ("font", ".ttf"),
 }
+"""Media and suffixes by the first bytes of files; the first pattern that fits counts."""
 _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
     "video": {"video": (VIDEO, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
               "spritesheet": (SPRITESHEET, "image/jpeg")},
@@ -54,7 +57,6 @@ _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
              "srt": ("film.srt", "application/x-subrip")},
 }
 """Files of each kind of job and their types, by variant."""
-_FONTS = (b"\0\1\0\0", b"OTTO", b"true")
 
 
 def lay_down(ask: FilmAsk, folder: Path) -> Path:
@@ -109,8 +111,7 @@ def _check_file(upload: Upload) -> None:
     if not _FILE.fullmatch(name) or Path(name).stem == "script":
         raise InputError(f"a file is called {name[:100]!r}; give letters, digits, spaces, . _ and "
                          "-, and not script")
-    if not is_font(upload.path):
-        sniff(upload.path, f"file {name!r}", "picture", "video", "sound")
+    sniff(upload.path, f"file {name!r}", "picture", "video", "sound", "font")
 
 
 def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
@@ -144,30 +145,11 @@ def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
     """
     with path.open("rb") as file:
         head = file.read(64)
-    found = _kind(head)
+    found = next((kind for start, kind in _STARTS.items() if re.match(start, head, re.DOTALL)),
+                 None)
     if found is not None and found[0] == "video" and "video" not in media and "sound" in media:
         found = "sound", found[1]
     if found is None or found[0] not in media:
         what = "of another kind" + (f" ({found[1]})" if found else "") if head else "empty"
         raise InputError(f"{option} is {what}; give {'; '.join(_TAKEN[each] for each in media)}")
     return found
-
-
-def is_font(path: Path) -> bool:
-    """Return whether a file is TrueType or OpenType."""
-    with path.open("rb") as file:
-        return file.read(4) in _FONTS
-
-
-def _kind(head: bytes) -> tuple[Medium, str] | None:
-    for start, found in _STARTS.items():
-        if head.startswith(start):
-            return found
-    if head[:4] == b"RIFF":
-        return {b"WEBP": _WEBP, b"WAVE": _WAV}.get(head[8:12])
-    if head[4:8] == b"ftyp":
-        return ("sound", ".m4a") if head[8:11] == b"M4A" else ("video", ".mp4")
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "video", ".webm" if b"webm" in head else ".mkv"
-    is_mpeg_sound = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2
-    return ("sound", ".mp3") if is_mpeg_sound else None

@@ -17,15 +17,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vidgen.core.errors import InputError, OptionError
 from vidgen.core.runtime import child_environment
 from vidgen.server.settings import Limits, at_most
 
-Content = Literal["picture", "streams", "font", "script"]
-NamedFile = tuple[str, Content, str]
-"""What a file is called in messages, what it should hold, and its path."""
+NamedFile = tuple[str, str, str]
+"""What a file is called in messages, its medium or "script", and its path."""
 PATIENCE_S = 120
 """For all files of a request."""
 MEMORY = 4 << 30
@@ -154,8 +153,8 @@ def _check_script(_name: str, path: Path, _limits: dict[str, Any]) -> None:
     load_yaml(path, "script")
 
 
-_CHECKS = {"picture": _check_picture, "streams": _check_streams, "font": _check_font,
-           "script": _check_script}
+_CHECKS = {"picture": _check_picture, "video": _check_streams, "sound": _check_streams,
+           "font": _check_font, "script": _check_script}
 
 if __name__ == "__main__":
     main()
