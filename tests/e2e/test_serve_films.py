@@ -61,7 +61,6 @@ def test_a_film_cancelled_and_taken_over(served):
     for name, data in served.events(f"{path}/events"):
         if name == "preview" and not shown:
             shown.append(data["shot"])
-            assert served.http.get(f"{path}/preview").content[8:12] == b"WEBP"
             now = served.events(f"{path}/events")  # one who comes later sees it, too
             assert [next(now)[1]["shot"], next(now)[0]] == ["s0", "preview"]
         if name == "progress" and data["shot"] == "s1" and data["step"]:

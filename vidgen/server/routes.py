@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
@@ -154,15 +153,6 @@ def add_job_routes(
             raise ApiError(409, "already_finished", f"the {kind} {job.stands} already")
         scheduler = service_of(request).scheduler
         return scheduler.view(scheduler.cancel(job))
-
-    @router.get(f"{place}/preview", response_class=Response, responses={
-        200: {"content": {"image/webp": {}}}}, **named("preview", f"A {kind} while it forms."))
-    def preview(request: Request, job: Job = found) -> Response:
-        latest = service_of(request).scheduler.preview(job)
-        if latest is None:
-            raise ApiError(404, "no_preview", f"there is no preview; the {kind} {job.stands}")
-        image = base64.b64decode(latest["image"].partition(",")[2])
-        return Response(image, media_type="image/webp")
 
     @router.get(f"{place}/events", response_class=StreamingResponse, responses={
         200: {"content": {"text/event-stream": {}}}}, **named("events_of", f"Events of a {kind}."))
