@@ -78,24 +78,6 @@ def test_ranges_stills_and_names(made, served):
     assert recipe["plan"]["seed"] == 7
 
 
-def test_head_tells_what_get_would(made, served):
-    own = ("date", "x-request-id")
-    path = f"/v1/videos/{made.id}"
-    for place in (f"{path}/content", f"{path}/content?variant=thumbnail", path, f"{path}/recipe",
-                  f"{path}/content?variant=spritesheet&download=1", "/v1/videos", "/v1/models",
-                  "/v1/limits", "/health", "/", "/studio/main.js"):
-        got, head = served.http.get(place), served.http.head(place)
-        assert (head.status_code, head.content) == (200, b""), place
-        kept = [{name: value for name, value in each.headers.items() if name not in own}
-                for each in (got, head)]
-        assert kept[0] == kept[1], place
-    for place, status in ((f"{path}/events", 405), (f"{path}/remix", 405), ("/v1/videos/x", 404)):
-        head = served.http.head(place)
-        assert (head.status_code, head.content) == (status, b""), place
-    paths = served.http.get("/openapi.json").json()["paths"]
-    assert not any("head" in methods for methods in paths.values())
-
-
 def test_remix_changes_a_word_and_replay_nothing(made, served, client, tmp_path):
     remix = client.videos.remix(made.id, prompt="a blue car")
     replay = served.http.post(f"/v1/videos/{made.id}/replay").json()

@@ -328,12 +328,12 @@ def ask_file(tmp_path):
     path.write_bytes(b"0123456789")
     os.utime(path, (1_000_000_000.7,) * 2)  # within 01:46:40
 
-    def ask(method="GET", **headers):
+    def ask(**headers):
         async def answer():
             transport = httpx.ASGITransport(JobFile(path, "video/mp4", "a.mp4"))
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
                 named = {name.replace("_", "-"): value for name, value in headers.items()}
-                return await client.request(method, "/", headers=named)
+                return await client.get("/", headers=named)
 
         return asyncio.run(answer())
 
@@ -349,9 +349,8 @@ def test_a_file_that_the_client_has_is_not_sent_again(ask_file):
     assert (whole.content, whole.headers["last-modified"]) == (b"0123456789", WRITTEN)
     for has in ({"if_none_match": tag}, {"if_none_match": f'"x", W/{tag}'}, {"if_none_match": "*"},
                 {"if_modified_since": WRITTEN}, {"if_none_match": tag, "range": "bytes=0-1"}):
-        for method in ("GET", "HEAD"):
-            answer = ask_file(method, **has)
-            assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
+        answer = ask_file(**has)
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
     for lacks in ({"if_none_match": '"x"'}, {"if_none_match": "x"}, {"if_modified_since": BEFORE},
                   {"if_modified_since": "yesterday"}, {"if_modified_since": ""},
                   {"if_none_match": '"x"', "if_modified_since": WRITTEN}):
@@ -375,8 +374,6 @@ def test_ranges_are_of_bytes_and_others_count_for_nothing(ask_file):
         assert (error.value.status, error.value.headers) == (416, {"Content-Range": "bytes */10"})
     for same, status in ((tag, 206), (WRITTEN, 206), ('"x"', 200), (f"W/{tag}", 200)):
         assert ask_file(range="bytes=0-1", if_range=same).status_code == status
-    head = ask_file("HEAD", range="bytes=0-1")
-    assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")
 
 
 def test_names_in_brackets_say_where_fields_belong():

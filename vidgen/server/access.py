@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Request
-from fastapi.responses import StreamingResponse
+from fastapi import Depends, Header, Path, Request
 
 from vidgen.core.runtime import write_error
 from vidgen.server.body import read_body
@@ -16,7 +15,6 @@ from vidgen.server.keys import LOCAL
 from vidgen.server.service import Service
 from vidgen.server.types import ApiError, Call, Job, Kind
 
-Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 COOKIE = "vidgen_key"
 MAX_KEY = 200
 RETRY_COUNT = "x-stainless-retry-count"
@@ -123,15 +121,3 @@ def _any(kind: Kind) -> Any:
 ANY_VIDEO, ANY_FILM = _any("video"), _any("film")
 VideoJob = Annotated[Job, ANY_VIDEO]
 FilmJob = Annotated[Job, ANY_FILM]
-
-
-class Router(APIRouter):
-    """A router that answers HEAD like GET, without a body, but for streams, which don't end."""
-
-    def get(self, path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
-        """Add a route; see `APIRouter`."""
-        add = super().get(path, **options)
-        if options.get("response_class") is StreamingResponse:
-            return add
-        add_head = self.head(path, **options | {"include_in_schema": False})
-        return lambda endpoint: add(add_head(endpoint))

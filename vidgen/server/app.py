@@ -153,7 +153,7 @@ def make_app(service: Service) -> ASGIApp:
         app.include_router(router)
     app.mount("/studio", StaticFiles(directory=STUDIO))
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     def page() -> Response:
         return FileResponse(STUDIO / "index.html", headers={"Cache-Control": "no-cache"})
 

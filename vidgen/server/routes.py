@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
-from fastapi import Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel
@@ -28,7 +28,6 @@ from vidgen.server.access import (
     Fields,
     FilmJob,
     Owner,
-    Router,
     VideoJob,
     key_required,
     owner_of,
@@ -51,9 +50,9 @@ _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     416: {"description": "no such range"}}
 _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?|-[0-9]{1,18}")
 _SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
-videos = Router(prefix="/v1/videos", tags=["videos"], responses=responses.ERRORS)
-films = Router(prefix="/v1/films", tags=["films"], responses=responses.ERRORS)
-others = Router(tags=["service"], responses=responses.ERRORS)
+videos = APIRouter(prefix="/v1/videos", tags=["videos"], responses=responses.ERRORS)
+films = APIRouter(prefix="/v1/films", tags=["films"], responses=responses.ERRORS)
+others = APIRouter(tags=["service"], responses=responses.ERRORS)
 _STARTED_S = int(time.time())
 
 
@@ -77,7 +76,7 @@ class JobFile(FileResponse):
         if StaticFiles().is_not_modified(self.headers, asked):
             await NotModifiedResponse(self.headers)(scope, receive, send)
             return
-        if scope["method"] != "GET" or not _are_ranges(",".join(asked.getlist("range"))):
+        if not _are_ranges(",".join(asked.getlist("range"))):
             scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"range"]}
 
         async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
@@ -110,7 +109,7 @@ async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
 
 
 def add_job_routes(
-    router: Router, kind: Kind, found: Any, answer: type[BaseModel], pages: type[BaseModel]
+    router: APIRouter, kind: Kind, found: Any, answer: type[BaseModel], pages: type[BaseModel]
 ) -> None:
     """Add the routes that list, show, delete, cancel, preview and follow jobs of a kind.
 
