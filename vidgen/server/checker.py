@@ -170,10 +170,8 @@ def refusing(code: str = "invalid_request") -> Iterator[None]:
 
 
 def _files_beside(script: Path) -> list[NamedFile]:
-    """Return a script, if it is more than a list of prompts, and the files that came with it."""
-    files: list[NamedFile] = []
-    if script.suffix != ".txt":
-        files.append(("script", "script", str(script)))
+    """Return a script and the files that came with it."""
+    files: list[NamedFile] = [("script", "script", str(script))]
     for path in sorted(script.parent.iterdir()):
         if path.stem == script.stem:
             continue

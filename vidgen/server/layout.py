@@ -33,7 +33,7 @@ THUMBNAIL, SPRITESHEET, RECIPE = "thumbnail.webp", "spritesheet.jpg", "recipe.js
 STORYBOARD = "film.html"
 _FILES = ("image", "last_image", "mask", "video", "prefix", "audio")
 _FILE = re.compile(r"\w[\w .-]{0,99}")
-_FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "txt"}
+_FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 Medium = Literal["picture", "video", "sound", "font"]
 _TAKEN = {
     "picture": "PNG, JPEG, WebP or GIF", "video": "MP4, MOV, WebM or MKV",

@@ -77,7 +77,6 @@ THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
 SPRITES, COLUMNS = 16, 4
 PROGRESS_PAUSE_S = 0.1
 """Between two messages on a stage's progress; steps of the sampler are always reported."""
-LISTS = (".txt",)
 _REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: of \d+ takes .*)")
 """Notes that repeat progress and shots."""
 
@@ -260,15 +259,13 @@ def read_confined(path: Path, model: str) -> Script:
     Raises:
         InputError: it names one, or is no script.
     """
-    if path.suffix not in LISTS:  # before the files are looked for: whether they exist is told
-        raw = load_yaml(path, "script")
-        project = raw.get("project")
-        asked = project.get("model") if isinstance(project, dict) else None
-        if asked not in (None, model):
-            raise InputError(f"project: model is {asked!r}; this service has {model!r}: leave it "
-                             "out")
-        for file in _named_files(build(Script, raw, "script")):
-            _require_inside(path.parent, file)
+    raw = load_yaml(path, "script")  # before the files are looked for: whether they exist is told
+    project = raw.get("project")
+    asked = project.get("model") if isinstance(project, dict) else None
+    if asked not in (None, model):
+        raise InputError(f"project: model is {asked!r}; this service has {model!r}: leave it out")
+    for file in _named_files(build(Script, raw, "script")):
+        _require_inside(path.parent, file)
     return Script.read(path)
 
 
@@ -315,9 +312,6 @@ def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | 
 
 def script_data(script: Script) -> dict[str, Any]:
     """Return a script as it was written, as JSON data that makes the same film."""
-    if script.path.suffix in LISTS:
-        return {"shots": [{"id": shot.id, "prompt": shot.prompt[0].prompt}
-                          for shot in script.shots]}
     data = json.dumps(load_yaml(script.path, "script"))
     return dict(json.loads(data, parse_constant=str))
 

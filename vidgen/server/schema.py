@@ -215,7 +215,7 @@ class FilmAsk(Body):
     script: Annotated[Any, _any_of(
         {"type": "object", "additionalProperties": True}, _TEXT,
         description="a script as an object, as text, or as a file")]
-    format: Literal["yaml", "json", "txt"] = "yaml"
+    format: Literal["yaml", "json"] = "yaml"
     draft: bool = False
     model: str | None = Field(None, max_length=200, description="the served one")
     previous_film_id: str | None = Field(None, max_length=100)

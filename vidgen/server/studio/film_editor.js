@@ -51,7 +51,7 @@ export class FilmEditor {
 
   drawFile() {
     const file = h("input.unseen", {
-      type: "file", accept: ".yaml,.yml,.json,.txt", id: "script-file",
+      type: "file", accept: ".yaml,.yml,.json", id: "script-file",
       onchange: () => this.openFile(file.files[0]).finally(() => { file.value = ""; }),
     });
     return h("div.actions.file", {}, file,
