@@ -273,16 +273,17 @@ def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch)
 
 def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     engine = load(str(tiny_model), dtype="fp32")
-    request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33, "tiles": "none"})
+    request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33})
+    asked = engine.asked.replace(tiles="none")
     plan = engine.plan(*engine.read(request))
     have = estimate(*planned(tiny_model, size="128x128", frames=33), FP32).peak_bytes
     monkeypatch.setattr("vidgen.pipeline.setups.available_memory", lambda _: have)
     with pytest.raises(ModelError, match=r"33 frames of 512x512 needs .* are free; what would fit"
                                          r".*--size 1\d\dx1\d\d") as refused:
-        preflight(engine.loader, plan, request, engine.asked)
+        preflight(engine.loader, plan, request, asked)
     size = re.search(r"--size (\d+x\d+)", str(refused.value))[1]
     smaller = Request.of("a cat", {"seed": 1, "size": size, "frames": 33})
-    preflight(engine.loader, engine.plan(*engine.read(smaller)), smaller, engine.asked)
+    preflight(engine.loader, engine.plan(*engine.read(smaller)), smaller, asked)
 
 
 def test_the_setup_is_chosen_to_fit(tiny_model):
@@ -362,10 +363,10 @@ def test_a_plan_refuses_what_the_engine_does(tiny_model, options, message):
 
 
 def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys):
-    def told(**options):
-        made = [estimate(*planned(tiny_model, **options), FP32)]
+    def told(count=1, **options):
+        made = [estimate(*planned(tiny_model, **options), FP32, count=count)]
         with Report(as_json=True, events=None) as report:
-            report.expect(made[0], num_clips=options.get("count", 1))
+            report.expect(made[0], num_clips=count)
             report.expect(made, done=[1])
         return made[0], capsys.readouterr().err
 
