@@ -62,7 +62,7 @@ from vidgen.training.data.probe import probe_file
 from vidgen.weights.load import read_tensors
 from vidgen.weights.lora import read_lora
 from vidgen.weights.lora_dialects import DIALECTS
-from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.store import Tensors, find_files, open_tensors
 
 CPU_S = 5
 WALL_S = 30.0  # threads that wait for each other take no processor time
@@ -95,9 +95,9 @@ def _job_in(folder: Path) -> None:
     assert not problem, "what is read has no problem"
 
 
-def _touch(store: TensorStore) -> None:
-    for name in store.names:
-        store.get(name).clone()
+def _touch(stored: Tensors) -> None:
+    for lazy in stored.values():
+        lazy.get().clone()
 
 
 def _words(folder: Path) -> None:
@@ -181,10 +181,10 @@ def targets() -> Iterator[Target]:
         yield Target(f"vidgen {verb}", lambda p, v=verb, o=options: _command(v, str(p), *o), VIDEOS)
     job = (f"{JOB}/job.json", f"{JOB}/state.safetensors", f"{JOB}/segments/00000.safetensors")
     yield Target("job", _job_in, job, "job")
-    yield Target("TensorStore", lambda p: _touch(TensorStore([p])),
+    yield Target("open_tensors", lambda p: _touch(open_tensors([p])),
                  ("tensors.safetensors", "tensors.pth"))
     yield Target("read_tensors", read_tensors, ("tensors.safetensors",))
-    yield Target("find_files", lambda p: _touch(TensorStore(find_files(p))),
+    yield Target("find_files", lambda p: _touch(open_tensors(find_files(p))),
                  ("model.safetensors.index.json", "x-1.safetensors"), "shards")
     yield Target("read_lora", lambda p: read_lora(p, I2V),
                  tuple(f"lora-{kind}.safetensors" for kind in DIALECTS if kind != "peft"))

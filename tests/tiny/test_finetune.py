@@ -158,11 +158,9 @@ def test_all_weights_learn_and_a_whole_model_comes_out(kind, tiny_model, wan, cl
     before = open_model(str(base))
     for role, part in made.components.items():
         old = before.components[role]
-        theirs = {ours: old.store.get(stored) for stored, ours in old.names.items()}
-        changed = [
-            ours for stored, ours in part.names.items()
-            if not torch.equal(part.store.get(stored), theirs[ours])
-        ]
+        theirs = {name: lazy.get() for name, lazy in old.tensors.items()}
+        changed = [name for name, lazy in part.tensors.items()
+                   if not torch.equal(lazy.get(), theirs[name])]
         trained = "transformer" if kind == "toybox" else "transformer_2"
         assert (len(changed) > 0.9 * len(theirs)) == (role == trained), role
         assert bool(changed) == (role == trained), role
@@ -236,7 +234,7 @@ def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method,
     assert choose_checkpoint(other).checkpoint.name == "step-00000006", "another score"
     if method == "full":
         part = open_model(summary["use"][0]).components["transformer"]
-        written = {ours: part.store.get(stored) for stored, ours in part.names.items()}
+        written = {name: lazy.get() for name, lazy in part.tensors.items()}
         name = "blocks.0.ffn.up.weight"
         torch.testing.assert_close(written[name], averages[name].to(written[name].dtype))
         check_replacing(config, summary["use"][0], monkeypatch)

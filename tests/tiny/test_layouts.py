@@ -37,10 +37,9 @@ from vidgen.weights.configs import (
 from vidgen.weights.family import VARIANTS as FAMILY
 from vidgen.weights.family import recognise
 from vidgen.weights.folder import DiffusersFolder, ModelFolder
-from vidgen.weights.keymap import renamed
+from vidgen.weights.keymap import fuse_clip, renamed, split_clip
 from vidgen.weights.layouts import open_model
-from vidgen.weights.store import TensorStore
-from vidgen.weights.view import Source, fuse_clip, split_clip
+from vidgen.weights.store import Tensors, held
 
 CLIP = ImageConfig(
     image_size=224, patch_size=14, hidden_dim=1280, ffn_dim=5120, num_layers=32, num_heads=16
@@ -85,55 +84,33 @@ TRUE: dict[str, tuple[Role, object]] = {
 DITS = [name for name, (role, _) in TRUE.items() if role == "transformer"]
 
 
-class MetaStore(TensorStore):
-    """A store of a module's tensors at true size, without memory."""
-
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        super().__init__([])
-        self.state = state
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.state)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.state[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.state[name].dtype
-
-
-def original(name: str) -> MetaStore:
+def original(name: str) -> Tensors:
     """A published component's tensors by Wan's own names, at true size on the meta device."""
     role, config = TRUE[name]
     with torch.device("meta"):
         state = CLASSES[role](config).state_dict()
-    names = renamed(state, table_of(role, config, ()), "vidgen", "wan")
+    names = renamed(state, table_of(role, config), "vidgen", "wan")
     assert names.keys() == state.keys()
-    store = MetaStore({names[key]: value for key, value in state.items()})
-    if role == "image_encoder":
-        parts = fuse_clip({key: Source(store, key) for key in store.names})
-        return MetaStore({key: part.likeness for key, part in parts.items()})
-    return store
+    tensors = Tensors({names[key]: held(value) for key, value in state.items()})
+    return Tensors(fuse_clip(tensors)) if role == "image_encoder" else tensors
 
 
 @pytest.mark.parametrize("name", TRUE)
 def test_original_names_and_shapes_are_those_of_wans_own_classes(name: str) -> None:
-    state = original(name).state
-    lines = sorted(f"{key} {list(value.shape)}" for key, value in state.items())
+    lines = sorted(f"{key} {list(lazy.likeness.shape)}" for key, lazy in original(name).items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert (len(lines), digest) == WANS_OWN[name]
 
 
 @pytest.mark.parametrize("name", TRUE)
 def test_architectures_are_told_from_the_published_shapes(name: str) -> None:
-    (role, config), store = TRUE[name], original(name)
+    (role, config), split = TRUE[name], split_clip(original(name))
+    shapes = {key: tuple(lazy.likeness.shape) for key, lazy in split.items()}
     if role == "vae":
-        assert infer_vae({key: store.shape(key) for key in store.names}) == config
+        assert infer_vae(shapes) == config
         return
-    split = split_clip(store)
-    names = renamed(split.names, table_of(role, config, split.names), "wan", "vidgen")
-    shapes = {ours: split.shape(key) for key, ours in names.items()}
+    names = renamed(split, table_of(role, config), "wan", "vidgen")
+    shapes = {ours: shapes[key] for key, ours in names.items()}
     infer = {"transformer": infer_dit, "text_encoder": infer_text, "image_encoder": infer_image}
     assert infer[role](shapes) == config
 
@@ -211,7 +188,7 @@ def test_every_variant_is_opened_with_its_weights(
         state = part.load(torch.float32, "cpu").state_dict()
         theirs = expected[role].state_dict()
         theirs.pop("encoder.embed_tokens.weight", None)
-        names = renamed(state, table_of(role, part.config, ()), "vidgen", "diffusers")
+        names = renamed(state, table_of(role, part.config), "vidgen", "diffusers")
         assert names.keys() == state.keys()
         assert set(names.values()) == theirs.keys()
         assert all(torch.equal(state[key], theirs[name]) for key, name in names.items())
@@ -244,7 +221,7 @@ def test_shards_are_opened_as_one(tmp_path: Path) -> None:
     for role in ("transformer", "transformer_2"):
         states = [m.components[role].load(torch.float32, "cpu").state_dict()
                   for m in (whole, split, theirs)]
-        assert len(theirs.components[role].store.files) > 1
+        assert len(theirs.components[role].tensors.files) > 1
         for key, value in states[0].items():
             assert torch.equal(value, states[1][key])
             assert torch.equal(value, states[2][key])

@@ -17,8 +17,9 @@ from train.toybox.model_files import save_module
 from vidgen.core.errors import ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
+from vidgen.weights.component import assemble
 from vidgen.weights.load import load_module, read_tensors
-from vidgen.weights.store import TensorStore
+from vidgen.weights.store import Tensors, open_tensors
 
 TINY = DIT_PRESETS["tiny"]
 
@@ -47,8 +48,8 @@ def test_what_was_saved_is_loaded(saved):
 def test_a_published_pth_and_other_names_load_the_same(saved, tmp_path):
     dit, folder = saved
     torch.save({f"theirs.{name}": v for name, v in dit.state_dict().items()}, tmp_path / "w.pth")
-    names = {f"theirs.{name}": name for name in dit.state_dict()}
-    loaded = load(TensorStore((tmp_path / "w.pth",)), names=names)
+    stored = open_tensors([tmp_path / "w.pth"])
+    loaded = load(Tensors({name.removeprefix("theirs."): stored[name] for name in stored}))
     assert all(torch.equal(v, load(folder).state_dict()[n]) for n, v in loaded.state_dict().items())
 
 
@@ -92,9 +93,10 @@ def test_int8_that_has_lost_its_scales_is_refused(saved):
 
 
 def test_two_tensors_for_one_weight_are_refused(saved):
-    _, folder = saved
+    stored = open_tensors([saved[1] / "model.safetensors"])
+    stored["proj_out.bias"] = stored["head.proj.bias"]
     with pytest.raises(ModelError, match=r"two tensors for head\.proj\.bias"):
-        load(folder, names={"head.proj.weight": "head.proj.bias"})
+        assemble("transformer", TINY, stored, "diffusers")
 
 
 def test_a_weight_made_outside_the_files_is_an_error(saved):

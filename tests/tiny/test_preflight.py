@@ -84,7 +84,7 @@ def test_work_and_memory_grow_as_they_should(tiny_model):
     of = {stage.name: stage for stage in made.stages}
     assert [*of] == ["load", "text", "prepare", "denoise", "decode", "mux"]
     assert made.total_s == sum(stage.seconds for stage in made.stages)
-    assert made.peak_bytes >= KERNELS_BYTES + folder.components["transformer"].store.num_bytes
+    assert made.peak_bytes >= KERNELS_BYTES + folder.components["transformer"].tensors.num_bytes
     longer = estimate(*planned(tiny_model, frames=17), FP32)
     assert longer.stages[4].seconds > 1.5 * of["decode"].seconds
     twice = estimate(*planned(tiny_model, steps=4), FP32)
@@ -253,7 +253,7 @@ def test_an_expert_that_rests_is_not_counted(kind, options, experts, tmp_path, r
          estimate(folder, plan, asked, Setup(CPU, "fp32", offload)).stages}["denoise"]
         for offload in ("none", "stage")
     )
-    read = sum(folder.components[role].store.num_bytes for role in experts)
+    read = sum(folder.components[role].tensors.num_bytes for role in experts)
     assert loaded - kept == pytest.approx(read / timing.LOAD_BYTES_PER_S)
 
 

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from train.toybox.model_files import in_int8
 from vidgen.core.errors import ModelError
-from vidgen.weights.store import TensorStore, Weights, find_files
-from vidgen.weights.view import Source, View
+from vidgen.weights.store import Tensors, Weights, find_files, open_tensors
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4).bfloat16(),
@@ -51,15 +50,17 @@ def test_every_layout_gives_the_same_tensors(tmp_path, layout):
     else:
         single(tmp_path) if layout == "single" else shard(tmp_path)
         files = find_files(tmp_path)
-    store = TensorStore(files)
-    assert set(store.names) == set(TENSORS)
-    assert store.num_bytes == sum(tensor.nbytes for tensor in TENSORS.values())
+    stored = open_tensors(files)
+    assert stored.keys() == TENSORS.keys()
+    assert stored.num_bytes == sum(tensor.nbytes for tensor in TENSORS.values())
     for _ in range(2):  # before and after the files were closed
         for name, tensor in TENSORS.items():
-            assert store.shape(name) == tuple(tensor.shape)
-            assert store.dtype(name) == tensor.dtype == store.get(name).dtype
-            assert torch.equal(store.get(name), tensor)
-        store.release()
+            like, value = stored[name].likeness, stored[name].get()
+            assert like.is_meta
+            assert like.shape == tensor.shape
+            assert like.dtype == tensor.dtype == value.dtype
+            assert torch.equal(value, tensor)
+        stored.release()
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
@@ -69,16 +70,16 @@ def test_nothing_is_read_before_it_is_used(tmp_path, suffix):
     path = tmp_path / f"model.{suffix}"
     save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
     del tensors
-    store = TensorStore((path,))
+    stored = open_tensors([path])
     before = mapped_bytes(path)
-    assert store.shape("large") == (50_000_000,)
-    assert store.get("small").sum() == 1000
-    large = store.get("large")
+    assert stored["large"].likeness.shape == (50_000_000,)
+    assert stored["small"].get().sum() == 1000
+    large = stored["large"].get()
     assert mapped_bytes(path) - before < 1e6
     large.sum()
     assert mapped_bytes(path) > 200e6
     del large
-    store.release()
+    stored.release()
     assert mapped_bytes(path) == 0
 
 
@@ -102,21 +103,19 @@ def test_a_matrix_in_int8_is_one_of_bfloat16(tmp_path):
     written = in_int8(tensors, 256)
     assert written["a.weight"].dtype == torch.int8
     save_file(written, tmp_path / "model.safetensors")
-    store = TensorStore(find_files(tmp_path))
-    chosen = View({"w": Source(store, "a.weight"), "b": Source(store, "a.bias")})
-    assert set(store.names) == set(tensors)
-    assert store.num_bytes == 256 + 4 * 2 + 4 * (256 + 32)
-    for place, name in ((store, "a.weight"), (chosen, "w")):
-        made = place.get(name)
-        assert place.dtype(name) == made.dtype == torch.bfloat16
-        assert place.shape(name) == tuple(made.shape) == (4, 64)
-        off = (made.float() - tensors["a.weight"]).square().mean(1).sqrt()
-        assert (off <= 0.02 * rows[:, 0]).all()
-        assert not place.is_mapped(name)
-    assert chosen.is_mapped("b")
-    assert torch.equal(store.get("small"), tensors["small"])
+    stored = open_tensors(find_files(tmp_path))
+    assert stored.keys() == tensors.keys()
+    assert stored.num_bytes == 2 * 256 + 4 * (256 + 32)
+    made, like = stored["a.weight"].get(), stored["a.weight"].likeness
+    assert like.dtype == made.dtype == torch.bfloat16
+    assert like.shape == made.shape == (4, 64)
+    off = (made.float() - tensors["a.weight"]).square().mean(1).sqrt()
+    assert (off <= 0.02 * rows[:, 0]).all()
+    assert not stored["a.weight"].is_mapped
+    assert stored["a.bias"].is_mapped
+    assert torch.equal(stored["small"].get(), tensors["small"])
     for dtype in (torch.bfloat16, torch.float32):  # made anew, so the file isn't its memory
-        assert not Weights(View({"w": Source(store, "a.weight")}), dtype).stay_mapped
+        assert not Weights(Tensors({"w": stored["a.weight"]}), dtype).stay_mapped
 
 
 def test_a_kernel_in_int8_is_read_by_its_outputs(tmp_path):
@@ -124,9 +123,9 @@ def test_a_kernel_in_int8_is_read_by_its_outputs(tmp_path):
     kernel = torch.randn(6, 4, 3, 3, 3) * torch.logspace(-3, 2, 6).view(-1, 1, 1, 1, 1)
     tensors = {"weight": kernel, "bias": torch.randn(6)}
     save_file(in_int8(tensors, 256), tmp_path / "model.safetensors")
-    store = TensorStore(find_files(tmp_path))
-    made = store.get("weight")
-    assert store.shape("weight") == tuple(made.shape) == (6, 4, 3, 3, 3)
+    stored = open_tensors(find_files(tmp_path))
+    made = stored["weight"].get()
+    assert stored["weight"].likeness.shape == made.shape == (6, 4, 3, 3, 3)
     off, size = ((each.flatten(1).square().mean(1).sqrt()) for each in (made - kernel, kernel))
     assert (off < 0.02 * size).all()
 
@@ -134,9 +133,9 @@ def test_a_kernel_in_int8_is_read_by_its_outputs(tmp_path):
 def test_int8_without_scales_for_its_rows_is_left_as_it_is(tmp_path):
     matrix = torch.ones(3, 4, dtype=torch.int8)
     save_file({"w": matrix, "w_scale": torch.ones(4, 1)}, tmp_path / "model.safetensors")
-    store = TensorStore(find_files(tmp_path))
-    assert set(store.names) == {"w", "w_scale"}
-    assert torch.equal(store.get("w"), matrix)
+    stored = open_tensors(find_files(tmp_path))
+    assert stored.keys() == {"w", "w_scale"}
+    assert torch.equal(stored["w"].get(), matrix)
 
 
 @pytest.mark.parametrize(
@@ -183,19 +182,23 @@ def test_a_truncated_file_is_named(tmp_path, layout, left):
         files, victim = find_files(tmp_path), tmp_path / "m-2-of-2.safetensors"
     os.truncate(victim, left if left >= 0 else victim.stat().st_size + left)
     with pytest.raises(ModelError, match=rf"{victim.name} .*copy it again"):
-        _ = TensorStore(files).names
+        open_tensors(files)
 
 
 def test_a_file_that_left_is_named(tmp_path):
-    store = TensorStore((tmp_path / "model.safetensors",))
     with pytest.raises(ModelError, match=r"model\.safetensors is missing"):
-        _ = store.names
+        open_tensors([tmp_path / "model.safetensors"])
+    stored = open_tensors([single(tmp_path)])
+    stored.release()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing"):
+        stored["b"].get()
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
-    store = TensorStore((single(tmp_path), single(tmp_path, "again.safetensors")))
+    files = single(tmp_path), single(tmp_path, "again.safetensors")
     with pytest.raises(ModelError, match=r"lies in model\.safetensors and in again\.safetensors"):
-        _ = store.names
+        open_tensors(files)
 
 
 class Payload:
@@ -217,5 +220,5 @@ def test_a_pth_is_only_ever_read_as_tensors(tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(ModelError, match=reason):
-            _ = TensorStore((path,)).names
+            open_tensors([path])
     assert not mark.exists()

@@ -43,8 +43,7 @@ from vidgen.pipeline.denoise import velocity
 from vidgen.training.optim import build_optimizers, named_parameters
 from vidgen.weights.component import Role
 from vidgen.weights.load import load_module
-from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.view import Source, View
+from vidgen.weights.store import Tensors, find_files, open_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -176,11 +175,11 @@ class DiTTask:
 
     def _released(self, model: str, part: str, kind: type[Module], architecture: Any) -> Module:
         """A part of a model's folder, frozen; parts for sound are left there by a deaf network."""
-        store = TensorStore(find_files(Path(model) / part))
+        stored = open_tensors(find_files(Path(model) / part))
         deaf = kind is SpacetimeDiT and architecture.audio is None
-        taken = {name: Source(store, name) for name in store.names
-                 if not (deaf and "audio" in name)}
-        return load_module(lambda: kind(architecture), View(taken), torch.float32, self.device)
+        taken = Tensors({name: lazy for name, lazy in stored.items()
+                         if not (deaf and "audio" in name)})
+        return load_module(lambda: kind(architecture), taken, torch.float32, self.device)
 
     def _channels(self) -> Tensor:
         """What each channel counts, [C, 1, 1, 1], measured on some clips kept aside."""

@@ -66,7 +66,7 @@ from vidgen.weights.configs import config_of, encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
 from vidgen.weights.folder import StudentConfig, write_model_info
 from vidgen.weights.layouts import open_model
-from vidgen.weights.store import TensorStore
+from vidgen.weights.store import open_tensors
 from vidgen.weights.student import STUDENT, open_student
 
 DEFAULTS = ModelDefaults(
@@ -233,8 +233,8 @@ def _makes_same_sound(folder: Path, out: Path) -> bool:
 def _weights_like(state: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a component's folder, which have to be of the same shapes."""
     path = folder / "model.safetensors"
-    store = TensorStore([path] if path.is_file() else [])
-    weights = {name: store.get(name) for name in store.names}
+    stored = open_tensors([path] if path.is_file() else [])
+    weights = {name: lazy.get() for name, lazy in stored.items()}
     shapes, wanted = ({name: value.shape for name, value in each.items()}
                       for each in (weights, state))
     if shapes != wanted:

@@ -38,7 +38,7 @@ from vidgen.diffusion.flow import add_noise
 from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import generator_of
-from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.store import find_files, open_tensors
 
 VALIDATION_LEVELS = (0.0, 0.2, 0.4)
 
@@ -109,8 +109,8 @@ class VerifierTask:
 
     def _begin_with(self, folder: Path) -> None:
         """Take all weights that a released verifier has."""
-        store = TensorStore(find_files(folder))
-        weights = {name: store.get(name) for name in store.names}
+        stored = open_tensors(find_files(folder))
+        weights = {name: lazy.get() for name, lazy in stored.items()}
         lacking, unknown = self.verifier.load_state_dict(weights, strict=False)
         if unknown or any(not name.startswith("tints.") for name in lacking):
             raise InputError(f"{folder} holds another verifier than model: describes; give its "

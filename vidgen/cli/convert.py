@@ -21,12 +21,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Convert, and name the tensors that the other layout has no place for."""
+    """Convert, and name the tensors for which the other layout has no name."""
     from vidgen.weights.convert import convert
     from vidgen.weights.layouts import open_model
 
-    set_aside = convert(open_model(args.source), Path(args.target), args.to)
-    told = f"; {len(set_aside)} tensors have no place there and lie in rest/" if set_aside else ""
-    result = {"path": args.target, "layout": args.to, "set_aside": set_aside}
+    unnamed = convert(open_model(args.source), Path(args.target), args.to)
+    told = f"; {len(unnamed)} tensors have no name there and keep their own" if unnamed else ""
+    result = {"path": args.target, "layout": args.to, "unnamed": unnamed}
     report.result(result, f"{args.target}{told}")
     return 0

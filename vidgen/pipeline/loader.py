@@ -232,25 +232,25 @@ class ModelLoader:
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
         weights = self.weights(role, dtype)
         if offload == "block" and role in STREAMED:
-            blocks = blocks_of(weights.names).values()
-            resident = weights.num_bytes(name for name in weights.names if not block_of(name))
+            blocks = blocks_of(weights.tensors).values()
+            resident = weights.num_bytes(name for name in weights.tensors if not block_of(name))
             return resident + 2 * max(map(weights.num_bytes, blocks), default=0)
         total = weights.num_bytes()
         if self.mesh is not None and role in EXPERTS:
             return total - self._elsewhere(weights)
         if quantize == "int8":
-            total -= sum(_saved(weights, name) for name in weights.names)
+            total -= sum(_saved(weights, name) for name in weights.tensors)
         return total
 
     def weights(self, role: Role, dtype: torch.dtype) -> Weights:
         """Return a network's weights as stored, in the dtype in which they are used."""
         component, dtype = self.folder.components[role], self.dtype_of(role, dtype)
-        return Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
+        return Weights(component.tensors, dtype, fp32_parts(role, dtype))
 
     def _elsewhere(self, weights: Weights) -> int:
         """Return the bytes that other devices hold, except for two blocks at work."""
         assert self.mesh is not None
-        sizes = [weights.num_bytes(names) for names in blocks_of(weights.names).values()]
+        sizes = [weights.num_bytes(names) for names in blocks_of(weights.tensors).values()]
         return max(0, sum(sizes) * (self.mesh.size() - 1) // self.mesh.size() - 2 * max(sizes))
 
     def _what_fits(self, have: int) -> list[str]:

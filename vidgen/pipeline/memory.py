@@ -332,13 +332,14 @@ class _Job:
         weights = self.loader.weights(role, self.dtype)
         if role not in idle or not self.on_cpu or self.setup.quantize or not weights.stay_mapped:
             return size
-        return size - weights.num_bytes(name for name in weights.names
+        return size - weights.num_bytes(name for name in weights.tensors
                                         if name.startswith(idle[role]))
 
     def load_s(self, role: Role) -> float:
         """Count the loading of a network's weights; blocks come with each pass."""
         streamed = self.setup.offload == "block" and role in STREAMED
-        return 0.0 if streamed else self.folder.components[role].store.num_bytes / LOAD_BYTES_PER_S
+        size = self.folder.components[role].tensors.num_bytes
+        return 0.0 if streamed else size / LOAD_BYTES_PER_S
 
     def pass_s(self, frames: int) -> float:
         seconds = self.rates.seconds(transformer_ops(
@@ -346,7 +347,7 @@ class _Job:
             controlled=bool(self.dit.control_layers), image_tokens=self.image_tokens,
             sound_tokens=self.sound_latents(frames) if self.request.follow_audio else 0,
         ))
-        read_s = self.folder.components["transformer"].store.num_bytes / LOAD_BYTES_PER_S
+        read_s = self.folder.components["transformer"].tensors.num_bytes / LOAD_BYTES_PER_S
         if self.setup.offload == "block":  # blocks come while others compute, of a CPU's own time
             return seconds + read_s if self.on_cpu else max(seconds, read_s)
         return seconds + read_s if self.setup.quantize else seconds  # weights are widened

@@ -51,7 +51,7 @@ class PromptCache:
         """Return the cache of a model's text encoder, in the user's cache folder."""
         component = loader.folder.components["text_encoder"]
         words = sorted(loader.folder.tokenizer.glob("*.json"))
-        hashes = hash_files((*component.store.files, *words))
+        hashes = hash_files((*component.tensors.files, *words))
         facts = [sorted(hashes.values()), repr(component.config), tokenizer.max_length,
                  str(loader.dtype), loader.quantize, loader.device.type, fingerprint()]
         made_by = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -104,7 +104,7 @@ class PromptEncoder:
 
     @cached_property
     def _cache(self) -> PromptCache | None:
-        small = self._loader.folder.components["text_encoder"].store.num_bytes <= WORTHWHILE_BYTES
+        small = self._loader.folder.components["text_encoder"].tensors.num_bytes <= WORTHWHILE_BYTES
         return None if small else PromptCache.of(self._loader, self._tokenizer)
 
     def encode(

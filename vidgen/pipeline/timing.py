@@ -100,8 +100,8 @@ def network_ops(
     component: Component[Any], width: int, positions: int, without: str = "-"
 ) -> list[Op]:
     """Count a pass of another network, without weights whose names begin with `without`."""
-    weights = sum(math.prod(component.store.shape(name)) for name in component.store.names
-                  if not component.names.get(name, name).startswith(without))
+    weights = sum(lazy.likeness.numel() for name, lazy in component.tensors.items()
+                  if not name.startswith(without))
     return [Op("linear", width, 2 * weights * positions)]
 
 

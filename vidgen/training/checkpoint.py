@@ -14,7 +14,6 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,12 @@ from vidgen.core.runtime import atomic_path, atomic_write, lock_file, sha256_fil
 from vidgen.training.engines.distributed import LostRankError, Place
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
-from vidgen.weights.write import Lazy, write_safetensors
+from vidgen.weights.store import Lazy, held
+from vidgen.weights.write import write_safetensors
 
 STATE, META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _PICKLES = "*.pt"
 """Files that are code to whoever reads them: read only with the hash that was written down."""
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A tensor that is here already, as `write_safetensors` wants it."""
-
-    likeness: Tensor
-
-    def get(self) -> Tensor:
-        return self.likeness.cpu()
 
 
 def live_weights(task: Task, *, frozen: bool) -> dict[str, Tensor]:
@@ -56,7 +46,7 @@ def live_weights(task: Task, *, frozen: bool) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
     """Write tensors of a checkpoint, one in memory at a time."""
-    write_safetensors(path, {name: _Held(value.detach()) if isinstance(value, Tensor) else value
+    write_safetensors(path, {name: held(value) if isinstance(value, Tensor) else value
                              for name, value in tensors.items()})
 
 

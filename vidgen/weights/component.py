@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
@@ -22,17 +20,15 @@ from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.weights.keymap import (
     DIT_KEYS,
+    IMAGE_KEYS,
     TEXT_KEYS,
     Names,
     Spelling,
-    image_keys,
-    is_known,
     rename,
     vae_keys,
 )
 from vidgen.weights.load import check_fit, load_module
-from vidgen.weights.store import TensorStore, Weights
-from vidgen.weights.view import Source, View
+from vidgen.weights.store import Tensors, Weights
 
 ExpertRole = Literal["transformer", "transformer_2"]
 """Transformers: a single one, or two that share the noise levels."""
@@ -49,6 +45,16 @@ CLASSES: dict[Role, type[nn.Module]] = {
     "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
     "verifier": Verifier, "onset_detector": OnsetDetector,
 }
+_EXTRA: dict[str, Spelling] = {
+    "visual.head": "wan", "textual.": "wan", "log_scale": "wan",
+    "visual_projection.": "diffusers", "encoder.embed_tokens.": "diffusers",
+}
+"""Beginnings of names of encoders' tensors that our modules don't have, and the layout with them.
+
+transformers may save a tied embedding twice, the second time as `encoder.embed_tokens`.
+"""
+_PREFIX = "vision_model."
+"""Before the names of CLIP's vision tower, as transformers up to version 4 wrote them."""
 _ANY_SIZE = 1 << 20
 """Largest number in a config that is accepted with any size of files."""
 
@@ -58,19 +64,14 @@ class Component(Generic[Config_co]):
     """A component of a model, opened but not loaded.
 
     Attributes:
-        store: its tensors by the files' names, without those that our module doesn't have.
-        names: stored name -> our parameter's. Unknown names stay, so that loading refuses them.
-        rest: tensors that our module doesn't have, which converting keeps: CLIP's text tower, an
-            embedding that is stored twice.
-        spellings: of the names in `store` and `rest`.
+        tensors: by our names; unknown ones keep theirs, so that loading refuses them.
+        extra: tensors that our module doesn't have, by their names in the files: CLIP's text tower.
     """
 
     role: Role
     config: Config_co
-    store: View
-    names: Mapping[str, str]
-    rest: View
-    spellings: Mapping[str, Spelling] = field(repr=False)
+    tensors: Tensors = field(repr=False)
+    extra: Tensors = field(default_factory=Tensors, repr=False)
 
     def load(
         self, dtype: torch.dtype, device: torch.device | str, quantize: Any = None, **options: Any
@@ -78,8 +79,8 @@ class Component(Generic[Config_co]):
         """Build the module and load its weights; options and errors are `load_module`'s."""
         self._check_depth()
         return load_module(
-            self.build, self.store, dtype, device,
-            keep_fp32=fp32_parts(self.role, dtype), names=self.names, quantize=quantize, **options,
+            self.build, self.tensors, dtype, device, fp32_parts(self.role, dtype), quantize,
+            **options,
         )
 
     def build(self) -> nn.Module:
@@ -88,7 +89,7 @@ class Component(Generic[Config_co]):
 
     def _check_depth(self) -> None:
         """Refuse a config of more layers than tensors, before they are built."""
-        count = len(self.store.names)
+        count = len(self.tensors)
         for name in ("num_layers", "num_blocks"):
             if getattr(self.config, name, 0) > count:
                 raise ModelError(
@@ -98,7 +99,7 @@ class Component(Generic[Config_co]):
 
     def check_sizes(self) -> None:
         """Raise ModelError for a config with a size that no network of these files can have."""
-        held = sum(math.prod(self.store.shape(name)) for name in self.store.names)
+        held = sum(lazy.likeness.numel() for lazy in self.tensors.values())
         for name, value in vars(self.config).items():
             sizes = value if isinstance(value, tuple) else (value,)
             largest = max((size for size in sizes if isinstance(size, int)), default=0)
@@ -113,7 +114,7 @@ class Component(Generic[Config_co]):
         self._check_depth()
         with torch.device("meta"):
             module = self.build()
-        check_fit(module, Weights(self.store, torch.float32, names=self.names))
+        check_fit(module, Weights(self.tensors, torch.float32))
 
 
 class Components(dict[Role, Component[Config]]):
@@ -147,35 +148,34 @@ def fp32_parts(role: Role, dtype: torch.dtype) -> tuple[str, ...]:
     return (*always, *beside)
 
 
-def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ...]:
-    """Return the names of a component's tensors in all spellings; `keys` are some of them."""
+def table_of(role: Role, config: Config) -> tuple[Names, ...]:
+    """Return the names of a component's tensors in all spellings."""
     if isinstance(config, VAEConfig):
         return vae_keys(config)
     if role in OWN_ROLES:
         return ()
     if role == "image_encoder":
-        return image_keys(keys)
+        return IMAGE_KEYS
     return TEXT_KEYS if role == "text_encoder" else DIT_KEYS
 
 
-def assemble(
-    role: Role, config: Config, sources: Sequence[tuple[Spelling, TensorStore]]
-) -> Component[Config]:
-    """Assemble a component from its files, and those that a conversion set aside."""
-    names: dict[str, str] = {}
-    taken: dict[str, Source] = {}
-    rest: dict[str, Source] = {}
-    spellings: dict[str, Spelling] = {}
-    for spelling, store in sources:
-        table = table_of(role, config, store.names)
-        for name in store.names:
-            ours = name if spelling == "vidgen" else rename(name, table, spelling, "vidgen")
-            source = store.source(name) if isinstance(store, View) else Source(store, name)
-            spellings[name] = spelling
-            if ours is None and is_known(name, table, spelling):
-                rest[name] = source
-            else:
-                taken[name], names[name] = source, ours or name
-    component = Component(role, config, View(taken), names, View(rest), spellings)
+def extra_in(name: str) -> Spelling | None:
+    """Return the layout of a tensor that our modules don't have; None for all others."""
+    return next((layout for start, layout in _EXTRA.items() if name.startswith(start)), None)
+
+
+def assemble(role: Role, config: Config, stored: Tensors, spelling: Spelling) -> Component[Config]:
+    """Assemble a component from its files' tensors; raise ModelError if two have one name."""
+    table, component = table_of(role, config), Component(role, config, Tensors())
+    for name, lazy in stored.items():
+        if extra_in(name):
+            component.extra[name] = lazy
+            continue
+        bare = name.removeprefix(_PREFIX)
+        ours = bare if spelling == "vidgen" else rename(bare, table, spelling, "vidgen") or bare
+        if ours in component.tensors:
+            raise ModelError(f"{lazy.files[0].path.parent} has two tensors for {ours}; leave only "
+                             "one model in the folder")
+        component.tensors[ours] = lazy
     component.check_sizes()
     return component

@@ -1,8 +1,8 @@
 """Convert a model folder to another layout, bit for bit and reversibly.
 
 Data without a place in the other layout is kept for the way back: the facts of `model.json` and our
-configs in `vidgen.json`, tensors in `rest/`. Unknown tensors are errors. Wan's layout has its VAE
-and encoders pickled, as Wan's own programs read them; everything else is safetensors.
+configs in `vidgen.json`, tensors under their own names. Unknown tensors are errors. Wan's layout
+has its VAE and encoders pickled, as Wan's own programs read them; all else is safetensors.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vidgen.core.config import dump
@@ -24,7 +23,7 @@ from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.component import OWN_ROLES, Component, Config, table_of
+from vidgen.weights.component import OWN_ROLES, Component, Config, extra_in, table_of
 from vidgen.weights.configs import (
     dit_to_diffusers,
     dit_to_wan,
@@ -32,25 +31,22 @@ from vidgen.weights.configs import (
     vae_to_diffusers,
 )
 from vidgen.weights.folder import DiffusersFolder, ModelFolder, write_model_info
-from vidgen.weights.keymap import Spelling, is_known, rename
+from vidgen.weights.keymap import Spelling, fuse_clip, rename
 from vidgen.weights.layouts import (
     CLIP_FILE,
     CLIP_TOKENIZER,
     EXPERTS,
     NOTE,
-    REST,
     TEXT_FILE,
     VAE_FILES,
     WAN_TOKENIZER,
 )
+from vidgen.weights.store import Lazy, held
 from vidgen.weights.student import STUDENT
-from vidgen.weights.view import Source, fuse_clip
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
-    Lazy,
     write_json,
     write_pth,
-    write_safetensors,
     write_shards,
 )
 
@@ -73,7 +69,7 @@ def convert(
             `to` "vidgen". The model's students and magnitudes, which don't fit them, are left out.
 
     Returns:
-        Names of the tensors set aside, for which the layout has no place.
+        Names of the tensors for which the layout has no name.
 
     Raises:
         ModelError: the target exists, a tensor is unknown or missing, or the model has what the
@@ -93,7 +89,7 @@ def convert(
     check_output(target, num_bytes=source.num_bytes)
     if source.layout == "vidgen":
         assert source.content_hash  # refuses files that are not those recorded
-    set_aside: list[str] = []
+    unnamed: list[str] = []
     with atomic_path(target) as folder:
         folder.mkdir()
         for role, component in source.components.items():
@@ -101,67 +97,39 @@ def convert(
             if role in OWN_ROLES:  # no other layout has these
                 shutil.copytree(source.path / role, folder / role)
                 continue
-            placed, left = _sort(component, to)
-            tensors = placed | _held(changed.get(role, {}), placed)
+            tensors = _renamed(component, to, unnamed, changed.get(role, {}))
             if to == "wan":
                 _write_wan(folder, source, component, tensors, max_shard_bytes)
             else:
                 _write_part(folder, component, tensors, to, max_shard_bytes)
-            for spelling, kept in left.items():
-                (folder / REST).mkdir(exist_ok=True)
-                write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", kept)
-                set_aside += kept
-            component.store.release()
-        if (source.path / STUDENT).is_dir() and not changed:  # deltas of these very weights
-            shutil.copytree(source.path / STUDENT, folder / STUDENT)
+            component.tensors.release()
+        kept = [CLIP_TOKENIZER] if changed else [CLIP_TOKENIZER, STUDENT]  # of these very weights
+        for name in kept:
+            if (source.path / name).is_dir():
+                shutil.copytree(source.path / name, folder / name)
         _keep_measured(source, folder, changed=bool(changed))
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
-        _keep_clip_tokenizer(source, folder, to)
         _FINISHERS[to](folder, source)
-    return sorted(set_aside)
+    return sorted(unnamed)
 
 
-def _sort(
-    component: Component[Config], to: Spelling
-) -> tuple[dict[str, Lazy], dict[Spelling, dict[str, Source]]]:
-    """Return a component's tensors by the names of a layout, and those without one by spelling."""
-    placed: dict[str, Lazy] = {}
-    left: dict[Spelling, dict[str, Source]] = {}
-    every = {name: view.source(name) for view in (component.store, component.rest)
-             for name in view.names}  # fmt: skip
-    table = table_of(component.role, component.config, list(every))
-    for name, source in every.items():
-        spelling = component.spellings[name]
-        new = name if spelling == to else rename(name, table, spelling, to)
-        if not is_known(name, table, spelling):
-            raise ModelError(f"the {component.role} has a tensor {name} that nobody knows")
+def _renamed(
+    component: Component[Config], to: Spelling, unnamed: list[str], changed: Mapping[str, Tensor]
+) -> dict[str, Lazy]:
+    """Return a component's tensors by the names of a layout; those without one keep theirs."""
+    tensors, table = dict[str, Lazy](), table_of(component.role, component.config)
+    for name, lazy in component.tensors.items():
+        new = name if to == "vidgen" else rename(name, table, "vidgen", to)
         if new is None:
-            left.setdefault(spelling, {})[name] = source
-            continue
-        assert new not in placed, f"two tensors for {new}"
-        placed[new] = source
-    return placed, left
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A tensor in memory, to be written in the dtype of the one that it replaces."""
-
-    value: Tensor
-    dtype: torch.dtype
-
-    @property
-    def likeness(self) -> Tensor:
-        return torch.empty(self.value.shape, dtype=self.dtype, device="meta")
-
-    def get(self) -> Tensor:
-        return self.value.detach().to("cpu", self.dtype)
-
-
-def _held(tensors: Mapping[str, Tensor], places: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    assert tensors.keys() <= places.keys(), "names of another model"
-    return {name: _Held(value, places[name].likeness.dtype) for name, value in tensors.items()}
+            unnamed.append(name)
+        is_new = name in changed
+        tensors[new or name] = held(changed[name], lazy.likeness.dtype) if is_new else lazy
+    assert changed.keys() <= tensors.keys(), "names of another model"
+    if component.role == "image_encoder":
+        unnamed += [name for name in component.extra if extra_in(name) != to]
+        tensors |= component.extra
+    return tensors
 
 
 def _write_part(
@@ -275,17 +243,9 @@ def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
         shutil.copyfile(magnitudes, folder / _MAGNITUDES)
 
 
-def _keep_clip_tokenizer(source: ModelFolder, folder: Path, to: Spelling) -> None:
-    """Copy the tokenizer of CLIP's text tower, which only Wan's own programs use."""
-    here = source.path if source.layout == "wan" else source.path / REST
-    if (here / CLIP_TOKENIZER).is_dir():
-        there = folder if to == "wan" else folder / REST
-        shutil.copytree(here / CLIP_TOKENIZER, there / CLIP_TOKENIZER)
-
-
 def _finish_wan(folder: Path, source: ModelFolder) -> None:
     part = source.components.get("image_encoder")
-    if part is not None and not any(name.startswith("textual.") for name in part.rest.names):
+    if part is not None and not any(name.startswith("textual.") for name in part.extra):
         log.warning(
             "%s has no text tower of CLIP: vidgen needs none, but for Wan's own programs take "
             "%s.pth and %s/ from the release", source.name, CLIP_FILE, CLIP_TOKENIZER,

@@ -1,18 +1,22 @@
 """Names of tensors in three spellings: ours, diffusers' and the original Wan checkpoints'.
 
 Each table row is a module or parameter path in all three, `{i}` for a number; the rest of a name
-(`.weight`, `.lora_A.weight`) is kept. None: the tensor doesn't exist there. A key without a row is
-unknown, and an error.
+(`.weight`, `.lora_A.weight`) is kept. None: the tensor has no name there, and keeps ours. A key
+without a row is unknown, and an error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
+import torch
+
 from vidgen.models.vae import VAEConfig
+from vidgen.weights.store import Lazy, Tensors, derived
 
 Spelling = Literal["vidgen", "diffusers", "wan"]
 
@@ -20,7 +24,7 @@ Spelling = Literal["vidgen", "diffusers", "wan"]
 class Names(NamedTuple):
     """One path in the three spellings."""
 
-    vidgen: str | None
+    vidgen: str
     diffusers: str | None
     wan: str | None
 
@@ -40,11 +44,6 @@ def renamed(
     """Map each key to its new spelling; keys without one are left out."""
     pairs = ((key, rename(key, table, source, target)) for key in keys)
     return {key: name for key, name in pairs if name is not None}
-
-
-def is_known(key: str, table: tuple[Names, ...], spelling: Spelling) -> bool:
-    """Return whether the table has a key, whether or not other spellings have it."""
-    return any(pattern.fullmatch(key) for pattern, _ in _rules(table, spelling, "vidgen"))
 
 
 @lru_cache(maxsize=32)
@@ -98,14 +97,13 @@ _IMAGE_EMBED: tuple[Names, ...] = (
 
 
 def _under(path: Names, parts: tuple[Names, ...]) -> list[Names]:
-    """Return rows of a module's parts; None in either path is None."""
+    """Return rows of a module's parts."""
     return [
-        Names(*(
-            None if above is None or below is None else f"{above}.{below}"
-            for above, below in zip(path, part, strict=True)
-        ))
+        Names(f"{path.vidgen}.{part.vidgen}",
+              part.diffusers and f"{path.diffusers}.{part.diffusers}",
+              part.wan and f"{path.wan}.{part.wan}")
         for part in parts
-    ]  # fmt: skip
+    ]
 
 
 DIT_KEYS: tuple[Names, ...] = (
@@ -148,9 +146,8 @@ TEXT_KEYS: tuple[Names, ...] = (
     Names("shared", "shared", "token_embedding"),
     *_under(Names("encoder.block.{i}", "encoder.block.{i}", "blocks.{i}"), _TEXT_BLOCK),
     Names("encoder.final_layer_norm", "encoder.final_layer_norm", "norm"),
-    Names(None, "encoder.embed_tokens", None),
 )
-"""`UMT5Encoder`; transformers may save its tied embedding twice."""
+"""`UMT5Encoder`."""
 
 _IMAGE_LAYER: tuple[Names, ...] = tuple(
     Names(path, path, wan)
@@ -180,26 +177,50 @@ IMAGE_KEYS: tuple[Names, ...] = (
     *_under(
         Names("encoder.layers.{i}", "encoder.layers.{i}", "visual.transformer.{i}"), _IMAGE_LAYER
     ),
-    Names(None, None, "visual.head"),
-    Names(None, None, "textual"),
-    Names(None, None, "log_scale"),
-    Names(None, "visual_projection", None),
 )
-"""`ImageEncoder`; Wan's fused `to_qkv` counts as three, see `weights.view`."""
+"""`ImageEncoder`; Wan's fused `to_qkv` counts as three, see `split_clip`."""
 
 
-def image_keys(keys: Iterable[str]) -> tuple[Names, ...]:
-    """Return the table of an image encoder with these keys.
+_FUSED = ".attn.to_qkv."
+_SPLIT = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.")
+_CLASS, _POSITIONS = "visual.cls_embedding", "visual.pos_embedding"
+"""Names in Wan's CLIP, which fuses projections."""
 
-    Published folders have CLIP's vision tower under `vision_model`, as transformers up to version 4
-    wrote it.
+
+def split_clip(stored: Tensors) -> Tensors:
+    """Split the fused projections of Wan's CLIP, and reshape its embeddings as in transformers.
+
+    Any other tensors are returned as they are.
     """
-    if not any(key.startswith("vision_model.") for key in keys):
-        return IMAGE_KEYS
-    return tuple(
-        row._replace(diffusers=f"vision_model.{row.diffusers}") if row.vidgen else row
-        for row in IMAGE_KEYS
-    )
+    if _CLASS not in stored:
+        return stored
+    tensors = Tensors()
+    for name, lazy in stored.items():
+        if _FUSED in name:
+            for index, part in enumerate(_SPLIT):
+                tensors[name.replace(_FUSED, part)] = derived(
+                    lambda value, index=index: value.chunk(3)[index], lazy)
+        elif name in (_CLASS, _POSITIONS):
+            tensors[name] = derived(torch.flatten if name == _CLASS else itemgetter(0), lazy)
+        else:
+            tensors[name] = lazy
+    return tensors
+
+
+def fuse_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Undo `split_clip`."""
+    made: dict[str, Lazy] = {}
+    for name, lazy in tensors.items():
+        if name == _CLASS:
+            made[name] = derived(lambda value: value[None, None], lazy)
+        elif name == _POSITIONS:
+            made[name] = derived(lambda value: value[None], lazy)
+        elif _SPLIT[0] in name:
+            parts = (tensors[name.replace(_SPLIT[0], part)] for part in _SPLIT)
+            made[name.replace(_SPLIT[0], _FUSED)] = derived(lambda *qkv: torch.cat(qkv), *parts)
+        elif not any(part in name for part in _SPLIT):
+            made[name] = lazy
+    return made
 
 
 _VAE_BLOCK: tuple[Names, ...] = (

@@ -1,7 +1,7 @@
 """Open a model by its name, hub id or folder, in vidgen's, diffusers' or Wan's own layout.
 
-A conversion keeps data without a place in a layout in `vidgen.json` (the facts of `model.json` and
-our configs) and `rest/ROLE.SPELLING.safetensors`.
+A conversion keeps the facts of `model.json` and our configs in `vidgen.json`, where a layout has no
+place for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from vidgen.weights.component import (
     Config,
     Role,
     assemble,
-    table_of,
 )
 from vidgen.weights.configs import (
     config_from,
@@ -55,11 +54,18 @@ from vidgen.weights.folder import (
     embedded_folder,
     list_embedded,
 )
-from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
+from vidgen.weights.keymap import (
+    DIT_KEYS,
+    IMAGE_KEYS,
+    TEXT_KEYS,
+    Names,
+    Spelling,
+    renamed,
+    split_clip,
+)
 from vidgen.weights.published import cached_model, fetch_model, is_hub_id
-from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.store import Tensors, find_files, open_tensors
 from vidgen.weights.student import STUDENT, open_student
-from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
 WAN_PIPELINES = (
@@ -72,7 +78,6 @@ CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 CLIP_TOKENIZER = "xlm-roberta-large"
 WAN_TOKENIZER = Path("google/umt5-xxl")
 NOTE = "vidgen.json"
-REST = "rest"
 _CONFIG_TYPES: dict[Role, type[Any]] = {
     "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
     "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
@@ -200,8 +205,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         config = _encoder_config(role, folder, processor)
         if config is None:
             config = config_of(_CONFIG_TYPES[role], folder)
-        store = _shards(folder)
-        components[role] = assemble(role, config, [("vidgen", store), *_set_aside(path, role)])
+        components[role] = assemble(role, config, _shards(folder), "vidgen")
     _check_readers(path, components)
     try:
         return ModelFolder(
@@ -235,15 +239,15 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | DiffusersFol
         folder = path / role
         if role not in parts:
             continue
-        store = _shards(folder)
+        stored = _shards(folder)
         config = _noted_config(note, role) or _encoder_config(role, folder, processor)
         if role == "vae" and config is None:
             config = vae_from_diffusers(read_config(folder))
         elif config is None:
             has_config = (folder / "config.json").is_file()
             known = dit_from_diffusers(read_config(folder)) if has_config else {}
-            config = infer_dit(_shapes(store, DIT_KEYS, "diffusers"), **known)
-        components[role] = assemble(role, config, [("diffusers", store), *_set_aside(path, role)])
+            config = infer_dit(_shapes(stored, DIT_KEYS, "diffusers"), **known)
+        components[role] = assemble(role, config, stored, "diffusers")
     components |= _own_parts(path)
     _require(path, components)
     facts = _facts(note, path / NOTE) if note else _recognised(
@@ -271,31 +275,28 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
             raise ModelError(f"{path} is incomplete: {gone[0]} is missing; copy it again")
     components = Components()
 
-    def add(role: Role, config: Config, store: TensorStore) -> None:
-        components[role] = assemble(role, config, [("wan", store), *_set_aside(path, role)])
-
     small: list[Path] = []
     for role, folder in folders.items():
-        store = _shards(folder)
+        stored = _shards(folder)
         config, settings = _noted_config(note, role), folder / "config.json"
         if config is None:
             known = dit_from_wan(read_json(settings)) if settings.is_file() else {}
-            config = infer_dit(_shapes(store, DIT_KEYS, "wan"), **known)
+            config = infer_dit(_shapes(stored, DIT_KEYS, "wan"), **known)
         small += [settings, *folder.glob("*.index.json")]
-        add(role, config, store)
+        components[role] = assemble(role, config, stored, "wan")
     dit = components["transformer"].config
-    store = _published(path, VAE_FILES.get(dit.out_channels, "Wan2.*_VAE"), "the VAE")
-    shapes = {name: store.shape(name) for name in store.names}
-    add("vae", _noted_config(note, "vae") or infer_vae(shapes), store)
-    store = _published(path, "models_t5_umt5-*", "the text encoder", TEXT_FILE)
-    keys = table_of("text_encoder", dit, ())
-    config = _noted_config(note, "text_encoder") or infer_text(_shapes(store, keys, "wan"))
-    add("text_encoder", config, store)
+    stored = _published(path, VAE_FILES.get(dit.out_channels, "Wan2.*_VAE"), "the VAE")
+    shapes = {name: tuple(lazy.likeness.shape) for name, lazy in stored.items()}
+    config = _noted_config(note, "vae") or infer_vae(shapes)
+    components["vae"] = assemble("vae", config, stored, "wan")
+    stored = _published(path, "models_t5_umt5-*", "the text encoder", TEXT_FILE)
+    config = _noted_config(note, "text_encoder") or infer_text(_shapes(stored, TEXT_KEYS, "wan"))
+    components["text_encoder"] = assemble("text_encoder", config, stored, "wan")
     if dit.image_dim is not None:
-        store = split_clip(_published(path, "models_clip_*", "the image encoder", CLIP_FILE))
-        keys = table_of("image_encoder", dit, ())
-        config = _noted_config(note, "image_encoder") or infer_image(_shapes(store, keys, "wan"))
-        add("image_encoder", config, store)
+        stored = split_clip(_published(path, "models_clip_*", "the image encoder", CLIP_FILE))
+        config = (_noted_config(note, "image_encoder")
+                  or infer_image(_shapes(stored, IMAGE_KEYS, "wan")))
+        components["image_encoder"] = assemble("image_encoder", config, stored, "wan")
     components |= _own_parts(path)
     _require(path, components)
     tokenizer = _tokenizer(path / WAN_TOKENIZER)
@@ -311,30 +312,31 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
 def _own_parts(path: Path) -> dict[Role, Component[Config]]:
     """Return the components that have vidgen's layout in every folder."""
     return {
-        role: assemble(role, config_of(_CONFIG_TYPES[role], folder), [("vidgen", _shards(folder))])
+        role: assemble(role, config_of(_CONFIG_TYPES[role], folder), _shards(folder), "vidgen")
         for role in OWN_ROLES if ((folder := path / role) / "config.json").is_file()
     }
 
 
-def _shards(folder: Path) -> TensorStore:
+def _shards(folder: Path) -> Tensors:
     """Open the tensors of a component's folder, which must match its index."""
-    store = TensorStore(find_files(folder))
-    if len(store.files) == 1:
-        return store
+    paths = find_files(folder)
+    stored = open_tensors(paths)
+    if len(paths) == 1:
+        return stored
     for index in folder.glob("*.safetensors.index.json"):
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        if {folder / name for name in weight_map.values()} == set(store.files):
-            wrong = sorted(weight_map.keys() ^ set(store.names))
+        if {folder / name for name in weight_map.values()} == set(paths):
+            wrong = sorted(weight_map.keys() ^ stored.keys())
             if wrong:
                 files = sorted({weight_map.get(name, "an unnamed shard") for name in wrong})
                 raise ModelError(
                     f"{folder}: {len(wrong)} tensors differ between {index.name} and the shards "
                     f"({', '.join(wrong[:3])}; in {', '.join(files[:3])}); copy these files again"
                 )
-    return store
+    return stored
 
 
-def _published(path: Path, pattern: str, what: str, usual: str | None = None) -> TensorStore:
+def _published(path: Path, pattern: str, what: str, usual: str | None = None) -> Tensors:
     """Open a component that Wan publishes as one file, pickled or safetensors."""
     found = [p for suffix in (".pth", ".safetensors") for p in sorted(path.glob(pattern + suffix))]
     if not found:
@@ -342,7 +344,7 @@ def _published(path: Path, pattern: str, what: str, usual: str | None = None) ->
             f"{path} is incomplete: {usual or pattern}.pth, {what}, is missing; copy it from the "
             "release"
         )
-    return TensorStore(found[:1])
+    return open_tensors(found[:1])
 
 
 def _tokenizer(folder: Path) -> Path:
@@ -378,21 +380,12 @@ def _noted_config(note: Mapping[str, Any], role: Role) -> Config | None:
     return None if settings is None else config_from(_CONFIG_TYPES[role], settings, NOTE)
 
 
-def _set_aside(path: Path, role: Role) -> list[tuple[Spelling, TensorStore]]:
-    """Open the tensors that a conversion set aside."""
-    return [
-        (spelling, TensorStore([file]))
-        for spelling in get_args(Spelling)
-        if (file := path / REST / f"{role}.{spelling}.safetensors").is_file()
-    ]
-
-
 def _shapes(
-    store: TensorStore, table: tuple[Names, ...], spelling: Spelling
+    stored: Tensors, table: tuple[Names, ...], spelling: Spelling
 ) -> dict[str, tuple[int, ...]]:
     """Return shapes by our names, of tensors that have one."""
-    names = renamed(store.names, table, spelling, "vidgen")
-    return {ours: store.shape(name) for name, ours in names.items()}
+    names = renamed(stored, table, spelling, "vidgen")
+    return {ours: tuple(stored[name].likeness.shape) for name, ours in names.items()}
 
 
 def _require(path: Path, components: Components) -> None:
@@ -477,7 +470,7 @@ def _unhashed(
     """List a folder's files, without recorded hashes."""
     weights = [
         file for part in (components or {}).values()
-        for file in (*part.store.files, *part.rest.files)
+        for file in (*part.tensors.files, *part.extra.files)
     ]
     noted = [path / NOTE] if (path / NOTE).is_file() else []
     present = {p for p in (*small, *weights, *noted) if p.is_file()}

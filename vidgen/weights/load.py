@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from vidgen.core.errors import InputError, ModelError
 from vidgen.ops.linear import pack, packs
 from vidgen.weights.quantize import Quantization, linears, quantize_layer
-from vidgen.weights.store import TensorStore, Weights, find_files
+from vidgen.weights.store import Tensors, Weights, find_files, open_tensors
 from vidgen.weights.stream import assign, blocks_of, stream_blocks
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ class _Unfilled(TorchFunctionMode):
 
 
 def load_module(
-    make: Callable[[], Module], source: Path | TensorStore, dtype: torch.dtype,
+    make: Callable[[], Module], source: Path | Tensors, dtype: torch.dtype,
     device: torch.device | str, keep_fp32: tuple[str, ...] = (),
-    names: Mapping[str, str] | None = None, quantize: Quantization | None = None, *,
+    quantize: Quantization | None = None, *,
     stream: bool = False, packed: bool = False, mesh: DeviceMesh | None = None,
     each: Callable[[nn.Parameter], None] | None = None,
 ) -> Module:
@@ -63,7 +63,6 @@ def load_module(
         make: builds the module; called on the meta device.
         dtype: of floating-point weights.
         keep_fp32: parts of names of weights that stay float32.
-        names: stored name -> the module's, where they differ.
         stream: leave the blocks' weights in the files until they are used.
         packed: pack linear layers for this CPU where it can; see `ops.linear`.
         mesh: devices over which the blocks' weights are sharded.
@@ -73,8 +72,8 @@ def load_module(
         ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
         InputError: `quantize` isn't possible, or together with `stream`.
     """
-    store = source if isinstance(source, TensorStore) else TensorStore(find_files(source))
-    weights, device = Weights(store, dtype, keep_fp32, names), torch.device(device)
+    tensors = open_tensors(find_files(source)) if isinstance(source, Path) else source
+    weights, device = Weights(tensors, dtype, keep_fp32), torch.device(device)
     try:
         with torch.device("meta"), _Unfilled():
             module = make()
@@ -86,7 +85,7 @@ def load_module(
     check_fit(module, weights)
     if quantize and stream:
         raise InputError("int8 weights can't be streamed block by block; give one of the two")
-    left = blocks_of(weights.names) if stream or mesh is not None else {}
+    left = blocks_of(tensors) if stream or mesh is not None else {}
     layers: dict[str, nn.Linear] = {}
     change: Callable[[nn.Linear], Any] = pack
     if quantize:
@@ -114,7 +113,7 @@ def _shard_blocks(
     from torch.distributed.tensor import DTensor
 
     resident = {p for p in module.parameters() if not p.is_meta}
-    for path, names in blocks_of(weights.names).items():
+    for path, names in blocks_of(weights.tensors).items():
         for name in names:
             assign(module, name, torch.empty(
                 weights.shape(name), dtype=weights.dtype(name), device="meta"
@@ -127,10 +126,11 @@ def _shard_blocks(
             share = shares[name]
             assert isinstance(share, DTensor)
             own = share.to_local()
-            parts = weights.get(name).chunk(mesh.size(), dim=0)  # mapped: only what is read comes
+            mapped = weights.tensors[name].get()  # so that only this share is read
+            parts = mapped.chunk(mesh.size())
             if own.numel():
                 own.copy_(parts[mesh.get_local_rank()])
-        weights.store.release()
+        weights.tensors.release()
     fully_shard(module, mesh=mesh, ignored_params=resident)
 
 
@@ -145,11 +145,11 @@ def _fill(
     """
     mapped = weights.stay_mapped and device.type == "cpu" and not layers
     parameters = {name for name, _ in module.named_parameters()}
-    read, often = 0, max(weights.store.num_bytes // 100, 1 << 20)
-    for name in weights.names:
+    read, often = 0, max(weights.tensors.num_bytes // 100, 1 << 20)
+    for name, lazy in weights.tensors.items():
         if name in left:
             continue
-        value = weights.get(name)
+        value = lazy.get()
         read += value.nbytes
         assign(module, name, value.to(device, weights.dtype(name), copy=not mapped))
         del value
@@ -159,10 +159,10 @@ def _fill(
         if each is not None and name in parameters:
             each(module.get_parameter(name))
         if read > often and not mapped:  # so that copied weights aren't in memory twice
-            weights.store.release()
+            weights.tensors.release()
             trim_memory()
             read = 0
-    weights.store.release()
+    weights.tensors.release()
     trim_memory()
     empty = [
         name for name, value in chain(module.named_parameters(), module.named_buffers())
@@ -175,7 +175,7 @@ def check_fit(module: nn.Module, weights: Weights) -> None:
     """Raise ModelError for weights of another module, without reading them."""
     state = module.state_dict()
     expected = {name: tuple(value.shape) for name, value in state.items()}
-    given = {name: weights.shape(name) for name in weights.names}
+    given = {name: weights.shape(name) for name in weights.tensors}
     shapes = [
         f"{name}: {list(given[name])} for {list(shape)}"
         for name, shape in expected.items() if given.get(name, shape) != shape

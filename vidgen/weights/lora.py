@@ -33,7 +33,7 @@ from vidgen.weights.lora_dialects import (
     other_method,
     parse_name,
 )
-from vidgen.weights.store import TensorStore
+from vidgen.weights.store import Tensors, open_tensors
 
 log = logging.getLogger(__name__)
 
@@ -140,20 +140,21 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     """
     source = Path(path)
     file, peft = _locate(source, expert)
-    store = TensorStore([file])
-    method = other_method(store.names)
+    stored = open_tensors([file])
+    method = other_method(stored)
     if method is not None:
         raise ModelError(
             f"{source} is a {method}, and only LoRA and plain differences are read; have the tool "
             "that trained it extract a LoRA"
         )
-    texts = {name for name in store.names if is_of_text_encoder(name)}
-    tokens = {name.removeprefix(TOKEN): store.get(name) for name in texts if name.startswith(TOKEN)}
+    texts = {name for name in stored if is_of_text_encoder(name)}
+    tokens = {name.removeprefix(TOKEN): stored[name].get()
+              for name in texts if name.startswith(TOKEN)}
     if len(texts) > len(tokens):
         log.warning(
             "%s: %d tensors for a text encoder are left out", source, len(texts) - len(tokens)
         )
-    names = {name: parse_name(name) for name in store.names if name not in texts}
+    names = {name: parse_name(name) for name in stored if name not in texts}
     if any(parsed is not None and parsed.low_noise for parsed in names.values()):
         if expert is None:
             raise ModelError(
@@ -166,7 +167,7 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
         raise ModelError(f"{source} holds no LoRA tensors for a transformer")
     settings = peft or config_in_header(_header(file), low_noise=expert == "low")
     scaling = Scaling(settings, str(source))
-    adapter, problems = _assemble(source, store, names, config, scaling)
+    adapter, problems = _assemble(source, stored, names, config, scaling)
     if problems:
         raise ModelError(
             f"{source} doesn't fit this model of {config.num_layers} blocks, {config.hidden_dim} "
@@ -225,7 +226,7 @@ class _Layer(NamedTuple):
 
 
 def _assemble(
-    source: Path, store: TensorStore, names: Mapping[str, TensorName | None], config: DiTConfig,
+    source: Path, stored: Tensors, names: Mapping[str, TensorName | None], config: DiTConfig,
     scaling: Scaling,
 ) -> tuple[Adapter, list[str]]:
     """Return the adapter, and descriptions of the file's problems."""
@@ -237,7 +238,7 @@ def _assemble(
         if path is None or parsed is None:
             unplaced.append(name)
             continue
-        tensor = store.get(name)
+        tensor = stored[name].get()
         if tensor.is_floating_point() and tensor.itemsize == 1:  # 8-bit floats know no arithmetic
             tensor = tensor.to(torch.bfloat16)
         tensors = layers.setdefault(path, _Layer(parsed.layer, {})).tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -104,7 +104,7 @@ def is_of_text_encoder(name: str) -> bool:
     return _TEXT_ENCODER.match(name) is not None
 
 
-def other_method(names: tuple[str, ...]) -> str | None:
+def other_method(names: Collection[str]) -> str | None:
     """Return the method of the tensors if it isn't LoRA, else None."""
     for method, marks in _OTHER_METHODS.items():
         if any(mark in name for name in names for mark in marks):

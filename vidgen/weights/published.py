@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +14,7 @@ from vidgen.models.presets import DIT_PRESETS, IMAGE_PRESETS, TEXT_PRESETS, VAE_
 from vidgen.weights.component import CLASSES, Component, Components, Config, Role
 from vidgen.weights.family import VARIANTS
 from vidgen.weights.folder import ModelFolder, list_embedded
-from vidgen.weights.store import TensorStore
-from vidgen.weights.view import Source, View
+from vidgen.weights.store import Lazy, Tensors
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOT_THE_MODEL = ["*.mp4", "*.gif", "*.jpg", "*.jpeg", "*.png", "assets/*", "examples/*"]
@@ -82,25 +81,6 @@ def list_cached() -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-class Likenesses(TensorStore):
-    """Tensors without data: names and shapes of a network's weights, and one dtype."""
-
-    def __init__(self, role: Role, config: Config, dtype: torch.dtype) -> None:
-        super().__init__(())
-        self._network = role, config, dtype
-
-    @cached_property
-    def _entries(self) -> dict[str, tuple[Path, Tensor]]:
-        role, config, dtype = self._network
-        with torch.device("meta"):
-            module = CLASSES[role](config).to(dtype)
-        return {name: (Path(), value) for name, value in module.state_dict().items()}
-
-    def get(self, name: str) -> Tensor:
-        """Raise ModelError."""
-        raise ModelError(f"{name} isn't here; fetch the model's folder")
-
-
 def is_here(model: str) -> bool:
     """Return whether `open_model` needs no download."""
     if model in list_embedded() or Path(model).is_dir():
@@ -140,7 +120,11 @@ def published(model: str) -> ModelFolder | None:
 def _component(role: Role, config: Config) -> Component[Config]:
     # text encoders are published in bfloat16, all else in float32
     dtype = torch.bfloat16 if role == "text_encoder" else torch.float32
-    store = Likenesses(role, config, dtype)
-    names = {name: name for name in store.names}
-    view = View({name: Source(store, name) for name in names})
-    return Component(role, config, view, names, View({}), dict.fromkeys(names, "vidgen"))
+    with torch.device("meta"):
+        state = CLASSES[role](config).to(dtype).state_dict()
+    return Component(role, config, Tensors(
+        {name: Lazy(value, partial(_refuse, name)) for name, value in state.items()}))
+
+
+def _refuse(name: str) -> Tensor:
+    raise ModelError(f"{name} isn't here; fetch the model's folder")

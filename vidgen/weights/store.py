@@ -1,4 +1,4 @@
-"""Tensors in files: one safetensors file, shards with an index, or a published `.pth`.
+"""Tensors in files, read on demand: one safetensors file, shards with an index, or a `.pth`.
 
 Files are mapped: the operating system reads pages when they are used, and may drop them again.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -66,152 +67,167 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return paths
 
 
-class TensorStore:
-    """The tensors of one component by name, mapped from its files, which are opened on first use.
-
-    A matrix or kernel [n, ...] stored in int8 with scales [n, 1] appears as bfloat16.
+class TensorFile:
+    """A file of tensors, mapped from its first use until it is closed; `read` opens it again.
 
     Args:
-        files: safetensors shards, or `.pth` files of plain state dicts, which are read as tensors
-            only, never as code.
+        path: a safetensors file, or a `.pth` of a plain state dict, which is read as tensors only,
+            never as code.
 
     Raises:
-        ModelError: on first use: a file is missing, truncated or not of its format, or two hold the
-            same tensor.
+        ModelError: on use: it is missing, truncated or not of its format.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
-        self._readers: dict[Path, Callable[[str], Tensor]] = {}
-
-    @cached_property
-    def _entries(self) -> dict[str, tuple[Path, Tensor]]:
-        """File of each tensor, and an empty tensor like it on the meta device."""
-        entries: dict[str, tuple[Path, Tensor]] = {}
-        for path in self.files:
-            names, read = _open(path)
-            self._readers[path] = read
-            for name in names:
-                if name in entries:
-                    raise ModelError(
-                        f"tensor {name} lies in {entries[name][0].name} and in {path.name} of "
-                        f"{path.parent}; leave only one model in the folder"
-                    )
-                entries[name] = path, read(name).to("meta")
-        return entries
-
-    @cached_property
-    def _scales(self) -> dict[str, str]:
-        """Name of an int8 matrix -> name of its scales."""
-        every, found = self._entries, {}
-        for name, (_, stored) in every.items():
-            _, scales = every.get(name + SCALE, (None, None))
-            rows = (*stored.shape[:1], 1)
-            packed = stored.dtype == torch.int8 and stored.ndim > 1
-            if packed and scales is not None and scales.shape == rows:
-                found[name] = name + SCALE
-        return found
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened: tuple[tuple[str, ...], Callable[[str], Tensor]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, in the files' order."""
-        hidden = set(self._scales.values())
-        return tuple(name for name in self._entries if name not in hidden)
+        """Names of all tensors, in the file's order."""
+        return self._open()[0]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor without reading it."""
-        return tuple(self._entries[name][1].shape)
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as stored, mapped."""
+        return self._open()[1](name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor without reading it."""
-        return torch.bfloat16 if name in self._scales else self._entries[name][1].dtype
+    def close(self) -> None:
+        """Close it, so that pages without a tensor leave memory."""
+        self._opened = None
 
-    def is_mapped(self, name: str) -> bool:
-        """Return whether `get` returns a tensor in the mapped file."""
-        return name not in self._scales
+    def _open(self) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
+        if self._opened is None:
+            self._opened = _open(self.path)
+        return self._opened
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """A tensor that is made on demand.
+
+    Attributes:
+        likeness: an empty tensor of its shape and dtype on the meta device.
+        get: returns it, on the CPU.
+        files: from which `get` reads.
+        is_mapped: whether `get` returns a tensor in a mapped file.
+    """
+
+    likeness: Tensor
+    get: Callable[[], Tensor]
+    files: tuple[TensorFile, ...] = ()
+    is_mapped: bool = False
+
+
+def derived(make: Callable[..., Tensor], *parts: Lazy) -> Lazy:
+    """Return a tensor made of others: a part of one, a reshaped one, or several joined.
+
+    A view of a mapped tensor counts as mapped.
+    """
+    return Lazy(
+        make(*(part.likeness for part in parts)), lambda: make(*(part.get() for part in parts)),
+        tuple(dict.fromkeys(file for part in parts for file in part.files)),
+        is_mapped=len(parts) == 1 and parts[0].is_mapped,
+    )
+
+
+def held(value: Tensor, dtype: torch.dtype | None = None) -> Lazy:
+    """Return a tensor that is in memory, in its own dtype or another."""
+    dtype = dtype or value.dtype
+    like = torch.empty(value.shape, dtype=dtype, device="meta")
+    return Lazy(like, lambda: value.detach().to("cpu", dtype))
+
+
+class Tensors(dict[str, Lazy]):
+    """Tensors by name."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files from which they are read."""
+        return tuple(file.path for file in self._files())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(tensor.nbytes for _, tensor in self._entries.values())
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor on the CPU, mapped if `is_mapped`."""
-        value = self._read(name)
-        scales = self._scales.get(name)
-        if scales is None:
-            return value
-        rows = value.flatten(1) * self._read(scales)
-        return rows.bfloat16().view(value.shape)
-
-    def _read(self, name: str) -> Tensor:
-        path = self._entries[name][0]
-        read = self._readers.get(path)
-        if read is None:
-            read = self._readers[path] = _open(path)[1]
-        return read(name)
+        """Bytes of all tensors."""
+        return sum(lazy.likeness.nbytes for lazy in self.values())
 
     def release(self) -> None:
-        """Close the files, so that pages without a tensor leave memory; `get` reopens them."""
-        self._readers = {}
+        """Close the files until a tensor is read again."""
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> Iterator[TensorFile]:
+        yield from dict.fromkeys(file for lazy in self.values() for file in lazy.files)
+
+
+def open_tensors(paths: Iterable[Path]) -> Tensors:
+    """Open the tensors of one component, which may lie in several files.
+
+    A matrix or kernel [n, ...] stored in int8 with scales [n, 1] appears as bfloat16.
+
+    Raises:
+        ModelError: see `TensorFile`; or two files hold the same tensor.
+    """
+    tensors = Tensors()
+    for file in map(TensorFile, paths):
+        for name in file.names:
+            if name in tensors:
+                raise ModelError(
+                    f"tensor {name} lies in {tensors[name].files[0].path.name} and in "
+                    f"{file.path.name} of {file.path.parent}; leave only one model in the folder"
+                )
+            tensors[name] = Lazy(file.read(name).to("meta"), partial(file.read, name), (file,),
+                                 is_mapped=True)
+    for name, lazy in [*tensors.items()]:
+        like, scales = lazy.likeness, tensors.get(name + SCALE)
+        if like.dtype != torch.int8 or like.ndim < 2 or scales is None:
+            continue
+        if scales.likeness.shape == (len(like), 1):
+            tensors[name] = _widened(lazy, tensors.pop(name + SCALE))
+    return tensors
+
+
+def _widened(rows: Lazy, scales: Lazy) -> Lazy:
+    like = torch.empty(rows.likeness.shape, dtype=torch.bfloat16, device="meta")
+
+    def widen() -> Tensor:
+        return (rows.get().flatten(1) * scales.get()).bfloat16().view(like.shape)
+
+    return Lazy(like, widen, tuple(dict.fromkeys(rows.files + scales.files)))
 
 
 class Weights:
-    """A store's tensors as weights of a module, by its names and in its dtype.
+    """Tensors as weights of a module, by its names and in its dtype.
 
     Args:
         keep_fp32: parts of names of weights that stay float32.
-        names: stored name -> the module's, where they differ.
-
-    Raises:
-        ModelError: unreadable files, or two tensors for one weight.
     """
 
     def __init__(
-        self, store: TensorStore, dtype: torch.dtype, keep_fp32: tuple[str, ...] = (),
-        names: Mapping[str, str] | None = None,
+        self, tensors: Tensors, dtype: torch.dtype, keep_fp32: tuple[str, ...] = ()
     ) -> None:
-        self.store, self._dtype, self._keep_fp32 = store, dtype, keep_fp32
-        self._stored: dict[str, str] = {}
-        for stored in store.names:
-            name = (names or {}).get(stored, stored)
-            if name in self._stored:
-                raise ModelError(
-                    f"{self.place} has two tensors for {name}: {self._stored[name]} and {stored}; "
-                    "leave only one model in the folder"
-                )
-            self._stored[name] = stored
+        self.tensors, self._dtype, self._keep_fp32 = tensors, dtype, keep_fp32
 
     @property
     def place(self) -> Path:
         """The file, or the folder of shards."""
-        files = self.store.files
+        files = self.tensors.files
         return files[0] if len(files) == 1 else files[0].parent
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The module's names, in the files' order."""
-        return tuple(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight."""
-        return self.store.shape(self._stored[name])
+        return tuple(self.tensors[name].likeness.shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a weight in the module."""
-        stored = self.store.dtype(self._stored[name])
+        stored = self.tensors[name].likeness.dtype
         if not stored.is_floating_point:
             return stored
         return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
 
     def num_bytes(self, names: Iterable[str] | None = None) -> int:
         """Return the bytes of all weights, or of the named ones, in the module."""
-        chosen = self.names if names is None else names
+        chosen = self.tensors if names is None else names
         return sum(self.dtype(name).itemsize * math.prod(self.shape(name)) for name in chosen)
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor as stored, mapped."""
-        return self.store.get(self._stored[name])
 
     @cached_property
     def stay_mapped(self) -> bool:
@@ -219,15 +235,9 @@ class Weights:
 
         Otherwise all are copied, since one mapped tensor keeps its whole file's pages resident.
         """
-        def changes(name: str, stored: str) -> bool:
-            return (self.store.dtype(stored) != self.dtype(name)
-                    or not self.store.is_mapped(stored))
-
-        changed = sum(
-            self.store.dtype(stored).itemsize * math.prod(self.shape(name))
-            for name, stored in self._stored.items() if changes(name, stored)
-        )
-        return changed <= 0.05 * self.store.num_bytes
+        changed = sum(lazy.likeness.nbytes for name, lazy in self.tensors.items()
+                      if lazy.likeness.dtype != self.dtype(name) or not lazy.is_mapped)
+        return changed <= 0.05 * self.tensors.num_bytes
 
 
 def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:

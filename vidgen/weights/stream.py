@@ -104,7 +104,7 @@ class BlockStream:
 
     def __init__(self, module: nn.Module, weights: Weights, device: torch.device) -> None:
         self._module, self._weights = module, weights
-        blocks = blocks_of(weights.names)
+        blocks = blocks_of(weights.tensors)
         self._places = [self._lay_out(names) for names in blocks.values()]
         meta = module.state_dict(keep_vars=True)
         self._meta = [{name: meta[name] for name in names} for names in blocks.values()]
@@ -174,8 +174,8 @@ class BlockStream:
         """Read and cast a block's weights, in the thread."""
         slot.wait_staging()
         for place in self._places[index]:
-            place.view(slot.staging).copy_(self._weights.get(place.name))
-        self._weights.store.release()  # or the file's pages stay in memory
+            place.view(slot.staging).copy_(self._weights.tensors[place.name].get())
+        self._weights.tensors.release()  # or the file's pages stay in memory
         slot.send(self._side)
 
 

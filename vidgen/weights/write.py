@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
+
+from vidgen.weights.store import Lazy
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {
@@ -22,17 +22,6 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
 _CHUNK = 1 << 26
-
-
-class Lazy(Protocol):
-    """A tensor that is made on demand."""
-
-    @property
-    def likeness(self) -> Tensor:
-        """An empty tensor of its shape and dtype on the meta device."""
-
-    def get(self) -> Tensor:
-        """Return the tensor."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:

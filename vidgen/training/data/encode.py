@@ -69,7 +69,7 @@ def component_hash(folder: ModelFolder, role: Role) -> str | None:
     component = folder.components.get(role)
     if component is None:
         return None
-    files = list(component.store.files)
+    files = list(component.tensors.files)
     if role == "text_encoder":
         files += sorted(folder.tokenizer.glob("*.json"))
     parts = [*sorted(hash_files(files).values()), repr(component.config)]

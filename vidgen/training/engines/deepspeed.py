@@ -36,6 +36,7 @@ from vidgen.training.engines.engine import Engine
 from vidgen.training.optim import EMA, set_lr
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
+from vidgen.weights.store import Lazy, held
 
 _WRITERS = ("PytorchStreamWriter", "inline_container")  # named where torch.save can't write
 _TAG = "zero"
@@ -221,7 +222,7 @@ class _DeepSpeedEngine(Engine):
             raise OutputError(f"the checkpoint in {folder.parent} can't be written: the disk may "
                               f"be full ({str(error).splitlines()[0][:120]}); the one before is "
                               "whole: make room and --resume") from error
-        averages = {f"ema/{name}": _Gathered(shadow, self._shared.get(name))
+        averages = {f"ema/{name}": _gathered(shadow, self._shared.get(name))
                     for name, shadow in self.ema.shadow.items()}
         if self.place.main:
             live = checkpoint.live_weights(self.task, frozen=False)
@@ -265,24 +266,17 @@ class _DeepSpeedEngine(Engine):
             self._deepspeed.empty_partition_cache()
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    """An average, whose shares [S] are brought together when it is written, by all at once."""
+def _gathered(shadow: Tensor, shared: Any) -> Lazy:
+    """Return an average; all ranks gather the shares [S] of a ZeRO-3 parameter together."""
+    if shared is None:
+        return held(shadow)
 
-    shadow: Tensor
-    shared: Any  # the parameter that ZeRO-3 shares out, or None
+    def gather() -> Tensor:
+        parts = [torch.empty_like(shadow) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, shadow)
+        return torch.cat(parts)[: shared.ds_numel].view(shared.ds_shape).cpu()
 
-    @property
-    def likeness(self) -> Tensor:
-        shape = self.shadow.shape if self.shared is None else self.shared.ds_shape
-        return torch.empty(shape, device="meta")
-
-    def get(self) -> Tensor:
-        if self.shared is None:
-            return self.shadow.cpu()
-        parts = [torch.empty_like(self.shadow) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, self.shadow)
-        return torch.cat(parts)[: self.shared.ds_numel].view(self.shared.ds_shape).cpu()
+    return Lazy(torch.empty(shared.ds_shape, device="meta"), gather)
 
 
 def _only_adamw(task: Task) -> torch.optim.Optimizer:

@@ -170,10 +170,10 @@ def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path, mad
 def _change(component: Component[Any], tensors: Mapping[str, Tensor]) -> float:
     """Return the norm of what changes of the files' weights, once written in their dtype."""
     changed = 0.0
-    for stored, ours in component.names.items():
-        if ours in tensors:
-            before = component.store.get(stored)
-            after = tensors[ours].to("cpu", before.dtype)
+    for name, lazy in component.tensors.items():
+        if name in tensors:
+            before = lazy.get()
+            after = tensors[name].to("cpu", before.dtype)
             changed += float((after.double() - before.double()).square().sum())
     return math.sqrt(changed)
 
