@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,17 @@ class DiffusersEngine:
             report = Reporter(on_event, index, count)
             with kept.running(recipe):
                 made = self._made(plan, scheduler, request, inputs, able, kept, report)
-                settled = self._settled(plan, request, made)
-                assert settled.kept_frames is not None
-                sound = track(settled.kept_frames)
+                frames = made.frames[: plan.kept_frames]
+                if request.frames is not None and len(frames) < request.frames:
+                    log.warning("%s gave %d frames of the %d asked for", plan.pipeline,
+                                len(frames), request.frames)
+                height, width = frames.shape[1:3]
+                settled = replace(plan, width=width, height=height, kept_frames=len(frames),
+                                  num_frames=plan.num_frames or len(made.frames))
+                sound = track(len(frames))
                 whole = recipe | {"plan": plan_facts(settled)} | sound.facts
                 kept.keep_recipe(whole)
-                clip = self._clip(settled, whole, able, made, kept)
+                clip = _clip(frames, plan.fps, made, whole, able.strides.t, kept)
                 clips.append(sound.under(clip, plan.seed, partial(report, "sound"), kept))
         return clips if count > 1 else clips[0]
 
@@ -198,36 +204,21 @@ class DiffusersEngine:
         given["generator"] = torch.Generator("cpu").manual_seed(plan.seed)
         return given | {"output_type": "np"}
 
-    def _settled(
-        self, plan: DiffusersPlan, request: Request, made: PipelineResult
-    ) -> DiffusersPlan:
-        shown, height, width, _ = made.frames.shape
-        kept = min(plan.kept_frames or shown, shown)
-        if request.frames is not None and kept < request.frames:
-            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, kept,
-                        request.frames)
-        return replace(plan, width=width, height=height, num_frames=plan.num_frames or shown,
-                       kept_frames=kept)
 
-    def _clip(
-        self, plan: DiffusersPlan, recipe: dict[str, Any], able: Abilities, made: PipelineResult,
-        journal: Journal,
-    ) -> Clip:
-        kept = plan.kept_frames
-        assert kept is not None
-        assert plan.width is not None
-        assert plan.height is not None
+def _clip(
+    frames: Frames, fps: Fraction, made: PipelineResult, recipe: dict[str, Any], stride_t: int,
+    journal: Journal,
+) -> Clip:
+    def chunks(start: int = 0) -> Iterator[Frames]:
+        if start < len(frames):
+            yield frames[start:]
 
-        def chunks(start: int = 0) -> Iterator[Frames]:
-            if start < kept:
-                yield made.frames[start:kept]
-
-        sound = made.sound
-        if sound is not None:
-            sound = sound[: round(float(kept / plan.fps) * made.sound_rate)]
-        info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=kept, sound=sound,
-                        sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t)
-        return Clip(chunks, info, journal=journal)
+    sound, rate = made.sound, made.sound_rate
+    if sound is not None:
+        sound = sound[: round(float(len(frames) / fps) * rate)]
+    size = (frames.shape[2], frames.shape[1])
+    info = ClipInfo(fps, size, len(frames), sound, rate, recipe, stride_t=stride_t)
+    return Clip(chunks, info, journal=journal)
 
 
 def _as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:

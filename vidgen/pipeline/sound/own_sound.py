@@ -67,23 +67,12 @@ _SURE = 0.3
 """Impacts expected near an onset from which it counts as one of them."""
 
 
-class Lateness(NamedTuple):
-    """Delay of sounds after the impacts that they match."""
+class Kept(NamedTuple):
+    """The best sound: latents [C, k], and its delay after the impacts that it matches."""
 
-    total_s: float = 0.0  # sum over matches
+    latents: Tensor
+    late_s: float = 0.0  # sum of the delays
     met: float = 0.0  # number of matches
-
-    @property
-    def mean_s(self) -> float:
-        """Mean delay, in seconds; 0 without matches."""
-        return self.total_s / self.met if self.met else 0.0
-
-    def and_of(self, other: Lateness) -> Lateness:
-        """Return the sum of both."""
-        return Lateness(self.total_s + other.total_s, self.met + other.met)
-
-
-ON_TIME = Lateness()
 
 
 @dataclass(frozen=True)
@@ -100,10 +89,6 @@ class Impacts:
         """True if sounds can be compared with them."""
         return float(self.expected.sum()) >= FEWEST
 
-    def later(self, seconds: float) -> Impacts:
-        """Return the same impacts, moved."""
-        return replace(self, times=self.times + seconds)
-
     def fit(self, onsets: Times) -> float:
         """Return the expected F-measure of a sound's onsets against them.
 
@@ -117,24 +102,17 @@ class Impacts:
         total = float(self.expected.sum()) + len(onsets)
         return 2 * met / total if total else 1.0
 
-    def lateness(self, onsets: Times) -> Lateness:
-        """Return the delay of new onsets after them."""
-        late = ON_TIME
+    def lateness(self, onsets: Times) -> tuple[float, float]:
+        """Return the sum of new onsets' delays after the impacts they match, and their number."""
+        late_s = count = 0.0
         for onset in onsets[onsets >= self.new_from_s]:
             near = np.abs(self.times - onset) <= NEAR_S
             expected = float(self.expected[near].sum())
             if expected >= _SURE:
                 seen = float(self.times[near] @ self.expected[near]) / expected
-                met = min(1.0, expected)
-                late = late.and_of(Lateness(met * (float(onset) - seen), met))
-        return late
-
-
-class Kept(NamedTuple):
-    """The best sound: latents [C, k], and its delay after the picture."""
-
-    latents: Tensor
-    lateness: Lateness = ON_TIME
+                late_s += min(1.0, expected) * (float(onset) - seen)
+                count += min(1.0, expected)
+        return late_s, count
 
 
 @dataclass
@@ -150,7 +128,8 @@ class OwnSound:
     begins: int = 0  # the clip's sound latent with which `latents` begins
     earlier: tuple[Samples, int] | None = None  # samples [N, c], rate of the continued clip's sound
     starts_s: Fraction = Fraction(0)  # the end of the continued clip
-    lateness: Lateness = ON_TIME  # of the sound so far
+    late_s: float = 0.0  # sum of the delays after impacts so far
+    met: float = 0.0  # their number
     extra_rounds: int = 0  # of candidates, after the first of each window
 
     def follow(
@@ -164,7 +143,7 @@ class OwnSound:
         kept = journal.kept_arrays(HEARD, "latents")
         if kept is not None:
             self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
-            self.lateness = Lateness(*kept[1].get("lateness", ()))
+            self.late_s, self.met = kept[1]["lateness"]
         for number, (start, stop) in enumerate(self.windows):
             first, count = self.num_gone + start, stop - start
             begin, end, _ = self._span(first, count)
@@ -172,14 +151,14 @@ class OwnSound:
                 continue  # made before a kill
             seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
             shown = picture[:, :, seen].to(self.loader.device)
-            made, late = self._made(shown, self.rate.after(start), first, count, sample, number)
+            made = self._made(shown, self.rate.after(start), first, count, sample, number)
             if not self.latents.shape[2]:
                 self.begins = begin
-            new = made[None, :, max(0, self._ends - begin) : end - begin]
+            new = made.latents[None, :, max(0, self._ends - begin) : end - begin]
             self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
-            self.lateness = self.lateness.and_of(late)
+            self.late_s, self.met = self.late_s + made.late_s, self.met + made.met
             if number + 1 < len(self.windows):
-                facts = {"begins": self.begins, "lateness": self.lateness}
+                facts = {"begins": self.begins, "lateness": [self.late_s, self.met]}
                 journal.keep_arrays(HEARD, {"latents": self.latents.numpy()}, facts)
 
     def _made(
@@ -207,7 +186,8 @@ class OwnSound:
             impacts = impacts_seen(self.loader, shown, rate, first, self.plan.fps)
         if impacts is not None:
             begin = self._span(first, 1)[0]
-            impacts = replace(impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
+            later_s = self.plan.sound_delay_s - begin / config.tokens_per_s
+            impacts = replace(impacts, times=impacts.times + later_s,
                               new_from_s=max(0, self._ends - begin) / config.tokens_per_s)
         at_once = drawn_at_once(self.loader.folder, most)
         return best_sound(draw, hear, config.sample_rate, most, at_once, impacts)
@@ -247,7 +227,8 @@ class OwnSound:
             part = block[: length - position]
             samples[position : position + len(part)] = part
             position += len(part)
-        late_s = max(-FURTHEST_S, min(self.lateness.mean_s, FURTHEST_S))
+        late_s = self.late_s / self.met if self.met else 0.0
+        late_s = max(-FURTHEST_S, min(late_s, FURTHEST_S))
         bring_forward(samples[begin:], round(late_s * rate))
         hold_peaks(samples[begin:], rate)
         if begin:
@@ -396,7 +377,7 @@ def best_sound(
                 for sound, each in zip(sounds, heard, strict=True)]
 
     sound, onsets = best_of(scored, most, impacts.enough, at_once=at_once).made
-    return Kept(sound, impacts.lateness(onsets))
+    return Kept(sound, *impacts.lateness(onsets))
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:
