@@ -7,7 +7,7 @@ import secrets
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vidgen.cli import options
 from vidgen.cli.options import Parser
@@ -45,6 +45,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.media.ending import read_ending
     from vidgen.media.write import CONTAINERS, check_format, require_sound
     from vidgen.pipeline import recorded
+    from vidgen.weights.family import models_with
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
 
@@ -56,7 +57,7 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"{args.clip} is a folder of pictures, which can't go on; give a film: "
                          f"vidgen replay {args.clip} -o {film} makes one of what vidgen wrote")
     ending = read_ending(args.clip)
-    fps, size, num_frames = ending.fps, ending.size, ending.num_frames
+    fps, num_frames = ending.fps, ending.num_frames
     output = args.output or str(path.with_name(f"{path.stem}-longer{path.suffix}"))
     suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)), fps)
     if args.audio not in (None, "none") or args.say:
@@ -66,55 +67,38 @@ def run(args: Namespace, report: Report) -> int:
     check_output(output, overwrite=args.overwrite or args.resume)
     marks = Saving(**options.given_options(args, Saving)).marks
     (journal,) = journals_of_outputs([output], args, report, marks)
-    recipe = ending.recipe
-    if recipe is not None and recorded.is_of_clips(recipe):
-        recipe = None  # it goes on as any other clip does
     given = options.given_options(args)
     del given["seconds"]  # of the added part
     given["settings"] = parse_settings(args.settings or [])
-    loading = options.given_options(args, Loading)
-    if recipe is not None:
-        try:
-            own = recorded.own_options(recipe, args.model, args.audio)
-            given = recorded.with_own_options(given, own)
-            model = recipe["model"].get("source") or recipe["model"]["name"]
-        except InputError as error:
-            raise InputError(f"{args.clip}: {error}") from None
-        began = {"model": model, "quantize": recipe.get("quantize"), "dtype": recipe.get("dtype")}
-        loading = began | loading
-    chosen = options.choose_devices(Loading(**loading), [journal])
+    began = {} if ending.recipe is None else recorded.own_loading(ending.recipe)
+    loading = options.choose_devices(
+        Loading(**began | options.given_options(args, Loading)), [journal])
+    folder = open_model(loading.model)
+    if not isinstance(folder, ModelFolder):
+        raise InputError(f"{loading.model} is run by diffusers; models that go on from a clip: "
+                         f"toybox, {', '.join(models_with('extend'))}")
+    request = recorded.lengthened(args.clip, ending, given, args.seconds, folder)
     if suffix not in CONTAINERS:
-        given |= silenced(given["settings"])  # none is made for nobody to hear
-    if "prompt" not in given:
-        raise InputError(f"{args.clip} doesn't tell its prompt; give --prompt")
-    if "seed" not in given:
+        request = request.replace(**silenced(request.settings))  # none for nobody to hear
+    if request.seed is None:
         earlier = seed_of(journal)
-        given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
-        report.note(f"seed {given['seed']}")
-    if num_frames == 1 and isinstance(folder := open_model(chosen.model), ModelFolder):
-        fps = recorded.rate_of_still(recipe, folder)
-    length = recorded.lengthened(args.clip, num_frames, fps, args.seconds)
+        request = request.replace(seed=secrets.randbelow(2**31) if earlier is None else earlier)
+        report.note(f"seed {request.seed}")
     with resumable([journal], report):
-        return _make(given | length, size, chosen, output, journal, report)
+        return _make(request, loading, output, journal, report)
 
 
 def _make(
-    asked: dict[str, Any], size: tuple[int, int], loading: Loading, output: str,
-    journal: OutputJournal, report: Report,
+    request: Request, loading: Loading, output: str, journal: OutputJournal, report: Report
 ) -> int:
     import torch
 
     from vidgen.cli.outputs import clip_facts
-    from vidgen.pipeline.engine import load_own
-    from vidgen.pipeline.recorded import at_own_size
-    from vidgen.weights.family import models_with
+    from vidgen.pipeline.engine import load
 
-    request = Request.of(asked.pop("prompt"), asked)
     start = time.monotonic()
     options.share_threads(loading.devices, torch.get_num_threads())
-    able = f"models that go on from a clip: toybox, {', '.join(models_with('extend'))}"
-    engine = load_own(loading.model, able, **loading.model_dump(exclude={"model"}))
-    request = at_own_size(request, size, engine.folder)
+    engine = load(**loading.model_dump())
     clip = engine.generate(request, on_event=report.progress, on_estimate=report.expect,
                            journal=journal)
     assert not isinstance(clip, list)

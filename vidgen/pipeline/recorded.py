@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from vidgen.core.shapes import Tiles
 from vidgen.pipeline.settings import settings_to_go_on
 
 if TYPE_CHECKING:
+    from vidgen.media.ending import Ending
     from vidgen.weights.folder import ModelFolder
 
 FACTS = ("vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype",
@@ -120,6 +122,15 @@ def is_of_clips(recipe: Mapping[str, Any]) -> bool:
     return "plan" not in recipe and ("film" in recipe or "sweep" in recipe)
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the clip's recipe is damaged ({error}); extend a copy that is "
+                         "whole") from error
+
+
 def own_options(
     recipe: Mapping[str, Any], model: str | None = None, audio: Any = None
 ) -> dict[str, Any]:
@@ -133,9 +144,9 @@ def own_options(
     """
     if is_of_clips(recipe):
         return {}
-    try:
+    with _reading():
         plan, asked = recipe["plan"], recipe.get("request", {})
-        if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
+        if model not in (None, recipe["model"]["name"]):
             return {"prompt": plan["prompt"]}
         own = {
             "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
@@ -146,42 +157,47 @@ def own_options(
         }
         if "sampler" not in own:  # a scheduler of diffusers, which a command line can't give
             own["shift"] = None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"its recipe is damaged ({error}); extend a copy that is whole") from error
     return {name: value for name, value in own.items() if value not in (None, [], {})}
 
 
-def with_own_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given options over those of the recipe, setting by setting."""
-    settings = {**own.get("settings", {}), **given.get("settings", {})}
-    return {**own, **given, "settings": settings}
+def own_loading(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options by which a recipe's model is loaded; raise InputError if damaged."""
+    if is_of_clips(recipe):
+        return {}
+    with _reading():
+        model = recipe["model"].get("source") or recipe["model"]["name"]
+        return {"model": model, "quantize": recipe.get("quantize"), "dtype": recipe.get("dtype")}
 
 
-def rate_of_still(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Fraction:
-    """Return the frames per second at which a picture continues: its recipe's or the model's."""
-    if recipe is not None and "fps" in recipe.get("plan", ()):
-        return Fraction(recipe["plan"]["fps"])
-    return Fraction(folder.defaults.fps).limit_denominator(1001)
+def lengthened(
+    clip: str | Path, ending: Ending, given: Mapping[str, Any], added_s: float, folder: ModelFolder
+) -> Request:
+    """Return the request of a clip that continues: given options over those of its recipe.
 
-
-def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float) -> dict[str, Any]:
-    """Return the options that lengthen a clip: prefix, fps and seconds of the whole.
+    It has the clip's own size if the model can make it; a picture gets its recipe's rate or the
+    model's.
 
     Raises:
-        InputError: less than a frame is added, or the whole exceeds the limit of a request.
+        InputError: a damaged recipe, no prompt, less than a frame to add, or a whole beyond the
+            limit of a request.
     """
+    fps, recipe = ending.fps, ending.recipe or {}
+    own = own_options(recipe, folder.name, given.get("audio")) if recipe else {}
+    options = {**own, **given, "settings": own.get("settings", {}) | given.get("settings", {})}
+    if "prompt" not in options:
+        raise InputError(f"{clip} doesn't tell its prompt; give --prompt")
+    if ending.num_frames == 1:
+        shown = recipe.get("plan", {}).get("fps", folder.defaults.fps)
+        fps = Fraction(shown).limit_denominator(1001)
     added = round(added_s * fps)
     if added < 1:
         raise OptionError(f"seconds is {added_s}, less than a frame at {fps} fps", "seconds")
-    seconds = float((num_frames + added) / fps)
+    seconds = float((ending.num_frames + added) / fps)
     if seconds > MAX_SECONDS:
         raise OptionError(f"seconds is {added_s}, which makes the clip {seconds:g} s long; give so "
                           f"many that it has {MAX_SECONDS} at most", "seconds")
-    return {"prefix": str(clip), "fps": fps, "seconds": seconds}
-
-
-def at_own_size(request: Request, size: tuple[int, int], folder: ModelFolder) -> Request:
-    """Request the (width, height) of the continued clip if the model can make it."""
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
-    fits = all(length % (vae.strides.hw * dit.patch_size) == 0 for length in size)
-    return request.replace(size=size) if fits else request
+    if all(side % (vae.strides.hw * dit.patch_size) == 0 for side in ending.size):
+        options["size"] = ending.size
+    options |= {"prefix": str(clip), "fps": fps, "seconds": seconds}
+    return Request.of(options.pop("prompt"), options)

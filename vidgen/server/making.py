@@ -33,19 +33,14 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.request import OWN_FILE, Request, Saving
 from vidgen.core.runtime import atomic_write, available_memory, link
 from vidgen.media.checks import as_data
+from vidgen.media.ending import read_ending
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.preview import as_webp
-from vidgen.pipeline.recorded import (
-    at_own_size,
-    lengthened,
-    own_options,
-    rate_of_still,
-    with_own_options,
-)
+from vidgen.pipeline.recorded import lengthened
 from vidgen.pipeline.workers.clip_work import write_request
 from vidgen.server.layout import (
     FILM,
@@ -334,15 +329,8 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
     if added_s is None:
         return Request.of(options.pop("prompt"), options)
     clip = options.pop("prefix")
-    with VideoReader(clip) as reader:
-        fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
-    recipe = read_recipe(clip)
-    if num_frames == 1:
-        fps = rate_of_still(recipe, model)
-    own = {} if recipe is None else own_options(recipe, model.name, options.get("audio"))
-    own.pop("lora", None)  # a recipe that came from outside names no files of ours
-    options = with_own_options(options, own) | lengthened(clip, num_frames, fps, added_s)
-    return at_own_size(Request.of(options.pop("prompt"), options), size, model)
+    request = lengthened(clip, read_ending(clip), options, added_s, model)
+    return request.replace(lora=options.get("lora", ()))  # a recipe from outside names no files
 
 
 def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: int) -> None:
