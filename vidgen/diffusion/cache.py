@@ -22,6 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ MAX_SIGMA = 1 - 1e-4
 
 
 class Memory(ABC):
-    """Memory of a cache for one branch of guidance.
+    """Memory of a cache for one branch of guidance: its `StepCache`, one pass after the other.
 
     Attributes:
         tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
@@ -61,32 +62,44 @@ class Memory(ABC):
         self.spread: Spread | None = None
         self._restored: Sequence[Tensor] = ()
 
-    def begin(self, sigma: float, spread: Spread | None) -> None:
-        """Begin a pass at `sigma`, before any block runs."""
-        self.sigma, self.spread = sigma, spread
+    def begin(
+        self, sigma: float, spread: Spread | None, spares: Callable[[], bool], *, is_used: bool
+    ) -> None:
+        """Begin a pass at `sigma`, before any block runs.
+
+        `spares` returns whether the pass uses the prediction. An unused pass, of a process that
+        only shares its weights, remembers nothing.
+        """
+        self.sigma, self.spread, self._spares, self._is_used = sigma, spread, spares, is_used
         if self._restored:
             whole, self._restored = self._restored, ()
             self.tensors = [each if spread is None else spread.split_runs(each) for each in whole]
 
-    def enter(self, start: Tensor, tokens: Tensor) -> None:
-        """Note the tokens before the blocks, and after the first `lead` of them."""
-        self._start, self._tokens = start, tokens
+    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
+        """See `StepCache`."""
+        if self._is_used:
+            self._start, self._tokens = start, tokens
+        if not self._spares():
+            return None
+        if not self._is_used:
+            return tokens
+        return (tokens.float() + self._added().float()).to(tokens.dtype) if self.tensors else None
+
+    def keep(self, tokens: Tensor) -> None:
+        """See `StepCache`."""
+        if self._is_used:
+            self._keep(tokens)
 
     @abstractmethod
     def is_near(self) -> bool:
         """Return whether the prediction is good enough for this step."""
 
-    def reuse(self) -> Tensor:
-        """Return the predicted result of the last block [B, L, D]."""
-        return (self._tokens.float() + self._added().float()).to(self._tokens.dtype)
+    @abstractmethod
+    def _keep(self, tokens: Tensor) -> None: ...
 
     def _added(self) -> Tensor:
         """Return the predicted addition of the blocks after the first `lead`."""
         return self.tensors[0]
-
-    @abstractmethod
-    def keep(self, tokens: Tensor) -> None:
-        """Note the result of the last block."""
 
     def forget(self) -> None:
         """Clear the memory, before steps of another model."""
@@ -130,8 +143,7 @@ class FirstBlock(Memory):
     def _added(self) -> Tensor:
         return self.tensors[1]
 
-    def keep(self, tokens: Tensor) -> None:
-        """See `Memory`."""
+    def _keep(self, tokens: Tensor) -> None:
         added = _difference(self._tokens, self._start)
         self.tensors, self.numbers = [added, _difference(tokens, self._tokens)], [self.sigma]
 
@@ -178,8 +190,7 @@ class Magnitude(Memory):
         self.numbers = [computed, error]
         return error < self.threshold
 
-    def keep(self, tokens: Tensor) -> None:
-        """See `Memory`."""
+    def _keep(self, tokens: Tensor) -> None:
         self.tensors, self.numbers = [_difference(tokens, self._start)], [self.sigma, 0.0]
 
 
@@ -196,8 +207,7 @@ class Forecast(Memory):
         """See `Memory`."""
         return self.numbers[-1] * self._node_product() < self.threshold
 
-    def keep(self, tokens: Tensor) -> None:
-        """See `Memory`."""
+    def _keep(self, tokens: Tensor) -> None:
         added, nodes, factor = _difference(tokens, self._start), self.numbers[:-1], math.inf
         if len(nodes) > ORDER:
             factor = self.change(self._added(), added) / self._node_product()
@@ -234,8 +244,7 @@ class Probe(Memory):
         """See `Memory`."""
         return False
 
-    def keep(self, tokens: Tensor) -> None:
-        """See `Memory`."""
+    def _keep(self, tokens: Tensor) -> None:
         added, log = _difference(tokens, self._start), 0.0
         if self.tensors:
             before = self.tensors[0].float().norm(dim=-1).clamp(min=1e-8)
@@ -281,14 +290,13 @@ class StepCaches:
     def at(self, branch: str, sigma: float, spread: Spread | None = None) -> StepCache:
         """Return the cache for a branch's pass at `sigma`, of tokens over several processes."""
         memory = self._memory(branch)
-        memory.begin(sigma, spread)
+        is_used = self.branches_at is None or branch in self.branches_at(sigma)
+        memory.begin(sigma, spread, partial(self._spares, branch, memory), is_used=is_used)
         if memory.numbers and not self._is_one_expert(memory.numbers[0], sigma):
             memory.forget()
-        is_asked = self.branches_at is None or branch in self.branches_at(sigma)
-        return _Pass(self, branch, memory, is_asked)
+        return memory
 
-    def spares(self, branch: str, memory: Memory) -> bool:
-        """Return whether this pass uses the prediction of `memory`."""
+    def _spares(self, branch: str, memory: Memory) -> bool:
         sigma = memory.sigma
         if not (self.taken and self.taken[-1][0] == sigma and self._decided_by != branch):
             asked = (branch,) if self.branches_at is None else self.branches_at(sigma)
@@ -339,36 +347,6 @@ class StepCaches:
         if branch not in self.memories:
             self.memories[branch] = self.make(branch)
         return self.memories[branch]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One pass of a branch through the blocks.
-
-    An unused one, for processes that share its weights, remembers nothing.
-    """
-
-    caches: StepCaches
-    branch: str
-    memory: Memory
-    is_used: bool
-
-    @property
-    def lead(self) -> int:
-        return self.memory.lead
-
-    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        if self.is_used:
-            self.memory.enter(start, tokens)
-        if not self.caches.spares(self.branch, self.memory):
-            return None
-        if not self.is_used:
-            return tokens
-        return self.memory.reuse() if self.memory.tensors else None
-
-    def keep(self, tokens: Tensor) -> None:
-        if self.is_used:
-            self.memory.keep(tokens)
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
