@@ -35,12 +35,12 @@ from torch import Tensor
 
 from eval.toybox.generation import generate_batch, round_trip
 from eval.toybox.rates import Rate
+from train.toybox.runs import load_run
 from train.toybox.tasks.toybox_data import CacheConfig
 from train.toybox.world.captions import caption
 from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, WORLD_VERSION, Scene, sample_scenes
 from vidgen.core.config import build
-from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError, exit_code
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, check_output, fingerprint

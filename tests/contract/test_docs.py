@@ -17,12 +17,12 @@ import pytest
 from eval.toybox import __main__ as suites
 from tests import reference
 from tests.programs import load_program
+from train.toybox.runs import load_run
 from vidgen.cli.eval import SUFFIXES
 from vidgen.cli.main import VERBS, parser_of, verb_parser
 from vidgen.cli.options import given_options
 from vidgen.cli.outputs import output_names
 from vidgen.core.config import build
-from vidgen.core.config_file import load_run
 from vidgen.core.request import Request
 from vidgen.story.script import Script
 

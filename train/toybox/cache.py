@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.progress import track
 
 from train.toybox.redrawing import Redrawer
+from train.toybox.runs import load_run
 from train.toybox.sound_vae import load_sound_vae
 from train.toybox.tasks.sound_cache import SoundCache, SoundMix
 from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.core.config import build
-from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError, exit_code
 from vidgen.core.runtime import reuse_freed_memory
 from vidgen.training.engines.distributed import own_device

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from train.toybox.phases import PhasedTask, train
+from train.toybox.runs import load_run
 from vidgen.core.config import build, dump
-from vidgen.core.config_file import load_run
 from vidgen.core.errors import exit_code
 from vidgen.training.engines.distributed import join_ranks
 

@@ -16,8 +16,8 @@ from rich.progress import track
 
 from train.toybox.distillation.config import DistilRun
 from train.toybox.distillation.data import open_shards
+from train.toybox.runs import load_run
 from vidgen.core.config import build
-from vidgen.core.config_file import load_run
 from vidgen.core.errors import exit_code
 from vidgen.pipeline.loader import DTYPES
 

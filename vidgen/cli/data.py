@@ -74,12 +74,12 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
         InputError: neither names a folder, or a setting can't be.
     """
     from vidgen.core.config import build
-    from vidgen.core.config_file import apply_overrides, load_run
+    from vidgen.core.config_file import apply_overrides, load_yaml
     from vidgen.training.data.config import NO_CACHE, DataConfig
     from vidgen.training.finetune.config import FinetuneConfig
 
     where = args.config or "data"
-    given: dict[str, Any] = {} if args.config is None else load_run(args.config)
+    given: dict[str, Any] = {} if args.config is None else load_yaml(args.config)
     if not isinstance(given.get("data"), dict):
         given = {"data": given}
     run = apply_overrides(given, args.set)

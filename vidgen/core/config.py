@@ -10,13 +10,15 @@ as the value of the field that it names, and a field of metadata `ONE` as its on
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vidgen.core.errors import InputError, kind_of, nearest, quoted
 
@@ -26,29 +28,22 @@ ONE = {"one": True}
 """Metadata of a field that holds several values, of which a single one needs no list."""
 
 
-def called(*names: str) -> dict[str, Any]:
-    """Return metadata of a field that other doors call so; an error for such a key names it."""
-    return {"called": names}
+class _Place(NamedTuple):
+    """Place of a value in a file, for messages: `run.yaml, line 3: optim.betas[1]`."""
 
+    root: type
+    source: str
+    path: str = ""
+    line: int | None = None
 
-class _UnknownKey(InputError):
-    """A key that isn't known where it stands, `where`; the mappings around it may know it."""
+    def inside(self, key: str, line: int | None = None) -> _Place:
+        """Return the place of a key or an index."""
+        path = f"{self.path}{'.' if self.path and not key.startswith('[') else ''}{key[:120]}"
+        return self._replace(path=path, line=line or self.line)
 
-    def __init__(self, where: str, key: str, remedy: str, *, settled: bool) -> None:
-        super().__init__(f"{where}: unknown key {quoted(key)}; {remedy}")
-        self.where, self.key, self.settled = where, key, settled
-
-    def seen_from(self, kind: type, below: str = "") -> _UnknownKey:
-        """Return the same with the place where it belongs, if `kind`, around `below`, has one."""
-        if self.settled:
-            return self
-        if self.key in _fields(kind):
-            remedy = f"it belongs beside {below!r}, not in it"
-        elif home := _home(self.key, kind):
-            remedy = f"it belongs in {home!r}"
-        else:
-            return self
-        return _UnknownKey(self.where, self.key, remedy, settled=True)
+    def __str__(self) -> str:
+        line = "" if self.line is None else f", line {self.line}"
+        return ": ".join(part for part in (f"{self.source}{line}".lstrip(", "), self.path) if part)
 
 
 def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -56,47 +51,49 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         kind: a dataclass; its fields may be scalars, Literal, Optional and other unions, tuples,
-            lists, dicts with text keys, paths, fractions and dataclasses.
+            lists, dicts with text keys, paths, fractions and dataclasses. The class variable
+            `CALLED` maps other names of fields, for messages.
         mapping: its fields by name; fields with a default may be left out.
         where: what the mapping is, for messages: a file's name, a key's path.
 
     Raises:
         InputError: an unknown or missing key, or a value of the wrong type.
     """
+    return _build(kind, mapping, _Place(kind, where))
+
+
+def _build(kind: type[T], mapping: Mapping[str, Any], place: _Place) -> T:
     assert is_dataclass(kind)
-    known = _fields(kind)
-    lines = getattr(mapping, "lines", {})
+    known, lines = _fields(kind), getattr(mapping, "lines", {})
     for key in mapping:
         if key not in known:
-            line = f", line {lines[key]}" if key in lines else ""
-            remedy, settled = _meant(str(key), known)
-            raise _UnknownKey(f"{where}{line}", str(key), remedy, settled=settled).seen_from(kind)
-    start = f"{where}, line {min(lines.values())}" if lines else where
+            here = place._replace(line=lines.get(key, place.line))
+            raise InputError(f"{here}: unknown key {quoted(str(key))}; {_remedy(key, kind, place)}")
+    start = place._replace(line=min(lines.values(), default=place.line))
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
             raise InputError(f"{start}: the key {name!r} is missing")
-    hints = _hints(kind)
-    values = {}
+    hints, values = _hints(kind), {}
     for key, value in mapping.items():
-        line = f", line {lines[key]}" if key in lines else ""
         is_list = isinstance(value, list | tuple)
         given = [value] if known[key].metadata.get("one") and not is_list else value
-        try:
-            values[key] = _convert(hints[key], given, f"{where}{line}: {key}")
-        except _UnknownKey as error:
-            raise error.seen_from(kind, key) from None
+        values[key] = _convert(hints[key], given, place.inside(key, lines.get(key)))
     try:
         return kind(**values)
     except InputError as error:  # what the dataclass itself finds wrong
-        raise InputError(f"{start}: {error}" if start else str(error)) from None
+        raise InputError(": ".join(filter(None, (str(start), str(error))))) from None
 
 
-def _meant(key: str, known: Mapping[str, Field[Any]]) -> tuple[str, bool]:
-    """Return the key that an unknown one may stand for, and whether that is sure."""
-    for name, field in known.items():
-        if key in field.metadata.get("called", ()):
-            return f"did you mean {name!r}?", True
-    return nearest(key, known), False
+def _remedy(key: str, kind: type, place: _Place) -> str:
+    """Return the advice for an unknown key: its place, or the nearest known one."""
+    known, called = _fields(kind), getattr(place.root, "CALLED", {})
+    if called.get(key) not in known:
+        if key in _fields(place.root):
+            top = re.split(r"[.\[]", place.path)[0]
+            return f"it belongs beside {top!r}, not in it"
+        if home := _home(key, place.root):
+            return f"it belongs in {home!r}"
+    return nearest(str(key), known, called)
 
 
 def _home(key: str, kind: type) -> str | None:
@@ -152,77 +149,72 @@ def _fields(kind: type) -> dict[str, Field[Any]]:
 _hints = cache(get_type_hints)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, place: _Place) -> Any:
     """Check `value` against a type hint and convert what YAML can't express itself."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or (isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint)):
+    is_class = isinstance(hint, type) and is_dataclass(hint)
+    if hint is Any or (is_class and isinstance(value, hint)):
         return value
     if origin in (Union, types.UnionType):
-        return _convert_union(args, value, where)
+        return _convert_union(args, value, place)
     if origin is Literal:
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        raise InputError(f"{where} is {quoted(value)}; {nearest(str(value), map(str, args))}")
+        raise InputError(f"{place} is {quoted(value)}; {nearest(str(value), map(str, args))}")
     short = getattr(hint, "SHORT", None)
     if short is not None and not isinstance(value, Mapping):
-        return build(hint, {short: value}, where)
+        value = {short: value}
     if isinstance(value, Mapping):
-        if is_dataclass(hint) and isinstance(hint, type):
-            return build(hint, value, where)
+        if is_class:
+            return _build(hint, value, place)
         if origin in (dict, Mapping):
-            return {
-                key: _convert(args[1], item, f"{where}.{str(key)[:120]}")
-                for key, item in value.items()
-            }
+            return {key: _convert(args[1], item, place.inside(str(key)))
+                    for key, item in value.items()}
     if isinstance(value, list | tuple) and origin in (tuple, list):
         hints = args if origin is tuple and args[-1] is not Ellipsis else args[:1] * len(value)
         if len(hints) != len(value):
-            raise InputError(f"{where} has {len(value)} entries; it must have {len(hints)}")
-        pairs = zip(hints, value, strict=True)
-        return origin(_convert(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(pairs))
-    return _convert_scalar(hint, value, where)
+            raise InputError(f"{place} has {len(value)} entries; it must have {len(hints)}")
+        return origin(_convert(each, item, place.inside(f"[{i}]"))
+                      for i, (each, item) in enumerate(zip(hints, value, strict=True)))
+    return _convert_scalar(hint, value, place)
 
 
-def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+def _convert_union(hints: tuple[Any, ...], value: Any, place: _Place) -> Any:
     options = [hint for hint in hints if hint is not type(None)]
     if value is None and len(options) < len(hints):
         return None
     fitting = [hint for hint in options if _is_nested(hint) == isinstance(value, Mapping)]
     if len(options) == 1 or (len(fitting) == 1 and isinstance(value, Mapping)):
-        return _convert((fitting or options)[0], value, where)
+        return _convert((fitting or options)[0], value, place)
     for hint in options:
-        try:
-            return _convert(hint, value, where)
-        except InputError:
-            continue
+        with suppress(InputError):
+            return _convert(hint, value, place)
     expected = " or ".join(_describe(hint) for hint in options)
-    raise InputError(f"{where} must be {expected}, not {kind_of(value)}")
+    raise InputError(f"{place} must be {expected}, not {kind_of(value)}")
 
 
 def _is_nested(hint: Any) -> bool:
     return is_dataclass(hint) or get_origin(hint) in (dict, Mapping)
 
 
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+def _convert_scalar(hint: Any, value: Any, place: _Place) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number:
-        try:
-            return float(value)
-        except OverflowError:
-            raise InputError(f"{where} has {len(str(value))} digits, which is too many") from None
+    if hint in (bool, str, dict, list) and isinstance(value, hint):
+        return value
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
     if hint is int and is_number and (isinstance(value, int) or value.is_integer()):
         return int(value)
-    if hint in (bool, str, dict, list) and isinstance(value, hint):
-        return value
-    if hint is Fraction and (is_number or isinstance(value, str | Fraction)):
+    if hint is float and is_number:
         try:
+            return float(value)
+        except OverflowError:
+            raise InputError(f"{place} has {len(str(value))} digits, which is too many") from None
+    if hint is Fraction and (is_number or isinstance(value, str | Fraction)):
+        with suppress(ValueError, OverflowError, ZeroDivisionError):
             return Fraction(value)
-        except (ValueError, OverflowError, ZeroDivisionError):
-            pass
     quotes = "; write it in quotes" if hint is str and isinstance(value, int | float) else ""
-    raise InputError(f"{where} must be {_describe(hint)}, not {kind_of(value)}{quotes}")
+    raise InputError(f"{place} must be {_describe(hint)}, not {kind_of(value)}{quotes}")
 
 
 def _describe(hint: Any) -> str:

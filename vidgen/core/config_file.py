@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -30,6 +29,11 @@ class Located(dict[str, Any]):
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2's scalars (`1e-4` is a number, `no` and `1:30` are text) and no key twice."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        # JSON escapes a character beyond 16 bits as two surrogates
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
     def locate(self, node: yaml.MappingNode) -> Iterator[Located]:
         mapping = Located({}, {})
@@ -63,68 +67,26 @@ def load_yaml(path: str | Path, what: str = "config") -> Located:
     """Read one YAML or JSON file whose top is a mapping.
 
     Args:
-        path: the file; `.json` is JSON, all else YAML.
+        path: the file; JSON is read as YAML, of which it is a part.
         what: the file is, for messages.
 
     Raises:
-        InputError: missing, not text, not YAML or JSON, a key twice, no mapping at the top, or
-            aliases that unfold without end.
+        InputError: missing, not text, not YAML, a key twice, no mapping at the top, or aliases that
+            unfold without end.
     """
     text = load_text(path, what)
+    if Path(path).suffix.lower() == ".json":
+        text = text.replace("\t", " ")  # in JSON tabs stand between values only
     try:
-        if Path(path).suffix.lower() == ".json":
-            text = _json_as_yaml(text)
         value = _parse(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{what} {path} is not JSON: line {error.lineno}: {error.msg}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{what} {path} is not YAML: {_why(error, text)}") from None
     except InputError as error:
         raise InputError(f"{what} {path}, {error}") from None
-    except (ValueError, RecursionError) as error:  # numbers and nesting that json gives up on
-        raise InputError(f"{what} {path} can't be read as JSON: {error}") from None
-    if value is None:
-        value = Located({}, {})
+    value = Located({}, {}) if value is None else value
     if not isinstance(value, Located):
         raise InputError(f"{what} {path} must be a mapping `key: value`, not {kind_of(value)}")
     return value
-
-
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Located:
-    """Read a run's file, fill in from `base: OTHER.yaml` what it leaves out, write overrides in.
-
-    Mappings are joined key by key, lists and values replaced whole.
-
-    Args:
-        path: the file; its base's name counts from its folder, and a base may have one itself.
-        overrides: see `apply_overrides`.
-
-    Raises:
-        InputError: as `load_yaml` and `apply_overrides`; a base that is no name, or leads back.
-    """
-    layers, places, place = [load_yaml(path)], [Path(path).resolve()], Path(path)
-    while (base := layers[-1].pop("base", None)) is not None:
-        if not isinstance(base, str):
-            raise InputError(f"config {place}: base must be a file's name, not {kind_of(base)}")
-        place = place.parent / base
-        if place.resolve() in places:
-            raise InputError(f"config {path}: its base {place} leads back to it; leave one out")
-        places.append(place.resolve())
-        layers.append(load_yaml(place))
-    whole: Any = layers[-1]
-    for layer in layers[-2::-1]:
-        whole = _joined(whole, layer)
-    return apply_overrides(whole, overrides)
-
-
-def _joined(below: Any, above: Any) -> Any:
-    """Lay `above` over `below`, without the lines of `below`, which are another file's."""
-    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-        return above
-    items = {key: _copy(value, placed=False) for key, value in below.items()}
-    for key, value in above.items():
-        items[key] = _joined(items[key], value) if key in items else value
-    return Located(items, getattr(above, "lines", {}))
 
 
 def packaged_config(name: str) -> Path:
@@ -176,22 +138,6 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Loc
     return result
 
 
-def _json_as_yaml(text: str) -> str:
-    """JSON in the part of it that YAML reads alike, line by line the same.
-
-    Raises:
-        json.JSONDecodeError: it isn't JSON.
-    """
-    json.loads(text)  # tabs in JSON stand between values only
-    pair = r"(?<!\\)((?:\\\\)*)\\u([dD][89abAB]\w\w)\\u([dD][c-fC-F]\w\w)"
-
-    def joined(found: re.Match[str]) -> str:
-        high, low = int(found[2], 16), int(found[3], 16)
-        return f"{found[1]}\\U{0x10000 + ((high - 0xD800) << 10) + low - 0xDC00:08x}"
-
-    return re.sub(pair, joined, text.replace("\t", " "))
-
-
 def _why(error: yaml.YAMLError, text: str) -> str:
     """An error of the parser in one line: where it is, and what to do where that is known."""
     mark = getattr(error, "problem_mark", None)
@@ -232,13 +178,11 @@ def _parse(text: str) -> Any:
         raise yaml.YAMLError(f"a value can't be read: {error}") from error
 
 
-def _copy(value: Any, *, placed: bool = True) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
-        items = {key: _copy(item, placed=placed) for key, item in value.items()}
-        return Located(items, getattr(value, "lines", {}) if placed else {})
-    if isinstance(value, list | tuple):
-        return [_copy(item, placed=placed) for item in value]
-    return value
+        items = {key: _copy(item) for key, item in value.items()}
+        return Located(items, getattr(value, "lines", {}))
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _slot(target: Any, step: str, override: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vidgen.core import values
-from vidgen.core.config import ONE, called
+from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Saving
 from vidgen.core.values import MAX_PROMPT
@@ -130,9 +130,7 @@ class Caption:
 
     text: Annotated[str, "the words"]
     at: Annotated[float, "seconds from the shot's start"] = 0.0
-    duration: Annotated[
-        float | None,
-        "seconds; default to the shot's end"] = field(default=None, metadata=called("seconds"))
+    duration: Annotated[float | None, "seconds; default to the shot's end"] = None
 
     def __post_init__(self) -> None:
         check_text("caption", self.text)
@@ -149,8 +147,7 @@ class Transition:
     type: Annotated[
         Literal["cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right",
                 "slide-left", "slide-right"], "kind of transition"] = "cut"
-    duration: Annotated[
-        float, "seconds; a cut has none"] = field(default=0.5, metadata=called("seconds"))
+    duration: Annotated[float, "seconds; a cut has none"] = 0.5
 
     def __post_init__(self) -> None:
         check_within("duration", self.duration, 0, 60)
@@ -200,7 +197,7 @@ class Scene:
 class Defaults:
     """Settings of a shot, or of all shots that have none of their own."""
 
-    duration: Annotated[float | None, "seconds"] = field(default=None, metadata=called("seconds"))
+    duration: Annotated[float | None, "seconds"] = None
     negative: Annotated[str | None, "words for what the picture must not show"] = None
     takes: Annotated[
         int | None, "number of versions, of seeds N, N+1, ...; the best is kept"] = None

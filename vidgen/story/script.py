@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from vidgen.core.config import ONE, build, called
+from vidgen.core.config import ONE, build
 from vidgen.core.config_file import Located, load_text, load_yaml
 from vidgen.core.errors import InputError, located, nearest
 from vidgen.core.request import OWN_FILE
@@ -63,18 +63,14 @@ class Shot(Defaults):
         int | None,
         "default that of its first character, else drawn from the film's and the id"] = None
     first_frame: Annotated[
-        Path | ShotFrame | None, "a picture, or a frame of another shot"
-    ] = field(default=None, metadata=called("image"))
+        Path | ShotFrame | None, "a picture, or a frame of another shot"] = None
     last_frame: Annotated[
-        Path | ShotFrame | None, "a picture, or a frame of another shot"
-    ] = field(default=None, metadata=called("last_image"))
+        Path | ShotFrame | None, "a picture, or a frame of another shot"] = None
     continue_from: Annotated[str | None, "id of a shot whose last latents it goes on from"] = None
     in_film: Annotated[bool, "false for one that is made for other shots alone"] = True
-    sound: Annotated[
-        Sound | None, "noises and voices of the shot"
-    ] = field(default=None, metadata=called("audio"))
+    sound: Annotated[Sound | None, "noises and voices of the shot"] = None
     narration: Annotated[
-        tuple[Narration, ...], "spoken text"] = field(default=(), metadata=ONE | called("say"))
+        tuple[Narration, ...], "spoken text"] = field(default=(), metadata=ONE)
     music: Annotated[Music | None, "from here on"] = None
     caption: Annotated[tuple[Caption, ...], "text in the picture"] = field(default=(), metadata=ONE)
 
@@ -105,6 +101,12 @@ class Shot(Defaults):
 @dataclass(frozen=True, slots=True)
 class Script:
     """A film as its shots, in order."""
+
+    CALLED: ClassVar[dict[str, str]] = {
+        "seconds": "duration", "image": "first_frame", "last_image": "last_frame",
+        "audio": "sound", "say": "narration",
+    }
+    """Options of a request, and a script's words for them."""
 
     shots: Annotated[tuple[Shot, ...], "one after the other"]
     version: Annotated[int, "of the format"] = VERSION

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.config import build, dump
-from vidgen.core.config_file import load_run
+from vidgen.core.config_file import apply_overrides, load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
@@ -35,7 +35,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
     Raises:
         InputError: unknown keys, values of the wrong type, settings that don't go together.
     """
-    return build(FinetuneConfig, load_run(path, overrides), path)
+    return build(FinetuneConfig, apply_overrides(load_yaml(path), overrides), path)
 
 
 def finetune(
