@@ -23,9 +23,8 @@ from vidgen.pipeline.denoise import RegionalPrompts
 from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.settings import own_value
+from vidgen.pipeline.settings import SOUND, own_value
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
-from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.types import Contexts, Plan
 
 

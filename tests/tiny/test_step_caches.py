@@ -19,6 +19,7 @@ from vidgen.diffusion.cache import (
     Magnitudes,
     Probe,
     StepCaches,
+    magnitudes_of,
     relative_change,
 )
 from vidgen.diffusion.guidance import Guidance
@@ -26,10 +27,9 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline import step_caches
-from vidgen.pipeline.engine import Engine, load
+from vidgen.pipeline.engine import Engine, load, measure_magnitudes
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.measure import magnitudes_of, measure_magnitudes
 from vidgen.pipeline.step_caches import FILE, make_caches, read_magnitudes, write_magnitudes
 from vidgen.pipeline.types import CacheChoice
 

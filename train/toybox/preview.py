@@ -22,8 +22,7 @@ from train.toybox.model_files import record_files
 from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from vidgen.core.errors import ModelError, exit_code
-from vidgen.pipeline.engine import Engine, load
-from vidgen.pipeline.measure import measure_magnitudes
+from vidgen.pipeline.engine import Engine, load, measure_magnitudes
 from vidgen.pipeline.preview import FILE, PreviewDecoder, fit_preview, write_decoder
 from vidgen.pipeline.step_caches import write_magnitudes
 

@@ -361,3 +361,27 @@ def _difference(tokens: Tensor, start: Tensor) -> Tensor:
 
 def _log_snr(sigma: float) -> float:
     return half_log_snr(min(sigma, MAX_SIGMA))
+
+
+def magnitudes_of(caches: StepCaches) -> Magnitudes:
+    """Return the measurements of the probes of a whole run.
+
+    Where guidance left a branch out, it changes as the one that ran.
+    """
+    probes = {b: m for b, m in caches.memories.items() if isinstance(m, Probe)}
+    whole = max(probes.values(), key=lambda probe: len(probe.logs)).logs
+    logs = {branch: _filled(probe.logs, whole) for branch, probe in probes.items()}
+    rounded = {branch: tuple(round(log, 5) for log in each) for branch, each in logs.items()}
+    return Magnitudes(tuple(round(sigma, 6) for sigma, _ in whole), rounded)
+
+
+def _filled(
+    logs: Sequence[tuple[float, float]], whole: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Return logarithms at all levels of `whole`; missing ones change as those of `whole`."""
+    begins = dict(whole)[logs[0][0]]
+    own, made = {sigma: begins + log for sigma, log in logs}, list[float]()
+    for index, (sigma, log) in enumerate(whole):
+        ahead = made[-1] - whole[index - 1][1] if made else 0.0
+        made.append(own.get(sigma, log + ahead))
+    return made

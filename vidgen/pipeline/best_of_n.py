@@ -20,8 +20,7 @@ from torch import Tensor
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.journal.job import TRIED
-from vidgen.pipeline.settings import settled_value
-from vidgen.pipeline.tasks import words_alone
+from vidgen.pipeline.settings import settled_value, words_alone
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import SamplerState, StepInfo

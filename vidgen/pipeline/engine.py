@@ -17,6 +17,9 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
+
 from vidgen.core.errors import InputError
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by, best_dtype, choose_device
@@ -26,11 +29,12 @@ from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal, journals_of, recall, recalled_tiles
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
-from vidgen.pipeline.tasks import SOUND, check_tasks
+from vidgen.pipeline.settings import SOUND, check_tasks
 from vidgen.pipeline.types import AnyEngine, Contexts, Offload, OnPreview, Plan, Progress, Reporter
 from vidgen.weights.folder import DiffusersFolder
 
 if TYPE_CHECKING:
+    from vidgen.diffusion.cache import Magnitudes
     from vidgen.pipeline.types import Estimate
     from vidgen.weights.quantize import Quantization
 
@@ -205,3 +209,30 @@ class Engine(OpenedModel):
 
         size = request.size or (self.folder.defaults.width, self.folder.defaults.height)
         return with_first_frame(request.replace(size=size), size, self.device, self.dtype)
+
+
+def measure_magnitudes(engine: Engine) -> Magnitudes:
+    """Measure a model's magnitudes in a clip of its defaults, from a grey picture if it needs one.
+
+    One clip is enough: they hardly depend on its content (Ma et al. 2025, fig. 2).
+    """
+    from vidgen.diffusion.cache import Probe, StepCaches, magnitudes_of
+    from vidgen.diffusion.samplers import sample_state
+    from vidgen.pipeline.denoise import denoising
+    from vidgen.pipeline.experts import sigmas_of
+    from vidgen.pipeline.types import NO_LORAS
+
+    options: dict[str, Any] = {"seed": 0}
+    if "text" not in engine.folder.tasks:
+        defaults = engine.folder.defaults
+        options["image"] = np.full((defaults.height, defaults.width, 3), 128, np.uint8)
+    request, inputs = engine.read(Request(prompt="a red car drives to the right", **options))
+    plan = engine.plan(request, inputs)
+    contexts, sigmas = engine.encode_prompt(plan), sigmas_of(plan)
+    with torch.no_grad():
+        state = engine.prepare(plan, request, inputs)
+        caches = StepCaches(lambda _: Probe())
+        level = float(sigmas[0])
+        with denoising(engine.loader, plan, state, contexts, NO_LORAS, level, caches) as denoise:
+            sample_state(plan.sampler, denoise, state, sigmas)
+    return magnitudes_of(caches)

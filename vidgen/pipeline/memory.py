@@ -27,10 +27,10 @@ from vidgen.ops.attention import _BLOCK, _MAX_SCORES, used_backend
 from vidgen.pipeline.experts import boundary_of, sigmas_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
 from vidgen.pipeline.passes import count_passes
+from vidgen.pipeline.settings import makes_sound
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
 from vidgen.pipeline.sound.own_sound import drawn_at_once, sound_plan
 from vidgen.pipeline.step_caches import TENSORS_HELD
-from vidgen.pipeline.tasks import makes_sound
 from vidgen.pipeline.timing import (
     LOAD_BYTES_PER_S,
     NOMINAL,

@@ -21,9 +21,14 @@ from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.settings import asked_about, check_settings, settled_value
+from vidgen.pipeline.settings import (
+    asked_about,
+    check_settings,
+    check_tasks,
+    makes_sound,
+    settled_value,
+)
 from vidgen.pipeline.step_caches import settle_cache
-from vidgen.pipeline.tasks import check_tasks, makes_sound
 from vidgen.pipeline.types import Plan, draw_seed
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model

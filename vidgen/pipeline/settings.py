@@ -1,4 +1,4 @@
-"""Settings: what one model can do that others can't, by name, with limits and defaults.
+"""What a model can do that others can't: its tasks, and its settings, with limits and defaults.
 
 A model's own values are `defaults.settings` of its `model.json`; a request gives others in
 `settings`. Each feature's file reads its own settings by name; all that else needs to be known of a
@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen.core.errors import InputError, ModelError, OptionError, nearest
+from vidgen.core.request import OWN_AUDIO, Request
 from vidgen.core.values import check_flag, check_number, check_whole
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.weights.folder import ModelFolder
 
+SOUND = "sound"
+"""The task of a model that makes sound for its pictures."""
+OPTIONS = {"image": "image", "first_frame_model": "image", "last_image": "last-image",
+           "frame": "frames", "prefix": "extend", "mask": "mask", "strength": "video",
+           "reference": "reference", "control": "control", "follow_audio": SOUND}
+"""The task of each option of a request."""
 Value = int | float | bool
 Topic = Literal["sampling", "frames", "drawing", "windows", "sound"]
 """Guidance; pictures that are given; what is drawn of a clip; long clips; a model's own sound."""
@@ -203,3 +209,37 @@ def without_followers(settings: Mapping[str, Value], changed: set[str]) -> dict[
     """Return recorded settings without those that follow an option that changed."""
     return {name: value for name, value in settings.items()
             if name not in SETTINGS or SETTINGS[name].follows not in changed}
+
+
+def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bool = False) -> None:
+    """Refuse what a model never learned, and a request without an input that it needs.
+
+    A model without the task "text" needs a picture or clip, one of `both` a first and a last frame.
+
+    Raises:
+        InputError: names the model's tasks, or the missing input.
+    """
+    asked = {task: option for option, task in OPTIONS.items() if request.has(option)}
+    for task, option in asked.items():
+        if task not in tasks:
+            from vidgen.weights.family import models_with
+
+            raise InputError(f"model {name!r} can't take {option}: it learned {', '.join(tasks)}; "
+                             f"models that can: {', '.join(models_with(task))}")
+    if both and not {"image", "last-image"} <= asked.keys():
+        raise InputError(f"model {name!r} goes from one picture to another; give --image and "
+                         "--last-image")
+    if "text" not in tasks and not asked:
+        raise InputError(f"model {name!r} starts from what it is shown; give one of "
+                         f"{', '.join(f'--{task}' for task in tasks)}")
+
+
+def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
+    """Return whether a model of such tasks makes the clip's sound itself."""
+    asked = request.audio in (None, OWN_AUDIO) and request.audio_model is None
+    return SOUND in tasks and asked
+
+
+def words_alone(request: Request) -> bool:
+    """Return whether the prompt alone defines a clip: no picture, and no other clip."""
+    return not any(request.has(option) for option, task in OPTIONS.items() if task != SOUND)

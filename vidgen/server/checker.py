@@ -48,7 +48,7 @@ class Checker:
 
     def model(self) -> dict[str, Any]:
         """Return the model's abilities."""
-        from vidgen.pipeline.tasks import SOUND
+        from vidgen.pipeline.settings import SOUND
 
         known = self.folder.defaults
         return {
@@ -82,10 +82,9 @@ class Checker:
         from vidgen.core.request import Loading
         from vidgen.pipeline.plan import settle
         from vidgen.pipeline.policy import enforce
-        from vidgen.pipeline.settings import served_limits
+        from vidgen.pipeline.settings import SOUND, served_limits
         from vidgen.pipeline.setups import choose
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
-        from vidgen.pipeline.tasks import SOUND
         from vidgen.server.making import request_of
 
         request = request_of(folder, spec, self.folder)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
-from vidgen.pipeline.tasks import SOUND
+from vidgen.pipeline.settings import SOUND
 from vidgen.story.script import Script, Shot
 from vidgen.weights.lora import parse_option
 

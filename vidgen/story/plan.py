@@ -28,9 +28,8 @@ from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
 from vidgen.pipeline.recipe import asked_options
-from vidgen.pipeline.settings import own_value
+from vidgen.pipeline.settings import check_tasks, own_value
 from vidgen.pipeline.setups import choose
-from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
 from vidgen.story.film import FilmPlan, Part, ShotPlan, Take
 from vidgen.story.script import Script, Shot

@@ -29,8 +29,7 @@ from vidgen.core.request import Request
 from vidgen.media.sound import resampled
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.long.tail import window_size
-from vidgen.pipeline.settings import SETTINGS
-from vidgen.pipeline.tasks import SOUND
+from vidgen.pipeline.settings import SETTINGS, SOUND
 
 if TYPE_CHECKING:
     from vidgen.pipeline.engine import Engine
