@@ -21,11 +21,11 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import best_dtype
 from vidgen.media.clip import Clip
 from vidgen.models.image import prepare_image
+from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.codec import encode_pixels
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
-from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.training.data.cache import make_cache
 from vidgen.training.data.config import Bucket, DataConfig, FolderConfig
 from vidgen.training.data.dataset import open_dataset
@@ -104,10 +104,11 @@ def test_contexts_are_those_of_generation(cache, tiny_model):
     dataset = open_dataset(cache, tiny_model, batch_size=3)
     folder = open_model(str(tiny_model))
     parts = ModelLoader(folder, torch.device("cpu"), DTYPES[best_dtype(torch.device("cpu"))])
-    prompts = PromptEncoder(parts, PromptTokenizer(folder.tokenizer))
     batch = dataset.batch(0)
     for row, caption in enumerate(batch["captions"]):
-        context, (length,) = prompts.encode([caption])
+        with parts.use("text_encoder") as encoder:
+            text = TextEncoder(encoder, PromptTokenizer(folder.tokenizer))
+            context, (length,) = text.encode([caption])
         assert batch["context_lengths"][row] == length
         assert torch.allclose(batch["context"][row, :length], context[0].float(), atol=1e-6)
         assert not batch["context"][row, length:].any()

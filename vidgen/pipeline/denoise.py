@@ -9,6 +9,7 @@ prompts of their own, S text tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -119,25 +120,20 @@ def _denoiser(
     cache_at: Callable[[float, Spread | None], StepCache] | None,
 ) -> Denoise:
     patch = loader.folder.components["transformer"].config.patch_size
-    options: dict[str, Any] = {"image_context": state.image_context, "ranks": ranks}
-    if state.control is not None:
-        options |= {"control": state.control, "control_scale": plan.control_scale}
-
-    def num_tokens(latents: Tensor) -> list[int]:
-        picture, sound = state.unpack(latents)
-        num_stills = 0 if state.keys is None else state.keys.num_keys
-        frames, (rows, columns) = picture.shape[2] + num_stills, picture.shape[3:]
-        tokens = frames * (rows // patch) * (columns // patch)
-        return [tokens] if sound is None else [tokens, sound.shape[2]]
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        level = float(sigma[0])
-        spread = None if ranks is None else Spread(ranks, num_tokens(latents))
+        level, spread = float(sigma[0]), None
+        if ranks is not None:
+            picture, sound = state.unpack(latents)
+            frames = picture.shape[2] + (0 if state.keys is None else state.keys.num_keys)
+            tokens = frames * math.prod(side // patch for side in picture.shape[3:])
+            spread = Spread(ranks, [tokens] if sound is None else [tokens, sound.shape[2]])
         inputs = network_inputs(state, latents, sigma, context, patch=patch,
                                 whole=whole_timesteps(plan.sampler),
                                 frames_per_s=_frames_per_s(loader, plan))
         step_cache = cache_at(level, spread) if cache_at else None
-        made = transformer_at(level)(**inputs, step_cache=step_cache, **options)
+        made = transformer_at(level)(**inputs, control_scale=plan.control_scale,
+                                     step_cache=step_cache, ranks=ranks)
         return made if isinstance(made, Tensor) else state.pack(*made)
 
     return denoise
@@ -215,10 +211,10 @@ def network_inputs(
     audio = None
     if sound is not None and frames_per_s is not None:
         audio = _audio_tokens(state, sound, sigma, frames_per_s, whole=whole)
-    features, lengths = context
-    inputs = {"latents": seen, "timestep": to_timestep(levels, whole=whole), "context": features,
-              "context_lengths": lengths, "extra": state.timed_keys, "audio": audio}
-    return inputs if state.times is None else {**inputs, "positions": state.times}
+    return {"latents": seen, "timestep": to_timestep(levels, whole=whole), "context": context[0],
+            "context_lengths": context[1], "image_context": state.image_context,
+            "extra": state.timed_keys, "positions": state.times, "audio": audio,
+            "control": state.control}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ rows and columns, S text or image tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo, SegmentStore
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
+from vidgen.models.text import NOTHING, TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline import codec
@@ -33,7 +35,6 @@ from vidgen.pipeline.experts import settles, sigma_split, sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.policy import Policy
-from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.types import NO_LORAS, Contexts, Loras, Plan
 from vidgen.weights.folder import ModelFolder
 
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Setup
 
 log = logging.getLogger(__name__)
+
+REMEMBERED = 32
+"""Latest texts, or batches of them, whose encodings an opened model keeps."""
 
 
 class OpenedModel:
@@ -78,7 +82,7 @@ class OpenedModel:
         self.loader = ModelLoader(self.folder, self.device, DTYPES[setup.dtype], setup.offload,
                                   self.quantize,
                                   None if self.devices is None else self.devices.mesh)
-        self.encode_texts = PromptEncoder(self.loader, self.tokenizer).encode
+        self._encoded: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def adopt(self, setup: Setup) -> None:
         """Switch to another setup; networks loaded for the old one are freed."""
@@ -162,7 +166,29 @@ class OpenedModel:
         """Return (context [1, S, D], lengths [1]) of the prompt and, if guided, the negative."""
         prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
         texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
-        return [self.encode_texts([text], loras.tokens) for text in texts]
+        with ExitStack() as stack:
+            if loras.tokens or any((text,) not in self._encoded for text in texts):
+                stack.enter_context(self.loader.use("text_encoder"))  # once for both
+            return [self.encode_texts([text], loras.tokens) for text in texts]
+
+    def encode_texts(
+        self, texts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        """Return (context [B, S, D] on the device, lengths [B] int64) of texts.
+
+        Rows after a text's length are zero. The latest are remembered, except those with `learned`
+        embeddings [D] of tokens.
+        """
+        known, key = self._encoded, tuple(texts)
+        if key in known and not learned:
+            return known[key]
+        with self.loader.use("text_encoder") as encoder:
+            made = TextEncoder(encoder, self.tokenizer).encode(texts, learned)
+        if not learned:
+            known[key] = made
+            if len(known) > REMEMBERED:
+                del known[next(iter(known))]
+        return made
 
     def regional_prompts(
         self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS

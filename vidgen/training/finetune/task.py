@@ -221,8 +221,7 @@ class FinetuneTask(Task):
 
         def predict() -> Tensor:
             return velocity(dit, state, noisy, batch.sigma, (context, batch.lengths),
-                            patch=self._dit_config.patch_size, image_context=state.image_context,
-                            control=state.control, ranks=current_place().ranks)
+                            patch=self._dit_config.patch_size, ranks=current_place().ranks)
 
         if not keep:
             return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
