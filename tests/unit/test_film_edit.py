@@ -353,4 +353,4 @@ def test_codecs_by_name():
         picture_settings("h266", "x.mp4")
     with pytest.raises(InputError, match=r"x\.webm can't hold codec 'h264'; give a name that ends"):
         picture_settings("h264", "x.webm")
-    assert all(each.suffixes and set(each.suffixes) <= set(CONTAINERS) for each in CODECS.values())
+    assert all(suffixes and {*suffixes} <= set(CONTAINERS) for _, suffixes in CODECS.values())

@@ -32,26 +32,17 @@ EDIT_VERSION = 1
 Describe = Callable[[Timeline], "tuple[list[DescribedSound], Timeline]"]
 
 
-@dataclass(frozen=True)
-class Codec:
-    """A codec's settings, and the suffixes of files that hold it."""
-
-    picture: PictureSettings
-    suffixes: tuple[str, ...]
-
-
 # One frame thread and no look-back at other encoders: the bits then follow from the frames alone.
 _X265 = {"crf": "18", "preset": "medium",
          "x265-params": "frame-threads=1:open-gop=0:info=0:log-level=error"}
 CODECS = {
-    "h264": Codec(CONTAINERS[".mp4"].picture, (".mp4", ".mov", ".mkv")),
-    "h265": Codec(PictureSettings("libx265", "yuv420p", _X265), (".mp4", ".mov", ".mkv")),
-    "vp9": Codec(CONTAINERS[".webm"].picture, (".webm", ".mp4", ".mkv")),
-    "prores": Codec(
-        PictureSettings("prores_ks", "yuv422p10le", {"profile": "hq"}), (".mov", ".mkv")
-    ),
-    "ffv1": Codec(CONTAINERS[".mkv"].picture, (".mkv",)),
+    "h264": (CONTAINERS[".mp4"].picture, (".mp4", ".mov", ".mkv")),
+    "h265": (PictureSettings("libx265", "yuv420p", _X265), (".mp4", ".mov", ".mkv")),
+    "vp9": (CONTAINERS[".webm"].picture, (".webm", ".mp4", ".mkv")),
+    "prores": (PictureSettings("prores_ks", "yuv422p10le", {"profile": "hq"}), (".mov", ".mkv")),
+    "ffv1": (CONTAINERS[".mkv"].picture, (".mkv",)),
 }
+"""Settings of each codec, and the suffixes of files that hold it."""
 
 
 def picture_settings(name: str | None, output: str | Path) -> PictureSettings:
@@ -65,11 +56,11 @@ def picture_settings(name: str | None, output: str | Path) -> PictureSettings:
         return CONTAINERS[suffix].picture
     if name not in CODECS:
         raise InputError(f"codec {name!r} is unknown; {nearest(name, CODECS)}")
-    codec = CODECS[name]
-    if suffix not in codec.suffixes:
+    picture, suffixes = CODECS[name]
+    if suffix not in suffixes:
         raise InputError(f"output {output} can't hold codec {name!r}; give a name that ends in "
-                         f"{', '.join(codec.suffixes)}, or another codec")
-    return codec.picture
+                         f"{', '.join(suffixes)}, or another codec")
+    return picture
 
 
 @dataclass(frozen=True)

@@ -159,21 +159,14 @@ def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
         return np.asarray(np.rint(first + share * (second.astype(np.float32) - first)), np.uint8)
     if kind in _COLOURS:
         return faded(kind, first if share < 0.5 else second, abs(1 - 2 * share))
-    name, _, direction = kind.partition("-")
-    width = first.shape[1]
-    columns = round(share * width)  # of the second
-    made = np.empty_like(first)
-    if name == "wipe":
-        made[:] = first
-        covered = slice(width - columns, width) if direction == "left" else slice(0, columns)
-        made[:, covered] = second[:, covered]
-    elif direction == "left":
-        made[:, : width - columns] = first[:, columns:]
-        made[:, width - columns :] = second[:, :columns]
-    else:
-        made[:, columns:] = first[:, : width - columns]
-        made[:, :columns] = second[:, width - columns :]
-    return made
+    columns = round(share * first.shape[1])  # of the second
+    left = first.shape[1] - columns
+    sides = {
+        "wipe-left": (first[:, :left], second[:, left:]),
+        "wipe-right": (second[:, :columns], first[:, columns:]),
+        "slide-left": (first[:, columns:], second[:, :columns]),
+        "slide-right": (second[:, left:], first[:, :left])}
+    return np.concatenate(sides[kind], axis=1)
 
 
 def faded(kind: str, frame: Frames, share: float) -> Frames:
