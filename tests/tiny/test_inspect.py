@@ -44,7 +44,7 @@ def test_the_text_has_all_but_blobs(film: Path, capsys: pytest.CaptureFixture[st
     assert main(["inspect", str(film)]) == 0
     out = capsys.readouterr().out
     assert "  prompt: a red car\n" in out
-    assert "fps 24000/1001" in out
+    assert "fps: 24000/1001" in out
     assert "trainedAlgorithmicMedia" in out
     assert "label: visible" in out or '"label": "visible"' in out
     assert "content: (" in out
@@ -58,4 +58,4 @@ def test_a_file_of_others_has_neither(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "no recipe" in out
     assert "no marks of origin" in out
-    assert "matrix rgb" in out
+    assert "matrix: rgb" in out
