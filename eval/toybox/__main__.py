@@ -21,7 +21,7 @@ from rich.console import Console
 from eval.toybox.suite.items import Benchmark
 from eval.toybox.suite.run import run_toybox
 from eval.toybox.suite.table import table, weak_spots_table
-from vidgen.cli.main import ExitCode, parser_of
+from vidgen.cli.main import as_exit_code, parser_of
 from vidgen.cli.options import add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import OutputError
@@ -117,7 +117,7 @@ def _told(report: Report) -> Callable[[dict[str, Any]], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with ExitCode(arguments) as ended:
+    with as_exit_code(arguments) as ended:
         args = parser_of(sys.modules[__name__], "python -m eval.toybox").parse(arguments)
         with Report(as_json=args.json, events=args.events) as report:
             ended.code = run(args, report)

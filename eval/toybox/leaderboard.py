@@ -16,7 +16,7 @@ from typing import Any
 
 from eval.toybox.suite.judging import TASKS
 from eval.toybox.suite.table import within, writer
-from vidgen.cli.main import ExitCode, parser_of
+from vidgen.cli.main import as_exit_code, parser_of
 from vidgen.cli.report import Report
 from vidgen.core import pages
 from vidgen.core.errors import InputError
@@ -241,7 +241,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; exit codes as everywhere."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with ExitCode(arguments) as ended:
+    with as_exit_code(arguments) as ended:
         prog = "python -m eval.toybox.leaderboard"
         args = parser_of(sys.modules[__name__], prog, is_long=False).parse(arguments)
         if not args.results:

@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
@@ -54,7 +56,7 @@ _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENO
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with ExitCode(arguments) as ended:
+    with as_exit_code(arguments) as ended:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print_line(overview(), sys.stdout, "stdout")
             ended.code = 0 if arguments else 2
@@ -65,51 +67,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ended.code
 
 
-class ExitCode:
+@dataclass
+class Ended:
+    """The end of a command line."""
+
+    code: int = 0  # 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted
+
+
+@contextmanager
+def as_exit_code(arguments: Sequence[str]) -> Iterator[Ended]:
     """Prepare the process for a command line, and turn the error that ends it into an exit code.
 
     Args:
         arguments: the command line; with `--json` the error is printed as JSON.
-
-    Attributes:
-        code: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted.
     """
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.code = 0
-        self._arguments = arguments
-
-    def __enter__(self) -> ExitCode:
-        _mend_streams()
-        _wait_briefly()
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        logging.addLevelName(logging.WARNING, "warning")
-        warnings.showwarning = _show_warning
-        signal.signal(signal.SIGTERM, _interrupt)
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        match error:
-            case None:
-                pass
-            case VidgenError():
-                print(f"error: {error}", file=sys.stderr)
-                self.code = _failed(self._arguments, str(error), error.exit_code)
-            case KeyboardInterrupt():
-                print("interrupted; nothing was half-written", file=sys.stderr)
-                self.code = _failed(self._arguments, "interrupted", INTERRUPTED)
-            case BrokenPipeError():  # the reader of our output, such as head, has enough
-                _drop_stdout()
-                self.code = 1
-            case OSError(errno=number) if number in _PATHS:
-                reason = f"{error.filename}: {error.strerror}; give another path"
-                print(f"error: {reason}", file=sys.stderr)
-                self.code = _failed(self._arguments, reason, InputError.exit_code)
-            case SystemExit():  # argparse's --help
-                self.code = int(error.code or 0)
-            case _:
-                return False
-        return True
+    _mend_streams()
+    _wait_briefly()
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
+    warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _interrupt)
+    ended = Ended()
+    try:
+        yield ended
+    except VidgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        ended.code = _failed(arguments, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was half-written", file=sys.stderr)
+        ended.code = _failed(arguments, "interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output, such as head, has enough
+        _drop_stdout()
+        ended.code = 1
+    except OSError as error:
+        if error.errno not in _PATHS:
+            raise
+        reason = f"{error.filename}: {error.strerror}; give another path"
+        print(f"error: {reason}", file=sys.stderr)
+        ended.code = _failed(arguments, reason, InputError.exit_code)
+    except SystemExit as error:  # argparse's --help
+        ended.code = int(error.code or 0)
 
 
 def overview() -> str:
