@@ -22,10 +22,10 @@ from tests.models import build_tiny_model
 from tests.tiny.test_timing import RATES
 from train.toybox.model_files import write_student
 from vidgen.cli.main import main
-from vidgen.cli.report import Report, duration_text, long_text
+from vidgen.cli.report import Report, long_text
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Loading, Request
-from vidgen.core.runtime import size_text
+from vidgen.core.runtime import size_text, time_text
 from vidgen.diffusion.guidance import Guidance
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
@@ -380,14 +380,14 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
     (line,) = err.splitlines()  # and none where all is done
     assert "for 864000 frames" in line
     assert f"up to {size_text(long.disk_bytes)} on the disk, by an ordinary core's rates" in line
-    assert f"about {duration_text(long.total_s)} for" in line
+    assert f"about {time_text(long.total_s)} for" in line
     measured = replace(long, measured=True)
     assert long_text([measured, measured], parallel=True) == (
-        f"this takes about {duration_text(2 * long.total_s)} of work, shared by the workers, for "
+        f"this takes about {time_text(2 * long.total_s)} of work, shared by the workers, for "
         f"1728000 frames, and up to {size_text(2 * long.disk_bytes)} on the disk"
     )
-    assert [*map(duration_text, (601, 7199, 7200, 1e6))] == [
-        "10 minutes", "120 minutes", "2.0 hours", "11.6 days"]
+    assert [*map(time_text, (59, 601, 7199, 4321, 1e6))] == [
+        "59 s", "10 min", "2 h 0 min", "1 h 12 min", "11 d 13 h"]
 
 
 def test_only_own_models_are_planned():

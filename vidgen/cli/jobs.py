@@ -71,19 +71,12 @@ def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _line(facts: Mapping[str, Any]) -> str:
-    from vidgen.core.runtime import size_text
+    from vidgen.core.runtime import size_text, time_text
     from vidgen.pipeline.journal.job import progress_text
 
     head = "removed " if "removed" in facts else ""
-    parts = [progress_text(facts), f"{_age(facts['age_s'])} old", size_text(facts["bytes"])]
+    parts = [progress_text(facts), f"{time_text(facts['age_s'])} old", size_text(facts["bytes"])]
     parts += ["being made now"] if facts["running"] else []
     parts += [facts["problem"]] if "problem" in facts else []
     parts += [f"not removed: {facts['kept']}"] if "kept" in facts else []
     return f"{head}{facts['output']}  {', '.join(parts)}"
-
-
-def _age(seconds: int) -> str:
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
 from vidgen.cli.options import Parser, given_options
-from vidgen.cli.report import LONG_S, Report, duration_text
+from vidgen.cli.report import LONG_S, Report
 
 if TYPE_CHECKING:
     import torch
@@ -73,13 +73,13 @@ def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
 
 
 def _table(made: Estimate, have: int | None) -> str:
-    from vidgen.core.runtime import size_text
+    from vidgen.core.runtime import size_text, time_text
 
     rows: list[tuple[str, float, Any]] = [(s.name, s.seconds, s.bytes) for s in made.stages]
     rows.append(("whole", made.total_s, made.peak_bytes))
     lines = [f"{name:<8} {seconds:>9.1f} s {size_text(size):>10}" for name, seconds, size in rows]
     if made.total_s > LONG_S:
-        lines[-1] += f"  ({duration_text(made.total_s)})"
+        lines[-1] += f"  ({time_text(made.total_s)})"
     free = "" if have is None else f", {size_text(have)} are free"
     told = [f"{made.kept_frames} frames, up to {size_text(made.disk_bytes)} on the disk"]
     told += [made.choice] if made.choice else []

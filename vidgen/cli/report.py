@@ -14,13 +14,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.runtime import size_text
+from vidgen.core.runtime import size_text, time_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -48,7 +48,6 @@ class Report:
         self.as_json, self._events_path = as_json, events
         self._stack = ExitStack()
         self._events: TextIO | None = None
-        self._noted: list[str] = []  # before work began
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._clock: Clock | None = None
@@ -60,13 +59,9 @@ class Report:
             _check_events(Path(self._events_path))
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None and self._noted:
-                self._write_events()
-        finally:
-            with suppress(OSError):  # of events that couldn't be written, as was reported
-                self._stack.close()
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of events that couldn't be written, as was reported
+            self._stack.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show an event and write it to the file of events."""
@@ -74,9 +69,7 @@ class Report:
             stage, done, total = event["stage"], event["done"], event["total"]
             event = {**event, **self._clock(stage, done, total, event.get("clip", 1))}
         if self._events_path:
-            self._noted.append(json.dumps({"time": time.time(), **event}))
-            if self._events or event["event"] != "note":  # a refusal leaves the file before
-                self._write_events()
+            self._write_event(event)
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
         elif event["event"] == "progress" and "worker" in event and sys.stderr.isatty():
@@ -99,8 +92,8 @@ class Report:
         """Report an output that is complete."""
         self({"event": "written", "path": str(path)})
 
-    def _write_events(self) -> None:
-        """Write noted events to their file, which the first one empties."""
+    def _write_event(self, event: Mapping[str, Any]) -> None:
+        """Write an event to the file, which the first one empties."""
         name = "stdout" if self._events_path == "-" else str(self._events_path)
         if self._events is None:
             try:
@@ -109,8 +102,7 @@ class Report:
                 raise OutputError(f"{name} can't be written: {error.strerror}") from None
             opened = os.fdopen(file, "w", buffering=1, encoding="utf-8")
             self._events = self._stack.enter_context(opened)
-        while self._noted:
-            print_line(self._noted.pop(0), self._events, name)
+        print_line(json.dumps({"time": time.time(), **event}), self._events, name)
 
     def expect(
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
@@ -225,9 +217,7 @@ def _left_column() -> ProgressColumn:
             left = task.time_remaining if ends is None else max(0.0, ends - time.monotonic())
             if left is None or task.finished:
                 return Text()
-            minutes, seconds = divmod(round(left), 60)
-            hours, minutes = divmod(minutes, 60)
-            return Text(f"{hours}:{minutes:02}:{seconds:02} left", style="progress.remaining")
+            return Text(f"{time_text(left)} left", style="progress.remaining")
 
     return Left()
 
@@ -245,13 +235,5 @@ def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None
     guess = "" if all(each.measured for each in made) else (
         ", by an ordinary core's rates: `vidgen plan` measures this machine's")
     work = " of work, shared by the workers," if parallel else ""
-    return (f"this takes about {duration_text(seconds)}{work} for {frames} frames, and up to "
+    return (f"this takes about {time_text(seconds)}{work} for {frames} frames, and up to "
             f"{size_text(disk)} on the disk{guess}")
-
-
-def duration_text(seconds: float) -> str:
-    """Return a time for people, from minutes on."""
-    for unit, length in (("days", 86400), ("hours", 3600)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 60:.0f} minutes"

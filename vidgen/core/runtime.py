@@ -198,6 +198,17 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
 
 
+def time_text(seconds: float) -> str:
+    """Return a time for people: 45 s, 12 min, 1 h 12 min or 2 d 5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
 def slug(text: str) -> str:
     """The first words of a text as a file's name."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
