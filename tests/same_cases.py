@@ -27,7 +27,7 @@ TWO = "'a red car and a blue ball move left'"
 FEW = "--frames 13 --steps 4 --seed 7 -o clip.mp4"
 WAN = "--frames 9 --size 32x32 --steps 3 --seed 7 -o clip.mp4"
 FOREIGN = "--frames 9 --size 64x32 --steps 3 --seed 7 -o clip.mp4 --tiles auto --attention auto"
-WINDOWS = "--overlap 2 --colour-hold 0.5"
+WINDOWS = "--set overlap=2 --set colour_hold=0.5"
 LOADED = "--dtype fp32 --offload none"
 PINNED = {
     "generate": f"{LOADED} --tiles none --attention native",
@@ -202,13 +202,13 @@ def python(_materials: Materials) -> None:
     """Make clips by the Python API, of which a caller is told, and see the first preview."""
     import vidgen
 
-    engine = vidgen.load("toybox", device="cpu", dtype="fp32", offload="none")
+    engine = vidgen.load("toybox", device="cpu", dtype="fp32", offload="none", tiles="none")
     told: list[Any] = []
     previews: list[Any] = []
     request = vidgen.Request(
         prompt="a red car bounces across the desert", frames=13, steps=6, seed=7,
         settings={"candidates": 2},
-        tiles="none", image=np.asarray(_first_picture()),
+        image=np.asarray(_first_picture()),
     )
     clip = engine.generate(request, on_event=lambda event: told.append(vars(event)),
                            on_preview=previews.append)
@@ -217,7 +217,7 @@ def python(_materials: Materials) -> None:
     np.save("latents.npy", clip.latents.cpu().numpy())
     np.save("preview.npy", previews[0].frames)
     clip.save("clip.mp4")
-    several = engine.generate("a cat moves left", frames=9, steps=4, seed=7, count=2, tiles="none")
+    several = engine.generate("a cat moves left", frames=9, steps=4, seed=7, count=2)
     for index, each in enumerate(several):
         np.save(f"cat-{index}.npy", each.frames)
     _keep(stages=_stages(told), first_preview=previews[0].step)
@@ -236,10 +236,11 @@ def python_wan(materials: Materials) -> None:
 
     import vidgen
 
-    engine = vidgen.load(materials("wan-t2v"), device="cpu", dtype="fp32", offload="none")
+    engine = vidgen.load(materials("wan-t2v"), device="cpu", dtype="fp32", offload="none",
+                         tiles="none")
     noise = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     clip = engine.generate("a red car", frames=9, size=(32, 32), steps=3, latents=noise,
-                           sampler=FlowMatchEulerDiscreteScheduler(shift=3.0), tiles="none")
+                           sampler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     np.save("frames.npy", clip.frames)
     np.save("latents.npy", clip.latents.cpu().numpy())
 
