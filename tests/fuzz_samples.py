@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval.toybox.judge import Judge, JudgeConfig
-from tests.lora_models import I2V, make_adapter, make_dit
+from tests.lora_models import I2V, make_adapter, make_dit, write_kohya, write_peft
 from tests.models import build_tiny_model
 from tests.wan_models import build_diffusers, build_original
 from train.toybox.model_files import save_module
@@ -52,9 +52,11 @@ def make_samples(folder: Path) -> None:
     torch.manual_seed(0)
     _media(folder)
     _pictures(folder)
-    for name in (f"{kind}.safetensors" for kind in DIALECTS if kind != "peft"):
-        write_lora(make_adapter(make_dit(I2V)), folder / f"lora-{name}", name.split(".")[0])
-    write_lora(make_adapter(make_dit(I2V)), folder / "lora-peft", "peft")
+    adapter = make_adapter(make_dit(I2V))
+    for dialect in DIALECTS:
+        write_lora(adapter, folder / f"lora-{dialect}.safetensors", dialect)
+    write_kohya(adapter, folder / "lora-kohya.safetensors")
+    write_peft(adapter, folder / "lora-peft")
     model = build_tiny_model(folder / "model")
     tensors = {"a": torch.randn(4, 5), "b.half": torch.randn(7).half(), "n": torch.tensor(3)}
     (folder / "shards").mkdir()

@@ -187,7 +187,7 @@ def targets() -> Iterator[Target]:
     yield Target("find_files", lambda p: _touch(open_tensors(find_files(p))),
                  ("model.safetensors.index.json", "x-1.safetensors"), "shards")
     yield Target("read_lora", lambda p: read_lora(p, I2V),
-                 tuple(f"lora-{kind}.safetensors" for kind in DIALECTS if kind != "peft"))
+                 tuple(f"lora-{kind}.safetensors" for kind in (*DIALECTS, "kohya")))
     yield Target("read_lora", lambda p: read_lora(p, I2V),
                  ("adapter_config.json", "adapter_model.safetensors"), "lora-peft")
     parts = ("transformer", "vae", "text_encoder")

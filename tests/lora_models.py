@@ -1,8 +1,11 @@
 """Tiny transformers with random weights, and adapters that change all of their layers."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from train.toybox.initial import init_dit
@@ -11,6 +14,7 @@ from vidgen.models.dit_blocks import PatchEmbedding
 from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.models.presets import DIT_PRESETS
+from vidgen.weights.lora import spelled
 
 TINY = DIT_PRESETS["tiny"]
 I2V = replace(TINY, image_dim=20, image_positions=10)
@@ -51,3 +55,29 @@ def make_adapter(
         low_rank[path] = LowRank(down, up, scale)
     parameters = dict(dit.named_parameters())
     return Adapter(f"a{seed}", low_rank, {name: draw(*parameters[name].shape) for name in diffs})
+
+
+def write_kohya(adapter: Adapter, path: Path) -> None:
+    """As kohya's trainers write: flat names of Wan's layers, and the rank times the scale."""
+    tensors = {}
+    for name, tensor in spelled(adapter, "wan").items():
+        layer, _, what = name.removeprefix("diffusion_model.").partition(".lora_")
+        if not what:
+            layer, _, what = layer.rpartition(".")
+        what = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(what, what)
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{flat}.{what}"] = tensor
+        if what == "lora_down.weight":
+            tensors[f"{flat}.alpha"] = torch.tensor(float(len(tensor)))
+    save_file(tensors, path)
+
+
+def write_peft(adapter: Adapter, folder: Path) -> None:
+    """As PEFT writes: a folder with a config, whose alpha here is the rank."""
+    folder.mkdir(parents=True)
+    tensors = {name.replace("transformer.", "base_model.model.", 1): tensor
+               for name, tensor in spelled(adapter, "diffusers").items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    rank = next(len(tensor) for name, tensor in tensors.items() if "lora_A" in name)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidgen.core.errors import InputError, ModelError, nearest
-from vidgen.core.runtime import atomic_path, atomic_write, write_error
+from vidgen.core.runtime import atomic_path
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
-from vidgen.weights.keymap import DIT_KEYS, rename
+from vidgen.weights.keymap import DIT_KEYS, Spelling, rename
 from vidgen.weights.lora_dialects import (
     DIALECTS,
     TOKEN,
@@ -311,15 +311,16 @@ def _report_zeros(source: Path, adapter: Adapter) -> None:
 
 
 def write_lora(
-    adapter: Adapter, path: str | Path, dialect: str, expert: Expert | None = None
+    adapter: Adapter, path: str | Path, dialect: Spelling, expert: Expert | None = None
 ) -> None:
-    """Write an adapter as a safetensors file, or as PEFT's folder.
+    """Write an adapter as a safetensors file.
 
     In dialects without alpha, scales are multiplied into the second factor, as float32 where its
     own dtype can't hold the product.
 
     Args:
         adapter: its tensors keep their dtype.
+        dialect: one of `DIALECTS`.
         expert: of two, for the file's header, or None.
 
     Raises:
@@ -328,57 +329,43 @@ def write_lora(
         OutputError: it can't be written.
     """
     tensors = spelled(adapter, dialect)
-    target = Path(path)
     header = {"format": "pt"} | ({} if expert is None else {EXPERT_HEADER: expert})
-    if dialect != "peft":
-        with atomic_path(target) as temporary:
-            save_file(tensors, temporary, metadata=header)
-        return
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(target, error) from error
-    with atomic_path(target / "adapter_model.safetensors") as temporary:
+    with atomic_path(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=header)
-    config = _peft_config(tensors, DIALECTS[dialect].prefix)
-    atomic_write(target / "adapter_config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
-def spelled(adapter: Adapter, title: str) -> dict[str, Tensor]:
+def spelled(adapter: Adapter, dialect: Spelling) -> dict[str, Tensor]:
     """Return an adapter's tensors by a dialect's names; see `write_lora` for errors.
 
-    Embeddings of tokens have our names in all of them.
+    Only ours has alphas, and diffusers' has no differences. Embeddings of tokens have our names in
+    all of them.
     """
-    if title not in DIALECTS:
-        raise InputError(f"unknown LoRA dialect {title!r}; {nearest(title, DIALECTS)}")
-    dialect = DIALECTS[title]
+    if dialect not in DIALECTS:
+        raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
     tensors = {f"{TOKEN}{token}": row.detach().cpu() for token, row in adapter.tokens.items()}
     unnamed: list[str] = []
 
     def put(path: str, what: str, tensor: Tensor) -> None:
-        name: str | None = path
-        if dialect.spelling != "vidgen":
-            name = rename(path, DIT_KEYS, "vidgen", dialect.spelling)
+        name = path if dialect == "vidgen" else rename(path, DIT_KEYS, "vidgen", dialect)
         if name is None:
             unnamed.append(path)
         else:
-            layer = flat(name) if dialect.flat else name
-            tensors[f"{dialect.prefix}{layer}.{what}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{DIALECTS[dialect]}{name}.{what}"] = tensor.detach().cpu().contiguous()
 
     left = dict(adapter.deltas)
-    needs_bias = not dialect.diffs and any(f"{p}.bias" in left for p in adapter.low_rank)
+    needs_bias = dialect == "diffusers" and any(f"{p}.bias" in left for p in adapter.low_rank)
     for path, part in adapter.low_rank.items():
-        down, up = part.down, part.up if dialect.alpha else _scaled(part.up, part.scale)
-        put(path, f"{dialect.sides[0]}.weight", down)
-        put(path, f"{dialect.sides[1]}.weight", up.reshape(*up.shape, *(1,) * (down.ndim - 2)))
-        if dialect.alpha:
+        down, up = part.down, part.up if dialect == "vidgen" else _scaled(part.up, part.scale)
+        put(path, "lora_A.weight", down)
+        put(path, "lora_B.weight", up.reshape(*up.shape, *(1,) * (down.ndim - 2)))
+        if dialect == "vidgen":
             put(path, "alpha", torch.tensor(part.scale * down.shape[0]))
         if needs_bias:  # PEFT has biases for all layers or for none
             bias = left.pop(f"{path}.bias", up.new_zeros(up.shape[0]))
-            put(path, f"{dialect.sides[1]}.bias", bias)
+            put(path, "lora_B.bias", bias)
     for name, delta in left.items():
         path, _, last = name.rpartition(".")
-        if not dialect.diffs:
+        if dialect == "diffusers":
             unnamed.append(name)
         elif last in ("weight", "bias"):
             put(path, "diff" if last == "weight" else "diff_b", delta)
@@ -386,7 +373,7 @@ def spelled(adapter: Adapter, title: str) -> dict[str, Tensor]:
             put(name, "diff", delta)
     if unnamed:
         raise ModelError(
-            f"the dialect {title!r} has no names for {len(unnamed)} parts of LoRA "
+            f"the dialect {dialect!r} has no names for {len(unnamed)} parts of LoRA "
             f"{adapter.name!r} ({name_some(unnamed)}); write it as 'vidgen'"
         )
     return tensors
@@ -396,23 +383,3 @@ def _scaled(up: Tensor, scale: float) -> Tensor:
     exact = up.double() * scale
     kept = exact.to(up.dtype)
     return kept if torch.equal(kept.double(), exact) else exact.float()
-
-
-def _peft_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Return `adapter_config.json` of layers with alpha = rank.
-
-    PEFT matches patterns at a path's end, so patterns of a whole path begin with "^".
-    """
-    ranks = {
-        name.removeprefix(prefix).removesuffix(".lora_A.weight"): tensor.shape[0]
-        for name, tensor in tensors.items()
-        if name.endswith(".lora_A.weight")
-    }
-    first = next(iter(ranks.values()), 1)
-    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != first}
-    return {
-        "peft_type": "LORA", "r": first, "lora_alpha": first, "rank_pattern": others,
-        "alpha_pattern": others, "target_modules": sorted(ranks), "bias": "none",
-        "lora_bias": any(name.endswith(".lora_B.bias") for name in tensors),
-        "inference_mode": True, "base_model_name_or_path": None, "task_type": None,
-    }

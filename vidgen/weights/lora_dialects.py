@@ -47,32 +47,8 @@ _OTHER_METHODS = {
 }
 
 
-class Dialect(NamedTuple):
-    """Names in LoRA files of a family of tools.
-
-    Args:
-        sides: names of the two factors.
-        flat: whether a layer's path has underscores for dots.
-        alpha: whether scales are written; else they are multiplied into the second factor.
-        diffs: whether it has names for differences without a product.
-    """
-
-    spelling: Spelling
-    prefix: str
-    sides: tuple[str, str] = ("lora_A", "lora_B")
-    flat: bool = False
-    alpha: bool = False
-    diffs: bool = True
-
-
-DIALECTS: dict[str, Dialect] = {
-    "vidgen": Dialect("vidgen", "", alpha=True),
-    "diffusers": Dialect("diffusers", "transformer.", diffs=False),
-    "peft": Dialect("diffusers", "base_model.model.", diffs=False),
-    "wan": Dialect("wan", "diffusion_model."),
-    "kohya": Dialect("wan", "lora_unet_", ("lora_down", "lora_up"), flat=True, alpha=True),
-}
-"""Dialects of `write_lora`; `peft` is a folder, the others are one file."""
+DIALECTS = {"vidgen": "", "diffusers": "transformer.", "wan": "diffusion_model."}
+"""Spellings of layers that `write_lora` can write, each with the prefix of all names."""
 
 
 class TensorName(NamedTuple):

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vidgen.core.config import ONE
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError
 from vidgen.training.config import MAX_RATE, RunConfig, check_number
 from vidgen.training.data.config import DataConfig
 
-DIALECTS = ("diffusers", "peft", "wan", "kohya")
-"""What LoRA files can be written in besides our own dialect."""
 MAX_RANK = 1024
 """Of a LoRA: beyond it all weights are fewer."""
 
@@ -109,8 +107,8 @@ class OutputSettings:
     """What comes out, and what its card says."""
 
     name: str = "finetuned"  # of the files and in the card
-    # of further LoRA files beside vidgen's own: diffusers, peft, wan (which ComfyUI reads), kohya
-    dialects: tuple[str, ...] = field(default=(), metadata=ONE)
+    # of further LoRA files besides vidgen's own: diffusers, wan (which ComfyUI reads)
+    dialects: tuple[Literal["diffusers", "wan"], ...] = field(default=(), metadata=ONE)
     # of LoRA files; a whole model's weights stay in the dtype that its files had
     dtype: Literal["bf16", "fp32"] = "bf16"
     author: str = ""  # who made it
@@ -121,9 +119,6 @@ class OutputSettings:
     ab_clips: int = 4  # prompts of the sheet with and without it; 0: no sheet
 
     def __post_init__(self) -> None:
-        for dialect in self.dialects:
-            if dialect not in DIALECTS:
-                raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
         check_number("output.ab_clips", self.ab_clips)
         if (not self.name or self.name.startswith(".") or not self.name.isprintable()
                 or any(sign in self.name for sign in '/\\:@"')):

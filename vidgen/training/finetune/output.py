@@ -141,7 +141,7 @@ def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made
         made.delta[role] = delta_norm(adapter)
         for dialect in ("vidgen", *config.output.dialects):
             end = "" if dialect == "vidgen" else f"-{dialect}"
-            path = target / f"{name}{end}{'' if dialect == 'peft' else '.safetensors'}"
+            path = target / f"{name}{end}.safetensors"
             write_lora(adapter, path, dialect, expert=side)
             made.files.append(path)
             if dialect == "vidgen":
