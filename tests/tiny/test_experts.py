@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ from tests.models import add_low_expert, build_tiny_model
 from train.toybox.model_files import record_files, write_student
 from vidgen.media.clip import Clip
 from vidgen.pipeline.engine import Engine, load
-from vidgen.weights.folder import StudentConfig
+from vidgen.weights.folder import STUDENT, StudentConfig
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import STUDENT
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,19 @@ def test_an_adapter_of_the_expert_that_rests_is_told_of(
     assert not caplog.messages
     clips_of(engines[1:], **asked, steps=3)
     assert "low.safetensors@low changes nothing in this clip" in caplog.text
+
+
+def test_threads_with_one_engine_take_turns(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
+    engine = engines[0]
+    with engine.loader.use("transformer"):
+        adapter = make_adapter(engine.loader.expert("transformer"), seed=5)
+    write_lora(adapter, path := tmp_path / "one.safetensors", "vidgen")
+
+    def made(lora: list[str]) -> np.ndarray:
+        return clips_of((engine,), audio="none", lora=lora)[0].frames
+
+    asked = [[], [str(path)], [], [f"{path}:0.5"]]
+    expected = [made(lora) for lora in asked]
+    with ThreadPoolExecutor(4) as pool:
+        for frames, alone in zip(pool.map(made, asked), expected, strict=True):
+            assert np.array_equal(frames, alone)

@@ -11,24 +11,18 @@ Axes: r rank, L tokens.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidgen.core.errors import InputError, ModelError
+from vidgen.core.errors import ModelError
 from vidgen.models.dit_blocks import PatchEmbedding
 from vidgen.ops.linear import plain
-
-_OWNERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +85,12 @@ def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> It
 
     Blocks may be nested: inner adapters add to the outer ones. Weights have any sign; an adapter of
     weight 0 changes no bit. A low-rank part that requires gradients gets them. Compiled blocks are
-    compiled again for their first adapters; later ones of the same kind reuse that.
+    compiled again for their first adapters; later ones of the same kind reuse that. No other thread
+    may run the module meanwhile.
 
     Raises:
         ModelError: an adapter that doesn't fit the module, or one with a full delta of a
             quantised weight.
-        InputError: another thread has adapters attached to this module, or runs it meanwhile.
     """
     active = [(adapter, weight) for adapter, weight in adapters if weight]
     for adapter, _ in active:
@@ -106,22 +100,21 @@ def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> It
                 f"LoRA {adapter.name!r} doesn't fit these weights: {name_some(misfits)}; "
                 "use one that was made for this model"
             )
-    with _claimed(module, exclusive=bool(active)):
-        parts = _gather(module, active)
-        before = [(layer, type(layer), layer.__dict__.get("_parts")) for layer in parts]
-        try:
-            for layer, own in parts.items():
-                layer.__dict__["_parts"] = own
-                base, deltas = getattr(layer, "adapted_base", type(layer)), frozenset(own.deltas)
-                layer.__class__ = _adapted(base, deltas, low_rank=_is_linear(layer))  # type: ignore[arg-type]
-            yield
-        finally:
-            for layer, earlier, outer in before:
-                layer.__class__ = earlier
-                if outer is None:
-                    layer.__dict__.pop("_parts", None)
-                else:
-                    layer.__dict__["_parts"] = outer
+    parts = _gather(module, active)
+    before = [(layer, type(layer), layer.__dict__.get("_parts")) for layer in parts]
+    try:
+        for layer, own in parts.items():
+            layer.__dict__["_parts"] = own
+            base, deltas = getattr(layer, "adapted_base", type(layer)), frozenset(own.deltas)
+            layer.__class__ = _adapted(base, deltas, low_rank=_is_linear(layer))  # type: ignore[arg-type]
+        yield
+    finally:
+        for layer, earlier, outer in before:
+            layer.__class__ = earlier
+            if outer is None:
+                layer.__dict__.pop("_parts", None)
+            else:
+                layer.__dict__["_parts"] = outer
 
 
 def name_some(items: Sequence[str]) -> str:
@@ -134,7 +127,6 @@ def name_some(items: Sequence[str]) -> str:
 class _Parts:
     """A layer's low-rank parts (down [r, in], up [out, r], scale) and summed deltas."""
 
-    owner: int
     low_rank: list[tuple[Tensor, Tensor, float]]
     deltas: dict[str, Tensor]
 
@@ -163,8 +155,8 @@ def _gather(
 
     def parts_of(layer: nn.Module) -> _Parts:
         if layer not in found:
-            old = layer.__dict__.get("_parts") or _Parts(0, [], {})
-            found[layer] = _Parts(threading.get_ident(), [*old.low_rank], {**old.deltas})
+            old = layer.__dict__.get("_parts") or _Parts([], {})
+            found[layer] = _Parts([*old.low_rank], {**old.deltas})
         return found[layer]
 
     def placed(tensor: Tensor, like: Tensor) -> Tensor:
@@ -193,42 +185,6 @@ def _gather(
     return found
 
 
-@contextmanager
-def _claimed(module: nn.Module, *, exclusive: bool) -> Iterator[None]:
-    """Hold a module for this thread, so that no other runs it with these adapters."""
-    me = threading.get_ident()
-    with _LOCK:
-        owner = _OWNERS.get(module)
-        _refuse_others(owner)
-        outermost = exclusive and owner is None
-        if outermost:
-            _OWNERS[module] = me
-    if not outermost:
-        yield
-        return
-    handle = module.register_forward_pre_hook(lambda *_: _refuse_others(me))
-    try:
-        yield
-    finally:
-        handle.remove()
-        del _OWNERS[module]
-
-
-def _refuse_others(owner: int | None) -> None:
-    if owner not in (None, threading.get_ident()):
-        raise InputError(
-            "another thread has its LoRA, or the student of few steps, attached to these weights; "
-            "generate in turns, or load the model a second time"
-        )
-
-
-def _own_parts(layer: _Adapted) -> _Parts:
-    # the backward pass recomputes checkpointed blocks in threads of its own
-    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-        _refuse_others(layer._parts.owner)
-    return layer._parts
-
-
 @lru_cache(maxsize=64)
 def _adapted(base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool) -> type[nn.Module]:
     """Return a subclass that reads some parameters with their deltas and adds low-rank products.
@@ -245,7 +201,7 @@ def _adapted(base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool) -
 def _summed(name: str) -> property:
     def read(layer: _Adapted) -> Tensor:
         weight = plain(layer._parameters[name])
-        return weight + _own_parts(layer).deltas[name].to(weight)
+        return weight + layer._parts.deltas[name].to(weight)
 
     return property(read)
 
@@ -253,7 +209,7 @@ def _summed(name: str) -> property:
 def _forward(layer: _Adapted, x: Tensor) -> Tensor:
     """Map x [..., L, in] to [..., L, out], and add each adapter's product."""
     out: Tensor = layer.adapted_base.forward(layer, x)
-    for down, up, scale in _own_parts(layer).low_rank:
+    for down, up, scale in layer._parts.low_rank:
         hidden = F.linear(x.to(out.dtype), down.to(out)) * scale
         out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.to(out).t())
     return out

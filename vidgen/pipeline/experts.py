@@ -83,7 +83,7 @@ def experts(
 ) -> Iterator[TransformerAt]:
     """Yield the transformer of each noise level from `start_sigma` on, with its adapters attached.
 
-    Below the boundary it is the low-noise expert.
+    Below the boundary it is the low-noise expert. Threads with one model take turns.
     """
     now: tuple[ExpertRole, SpacetimeDiT] | None = None
 
@@ -99,7 +99,7 @@ def experts(
             adapters.enter_context(attached(now[1], loras.adapters.get(role, ())))
         return now[1]
 
-    with loader.use(role_at(start_sigma)), ExitStack() as adapters:
+    with loader.turn, loader.use(role_at(start_sigma)), ExitStack() as adapters:
         yield transformer_at
 
 

@@ -21,11 +21,12 @@ from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
 from vidgen.pipeline.types import Offload
 from vidgen.weights.component import ExpertRole, Role, fp32_parts
+from vidgen.weights.folder import student_parts
 from vidgen.weights.load import trim_memory
+from vidgen.weights.lora import read_student
 from vidgen.weights.quantize import Quantization, require_torchao
 from vidgen.weights.store import Weights
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
-from vidgen.weights.student import read_student, student_parts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,6 +82,7 @@ class ModelLoader:
         self._deltas: dict[ExpertRole, Adapter] | None = None
         self._users: Counter[Role] = Counter()
         self._lock = threading.RLock()
+        self.turn = threading.RLock()  # held while a thread has adapters attached
 
     @overload
     def use(self, role: Literal["vae"]) -> AbstractContextManager[CausalVAE]: ...
