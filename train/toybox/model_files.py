@@ -17,10 +17,9 @@ from vidgen.core.runtime import atomic_path, atomic_write
 from vidgen.models.lora import Adapter
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.configs import read_json
-from vidgen.weights.folder import StudentConfig, write_info
+from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS, StudentConfig, write_info
 from vidgen.weights.lora import spelled
 from vidgen.weights.store import SCALE
-from vidgen.weights.student import STUDENT, WEIGHTS
 
 INT8_FROM = 1 << 10
 """Numbers from which a student's factor is stored in int8; smaller ones save nothing."""
@@ -56,7 +55,7 @@ def write_student(
     folder = model / STUDENT
     folder.mkdir(parents=True, exist_ok=True)
     tensors = spelled(adapter, "vidgen")
-    _write_tensors(tensors, folder / WEIGHTS[part], INT8_FROM, {"format": "pt"})
+    _write_tensors(tensors, folder / STUDENT_WEIGHTS[part], INT8_FROM, {"format": "pt"})
     atomic_write(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
 
 

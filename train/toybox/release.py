@@ -64,10 +64,9 @@ from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.data.survey import open_trainable
 from vidgen.weights.configs import config_of, encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
-from vidgen.weights.folder import StudentConfig, write_model_info
-from vidgen.weights.layouts import open_model
+from vidgen.weights.folder import STUDENT, StudentConfig, write_model_info
+from vidgen.weights.layouts import open_model, open_student
 from vidgen.weights.store import open_tensors
-from vidgen.weights.student import STUDENT, open_student
 
 DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,

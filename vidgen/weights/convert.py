@@ -30,7 +30,7 @@ from vidgen.weights.configs import (
     encoder_to_transformers,
     vae_to_diffusers,
 )
-from vidgen.weights.folder import DiffusersFolder, ModelFolder, write_model_info
+from vidgen.weights.folder import STUDENT, DiffusersFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, fuse_clip, rename
 from vidgen.weights.layouts import (
     CLIP_FILE,
@@ -42,7 +42,6 @@ from vidgen.weights.layouts import (
     WAN_TOKENIZER,
 )
 from vidgen.weights.store import Lazy, held
-from vidgen.weights.student import STUDENT
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
     write_json,

@@ -25,19 +25,25 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.family import Conditioning, ModelDefaults
 
 if TYPE_CHECKING:
-    from vidgen.weights.component import Components
+    from vidgen.weights.component import Components, ExpertRole
     from vidgen.weights.keymap import Spelling
 
 FORMAT_VERSION = 1
 HASHES = "hashes.json"
 MIN_BYTES = 1_000_000
 """Smaller files are hashed each time."""
+STUDENT = "student"
+"""Folder of a model's few-step adapter (student)."""
+STUDENT_WEIGHTS: dict[ExpertRole, str] = {
+    "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
+}
+"""Files of a student's deltas, by transformer; the second is optional."""
 _SETTLED_S = 2.0  # a file changed more recently may change again with the same time stamp
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Sampling of a few-step adapter (student), without guidance.
+    """Sampling of a few-step adapter (student), with guidance distilled into it (Meng et al. 2023).
 
     Args:
         sampler: of its training, one of `SAMPLERS`.
@@ -181,6 +187,12 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
         kept = {key: each for key, each in read_cache(HASHES).items() if Path(key).is_file()}
         write_cache(HASHES, kept | learned)
     return hashes
+
+
+def student_parts(model: Path) -> tuple[ExpertRole, ...]:
+    """Return the transformers for which a model's student has deltas."""
+    return tuple(part for part, file in STUDENT_WEIGHTS.items()
+                 if (model / STUDENT / file).is_file())
 
 
 def embedded_folder(name: str) -> Path:

@@ -49,8 +49,10 @@ from vidgen.weights.configs import (
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
 from vidgen.weights.folder import (
     FORMAT_VERSION,
+    STUDENT,
     DiffusersFolder,
     ModelFolder,
+    StudentConfig,
     embedded_folder,
     list_embedded,
 )
@@ -65,7 +67,6 @@ from vidgen.weights.keymap import (
 )
 from vidgen.weights.published import cached_model, fetch_model, is_hub_id
 from vidgen.weights.store import Tensors, find_files, open_tensors
-from vidgen.weights.student import STUDENT, open_student
 
 ROLES: tuple[Role, ...] = get_args(Role)
 WAN_PIPELINES = (
@@ -307,6 +308,12 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
         files=_unhashed(path, small, components),
         student=open_student(path), **facts,
     )
+
+
+def open_student(model: Path) -> StudentConfig | None:
+    """Return the config of a model's student, if it has one; raise ModelError if damaged."""
+    folder = model / STUDENT
+    return config_of(StudentConfig, folder) if (folder / "config.json").is_file() else None
 
 
 def _own_parts(path: Path) -> dict[Role, Component[Config]]:

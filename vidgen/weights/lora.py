@@ -19,6 +19,8 @@ from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import atomic_path
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
+from vidgen.weights.component import ExpertRole
+from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS
 from vidgen.weights.keymap import DIT_KEYS, Spelling, rename
 from vidgen.weights.lora_dialects import (
     DIALECTS,
@@ -177,6 +179,15 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     adapter = replace(adapter, tokens=tokens)
     _report_zeros(source, adapter)
     return adapter
+
+
+def read_student(model: Path, config: DiTConfig, part: ExpertRole = "transformer") -> Adapter:
+    """Read a student's delta of a transformer with this config, in a model's folder.
+
+    Raises:
+        ModelError: missing, damaged, or of another transformer.
+    """
+    return read_lora(model / STUDENT / STUDENT_WEIGHTS[part], config)
 
 
 def expert_of(path: Path) -> Expert | None:

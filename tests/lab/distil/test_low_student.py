@@ -25,7 +25,8 @@ from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.weights.student import STUDENT, WEIGHTS, read_student, student_parts
+from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS, student_parts
+from vidgen.weights.lora import read_student
 
 BOUNDARY = 0.9  # its two steps begin at 1 and at 0.83
 PROMPT = "a red car bounces across the desert"
@@ -86,7 +87,7 @@ def test_it_learns_the_steps_behind_the_boundary_alone(low_run: DistilRun) -> No
 def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path: Path) -> None:
     folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY)
     assert student_parts(folder) == ("transformer", "transformer_2")
-    first = f"{STUDENT}/{WEIGHTS['transformer']}"
+    first = f"{STUDENT}/{STUDENT_WEIGHTS['transformer']}"
     assert (folder / first).read_bytes() == (model / first).read_bytes()
     engine = load(str(folder), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
@@ -193,7 +194,7 @@ def test_the_other_part_is_taught_above_the_boundary(
                for name, part in task.other[1].low_rank.items())
     assert task.validate(0, Path()).keys() == {"gap", "following"}
     again = released(tmp_path / "above", folder, tmp_path / "again" / "tiny", BOUNDARY)
-    parts = [f"{STUDENT}/{file}" for file in (*WEIGHTS.values(), "config.json")]
+    parts = [f"{STUDENT}/{file}" for file in (*STUDENT_WEIGHTS.values(), "config.json")]
     same = [(again / part).read_bytes() == (folder / part).read_bytes() for part in parts]
     assert same == [False, True, True]
     for changes in ({"first_step": 1}, {"between": [0.5, 0.99]}):

@@ -19,7 +19,7 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.weights.student import read_student
+from vidgen.weights.lora import read_student
 
 
 def matching(

@@ -46,10 +46,9 @@ from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import StudentConfig
+from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS, StudentConfig
 from vidgen.weights.layouts import open_model
-from vidgen.weights.lora import write_lora
-from vidgen.weights.student import STUDENT, WEIGHTS, read_student
+from vidgen.weights.lora import read_student, write_lora
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "a red car bounces across the desert"
@@ -151,7 +150,7 @@ def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> 
     sigmas = run.trajectories.sigmas
     assert folder.student == StudentConfig("unipc", tuple(sigmas.tolist()), 3.0)
     assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
-    assert f"{STUDENT}/{WEIGHTS['transformer']}" in folder.files
+    assert f"{STUDENT}/{STUDENT_WEIGHTS['transformer']}" in folder.files
     adapter = read_student(model, folder.components["transformer"].config)
     learned = adapter_of(load_averages(Path(run.run.folder), "student"))
     assert adapter.low_rank.keys() == learned.low_rank.keys()
@@ -167,7 +166,7 @@ def test_a_delta_lies_in_half_of_its_bytes(tmp_path: Path) -> None:
     adapter = make_adapter(make_dit(DIT_PRESETS["toybox-low"]), rank=16)
     write_student(adapter, StudentConfig("euler", (1.0, 0.5, 0.0), 3.0), tmp_path)
     numbers = sum(part.down.numel() + part.up.numel() for part in adapter.low_rank.values())
-    assert (tmp_path / STUDENT / WEIGHTS["transformer"]).stat().st_size < 1.3 * numbers
+    assert (tmp_path / STUDENT / STUDENT_WEIGHTS["transformer"]).stat().st_size < 1.3 * numbers
 
 
 def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model: Path) -> None:
@@ -297,7 +296,7 @@ def test_a_converted_model_takes_its_student_along(
             assert one.keys() == two.keys()
             assert all(torch.equal(one[name], two[name]) for name in one)
     files = [each.folder.files for each in (other, engine)]
-    name = f"{STUDENT}/{WEIGHTS['transformer']}"
+    name = f"{STUDENT}/{STUDENT_WEIGHTS['transformer']}"
     assert files[0][name] == files[1][name]
 
 

@@ -15,7 +15,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.student import STUDENT
+from vidgen.weights.folder import STUDENT
 
 LOW: ExpertRole = "transformer_2"
 SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at

@@ -30,9 +30,9 @@ from vidgen.models.dit_types import DiTConfig
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import own_device
 from vidgen.training.task import generator_of
-from vidgen.weights.folder import ModelFolder
+from vidgen.weights.folder import STUDENT, ModelFolder
 from vidgen.weights.load import read_tensors
-from vidgen.weights.student import STUDENT, read_student
+from vidgen.weights.lora import read_student
 
 HELD_OUT = 0
 """The shard of clips kept aside, under text alone; those to learn from follow."""

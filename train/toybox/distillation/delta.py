@@ -15,8 +15,8 @@ from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.training.finetune.model import target_paths
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import ModelFolder
-from vidgen.weights.student import read_student, student_parts
+from vidgen.weights.folder import ModelFolder, student_parts
+from vidgen.weights.lora import read_student
 
 
 class Delta(nn.Module):

@@ -43,7 +43,7 @@ from vidgen.diffusion.state import LatentState
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.optim import build_optimizers
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.student import read_student
+from vidgen.weights.lora import read_student
 
 BatchT = TypeVar("BatchT")
 

@@ -25,6 +25,7 @@ from vidgen.training.finetune.model import adapter_of, delta_norm, target_paths,
 from vidgen.weights.component import Component, ExpertRole
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder
+from vidgen.weights.keymap import Spelling
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import Expert, write_lora
 
@@ -139,7 +140,8 @@ def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made
         }
         adapter = replace(adapter, low_rank=low_rank)
         made.delta[role] = delta_norm(adapter)
-        for dialect in ("vidgen", *config.output.dialects):
+        dialects: list[Spelling] = ["vidgen", *config.output.dialects]
+        for dialect in dialects:
             end = "" if dialect == "vidgen" else f"-{dialect}"
             path = target / f"{name}{end}.safetensors"
             write_lora(adapter, path, dialect, expert=side)
