@@ -35,8 +35,7 @@ from vidgen.pipeline import timing
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import EXPERTS
-from vidgen.pipeline.memory import KERNELS_BYTES, estimate, refine_bytes
-from vidgen.pipeline.passes import count_passes
+from vidgen.pipeline.memory import KERNELS_BYTES, count_passes, estimate, refine_bytes
 from vidgen.pipeline.plan import make_plan, require_own_model, settle, with_student
 from vidgen.pipeline.setups import choose, preflight
 from vidgen.pipeline.types import Setup

@@ -34,8 +34,7 @@ from vidgen.pipeline import denoise as networks
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.memory import estimate
-from vidgen.pipeline.passes import count_passes
+from vidgen.pipeline.memory import count_passes, estimate
 from vidgen.pipeline.plan import settle
 from vidgen.pipeline.types import Setup
 
