@@ -27,9 +27,9 @@ from vidgen.media.sound import read_sound
 from vidgen.pipeline.journal.job import lock_job
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
+from vidgen.story.export import page_parts
 from vidgen.story.pieces import blended
 from vidgen.story.store import remember
-from vidgen.story.storyboard import write_storyboard
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not here")
 
@@ -415,12 +415,12 @@ def test_the_edit_opens_in_opentimelineio(make, tmp_path):
     assert json.loads(timeline.to_json_string())["OTIO_SCHEMA"] == "Timeline.1"
 
 
-def test_the_storyboard_is_a_page_of_its_own_with_everything_escaped(make, tmp_path):
+def test_the_storyboard_is_a_page_of_its_own_with_everything_escaped(make):
     text = "project: {title: A <b> & c}\nscenes: {a: {title: '\"One\"'}}\n" + shots_text(
         "scene: a, negative: <script>, caption: hi",
         "transition: dissolve, seed: 4, last_frame: {shot: s0, frame: first}")
     made = make(text, [24, 12])
-    page = write_storyboard(made.edit, made.shots, tmp_path / "film.html").read_text()
+    page = "".join(page_parts(made.edit, made.shots))
     assert page.count("data:image/jpeg;base64,") == 6
     for text in ("A &lt;b&gt; &amp; c", "&#34;One&#34;", "&lt;script&gt;", "shot 1",
                  "1.50 to 2.50 s, 12 frames", "dissolve, 0.50 s", "the first frame of s0"):

@@ -85,14 +85,6 @@ def test_what_is_given_is_not_written_over(cli):
     assert Path("v.mp4").read_bytes() == before
 
 
-def test_a_refused_command_leaves_earlier_events(cli):
-    command = ("generate", "a cat", "--steps", "1", "-o", "v.mp4", "--events", "e.jsonl")
-    assert cli(*command, "--frames", "5")[0] == 0
-    before = Path("e.jsonl").read_bytes()
-    assert cli(*command, "--frames", "6", "--overwrite")[0] == 2
-    assert Path("e.jsonl").read_bytes() == before
-
-
 def test_a_still_has_no_rate_to_be_wrong(cli):
     code, out, _ = cli("generate", "a cat", "--frames", "1", "--steps", "1", "-o", "x.jpg")
     assert (code, out.split(",")[0]) == (0, "x.jpg: a still of 32x32")

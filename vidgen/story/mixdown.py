@@ -188,16 +188,14 @@ def _of_shot(timeline: Timeline, placed: Placed, path: Path) -> tuple[Samples | 
     """Return a shot's sound [n, c], as long as the shot, and notes."""
     count = timeline.sample(placed.end) - timeline.sample(placed.start)
     asked = placed.shot.sound
-    if asked is None or asked.file is None:
-        own = read_sound(path)
-        if own is None:
-            return None, []
-        sound = mix.at_length(*own, count)
-        _amplify(sound, 0.0 if asked is None else asked.gain_db)
-        return sound, []
-    sound, notes = mix.fit_sound(timeline.script.file(asked.file), count, loop=asked.loop,
-                                 repeating="loop: true")
-    _amplify(sound, asked.gain_db)
+    if asked is not None and asked.file is not None:
+        sound, notes = mix.fit_sound(timeline.script.file(asked.file), count, loop=asked.loop,
+                                     repeating="loop: true")
+    elif (own := read_sound(path)) is not None:
+        sound, notes = mix.at_length(*own, count), []
+    else:
+        return None, []
+    _amplify(sound, 0.0 if asked is None else asked.gain_db)
     return sound, notes
 
 
