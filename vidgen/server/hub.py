@@ -60,16 +60,9 @@ class Listener:
         if not is_passing or self._events.qsize() <= MAX_WAITING:
             self._events.put_nowait(event)
 
-    async def stream(self, ping_s: float) -> AsyncIterator[Event | None]:
-        """Yield events as they come, and None whenever none came for a while, up to the last."""
-        while True:
-            try:
-                event = await asyncio.wait_for(self._events.get(), ping_s)
-            except TimeoutError:
-                yield None
-                continue
-            if event is None:
-                return
+    async def stream(self) -> AsyncIterator[Event]:
+        """Yield events as they come, up to the last."""
+        while (event := await self._events.get()) is not None:
             yield event
             if event.is_last and self.job is not None:
                 return

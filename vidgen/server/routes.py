@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
@@ -13,7 +12,8 @@ from typing import Any, Literal, TypeVar
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
@@ -42,7 +42,6 @@ from vidgen.server.types import ApiError, Job, Kind
 Answer = TypeVar("Answer")
 MAX_PAGE = 100
 POLL_MS = 1000
-PING_S = 15.0
 RETRY_MS = 1000
 """Time before a browser connects again."""
 _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -54,6 +53,12 @@ videos = APIRouter(prefix="/v1/videos", tags=["videos"], responses=responses.ERR
 films = APIRouter(prefix="/v1/films", tags=["films"], responses=responses.ERRORS)
 others = APIRouter(tags=["service"], responses=responses.ERRORS)
 _STARTED_S = int(time.time())
+
+
+class EventStream(EventSourceResponse):
+    """A stream of events; `media_type` would be that of its errors in the document, too."""
+
+    media_type = None
 
 
 class JobFile(FileResponse):
@@ -153,10 +158,13 @@ def add_job_routes(
         scheduler = service_of(request).scheduler
         return scheduler.view(scheduler.cancel(job))
 
-    @router.get(f"{place}/events", response_class=StreamingResponse, responses={
-        200: {"content": {"text/event-stream": {}}}}, **named("events_of", f"Events of a {kind}."))
-    async def events(request: Request, owner: Owner, job: Job = found) -> Response:
-        return event_stream(service_of(request), owner, job)
+    @router.get(f"{place}/events", response_class=EventStream, **named(
+        "events_of", f"Events of a {kind}."))
+    async def events(
+        request: Request, owner: Owner, job: Job = found
+    ) -> AsyncIterator[ServerSentEvent]:
+        async for event in events_of(service_of(request), owner, job):
+            yield event
 
 
 def require_completed(job: Job) -> None:
@@ -187,21 +195,18 @@ def content(request: Request, job: Job, variant: str, *, download: bool) -> Resp
     return JobFile(path, media, name, download=download)
 
 
-def event_stream(service: Service, owner: str, job: Job | None) -> StreamingResponse:
+async def events_of(
+    service: Service, owner: str, job: Job | None
+) -> AsyncIterator[ServerSentEvent]:
     """Stream an owner's events or those of one job, beginning with the state of all unfinished."""
-    return StreamingResponse(_lines(service, owner, job), media_type="text/event-stream",
-                             headers={"X-Accel-Buffering": "no"})
-
-
-async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator[str]:
     with service.hub.listen(owner, job.id if job else None) as listener:  # nothing is lost
-        yield f"retry: {RETRY_MS}\n\n"
+        yield ServerSentEvent(retry=RETRY_MS)
         for now in await run_in_threadpool(_now, service, owner, job):
-            yield _line(now)
+            yield ServerSentEvent(event=now.name, data=now.data)
             if now.is_last:
                 return
-        async for event in listener.stream(PING_S):
-            yield ": ping\n\n" if event is None else _line(event)
+        async for event in listener.stream():
+            yield ServerSentEvent(event=event.name, data=event.data)
 
 
 def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
@@ -217,10 +222,6 @@ def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
         if (preview := service.scheduler.preview(each)) is not None:
             events.append(Event("preview", each.id, owner, preview))
     return events
-
-
-def _line(event: Event) -> str:
-    return f"event: {event.name}\ndata: {json.dumps(event.data)}\n\n"
 
 
 @videos.post("", response_model=responses.Video, openapi_extra=body_schema(VideoAsk))
@@ -360,11 +361,11 @@ def audit(request: Request, owner: Owner, limit: int = Query(100, ge=1, le=1000)
     return {"data": service_of(request).jobs.audit(owner, limit)}
 
 
-@others.get("/v1/events", response_class=StreamingResponse, responses={
-    200: {"content": {"text/event-stream": {}}}})
-async def events(request: Request, owner: Owner) -> Response:
-    """What happens to all jobs of this key, as it happens."""
-    return event_stream(service_of(request), owner, None)
+@others.get("/v1/events", response_class=EventStream)
+async def events(request: Request, owner: Owner) -> AsyncIterator[ServerSentEvent]:
+    """Events of all jobs of this key."""
+    async for event in events_of(service_of(request), owner, None):
+        yield event
 
 
 @others.get("/v1/session", response_model=responses.Session)
