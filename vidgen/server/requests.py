@@ -28,9 +28,9 @@ from vidgen.core.runtime import link
 from vidgen.server.body import write_upload
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
-from vidgen.server.schema import SHAPED, Body, ExtensionAsk, LoraAsk
+from vidgen.server.schema import Body, ExtensionAsk, LoraAsk
 from vidgen.server.settings import Settings
-from vidgen.server.types import NAMES, ApiError, Call, Kind, Upload
+from vidgen.server.types import ApiError, Call, Kind, Upload
 
 Allowed = Callable[[str], bool]
 MAX_REDIRECTS = 3
@@ -72,19 +72,14 @@ class Translator:
     def options(self, ask: Any) -> dict[str, Any]:
         """Return the fields of `Request` that need no files."""
         self.check_model(ask.model)
-        given = dict(ask)
-        named = {option: given.get(NAMES.get(option, option)) for option in SHAPED}
-        options: dict[str, Any] = {
-            **{option: value for option, value in named.items() if value is not None},
-            **({} if ask.extra_params is None else ask.extra_params.model_dump(exclude_none=True)),
-        }
-        if "fps" in options:
-            options["fps"] = str(options["fps"])
-        if given.get("width") is not None:
+        options: dict[str, Any] = ask.model_dump(by_alias=True, exclude_none=True)
+        options |= options.pop("extra_params", {})
+        given = ask.model_fields_set
+        if "width" in given:
             options["size"] = (ask.width, ask.height)
-        if given.get("generate_sound") is not None:
+        if "generate_sound" in given:
             options["audio"] = OWN_AUDIO if ask.generate_sound else NO_AUDIO
-        if given.get("lora"):
+        if "lora" in given and ask.lora:
             options["lora"] = [self._lora(each) for each in ask.lora]
         return options
 

@@ -192,27 +192,28 @@ class Live:
     """The state of a job at work, which isn't written to the queue.
 
     Attributes:
-        fraction: done of the whole job, 0 to 1; None without an estimate.
-        shot: the film's shot at work.
+        facts: fields of its answer and of its progress events; `shot` is the film's at work.
         shots: the film's finished shots, by id.
     """
 
-    stage: str = "load"
-    done: int = 0
-    total: int = 1
-    fraction: float | None = None
-    eta_s: float | None = None
-    shot: str | None = None
+    facts: dict[str, Any] = field(default_factory=lambda: {
+        "stage": "load", "step": None, "num_steps": None, "eta_s": None, "progress": 0,
+        "shot": None})
     preview: dict[str, Any] | None = None
     shots: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def hear(self, event: dict[str, Any]) -> None:
+    def update(self, event: dict[str, Any]) -> None:
         """Take up a progress event."""
-        self.stage, self.done, self.total = event["stage"], event["done"], event["total"]
-        self.fraction, self.eta_s = event.get("fraction", self.fraction), event.get("eta_s")
-        if self.shot != event.get("shot"):  # what is shown is of another one
-            self.shot, self.preview = event.get("shot"), None
+        if self.facts["shot"] != (shot := event.get("shot")):
+            self.preview = None  # it is of another shot
+        self.facts = self.facts | {
+            "stage": event["stage"], "step": None, "num_steps": None, "eta_s": event.get("eta_s"),
+            "shot": shot}
+        if event["stage"] == "sample":
+            self.facts |= {"step": event["done"], "num_steps": event["total"]}
+        if (fraction := event.get("fraction")) is not None:
+            self.facts["progress"] = min(99, int(100 * fraction))
 
     def warn(self, text: str) -> None:
         """Keep a note, once."""
@@ -223,15 +224,6 @@ class Live:
         """Return the result that is kept of a job that isn't completed."""
         shots = {"shots": list(self.shots.values())} if self.shots else {}
         return {"warnings": self.warnings, **shots}
-
-    def facts(self) -> dict[str, Any]:
-        """Return the fields of a progress event."""
-        sampling = self.stage == "sample"
-        return {
-            "stage": self.stage, "step": self.done if sampling else None,
-            "num_steps": self.total if sampling else None, "eta_s": self.eta_s,
-            "progress": min(99, int(100 * (self.fraction or 0.0))), "shot": self.shot,
-        }
 
 
 @dataclass(frozen=True)
@@ -249,7 +241,7 @@ def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
     state: dict[str, Any] = {
         "progress": 100 if job.status == "completed" else 0, "eta_s": place.eta_s}
     if live is not None:
-        state = live.facts() | {"warnings": live.warnings}
+        state = live.facts | {"warnings": live.warnings}
     if job.status == "failed":
         state["error"] = {"code": job.error_code, "message": job.error_message}
     if job.kind == "film":
@@ -265,12 +257,12 @@ def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
 
 
 def _shots(job: Job, live: Live | None) -> list[dict[str, Any]]:
-    there = {each["id"]: each for each in job.result.get("shots", ())}
-    there |= live.shots if live else {}
+    known = {each["id"]: each for each in job.result.get("shots", ())}
+    known |= live.shots if live else {}
     shots = []
     for planned in job.ask["shots"]:
-        made = there.get(planned["id"], {})
-        at_work = live is not None and live.shot == planned["id"]
+        made = known.get(planned["id"], {})
+        at_work = live is not None and live.facts["shot"] == planned["id"]
         waits = "failed" if job.is_finished else "queued"
         status = "completed" if made else "in_progress" if at_work else waits
         facts = {name: made.get(name) for name in ("made", "checks", "choice")}

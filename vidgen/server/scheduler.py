@@ -236,17 +236,18 @@ class Scheduler:
             self._live.warn(without_folders(text, self.settings.data))
 
     def _on_progress(self, job: Job, message: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if message["stage"] == "sample" and self._live.stage == "sample" and message["done"] > 1:
+        now, stages = time.monotonic(), {message["stage"], self._live.facts["stage"]}
+        if stages == {"sample"} and message["done"] > 1:
             self.metrics.step.observe(now - self._step_s)
         self._step_s = now
-        self._live.hear(message)
+        self._live.update(message)
         self._publish("progress", job, {
-            "status": "in_progress", "queue_position": None, **self._live.facts()})
+            "status": "in_progress", "queue_position": None, **self._live.facts})
 
     def _on_preview(self, job: Job, message: dict[str, Any]) -> None:
         shown = {name: message[name] for name in ("step", "fps", "image")}
-        self._live.preview = self._publish("preview", job, {"shot": self._live.shot, **shown})
+        shown["shot"] = self._live.facts["shot"]
+        self._live.preview = self._publish("preview", job, shown)
 
     def _on_shot(self, job: Job, message: dict[str, Any]) -> None:
         self._live.shots[message["shot"]["id"]] = message["shot"]
@@ -360,7 +361,8 @@ class Scheduler:
         for job in self.jobs.waiting():
             live = self._live_of(job)
             if live is not None:
-                ahead_s += job.expected_s * self._pace if live.eta_s is None else live.eta_s
+                eta_s = live.facts["eta_s"]
+                ahead_s += job.expected_s * self._pace if eta_s is None else eta_s
                 yield job, Place(None, round(ahead_s, 1))
             else:
                 position, ahead_s = position + 1, ahead_s + job.expected_s * self._pace

@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     WithJsonSchema,
     create_model,
@@ -115,7 +116,7 @@ _FILE = {**_TEXT, "format": "binary"}
 _FPS = limits_of(Request.model_fields["fps"])
 _SENT: dict[str, tuple[Any, ...]] = {
     "sampler": (_any_of(_TEXT, _NULL),),
-    "fps": (_any_of({**_NUMBER, "minimum": _FPS["ge"], "maximum": _FPS["le"]},
+    "fps": (PlainSerializer(str), _any_of({**_NUMBER, "minimum": _FPS["ge"], "maximum": _FPS["le"]},
                     {**_TEXT, "pattern": "^[0-9]{1,9}/[0-9]{1,9}$"}, _NULL),),
     "size": (_any_of({**_TEXT, "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"}, _NULL),),
     "say": (BeforeValidator(_listed), AfterValidator(_spoken), _any_of(_TEXT, {
@@ -143,7 +144,8 @@ def _body(
     for option in options:
         field = (Request.model_fields | Saving.model_fields)[option]
         hint: Any = field.annotation
-        checks = (*field.metadata, *_SENT.get(option, ()), Field(description=field.description))
+        checks = (*field.metadata, *_SENT.get(option, ()), Field(
+            description=field.description, serialization_alias=option))
         fields[NAMES.get(option, option)] = (
             (Annotated[(hint, *checks)], ...) if option in required
             else (Annotated[(hint | None, *checks)], None))
@@ -161,18 +163,18 @@ class LoraAsk(Body):
 
 
 class _Continued(Body):
-    model: str | None = Field(None, max_length=200, description="the served one")
-    last_image_reference: Reference | None = None
+    model: str | None = Field(None, max_length=200, exclude=True, description="the served one")
+    last_image_reference: Reference | None = Field(None, exclude=True)
     extra_params: Annotated[ExtraParams | None, BeforeValidator(_from_json)] = None  # type: ignore[valid-type]
 
 
 class _Shape(_Continued):
-    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE)
-    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE)
-    generate_sound: bool | None = None
+    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True)
+    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True)
+    generate_sound: bool | None = Field(None, exclude=True)
     lora: Annotated[list[LoraAsk | str] | None, BeforeValidator(_listed)] = Field(
-        None, max_length=MAX_LORAS)
-    audio_reference: Reference | None = None
+        None, max_length=MAX_LORAS, exclude=True)
+    audio_reference: Reference | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -187,17 +189,17 @@ class _Shape(_Continued):
 
 
 class _Start(_Shape):
-    input_reference: Reference | None = None
-    image_reference: Reference | None = None
-    video_reference: Reference | None = None
+    input_reference: Reference | None = Field(None, exclude=True)
+    image_reference: Reference | None = Field(None, exclude=True)
+    video_reference: Reference | None = Field(None, exclude=True)
 
 
 class _Edit(_Shape):
-    video: Reference
+    video: Reference = Field(exclude=True)
 
 
 class _Extension(_Continued):
-    video: Reference
+    video: Reference = Field(exclude=True)
 
 
 VideoAsk = _body("VideoAsk", _Start, "POST /v1/videos.", SHAPED, ("prompt",))
