@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
             self.is_hurried = self.should_exit = True
             return
         self.is_draining = True
-        log.info("stopping: the running job is finished or put by")
+        log.info("stopping: the running job is finished or saved")
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:

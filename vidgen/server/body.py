@@ -1,6 +1,6 @@
 """Bodies of requests: multipart and JSON, read in a stream, files straight to the disk.
 
-What is cut off, too large, no UTF-8 or says a thing twice is refused; nothing is guessed.
+A body that is cut off, too large, no UTF-8 or gives a field twice is refused; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ async def _read_json(request: Request) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a key stands there twice")
+            raise ValueError("a key is given twice")
         return found
 
     def number(text: str) -> float:
@@ -209,7 +209,7 @@ def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ApiError(400, "malformed_body", f"{name[:80]!r} is no field's name; send what is "
                            "nested deeper as JSON in the text of one field", name[:80])
         if not _place(fields, match[1], bool(match[2]) or match[1] == "files", match[3], value):
-            raise ApiError(400, "malformed_body", f"the field {name!r} stands there twice", name)
+            raise ApiError(400, "malformed_body", f"the field {name!r} is given twice", name)
     for name, rows in fields.items():
         kinds = {frozenset(each) for each in rows if isinstance(each, dict)} if isinstance(
             rows, list) else ()

@@ -116,7 +116,7 @@ class Checker:
             VidgenError: the check itself failed.
         """
         with refusing():
-            check_uploads(_files_beside(path), self.limits)
+            check_uploads(_files_with(path), self.limits)
             with self._planning:
                 return self._film(path, draft)
 
@@ -168,7 +168,7 @@ def refusing(code: str = "invalid_request") -> Iterator[None]:
         raise VidgenError("the checks failed") from None
 
 
-def _files_beside(script: Path) -> list[NamedFile]:
+def _files_with(script: Path) -> list[NamedFile]:
     """Return a script and the files that came with it."""
     files: list[NamedFile] = [("script", "script", str(script))]
     for path in sorted(script.parent.iterdir()):

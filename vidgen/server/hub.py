@@ -32,7 +32,7 @@ _JOBS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job: status, queue, progress, preview or deleted."""
+    """An event of a job: status, queue, progress, preview or deleted."""
 
     name: str
     job: str
@@ -77,8 +77,8 @@ class Hub:
         self._is_closed = False
 
     @property
-    def is_heard(self) -> bool:
-        """Whether anybody listens."""
+    def has_listeners(self) -> bool:
+        """Whether anyone listens."""
         return bool(self._listeners)
 
     def publish(self, event: Event) -> None:
@@ -129,10 +129,10 @@ class Metrics:
         self.stage = Histogram("stage_seconds", "A stage of a finished job", ["stage"],
                                buckets=_JOBS, **kept)
         self.completed = Counter("jobs_completed", "Jobs that were completed", ["kind"], **kept)
-        self.failures = Counter("jobs_failed", "Jobs that failed, by why", ["code"], **kept)
-        self.refused = Counter("requests_refused", "Requests that were refused, by why", ["code"],
+        self.failures = Counter("jobs_failed", "Jobs that failed, by code", ["code"], **kept)
+        self.refused = Counter("requests_refused", "Requests that were refused, by code", ["code"],
                                **kept)
-        self.restarts = Counter("runner_exits", "Processes at work that went down", **kept)
+        self.restarts = Counter("runner_exits", "Worker processes that ended", **kept)
         self.memory = Gauge("job_peak_memory_bytes", "Of the last completed job", **kept)
         ProcessCollector(registry=self.registry)  # of the one that answers
 
@@ -154,15 +154,15 @@ class Metrics:
 
 
 class _Queue(Collector):
-    """Numbers of jobs by status, of one look at the queue."""
+    """Numbers of jobs by status, read at once."""
 
     def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
         self._counts = counts
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the numbers, those of no job among them."""
+        """Yield the numbers, zeros included."""
         counts = self._counts()
-        jobs = GaugeMetricFamily("vidgen_jobs", "Jobs that are there", labels=["status"])
+        jobs = GaugeMetricFamily("vidgen_jobs", "Jobs by status", labels=["status"])
         for status in get_args(Status):
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs

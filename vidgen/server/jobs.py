@@ -259,7 +259,7 @@ class Jobs:
                                f"{new.idempotency_key!r} belongs to another request; draw a new "
                                "key for each")
             return None if row is None else _job_of(row)
-        # A retry asks for what its first try may have begun, or the first try comes in behind it.
+        # A retry asks for what its first try may have begun, or the first try comes in after it.
         row = self._one(
             "SELECT * FROM jobs WHERE owner = ? AND fingerprint = ? AND status != ? AND "
             "created_at > ? AND (? OR (is_retry AND created_at > ?)) ORDER BY number DESC LIMIT 1",

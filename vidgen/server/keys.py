@@ -34,7 +34,7 @@ class Keys:
 
     @property
     def are_used(self) -> bool:
-        """Whether keys were ever made: revoking the last one must not let everybody in."""
+        """Whether keys were ever made: revoking the last one must not admit everyone."""
         return self.path.exists()
 
     def all(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A job's files below its folder; how what comes in gets there, and what it is by its first bytes.
+"""A job's folder: its files, inputs that are put there, and media known by their first bytes.
 
     videos/ID/ and films/ID/
         inputs/             what came with the request; of a film its script, too
@@ -51,7 +51,7 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
 """Media and suffixes by the first bytes of files; the first pattern that fits counts."""
 _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
     "video": {"video": (VIDEO, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
-              "spritesheet": (SPRITESHEET, "image/jpeg")},
+              "spritesheet": (SPRITESHEET, "image/jpeg"), "recipe": (RECIPE, "application/json")},
     "film": {"video": (FILM, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
              "storyboard": (STORYBOARD, "text/html"), "vtt": ("film.vtt", "text/vtt"),
              "srt": ("film.srt", "application/x-subrip")},
@@ -72,8 +72,12 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
     for upload in ask.files or ():
         if not isinstance(upload, Upload):
             raise OptionError("files must be files, in multipart/form-data", "files")
-        _check_file(upload)
-        upload.path.replace(inputs / upload.name)
+        name = upload.name
+        if not _FILE.fullmatch(name) or Path(name).stem == "script":
+            raise InputError(f"a file is called {name[:100]!r}; give letters, digits, spaces, . _ "
+                             "and -, and not script")
+        sniff(upload.path, f"file {name!r}", "picture", "video", "sound", "font")
+        upload.path.replace(inputs / name)
     kind: str = ask.format
     text = ask.script
     if isinstance(text, Upload):
@@ -106,14 +110,6 @@ def take_over(before: Path, folder: Path) -> None:
                     link(path, target)
 
 
-def _check_file(upload: Upload) -> None:
-    name = upload.name
-    if not _FILE.fullmatch(name) or Path(name).stem == "script":
-        raise InputError(f"a file is called {name[:100]!r}; give letters, digits, spaces, . _ and "
-                         "-, and not script")
-    sniff(upload.path, f"file {name!r}", "picture", "video", "sound", "font")
-
-
 def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
     """Return the file of a film's shot, or of the take of a seed."""
     return folder / SHOTS / (f"{shot}.mp4" if seed is None else f"{shot}.{seed}.mp4")
@@ -128,13 +124,6 @@ def content_of(folder: Path, kind: Kind, variant: str) -> tuple[Path, str]:
 def without_folders(text: str, data: Path) -> str:
     """Return a message for clients, without the folders of the service."""
     return re.sub(rf"{re.escape(str(data))}/(?:(?:videos|films)/\w+/(?:{INPUTS}/)?)?", "", text)
-
-
-def kept_recipe(folder: Path) -> Any:
-    """Return the recipe of a finished clip, or None."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / RECIPE).read_bytes())
-    return None
 
 
 def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:

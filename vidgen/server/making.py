@@ -186,7 +186,7 @@ def _written(
     except InputError as error:
         if not went_on:
             raise
-        report({"event": "note", "text": f"it starts anew: {error}"})
+        report({"event": "note", "text": f"it starts again: {error}"})
         remove_job(job_folder(output))
         return write()
 
@@ -248,20 +248,28 @@ def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: Reporter)
     return each
 
 
-def read_confined(path: Path, model: str) -> Script:
-    """Read a script that names no file outside its own folder, and no other model.
+def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | None) -> FilmPlan:
+    """Plan a film by a script that names no file outside its own folder, and no other model.
 
     Raises:
-        InputError: it names one, or is no script.
+        InputError: it names one, or has a shot that can't be made, with its line.
     """
-    raw = load_yaml(path, "script")  # before the files are looked for: whether they exist is told
-    project = raw.get("project")
+    raw = load_yaml(path, "script")
+    project, place = raw.get("project"), path.parent.resolve()
     asked = project.get("model") if isinstance(project, dict) else None
-    if asked not in (None, model):
-        raise InputError(f"project: model is {asked!r}; this service has {model!r}: leave it out")
-    for file in _named_files(build(Script, raw, "script")):
-        _require_inside(path.parent, file)
-    return Script.read(path)
+    if asked not in (None, folder.name):
+        raise InputError(f"project: model is {asked!r}; this service has {folder.name!r}: leave "
+                         "it out")
+    for file in _named_files(build(Script, raw, "script")):  # before they are looked for
+        inside = (place / file).resolve().is_relative_to(place)
+        if file.is_absolute() or not inside or str(file) in ("", "."):
+            raise InputError(f"the script names the file {str(file)!r}; send it along and give "
+                             "its name alone")
+    film = plan_film(Script.read(path), folder, draft=draft, dtype=dtype)
+    if not film.in_film:
+        raise InputError("every shot has in_film: false; a film needs one")
+    make_edit(film, film.in_film, path.with_name(FILM))
+    return film
 
 
 def _named_files(value: Any) -> Iterator[Path]:
@@ -283,26 +291,6 @@ def _named_files(value: Any) -> Iterator[Path]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _named_files(inner)
-
-
-def _require_inside(folder: Path, file: Path) -> None:
-    inside = (folder / file).resolve().is_relative_to(folder.resolve())
-    if file.is_absolute() or not inside or str(file) in ("", "."):
-        raise InputError(f"the script names the file {str(file)!r}; send it along and give its "
-                         "name alone")
-
-
-def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | None) -> FilmPlan:
-    """Plan a film by its confined script.
-
-    Raises:
-        InputError: a shot that can't be made, with its line.
-    """
-    film = plan_film(read_confined(path, folder.name), folder, draft=draft, dtype=dtype)
-    if not film.in_film:
-        raise InputError("every shot has in_film: false; a film needs one")
-    make_edit(film, film.in_film, path.with_name(FILM))
-    return film
 
 
 def script_data(script: Script) -> dict[str, Any]:

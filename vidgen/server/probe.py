@@ -24,7 +24,7 @@ from vidgen.core.runtime import child_environment
 from vidgen.server.settings import Limits, at_most
 
 NamedFile = tuple[str, str, str]
-"""What a file is called in messages, its medium or "script", and its path."""
+"""A file's name in messages, its medium or "script", and its path."""
 PATIENCE_S = 120
 """For all files of a request."""
 MEMORY = 4 << 30

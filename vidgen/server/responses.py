@@ -21,7 +21,7 @@ class _Answer(BaseModel):
 
 
 class JobError(_Answer):
-    """Why a job failed."""
+    """The reason for a failure."""
 
     code: str
     message: str
@@ -102,7 +102,7 @@ class Page(Listing[Item]):
 
 
 class FilmCheck(_Answer):
-    """What a script would make."""
+    """The film that a script would make."""
 
     object: Literal["film.check"] = "film.check"
     title: str | None
@@ -116,7 +116,7 @@ class FilmCheck(_Answer):
 
 
 class Deleted(_Answer):
-    """Something is gone."""
+    """A deleted job."""
 
     id: str
     object: Literal["video.deleted", "film.deleted"]
@@ -124,7 +124,7 @@ class Deleted(_Answer):
 
 
 class ErrorBody(_Answer):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -154,7 +154,7 @@ class Model(_Answer):
 
 
 class Session(_Answer):
-    """Who asks."""
+    """The caller."""
 
     object: Literal["session"] = "session"
     key_required: bool
@@ -163,13 +163,13 @@ class Session(_Answer):
 
 
 class Health(_Answer):
-    """Whether the process answers."""
+    """A process that answers."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(_Answer):
-    """Whether jobs are taken and made."""
+    """The state of the service."""
 
     ready: bool
     runner: str
@@ -179,7 +179,7 @@ class Readiness(_Answer):
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in {
         400: "the request can't be honoured", 401: "no key, or a wrong one",
-        403: "not from there", 404: "there is none", 408: "the body took too long",
+        403: "another host or origin", 404: "not found", 408: "the body took too long",
         409: "not in this state", 413: "too large", 415: "no body of a known kind",
         422: "an idempotency key used twice", 429: "too many, or too often",
         500: "the service failed", 503: "the service stops", 507: "the disk is full",
@@ -204,7 +204,7 @@ class Live:
     warnings: list[str] = field(default_factory=list)
 
     def update(self, event: dict[str, Any]) -> None:
-        """Take up a progress event."""
+        """Apply a progress event."""
         if self.facts["shot"] != (shot := event.get("shot")):
             self.preview = None  # it is of another shot
         self.facts = self.facts | {

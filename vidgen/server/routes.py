@@ -34,7 +34,7 @@ from vidgen.server.access import (
     service_of,
 )
 from vidgen.server.hub import Event
-from vidgen.server.layout import content_of, kept_recipe, shot_file
+from vidgen.server.layout import content_of, shot_file
 from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk, body_schema
 from vidgen.server.service import Service
 from vidgen.server.types import ApiError, Job, Kind
@@ -108,7 +108,7 @@ async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
 
 
 async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
-    """Queue a job, and return how clients see it."""
+    """Queue a job; return it as clients see it."""
     job = await checked(request, make)
     return await run_in_threadpool(service_of(request).scheduler.view, job)
 
@@ -116,7 +116,7 @@ async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
 def add_job_routes(
     router: APIRouter, kind: Kind, found: Any, answer: type[BaseModel], pages: type[BaseModel]
 ) -> None:
-    """Add the routes that list, show, delete, cancel, preview and follow jobs of a kind.
+    """Add the routes that list, show, delete, cancel and follow jobs of a kind.
 
     `found` depends on the job of a path; clients see a job as `answer`, several as `pages`.
     """
@@ -126,7 +126,7 @@ def add_job_routes(
         return {"name": f"{verb}_{noun}", "description": description}
 
     @router.get("", response_model=pages, **named(
-        "list", f"All {kind}s, the newest first.", f"{kind}s"))
+        "list", f"List {kind}s, the newest first.", f"{kind}s"))
     def list_jobs(
         request: Request, owner: Owner, after: str | None = Query(None, max_length=100),
         limit: int = Query(20, ge=0, le=MAX_PAGE), order: Literal["asc", "desc"] = "desc",
@@ -138,20 +138,20 @@ def add_job_routes(
         return {"data": service.scheduler.views(jobs), "has_more": has_more,
                 "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
 
-    @router.get(place, response_model=answer, **named("retrieve", f"A {kind} as it stands."))
+    @router.get(place, response_model=answer, **named("retrieve", f"Return a {kind}."))
     def retrieve(request: Request, response: Response, job: Job = found) -> Any:
         if not job.is_finished:
             response.headers["openai-poll-after-ms"] = str(POLL_MS)
         return service_of(request).scheduler.view(job)
 
     @router.delete(place, response_model=responses.Deleted, **named(
-        "delete", f"Take a {kind} out of the world; one being made stops within a step."))
+        "delete", f"Delete a {kind}; a running job stops within a step."))
     def delete(request: Request, job: Job = found) -> Any:
         service_of(request).scheduler.delete(job)
         return {"id": job.id, "object": f"{kind}.deleted"}
 
     @router.post(f"{place}/cancel", response_model=answer, **named(
-        "cancel", f"End a {kind} that isn't finished; it stops within a step."))
+        "cancel", f"Cancel an unfinished {kind}; it stops within a step."))
     def cancel(request: Request, job: Job = found) -> Any:
         if job.is_finished:
             raise ApiError(409, "already_finished", f"the {kind} {job.stands} already")
@@ -159,7 +159,7 @@ def add_job_routes(
         return scheduler.view(scheduler.cancel(job))
 
     @router.get(f"{place}/events", response_class=EventStream, **named(
-        "events_of", f"Events of a {kind}."))
+        "events_of", f"Stream the events of a {kind}."))
     async def events(
         request: Request, owner: Owner, job: Job = found
     ) -> AsyncIterator[ServerSentEvent]:
@@ -171,7 +171,7 @@ def require_completed(job: Job) -> None:
     """Refuse a job that isn't completed.
 
     Raises:
-        ApiError: says how it stands.
+        ApiError: with its status.
     """
     if job.status == "completed":
         return
@@ -181,7 +181,7 @@ def require_completed(job: Job) -> None:
     raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
 
 
-def content(request: Request, job: Job, variant: str, *, download: bool) -> Response:
+def content(request: Request, job: Job, variant: str, *, download: bool = False) -> Response:
     """Return a file of a completed job, or ranges of it.
 
     Raises:
@@ -226,32 +226,32 @@ def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
 
 @videos.post("", response_model=responses.Video, openapi_extra=body_schema(VideoAsk))
 async def create_video(request: Request, call: Caller, fields: Fields) -> Any:
-    """Ask for a clip."""
+    """Create a clip."""
     return await queued(request, partial(service_of(request).clip, "create", fields, call))
 
 
 @videos.post("/edits", response_model=responses.Video, openapi_extra=body_schema(EditAsk))
 async def edit_video(request: Request, call: Caller, fields: Fields) -> Any:
-    """Ask for a clip re-imagined."""
+    """Create a clip from another one, video to video."""
     return await queued(request, partial(service_of(request).clip, "edit", fields, call))
 
 
 @videos.post("/extensions", response_model=responses.Video, openapi_extra=body_schema(ExtensionAsk))
 async def extend_video(request: Request, call: Caller, fields: Fields) -> Any:
-    """Ask for a clip to go on."""
+    """Extend a clip."""
     return await queued(request, partial(service_of(request).clip, "extension", fields, call))
 
 
 @videos.post("/{video_id}/remix", response_model=responses.Video,
              openapi_extra=body_schema(RemixAsk))
 async def remix_video(request: Request, call: Caller, source: VideoJob, fields: Fields) -> Any:
-    """Ask for a clip as another one was asked for, with what is given here changed."""
+    """Create a clip by the request of another one, with some fields changed."""
     return await queued(request, partial(service_of(request).clip, "remix", fields, call, source))
 
 
 @videos.post("/{video_id}/replay", response_model=responses.Video)
 async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
-    """Ask for a clip once more; its frames are the same."""
+    """Create a clip again; its frames are the same."""
     return await queued(request, partial(service_of(request).clip, "replay", {}, call, source))
 
 
@@ -264,29 +264,26 @@ def download_video(
     request: Request, video: VideoJob,
     variant: Literal["video", "thumbnail", "spritesheet"] = "video", download: bool = False,
 ) -> Response:
-    """A clip's file, or a still of it."""
+    """Download a clip, or a still of it."""
     return content(request, video, variant, download=download)
 
 
-@videos.get("/{video_id}/recipe", response_model=dict[str, Any])
-def recipe_of_video(request: Request, video: VideoJob) -> Any:
-    """What made a clip."""
-    require_completed(video)
-    recipe = kept_recipe(service_of(request).settings.job_folder(video.id))
-    if recipe is None:
-        raise ApiError(404, "not_found", "the video has no recipe")
-    return JSONResponse(recipe)
+@videos.get("/{video_id}/recipe", response_class=FileResponse, responses={
+    200: {"content": {"application/json": {}}}, **_FILE_ANSWERS})
+def recipe_of_video(request: Request, video: VideoJob) -> Response:
+    """Return the recipe of a clip."""
+    return content(request, video, "recipe")
 
 
 @films.post("", response_model=responses.Film, openapi_extra=body_schema(FilmAsk))
 async def create_film(request: Request, call: Caller, fields: Fields) -> Any:
-    """Ask for a film."""
+    """Create a film."""
     return await queued(request, partial(service_of(request).film, fields, call))
 
 
 @films.post("/check", response_model=responses.FilmCheck, openapi_extra=body_schema(FilmAsk))
 async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
-    """Hear what a script would make, or what is wrong with it; nothing is made."""
+    """Check a script without making its film."""
     return await checked(request, partial(service_of(request).check_film, fields, call))
 
 
@@ -301,7 +298,7 @@ def download_film(
     variant: Literal["video", "thumbnail", "storyboard", "srt", "vtt"] = "video",
     download: bool = False,
 ) -> Response:
-    """A film's file, or one that was written beside it."""
+    """Download a film, or one of the files with it."""
     found = content(request, film, variant, download=download)
     if variant == "storyboard":  # a page of its own, with its style in it
         found.headers["content-security-policy"] = (
@@ -317,14 +314,14 @@ def download_shot(
     variant: Literal["video", "thumbnail"] = "video",
     take: int | None = Query(None, ge=0, lt=2**63, description="seed of one of several takes"),
 ) -> Response:
-    """One shot of a film, or a take of it, as soon as the shot is there."""
+    """Download a finished shot of a film, or a take of it."""
     planned = {each["id"]: each for each in film.ask["shots"]}.get(shot_id)
     if planned is None:
         raise ApiError(404, "not_found", f"there is no shot {shot_id[:80]!r}", "shot_id")
     folder = service_of(request).settings.job_folder(film.id)
     shot = shot_file(folder, shot_id)
     if not shot.is_file():
-        raise ApiError(409, "not_completed", f"the shot {shot_id!r} isn't there yet")
+        raise ApiError(409, "not_completed", f"the shot {shot_id!r} isn't finished yet")
     is_only = planned["takes"] == 1 and take == planned["seed"]
     path = shot if take is None or is_only else shot_file(folder, shot_id, take)
     if not path.is_file():
@@ -336,13 +333,13 @@ def download_shot(
 
 @others.get("/v1/models", response_model=responses.Listing[responses.Model])
 def list_models(request: Request, owner: Owner) -> Any:  # noqa: ARG001
-    """The model that is served."""
+    """List the served model."""
     return {"data": [_served(service_of(request))]}
 
 
 @others.get("/v1/models/{model_id:path}", response_model=responses.Model)
 def retrieve_served(request: Request, model_id: str, owner: Owner) -> Any:  # noqa: ARG001
-    """The model that is served, by its id."""
+    """Return the served model."""
     found = _served(service_of(request))
     if model_id != found["id"]:
         raise ApiError(404, "model_not_found", f"there is no model {model_id[:80]!r}", "model")
@@ -351,32 +348,32 @@ def retrieve_served(request: Request, model_id: str, owner: Owner) -> Any:  # no
 
 @others.get("/v1/limits", response_model=dict[str, float])
 def limits(request: Request, owner: Owner) -> Any:  # noqa: ARG001
-    """What one request and one key may take."""
+    """Return the limits of a request and of a key."""
     return service_of(request).limits
 
 
 @others.get("/v1/audit", response_model=responses.Listing[dict[str, Any]])
 def audit(request: Request, owner: Owner, limit: int = Query(100, ge=1, le=1000)) -> Any:
-    """What was done under this key, the latest first."""
+    """Return the audit log of this key, the newest line first."""
     return {"data": service_of(request).jobs.audit(owner, limit)}
 
 
 @others.get("/v1/events", response_class=EventStream)
 async def events(request: Request, owner: Owner) -> AsyncIterator[ServerSentEvent]:
-    """Events of all jobs of this key."""
+    """Stream the events of all jobs of this key."""
     async for event in events_of(service_of(request), owner, None):
         yield event
 
 
 @others.get("/v1/session", response_model=responses.Session)
 def session(request: Request) -> Any:
-    """Whether a key is needed, and whether there is one."""
+    """Return whether a key is needed and given."""
     return _session(request, owner_of(request))
 
 
 @others.post("/v1/session", response_model=responses.Session)
 def open_session(request: Request, response: Response, owner: Owner) -> Any:
-    """Have the browser send the key by itself from now on."""
+    """Keep the key in a cookie of the browser."""
     key = request.headers.get("authorization", "").partition(" ")[2].strip()
     if key:
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict",
@@ -386,7 +383,7 @@ def open_session(request: Request, response: Response, owner: Owner) -> Any:
 
 @others.delete("/v1/session", response_model=responses.Session)
 def close_session(request: Request, response: Response) -> Any:
-    """Have the browser forget the key."""
+    """Remove the cookie."""
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return _session(request, None)
 
@@ -398,14 +395,14 @@ def _session(request: Request, owner: str | None) -> dict[str, Any]:
 
 @others.get("/health", response_model=responses.Health)
 async def health() -> Any:
-    """Whether the process answers; without a thread, of which there may be none left."""
+    """Answer without a thread, since all may be busy."""
     return {}
 
 
 @others.get("/ready", response_model=responses.Readiness,
             responses={503: {"model": responses.Readiness}})
 def ready(request: Request) -> Any:
-    """Whether jobs are taken and made."""
+    """Return whether jobs are accepted and made."""
     state = service_of(request).scheduler.state
     counts = service_of(request).jobs.counts()
     body = {"ready": state in ("ready", "busy"), "runner": state.partition(":")[0],
@@ -415,7 +412,7 @@ def ready(request: Request) -> Any:
 
 @others.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
-    """Counters for Prometheus."""
+    """Return the metrics for Prometheus."""
     return Response(service_of(request).metrics.text(),
                     media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -54,7 +54,7 @@ class Scheduler:
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
         self._running: Job | None = None
-        self._told_to_stop_s: float | None = None
+        self._stop_asked_s: float | None = None
         self._live = Live()
         self._unwritten: Callable[[], None] | None = None
         self._heard_s = self._start_s = self._sweep_s = self._step_s = 0.0
@@ -63,7 +63,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Take up jobs of an earlier run, and begin."""
+        """Queue the jobs of an earlier run again, and begin."""
         for job_id in self.jobs.recover():
             self._remove(job_id)
         self._thread.start()
@@ -155,7 +155,7 @@ class Scheduler:
                 log.error("%s", error)
                 time.sleep(LOOK_S)
             except Exception:
-                log.exception("the scheduler stumbled")
+                log.exception("the scheduler failed")
                 time.sleep(LOOK_S)
         if self._pool is not None:
             self._pool.workers[0].stop()
@@ -169,24 +169,24 @@ class Scheduler:
                 self._pool = LocalPool(self._work, 1, workers.Staff().num_threads)
                 self._pool.start()
             child, silent = self._child, now - self._heard_s > SILENCE_S
-            told_s = self._told_to_stop_s
-            stuck = told_s is not None and now - told_s > STOP_PATIENCE_S
+            asked_s = self._stop_asked_s
+            stuck = asked_s is not None and now - asked_s > STOP_PATIENCE_S
             if stuck:
-                self._told_to_stop_s = None  # once is enough
+                self._stop_asked_s = None  # once is enough
         if child is not None and (silent or stuck):
-            log.error("the runner %s; it is started anew",
-                      "doesn't answer any more" if silent else "doesn't stop when it is told to")
+            log.error("the runner %s; it is restarted",
+                      "doesn't answer" if silent else "doesn't stop")
             self._heard_s = now
             child.process.kill()
 
     def _listen(self) -> None:
-        """Take in what the process says, as soon as it says something or a job is added."""
+        """Handle the process's messages; return once one comes, or a job is added."""
         pool, child = self._pool, self._child
         wait([self._woken, *([child.connection] if child else [])], LOOK_S)
         while self._woken.poll():
             self._woken.recv_bytes()
         for worker, message in pool.listen(0.0) if pool else ():
-            self._hear(worker, message)
+            self._take(worker, message)
 
     def _begin_next(self) -> None:
         if self._unwritten is not None:
@@ -207,7 +207,7 @@ class Scheduler:
         log.info("started", extra={"job": job.id, "attempt": job.attempt})
         self._tell_status(job)
 
-    def _hear(self, worker: LocalWorker, message: Message) -> None:
+    def _take(self, worker: LocalWorker, message: Message) -> None:
         self._heard_s, job = time.monotonic(), self._running
         match message:
             case "lost", fate:
@@ -216,7 +216,7 @@ class Scheduler:
             case ("ready",):
                 worker.begin(workers.Job(OPEN, {"kind": OPEN}))
             case "log", level, text, trace:
-                self._hear_log(level, text, trace)
+                self._take_log(level, text, trace)
             case "done", _ if not self._is_ready:
                 with self._lock:
                     self._is_ready, self._broken, self._deaths = True, None, 0
@@ -229,7 +229,7 @@ class Scheduler:
             case ("done" | "failed") as end, outcome if job is not None:
                 getattr(self, f"_on_{end}")(job, outcome)
 
-    def _hear_log(self, level: int, text: str, trace: str | None) -> None:
+    def _take_log(self, level: int, text: str, trace: str | None) -> None:
         job = self._running
         log.log(level, "%s", text, extra={"job": job and job.id, "trace": trace})
         if level >= logging.WARNING and job is not None:
@@ -301,7 +301,7 @@ class Scheduler:
 
     def _let_go(self, job: Job) -> None:
         with self._lock:
-            self._running, self._live, self._told_to_stop_s = None, Live(), None
+            self._running, self._live, self._stop_asked_s = None, Live(), None
         now = self.jobs.get(job.id)
         if now is None:
             self._remove(job.id)
@@ -320,7 +320,7 @@ class Scheduler:
         if job is None or self._unwritten is not None:
             return
         if job.deaths + 1 >= self.settings.limits.deaths:
-            text = f"{job.deaths + 1} processes in a row went down with it, the last {fate}"
+            text = f"it ended {job.deaths + 1} processes in a row, the last {fate}"
             self._end(job, self._live.kept(), ("runner_died", text))
         else:
             self._write_down(job, lambda: self.jobs.put_back(job, died=True))
@@ -331,8 +331,8 @@ class Scheduler:
             is_running = self._running is not None and self._running.id == job.id
             if is_running and self._child is not None:
                 self._child.cancel(why)
-                if why == CANCELLED and self._told_to_stop_s is None:
-                    self._told_to_stop_s = time.monotonic()
+                if why == CANCELLED and self._stop_asked_s is None:
+                    self._stop_asked_s = time.monotonic()
             return is_running
 
     def _sweep(self) -> None:
@@ -381,7 +381,7 @@ class Scheduler:
 
     def _tell_places(self) -> None:
         """Publish the places of all waiting jobs, of every owner: the queue may have moved."""
-        for job, place in self._places() if self.hub.is_heard else ():
+        for job, place in self._places() if self.hub.has_listeners else ():
             if place.position is not None:
                 self._publish("queue", job, {
                     "queue_position": place.position, "eta_s": place.eta_s})

@@ -64,8 +64,8 @@ class Settings(Options):
         False, SERVICE, "take inputs from http and https addresses outside the own network, too",
         basic=True)
     drain_seconds: float = option(
-        20, SERVICE, "that a running job has to finish when the service stops; then it is put by "
-        "and goes on when the service starts again", "S", basic=True, ge=0, le=_MOST)
+        20, SERVICE, "that a running job has to finish when the service stops; then it is saved "
+        "and continues when the service starts again", "S", basic=True, ge=0, le=_MOST)
     keep_hours: float = option(
         168, KEEPING, "that finished clips are kept", "H", basic=True, gt=0, le=_MOST)
     quota_gb: float = option(
