@@ -108,9 +108,11 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
-        self._service.scheduler.drain(self._service.settings.drain_seconds)
-        self._service.hub.close()
-        self.should_exit = True
+        try:
+            self._service.scheduler.drain(self._service.settings.drain_seconds)
+            self._service.hub.close()
+        finally:
+            self.should_exit = True
 
 
 def _hold(data: Path) -> AbstractContextManager[object]:
