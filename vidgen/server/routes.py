@@ -58,7 +58,7 @@ _STARTED_S = int(time.time())
 class EventStream(EventSourceResponse):
     """A stream of events; `media_type` would be that of its errors in the document, too."""
 
-    media_type = None
+    media_type: Any = None
 
 
 class JobFile(FileResponse):
