@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError, ModelError, OutputError
-from vidgen.core.runtime import atomic_path, atomic_write, lock_file, sha256_file, sync, write_error
+from vidgen.core.runtime import atomic_path, atomic_write, lock_file, sha256_file, write_error
 from vidgen.training.engines.distributed import LostRankError, Place
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
@@ -52,7 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
 
 @contextmanager
 def written_together(target: Path, place: Place) -> Iterator[Path]:
-    """A temporary folder that all ranks write into; on leaving it takes its name.
+    """Give a temporary folder that all ranks write into; on leaving it takes its name.
 
     Raises:
         OutputError: the place can't be written or the disk is full; what was there stays.
@@ -74,18 +74,11 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
                 raise
             raise write_error(target, error) from error
         place.barrier()
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        mine = files[place.rank :: place.size]
-        for path in mine:
-            sync(path)
-        pickles = [path for path in mine if path.match(_PICKLES)]
+        pickles = sorted(temporary.rglob(_PICKLES))[place.rank :: place.size]
         hashes = place.told({str(p.relative_to(temporary)): sha256_file(p) for p in pickles})
         listing = {name: sha256 for part in hashes for name, sha256 in part.items()}
         if place.main and listing:
-            atomic_write(temporary / _MANIFEST, json.dumps(listing, indent=1).encode())
-            for path in temporary.rglob("*"):
-                if path.is_dir():
-                    sync(path)
+            (temporary / _MANIFEST).write_text(json.dumps(listing, indent=1))
     place.barrier()
 
 
@@ -116,7 +109,7 @@ def save_rng(folder: Path, place: Place) -> None:
 
 
 def load_rng(folder: Path, place: Place) -> bool:
-    """Put this rank's random generators back; False if the checkpoint has none for it."""
+    """Restore this rank's random generators; return False if the checkpoint has none for it."""
     path = folder / f"rng-{place.rank:05d}.safetensors"
     if not path.exists():
         return False
@@ -128,7 +121,7 @@ def load_rng(folder: Path, place: Place) -> bool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """A checkpoint's position and metrics.
+    """Return a checkpoint's position and metrics.
 
     Raises:
         ModelError: they are damaged.
@@ -159,7 +152,7 @@ def drop_old(folder: Path, keep: int, best: int) -> None:
 
 
 def drop_partial(folder: Path) -> None:
-    """Remove what a kill left of a save."""
+    """Remove the remains of a save that was killed."""
     for partial in folder.glob(".*.tmp"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -193,7 +186,7 @@ def average_of(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor
 
 
 def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[str, Tensor]:
-    """State dict of module `key` with averaged weights, from a checkpoint of a run folder.
+    """Return the state of module `key` with averaged weights, from a checkpoint of a run folder.
 
     Buffers and frozen parameters, which are not averaged, come from the live weights, as far as
     the checkpoint, by default the newest, holds them: DeepSpeed's has no frozen ones, nor have
@@ -208,26 +201,29 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Within the block this process is the only one that writes into a run's folder.
+    """Make a run's folder, and keep other processes from writing into it inside the block.
 
     Where the file system has no locks, nobody is kept out. By the file `pid` `scripts/quiet` finds
     the process, to pause it.
 
     Raises:
-        InputError: another one is at work there.
+        InputError: another one is at work there, or the folder is a file.
+        OutputError: it can't be written.
     """
-    path = folder / "lock"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.folder {folder} is a file; name another folder")
+    path, pid = folder / "lock", str(os.getpid())
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = lock_file(path)
     except BlockingIOError:
         raise InputError(f"a run (pid {path.read_text()[:20].strip() or 'unknown'}) is at work in "
                          f"{folder}; wait until it ends, or name another folder") from None
-    with held or nullcontext() as file:
-        if file is not None:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        atomic_write(folder / "pid", str(os.getpid()).encode())
+    except OSError as error:
+        raise write_error(folder, error) from None
+    with held or nullcontext():
+        path.write_text(pid)
+        atomic_write(folder / "pid", pid.encode())
         try:
             yield
         finally:

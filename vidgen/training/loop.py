@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ def train(
     reuse_freed_memory(1 << 30)  # each step makes and frees gradients as large as the weights
     with ExitStack() as stack:
         if place.main:
-            _make_folder(folder)
             stack.enter_context(checkpoint.alone_in(folder))
             _mend_curve(folder / _CURVE)
             if resume and source is None:
@@ -107,7 +106,7 @@ def _open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) 
 
 
 def find_source(folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint that a run in a folder goes on from; None: it begins.
+    """Return the checkpoint that a run in a folder goes on from; None: it begins.
 
     Raises:
         InputError: there is a run already and `resume` is not set.
@@ -117,16 +116,6 @@ def find_source(folder: Path, *, resume: bool) -> Path | None:
     if source is not None and not resume:
         raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
     return source
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"run.folder {folder} is a file; name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
-    except OSError as error:
-        raise write_error(folder, error) from None
 
 
 def _mend_curve(curve: Path) -> None:
@@ -139,17 +128,15 @@ def _mend_curve(curve: Path) -> None:
 
 @dataclass
 class _State:
-    """What a checkpoint's `state.json` says besides the step.
+    """Figures that a checkpoint's `state.json` holds."""
 
-    `sums` of each number of the curve since the last line, over `count` steps, are kept so that a
-    curve goes on as if nothing had happened.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     mean_loss: float = math.nan
-    best: float = math.inf
+    validated: int = -1  # step of the last validation
+    best: float = math.inf  # lowest score of the name `best_of`, and its step
+    best_of: str | None = None
     best_step: int = -1
-    validated: int = -1
+    # sums of each number of the curve since its last line, over `count` steps
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
 
@@ -161,7 +148,7 @@ class _Loop:
         self.folder, self.on_record = Path(run.folder), on_record
         self.device = choose_device(run.device)
         self.batches = Batches(task, run, place, ahead=self.device.type != "cpu")
-        self.state = _State()
+        self.state = _State(best_of=run.best)
         self.bad_in_a_row, self.saved = 0, -1
         self._reset_speed()
 
@@ -183,12 +170,12 @@ class _Loop:
             self._say(f"{source.name} has no random state for all {self.place.size} ranks; theirs "
                       "begins anew")
         meta = checkpoint.read_meta(source)
-        metrics, is_own = meta["metrics"], source.parent == self.folder
-        self.state = _State(metrics, float(metrics.pop("loss_mean", math.nan)),
-                            validated=meta.get("validated", -1),
-                            **(meta.get("window", {}) if is_own else {}))
-        if is_own and meta.get("best_of") == self.run.best:
-            self.state.best, self.state.best_step = meta["best"], meta["best_step"]
+        state = _State(**{f.name: meta[f.name] for f in fields(_State) if f.name in meta})
+        if source.parent != self.folder:  # the curve and the best step are another run's
+            state = _State(state.metrics, state.mean_loss, state.validated)
+        if state.best_of != self.run.best:
+            state = replace(state, best=math.inf, best_of=self.run.best, best_step=-1)
+        self.state = state
         self._reset_speed()
         return int(meta["step"])
 
@@ -345,12 +332,7 @@ class _Loop:
             checkpoint.save_rng(temporary, self.place)
             if self.place.main:
                 (temporary / checkpoint.META).write_text(json.dumps({
-                    "step": step, "ranks": self.place.size, "best": state.best,
-                    "best_of": self.run.best, "best_step": state.best_step,
-                    "validated": state.validated,
-                    "window": {"sums": state.sums, "count": state.count},
-                    "metrics": {**state.metrics, "loss_mean": state.mean_loss},
-                }))
+                    "step": step, "ranks": self.place.size, **asdict(state)}))
         if self.place.main:
             checkpoint.drop_old(self.folder, self.run.keep, state.best_step)
         self.saved = step
@@ -370,7 +352,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def memory_mb(device: torch.device) -> float:
-    """The most memory that this process has taken so far, on its device, in MB."""
+    """Return the most memory that this process has taken so far, on its device, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ class Place:
         return self.rank // self.sequence
 
     def told(self, what: T) -> list[T]:
-        """What each rank has to tell, in their order; heard by all."""
+        """Return the objects of all ranks, in their order."""
         if self.size == 1:
             return [what]
         boxes = [what] * self.size
@@ -72,18 +71,18 @@ class Place:
         return boxes
 
     def said(self, what: str = "") -> str:
-        """What the main rank says, heard by all."""
+        """Return the main rank's text on all ranks."""
         return self.told(what)[0]
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """The ranks' mean of named scalars, the same on all; the names must be, too."""
+        """Return the ranks' mean of named scalars, the same on all; the names must be, too."""
         both = torch.stack([value.detach().double().cpu() for value in values.values()])
         if self.size > 1:
             dist.all_reduce(both)
         return dict(zip(values, (both / self.size).tolist(), strict=True))
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag whether it is up on any rank, the same on all."""
+        """Return for each flag whether it is up on any rank, the same on all."""
         if self.size == 1:
             return list(flags)
         both = torch.tensor(flags, dtype=torch.uint8)
@@ -95,14 +94,13 @@ class Place:
         self.any(False)
 
 
-_ALONE = Place()
-_places: list[Place] = []
+_places = [Place()]
 _joined = itertools.count()
 
 
 def current_place() -> Place:
-    """This process's place in the run that it has joined; alone where it has joined none."""
-    return _places[-1] if _places else _ALONE
+    """Return this process's place in the run that it has joined; alone where it has joined none."""
+    return _places[-1]
 
 
 @contextmanager
@@ -117,7 +115,7 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
     rank, size = given or (0, 1)
     sequence = check_sharing(run, size)
     if given is None and run.engine.deepspeed is None:
-        yield _ALONE
+        yield _places[-1]
         return
     device = own_device(run.device)
     store: dist.Store = dist.HashStore()
@@ -143,7 +141,7 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
 
 
 def check_sharing(run: RunConfig, size: int) -> int:
-    """How many ranks hold a sample together, of `size` in all.
+    """Return how many ranks hold a sample together, of `size` in all.
 
     Raises:
         InputError: it doesn't divide their number.
@@ -158,7 +156,7 @@ def check_sharing(run: RunConfig, size: int) -> int:
 
 
 def own_device(name: str) -> torch.device:
-    """The device called `name` for this rank: of several GPUs the one of its local rank.
+    """Return the device called `name` for this rank: of several GPUs the one of its local rank.
 
     Raises:
         InputError: no such device, or one that would be every rank's.
@@ -192,14 +190,11 @@ def _find_reason(store: dist.Store, rank: int, size: int, wait_s: float) -> str:
     silent = [0]  # the store is unreachable where it ended with rank 0
     with suppress(dist.DistError):
         store.set(f"lost/{rank}", "")
-        until = time.monotonic() + wait_s
-        while not store.check([_FAILURE]):
-            if time.monotonic() > until:
-                silent = [other for other in range(size) if not store.check([f"lost/{other}"])]
-                break
-            time.sleep(0.1)
-        else:
+        try:
+            store.wait([_FAILURE], timedelta(seconds=wait_s))
             return store.get(_FAILURE).decode()
+        except dist.DistStoreError:  # in all that time nobody has left one
+            silent = [other for other in range(size) if not store.check([f"lost/{other}"])]
     if not silent:
         return f"the {size} ranks lost each other, though all of them still run"
     return (f"rank {' or '.join(map(str, silent))} of {size} is gone: killed, maybe for lack of "
