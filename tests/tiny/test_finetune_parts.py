@@ -188,7 +188,7 @@ def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, k
     dataset = open_dataset(config.data, folder, device="cpu", batch_size=2, with_context=False)
     task = FinetuneTask(config, folder, dataset)
     others = task.batch(0, 0)
-    assert not (others.ids == task.subject.token.index).any()
+    assert not (others.text == task.subject.token.index).any()
     assert (task.loss(others, 0)[0].item() < 1e-9) == bool(keep)  # nothing differs yet
     [dit] = task.transformers.values()
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, k
     assert loss.item() > 1e-6
     loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in dit.parameters())
-    shown = replace(others, ids=torch.full_like(others.ids, task.subject.token.index))
+    shown = replace(others, text=torch.full_like(others.text, task.subject.token.index))
     assert task.loss(shown, 0)[0].item() == pytest.approx(task._error(shown).item())
     assert (loss.item() == pytest.approx(task._error(others).item())) != bool(keep)
     assert loss.item() == pytest.approx((keep or 1) * task._error(others, bool(keep)).item())

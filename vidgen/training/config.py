@@ -1,4 +1,4 @@
-"""What a training run is told: read strictly from YAML, dumped beside every result."""
+"""Settings of a training run, read strictly from YAML and dumped with every result."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What computes the steps where there are several ranks, or too little memory for one."""
+    """Settings for several ranks, or for too little memory on one."""
 
     # a DeepSpeed JSON that says ZeRO's stage, offload and buckets, by its path or by its name below
     # `train/deepspeed`; None: plain torch
@@ -83,7 +83,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how often, where: everything that is not the task's own."""
+    """Length, rates, folder and engine of a run: everything that is not the task's own."""
 
     folder: str  # run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`
     steps: int = 1000  # optimiser steps

@@ -45,7 +45,7 @@ MAX_BAD = 10
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when the loop returns."""
+    """State of a run when the loop returns."""
 
     step: int  # that comes next
     finished: bool  # whether that was the last one
@@ -254,7 +254,7 @@ class _Loop:
         self.timed_samples += accumulate * samples * self.place.data_size
 
     def _complain(self, step: int, loss: float, what: str, made: list[Any]) -> None:
-        """Say what was wrong with a step, and stop where that is asked for or goes on too long."""
+        """Report an unusable step, and stop where that is asked for or goes on too long."""
         self.bad_in_a_row += 1
         own = [file for batch in made for file in self.task.files(batch)]
         files = [file for part in self.place.told(own) for file in part]
@@ -340,7 +340,7 @@ class _Loop:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM only fill the list: the step ends, then the run."""
+    """Have SIGINT and SIGTERM only fill the list inside the block: the step ends, then the run."""
     received: list[int] = []
     previous = {s: signal.signal(s, lambda number, _frame: received.append(number))
                 for s in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""The interface between the loop and what it trains: tasks, what a step draws, its batches."""
+"""The interface between the loop and a task: its modules, losses, random draws and batches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Task(ABC):
 
 
 class Losses(nn.Module):
-    """A task's loss as one module, so that what wraps modules wraps all of the task's at once."""
+    """A task's loss as one module, so that engines wrap all of the task's modules at once."""
 
     def __init__(self, task: Task, device: torch.device, *, bf16: bool) -> None:
         super().__init__()
@@ -71,18 +71,18 @@ class Losses(nn.Module):
         self._loss = task.loss  # a bound method, so the task is no part of this module
 
     def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and named scalars of a micro-batch."""
+        """Return the loss and named scalars of a micro-batch."""
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
             return self._loss(batch, step)
 
 
 def seed_of(*values: int) -> int:
-    """63 bits that depend on all of the values and on nothing else."""
+    """Return 63 bits that depend on all of the values and on nothing else."""
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1
 
 
 def generator_of(*values: int) -> torch.Generator:
-    """A CPU generator whose draws depend on all of the values and on nothing else."""
+    """Return a CPU generator whose draws depend on all of the values and on nothing else."""
     return torch.Generator().manual_seed(seed_of(*values))
 
 
@@ -98,7 +98,7 @@ class Batches:
         self.coming: dict[tuple[int, int], Future[Any]] = {}
 
     def get(self, step: int, micro: int) -> Any:
-        """The batch of this rank's micro-step `micro` (from 0) of a step."""
+        """Return the batch of this rank's micro-step `micro` (from 0) of a step."""
         if self.pool is None:
             return self._make(step, micro)
         future = self.coming.pop((step, micro), None) or self.pool.submit(self._make, step, micro)

@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: the `data` part of a training run, and `vidgen data`'s options."""
+"""Settings of training data: the `data` part of a run, and `vidgen data`'s options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FolderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is learned from, and how it is cut to the shapes of batches.
+    """The clips and pictures to learn from, and the shapes that they are cut to.
 
     Raises:
         InputError: a value that can't be, by name.
@@ -127,7 +127,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: DataConfig, folder: ModelFolder) -> Geometry:
-        """What a config asks for of a model.
+        """Return the shapes that a config asks for of a model.
 
         Raises:
             InputError: sizes or lengths that the model can't have; the nearest are named.
@@ -150,7 +150,7 @@ class Geometry:
         return cls(tuple(dict.fromkeys(sizes)), tuple(frames), fps, multiple, strides.t)
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the bucket whose aspect is nearest to a picture's."""
+        """Return (width, height) of the bucket whose aspect is nearest to a picture's."""
         def off(size: tuple[int, int]) -> float:
             ratio = size[0] * height / (size[1] * width)
             return max(ratio, 1 / ratio)

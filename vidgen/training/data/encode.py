@@ -54,13 +54,13 @@ class Extras:
     def of(cls, folder: ModelFolder) -> Extras:
         """Derive them from the way in which a model learned conditions."""
         kind, tasks = folder.conditioning, folder.tasks
-        beside = kind in ("channels", "control")
+        stacked = kind in ("channels", "control")
         images = 0
         if "image_encoder" in folder.components:
             dit = folder.components["transformer"].config
             images = 1 if dit.image_positions is None else 2
         return cls(stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
-                   first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
+                   first=stacked, both=stacked and "last-image" in tasks, grey=kind == "control",
                    num_images=images, rate=upsampling_of(folder))
 
 
@@ -108,7 +108,7 @@ def open_frames(path: Path) -> Iterator[GetFrame]:
 
 
 class ItemEncoder:
-    """A model's networks that data go through; each is loaded when it is first needed.
+    """A model's networks that encode data; each is loaded when it is first needed.
 
     Pixels are encoded in float32, captions in the dtype that the device computes fastest.
     """

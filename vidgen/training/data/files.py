@@ -335,7 +335,7 @@ def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _delimiter(text: str) -> str:
-    """What stands between the header's columns; captions, which may hold any sign, have no say."""
+    """Return the sign between the header's columns; those in captions don't count."""
     header = text.lstrip("\r\n").partition("\n")[0].lower()
     parted = {sign: [name.strip(' \r"') for name in header.split(sign)] for sign in _DELIMITERS}
     return max(parted, key=lambda sign: (not {*FILE_KEYS}.isdisjoint(parted[sign]),

@@ -84,7 +84,7 @@ class FileFacts:
 
     @property
     def duration_s(self) -> float:
-        """From the first frame's showing to the last one's end."""
+        """Seconds from the first frame's showing to the last one's end."""
         return float(self.times[-1] * self.tick_s) if self.num_frames > 1 else 0.0
 
     @cached_property

@@ -23,7 +23,7 @@ _MOST = 2_000
 
 
 def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
-    """All that was found, as JSON data; its `buckets` are by label."""
+    """Return all findings as JSON data; its `buckets` are by label."""
     used = [fate for fate in chosen.fates if fate.items]
     counts = Counter(item.bucket for item in chosen.items)
     files = {bucket: sum(any(item.bucket == bucket for item in fate.items) for fate in used)
@@ -61,7 +61,7 @@ def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
 
 
 def as_text(told: Mapping[str, Any]) -> str:
-    """Tables of the buckets, of files that were dropped and of those with something to note."""
+    """Return tables of the buckets, of dropped files and of those with notes."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""Which stretch of which file becomes an item of which bucket, and why others don't.
+"""Choose stretches of files as items of buckets, or say why a file has none.
 
 Everything here follows from the config, the model's geometry and what was found out about the
 files; nothing is opened.
@@ -57,7 +57,7 @@ class Fate:
     facts: FileFacts
     items: list[Item] = field(default_factory=list)  # that it gives
     dropped: str | None = None  # why it gives none
-    notes: list[str] = field(default_factory=list)  # what is odd, cut off, repeated or left out
+    notes: list[str] = field(default_factory=list)  # on odd, cut, repeated or dropped parts
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _cut(fate: Fate, group: str, config: DataConfig, geometry: Geometry) -> None
 def _windows(
     facts: FileFacts, config: DataConfig, geometry: Geometry
 ) -> tuple[list[tuple[int, int, int]], str | None]:
-    """(first frame, frame behind, length in the bucket) of a file's items; or why it has none."""
+    """Return (first frame, frame after, length in the bucket) of each item; or why it has none."""
     lengths = [length for length in geometry.frames if length > 1]
     if not lengths:
         return [], "it is a clip, and no bucket is longer than 1 frame"
@@ -194,7 +194,7 @@ def _spread(
 
 
 def _stretches(facts: FileFacts, config: DataConfig) -> Iterator[tuple[int, int]]:
-    """(first frame, frame behind) of what holds nothing that is to be avoided."""
+    """Yield (first frame, frame after) of stretches without anything that is to be avoided."""
     holes = [(flaw.first, flaw.last + 1) for flaw in facts.flaws
              if flaw.kind == "damaged" or flaw.kind in config.avoid]
     if "cut" in config.avoid:  # between the two frames, wherever it is
@@ -249,7 +249,7 @@ def _note_times(fate: Fate, geometry: Geometry) -> None:
 
 
 def find_alike(facts: Mapping[str, FileFacts]) -> dict[str, str]:
-    """{SHA-256: the first, in the order of the hashes, of those that look the same}, two or more.
+    """Return {SHA-256: the first, in the order of the hashes, of those that look the same}.
 
     They are encoded again, at another size, rate or quality, or copied. Compared are 8 moments of
     each file as pictures of 12x12 cells: a part of a longer file, or a mirrored or much recoloured

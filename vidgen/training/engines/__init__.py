@@ -1,1 +1,1 @@
-"""What computes the steps of a run: plain torch or DeepSpeed, on one rank or many."""
+"""Computation of a run's steps by plain torch or DeepSpeed, on one rank or many."""

@@ -17,7 +17,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -48,18 +48,19 @@ _RUNS_OWN = {
     "data_types": "dtype", "torch_autocast": "dtype", "checkpoint": "engine",
     "sequence_parallel_size": "engine.sequence", "managed_gradient_accumulation": "accumulate",
 }
-"""What a DeepSpeed JSON may not say, and the key of the run that says it."""
+"""Keys that a DeepSpeed JSON may not have, and those of the run that stand for them."""
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What a DeepSpeed JSON asks for, as far as others need to know."""
+    """The settings of a DeepSpeed JSON; without one the defaults."""
 
-    # of ZeRO: what is shared out: 1 the optimiser's state, 2 also gradients, 3 also weights
-    stage: int
-    offload_optimizer: bool  # whether moments, and the weights' fp32 share, lie in the CPU's memory
-    offload_weights: bool  # whether the ranks' shares of the weights do, too
-    config: dict[str, Any]  # the whole, for `deepspeed.initialize`
+    # ZeRO shares out 1: the optimiser's state, 2: also gradients, 3: also weights; 0: nothing
+    stage: int = 0
+    # whether moments, and the weights' fp32 share, lie in the CPU's memory
+    offload_optimizer: bool = False
+    offload_weights: bool = False  # whether the ranks' shares of the weights do, too
+    config: dict[str, Any] = field(default_factory=dict)  # for `deepspeed.initialize`
 
 
 def _find_settings(name: str) -> Path:
@@ -76,12 +77,13 @@ def _find_settings(name: str) -> Path:
 
 
 def read_settings(run: RunConfig) -> ZeroSettings:
-    """Read the DeepSpeed settings of a run: a JSON by its path, or one of ours by its name.
+    """Read the DeepSpeed settings of a run, if any: a JSON by its path, or one of ours by its name.
 
     Raises:
         InputError: none there, not JSON, no ZeRO stage, or keys that the run itself has.
     """
-    assert run.engine.deepspeed is not None
+    if run.engine.deepspeed is None:
+        return ZeroSettings()
     path = _find_settings(run.engine.deepspeed)
     try:
         settings = json.loads(path.read_text())
@@ -115,7 +117,8 @@ def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
     Under ZeRO-3 it leaves a rank only its share of a parameter, so that loading takes a share of
     all and the largest tensor; else it is None. Inside `join_ranks` alone.
     """
-    if run.engine.deepspeed is None or read_settings(run).stage < 3:
+    settings = read_settings(run)
+    if settings.stage < 3:
         return None
     deepspeed = _import_deepspeed(choose_device(run.device))
     shared: list[Any] = []
@@ -125,14 +128,14 @@ def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
             shared[0].convert_to_zero_parameters(param_list=[parameter])
             return
         alone = nn.ParameterList([parameter])
-        deepspeed.zero.Init(alone, config_dict_or_path=read_settings(run).config)
+        deepspeed.zero.Init(alone, config_dict_or_path=settings.config)
         shared.append(parameter)
 
     return each
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, made ready for a device; it compiles nothing, and logs only errors.
+    """Import DeepSpeed, ready for a device; it compiles nothing, and logs only errors.
 
     Raises:
         InputError: it isn't installed.
@@ -307,7 +310,7 @@ def _register_norms(deepspeed: ModuleType, model: nn.Module) -> None:
 
 @contextmanager
 def _readable(folder: Path, place: Place, *, resized: bool) -> Iterator[Path]:
-    """Within the block DeepSpeed's folder; for another number of ranks in its universal layout.
+    """Give DeepSpeed's folder, for another number of ranks in its universal layout.
 
     Each parameter's weight and moments are then files of their own, whole; the main rank converts.
     """

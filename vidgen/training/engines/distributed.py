@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks of a run, and what they say to each other.
+"""The place of this process among the ranks of a run, and their communication.
 
 torchrun or the deepspeed launcher starts one process a device and tells it its place by environment
 variables; without them there is one process. `join_ranks` comes before anything of a run is made.
@@ -54,12 +54,12 @@ class Place:
 
     @property
     def data_size(self) -> int:
-        """How many micro-batches are made at once."""
+        """Number of micro-batches that are made at once."""
         return self.size // self.sequence
 
     @property
     def data_rank(self) -> int:
-        """Which of them is this rank's."""
+        """Number of this rank's among them."""
         return self.rank // self.sequence
 
     def told(self, what: T) -> list[T]:

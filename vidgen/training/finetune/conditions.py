@@ -1,6 +1,6 @@
-"""What is known of each sample in fine-tuning, written the way its model learned to read it.
+"""Known latents of each sample in fine-tuning, written the way its model learned to read them.
 
-Conditions are drawn anew for each sample: text alone, first frame, first and last, a beginning to
+Conditions are drawn for each sample: text alone, first frame, first and last, a beginning to
 go on from; `ModelFolder.conditioning` says how each gets into the transformer.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns, T H W
@@ -32,7 +32,7 @@ _IN_CHANNELS, _IN_CONTROL = ("first", "both"), ("text", "first", "both")
 
 
 def possible_conditions(folder: ModelFolder) -> tuple[str, ...]:
-    """The conditions that a model can be trained under, as a run's `conditions` names them."""
+    """Return the conditions that a model can be trained under, by their names in a run."""
     if folder.conditioning == "none":
         return ("text",)
     if folder.conditioning == "control":
@@ -45,7 +45,7 @@ def possible_conditions(folder: ModelFolder) -> tuple[str, ...]:
 
 
 def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) -> dict[str, float]:
-    """How often each condition is drawn, by default those that the model can do.
+    """Return how often each condition is drawn, by default those that the model can do.
 
     Raises:
         InputError: an unknown condition, one that this model can't do, or no weight over 0.
@@ -76,7 +76,7 @@ class Conditions:
     weights: Mapping[str, float]  # how often each is drawn
 
     def write(self, batch: Mapping[str, Any], draw: torch.Generator, rate: int = 1) -> LatentState:
-        """The state of a batch of the dataset; its `clean` are the latents.
+        """Return the state of a batch of the dataset; its `clean` are the latents.
 
         All is drawn on the CPU; at a `rate` above 1 the batch's `finer` are the latents.
         """

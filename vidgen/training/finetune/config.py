@@ -1,4 +1,4 @@
-"""What a fine-tuning run is told: read strictly from YAML, dumped beside its result."""
+"""Settings of a fine-tuning run, read strictly from YAML and dumped with its result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_RANK = 1024
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which layers get a low-rank delta, and how large it may become (Hu et al. 2021)."""
+    """The layers that get a low-rank delta, and its size (Hu et al. 2021)."""
 
     rank: int = 16  # columns of the two factors
     alpha: float | None = None  # scale times rank; None: the rank, so that the scale is 1
@@ -42,7 +42,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """How the noise levels of samples are drawn."""
+    """The density from which noise levels of samples are drawn."""
 
     # "logit-normal" (Esser et al. 2024, eq. 19) or "uniform".
     density: Literal["logit-normal", "uniform"] = "logit-normal"
@@ -80,7 +80,7 @@ class SubjectSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What is looked at every `run.validate_every` steps, always with the same noise."""
+    """Scores and sheets every `run.validate_every` steps, always with the same noise."""
 
     # noise levels at which the velocity's error is measured on held-out clips
     sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
@@ -104,10 +104,10 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What comes out, and what its card says."""
+    """The files that a run writes, and statements of its model card."""
 
     name: str = "finetuned"  # of the files and in the card
-    # of further LoRA files besides vidgen's own: diffusers, wan (which ComfyUI reads)
+    # of further LoRA files: diffusers, wan (which ComfyUI reads)
     dialects: tuple[Literal["diffusers", "wan"], ...] = field(default=(), metadata=ONE)
     # of LoRA files; a whole model's weights stay in the dtype that its files had
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -145,9 +145,8 @@ class FinetuneConfig:
     subject: SubjectSettings | None = None
     # recompute blocks in the backward pass instead of keeping what they hold
     checkpointing: bool = False
-    # what is looked at meanwhile
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-    output: OutputSettings = field(default_factory=OutputSettings)  # what comes out
+    output: OutputSettings = field(default_factory=OutputSettings)
     tensorboard: bool = False  # also write TensorBoard's event files into the run's folder
 
     def __post_init__(self) -> None:

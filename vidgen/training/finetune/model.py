@@ -1,4 +1,4 @@
-"""A model opened to be fine-tuned: its transformers, LoRA in them, a spare token's embedding.
+"""Open a model to be fine-tuned: its transformers, LoRA in them, a spare token's embedding.
 
 While a LoRA trains a layer is PEFT's `Linear`, whose factors are modules of their own, so that
 DeepSpeed and DDP see them as they see any other; what is written is an `Adapter` as `--lora` reads.
@@ -46,13 +46,13 @@ class LearnedToken(nn.Module):
         self.row = nn.Parameter(row.detach().float().clone())
 
     def forward(self) -> dict[int, Tensor]:
-        """What `encode_tokens` takes for learned tokens."""
+        """Return the learned tokens as `encode_tokens` takes them."""
         return {self.index: self.row}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What reads captions while a token is learned: a frozen text encoder and its tokenizer."""
+    """A token that is learned, with the frozen text encoder and tokenizer that read captions."""
 
     token: LearnedToken
     encoder: UMT5Encoder
@@ -60,7 +60,7 @@ class Subject:
 
 
 def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRole, ...]:
-    """The transformers that learn, by their role.
+    """Return the transformers that learn, by their role.
 
     Raises:
         InputError: an expert of a model that has only one transformer, or two at once by DeepSpeed.
@@ -86,7 +86,7 @@ def rate_of(folder: ModelFolder, role: str) -> int:
 def open_transformers(
     config: FinetuneConfig, folder: ModelFolder, device: torch.device
 ) -> dict[str, nn.Module]:
-    """The transformers that learn, ready to be trained.
+    """Load the transformers that learn, ready to be trained.
 
     LoRA: frozen weights in the run's dtype, float32 factors drawn from torch's global generator.
     Full: float32 weights, of which autocast makes bf16 where the run says so.
@@ -98,7 +98,7 @@ def open_transformers(
 
 
 def prepare_module(config: FinetuneConfig, module: nn.Module) -> nn.Module:
-    """A loaded transformer, or one on the meta device, as the run trains it."""
+    """Prepare a loaded transformer, or one on the meta device, as the run trains it."""
     assert isinstance(module, SpacetimeDiT)
     module.gradient_checkpointing = config.checkpointing
     if config.method == "lora":
@@ -112,7 +112,7 @@ def prepare_module(config: FinetuneConfig, module: nn.Module) -> nn.Module:
 
 
 def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.device) -> Subject:
-    """The spare token, its embedding beginning as the mean of `like`'s.
+    """Open the spare token, whose embedding begins as the mean of `like`'s.
 
     Raises:
         InputError: a token that this model doesn't have.
@@ -132,7 +132,7 @@ def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.d
 
 
 def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Paths of the linear layers that get a delta; none that makes sound, as clips bring none.
+    """Return the linear layers that get a delta; none that makes sound, as clips bring none.
 
     Raises:
         InputError: a part of a name that no linear layer has; names the nearest.
@@ -142,15 +142,12 @@ def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, .
     blocks = [path for path in linear if path.startswith(("blocks.", "control_blocks."))]
     if isinstance(targets, str):
         return tuple(path for path in blocks if any(part in path for part in _GROUPS[targets]))
-    chosen = set()
     for part in targets:
-        found = {path for path in linear if f".{part}." in f".{path}."}
-        if not found:
+        if not any(f".{part}." in f".{path}." for path in linear):
             ends = {path.partition(".")[2].partition(".")[2] or path for path in linear}
             raise InputError(f"lora.targets: no linear layer is called {part!r}; give attention, "
                              f"all, or parts of layers' names: {nearest(part, ends)}")
-        chosen |= found
-    return tuple(path for path in linear if path in chosen)
+    return tuple(path for path in linear if any(f".{part}." in f".{path}." for part in targets))
 
 
 def inject(dit: nn.Module, settings: LoraSettings) -> int:
@@ -186,7 +183,7 @@ def inject(dit: nn.Module, settings: LoraSettings) -> int:
 
 @contextmanager
 def without_delta(dit: nn.Module) -> Iterator[None]:
-    """Within the block a transformer that `inject` was called for is as it was before."""
+    """Switch off inside the block what `inject` has put into a transformer."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in dit.modules() if isinstance(layer, LoraLayer)]
@@ -204,9 +201,9 @@ def adapter_of(
     weights: Mapping[str, Tensor], settings: LoraSettings, name: str,
     tokens: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """What a transformer that `inject` was called for learned, as `write_lora` takes it.
+    """Make an adapter of the weights, or factors alone, of a transformer after `inject`.
 
-    Its weights, or its factors alone, are by name; `tokens` are embeddings learned along.
+    `tokens` are embeddings that were learned with it.
     """
     first, second = (f".lora_{side}.{_ADAPTER}.weight" for side in "AB")
     scale = (settings.rank if settings.alpha is None else settings.alpha) / settings.rank
@@ -216,7 +213,7 @@ def adapter_of(
 
 
 def delta_norm(adapter: Adapter) -> float:
-    """Frobenius norm of all that an adapter changes of a transformer's weights.
+    """Return the Frobenius norm of all that an adapter changes of a transformer's weights.
 
     |scale * up @ down|^2 is the sum of (up^T up) * (down down^T), so no product is formed.
     """

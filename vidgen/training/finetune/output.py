@@ -1,4 +1,4 @@
-"""What comes out of a fine-tuning run: LoRA files or a model folder, and the model card."""
+"""Results of a fine-tuning run: LoRA files or a model folder, and the model card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import Expert, write_lora
 
 FOLDER = "output"
-"""Where in the run's folder it lies."""
+"""Results in the run's folder."""
 _STATEMENTS = {
     "author": "Author", "license": "Licence", "data_license": "Licence of the clips",
     "consent": "Consent of people in the clips",
@@ -39,12 +39,12 @@ _SIDE: dict[ExpertRole, Expert] = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
 
 
 class NoEffect(VidgenError):
-    """What was learned changes nothing."""
+    """A run whose result changes nothing."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What was written."""
+    """The result of a run."""
 
     checkpoint: Path  # it is of
     reason: str  # for this one, for people
@@ -78,7 +78,7 @@ def choose_checkpoint(run: RunConfig) -> Made:
 
 
 def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
-    """Write what a checkpoint of a run has learned, averaged; see `choose_checkpoint`.
+    """Write the averaged weights that a run has learned; see `choose_checkpoint`.
 
     Raises:
         NoEffect: the weights of an expert, as written, differ in nothing from the base model's.
@@ -103,7 +103,7 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
 
 
 def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
-    """Find out before anything is loaded whether what is to be learned and its place are there.
+    """Check, before anything is loaded, that the layers exist and the results can be written.
 
     Raises:
         InputError: an expert or layers that the model doesn't have, or a file in the way.
@@ -181,7 +181,7 @@ def _change(component: Component[Any], tensors: Mapping[str, Tensor]) -> float:
 
 
 def unstated(config: FinetuneConfig) -> list[str]:
-    """Keys of `output` that a card should state and the run leaves out."""
+    """Return the keys of `output` that a card should state and the run leaves out."""
     return [name for name in _STATEMENTS if not getattr(config.output, name).strip()]
 
 
@@ -198,7 +198,7 @@ def write_card(
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's curve; what a resumed run did again counts as it was done last."""
+    """Return the lines of a run's curve; of steps that were repeated, the last ones."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     latest = {(line["step"], "validation" in line, "event" in line): line for line in lines}
     return sorted(latest.values(), key=lambda line: line["step"])

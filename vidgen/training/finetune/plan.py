@@ -34,11 +34,11 @@ from vidgen.weights.published import is_here, published
 FULL_BYTES = (56.2, 4.0)
 """Kept of a block whose weights are trained, a token: times D and times F."""
 LORA_BYTES = (42.6, 2.0)
-"""Kept of a block whose weights are frozen, adapters on its attention beside them; likewise."""
+"""Kept of a block whose weights are frozen, with adapters on its attention; likewise."""
 STREAM_BYTES = 4
 """Kept between blocks that are recomputed, a token, times D."""
 CONTEXT_BYTES = 1_000_000_000
-"""What a GPU's driver and communication take before anything else."""
+"""Taken by a GPU's driver and communication before anything else."""
 MACHINE, FLOPS, MFU, LINK = "H100 80GB, NVLink", 989e12, 0.4, 200e9
 """A device: its products in bf16 a second at best, the share of it that training is taken to reach,
 bytes a second that a rank can send."""
@@ -71,11 +71,11 @@ class TrainingPlan:
     peak: int  # bytes on each rank's device when it is fullest
 
     def as_data(self) -> dict[str, Any]:
-        """Plain data, for `--json`."""
+        """Return plain data, for `--json`."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Return lines for the terminal."""
         counts = f"{self.trained:,} trained parameters, {self.frozen:,} frozen"
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         rows = [f"{ranks} of {self.engine}; {counts}", "memory on each rank's device:"]
@@ -91,7 +91,7 @@ class TrainingPlan:
 
 
 def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
-    """Memory and time of a run on so many ranks, by default those that a launcher started.
+    """Plan memory and time of a run on so many ranks, by default those that a launcher started.
 
     Raises:
         InputError: a model that is neither here nor a published one of the Wan family, experts
@@ -131,13 +131,12 @@ def _largest_sample(config: FinetuneConfig, folder: ModelFolder, rate: int) -> S
 def plan_training(
     modules: Mapping[str, nn.Module], run: RunConfig, sample: Sample, *, ranks: int
 ) -> TrainingPlan:
-    """Memory and time of a run with its largest sample.
+    """Plan memory and time of a run with its largest sample.
 
     The modules are as they are trained, on the meta device: dtypes, `requires_grad`, adapters and
     `gradient_checkpointing` set. Those that take no part in a step are counted as held.
     """
-    zero = read_settings(run) if run.engine.deepspeed else None
-    stage = 0 if zero is None else zero.stage
+    zero = read_settings(run)
     parameters = [p for module in modules.values() for p in module.parameters()]
     sizes = [p.numel() * p.element_size() for p in parameters]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -147,18 +146,18 @@ def plan_training(
 
     def share(num_bytes: int, first_stage: int) -> int:
         """Return a rank's part of what ZeRO shares out from a stage on."""
-        return -(-num_bytes // ranks) if stage >= first_stage else num_bytes
+        return -(-num_bytes // ranks) if zero.stage >= first_stage else num_bytes
 
     # ZeRO 1 and 2 step on a copy of a rank's share; so does offloading, in the CPU's memory
-    has_copies = zero is not None and (stage < 3 or zero.offload_optimizer)
+    has_copies = zero.stage in (1, 2) or zero.offload_optimizer
     device = {"weights": share(sum(sizes), 3), "gradients": share(fp32, 2),
               "moments": share(2 * fp32, 1), "fp32 copies": share(fp32, 1) if has_copies else 0,
               "averages": share(fp32, 3)}
     host: dict[str, int] = {}
-    if zero is not None and zero.offload_optimizer:
+    if zero.offload_optimizer:
         host |= {name: device.pop(name) for name in ("moments", "fp32 copies")}
         host["gradients"] = share(fp32, 1)
-    if zero is not None and zero.offload_weights:
+    if zero.offload_weights:
         host |= {name: device.pop(name) for name in ("weights", "averages")}
     device["activations"] = int(tokens * _activation_bytes(dit))
     device["weights at work"] = _at_work(dit, zero, bf16=run.dtype == "bf16")
@@ -169,9 +168,9 @@ def plan_training(
     passes = 2 + _learns_whole(dit) + dit.gradient_checkpointing
     flops = run.accumulate * run.batch_size * (forward * passes) / sequence
     ring = (ranks - 1) / ranks
-    if stage < 2:
+    if zero.stage < 2:
         sent = 2 * ring * fp32
-    elif stage == 2:
+    elif zero.stage == 2:
         sent = ring * fp32 * (run.accumulate + 1)
     else:  # weights are gathered forwards and backwards
         sent = ring * run.accumulate * (2 * sum(sizes) + fp32)
@@ -180,8 +179,8 @@ def plan_training(
         size = values * (2 if run.dtype == "bf16" else 4) * dit.config.num_layers
         sent += run.accumulate * (size * ((sequence - 1) / sequence))
     engine = "plain torch" if ranks == 1 else "torch, DDP"
-    if zero is not None:
-        engine = f"DeepSpeed, ZeRO {stage}"
+    if zero.stage:
+        engine = f"DeepSpeed, ZeRO {zero.stage}"
         engine += ", offload" if zero.offload_optimizer or zero.offload_weights else ""
     return TrainingPlan(
         ranks=ranks, engine=engine + (f", {sequence} ranks a sample" if sequence > 1 else ""),
@@ -192,7 +191,7 @@ def plan_training(
 
 
 def _activation_bytes(dit: SpacetimeDiT) -> float:
-    """What autograd keeps of the blocks, a token."""
+    """Bytes that autograd keeps of the blocks, a token."""
     config = dit.config
     by_width, by_hidden = FULL_BYTES if _learns_whole(dit) else LORA_BYTES
     block = by_width * config.hidden_dim + by_hidden * config.ffn_dim
@@ -201,15 +200,13 @@ def _activation_bytes(dit: SpacetimeDiT) -> float:
     return block * config.num_layers
 
 
-def _at_work(dit: SpacetimeDiT, zero: ZeroSettings | None, *, bf16: bool) -> int:
+def _at_work(dit: SpacetimeDiT, zero: ZeroSettings, *, bf16: bool) -> int:
     """Whole weights that ZeRO-3 gathers for a block and the next, and autocast's bf16 copies."""
     block = list(dit.blocks[0].parameters())
     copies = sum(2 * p.numel() for p in block if p.requires_grad and p.ndim > 1) if bf16 else 0
     live = 1 if dit.gradient_checkpointing else dit.config.num_layers
-    gathered = 0
-    if zero is not None and zero.stage == 3:
-        gathered = 2 * sum(p.numel() * p.element_size() for p in block)
-    buckets = 0 if zero is None else 4 * zero.config["zero_optimization"].get(
+    gathered = 2 * sum(p.numel() * p.element_size() for p in block) if zero.stage == 3 else 0
+    buckets = 0 if not zero.stage else 4 * zero.config["zero_optimization"].get(
         "reduce_bucket_size", 500_000_000)
     trained = 4 * sum(p.numel() for p in dit.parameters() if p.requires_grad)
     return gathered + live * copies + min(buckets, trained)

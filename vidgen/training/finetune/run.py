@@ -26,6 +26,7 @@ from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse, 
 from vidgen.training.finetune.sheet import Sheets, check_sheets
 from vidgen.training.finetune.task import FinetuneTask
 from vidgen.training.loop import TrainResult, find_source, train
+from vidgen.training.optim import named_parameters
 from vidgen.weights.folder import ModelFolder
 
 
@@ -47,12 +48,12 @@ def finetune(
     A resumed run goes on from its newest checkpoint, with `accept_changes` although config, model
     or data changed. On the main rank `tell` gets events: progress, validation, note, written.
 
-    Return a summary, also in `output/summary.json`; None on ranks beside the main one. Its
+    Return a summary, also in `output/summary.json`; None on all ranks but the main one. Its
     "finished" is False where the run was stopped before its last step, and nothing was exported.
 
     Raises:
-        InputError: what can't be done, with the remedy.
-        NoEffect: what was learned changes nothing.
+        InputError: something that can't be done, with the remedy.
+        NoEffect: the result changes nothing.
     """
     with ExitStack() as held:
         with join_ranks(config.run) as place:
@@ -63,7 +64,12 @@ def finetune(
             find_source(Path(config.run.folder), resume=resume)
             tell = tell if place.main else lambda _event: None
             dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
-            result, facts = _train(config, folder, dataset, place, resume, accept_changes, tell)
+            task = FinetuneTask(config, folder, dataset, Sheets(config, dataset))
+            record = dump(config) | {
+                "model_hash": folder.content_hash, "data_fingerprint": dataset.fingerprint}
+            result = train(task, config.run, resume=resume, record=record,
+                           accept_changes=accept_changes, on_record=_Monitor(config, place, tell))
+            facts = _facts(task, place, result)
         if not place.main:
             return None
         summary: dict[str, Any] = {
@@ -73,6 +79,7 @@ def finetune(
         if not result.finished:
             tell({"event": "note", "text": f"stopped at step {result.step}; go on with --resume"})
             return summary
+        del task
         gc.collect()  # the trained modules, before the sheet's are loaded
         return _finish(config, folder, dataset, summary, facts, tell)
 
@@ -97,25 +104,10 @@ def _open_data(config: FinetuneConfig, folder: ModelFolder, place: Place, tell: 
     return dataset
 
 
-def _train(
-    config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, place: Place, resume: bool,
-    accept_changes: bool, tell: OnEvent,
-) -> tuple[TrainResult, dict[str, Any]]:
-    """Run the loop; what it holds in memory is free again when this returns."""
-    task = FinetuneTask(config, folder, dataset, Sheets(config, dataset))
-    record = dump(config) | {
-        "model_hash": folder.content_hash, "data_fingerprint": dataset.fingerprint,
-    }
-    parameters = (p for m in task.modules.values() for p in m.parameters() if p.requires_grad)
+def _facts(task: FinetuneTask, place: Place, result: TrainResult) -> dict[str, Any]:
+    config, dataset = task.config, task.dataset
+    parameters = named_parameters(task.modules).values()
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
-    result = train(task, config.run, resume=resume, record=record, accept_changes=accept_changes,
-                   on_record=_Monitor(config, place, tell))
-    return result, _facts(config, dataset, place, trainable, result)
-
-
-def _facts(
-    config: FinetuneConfig, dataset: Dataset, place: Place, trainable: int, result: TrainResult
-) -> dict[str, Any]:
     seconds = sum(b.num_frames * n for b, n in dataset.buckets.items()) / float(dataset.fps)
     captioned = sum(bool(item.captions) for item in dataset.items)
     held_out = len(dataset.held_out.items) if dataset.held_out else 0
@@ -167,7 +159,7 @@ def _finish(
 
 
 class _Monitor:
-    """Hears every line of the run's curve before it is written, and adds what only it knows."""
+    """Reports every line of the run's curve before it is written, and adds its speed in tokens."""
 
     def __init__(self, config: FinetuneConfig, place: Place, tell: OnEvent) -> None:
         self._run, self._place, self._tell = config.run, place, tell

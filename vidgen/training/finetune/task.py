@@ -1,4 +1,4 @@
-"""What fine-tuning is, to the training loop: batches, conditions, noise, loss, validation.
+"""Fine-tuning as a task of the training loop: batches, conditions, noise, loss, validation.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, S text tokens, D
 width of text features.
@@ -50,26 +50,23 @@ class Batch:
     noise: Tensor  # [B, C, F, h, w]
     sigma: Tensor  # [B]
     role: str  # of the transformer that learns from it
-    # text features [B, S, D], or None where captions are encoded in the step
-    context: Tensor | None
+    # features [B, S, D], or ids of tokens [B, S] where captions are encoded in the step
+    text: Tensor
     lengths: Tensor  # valid rows of each text, [B]
-    ids: Tensor | None  # of the captions' tokens [B, S], where they are encoded in the step
-    files: list[str]  # what it was made of
+    files: list[str]  # it was made of
 
 
 class FinetuneTask(Task):
-    """Transformers of an opened model, learning from clips that were encoded by it.
+    """Transformers of an opened model, which learn from clips that it has encoded.
 
     Raises:
-        InputError: what this model or these data can't do.
+        InputError: something that this model or these data can't do.
     """
 
     saves_frozen = False
 
-    def __init__(
-        self, config: FinetuneConfig, folder: ModelFolder, dataset: Dataset,
-        sheet: Sheet | None = None,
-    ) -> None:
+    def __init__(self, config: FinetuneConfig, folder: ModelFolder, dataset: Dataset,
+                 sheet: Sheet | None = None) -> None:
         self.config, self.folder, self.dataset, self.sheet = config, folder, dataset, sheet
         self.device = choose_device(config.run.device)
         if folder.conditioning == "channels" and any(b.num_frames == 1 for b in dataset.buckets):
@@ -87,10 +84,8 @@ class FinetuneTask(Task):
             self.modules["token"] = self.subject.token.to(self.device)
         self.alternates = len(self.transformers) > 1
         self._dit_config: Any = folder.components["transformer"].config
-        has_two = EXPERTS[1] in folder.components
+        has_two, noise = EXPERTS[1] in folder.components, config.noise
         self._boundary = folder.defaults.boundary or 0.0 if has_two else 0.0
-        assert self._boundary or not has_two, "a model with two experts has a boundary"
-        noise = config.noise
         self._density: dict[str, Any] = {
             "shift": folder.defaults.shift if noise.shift is None else noise.shift,
             "mean": None if noise.density == "uniform" else noise.mean, "std": noise.std,
@@ -98,7 +93,7 @@ class FinetuneTask(Task):
         self._sigmas = self._settle_sigmas()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW, of full fine-tuning also Muon for the blocks' matrices where a rate is given."""
+        """Return AdamW, and Muon for the blocks' matrices where a rate is given."""
         optim = self.config.run.optim
         made = build_optimizers(self.transformers, optim,
                                 use_muon=lambda name, _: ".blocks." in name)
@@ -109,7 +104,7 @@ class FinetuneTask(Task):
         return made
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Clips of the step's bucket, each conditioned and noised anew."""
+        """Draw clips of the step's bucket, conditions and noise."""
         size = current_place().data_size
         data = self.dataset.batch(step, micro // size, micro % size, size)
         draw = generator_of(self.config.run.seed, step, micro)
@@ -121,7 +116,7 @@ class FinetuneTask(Task):
         return self._assemble(data, draw, sigma, role, self.conditions, rate)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the velocity, where latents are to be generated."""
+        """Return the squared error of the velocity, where latents are to be generated."""
         del step
         subject, shape = self.config.subject, batch.state.clean.shape
         tokens = shape[0] * shape[2:].numel() / self._dit_config.patch_size**2
@@ -134,7 +129,7 @@ class FinetuneTask(Task):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Error of the velocity at fixed noise levels and noise; at times a sheet of clips."""
+        """Measure the velocity's error at fixed noise; write a sheet of clips where it is due."""
         settings, bf16 = self.config.validation, self.config.run.dtype == "bf16"
         scores = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -153,11 +148,7 @@ class FinetuneTask(Task):
         return scores
 
     def _settle_sigmas(self) -> list[float]:
-        """The noise levels of the validation that what learns denoises at.
-
-        Raises:
-            InputError: there is none, or the run's best checkpoint is to be one of another score.
-        """
+        """Return the validation's noise levels of the transformers that learn."""
         config, asked = self.config, self.config.validation.sigmas
         sigmas = [sigma for sigma in asked if self._role_at(sigma) in self.transformers]
         if not sigmas:
@@ -173,7 +164,7 @@ class FinetuneTask(Task):
 
     @cached_property
     def _validation(self) -> list[dict[str, Any]]:
-        """Batches to validate on, each of one bucket, kept as they are made once."""
+        """Batches to validate on, each of one bucket."""
         source = self.dataset.held_out or self.dataset
         chosen: dict[Any, list[int]] = {}
         for index in range(min(self.config.validation.clips, len(source.items))):
@@ -199,37 +190,32 @@ class FinetuneTask(Task):
         state = conditions.write(data, draw, rate).to(self.device)
         noise = torch.randn(state.clean.shape, generator=draw).to(self.device)
         if self.subject is None:
-            context, lengths = data["context"].to(self.device), data["context_lengths"]
-            ids = None
+            text, lengths = data["context"], data["context_lengths"]
         else:
-            ids, mask = self.subject.tokenizer.encode(data["captions"])
-            context, ids, lengths = None, ids.to(self.device), mask.sum(1)
-        return Batch(state, noise, sigma.to(self.device), role, context, lengths.to(self.device),
-                     ids, list(data["files"]))
+            text, mask = self.subject.tokenizer.encode(data["captions"])
+            lengths = mask.sum(1)
+        return Batch(state, noise, sigma.to(self.device), role, text.to(self.device),
+                     lengths.to(self.device), list(data["files"]))
 
     def _error(self, batch: Batch, keep: float = 0.0) -> Tensor:
-        """Squared error of the velocity; how much it counts that others than the subject stay."""
-        state, noise, context = batch.state, batch.noise, batch.context
+        """Squared error of the velocity; `keep` times that of clips without the subject."""
+        state, noise, context = batch.state, batch.noise, batch.text
         noisy, dit = add_noise(state.clean, noise, batch.sigma), self.transformers[batch.role]
-        if context is None:  # of captions with a token that is learned
-            assert self.subject is not None
-            assert batch.ids is not None
-            mask = torch.arange(batch.ids.shape[1], device=self.device) < batch.lengths[:, None]
+        if self.subject is not None:
+            mask = torch.arange(batch.text.shape[1], device=self.device) < batch.lengths[:, None]
             # through the very module of `modules`, whose hooks engines rely on
             learned = self.modules["token"]()
-            context = encode_tokens(self.subject.encoder, batch.ids, mask, learned)
+            context = encode_tokens(self.subject.encoder, batch.text, mask, learned)
 
         def predict() -> Tensor:
             return velocity(dit, state, noisy, batch.sigma, (context, batch.lengths),
                             patch=self._dit_config.patch_size, ranks=current_place().ranks)
 
-        if not keep:
+        if self.subject is None or not keep:
             return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
-        assert self.subject is not None
-        assert batch.ids is not None
         with torch.no_grad(), without_delta(dit):  # on all ranks: sharded weights are gathered
             before = predict()
-        others = ~(batch.ids == self.subject.token.index).any(1)
+        others = ~(batch.text == self.subject.token.index).any(1)
         own = (state.clean + before).to(noise.dtype)
         noise = torch.where(others.view(-1, 1, 1, 1, 1), own, noise)
         errors = velocity_loss(predict(), state.clean, noise, state.denoise_mask)
