@@ -113,6 +113,21 @@ def test_a_run_stopped_in_any_phase_goes_on_bit_for_bit(tmp_path: Path, cut: int
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_branch_starts_from_the_trunk_in_full_and_decays(tmp_path: Path) -> None:
+    trunk = make_run(tmp_path / "trunk")
+    train(Regression(trunk), trunk)
+    decay = replace(trunk.optim, decay_from=12, decay_steps=4)
+    branch = make_run(tmp_path / "branch", branch_from=str(tmp_path / "trunk"), optim=decay,
+                      phases=(*trunk.phases, Phase(4, 9, 4)))
+    task = Regression(branch)
+    assert train(task, branch).step == 16
+    assert task.begun == [2]
+    curve = [json.loads(line) for line in (tmp_path / "branch" / "curve.jsonl").open()]
+    assert min(record["step"] for record in curve) > 12
+    with pytest.raises(InputError, match="nowhere holds no checkpoint"):
+        train(task, make_run(tmp_path / "other", branch_from=str(tmp_path / "nowhere")))
+
+
 @pytest.mark.parametrize("in_processes", [False, True])
 def test_batches_made_ahead_are_the_same_in_the_same_order(
     tmp_path: Path, in_processes: bool

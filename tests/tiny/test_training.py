@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -145,20 +144,6 @@ def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> No
     for step in [0, 1, 2, *range(1, run.steps)]:  # restarted after the third
         for micro in range(run.accumulate):
             assert torch.equal(ahead.get(step, micro), plain.get(step, micro))
-
-
-def test_a_branch_starts_from_the_trunk_in_full_and_decays(tmp_path: Path) -> None:
-    trunk = make_run(tmp_path / "trunk")
-    train(Regression(trunk), trunk)
-    decay = replace(trunk.optim, decay_from=12, decay_steps=4)
-    branch = make_run(
-        tmp_path / "branch", branch_from=str(tmp_path / "trunk"), optim=decay, steps=16,
-    )
-    task = Regression(branch)
-    assert train(task, branch).step == 16
-    assert task.begun == [12, 13, 14, 15]
-    curve = [json.loads(line) for line in (tmp_path / "branch" / "curve.jsonl").open()]
-    assert min(record["step"] for record in curve) > 12
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:

@@ -6,6 +6,7 @@ The training loop knows steps alone; `train` gives it a task whose batches are o
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import choose_device
+from vidgen.core.runtime import atomic_path, choose_device
 from vidgen.training import loop
+from vidgen.training.checkpoint import latest_checkpoint
 from vidgen.training.config import MAX_RATE, RunConfig, check_number
 from vidgen.training.engines.distributed import Place, current_place
 from vidgen.training.task import Task
@@ -62,6 +64,8 @@ class PhasedRun(RunConfig):
     batch_size: int = field(init=False, default=1)
     accumulate: int = field(init=False, default=1)
     phases: tuple[Phase, ...] = ()
+    # another run's folder whose newest checkpoint this one starts from, in full
+    branch_from: str | None = None
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -207,6 +211,19 @@ class _InProcesses:
             step, micro = step + 1, self._place.data_rank
 
 
-def train(task: PhasedTask, run: PhasedRun, **options: Any) -> loop.TrainResult:
+def train(
+    task: PhasedTask, run: PhasedRun, *, resume: bool = False, **options: Any
+) -> loop.TrainResult:
     """Run a task through all phases; options as those of the training loop."""
-    return loop.train(InPhases(task, run), run, **options)
+    folder, place = Path(run.folder), current_place()
+    begins = run.branch_from is not None and latest_checkpoint(folder) is None
+    place.barrier()
+    if begins and place.main:
+        source = latest_checkpoint(Path(run.branch_from or ""))
+        if source is None:
+            raise InputError(f"branch_from {run.branch_from} holds no checkpoint")
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / source.name) as copy:
+            shutil.copytree(source, copy)
+    place.barrier()
+    return loop.train(InPhases(task, run), run, resume=resume or begins, **options)

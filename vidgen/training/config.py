@@ -96,8 +96,6 @@ class RunConfig:
     # what it stands for here, so that the run's record says so.
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema_decay: float = 0.999
-    # another run's folder whose newest checkpoint this one starts from, in full
-    branch_from: str | None = None
     # wall-clock limit of one sitting; the run ends cleanly with a checkpoint
     minutes: float | None = None
     log_every: int = 20

@@ -72,10 +72,6 @@ def train(
     source = find_source(folder, resume=resume)
     if source is not None and record is not None and not accept_changes:
         refuse_changes(folder / "task.json", record)
-    if source is None and run.branch_from:
-        source = checkpoint.latest_checkpoint(Path(run.branch_from))
-        if source is None:
-            raise InputError(f"branch_from {run.branch_from} holds no checkpoint")
     place.barrier()  # all have looked before anything is written
     reuse_freed_memory(1 << 30)  # each step makes and frees gradients as large as the weights
     with ExitStack() as stack:
@@ -170,12 +166,9 @@ class _Loop:
             self._say(f"{source.name} has no random state for all {self.place.size} ranks; theirs "
                       "begins anew")
         meta = checkpoint.read_meta(source)
-        state = _State(**{f.name: meta[f.name] for f in fields(_State) if f.name in meta})
-        if source.parent != self.folder:  # the curve and the best step are another run's
-            state = _State(state.metrics, state.mean_loss, state.validated)
-        if state.best_of != self.run.best:
-            state = replace(state, best=math.inf, best_of=self.run.best, best_step=-1)
-        self.state = state
+        self.state = _State(**{f.name: meta[f.name] for f in fields(_State) if f.name in meta})
+        if self.state.best_of != self.run.best:
+            self.state = replace(self.state, best=math.inf, best_of=self.run.best, best_step=-1)
         self._reset_speed()
         return int(meta["step"])
 
