@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from vidgen.core.errors import InputError
 from vidgen.training.data.config import Bucket
-from vidgen.training.data.dataset import Schedule, drawn, order_of
+from vidgen.training.data.dataset import Schedule, order_of
+from vidgen.training.task import drawn
 
 CLIP, LONG, PICTURE = Bucket(64, 48, 9), Bucket(48, 64, 17), Bucket(64, 48, 1)
 
@@ -31,7 +32,7 @@ def test_orders_differ_by_key_and_look_drawn():
 
 
 def test_draws_are_even():
-    values = [drawn(f"x {i}") for i in range(4000)]
+    values = [drawn("x", i) for i in range(4000)]
     assert all(0 <= v < 1 for v in values)
     assert abs(sum(values) / 4000 - 0.5) < 0.02
 

@@ -76,9 +76,14 @@ class Losses(nn.Module):
             return self._loss(batch, step)
 
 
-def seed_of(*values: int) -> int:
+def seed_of(*values: int | str) -> int:
     """Return 63 bits that depend on all of the values and on nothing else."""
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1
+
+
+def drawn(*values: int | str) -> float:
+    """Return a number in [0, 1) that depends on all of the values and on nothing else."""
+    return seed_of(*values) / 2**63
 
 
 def generator_of(*values: int) -> torch.Generator:

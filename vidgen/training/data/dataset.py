@@ -34,22 +34,14 @@ from vidgen.training.data.config import NO_CACHE, Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import ItemEncoder, open_frames, still_frames
 from vidgen.training.data.select import Item, Selection, picks
 from vidgen.training.data.survey import open_trainable, survey
+from vidgen.training.task import drawn, seed_of
 from vidgen.weights.folder import ModelFolder
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def drawn(key: str) -> float:
-    """Return the number in [0, 1) that a key stands for."""
-    return _hash(key) / 2**64
 
 
 @lru_cache(maxsize=64)
 def order_of(count: int, key: str) -> list[int]:
     """Return the numbers below `count` in the order that a key stands for."""
-    return sorted(range(count), key=lambda number: _hash(f"{key} {number}"))
+    return sorted(range(count), key=lambda number: seed_of(key, number))
 
 
 class Draw(NamedTuple):
@@ -246,9 +238,9 @@ class Dataset:
         indices, captions = list[int](), list[str]()
         for number in range(begin, begin + self.batch_size):
             index = self._slots[draw.bucket][draw.slots[number]]
-            texts, key = self.items[index].captions, f"{self.config.seed} {step} {number}"
-            is_dropped = drawn(f"{key} dropout") < self.config.caption_dropout
-            chosen = int(drawn(f"{key} caption") * len(texts))
+            texts, key = self.items[index].captions, (self.config.seed, step, number)
+            is_dropped = drawn(*key, "dropout") < self.config.caption_dropout
+            chosen = int(drawn(*key, "caption") * len(texts))
             indices.append(index)
             captions.append("" if is_dropped else texts[chosen])
         return self.item_batch(indices, captions=captions)

@@ -29,7 +29,7 @@ from vidgen.training.finetune.conditions import Conditions, settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import open_subject, open_transformers, rate_of, without_delta
 from vidgen.training.optim import build_optimizers
-from vidgen.training.task import Task, generator_of, seed_of
+from vidgen.training.task import Task, drawn, generator_of
 from vidgen.weights.folder import ModelFolder
 
 Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
@@ -111,7 +111,7 @@ class FinetuneTask(Task):
         role = self._role(step)
         levels = (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
         sigma = draw_sigmas(len(data["latents"]), draw, between=levels, **self._density)
-        shown = seed_of(self.config.run.seed, step, -2) / 2**63 < SHOWN_SHARE
+        shown = drawn(self.config.run.seed, step, -2) < SHOWN_SHARE
         rate = 1 if shown else rate_of(self.folder, role)
         return self._assemble(data, draw, sigma, role, self.conditions, rate)
 
@@ -225,8 +225,8 @@ class FinetuneTask(Task):
         """Return the transformer of a step: of two, each as often as its noise levels come."""
         if not self.alternates:
             return next(iter(self.transformers))
-        draw = seed_of(self.config.run.seed, step, -1) / 2**63
-        return EXPERTS[1] if draw < share_below(self._boundary, **self._density) else EXPERTS[0]
+        share = share_below(self._boundary, **self._density)
+        return EXPERTS[1] if drawn(self.config.run.seed, step, -1) < share else EXPERTS[0]
 
     def _role_at(self, sigma: float) -> str:
         return EXPERTS[0] if sigma >= self._boundary else EXPERTS[1]
