@@ -19,8 +19,32 @@ from torch.autograd.function import once_differentiable
 from vidgen.ops import native
 
 
+class _ChannelNormSilu(torch.autograd.Function):
+    """SiLU(RMSNorm(x)) over axis 1, saving x only; five passes over memory instead of eleven.
+
+    On a CPU in bf16 `F.rms_norm` and the composite expression take two to four times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = _inverse_rms(x)
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, scale, weight)
+        return F.silu((x * scale).mul_(weight), inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale, weight = ctx.saved_tensors
+        normed = x * scale
+        grad = torch.ops.aten.silu_backward(grads[0], normed * weight)
+        product = (grad * normed).movedim(1, -1).flatten(0, -2)
+        grad_weight = product.sum(0, dtype=torch.float32).view(weight.shape)
+        inner = (product @ (weight.flatten() / x.shape[1])).view(scale.shape)
+        return normed.mul_(inner).sub_(grad.mul_(weight)).mul_(-scale), grad_weight
+
+
 class _RowNormSilu(torch.autograd.Function):
-    """SiLU(RMSNorm(x)) over axis 1, one pass over memory each way, for channels-last x."""
+    """The same by our kernels, one pass over memory each way, for channels-last x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -65,10 +89,9 @@ class ChannelRMSNorm(nn.Module):
 
     def silu(self, x: Tensor) -> Tensor:
         """Normalise x [B, C, ...], then apply SiLU."""
-        if self._has_kernel(x):
-            made: Tensor = _RowNormSilu.apply(x, self.weight)
-            return made
-        return F.silu(self(x), inplace=not native.needs_gradient(x, self.weight))
+        function = _RowNormSilu if self._has_kernel(x) else _ChannelNormSilu
+        made: Tensor = function.apply(x, self.weight)
+        return made
 
     def can_write(self, x: Tensor) -> bool:
         """Return whether `write_silu` takes x: it needs no gradient, and our kernel exists."""
