@@ -42,37 +42,6 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class VideoShape:
-    """A video of `batch` clips, `num_frames` of `height` x `width` pixels."""
-
-    num_frames: int
-    height: int
-    width: int
-    batch: int = 1
-
-    def latent(self, strides: Strides, channels: int, *, patch: int = 1) -> LatentShape:
-        """The latents of this video.
-
-        Args:
-            patch: latents a side that the transformer takes as one token.
-
-        Raises:
-            InputError: a size that the strides can't reach; the nearest two are named.
-        """
-        check_count("batch", self.batch)
-        check_num_frames(self.num_frames, strides)
-        check_size("height", self.height, strides.hw * patch)
-        check_size("width", self.width, strides.hw * patch)
-        return LatentShape(
-            channels=channels,
-            num_frames=1 + (self.num_frames - 1) // strides.t,
-            height=self.height // strides.hw,
-            width=self.width // strides.hw,
-            batch=self.batch,
-        )
-
-
-@dataclass(frozen=True)
 class LatentShape:
     """Latents of `batch` clips: `num_frames` latent frames of `channels` x `height` x `width`."""
 
@@ -87,14 +56,25 @@ class LatentShape:
         """(B, C, F, h, w), the shape of the tensor."""
         return (self.batch, self.channels, self.num_frames, self.height, self.width)
 
-    def video(self, strides: Strides) -> VideoShape:
-        """The video that these latents decode to."""
-        return VideoShape(
-            num_frames=1 + (self.num_frames - 1) * strides.t,
-            height=self.height * strides.hw,
-            width=self.width * strides.hw,
-            batch=self.batch,
-        )
+
+def latent_shape(
+    num_frames: int, height: int, width: int, strides: Strides, channels: int, *, batch: int = 1,
+    patch: int = 1,
+) -> LatentShape:
+    """Return the shape of the latents of a video.
+
+    Args:
+        patch: latents a side that the transformer takes as one token.
+
+    Raises:
+        InputError: a size that the strides can't reach; the nearest two are named.
+    """
+    check_count("batch", batch)
+    check_num_frames(num_frames, strides)
+    check_size("height", height, strides.hw * patch)
+    check_size("width", width, strides.hw * patch)
+    return LatentShape(channels, 1 + (num_frames - 1) // strides.t, height // strides.hw,
+                       width // strides.hw, batch)
 
 
 def check_count(name: str, value: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
-from vidgen.core.shapes import Strides, VideoShape
+from vidgen.core.shapes import Strides, latent_shape
 from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
 from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.latents import (
@@ -263,7 +263,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
             InputError: the strides don't divide the clip.
         """
         B, _, T, H, W = video.shape
-        VideoShape(T, H, W, batch=B).latent(self.strides, self.config.latent_channels)
+        latent_shape(T, H, W, self.strides, self.config.latent_channels, batch=B)
         mean, logvar = self._encode(video, None).chunk(2, dim=1)
         return mean, logvar
 

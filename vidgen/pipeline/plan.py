@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import MAX_SECONDS, Request
-from vidgen.core.shapes import VideoShape
+from vidgen.core.shapes import latent_shape
 from vidgen.core.values import parse_readings
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
@@ -70,7 +70,7 @@ def make_plan(
     num_frames, kept = read.length(request, fps, strides) or own_length
     own_size = defaults.width, defaults.height
     width, height = read.size(request, own_size, strides.hw * patch) or own_size
-    shape = VideoShape(num_frames, height, width).latent(strides, vae.latent_channels, patch=patch)
+    shape = latent_shape(num_frames, height, width, strides, vae.latent_channels, patch=patch)
     _check_stills(request, fps, kept)
     if read.ending is not None:
         _check_beginning(read.ending.frames_at(fps), request, fps, kept)

@@ -13,7 +13,7 @@ import torch
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import available_memory, best_dtype, size_text
-from vidgen.core.shapes import LatentShape, Tiles, VideoShape
+from vidgen.core.shapes import LatentShape, Tiles, latent_shape
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.memory import estimate
@@ -159,8 +159,8 @@ def _smaller_clips(
     t, side = vae.strides.t, vae.strides.hw * dit.patch_size
 
     def is_too_large(frames: int, width: int, height: int) -> bool:
-        shape = VideoShape(frames, height, width)
-        latents = shape.latent(vae.strides, vae.latent_channels, patch=dit.patch_size)
+        latents = latent_shape(frames, height, width, vae.strides, vae.latent_channels,
+                               patch=dit.patch_size)
         smaller = replace(plan, num_frames=frames, width=width, height=height, latents=latents,
                           kept_frames=min(plan.kept_frames, frames))
         return estimate(folder, smaller, request, setup).peak_bytes > have
