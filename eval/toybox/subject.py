@@ -22,8 +22,8 @@ from eval.toybox.suite.subject import SubjectTest, measure
 from train.toybox.world.subject import Subject
 from vidgen.core.errors import InputError, ModelError, exit_code
 from vidgen.core.runtime import atomic_write, fingerprint
-from vidgen.core.shapes import check_count
 from vidgen.core.store import ScoreLog
+from vidgen.core.values import check_number
 from vidgen.pipeline.engine import Engine, load
 
 
@@ -49,7 +49,7 @@ def main() -> int:
 
     def work() -> None:
         for name in ("count", "others"):
-            check_count(f"--{name}", getattr(options, name))
+            check_number(f"--{name}", getattr(options, name), 1, whole=True)
         subject = _subject(options.clips)
         engine = load(options.model)
         if not isinstance(engine, Engine):

@@ -119,18 +119,18 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"log_every": 0}, "log_every is 0; it must be at least 1"),
+    ({"log_every": 0}, "log_every is 0; give a whole number of at least 1"),
     ({"validate_every": 0}, "validate_every is 0"),
-    ({"minutes": 0.0}, "minutes is 0.0; give a number above 0"),
-    ({"checkpoint_minutes": -1.0}, "checkpoint_minutes is -1.0; give a number of at least 0"),
+    ({"minutes": 0.0}, "minutes is 0; give a number above 0"),
+    ({"checkpoint_minutes": -1.0}, "checkpoint_minutes is -1; give a number of at least 0"),
     ({"ema_decay": 1.0}, "ema_decay is 1.0; give a share below 1"),
     ({"spike_factor": math.nan}, "spike_factor is nan; give a number above 1"),
     ({"seed": 2**32}, "seed is 4294967296; give a number from 0 to 4294967295"),
     ({"optim": {"lr": math.nan}}, "optim.lr is nan; give a number from 0 to 100"),
     ({"optim": {"lr": 1e-3, "weight_decay": -0.1}}, "optim.weight_decay is -0.1"),
     ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is \[0.9, 1.0\]; give two shares below 1"),
-    ({"optim": {"grad_clip": -1.0}}, "optim.grad_clip is -1.0"),
-    ({"steps": 0}, "run.steps is 0; it must be at least 1"),
+    ({"optim": {"grad_clip": -1.0}}, "optim.grad_clip is -1;"),
+    ({"steps": 0}, "run.steps is 0; give a whole number of at least 1"),
 ])
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -179,10 +179,10 @@ def test_pictures_are_items_of_one_frame():
     ("settings", "message"),
     [
         ({"folders": []}, "folders is empty"), ({"held_out": 2}, "held_out is 2"),
-        ({"fps": 0}, "fps is 0"), ({"windows": 0}, "windows must be a whole number"),
+        ({"fps": 0}, "fps is 0"), ({"windows": 0}, "windows is 0; give a whole number"),
         ({"sizes": "64x48", "area": 9}, "give one"), ({"foldrs": "x"}, "unknown key 'foldrs'"),
-        ({"avoid": ["cuts"]}, "did you mean 'cut'"), ({"max_enlarge": 0.5}, "give 1"),
-        ({"max_enlarge": float("nan")}, "give 1"),
+        ({"avoid": ["cuts"]}, "did you mean 'cut'"), ({"max_enlarge": 0.5}, "of at least 1"),
+        ({"max_enlarge": float("nan")}, "of at least 1"),
         ({"held_out": 0.1, "validation": "x"}, "give one"),
     ],
 )

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, choose_device
+from vidgen.core.values import check_number
 from vidgen.training import loop
 from vidgen.training.checkpoint import latest_checkpoint
-from vidgen.training.config import MAX_RATE, RunConfig, check_number
+from vidgen.training.config import MAX_RATE, RunConfig
 from vidgen.training.engines.distributed import Place, current_place
 from vidgen.training.task import Task
 
@@ -53,7 +54,7 @@ class Phase:
             if getattr(self, name) < 1:
                 raise InputError(f"phase.{name} is {getattr(self, name)}; it must be at least 1")
         check_number("phase.warmup_steps", self.warmup_steps)
-        check_number("phase.lr_scale", self.lr_scale, most=MAX_RATE)
+        check_number("phase.lr_scale", self.lr_scale, 0, MAX_RATE)
 
 
 @dataclass(frozen=True)

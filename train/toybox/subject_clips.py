@@ -24,7 +24,7 @@ from train.toybox.world.scenes import SEED_RANGES, Scene, sample_scenes
 from train.toybox.world.subject import Subject
 from vidgen.core.errors import OutputError, exit_code
 from vidgen.core.runtime import atomic_write
-from vidgen.core.shapes import check_count
+from vidgen.core.values import check_number
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
 from vidgen.pipeline.codec import to_frames
@@ -65,7 +65,7 @@ def main() -> int:
 
     def work() -> None:
         for name in ("clips", "frames", "size"):
-            check_count(f"--{name}", getattr(options, name))
+            check_number(f"--{name}", getattr(options, name), 1, whole=True)
         subject = Subject(options.sprite, options.token, options.seed)
         facts = asdict(subject) | {
             "clips": options.clips, "motions": subject.motions[0],

@@ -184,7 +184,8 @@ class Loading(Options):
     dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, MODEL, "number format of the computation; default the fastest here")
     offload: Annotated[
-        Literal["none", "stage", "block"] | None, BeforeValidator(values.none_of_auto)] = option(
+        Literal["none", "stage", "block"] | None,
+        BeforeValidator(lambda value: None if value == "auto" else value)] = option(
         None, MODEL, "keep all, one stage or two blocks of the model in memory; default the first "
         "of them that fits", basic=True)
     quantize: Literal["int8"] | None = option(
@@ -302,7 +303,7 @@ class Request(Options):
         None, LENGTH, "width and height in pixels", "WxH", basic=True)
     fit: Fit = option("crop", LENGTH, "treatment of pictures of another aspect")
 
-    audio: Annotated[Any, PlainValidator(values.parse_audio, json_schema_input_type=str)] = option(
+    audio: OneFile | None = option(
         None, SOUND, "none, the model's own, or the sound of a file; default the model's own if it "
         "makes sound", "none|generate|FILE", basic=True)
     audio_loop: bool | None = option(

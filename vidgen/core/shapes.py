@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from vidgen.core.errors import InputError
+from vidgen.core.values import check_number
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def latent_shape(
     Raises:
         InputError: a size that the strides can't reach; the nearest two are named.
     """
-    check_count("batch", batch)
+    check_number("batch", batch, 1, whole=True)
     check_num_frames(num_frames, strides)
     check_size("height", height, strides.hw * patch)
     check_size("width", width, strides.hw * patch)
@@ -77,15 +78,9 @@ def latent_shape(
                        width // strides.hw, batch)
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise InputError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, not {value}")
-
-
 def check_num_frames(num_frames: int, strides: Strides) -> None:
     """Raise InputError unless a clip of `num_frames` is one frame plus whole groups of `t`."""
-    check_count("frames", num_frames)
+    check_number("frames", num_frames, 1, whole=True)
     if (num_frames - 1) % strides.t:
         below, above = nearest_num_frames(num_frames, strides)
         raise InputError(
@@ -96,7 +91,7 @@ def check_num_frames(num_frames: int, strides: Strides) -> None:
 
 def check_size(name: str, value: int, multiple: int) -> None:
     """Raise InputError unless `value` pixels are a positive multiple of `multiple`."""
-    check_count(name, value)
+    check_number(name, value, 1, whole=True)
     if value % multiple:
         below, above = nearest_sizes(value, multiple)
         raise InputError(
@@ -127,9 +122,8 @@ def num_frames_for_seconds(seconds: float, fps: float, strides: Strides) -> tupl
     Raises:
         InputError: a duration or frame rate that is not a positive finite number.
     """
-    for name, value in (("seconds", seconds), ("fps", fps)):
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{name} must be a positive number, not {value}")
+    check_number("seconds", seconds, above=True)
+    check_number("fps", fps, above=True)
     kept = max(1, math.floor(seconds * fps + 0.5))
     return 1 + math.ceil((kept - 1) / strides.t) * strides.t, kept
 
@@ -149,8 +143,7 @@ def size_for_aspect(aspect: float, area: int, multiple: int) -> tuple[int, int]:
     Raises:
         InputError: an aspect ratio that is not a positive finite number.
     """
-    if not (math.isfinite(aspect) and aspect > 0):
-        raise InputError(f"an aspect ratio must be a positive number, not {aspect}")
+    check_number("aspect", aspect, above=True)
 
     def misfit(size: tuple[int, int]) -> float:
         height, width = size

@@ -1,4 +1,7 @@
-"""Values of a request as people give them: numbers, pairs, pictures, each parsed and checked."""
+"""Values of a request as people give them: numbers, pairs, pictures, each parsed and checked.
+
+Each function refuses all else by an InputError with the value and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -63,43 +66,32 @@ def broken_text(name: str, text: str) -> str:
 
 
 def parse_picture(value: Any, info: ValidationInfo) -> Picture | None:
-    """Return a file's path, or pixels; a Pillow image as uint8 [H, W, 3].
-
-    Raises:
-        InputError: anything else.
-    """
-    value = _pixels(value)
-    check_picture(str(info.field_name), value)
-    return value  # type: ignore[no-any-return]
+    """Return a file's path, or pixels; a Pillow image as uint8 [H, W, 3]."""
+    return None if value is None else _picture(str(info.field_name), value)
 
 
 def parse_file(value: Any, info: ValidationInfo) -> File | None:
-    """Return a file's path.
-
-    Raises:
-        InputError: anything else.
-    """
-    check_picture(str(info.field_name), value, array=False)
+    """Return a file's path."""
+    check_file(str(info.field_name), value)
     return value  # type: ignore[no-any-return]
 
 
-def check_picture(name: str, value: Any, *, array: bool = True) -> None:
-    """Refuse what is neither a file's path nor, with `array`, an array of pixels."""
-    if value is None or isinstance(value, str | os.PathLike) or (array and _is_array(value)):
-        return
-    kind = type(value).__name__
-    if not array:
-        raise InputError(f"{name} is of type {kind}; give a file's path")
-    raise InputError(f"{name} is of type {kind}; give a file's path, a picture of Pillow, or uint8 "
-                     "[H, W, 3]")
+def check_file(name: str, value: Any) -> None:
+    """Refuse what is no file's path."""
+    if not isinstance(value, str | os.PathLike | None):
+        raise InputError(f"{name} is of type {type(value).__name__}; give a file's path")
+
+
+def _picture(name: str, value: Any) -> Picture:
+    pixels: Picture = _pixels(value)
+    if isinstance(pixels, str | os.PathLike) or _is_array(pixels):
+        return pixels
+    raise InputError(f"{name} is of type {type(value).__name__}; give a file's path, a picture of "
+                     "Pillow, or uint8 [H, W, 3]")
 
 
 def _pixels(value: Any) -> Any:
-    """Return a Pillow image as uint8 [H, W, 3], anything else as it is.
-
-    Raises:
-        InputError: one whose colours or orientation would have to be interpreted.
-    """
+    """Return a Pillow image as uint8 [H, W, 3] if it is plain and upright, all else as it is."""
     if not (type(value).__module__.startswith("PIL.") and hasattr(value, "getexif")):
         return value
     if value.mode not in ("RGB", "L", "1"):
@@ -125,20 +117,28 @@ def _is_array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
-def check_whole(name: str, value: Any, low: int, high: int) -> None:
-    """Refuse anything but a whole number from `low` to `high`, or None."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (is_whole and low <= value <= high):
-        raise OptionError(f"{name} is {value!r}; give a whole number from {low} to {high}", name)
-
-
-def check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    """Refuse anything but a number from `low` to `high`, or None; with `above` `low` too."""
-    is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-    if value is None or (is_number and low <= value <= high and not (above and value == low)):
+def check_number(
+    name: str, value: Any, low: float = 0, high: float = math.inf, *, above: bool = False,
+    whole: bool = False, unit: str = "a number",
+) -> None:
+    """Refuse anything but a finite number from `low` to `high`, or None; with `above` `low` too."""
+    kinds = int if whole else (int, float, Fraction)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if value is None or (is_number and low <= value <= high and value != math.inf
+                         and not (above and value == low)):
         return
-    span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
-    raise OptionError(f"{name} is {value!r}; give a number {span}", name)
+    least, most = _number_text(low), _number_text(high)
+    span = f"above {least}" if above else f"of at least {least}"
+    if high < math.inf:
+        span = f"{span}, {most} at most" if above else f"from {least} to {most}"
+    given = shown(value) if whole else _number_text(value)
+    raise OptionError(f"{name} is {given}; give {'a whole number' if whole else unit} {span}", name)
+
+
+def _number_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:g}"
+    return str(value) if isinstance(value, Fraction) else shown(value)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -177,17 +177,8 @@ def check_readings(value: str) -> str:
     return value
 
 
-def none_of_auto(value: Any) -> Any:
-    """Return None for "auto", the command line's word for it."""
-    return None if value == "auto" else value
-
-
 def parse_readings(value: Any) -> dict[str, str] | None:
-    """Parse "bicylce=bicycle,taxi=car": what words are read as, in lower case; None is "auto".
-
-    Raises:
-        InputError: neither auto, none nor such pairs.
-    """
+    """Parse "bicylce=bicycle,taxi=car": what words are read as, in lower case; None is "auto"."""
     if value in ("auto", "none"):
         return None if value == "auto" else {}
     pairs = [[side.strip().lower() for side in pair.split("=")] for pair in str(value).split(",")]
@@ -198,11 +189,7 @@ def parse_readings(value: Any) -> dict[str, str] | None:
 
 
 def parse_fps(value: Any) -> Fraction:
-    """A frame rate, exact: a number, or text such as "24000/1001".
-
-    Raises:
-        InputError: neither.
-    """
+    """A frame rate, exact: a number, or text such as "24000/1001"."""
     try:
         rate = plain(value)
         if isinstance(rate, bool):
@@ -221,11 +208,7 @@ def parse_fps(value: Any) -> Fraction:
 
 
 def parse_size(value: Any) -> tuple[int, int]:
-    """Return (width, height) of such a pair, or of text such as "832x480".
-
-    Raises:
-        InputError: neither, or a side out of bounds.
-    """
+    """Return (width, height) of such a pair, or of text such as "832x480"."""
     sides: tuple[Any, ...] = ()
     if isinstance(value, str):
         match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", value.strip())
@@ -235,16 +218,12 @@ def parse_size(value: Any) -> tuple[int, int]:
     if len(sides) != 2:
         raise InputError(f"size is {shown(value)}; give width and height in pixels, such as 128x96")
     for side in sides:
-        check_whole("size", side, MIN_SIDE, MAX_SIDE)
+        check_number("size", side, MIN_SIDE, MAX_SIDE, whole=True)
     return sides
 
 
 def parse_interval(value: Any) -> tuple[float, float]:
-    """Two levels of noise, the lower first.
-
-    Raises:
-        InputError: not that.
-    """
+    """Two levels of noise, the lower first."""
     ends = tuple(map(plain, value)) if isinstance(value, Iterable) else (value,)
     is_pair = len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
     if not (is_pair and 0 <= ends[0] < ends[1] <= 1):
@@ -253,28 +232,18 @@ def parse_interval(value: Any) -> tuple[float, float]:
 
 
 def parse_frames(value: Any) -> tuple[tuple[float, Picture], ...]:
-    """Return (seconds, picture) pairs.
-
-    Raises:
-        InputError: other than such pairs.
-    """
+    """Return (seconds, picture) pairs."""
     pairs = []
     for pair in _listed("frame", value, "pairs (seconds, picture)"):
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise InputError(f"frame holds {shown(pair)}; give pairs (seconds, picture)")
-        seconds, picture = plain(pair[0]), _pixels(pair[1])
-        check_picture("frame", picture)
-        check_number("frame", seconds, 0, 3600)
-        pairs.append((seconds, picture))
+        check_number("frame", seconds := plain(pair[0]), 0, 3600)
+        pairs.append((seconds, _picture("frame", pair[1])))
     return tuple(pairs)
 
 
 def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
-    """Return texts to speak, each with its time in seconds or None.
-
-    Raises:
-        InputError: other than texts and (seconds, text) pairs.
-    """
+    """Return texts to speak, each with its time in seconds or None."""
     pairs: list[tuple[Any, Any]] = []
     what = "texts or pairs (seconds, text)"
     for each in (value,) if isinstance(value, str) else _listed("say", value, what):
@@ -292,23 +261,8 @@ def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
     return tuple(pairs)
 
 
-def parse_audio(value: Any) -> File | None:
-    """Return a word for the sound, or a file's path.
-
-    Raises:
-        InputError: anything else.
-    """
-    if not isinstance(value, str | os.PathLike | None):
-        raise InputError(f"audio is {type(value).__name__}; give none, generate or a file")
-    return value
-
-
 def parse_settings(value: Any) -> dict[str, int | float | bool]:
-    """Settings of a model by name: a mapping, or texts KEY=VALUE; None leaves one out.
-
-    Raises:
-        InputError: other than that, or a value that is neither a number nor true or false.
-    """
+    """Settings of a model by name: a mapping, or texts KEY=VALUE; None leaves one out."""
     pairs = list(value.items()) if isinstance(value, Mapping) else []
     if value is None:
         raise InputError("settings is None; leave it out, or give a value")
@@ -344,26 +298,15 @@ def _number(text: str) -> Any:
 
 
 def parse_pictures(value: Any) -> tuple[Picture, ...]:
-    """Several pictures, or one alone.
-
-    Raises:
-        InputError: other than paths and arrays.
-    """
+    """Return several pictures, or one alone."""
     value = _pixels(value)
-    one = isinstance(value, str | os.PathLike) or _is_array(value)
-    listed = (value,) if one else _listed("reference", value, "pictures")
-    pictures = tuple(map(_pixels, listed))
-    for picture in pictures:
-        check_picture("reference", picture)
-    return pictures
+    is_one = isinstance(value, str | os.PathLike) or _is_array(value)
+    listed = (value,) if is_one else _listed("reference", value, "pictures")
+    return tuple(_picture("reference", each) for each in listed)
 
 
 def parse_loras(value: Any) -> tuple[str, ...]:
-    """Return adapters as texts PATH[:WEIGHT]; one alone needs no list.
-
-    Raises:
-        InputError: other than texts and paths.
-    """
+    """Return adapters as texts PATH[:WEIGHT]; one alone needs no list."""
     is_one = isinstance(value, str | os.PathLike)
     loras = (value,) if is_one else tuple(_listed("lora", value, "PATH or PATH:WEIGHT"))
     for each in loras:

@@ -23,7 +23,7 @@ import torch
 from vidgen.core.errors import InputError
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by, best_dtype, choose_device
-from vidgen.core.values import Attention, check_picture
+from vidgen.core.values import Attention, check_file
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal, journals_of, recall, recalled_tiles
@@ -75,7 +75,7 @@ def load(
     from vidgen.pipeline.parallel.devices import start_devices
     from vidgen.weights.layouts import open_model
 
-    check_picture("model", model, array=False)
+    check_file("model", model)
     policy = policy or policy_from_environment()
     signer_info()  # refuse one that can't sign before a clip is made
     asked = Loading(model=os.fspath(model), dtype=dtype, offload=offload,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen.core.errors import InputError, ModelError, OptionError, nearest
 from vidgen.core.request import OWN_AUDIO, Request
-from vidgen.core.values import check_flag, check_number, check_whole
+from vidgen.core.values import check_flag, check_number
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -124,10 +124,9 @@ def check_settings(request: Request, folder: ModelFolder) -> None:
 def _check(setting: Setting, value: Value) -> None:
     if setting.kind is bool:
         check_flag(setting.name, value)
-    elif setting.kind is int:
-        check_whole(setting.name, value, int(setting.low), int(setting.high))
     else:
-        check_number(setting.name, value, setting.low, setting.high)
+        low, high = setting.kind(setting.low), setting.kind(setting.high)
+        check_number(setting.name, value, low, high, whole=setting.kind is int)
 
 
 def own_value(name: str, folder: ModelFolder) -> float:

@@ -14,7 +14,7 @@ from vidgen.core import values
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Saving
-from vidgen.core.values import MAX_PROMPT
+from vidgen.core.values import MAX_PROMPT, check_number
 
 CAMERA_MOVES = {
     "static": "stays still", "pan-left": "pans left", "pan-right": "pans right",
@@ -40,7 +40,7 @@ class Camera:
         if self.move not in CAMERA_MOVES:
             raise InputError(f"camera move {self.move!r} is unknown; "
                              f"{nearest(self.move, CAMERA_MOVES)}")
-        check_within("strength", self.strength, 0, 1)
+        check_number("strength", self.strength, 0, 1)
 
     @property
     def words(self) -> str:
@@ -62,7 +62,7 @@ class TimedPrompt:
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
-        check_within("at", self.at, 0, 3600)
+        check_number("at", self.at, 0, 3600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Sound:
 
     def __post_init__(self) -> None:
         _one_of("sound", effects=self.effects, file=self.file)
-        check_within("gain_db", self.gain_db, -60, 20)
+        check_number("gain_db", self.gain_db, -60, 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Narration:
 
     def __post_init__(self) -> None:
         check_text("narration", self.text)
-        check_within("at", self.at, 0, 3600)
+        check_number("at", self.at, 0, 3600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Music:
 
     def __post_init__(self) -> None:
         _one_of("music", file=self.file, prompt=self.prompt)
-        check_within("gain_db", self.gain_db, -60, 20)
+        check_number("gain_db", self.gain_db, -60, 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,8 @@ class Caption:
 
     def __post_init__(self) -> None:
         check_text("caption", self.text)
-        check_within("at", self.at, 0, 3600)
-        check_above_zero("duration", self.duration, 3600)
+        check_number("at", self.at, 0, 3600)
+        check_number("duration", self.duration, 0, 3600, above=True, unit="seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Transition:
     duration: Annotated[float, "seconds; a cut has none"] = 0.5
 
     def __post_init__(self) -> None:
-        check_within("duration", self.duration, 0, 60)
+        check_number("duration", self.duration, 0, 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +211,8 @@ class Defaults:
         tuple[str, ...], "adapters, each PATH[:WEIGHT]"] = field(default=(), metadata=ONE)
 
     def __post_init__(self) -> None:
-        check_takes(self.takes)
-        check_above_zero("duration", self.duration, 3600)
+        check_number("takes", self.takes, 1, MAX_TAKES, whole=True)
+        check_number("duration", self.duration, 0, 3600, above=True, unit="seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class Finish:
         "of the film: a cut, fade-black or fade-white"] = field(default_factory=Transition)
 
     def __post_init__(self) -> None:
-        check_within("loudness", self.loudness, -40, -5)
+        check_number("loudness", self.loudness, -40, -5)
         Saving(label=self.label, aigc=self.aigc)
         if self.ending.type not in ("cut", "fade-black", "fade-white"):
             raise InputError(f"ending is {self.ending.type!r}, which needs a shot after it; give "
@@ -275,21 +275,3 @@ def check_text(name: str, text: str) -> None:
 def _one_of(name: str, **given: object) -> None:
     if sum(value is not None for value in given.values()) != 1:
         raise InputError(f"{name} needs one of {' and '.join(given)}, and one alone")
-
-
-def check_within(name: str, value: float | None, low: float, high: float) -> None:
-    """Raise InputError for a number out of its range."""
-    if value is not None and not low <= value <= high:
-        raise InputError(f"{name} is {value:g}; give a number from {low} to {high}")
-
-
-def check_takes(takes: int | None) -> None:
-    """Raise InputError for a number of takes out of its range."""
-    if takes is not None and not 1 <= takes <= MAX_TAKES:
-        raise InputError(f"takes is {takes}; give a whole number from 1 to {MAX_TAKES}")
-
-
-def check_above_zero(name: str, value: float | None, high: float) -> None:
-    """Raise InputError for seconds that are 0, negative, or too many."""
-    if value is not None and not 0 < value <= high:
-        raise InputError(f"{name} is {value:g}; give seconds above 0, {high} at most")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,19 +10,11 @@ from typing import Any, Literal
 from vidgen.core.config import flattened
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype, choose_device
+from vidgen.core.values import check_number
 
 MAX_RATE = 100
 """Of learning rates, their factors and weight decay: far beyond what any run survives."""
 MAX_SEED = 2**32 - 1
-
-
-def check_number(
-    name: str, value: float | None, *, least: float = 0, most: float = math.inf
-) -> None:
-    """Raise InputError for a number outside of its range, or for NaN."""
-    if value is not None and not least <= value <= most:
-        limit = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-        raise InputError(f"{name} is {value}; give a number {limit}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "weight_decay"):
-            check_number(f"optim.{name}", getattr(self, name), most=MAX_RATE)
+            check_number(f"optim.{name}", getattr(self, name), 0, MAX_RATE)
         for name in ("warmup_steps", "decay_from", "decay_steps", "grad_clip"):
             check_number(f"optim.{name}", getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -77,8 +68,7 @@ class EngineConfig:
     sequence: int = 1
 
     def __post_init__(self) -> None:
-        if self.sequence < 1:
-            raise InputError(f"engine.sequence is {self.sequence}; it must be at least 1")
+        check_number("engine.sequence", self.sequence, 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -112,14 +102,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "keep", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        check_number("seed", self.seed, most=MAX_SEED)
+            check_number(f"run.{name}", getattr(self, name), 1, whole=True)
+        check_number("seed", self.seed, 0, MAX_SEED)
         check_number("checkpoint_minutes", self.checkpoint_minutes)
-        for name, least in (("minutes", 0), ("spike_factor", 1)):
-            value = getattr(self, name)
-            if value is not None and not value > least:
-                raise InputError(f"{name} is {value}; give a number above {least}")
+        check_number("minutes", self.minutes, above=True)
+        check_number("spike_factor", self.spike_factor, 1, above=True)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay is {self.ema_decay}; give a share below 1")
         if self.dtype == "auto":

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.shapes import check_count, check_num_frames, check_size, size_for_aspect
-from vidgen.core.values import parse_size
+from vidgen.core.shapes import check_num_frames, check_size, size_for_aspect
+from vidgen.core.values import check_number, parse_size
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -31,7 +31,7 @@ class FolderConfig:
     repeats: int = 1  # how often its items stand in an epoch
 
     def __post_init__(self) -> None:
-        check_count("repeats", self.repeats)
+        check_number("repeats", self.repeats, 1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +79,11 @@ class DataConfig:
         if not self.folders:
             raise InputError("data.folders is empty; name a folder of videos and pictures")
         for name in ("max_crop", "caption_dropout", "held_out", "image_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"data.{name} is {value}; give a share from 0 to 1")
-        if not self.max_enlarge >= 1:
-            raise InputError(f"data.max_enlarge is {self.max_enlarge}; give 1 (never) or more")
+            check_number(f"data.{name}", getattr(self, name), 0, 1)
+        check_number("data.max_enlarge", self.max_enlarge, 1)
         if self.windows != "all":
-            check_count("data.windows", self.windows)
-        if self.fps is not None and not 0 < self.fps <= 240:
-            raise InputError(f"data.fps is {self.fps}; give a number above 0, 240 at most")
+            check_number("data.windows", self.windows, 1, whole=True)
+        check_number("data.fps", self.fps, 0, 240, above=True)
         if self.sizes and self.area is not None:
             raise InputError("data.sizes and data.area both say how large pictures are; give one")
         if self.held_out and self.validation is not None:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError
-from vidgen.training.config import MAX_RATE, RunConfig, check_number
+from vidgen.core.values import check_number
+from vidgen.training.config import MAX_RATE, RunConfig
 from vidgen.training.data.config import DataConfig
 
 MAX_RANK = 1024
@@ -28,10 +29,8 @@ class LoraSettings:
         default="attention", metadata=ONE)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK:
-            raise InputError(f"lora.rank is {self.rank}; give a whole number from 1 to {MAX_RANK}")
-        if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise InputError(f"lora.alpha is {self.alpha}; it must be positive")
+        check_number("lora.rank", self.rank, 1, MAX_RANK, whole=True)
+        check_number("lora.alpha", self.alpha, above=True)
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout is {self.dropout}; it must lie in 0..1")
         if self.targets in (("attention",), ("all",)):
@@ -53,9 +52,8 @@ class NoiseSettings:
     def __post_init__(self) -> None:
         if not abs(self.mean) < float("inf"):
             raise InputError(f"noise.mean is {self.mean}; it must be finite")
-        for name, value in (("std", self.std), ("shift", self.shift)):
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"noise.{name} is {value}; it must be positive")
+        check_number("noise.std", self.std, above=True)
+        check_number("noise.shift", self.shift, above=True)
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,8 @@ class SubjectSettings:
     def __post_init__(self) -> None:
         if not self.like.strip():
             raise InputError("subject.like is empty; say what the subject is like, such as 'horse'")
-        check_number("subject.lr", self.lr, most=MAX_RATE)
-        check_number("subject.keep_others", self.keep_others, most=MAX_RATE)
+        check_number("subject.lr", self.lr, 0, MAX_RATE)
+        check_number("subject.keep_others", self.keep_others, 0, MAX_RATE)
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,7 @@ class ValidationSettings:
     def __post_init__(self) -> None:
         if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
             raise InputError(f"validation.sigmas {list(self.sigmas)} must lie between 0 and 1")
-        if self.clips < 1:
-            raise InputError(f"validation.clips is {self.clips}; it must be at least 1")
+        check_number("validation.clips", self.clips, 1, whole=True)
         check_number("validation.sheet_every", self.sheet_every)
 
 
