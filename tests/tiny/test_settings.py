@@ -30,7 +30,7 @@ def folder(tiny_model: Path) -> ModelFolder:
 
 @pytest.mark.parametrize(("settings", "told"), [
     ({"candidate": 2}, "tiny has no setting 'candidate'; did you mean 'candidates'?"),
-    ({"xyz": 2}, "tiny has no setting 'xyz'; known: anchor, candidates, refine"),
+    ({"xyz": 2}, "tiny has no setting 'xyz'; known: anchor, candidates, colour_hold, overlap"),
     ({"anchor": 5}, "anchor is 5; give True or False"),
     ({"candidates": 65}, "candidates is 65; give a whole number from 1 to 64"),
     ({"candidates": 1.5}, r"candidates is 1\.5; give a whole number from 1 to 64"),
@@ -56,7 +56,8 @@ def test_a_model_whose_own_settings_are_wrong_is_refused(folder: ModelFolder) ->
 def test_a_model_lists_its_settings(
     folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert settings_of(folder) == {"anchor": True, "candidates": 2, "refine": 3}
+    assert settings_of(folder) == {
+        "anchor": True, "candidates": 2, "colour_hold": 0.5, "overlap": 3, "refine": 3}
     assert main(["models", "--json"]) == 0
     (embedded,) = (each for each in json.loads(capsys.readouterr().out)
                    if each["name"] == "toybox")

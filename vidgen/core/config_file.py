@@ -30,7 +30,7 @@ class Located(dict[str, Any]):
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2's scalars (`1e-4` is a number, `no` and `1:30` are text) and no key twice."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         # JSON escapes a character beyond 16 bits as two surrogates
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
