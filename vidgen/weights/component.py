@@ -77,7 +77,6 @@ class Component(Generic[Config_co]):
         self, dtype: torch.dtype, device: torch.device | str, quantize: Any = None, **options: Any
     ) -> nn.Module:
         """Build the module and load its weights; options and errors are `load_module`'s."""
-        self._check_depth()
         return load_module(
             self.build, self.tensors, dtype, device, fp32_parts(self.role, dtype), quantize,
             **options,
@@ -87,31 +86,23 @@ class Component(Generic[Config_co]):
         """Build the module without its weights."""
         return CLASSES[self.role](self.config)
 
-    def _check_depth(self) -> None:
-        """Refuse a config of more layers than tensors, before they are built."""
-        count = len(self.tensors)
-        for name in ("num_layers", "num_blocks"):
-            if getattr(self.config, name, 0) > count:
-                raise ModelError(
-                    f"the {self.role}'s config has {name} {getattr(self.config, name)}, but its "
-                    f"files hold {count} tensors; the two must come from the same model"
-                )
-
     def check_sizes(self) -> None:
         """Raise ModelError for a config with a size that no network of these files can have."""
+        count = len(self.tensors)
         held = sum(lazy.likeness.numel() for lazy in self.tensors.values())
         for name, value in vars(self.config).items():
             sizes = value if isinstance(value, tuple) else (value,)
             largest = max((size for size in sizes if isinstance(size, int)), default=0)
-            if largest > max(held, _ANY_SIZE):
+            is_depth = name in ("num_layers", "num_blocks")
+            if largest > (count if is_depth else max(held, _ANY_SIZE)):
+                files = f"{count} tensors" if is_depth else f"{held} numbers"
                 raise ModelError(
                     f"the {self.role}'s config has {name} {str(largest)[:40]}, but its files hold "
-                    f"{held} numbers; the two must come from the same model"
+                    f"{files}; the two must come from the same model"
                 )
 
     def require_complete(self) -> None:
         """Raise ModelError for missing, surplus or misshapen tensors, without reading them."""
-        self._check_depth()
         with torch.device("meta"):
             module = self.build()
         check_fit(module, Weights(self.tensors, torch.float32))

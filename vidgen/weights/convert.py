@@ -51,7 +51,9 @@ from vidgen.weights.write import (
 
 log = logging.getLogger(__name__)
 
-_PREVIEW, _MAGNITUDES = "preview/model.safetensors", "magnitudes.json"
+_MAGNITUDES = "magnitudes.json"
+_KEPT = ("preview", CLIP_TOKENIZER, "*.md", "LICENSE*")
+"""Files and folders that fit any weights of a model in any layout."""
 _AS_IS: Mapping[str, Mapping[str, Tensor]] = {}
 
 
@@ -102,13 +104,13 @@ def convert(
             else:
                 _write_part(folder, component, tensors, to, max_shard_bytes)
             component.tensors.release()
-        kept = [CLIP_TOKENIZER] if changed else [CLIP_TOKENIZER, STUDENT]  # of these very weights
-        for name in kept:
-            if (source.path / name).is_dir():
-                shutil.copytree(source.path / name, folder / name)
-        _keep_measured(source, folder, changed=bool(changed))
-        for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
-            shutil.copyfile(card, folder / card.name)
+        kept = _KEPT if changed else (*_KEPT, STUDENT, _MAGNITUDES)  # these are of these weights
+        for path in (path for name in kept for path in source.path.glob(name)):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+        if changed and (source.path / _MAGNITUDES).is_file():
+            log.warning("%s of %s is of other weights and stays behind; vidgen models --measure "
+                        "measures those of the new ones", _MAGNITUDES, source.name)
         _FINISHERS[to](folder, source)
     return sorted(unnamed)
 
@@ -227,19 +229,6 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     write_json(folder / "model_index.json", index)
     _write_note(folder, source)
-
-
-def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
-    """Copy a model's preview map and magnitudes, as far as they still apply."""
-    preview, magnitudes = source.path / _PREVIEW, source.path / _MAGNITUDES
-    if preview.is_file():
-        (folder / _PREVIEW).parent.mkdir()
-        shutil.copyfile(preview, folder / _PREVIEW)
-    if magnitudes.is_file() and changed:
-        log.warning("%s of %s is of other weights and stays behind; vidgen models --measure "
-                    "measures those of the new ones", _MAGNITUDES, source.name)
-    elif magnitudes.is_file():
-        shutil.copyfile(magnitudes, folder / _MAGNITUDES)
 
 
 def _finish_wan(folder: Path, source: ModelFolder) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +25,6 @@ from vidgen.models.vae import VAEConfig
 from vidgen.models.verifier import VerifierConfig
 from vidgen.weights.component import (
     OWN_ROLES,
-    Component,
     Components,
     Config,
     Role,
@@ -83,6 +82,10 @@ _CONFIG_TYPES: dict[Role, type[Any]] = {
     "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
     "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
     "verifier": VerifierConfig, "onset_detector": OnsetDetectorConfig,
+}
+_INFER: dict[Role, tuple[tuple[Names, ...], Callable[..., Config]]] = {
+    "transformer": (DIT_KEYS, infer_dit), "transformer_2": (DIT_KEYS, infer_dit),
+    "text_encoder": (TEXT_KEYS, infer_text), "image_encoder": (IMAGE_KEYS, infer_image),
 }
 _SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
@@ -163,70 +166,36 @@ def open_folder(path: Path, given: str | None = None) -> ModelFolder | Diffusers
     """
     try:
         layout = layout_of(path)
-        if layout == "vidgen":
-            return _open_vidgen(path)
-        if layout == "diffusers":
-            return _open_diffusers(path, given)
-        if layout == "wan":
-            return _open_wan(path, given)
+        if layout is None:
+            raise ModelError(
+                f"{path} has no model.json, so it is no vidgen model folder; nor has it diffusers' "
+                "model_index.json or the files of a Wan release (Wan2.1_VAE.pth, ...)"
+            )
+        index = read_json(path / "model_index.json") if layout == "diffusers" else {}
+        class_name = str(index.get("_class_name"))
+        if index and class_name not in WAN_PIPELINES:
+            every = (
+                file for file in path.rglob("*") if file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
+            return DiffusersFolder(path, _unhashed(path, every), class_name, given)
+        return _open(path, layout, index, given)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError,
             RecursionError) as error:
         raise ModelError(  # valid JSON, but of another shape
             f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); copy the whole "
             "folder again"
         ) from error
-    raise ModelError(
-        f"{path} has no model.json, so it is no vidgen model folder; nor has it diffusers' "
-        "model_index.json or the files of a Wan release (Wan2.1_VAE.pth, ...)"
-    )
 
 
-def _open_vidgen(path: Path) -> ModelFolder:
-    info = read_json(path / "model.json")
-    if info.get("format_version") != FORMAT_VERSION:
-        raise ModelError(
-            f"{path} is of format version {info.get('format_version')!r}; "
-            f"this vidgen reads version {FORMAT_VERSION}"
-        )
-    hashes = info.get("files", {})
-    if not (isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())):
-        raise ModelError(f"{path / 'model.json'} gives no hashes of its files; copy it again")
-    missing = [name for name in hashes if not (path / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{path} is incomplete: {', '.join(missing)} missing; copy the whole folder again"
-        )
-    facts = _facts(info, path / "model.json")
-    processor = _processor(path)
-    components = Components()
-    for role in ROLES:
-        folder = path / role
-        if not (folder / "config.json").is_file():
-            continue
-        config = _encoder_config(role, folder, processor)
-        if config is None:
-            config = config_of(_CONFIG_TYPES[role], folder)
-        components[role] = assemble(role, config, _shards(folder), "vidgen")
-    _check_readers(path, components)
-    try:
-        return ModelFolder(
-            path=path, files=info["files"], layout="vidgen", components=components,
-            tokenizer=path / "tokenizer", image_processor=processor,
-            student=open_student(path), **facts,
-        )
-    except KeyError as error:
-        raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
-
-
-def _open_diffusers(path: Path, given: str | None) -> ModelFolder | DiffusersFolder:
-    index = read_json(path / "model_index.json")
-    class_name = str(index.get("_class_name"))
-    if class_name not in WAN_PIPELINES:
-        every = (
-            file for file in path.rglob("*") if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        return DiffusersFolder(path, _unhashed(path, every), class_name, given)
+def _open(
+    path: Path, layout: Spelling, index: Mapping[str, Any], given: str | None
+) -> ModelFolder:
+    """Open a folder of ours, of Wan's, or of diffusers with this index of its parts."""
+    where = path / ("model.json" if layout == "vidgen" else NOTE)
+    info = read_json(where) if where.is_file() else {}
+    if layout == "vidgen":
+        _check_info(path, info)
     parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     gone = [name for name in parts if not (path / name).is_dir()]
     if gone:
@@ -234,79 +203,40 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | DiffusersFol
             f"{path} is incomplete: its model_index.json names {', '.join(gone)}, which "
             f"{'is' if len(gone) == 1 else 'are'} not there; copy the whole folder again"
         )
-    note, processor = _note(path), _processor(path)
     components = Components()
-    for role in ROLES:
-        folder = path / role
-        if role not in parts:
-            continue
-        stored = _shards(folder)
-        config = _noted_config(note, role) or _encoder_config(role, folder, processor)
-        if role == "vae" and config is None:
-            config = vae_from_diffusers(read_config(folder))
-        elif config is None:
-            has_config = (folder / "config.json").is_file()
-            known = dit_from_diffusers(read_config(folder)) if has_config else {}
-            config = infer_dit(_shapes(stored, DIT_KEYS, "diffusers"), **known)
-        components[role] = assemble(role, config, stored, "diffusers")
-    components |= _own_parts(path)
-    _require(path, components)
-    facts = _facts(note, path / NOTE) if note else _recognised(
-        path, given, components, expand_timesteps=bool(index.get("expand_timesteps")),
-        **_scheduling(path, index),
-    )
-    tokenizer = _tokenizer(path / "tokenizer")
-    small = (p for part in parts for p in (path / part).iterdir() if p.suffix != ".safetensors")
+    for role, folder, stored in _files(path, layout, parts, components):
+        noted = info.get("configs", {}).get(role)
+        spelling = "vidgen" if role in OWN_ROLES else layout
+        if noted is not None:
+            config = config_from(_CONFIG_TYPES[role], noted, NOTE)
+        else:
+            config = _config(role, spelling, path, folder, stored)
+        components[role] = assemble(role, config, stored, spelling)
+    if layout != "vidgen":
+        _require(path, components)
+    _check_readers(path, components)
+    if info:
+        facts = _facts(info, where)
+    else:
+        facts = _recognised(path, given, components, index)
+    tokenizer = path / (WAN_TOKENIZER if layout == "wan" else "tokenizer")
+    if layout != "vidgen" and not (tokenizer / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{tokenizer / 'tokenizer.json'} is missing; copy it from the model's release or from "
+            "google/umt5-xxl"
+        )
+    student = path / STUDENT
     return ModelFolder(
-        path=path, layout="diffusers", components=components, tokenizer=tokenizer,
-        image_processor=processor, given=given, **facts,
-        files=_unhashed(path, [path / "model_index.json", *small, *(path / STUDENT).glob("*")],
-                        components),
+        path=path, layout=layout, components=components, tokenizer=tokenizer,
+        image_processor=_processor(path), given=given, **facts,
         student=open_student(path),
-    )
-
-
-def _open_wan(path: Path, given: str | None) -> ModelFolder:
-    note = _note(path)
-    folders: dict[Role, Path] = {"transformer": path}
-    if any((path / name).is_dir() for name in EXPERTS.values()):
-        folders = {role: path / name for role, name in EXPERTS.items()}
-        gone = [folder.name for folder in folders.values() if not folder.is_dir()]
-        if gone:
-            raise ModelError(f"{path} is incomplete: {gone[0]} is missing; copy it again")
-    components = Components()
-
-    small: list[Path] = []
-    for role, folder in folders.items():
-        stored = _shards(folder)
-        config, settings = _noted_config(note, role), folder / "config.json"
-        if config is None:
-            known = dit_from_wan(read_json(settings)) if settings.is_file() else {}
-            config = infer_dit(_shapes(stored, DIT_KEYS, "wan"), **known)
-        small += [settings, *folder.glob("*.index.json")]
-        components[role] = assemble(role, config, stored, "wan")
-    dit = components["transformer"].config
-    stored = _published(path, VAE_FILES.get(dit.out_channels, "Wan2.*_VAE"), "the VAE")
-    shapes = {name: tuple(lazy.likeness.shape) for name, lazy in stored.items()}
-    config = _noted_config(note, "vae") or infer_vae(shapes)
-    components["vae"] = assemble("vae", config, stored, "wan")
-    stored = _published(path, "models_t5_umt5-*", "the text encoder", TEXT_FILE)
-    config = _noted_config(note, "text_encoder") or infer_text(_shapes(stored, TEXT_KEYS, "wan"))
-    components["text_encoder"] = assemble("text_encoder", config, stored, "wan")
-    if dit.image_dim is not None:
-        stored = split_clip(_published(path, "models_clip_*", "the image encoder", CLIP_FILE))
-        config = (_noted_config(note, "image_encoder")
-                  or infer_image(_shapes(stored, IMAGE_KEYS, "wan")))
-        components["image_encoder"] = assemble("image_encoder", config, stored, "wan")
-    components |= _own_parts(path)
-    _require(path, components)
-    tokenizer = _tokenizer(path / WAN_TOKENIZER)
-    facts = _facts(note, path / NOTE) if note else _recognised(path, given, components)
-    small += [*tokenizer.iterdir(), *(path / STUDENT).glob("*")]
-    return ModelFolder(
-        path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
-        files=_unhashed(path, small, components),
-        student=open_student(path), **facts,
+        files=info["files"] if layout == "vidgen" else _unhashed(path, [
+            path / "model_index.json", *student.glob("*"), *tokenizer.iterdir(),
+            *(file for part in parts for file in (path / part).iterdir()
+              if file.suffix != ".safetensors"),
+            *(file for folder in _expert_folders(path).values() if layout == "wan"
+              for file in (folder / "config.json", *folder.glob("*.index.json"))),
+        ], components),
     )
 
 
@@ -316,12 +246,82 @@ def open_student(model: Path) -> StudentConfig | None:
     return config_of(StudentConfig, folder) if (folder / "config.json").is_file() else None
 
 
-def _own_parts(path: Path) -> dict[Role, Component[Config]]:
-    """Return the components that have vidgen's layout in every folder."""
-    return {
-        role: assemble(role, config_of(_CONFIG_TYPES[role], folder), _shards(folder), "vidgen")
-        for role in OWN_ROLES if ((folder := path / role) / "config.json").is_file()
-    }
+def _check_info(path: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a `model.json` of another format, or with files that aren't there."""
+    if info.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{path} is of format version {info.get('format_version')!r}; "
+            f"this vidgen reads version {FORMAT_VERSION}"
+        )
+    hashes = info.get("files")
+    if not (isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())):
+        raise ModelError(f"{path / 'model.json'} gives no hashes of its files; copy it again")
+    missing = [name for name in hashes if not (path / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{path} is incomplete: {', '.join(missing)} missing; copy the whole folder again"
+        )
+
+
+def _files(
+    path: Path, layout: Spelling, parts: Collection[str], components: Components
+) -> Iterator[tuple[Role, Path, Tensors]]:
+    """Yield each component's role, the folder of its config, and its tensors as stored.
+
+    `components` are those that the caller has assembled so far.
+    """
+    if layout == "wan":
+        folders = _expert_folders(path)
+        gone = [folder.name for folder in folders.values() if not folder.is_dir()]
+        if gone:
+            raise ModelError(f"{path} is incomplete: {gone[0]} is missing; copy it again")
+        for role, folder in folders.items():
+            yield role, folder, _shards(folder)
+        dit = components["transformer"].config
+        vae = VAE_FILES.get(dit.out_channels, "Wan2.*_VAE")
+        yield "vae", path, _published(path, vae, "the VAE")
+        yield "text_encoder", path, _published(
+            path, "models_t5_umt5-*", "the text encoder", TEXT_FILE)
+        if dit.image_dim is not None:
+            clip = _published(path, "models_clip_*", "the image encoder", CLIP_FILE)
+            yield "image_encoder", path, split_clip(clip)
+    for role in ROLES:
+        is_ours = layout == "vidgen" or role in OWN_ROLES
+        if role in parts or (is_ours and (path / role / "config.json").is_file()):
+            yield role, path / role, _shards(path / role)
+
+
+def _expert_folders(path: Path) -> dict[Role, Path]:
+    """Return the folders of the transformers of a Wan release."""
+    if any((path / name).is_dir() for name in EXPERTS.values()):
+        return {role: path / name for role, name in EXPERTS.items()}
+    return {"transformer": path}
+
+
+def _config(
+    role: Role, spelling: Spelling, path: Path, folder: Path, stored: Tensors
+) -> Config:
+    """Return a component's architecture, from its config or its tensors' shapes."""
+    if role == "text_encoder" and spelling != "wan":
+        return text_from_transformers(read_config(folder))
+    if role == "image_encoder" and spelling != "wan":
+        processor = _processor(path)
+        settings = None if processor is None else read_json(processor / "preprocessor_config.json")
+        return image_from_transformers(read_config(folder), settings)
+    if spelling == "vidgen":
+        config: Config = config_of(_CONFIG_TYPES[role], folder)
+        return config
+    if role == "vae" and spelling == "diffusers":
+        return vae_from_diffusers(read_config(folder))
+    shapes = {name: tuple(lazy.likeness.shape) for name, lazy in stored.items()}
+    if role == "vae":
+        return infer_vae(shapes)
+    table, infer = _INFER[role]
+    names, known = renamed(stored, table, spelling, "vidgen"), {}
+    if role in EXPERTS and (folder / "config.json").is_file():
+        read = dit_from_wan if spelling == "wan" else dit_from_diffusers
+        known = read(read_config(folder))
+    return infer({ours: shapes[name] for name, ours in names.items()}, **known)
 
 
 def _shards(folder: Path) -> Tensors:
@@ -354,45 +354,9 @@ def _published(path: Path, pattern: str, what: str, usual: str | None = None) ->
     return open_tensors(found[:1])
 
 
-def _tokenizer(folder: Path) -> Path:
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(
-            f"{folder / 'tokenizer.json'} is missing; copy it from the model's release or from "
-            "google/umt5-xxl"
-        )
-    return folder
-
-
 def _processor(path: Path) -> Path | None:
     folder = path / "image_processor"
     return folder if (folder / "preprocessor_config.json").is_file() else None
-
-
-def _encoder_config(role: Role, folder: Path, processor: Path | None) -> Config | None:
-    """Return the config of a text or image encoder, in transformers' format."""
-    if role == "text_encoder":
-        return text_from_transformers(read_config(folder))
-    if role == "image_encoder":
-        settings = None if processor is None else read_json(processor / "preprocessor_config.json")
-        return image_from_transformers(read_config(folder), settings)
-    return None
-
-
-def _note(path: Path) -> dict[str, Any]:
-    return read_json(path / NOTE) if (path / NOTE).is_file() else {}
-
-
-def _noted_config(note: Mapping[str, Any], role: Role) -> Config | None:
-    settings = note.get("configs", {}).get(role)
-    return None if settings is None else config_from(_CONFIG_TYPES[role], settings, NOTE)
-
-
-def _shapes(
-    stored: Tensors, table: tuple[Names, ...], spelling: Spelling
-) -> dict[str, tuple[int, ...]]:
-    """Return shapes by our names, of tensors that have one."""
-    names = renamed(stored, table, spelling, "vidgen")
-    return {ours: tuple(stored[name].likeness.shape) for name, ours in names.items()}
 
 
 def _require(path: Path, components: Components) -> None:
@@ -402,7 +366,6 @@ def _require(path: Path, components: Components) -> None:
     dit = components["transformer"].config
     if dit.image_dim is not None and "image_encoder" not in components:
         raise ModelError(f"{path} has no image_encoder, which its transformer needs; copy it again")
-    _check_readers(path, components)
 
 
 def _check_readers(path: Path, components: Components) -> None:
@@ -431,17 +394,16 @@ def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _recognised(
-    path: Path, given: str | None, components: Components, *,
-    expand_timesteps: bool = False, **settled: Any,
+    path: Path, given: str | None, components: Components, index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return fields of a `ModelFolder` from its transformer; `settled` are known defaults."""
+    """Return fields of a `ModelFolder` from its transformer, and diffusers' index if it has one."""
     dit = components["transformer"].config
     name = given or path.resolve().name
     experts = 2 if "transformer_2" in components else 1
     variant: Variant = recognise(
-        dit, num_experts=experts, name=name, expand_timesteps=expand_timesteps
+        dit, num_experts=experts, name=name, expand_timesteps=bool(index.get("expand_timesteps"))
     )
-    defaults = asdict(variant.defaults) | settled
+    defaults = asdict(variant.defaults) | _scheduling(path, index)
     return {
         "name": name, "family": variant.family, "license": card_license(path) or LICENSE,
         "tasks": variant.tasks, "defaults": build(ModelDefaults, defaults, str(path)),
