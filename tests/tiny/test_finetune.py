@@ -403,7 +403,7 @@ def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_p
     refused("decay_from is 5 and optim.decay_steps 0; give both", run={"optim": {"decay_from": 5}})
     refused("decay_from is None and optim.decay", run={"optim": {"decay_steps": 5}})
     refused("mean is nan", noise={"mean": math.nan})
-    refused("subject.lr is -1.0", subject={"token": "<subject_0>", "like": "car", "lr": -1.0})
+    refused("subject.lr is -1; give", subject={"token": "<subject_0>", "like": "car", "lr": -1.0})
     refused("ab_clips is -1", output={"ab_clips": -1})
     refused("validate_every is 0", run={"validate_every": 0})
 
