@@ -146,17 +146,14 @@ class Scheduler:
 
     def _run(self) -> None:
         while not self._is_over:
-            try:
-                self._look_after_child()
-                self._begin_next()
-                self._sweep()
-                self._listen()
-            except OutputError as error:  # a full disk; what waits is tried again
-                log.error("%s", error)
-                time.sleep(LOOK_S)
-            except Exception:
-                log.exception("the scheduler failed")
-                time.sleep(LOOK_S)
+            for work in (self._look_after_child, self._begin_next, self._sweep, self._listen):
+                try:
+                    work()
+                except OutputError as error:  # a full disk; what waits is tried again
+                    log.error("%s", error)
+                except Exception:
+                    log.exception("the scheduler failed")
+                    time.sleep(LOOK_S)
         if self._pool is not None:
             self._pool.workers[0].stop()
             self._pool.end(2.0)
@@ -360,13 +357,10 @@ class Scheduler:
         ahead_s, position = 0.0, 0
         for job in self.jobs.waiting():
             live = self._live_of(job)
-            if live is not None:
-                eta_s = live.facts["eta_s"]
-                ahead_s += job.expected_s * self._pace if eta_s is None else eta_s
-                yield job, Place(None, round(ahead_s, 1))
-            else:
-                position, ahead_s = position + 1, ahead_s + job.expected_s * self._pace
-                yield job, Place(position, round(ahead_s, 1))
+            eta_s = live.facts["eta_s"] if live else None
+            ahead_s += job.expected_s * self._pace if eta_s is None else eta_s
+            position += live is None
+            yield job, Place(None if live else position, round(ahead_s, 1))
 
     def _tell_status(self, job: Job) -> None:
         self._publish("status", job, self.view(job), is_last=job.is_finished)
