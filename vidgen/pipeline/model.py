@@ -261,10 +261,11 @@ class OpenedModel:
         assert devices is None or regional is None, "devices share no regional prompts"
         model = devices.denoising if devices else partial(denoising, regional=regional)
         with model(self.loader, plan, state, contexts, loras, level, caches) as denoise:
-            solve = (partial(sample, plan.sampler, denoise, state.begin(), sigmas, fresh=state.fresh)
+            begun = state.begin()
+            solve = (partial(sample, plan.sampler, denoise, begun, sigmas, fresh=state.fresh)
                      if scheduler is None else
-                     partial(sample_with_scheduler, denoise, state.begin(), scheduler,
-                             plan.num_steps, strength=plan.strength))
+                     partial(sample_with_scheduler, denoise, begun, scheduler, plan.num_steps,
+                             strength=plan.strength))
             latents = solve(on_step=on_step, project=state.project, resume=resume)
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
