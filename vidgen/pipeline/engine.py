@@ -6,6 +6,8 @@ A model's own sound is sampled after the picture, with the picture as a conditio
 
 A task (a first frame, a mask, a clip to re-imagine) is a condition that `prepare` writes into the
 state; no other code knows of it.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N samples.
 """
 
 from __future__ import annotations
@@ -13,28 +15,54 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import StepInfo
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by, best_dtype, choose_device
 from vidgen.core.values import Attention, check_file
+from vidgen.diffusion.samplers import sample_state
+from vidgen.diffusion.state import LatentState
 from vidgen.media.clip import Clip
+from vidgen.media.provenance import stamped
+from vidgen.media.read import fit
+from vidgen.models.tokenizer import read_as
+from vidgen.pipeline.best_of_n import counted_on, sample_best
+from vidgen.pipeline.experts import read_loras, sigmas_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal, journals_of, recall, recalled_tiles
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
+from vidgen.pipeline.preview import Glimpses
+from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.settings import SOUND, check_tasks
-from vidgen.pipeline.types import AnyEngine, Contexts, Offload, OnPreview, Plan, Progress, Reporter
+from vidgen.pipeline.types import (
+    NO_LORAS,
+    AnyEngine,
+    Contexts,
+    Loras,
+    Offload,
+    OnPreview,
+    Plan,
+    Progress,
+    Report,
+    Reporter,
+)
 from vidgen.weights.folder import DiffusersFolder
 
 if TYPE_CHECKING:
     from vidgen.diffusion.cache import Magnitudes
+    from vidgen.media.types import Samples
+    from vidgen.pipeline.denoise import RegionalPrompts
+    from vidgen.pipeline.long.extend import LongClip
+    from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.types import Estimate
     from vidgen.weights.quantize import Quantization
 
@@ -137,11 +165,7 @@ class Engine(OpenedModel):
         Raises:
             InputError: an option that can't be honoured, with value, limit and remedy.
         """
-        from vidgen.media.provenance import stamped
-        from vidgen.pipeline.experts import read_loras
-        from vidgen.pipeline.making import Making
-        from vidgen.pipeline.preview import Glimpses
-        from vidgen.pipeline.recipe import make_recipe
+        from vidgen.pipeline.setups import preflight
         from vidgen.pipeline.sound.own_sound import sound_plan
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
 
@@ -155,7 +179,12 @@ class Engine(OpenedModel):
             track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
                                     has_sound=SOUND in self.folder.tasks)
             tiles = recalled_tiles(journals) if self.asked.tiles == "auto" else None
-            plan = self._fitted(plan, request, count, tiles, on_estimate)
+            asked = self.asked.replace(tiles=tiles) if tiles else self.asked
+            estimate = preflight(self.loader, plan, request, asked, count)
+            self.adopt(estimate.setup)
+            if on_estimate is not None:
+                on_estimate(estimate)
+            plan = replace(plan, tiles=estimate.setup.tiles)
             loras = read_loras(request.lora, self.folder)
             plans = [replace(plan, seed=plan.seed + index) for index in range(count)]
             recipes = [
@@ -181,23 +210,10 @@ class Engine(OpenedModel):
                 with kept.running(recipe, self.device):
                     report = Reporter(on_event, index, count)
                     glimpses = Glimpses(self, on_preview, each.fps, index)
-                    making = Making(self, each, request, inputs, loras, contexts, track, kept,
-                                    report, glimpses)
-                    clips.append(making.finished(making.clip(recipe)))
+                    making = _Making(self, each, request, inputs, loras, contexts, track, kept,
+                                     report, glimpses)
+                    clips.append(making.clip(recipe))
             return clips if count > 1 else clips[0]
-
-    def _fitted(
-        self, plan: Plan, request: Request, count: int, tiles: str | None,
-        on_estimate: Callable[[Estimate], None] | None,
-    ) -> Plan:
-        from vidgen.pipeline.setups import preflight
-
-        asked = self.asked.replace(tiles=tiles) if tiles else self.asked
-        estimate = preflight(self.loader, plan, request, asked, count)
-        self.adopt(estimate.setup)
-        if on_estimate is not None:
-            on_estimate(estimate)
-        return replace(plan, tiles=estimate.setup.tiles)
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
         """Read the request's pictures and clips; draw a first frame if a model is given for it."""
@@ -211,16 +227,129 @@ class Engine(OpenedModel):
         return with_first_frame(request.replace(size=size), size, self.device, self.dtype)
 
 
+@dataclass
+class _Making:
+    """One clip of a request, in one window or several."""
+
+    model: Engine
+    plan: Plan
+    request: Request
+    inputs: Inputs
+    loras: Loras
+    contexts: Callable[[], Contexts]  # of the prompts, encoded at the first call
+    track: Soundtrack
+    kept: Journal  # its journal
+    report: Report  # called with a stage, the units done, and their total
+    glimpses: Glimpses  # previews of its steps
+    window: int = 0  # number of the current one
+    rejected: int = 0  # candidates so far
+
+    def clip(self, recipe: dict[str, Any]) -> Clip:
+        """Denoise picture and sound; return the lazy clip with its whole sound."""
+        from vidgen.pipeline.sound.own_sound import followed_sound
+
+        plan, kept, long, followed = self.plan, self.kept, self._long, None
+        latents = kept.latents
+        if latents is None:
+            self.contexts()  # before pictures are encoded
+            self.report("prepare", 0, 1)
+            if self.request.follow_audio and self.track.bed is not None:
+                followed = followed_sound(self.model.loader, plan, self.track.bed).add_to
+            self.window = kept.num_windows
+            if long:
+                latents = long.sample(self.sample, kept.done, kept.keep_window, followed)
+            else:
+                state = self.model.prepare(plan, self.request, self.inputs)
+                if followed:
+                    state = followed(state, 0, plan.latents.num_frames)
+                latents = state.unpack(self.sample(plan, state))[0]
+            kept.keep_latents(latents, long.begun.num_frames if long else 0)
+        decode = long.clip if long else partial(self.model.decode, plan)
+        clip = decode(latents, recipe, kept)
+        if self.track.is_own:
+            samples, rate = kept.kept_sound() or self._sound(latents)
+            clip.info = replace(clip.info, sound=samples, sound_rate=rate)
+        clip = self.track.under(clip, plan.seed, partial(self.report, "sound"), kept)
+        if self.request.begins_with_image:
+            (picture,) = self.inputs.images["image"]
+            clip.first_frame = fit(picture, plan.height, plan.width, plan.fit)
+        return clip
+
+    @cached_property
+    def prompt(self) -> str:
+        """The prompt in words that the model knows."""
+        return read_as(self.plan.prompt, dict(self.plan.readings))
+
+    @cached_property
+    def regional(self) -> RegionalPrompts | None:
+        """Regional prompts, if any."""
+        return self.model.regional_prompts(self.plan, [self.prompt], self.loras)
+
+    @cached_property
+    def _long(self) -> LongClip | None:
+        from vidgen.pipeline.long.extend import long_clip
+
+        return long_clip(self.model, self.plan, self.request, self.inputs)
+
+    def _sound(self, latents: Tensor) -> tuple[Samples, int]:
+        """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
+        from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
+
+        plan = sound_plan(self.plan, self.model.folder.defaults)
+        long = (self._long.windows, self._long.begun) if self._long else ()
+        own = own_sound(self.model.loader, self.plan, self.request, *long)
+
+        def sample(state: LatentState, number: int) -> Tensor:
+            def on_step(info: StepInfo) -> None:
+                done, rounds = number + own.extra_rounds, len(own.windows) + own.extra_rounds
+                self.report("sound", done * info.num_steps + info.step, rounds * info.num_steps)
+
+            return self.model.sample(plan, state, self.contexts(), on_step, self.request.scheduler,
+                                     self.loras)
+
+        own.follow(latents, sample, self.kept)
+        self.kept.keep_sound(*(made := own.decode()))
+        return made
+
+    def sample(self, plan: Plan, state: LatentState) -> Tensor:
+        """Return the next window in the samplers' layout; the best of several candidates."""
+        model, kept, scheduler = self.model, self.kept, self.request.scheduler
+        num_steps = len(sigmas_of(plan, scheduler)) - 1
+        num_windows = len(self._long.windows) if self._long else 1
+
+        def on_step(info: StepInfo, candidate: int = 0) -> None:
+            kept.on_step(counted_on(info, candidate))
+            seen = state.unpack(info.denoised)[0]
+            apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
+            shown = replace(info, denoised=seen[:, :, ::apart])
+            self.glimpses.on_step(shown, state.num_references)
+            others = self.rejected + candidate
+            done, total = self.window + others, num_windows + others
+            self.report("sample", done * num_steps + info.step, total * num_steps)
+
+        sample = partial(model.sample, plan, contexts=self.contexts(), scheduler=scheduler,
+                         loras=self.loras, remember=kept.keeps, regional=self.regional)
+        if plan.candidates == 1:
+            made = sample(state, on_step=on_step, resume=kept.take_state())
+        else:
+            made, rejected = sample_best(
+                model.loader, plan, state, self.prompt,
+                lambda state, candidate, resume: sample(
+                    state, on_step=partial(on_step, candidate=candidate), resume=resume),
+                kept, self.window, num_steps,
+            )
+            self.rejected += rejected
+        self.window += 1
+        return made
+
+
 def measure_magnitudes(engine: Engine) -> Magnitudes:
     """Measure a model's magnitudes in a clip of its defaults, from a grey picture if it needs one.
 
     One clip is enough: they hardly depend on its content (Ma et al. 2025, fig. 2).
     """
     from vidgen.diffusion.cache import Probe, StepCaches, magnitudes_of
-    from vidgen.diffusion.samplers import sample_state
     from vidgen.pipeline.denoise import denoising
-    from vidgen.pipeline.experts import sigmas_of
-    from vidgen.pipeline.types import NO_LORAS
 
     options: dict[str, Any] = {"seed": 0}
     if "text" not in engine.folder.tasks:
