@@ -45,6 +45,11 @@ CLASSES: dict[Role, type[nn.Module]] = {
     "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
     "verifier": Verifier, "onset_detector": OnsetDetector,
 }
+CONFIG_TYPES: dict[Role, type[Config]] = {
+    "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
+    "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
+    "verifier": VerifierConfig, "onset_detector": OnsetDetectorConfig,
+}
 _EXTRA: dict[str, Spelling] = {
     "visual.head": "wan", "textual.": "wan", "log_scale": "wan",
     "visual_projection.": "diffusers", "encoder.embed_tokens.": "diffusers",

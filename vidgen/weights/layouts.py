@@ -16,14 +16,10 @@ from typing import Any, get_args
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
-from vidgen.models.audio_spectra import AudioVAEConfig
-from vidgen.models.dit_types import DiTConfig
-from vidgen.models.image import ImageConfig
 from vidgen.models.onset_detector import OnsetDetectorConfig
-from vidgen.models.text import TextConfig
-from vidgen.models.vae import VAEConfig
 from vidgen.models.verifier import VerifierConfig
 from vidgen.weights.component import (
+    CONFIG_TYPES,
     OWN_ROLES,
     Components,
     Config,
@@ -78,11 +74,6 @@ CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 CLIP_TOKENIZER = "xlm-roberta-large"
 WAN_TOKENIZER = Path("google/umt5-xxl")
 NOTE = "vidgen.json"
-_CONFIG_TYPES: dict[Role, type[Any]] = {
-    "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
-    "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
-    "verifier": VerifierConfig, "onset_detector": OnsetDetectorConfig,
-}
 _INFER: dict[Role, tuple[tuple[Names, ...], Callable[..., Config]]] = {
     "transformer": (DIT_KEYS, infer_dit), "transformer_2": (DIT_KEYS, infer_dit),
     "text_encoder": (TEXT_KEYS, infer_text), "image_encoder": (IMAGE_KEYS, infer_image),
@@ -208,7 +199,7 @@ def _open(
         noted = info.get("configs", {}).get(role)
         spelling = "vidgen" if role in OWN_ROLES else layout
         if noted is not None:
-            config = config_from(_CONFIG_TYPES[role], noted, NOTE)
+            config = config_from(CONFIG_TYPES[role], noted, NOTE)
         else:
             config = _config(role, spelling, path, folder, stored)
         components[role] = assemble(role, config, stored, spelling)
@@ -309,7 +300,7 @@ def _config(
         settings = None if processor is None else read_json(processor / "preprocessor_config.json")
         return image_from_transformers(read_config(folder), settings)
     if spelling == "vidgen":
-        config: Config = config_of(_CONFIG_TYPES[role], folder)
+        config: Config = config_of(CONFIG_TYPES[role], folder)
         return config
     if role == "vae" and spelling == "diffusers":
         return vae_from_diffusers(read_config(folder))
