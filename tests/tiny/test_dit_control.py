@@ -44,10 +44,10 @@ def test_control_changes_the_velocity_by_its_scale():
     steered = model(*inputs, control=control)
     assert (steered - plain).abs().max() > 1e-2
     assert torch.equal(model(*inputs, control=control, control_scale=0.0), plain)
-    assert torch.equal(model(*inputs, control=control, control_scale=[1.0, 1.0, 1.0]), steered)
-    last = [model(*inputs, control=control, control_scale=[0, 0, s]) for s in (-1e-3, 1e-3)]
-    assert (last[0] - last[1]).abs().max() > 1e-6
-    assert_equal((last[0] + last[1]) / 2, plain, 1e-5)  # a small hint acts linearly
+    assert torch.equal(model(*inputs, control=control, control_scale=1.0), steered)
+    faint = [model(*inputs, control=control, control_scale=scale) for scale in (-1e-3, 1e-3)]
+    assert (faint[0] - faint[1]).abs().max() > 1e-6
+    assert_equal((faint[0] + faint[1]) / 2, plain, 1e-5)  # a small hint acts linearly
     changed = control.clone()
     changed[1] += 1
     other = model(*inputs, control=changed)
@@ -106,7 +106,6 @@ def test_control_that_does_not_fit_is_refused():
     bad = [
         ({"control": control[:, :4]}, r"shape \(2, 4, 3, 4, 6\), not \(2, 5, 3, 4, 6\)"),
         ({"control": control[:1]}, r"shape \(1, 5, 3, 4, 6\)"),
-        ({"control": control, "control_scale": [1.0, 0.5]}, "2 values.*3 control layers"),
         ({"control": control, "extra": stills}, "stills can't join"),
     ]
     for options, message in bad:

@@ -30,9 +30,9 @@ from vidgen.models.dit_blocks import (
     compute_dtype,
 )
 from vidgen.models.dit_inputs import (
+    check_control,
     check_inputs,
     collapse_padding,
-    control_scales,
     embed_times,
     join_tokens,
     lay_out,
@@ -114,7 +114,7 @@ class SpacetimeDiT(nn.Module):
         audio: AudioTokens | None = None,
         cache: KVCache | None = None,
         control: Tensor | None = None,
-        control_scale: float | Sequence[float] = 1.0,
+        control_scale: float = 1.0,
         step_cache: StepCache | None = None,
         ranks: Ranks | None = None,
     ) -> Tensor | AudioVideo:
@@ -134,7 +134,7 @@ class SpacetimeDiT(nn.Module):
             cache: an empty one, which records this pass for `listen`.
             control: [B, control_channels, F, h, w], for models with `control_layers`; None: their
                 blocks don't run.
-            control_scale: strength of the control, one for all control layers or one for each.
+            control_scale: strength of the control.
             step_cache: may skip blocks at this step; doesn't go with `cache`.
             ranks: processes that call this together with the same arguments, each for its stretch
                 of the tokens. A step cache must decide alike on all of them.
@@ -148,7 +148,8 @@ class SpacetimeDiT(nn.Module):
         check_inputs(
             self.config, latents, timestep, image_context, extra, audio, cache, step_cache
         )
-        scales = control_scales(self.config, latents, extra, control, control_scale)
+        if control is not None:
+            check_control(self.config, latents, extra, control)
         F_, (h, w) = latents.shape[2], (s // self.config.patch_size for s in latents.shape[3:])
         streams, rope = self._embed(latents, timestep, extra, positions, audio, h, w)
         layout = lay_out(F_, extra, audio, h * w)
@@ -164,10 +165,10 @@ class SpacetimeDiT(nn.Module):
                     streams = with_tokens(streams, known)
                     break
             streams = self._run(block, streams, rope, layout, text, cache, i)
-            if i in scales:
+            if control is not None and i in self.config.control_layers:
                 [video] = streams
                 hint = next(hints).to(video.tokens.dtype)
-                streams = [video._replace(tokens=video.tokens.add(hint, alpha=scales[i]))]
+                streams = [video._replace(tokens=video.tokens.add(hint, alpha=control_scale))]
         if step_cache is not None and known is None:
             step_cache.keep(join_tokens(streams))
         with torch.autocast(latents.device.type, enabled=False):

@@ -168,19 +168,11 @@ def collapse_padding(
     return text, bias.to(context.device)[:, None, None]
 
 
-def control_scales(
-    config: DiTConfig, latents: Tensor, extra: KeyTokens | None, control: Tensor | None,
-    scale: float | Sequence[float],
-) -> dict[int, float]:
-    """Return the strength of a control by layer, {} without one; see `SpacetimeDiT.forward`.
-
-    Raises:
-        InputError: shapes and options that the model can't take.
-    """
-    layers = config.control_layers
-    if control is None:
-        return {}
-    if not layers:
+def check_control(
+    config: DiTConfig, latents: Tensor, extra: KeyTokens | None, control: Tensor
+) -> None:
+    """Raise InputError for a control that the model can't take."""
+    if not config.control_layers:
         raise InputError("control was given to a model without control_layers")
     if extra is not None:
         raise InputError(
@@ -191,10 +183,3 @@ def control_scales(
     expected = (batch, config.control_channels, *size)
     if tuple(control.shape) != expected:
         raise InputError(f"control has shape {tuple(control.shape)}, not {expected}")
-    scales = [scale] * len(layers) if isinstance(scale, int | float) else list(scale)
-    if len(scales) != len(layers):
-        raise InputError(
-            f"control_scale has {len(scales)} values; give one, or one for each of the "
-            f"{len(layers)} control layers"
-        )
-    return dict(zip(layers, scales, strict=True))
