@@ -68,7 +68,7 @@ def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, c
     code, _, err = cli(*COMMAND, "-o", "x.mkv")
     assert code == 2
     assert where in err
-    assert "--resume goes on, --overwrite starts anew" in err
+    assert "--resume continues it, --overwrite starts again" in err
     code, out, err = cli(*COMMAND, "-o", "x.mkv", "--resume", "--json")
     assert code == 0
     assert f"x.mkv goes on: {where}" in err

@@ -335,7 +335,7 @@ def test_a_removed_segment_is_made_again(engine, out, straight):
 def test_an_unfinished_clip_is_told_of_and_can_start_anew(engine, out):
     with pytest.raises(Cancelled):
         go(engine, out, False, stop_at(2))
-    with pytest.raises(OutputError, match=r"step 2 of 3.*--resume .*--overwrite starts anew"):
+    with pytest.raises(OutputError, match=r"step 2 of 3.*--resume .*--overwrite starts again"):
         Journal(out)
     kept = Journal(out, overwrite=True)
     seen: list[int] = []

@@ -176,10 +176,10 @@ def read_job(folder: Path) -> dict[str, Any]:
         if hashlib.sha256(json.dumps(job).encode()).hexdigest() != content["sha256"]:
             raise ValueError("its content doesn't match its checksum")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); start anew with --overwrite") from None
+        raise InputError(f"{path} is damaged ({error}); start again with --overwrite") from None
     if job["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path} has format {job['format_version']} of another version of vidgen, "
-                         f"this one reads {FORMAT_VERSION}; start anew with --overwrite")
+                         f"this one reads {FORMAT_VERSION}; start again with --overwrite")
     return job
 
 
@@ -254,7 +254,7 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
         return arrays, _facts_of(metadata)
     except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error}); remove it and what it held is made again, "
-                         "or start anew with --overwrite") from None
+                         "or start again with --overwrite") from None
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

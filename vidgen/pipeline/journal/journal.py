@@ -80,7 +80,7 @@ class Journal:
             if facts["running"]:
                 raise self._taken()
             raise OutputError(f"{self.output} is not finished ({job.progress_text(facts)}, kept in "
-                              f"{self.folder}); --resume goes on, --overwrite starts anew")
+                              f"{self.folder}); --resume continues it, --overwrite starts again")
 
     @property
     def unfinished(self) -> bool:
@@ -243,7 +243,7 @@ class Journal:
             without = old.get("kernels") == "none" and recipe.get("kernels") != "none"
             how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
             raise InputError(f"{place} is another clip's: {'; '.join(differ)}; go on with what it "
-                             f"was made with{how}, choose another name, or start anew with "
+                             f"was made with{how}, choose another name, or start again with "
                              "--overwrite")
 
     @property
@@ -258,7 +258,7 @@ class Journal:
             self.overwrite |= job.read_job(self.folder)["overwrite"]
             if self.output.exists() and not self.overwrite:
                 raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
-                                  "move it away, or give --overwrite to start anew")
+                                  "move it away, or give --overwrite to start again")
         self._due_s = time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
