@@ -51,7 +51,7 @@ def generate_batch(
     state = fresh_state(engine, plan, seeds)
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
-        state = condition.first_frame(state, first)
+        state = condition.prefix(state, first)
     read = read_prompts(engine, prompts)
     latents = sampled(engine, plan, state, read, text_contexts(engine, plan, read))
     return pixels(engine, latents, plan.oversampling)

@@ -72,7 +72,7 @@ def heard(cache: SoundCache, state, first: int = 0, picture_known: float = 1.0):
 
 
 def test_sound_is_made_for_a_given_picture_or_a_picture_for_given_sound(cache):
-    first = condition.first_frame(new_state(torch.randn(2, 4, 9, 4, 4)),
+    first = condition.prefix(new_state(torch.randn(2, 4, 9, 4, 4)),
                                   torch.randn(2, 4, 1, 4, 4))  # fmt: skip
     for state in (new_state(torch.randn(2, 4, 9, 4, 4)), first):
         given = heard(cache, state)

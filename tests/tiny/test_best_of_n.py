@@ -19,7 +19,7 @@ from tests.models import add_verifier, build_tiny_model, own_defaults
 from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.diffusion.condition import first_frame
+from vidgen.diffusion.condition import prefix
 from vidgen.diffusion.state import UpsampledKnown, new_state
 from vidgen.models.verifier import Verifier, Want, score
 from vidgen.pipeline.best_of_n import VERIFIER, candidate_state, verify_video, wanted, with_verifier
@@ -205,7 +205,7 @@ def test_what_goes_on_has_to_show_what_its_beginning_shows() -> None:
     prompts = ["a cat and a red car", "the desert"]
     cat, car = Want(0), Want(1)
     assert wanted(verifier, state, prompts) == [{cat, Want(1, 0)}, set()]
-    begun = first_frame(state, torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).expand(2, 2, 1, 4, 4))
+    begun = prefix(state, torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).expand(2, 2, 1, 4, 4))
     assert wanted(verifier, begun, prompts) == [{cat}, {car}]
     assert wanted(verifier, begun, ["a car", "a red car"]) == [set(), {car}]
     known = torch.zeros(2, 2, 5, 4, 4)

@@ -58,7 +58,7 @@ def test_without_conditions_the_model_sees_latents_and_sigma_as_they_are():
 
 
 def test_first_frame_is_seen_clean_at_sigma_zero_and_comes_out_exactly():
-    state = condition.first_frame(new_state(NOISE), STILL)
+    state = condition.prefix(new_state(NOISE), STILL)
     latents, sigma = denoise_inputs(state, SIGMA)
     assert torch.equal(latents[:, :, :1], STILL)
     assert torch.equal(latents[:, :, 1:], NOISE[:, :, 1:])
@@ -70,7 +70,7 @@ def test_first_frame_is_seen_clean_at_sigma_zero_and_comes_out_exactly():
 
 
 def test_one_still_serves_a_whole_batch():
-    state = condition.first_frame(new_state(NOISE), STILL[:1])
+    state = condition.prefix(new_state(NOISE), STILL[:1])
     latents, _ = denoise_inputs(state, SIGMA)
     assert torch.equal(latents[:, :, 0], STILL[[0, 0], :, 0])
 
@@ -105,7 +105,7 @@ def test_what_is_known_may_be_shown_through_noise():
 
 
 def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
-    state = condition.first_frame(new_state(NOISE), STILL)
+    state = condition.prefix(new_state(NOISE), STILL)
     assert state.has_given.tolist() == [True, True]
     hidden = replace(state, hides_known=True).to(torch.device("cpu"))
     begun = draw(31)
@@ -121,7 +121,7 @@ def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
     assert not condition.reference(new_state(NOISE), STILL).has_given.any()
     ends = condition.keyframe(new_state(NOISE), STILL, 16, STRIDES)
     assert ends.has_given.all()
-    later = condition.noise_known(condition.first_frame(ends, STILL), SIGMA, NOISE)
+    later = condition.noise_known(condition.prefix(ends, STILL), SIGMA, NOISE)
     assert not later.has_given.any()
 
 
@@ -142,7 +142,7 @@ def test_mask_keeps_the_clip_outside_and_gives_each_token_its_sigma():
 def test_mask_and_first_frame_add_up():
     region = torch.zeros(1, 1, 5, 4, 6)
     region[..., 2:] = 1
-    state = condition.mask(condition.first_frame(new_state(NOISE), STILL), CLIP, region)
+    state = condition.mask(condition.prefix(new_state(NOISE), STILL), CLIP, region)
     clip = sample(state)
     assert torch.equal(clip[:, :, :1, :, 2:], STILL[..., 2:])
     assert torch.equal(clip[..., :2], CLIP[..., :2])
@@ -205,7 +205,7 @@ def test_guidance_grows_with_the_distance_from_what_is_given_in_place():
         return guidance_share(state, reach)[0, 0, :, 0, 0].tolist()
 
     state = new_state(NOISE)
-    first = condition.first_frame(state, STILL)
+    first = condition.prefix(state, STILL)
     assert guidance_share(first, 0) is None
     assert share(first) == [0, 0.5, 1, 1, 1]
     assert share(condition.reference(first, STILL)) == [0, 0.5, 1, 1, 1]

@@ -11,7 +11,7 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.samplers import SAMPLERS, sample
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.diffusion.state import new_sound, new_state, sound_begins
+from vidgen.diffusion.state import new_sound, new_state
 
 
 def make_state(**known):
@@ -19,7 +19,7 @@ def make_state(**known):
     state = new_state(torch.randn(2, 4, 3, 4, 4))
     sound = new_sound(torch.randn(2, 5, 7))
     if "sound" in known:
-        sound = sound_begins(sound, torch.randn(2, 5, known["sound"]))
+        sound = sound.begun_by(torch.randn(2, 5, known["sound"]))
     if "picture" in known:
         state = condition.prefix(state, torch.randn(2, 4, known["picture"], 4, 4))
     return replace(state, sound=sound)
@@ -95,5 +95,5 @@ def test_masks_count_for_all_channels_and_known_sound_carries_no_noise():
 
 
 def test_more_known_sound_than_there_is_is_refused():
-    with pytest.raises(InputError, match="9 sound latents are known of a clip that has 7"):
-        sound_begins(make_state().sound, torch.randn(2, 5, 9))
+    with pytest.raises(InputError, match="9 latents are known of a clip or sound that has 7"):
+        make_state().sound.begun_by(torch.randn(2, 5, 9))

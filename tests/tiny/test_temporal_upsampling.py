@@ -18,7 +18,7 @@ from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import first_frame, keyframe, reference
+from vidgen.diffusion.condition import keyframe, prefix, reference
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState, new_state
@@ -84,7 +84,7 @@ def test_finer_frames_lie_where_their_pictures_do() -> None:
 
 def test_conditions_stand_where_they_stood() -> None:
     still = torch.randn(1, 4, 1, 2, 2)
-    state = reference(keyframe(first_frame(a_state(), still), 2 * still, 6, STRIDES), 3 * still)
+    state = reference(keyframe(prefix(a_state(), still), 2 * still, 6, STRIDES), 3 * still)
     settled = torch.randn(1, 4, 3, 2, 2)
     there = upsampled_state(state, settled, 0.5, 2, STRIDES.t)
     assert there.latents.shape[2] == 5

@@ -105,7 +105,7 @@ class Redrawer:
         state = fresh_state(self.engine, plan, seeds)
         state = condition.video_at_strength(state, given, level)
         if knows_first:
-            state = condition.first_frame(state, given[:, :, :1])
+            state = condition.prefix(state, given[:, :, :1])
         contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
         noisy = state.begin()
         with denoising(self.engine.loader, plan, state, contexts, NO_LORAS, level) as denoise:

@@ -92,7 +92,7 @@ class StepCache(Protocol):
 
     A transformer runs its first `lead` blocks and asks `recall`. It goes on after the last block
     with the answer, or, without one, runs the other blocks and passes their result to `keep`.
-    Tokens that are handed over must not be changed in place.
+    Tokens are [B, L, D] and must not be changed in place; `start` entered the first block.
     """
 
     @property
@@ -101,14 +101,9 @@ class StepCache(Protocol):
         ...
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        """Return the result of the last block, [B, L, D], or None where that has to be computed.
-
-        Args:
-            start: [B, L, D], what entered the first block.
-            tokens: [B, L, D], what left block number `lead`; `start` where that is 0.
-        """
+        """Return the result of the last block, or None where that has to be computed."""
         ...
 
     def keep(self, tokens: Tensor) -> None:
-        """Note the result of the last block, [B, L, D], after `recall` gave None."""
+        """Note the result of the last block, after `recall` gave None."""
         ...

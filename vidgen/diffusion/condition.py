@@ -42,12 +42,6 @@ def prefix(state: LatentState, latents: Tensor) -> LatentState:
     return state.begun_by(latents)
 
 
-def first_frame(state: LatentState, latent: Tensor) -> LatentState:
-    """Let the clip begin with a still, encoded alone: [B or 1, C, 1, h, w]."""
-    assert latent.shape[2] == 1
-    return prefix(state, latent)
-
-
 def noise_known(state: LatentState, sigma: Tensor, noise: Tensor) -> LatentState:
     """Add noise [B, C, F, h, w] of level `sigma` [B] to values known in place.
 
@@ -83,7 +77,7 @@ def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Stri
     """
     require_frame(frame_index, 1 + (state.latents.shape[2] - 1) * strides.t)
     if frame_index == 0:
-        return first_frame(state, latent)
+        return prefix(state, latent)
     return _append_key(state, latent, keyframe_position(frame_index, strides))
 
 

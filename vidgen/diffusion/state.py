@@ -68,8 +68,16 @@ class PartlyKnown:
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
 
     def begun_by(self, latents: Tensor) -> Self:
-        """Return the state with the first latents known, [B or 1, C, n] or [B or 1, C, n, h, w]."""
-        count, clean, mask = latents.shape[2], self.clean.clone(), self.denoise_mask.clone()
+        """Return the state with the first latents known, [B or 1, C, n] or [B or 1, C, n, h, w].
+
+        Raises:
+            InputError: more latents than the state has.
+        """
+        count, total = latents.shape[2], self.latents.shape[2]
+        if count > total:
+            raise InputError(f"{count} latents are known of a clip or sound that has {total}; cut "
+                             "them to its length")
+        clean, mask = self.clean.clone(), self.denoise_mask.clone()
         clean[:, :, :count] = latents.to(clean)
         mask[:, :, :count] = False
         return replace(self, clean=clean, denoise_mask=mask)
@@ -242,19 +250,6 @@ def new_sound(noise: Tensor, start_s: float = 0.0, takes: int = 1) -> SoundState
     """Return sound with nothing known, from noise [B, C, N]."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
     return SoundState(noise, torch.zeros_like(noise), mask, start_s, takes=takes)
-
-
-def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:
-    """Let the sound begin with known latents [B or 1, C, n].
-
-    Raises:
-        InputError: more latents than the sound has.
-    """
-    count, total = latents.shape[2], sound.latents.shape[2]
-    if count > total:
-        raise InputError(f"{count} sound latents are known of a clip that has {total}; "
-                         "cut them to its length")
-    return sound.begun_by(latents)
 
 
 def sound_span(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
-from vidgen.diffusion.state import LatentState, new_sound, sound_begins, sound_span
+from vidgen.diffusion.state import LatentState, new_sound, sound_span
 from vidgen.diffusion.temporal_upsampling import finished_upsampled
 from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
@@ -207,7 +207,7 @@ class OwnSound:
         sound = new_sound(noise.to(state.latents.device), start_s, len(takes))
         known = self.latents[:, :, max(0, begin - self.begins) :]
         if begin >= self.begins and known.shape[2]:
-            sound = sound_begins(sound, known[:, :, : end - begin])
+            sound = sound.begun_by(known[:, :, : end - begin])
         return replace(state, sound=sound)
 
     def decode(self) -> tuple[Samples, int]:
