@@ -22,7 +22,7 @@ from vidgen.pipeline.best_of_n import with_verifier
 from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.settings import (
-    asked_about,
+    SETTINGS,
     check_settings,
     check_tasks,
     makes_sound,
@@ -236,7 +236,8 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     """
     student = folder.student
     asks_more = (
-        any(map(request.has, SAMPLING)) or asked_about(request, "sampling")
+        any(map(request.has, SAMPLING))
+        or any(SETTINGS[name].topic == "sampling" for name in request.settings)
         or plan.negative != folder.defaults.negative_prompt or request.cache != "none"
         or plan.strength < 1 or request.follow_audio
     )

@@ -38,7 +38,7 @@ from vidgen.pipeline.recorded import (
     recorded_sampling,
     recorded_tiles,
 )
-from vidgen.pipeline.settings import replayed_settings, without_followers
+from vidgen.pipeline.settings import SETTINGS, replayed_settings
 from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def request_from_recipe(
         is_its_own = model is None or open_model(model).content_hash == recipe["model"]["sha256"]
         options = _settled(recipe) if is_its_own else _asked(recipe)
         options |= restore_inputs(recipe, folder, given, replaced)
-        recorded = without_followers(options.pop("settings", {}), replaced)
+        recorded = {name: value for name, value in options.pop("settings", {}).items()
+                    if name not in SETTINGS or SETTINGS[name].follows not in replaced}
         options = {name: v for name, v in options.items() if name not in replaced} | changes
         options["settings"] = {**recorded, **changed}
         return Request.of(options.pop("prompt"), options)

@@ -42,7 +42,8 @@ class Setting:
     served: float | None = None  # the greatest value that a service takes; None: `high`
     # value of a model that has no such feature; None: such a model has no value for it
     off: Value | None = None
-    recorded: str = ""  # its place in a recipe's plan, dotted; empty: in the recipe's request alone
+    # its name in a recipe's plan or its guidance; empty: it stands in the recipe's request alone
+    recorded: str = ""
     needs: tuple[str, ...] = ()  # options of a request, of which it needs one
     follows: str = ""  # option of a request; one that changes leaves the setting open again
     task: str = ""  # task of the models that have it; empty: the model's defaults name it
@@ -50,13 +51,13 @@ class Setting:
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
     Setting("image_guidance", "sampling", float, "how strongly given frames are followed",
-            high=100, served=20, recorded="guidance.known_scale", follows="guidance"),
+            high=100, served=20, recorded="known_scale", follows="guidance"),
     Setting("image_guidance_reach", "sampling", int,
             "latent frames from a first frame to where that is full; 0: everywhere",
-            high=1000, off=0, recorded="guidance.reach"),
+            high=1000, off=0, recorded="reach"),
     Setting("reference_guidance", "sampling", float,
             "how much further references are followed, where no frames are given; 0 spares a pass",
-            high=100, served=20, off=0.0, recorded="guidance.reference_scale", follows="reference"),
+            high=100, served=20, off=0.0, recorded="reference_scale", follows="reference"),
     Setting("refine", "frames", int,
             "gradient steps that bring a first frame's latents nearer to it; 0 is off",
             high=1000, served=100, off=0, recorded="refine_steps",
@@ -150,18 +151,6 @@ def settled_value(
     return SETTINGS[name].kind(off or 0)
 
 
-def asked_about(request: Request, *topics: Topic) -> list[str]:
-    """Return the names of a request's settings about any of some topics."""
-    return [name for name in request.settings
-            if name in SETTINGS and SETTINGS[name].topic in topics]
-
-
-def served_limits(request: Request) -> dict[str, float]:
-    """Return the greatest values that a service takes of the settings of a request."""
-    return {name: limit for name in request.settings
-            if (limit := SETTINGS[name].served) is not None}
-
-
 def replayed_settings(
     plan: Mapping[str, Any], asked: Mapping[str, Value], options: frozenset[str]
 ) -> dict[str, Value]:
@@ -177,16 +166,11 @@ def replayed_settings(
 
 def _recorded(plan: Mapping[str, Any]) -> dict[str, Value]:
     """Return the settings that a plan holds, without sampling that a student settled."""
-    found = dict[str, Value]()
-    for setting in SETTINGS.values():
-        is_students = setting.topic == "sampling" and plan.get("student") is not None
-        if not setting.recorded or is_students:
-            continue
-        holder, *inner = setting.recorded.split(".")
-        value = plan[holder].get(inner[0], setting.off) if inner else plan.get(holder, setting.off)
-        if value is not None and value >= setting.low:  # 0 steps of sound: as many as the picture's
-            found[setting.name] = value
-    return found
+    facts, by_student = {**plan, **plan["guidance"]}, plan.get("student") is not None
+    found = {each.name: facts.get(each.recorded, each.off) for each in SETTINGS.values()
+             if each.recorded and not (by_student and each.topic == "sampling")}
+    return {name: value for name, value in found.items()  # 0 steps of sound: as the picture's
+            if value is not None and value >= SETTINGS[name].low}
 
 
 def settings_to_go_on(
@@ -202,12 +186,6 @@ def settings_to_go_on(
     topics = ("drawing", "sound") if sound else ("drawing",)
     return own | {name: value for name, value in asked.items()
                   if name in SETTINGS and SETTINGS[name].topic in topics}
-
-
-def without_followers(settings: Mapping[str, Value], changed: set[str]) -> dict[str, Value]:
-    """Return recorded settings without those that follow an option that changed."""
-    return {name: value for name, value in settings.items()
-            if name not in SETTINGS or SETTINGS[name].follows not in changed}
 
 
 def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bool = False) -> None:

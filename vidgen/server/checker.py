@@ -82,7 +82,7 @@ class Checker:
         from vidgen.core.request import Loading
         from vidgen.pipeline.plan import settle
         from vidgen.pipeline.policy import enforce
-        from vidgen.pipeline.settings import SOUND, served_limits
+        from vidgen.pipeline.settings import SETTINGS, SOUND
         from vidgen.pipeline.setups import choose
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
         from vidgen.server.making import request_of
@@ -96,8 +96,9 @@ class Checker:
         at_most("frames", plan.kept_frames, limits.frames, option="frames")
         at_most("seconds", seconds, limits.seconds, _SHORTER)
         at_most("steps", plan.num_steps, limits.steps, option="steps")
-        for name, limit in served_limits(request).items():
-            at_most(name, request.settings[name], limit, option=name)
+        for name, value in request.settings.items():
+            if (limit := SETTINGS[name].served) is not None:
+                at_most(name, value, limit, option=name)
         has_sound = SOUND in self.folder.tasks
         make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
         made = choose(self.folder, plan, request, Loading(), self.device, None, dtype=self.dtype)
