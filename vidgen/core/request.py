@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from vidgen.core import values
-from vidgen.core.errors import InputError, OptionError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest, quoted
 from vidgen.core.values import MAX_PROMPT, Attention, File, Fit
 
 MAX_DEVICES = 1024
@@ -156,7 +156,7 @@ class Options(BaseModel):
         if kind == "missing":
             return OptionError(f"{name} is missing; give it", name, "missing")
         if kind == "string_type" and (name == "prompt" or value is not None):
-            told = f"{name} must be text, not {values.shown(value)}"
+            told = f"{name} must be text, not {quoted(value)}"
         elif value is None:
             told = f"{name} is None; leave it out, or give a value"
         elif kind == "string_pattern_mismatch":
@@ -168,10 +168,10 @@ class Options(BaseModel):
             told = values.broken_text(name, value)
         elif kind == "literal_error":
             choices = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            told = f"{name} is {values.shown(value)}; {nearest(str(value), choices)}"
+            told = f"{name} is {quoted(value)}; {nearest(str(value), choices)}"
         else:
             words = expected(cls.model_fields[name]) or found["msg"].removeprefix("Value error, ")
-            told = f"{name} is {values.shown(value)}; {words}"
+            told = f"{name} is {quoted(value)}; {words}"
         return OptionError(told, name)
 
 

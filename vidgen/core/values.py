@@ -9,11 +9,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from vidgen.core.errors import InputError, OptionError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest, quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ def plain(value: Any) -> Any:
 def check_text(name: str, text: Any, limit: int) -> None:
     """Refuse what is no text, too long, or can't be written as UTF-8."""
     if not isinstance(text, str | None):
-        raise OptionError(f"{name} must be text, not {text!r}", name)
+        raise OptionError(f"{name} must be text, not {quoted(text)}", name)
     if text and len(text) > limit:
         raise OptionError(f"{name} has {len(text)} characters; shorten it to {limit}", name)
     if text and _SURROGATE.search(text):
@@ -109,7 +110,8 @@ def check_sampler(value: Any) -> Any:
     """Return a sampler's name or a scheduler; refuse anything else."""
     is_scheduler = hasattr(value, "set_timesteps") and hasattr(value, "step")
     if not (value is None or isinstance(value, str) or is_scheduler):
-        raise InputError(f"sampler is {value!r}; give a name, or one of diffusers' flow schedulers")
+        raise InputError(f"sampler is {quoted(value)}; give a name, or one of diffusers' flow "
+                         "schedulers")
     return value
 
 
@@ -131,27 +133,27 @@ def check_number(
     span = f"above {least}" if above else f"of at least {least}"
     if high < math.inf:
         span = f"{span}, {most} at most" if above else f"from {least} to {most}"
-    given = shown(value) if whole else _number_text(value)
+    given = quoted(value) if whole else _number_text(value)
     raise OptionError(f"{name} is {given}; give {'a whole number' if whole else unit} {span}", name)
 
 
 def _number_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return f"{value:g}"
-    return str(value) if isinstance(value, Fraction) else shown(value)
+    return str(value) if isinstance(value, Fraction) else quoted(value)
 
 
 def check_flag(name: str, value: Any) -> None:
     """Refuse anything but true, false or None; any text would count as true."""
     if not isinstance(value, bool | None):
-        raise OptionError(f"{name} is {value!r}; give True or False", name)
+        raise OptionError(f"{name} is {quoted(value)}; give True or False", name)
 
 
 def check_tiles(value: str) -> str:
     """Refuse what is neither a word for tiles nor their rows and columns."""
     if not _TILES.fullmatch(value):
-        raise InputError(f"tiles is {value!r}; give auto, none, or rows and columns from 1 to 99, "
-                         "such as 2x3")
+        raise InputError(f"tiles is {quoted(value)}; give auto, none, or rows and columns from 1 "
+                         "to 99, such as 2x3")
     return value
 
 
@@ -159,16 +161,12 @@ def check_cache(value: str) -> str:
     """Refuse an unknown step cache, or a threshold that it can't have."""
     method, colon, threshold = value.partition(":")
     if method not in _CACHES:
-        raise InputError(f"cache is {shown(value)}; {nearest(method, _CACHES)}")
-    if colon:
-        try:
-            number = float(threshold)
-        except ValueError:
-            number = math.nan
-        if method == "none" or not 0 <= number <= 100:
-            raise InputError(f"cache is {shown(value)}; after the colon comes a threshold from 0 "
-                             "to 100, such as forecast:0.1")
-    return value
+        raise InputError(f"cache is {quoted(value)}; {nearest(method, _CACHES)}")
+    with suppress(ValueError):
+        if not colon or (method != "none" and 0 <= float(threshold) <= 100):
+            return value
+    raise InputError(f"cache is {quoted(value)}; after the colon comes a threshold from 0 to 100, "
+                     "such as forecast:0.1")
 
 
 def check_readings(value: str) -> str:
@@ -183,8 +181,8 @@ def parse_readings(value: Any) -> dict[str, str] | None:
         return None if value == "auto" else {}
     pairs = [[side.strip().lower() for side in pair.split("=")] for pair in str(value).split(",")]
     if not all(len(pair) == 2 and all(pair) and " " not in pair[0] for pair in pairs):
-        raise InputError(f"readings is {shown(value)}; give auto, none, or words and what they are "
-                         "read as, such as bicylce=bicycle,taxi=car")
+        raise InputError(f"readings is {quoted(value)}; give auto, none, or words and what they "
+                         "are read as, such as bicylce=bicycle,taxi=car")
     return dict(pairs)
 
 
@@ -203,7 +201,7 @@ def parse_fps(value: Any) -> Fraction:
             return broadcast if abs(rate - broadcast) < 1e-3 else exact
         return Fraction(rate)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError):
-        raise InputError(f"fps is {shown(value)}; give a number or one such as 24000/1001"
+        raise InputError(f"fps is {quoted(value)}; give a number or one such as 24000/1001"
                          ) from None
 
 
@@ -216,7 +214,8 @@ def parse_size(value: Any) -> tuple[int, int]:
     elif isinstance(value, Iterable):
         sides = tuple(map(plain, value))
     if len(sides) != 2:
-        raise InputError(f"size is {shown(value)}; give width and height in pixels, such as 128x96")
+        raise InputError(f"size is {quoted(value)}; give width and height in pixels, such as "
+                         "128x96")
     for side in sides:
         check_number("size", side, MIN_SIDE, MAX_SIDE, whole=True)
     return sides
@@ -227,7 +226,8 @@ def parse_interval(value: Any) -> tuple[float, float]:
     ends = tuple(map(plain, value)) if isinstance(value, Iterable) else (value,)
     is_pair = len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
     if not (is_pair and 0 <= ends[0] < ends[1] <= 1):
-        raise InputError(f"guidance_interval is {value!r}; give two rising numbers from 0 to 1")
+        raise InputError(f"guidance_interval is {quoted(value)}; give two rising numbers from 0 to "
+                         "1")
     return float(ends[0]), float(ends[1])
 
 
@@ -236,7 +236,7 @@ def parse_frames(value: Any) -> tuple[tuple[float, Picture], ...]:
     pairs = []
     for pair in _listed("frame", value, "pairs (seconds, picture)"):
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise InputError(f"frame holds {shown(pair)}; give pairs (seconds, picture)")
+            raise InputError(f"frame holds {quoted(pair)}; give pairs (seconds, picture)")
         check_number("frame", seconds := plain(pair[0]), 0, 3600)
         pairs.append((seconds, _picture("frame", pair[1])))
     return tuple(pairs)
@@ -252,11 +252,11 @@ def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
         elif isinstance(each, tuple | list) and len(each) == 2:
             pairs.append((plain(each[0]), each[1]))
         else:
-            raise InputError(f"say holds {shown(each)}; give {what}")
+            raise InputError(f"say holds {quoted(each)}; give {what}")
     for seconds, text in pairs:
         check_number("say", seconds, 0, 3600)
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"say holds {text!r}; give the text that is to be spoken")
+            raise InputError(f"say holds {quoted(text)}; give the text that is to be spoken")
         check_text("say", text, MAX_PROMPT)
     return tuple(pairs)
 
@@ -270,16 +270,16 @@ def parse_settings(value: Any) -> dict[str, int | float | bool]:
         for text in (value,) if isinstance(value, str) else _listed("settings", value, "KEY=VALUE"):
             key, equals, given = text.partition("=") if isinstance(text, str) else ("", "", "")
             if not (key and equals and given):
-                raise InputError(f"settings holds {shown(text)}; give KEY=VALUE, a number, true "
+                raise InputError(f"settings holds {quoted(text)}; give KEY=VALUE, a number, true "
                                  "or false")
             pairs.append((key.replace("-", "_"), given))
     settings = {}
     for name, given in pairs:
         if not isinstance(name, str):
-            raise InputError(f"settings names {shown(name)}; give a setting's name as text")
+            raise InputError(f"settings names {quoted(name)}; give a setting's name as text")
         number = plain(_number(given) if isinstance(given, str) else given)
         if not isinstance(number, int | float | None):
-            raise InputError(f"{name} is {shown(given)}; give a number, true or false")
+            raise InputError(f"{name} is {quoted(given)}; give a number, true or false")
         if number is not None:
             settings[name] = number
     return settings
@@ -290,10 +290,8 @@ def _number(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -311,17 +309,11 @@ def parse_loras(value: Any) -> tuple[str, ...]:
     loras = (value,) if is_one else tuple(_listed("lora", value, "PATH or PATH:WEIGHT"))
     for each in loras:
         if not isinstance(each, str | os.PathLike):
-            raise InputError(f"lora holds {each!r}; give PATH or PATH:WEIGHT")
+            raise InputError(f"lora holds {quoted(each)}; give PATH or PATH:WEIGHT")
     return tuple(map(os.fspath, loras))
 
 
 def _listed(name: str, value: Any, what: str) -> Iterable[Any]:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise InputError(f"{name} is {shown(value)}; give a list of {what}")
+        raise InputError(f"{name} is {quoted(value)}; give a list of {what}")
     return value
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message shows it; of long ones only the type."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"of type {type(value).__name__}"

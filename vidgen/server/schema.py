@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from vidgen.core.errors import InputError, OptionError, nearest
+from vidgen.core.errors import InputError, OptionError, nearest, quoted
 from vidgen.core.request import OWN_FILE, Options, Request, Saving, expected, limits_of
-from vidgen.core.values import MAX_SIDE, MIN_SIDE, shown
+from vidgen.core.values import MAX_SIDE, MIN_SIDE
 from vidgen.server.types import NAMES, Upload
 
 CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shift")
@@ -94,7 +94,7 @@ def _spoken(said: tuple[tuple[float | None, str], ...]) -> tuple[tuple[float | N
     """Return texts to speak; refuse files of the service's machine, and too many."""
     for _, text in said:
         if text.startswith(OWN_FILE):
-            raise InputError(f"say holds {shown(text)}; give the text that is to be spoken")
+            raise InputError(f"say holds {quoted(text)}; give the text that is to be spoken")
     if len(said) > MAX_SAID:
         raise InputError(f"say holds {len(said)} texts; give {MAX_SAID} at most")
     return said
@@ -103,7 +103,7 @@ def _spoken(said: tuple[tuple[float | None, str], ...]) -> tuple[tuple[float | N
 def _language(voice: str) -> str:
     """Return a voice; refuse files of the service's machine."""
     if not _VOICE.fullmatch(voice):
-        raise InputError(f"voice is {shown(voice)}; give a language such as en-gb")
+        raise InputError(f"voice is {quoted(voice)}; give a language such as en-gb")
     return voice
 
 
