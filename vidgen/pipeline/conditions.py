@@ -127,9 +127,7 @@ def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor,
         wanted = _wanted(plan, request)
         pixels = _whole_clip(plan, request, inputs) * (1 - wanted)
     if request.control is not None:
-        assert inputs.control_fps is not None
-        shown = video_frames(request.control, plan.num_frames, plan.fps, inputs.control_fps)
-        pixels = _fitted(plan, shown)
+        pixels = _fitted(plan, video_frames(request.control, plan.num_frames, plan.fps))
     for moment, picture in _stills(plan, request, inputs):
         pixels[:, :, moment : moment + 1] = _fitted(plan, [picture])
         wanted[:, :, moment] = 0
@@ -154,8 +152,7 @@ def _whole_clip(plan: Plan, request: Request, inputs: Inputs) -> Tensor:
     """Return the clip to edit [1, 3, T, H, W]; a picture is repeated."""
     if request.video is None:
         return _fitted(plan, inputs.images["image"] * plan.num_frames)
-    assert inputs.video_fps is not None
-    return _fitted(plan, video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps))
+    return _fitted(plan, video_frames(request.video, plan.num_frames, plan.fps))
 
 
 def _wanted(plan: Plan, request: Request) -> Tensor:

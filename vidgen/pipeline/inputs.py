@@ -45,10 +45,8 @@ class Inputs:
 
     images: dict[str, list[Frames]] = field(default_factory=dict)  # by option; uint8 [H, W, 3] each
     video_size: tuple[int, int] | None = None  # (width, height) of video, beginning or control
-    video_fps: Fraction | None = None
     video_seconds: float | None = None
     ending: Ending | None = None  # of the clip to continue
-    control_fps: Fraction | None = None  # rate of the control clip
     # for the recipe: option, SHA-256, and content or path
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -96,12 +94,12 @@ def read_inputs(request: Request) -> Inputs:
         if picture is not None:
             inputs.images.setdefault(option, []).append(_pixels(option, picture))
     if request.video is not None:
-        inputs.video_size, inputs.video_fps, inputs.video_seconds = _facts(request.video)
+        inputs.video_size, inputs.video_seconds = _size_and_length(request.video)
     if request.prefix is not None:
         inputs.ending = read_ending(request.prefix)
         inputs.video_size = inputs.video_size or inputs.ending.size
     if request.control is not None:
-        size, inputs.control_fps, seconds = _facts(request.control)
+        size, seconds = _size_and_length(request.control)
         inputs.video_size = inputs.video_size or size
         inputs.video_seconds = inputs.video_seconds or seconds
     if request.latents is not None:
@@ -120,17 +118,15 @@ def read_inputs(request: Request) -> Inputs:
     return inputs
 
 
-def _facts(path: str | os.PathLike[str]) -> tuple[tuple[int, int], Fraction, float]:
-    """Return a clip's (width, height), rate and length in seconds."""
+def _size_and_length(path: str | os.PathLike[str]) -> tuple[tuple[int, int], float]:
+    """Return a clip's (width, height) and its length in seconds."""
     from vidgen.media.video_reader import VideoReader
 
     with VideoReader(path) as reader:
-        return reader.size, reader.fps, reader.length() / float(reader.fps)
+        return reader.size, reader.length() / float(reader.fps)
 
 
-def video_frames(
-    path: str | os.PathLike[str], num_frames: int, fps: Fraction, source_fps: Fraction
-) -> Iterator[Frames]:
+def video_frames(path: str | os.PathLike[str], num_frames: int, fps: Fraction) -> Iterator[Frames]:
     """Yield the frames shown at `n / fps` for n < num_frames; the last one is held at the end."""
     from vidgen.media.video_reader import VideoReader
 
@@ -139,7 +135,7 @@ def video_frames(
         before = next(frames)  # a reader has one at least
         for index, frame in enumerate(frames, 1):
             at = index if places is None else places[min(index, len(places) - 1)]
-            while wanted < num_frames and round(wanted * source_fps / fps) < at:
+            while wanted < num_frames and round(wanted * reader.fps / fps) < at:
                 yield before
                 wanted += 1
             if wanted == num_frames:
@@ -168,12 +164,12 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
         frames = [_pixels("mask", mask)] * plan.num_frames
     else:
         with VideoReader(mask) as reader:
-            shown, rate = round(reader.length() * plan.fps / reader.fps), reader.fps
+            shown = round(reader.length() * plan.fps / reader.fps)
         if shown < plan.kept_frames:
             raise InputError(f"mask {mask} lasts {shown} frames at {float(plan.fps):g} a second, "
                              f"the clip {plan.kept_frames}; give a mask as long as the clip, or a "
                              "picture")
-        frames = list(video_frames(mask, plan.num_frames, plan.fps, rate))
+        frames = list(video_frames(mask, plan.num_frames, plan.fps))
     pixels = pixels_of(frames, plan.width, plan.height, plan.fit)
     return (pixels.mean(1, keepdim=True) + 1) / 2
 

@@ -194,9 +194,8 @@ class DiffusersEngine:
             for pixels in inputs.images.get(option, ()):
                 wanted[option] = picture(pixels)
         if request.video is not None:
-            assert inputs.video_fps is not None
             assert plan.num_frames is not None
-            frames = video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps)
+            frames = video_frames(request.video, plan.num_frames, plan.fps)
             wanted["video"] = [picture(frame) for frame in frames]
         given = {name: value for name, value in wanted.items()
                  if name in able.defaults and value is not None}

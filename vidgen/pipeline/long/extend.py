@@ -347,7 +347,7 @@ def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fra
     assert request.prefix is not None
     assert inputs.ending is not None
     count = inputs.ending.frames_at(plan.fps)
-    for frame in video_frames(request.prefix, count, plan.fps, inputs.ending.fps):
+    for frame in video_frames(request.prefix, count, plan.fps):
         yield fit(frame, plan.height, plan.width, plan.fit)[None]
 
 
