@@ -14,7 +14,6 @@ from vidgen.diffusion.flow import (
     to_timestep,
     velocity_loss,
     velocity_of,
-    velocity_towards,
 )
 from vidgen.diffusion.guidance import Guidance, guide, guided
 from vidgen.diffusion.noise import draw_noise, shuffled
@@ -159,10 +158,6 @@ def test_the_line_from_clip_to_noise():
     sigma = torch.tensor([0.3])
     noisy = add_noise(clean, noise, sigma)
     torch.testing.assert_close(denoised_of(noisy, velocity_of(clean, noise), sigma), clean)
-    torch.testing.assert_close(velocity_towards(noisy, clean, sigma), velocity_of(clean, noise))
-    other = torch.randn_like(clean)
-    leaves = velocity_towards(other, clean, sigma)
-    torch.testing.assert_close(denoised_of(other, leaves, sigma), clean)
     assert to_timestep(torch.tensor([0.9999])).item() == pytest.approx(999.9)
     assert to_timestep(torch.tensor([0.9999]), whole=True).item() == 999
 

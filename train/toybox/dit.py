@@ -32,7 +32,7 @@ from train.toybox.tasks.toybox_data import load_vae
 from train.toybox.tasks.truth_heads import AttributeHeads, TruthHeads
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
-from vidgen.diffusion.flow import add_noise, squared_error, velocity_of, velocity_towards
+from vidgen.diffusion.flow import add_noise, squared_error, velocity_of
 from vidgen.diffusion.state import moved
 from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.models.dit import SpacetimeDiT
@@ -261,7 +261,7 @@ class DiTTask:
         begun = clean if batch.begun is None else batch.begun
         noisy, sound_error = add_noise(begun, batch.noise, batch.sigma), None
         wanted = (velocity_of(clean, batch.noise) if batch.begun is None
-                  else velocity_towards(noisy, clean, batch.sigma))
+                  else (noisy - clean) / batch.sigma.float().view(-1, 1, 1, 1, 1))
         wanted_sound = None
         if heard is not None and batch.sound_noise is not None:
             noisy = state.pack(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))

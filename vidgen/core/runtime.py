@@ -275,13 +275,6 @@ def attention_by(backend: str) -> AbstractContextManager[None]:
     return environment(**{} if backend == "auto" else {ATTENTION_VARIABLE: backend})
 
 
-def num_devices(device: torch.device) -> int:
-    """Count the devices of a kind; the processor is one."""
-    import torch
-
-    return torch.cuda.device_count() if device.type == "cuda" else 1
-
-
 def given_rank() -> tuple[int, int] | None:
     """(rank, number of ranks) of this process where torchrun started several; else None."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

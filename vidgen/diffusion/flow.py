@@ -37,11 +37,6 @@ def denoised_of(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tenso
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
-def velocity_towards(noisy: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
-    """Return the slope of the line through `noisy` to `clean`, at a `sigma` above 0."""
-    return (noisy - clean) / _per_sample(sigma, noisy)
-
-
 def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
     """Return the timestep of a noise level, as models take it.
 

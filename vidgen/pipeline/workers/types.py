@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import available_memory, num_devices
+from vidgen.core.runtime import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,10 @@ class Staff:
         have = None if self.ray is not None else available_memory(device)
         if have is None or self.workers is None:
             return have
-        return have // -(-self.workers // num_devices(device))
+        import torch
+
+        devices = torch.cuda.device_count() if device.type == "cuda" else 1
+        return have // -(-self.workers // devices)
 
 
 def pin_threads(count: int) -> None:
