@@ -226,7 +226,7 @@ def _count(data: Path, outcome: Outcome) -> None:
     lines = jobs.audit()
     found, _ = jobs.page("video", "local", limit=10 * outcome.jobs)
     outcome.asked = len(found)
-    assert len({job.ask["seed"] for job in found}) == outcome.asked
+    assert len({job.request["seed"] for job in found}) == outcome.asked
     outcome.completed = sum(job.status == "completed" for job in found)
     ends = Counter(line["job"] for line in lines if line["action"] == "completed")
     outcome.completed_twice = sum(count > 1 for count in ends.values())

@@ -220,11 +220,11 @@ def test_every_option_stands_on_the_verbs_page(verb, page):
 
 
 def test_every_field_of_a_request_stands_on_the_servers_page():
-    from vidgen.server.schema import ExtraParams, VideoAsk
+    from vidgen.server.schema import ExtraParams, VideoRequest
 
     page = (ROOT / "docs/reference/api.md").read_text()
     named = set(re.findall(r"`(\w+)`", page))
-    assert set(VideoAsk.model_fields) - named == set()
+    assert set(VideoRequest.model_fields) - named == set()
     row = next(line for line in page.splitlines() if line.startswith("| `extra_params`"))
     assert {"extra_params", *ExtraParams.model_fields} == set(re.findall(r"`(\w+)`", row))
 

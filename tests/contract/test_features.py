@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOORS = ("command", "python", "api", "script", "film", "studio")
 MAKING = ("extend", "script", "replay", "sweep")
 """Verbs that make clips; options that generate lacks are named VERB.option."""
-ASKS = ("VideoAsk", "FilmAsk", "ExtraParams", "LoraAsk")
+BODIES = ("VideoRequest", "FilmRequest", "ExtraParams", "LoraChoice")
 TABLES = [yaml.safe_load(path.read_text())
           for path in sorted(Path(__file__).parent.glob("features_of_*.yaml"))]
 FEATURES: dict[str, dict[str, Any]] = {
@@ -63,9 +63,9 @@ def names_there() -> Iterator[str]:
     assert defaults <= keys_of(script["$defs"]["Shot"]), "defaults are of shots"
     for place, node in script["$defs"].items():
         yield from (f"{place}.{key}" for key in keys_of(node))
-    for ask in ASKS:
-        asked = set(getattr(schema, ask).model_fields)
-        yield from (f"{ask}.{field}" for field in asked - {"extra_params"})
+    for body in BODIES:
+        asked = set(getattr(schema, body).model_fields)
+        yield from (f"{body}.{field}" for field in asked - {"extra_params"})
 
 
 def keys_of(node: dict[str, Any]) -> set[str]:

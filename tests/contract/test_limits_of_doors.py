@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request, Saving, limits_of
 from vidgen.core.store import Store
 from vidgen.core.values import MAX_SIDE, MIN_SIDE
-from vidgen.server.schema import ExtraParams, VideoAsk
+from vidgen.server.schema import ExtraParams, VideoRequest
 from vidgen.server.types import NAMES
 from vidgen.story.film import FilmPlan
 from vidgen.story.script import Script, Shot
@@ -99,8 +99,9 @@ def by_replay(name: str, value: Any) -> None:
 
 def by_body(name: str, value: Any) -> None:
     field = NAMES.get(name, name)
-    body = {field: value} if field in VideoAsk.model_fields else {"extra_params": {field: value}}
-    VideoAsk(**{"prompt": "a red car", **body})
+    is_own = field in VideoRequest.model_fields
+    body = {field: value} if is_own else {"extra_params": {field: value}}
+    VideoRequest(**{"prompt": "a red car", **body})
 
 
 @cache
@@ -128,7 +129,7 @@ DOORS: dict[Callable[[str, Any], None], Callable[[str], bool]] = {
     by_sweep: is_set,
     by_replay: is_set,
     by_body: lambda name: name not in OWN_LIMITS and (
-        NAMES.get(name, name) in VideoAsk.model_fields or name in ExtraParams.model_fields),
+        NAMES.get(name, name) in VideoRequest.model_fields or name in ExtraParams.model_fields),
     by_script: lambda name: name in IN_SHOTS,
 }
 """Each with the options that it has."""

@@ -166,8 +166,9 @@ def test_a_remix_needs_a_change_and_no_prompt(service):
     short = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5, "seed": 3}
     source = service.clip("create", short, ANN)
     made = service.clip("remix", {"num_frames": 9}, ANN, source)
-    assert (made.ask["prompt"], made.ask["seed"], made.ask["num_frames"]) == ("a cat", 3, 9)
-    assert service.clip("remix", {"seed": "4"}, ANN, source).ask["seed"] == 4
+    asked = [made.request[name] for name in ("prompt", "seed", "num_frames")]
+    assert asked == ["a cat", 3, 9]
+    assert service.clip("remix", {"seed": "4"}, ANN, source).request["seed"] == 4
     for nothing in ({}, {"prompt": None}, {"model": "tiny"}):
         with pytest.raises(ApiError, match=r"nothing is changed; .* a replay"):
             service.clip("remix", nothing, ANN, source)

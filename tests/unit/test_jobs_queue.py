@@ -15,7 +15,8 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.server.jobs import Jobs, ServiceClock
 from vidgen.server.types import ApiError, NewJob
 
-NEW = NewJob("ann", kind="video", ask={"prompt": "a car"}, spec={"options": {}}, fingerprint="f1")
+NEW = NewJob("ann", kind="video", request={"prompt": "a car"}, spec={"options": {}},
+             fingerprint="f1")
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_done(jobs):
 
     def fill():
         for _ in range(200):
-            add(jobs, ask={"prompt": "x" * 10_000})
+            add(jobs, request={"prompt": "x" * 10_000})
 
     with pytest.raises(OutputError, match="no space is left"):
         fill()
@@ -206,7 +207,7 @@ from vidgen.server.types import NewJob
 from vidgen.server.jobs import Jobs, ServiceClock
 jobs = Jobs(Path(sys.argv[1]))
 jobs.recover()
-new = NewJob("ann", kind="video", ask={}, spec={}, fingerprint="f")
+new = NewJob("ann", kind="video", request={}, spec={}, fingerprint="f")
 while True:
     print("added", jobs.add(new)[0].id, flush=True)
     job = jobs.claim()

@@ -25,7 +25,7 @@ from vidgen.server.layout import sniff
 from vidgen.server.making import marks_of
 from vidgen.server.requests import Draft, Translator, fetch, is_public, parse
 from vidgen.server.routes import JobFile
-from vidgen.server.schema import EditAsk, ExtraParams, RemixAsk, VideoAsk
+from vidgen.server.schema import EditRequest, ExtraParams, RemixRequest, VideoRequest
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
 from vidgen.server.types import ApiError, Call, Upload, from_vidgen
@@ -208,15 +208,15 @@ def test_files_that_are_let_in_nowhere(tmp_path, content):
 
 
 def test_values_may_be_strings_and_errors_name_the_field():
-    ask = parse(VideoAsk, {"prompt": "x", "seconds": "4", "seed": "7", "generate_sound": "true",
+    ask = parse(VideoRequest, {"prompt": "x", "seconds": "4", "seed": "7", "generate_sound": "true",
                            "lora": '["a:0.5"]', "extra_params": '{"fit": "pad"}'})
     assert (ask.seconds, ask.seed, ask.generate_sound, ask.lora) == (4.0, 7, True, ["a:0.5"])
     assert ask.extra_params.fit == "pad"
     with pytest.raises(ApiError, match="did you mean 'seconds'") as error:
-        parse(VideoAsk, {"prompt": "x", "secnods": 1})
+        parse(VideoRequest, {"prompt": "x", "secnods": 1})
     assert error.value.body()["error"]["param"] == "secnods"
     with pytest.raises(ApiError, match="such as 128x96"):
-        parse(VideoAsk, {"prompt": "x", "size": "wide"})
+        parse(VideoRequest, {"prompt": "x", "size": "wide"})
     assert from_vidgen(OptionError("steps is 0", "steps")).param == "num_inference_steps"
     assert from_vidgen(OptionError("seconds is 0", "seconds")).param == "seconds"
     assert from_vidgen(InputError("8 frames can't be made")).param is None
@@ -241,11 +241,11 @@ def test_fields_are_options_of_a_request(tmp_path):
         "strength": 0.6, "lora": ["style:0.5"], "say": ["Hi", [1.5, "ho"]], "voice": "en-gb",
     }
     others = {"input_reference", "seconds", "size", "model", "generate_sound", "extra_params"}
-    assert {*own, *places} | others == VideoAsk.model_fields.keys()
+    assert {*own, *places} | others == VideoRequest.model_fields.keys()
     translator = Translator(Settings(data=tmp_path, loras=tmp_path), None, "tiny")
     draft = Draft("video_1", "video", Call("ann"), tmp_path / "video_1")
     draft.inputs.mkdir(parents=True)
-    ask = parse(VideoAsk, {**own, **dict.fromkeys(places, "data:,"), "extra_params": extra})
+    ask = parse(VideoRequest, {**own, **dict.fromkeys(places, "data:,"), "extra_params": extra})
     translator.lay_down = lambda _reference, name, *_: f"inputs/{name}"
     options = translator.options(ask) | translator.inputs(ask, draft)
     assert options == extra | {
@@ -257,7 +257,7 @@ def test_fields_are_options_of_a_request(tmp_path):
         "video": "inputs/video_reference", "audio": "inputs/audio_reference",
     }
     for asked, audio in ((True, "generate"), (False, "none")):
-        ask = parse(VideoAsk, {"prompt": "x", "generate_sound": asked, "seconds": 1})
+        ask = parse(VideoRequest, {"prompt": "x", "generate_sound": asked, "seconds": 1})
         assert translator.options(ask).items() >= {"audio": audio, "seconds": 1}.items()
     assert marks_of({"options": options}) == {"label": "visible", "aigc": "ACME"}
     options = {name: options[name] for name in options.keys() - {"label", "aigc"}}
@@ -277,7 +277,7 @@ def test_fields_are_options_of_a_request(tmp_path):
 ])
 def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param, told):
     with pytest.raises(ApiError) as error:
-        parse(VideoAsk, {"prompt": "a secret", **fields})
+        parse(VideoRequest, {"prompt": "a secret", **fields})
     assert (error.value.code, error.value.param) == ("invalid_value", param)
     assert told in error.value.message
     assert error.value.message.startswith(param)
@@ -290,7 +290,7 @@ def test_unknown_fields_within_others_are_named_with_the_nearest():
                           "known: aigc, cache, fit, guidance_low, guidance_rescale"),
                          ({"lora": [{"name": "a", "scael": 1}]}, "did you mean 'scale'")):
         with pytest.raises(ApiError, match=told) as error:
-            parse(VideoAsk, {"prompt": "x", **fields})
+            parse(VideoRequest, {"prompt": "x", **fields})
         assert error.value.code == "unknown_parameter"
 
 
@@ -298,7 +298,7 @@ def test_a_file_in_the_wrong_place_is_told_without_its_path(tmp_path):
     upload = Upload(tmp_path / "secret", "a.png", "5ec2e7", 7)
     for fields in ({"image_reference": [upload]}, {"prompt": upload}, {"seed": [upload]}):
         with pytest.raises(ApiError, match=r"the file 'a\.png'") as error:
-            parse(VideoAsk, {"prompt": "x", **fields})
+            parse(VideoRequest, {"prompt": "x", **fields})
         assert not any(word in error.value.message for word in ("secret", "5ec2e7"))
 
 
@@ -307,8 +307,9 @@ def test_a_file_in_the_wrong_place_is_told_without_its_path(tmp_path):
     ("24000/1001", "24000/1001"), ("1001/1000", "1001/1000"),
 ])
 def test_a_rate_is_taken_as_clips_tell_theirs(given, kept):
-    for ask in (VideoAsk, RemixAsk, EditAsk):
-        fields = {"prompt": "x", "fps": given} | ({"video": {"id": "v"}} if ask is EditAsk else {})
+    for ask in (VideoRequest, RemixRequest, EditRequest):
+        source = {"video": {"id": "v"}} if ask is EditRequest else {}
+        fields = {"prompt": "x", "fps": given} | source
         assert str(parse(ask, fields).fps) == kept
 
 
@@ -318,7 +319,7 @@ def test_a_rate_is_taken_as_clips_tell_theirs(given, kept):
 ])
 def test_rates_that_are_none(wrong):
     with pytest.raises(ApiError, match=r"fps is .*; give a number") as error:
-        parse(VideoAsk, {"prompt": "x", "fps": wrong})
+        parse(VideoRequest, {"prompt": "x", "fps": wrong})
     assert error.value.param == "fps"
 
 

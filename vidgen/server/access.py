@@ -13,7 +13,7 @@ from vidgen.core.runtime import write_error
 from vidgen.server.body import read_body
 from vidgen.server.keys import LOCAL
 from vidgen.server.service import Service
-from vidgen.server.types import ApiError, Call, Job, Kind
+from vidgen.server.types import ApiError, Call, Kind, QueuedJob
 
 COOKIE = "vidgen_key"
 MAX_KEY = 200
@@ -109,7 +109,7 @@ Fields = Annotated[dict[str, Any], Depends(read_fields)]
 
 def _any(kind: Kind) -> Any:
     """Depend on the job of a kind that a path names."""
-    def find(request: Request, owner: Owner, job_id: str = Path(alias=f"{kind}_id")) -> Job:
+    def find(request: Request, owner: Owner, job_id: str = Path(alias=f"{kind}_id")) -> QueuedJob:
         job = service_of(request).jobs.get(job_id, owner)
         if job is None or job.kind != kind:
             raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
@@ -119,5 +119,5 @@ def _any(kind: Kind) -> Any:
 
 
 ANY_VIDEO, ANY_FILM = _any("video"), _any("film")
-VideoJob = Annotated[Job, ANY_VIDEO]
-FilmJob = Annotated[Job, ANY_FILM]
+VideoJob = Annotated[QueuedJob, ANY_VIDEO]
+FilmJob = Annotated[QueuedJob, ANY_FILM]

@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from vidgen.server.types import Job, Status
+from vidgen.server.types import QueuedJob, Status
 
 MAX_WAITING = 200
 """Events that may wait for a slow listener; above that, passing ones are left out."""
@@ -136,7 +136,7 @@ class Metrics:
         self.memory = Gauge("job_peak_memory_bytes", "Of the last completed job", **kept)
         ProcessCollector(registry=self.registry)  # of the one that answers
 
-    def count_end(self, job: Job, error: tuple[str, str] | None, now: float) -> None:
+    def count_end(self, job: QueuedJob, error: tuple[str, str] | None, now: float) -> None:
         """Count the end of a job at `now`."""
         if error is None:
             self.completed.labels(job.kind).inc()

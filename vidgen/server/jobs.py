@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError, OptionError, OutputError
-from vidgen.server.types import ApiError, Job, Kind, NewJob, new_id
+from vidgen.server.types import ApiError, Kind, NewJob, QueuedJob, new_id
 
 SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL, owner TEXT NOT NULL, status TEXT NOT NULL,
     created_at REAL NOT NULL, started_at REAL, completed_at REAL, expires_at REAL,
-    ask TEXT NOT NULL, spec TEXT NOT NULL, result TEXT NOT NULL DEFAULT '{}',
+    request TEXT NOT NULL, spec TEXT NOT NULL, result TEXT NOT NULL DEFAULT '{}',
     error_code TEXT, error_message TEXT,
     attempt INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
     expected_s REAL NOT NULL DEFAULT 0, num_bytes INTEGER NOT NULL DEFAULT 0,
@@ -51,7 +51,7 @@ CREATE TABLE IF NOT EXISTS audit (
 );
 """
 
-_JSON = ("ask", "spec", "result")
+_JSON = ("request", "spec", "result")
 
 
 class ServiceClock:
@@ -99,7 +99,7 @@ class Jobs:
 
     def add(
         self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None
-    ) -> tuple[Job, bool]:
+    ) -> tuple[QueuedJob, bool]:
         """Queue a job, unless the client asked for it before; return it, and whether it is new.
 
         No more than `most` jobs may be unfinished, `most_of_owner` of one key.
@@ -121,14 +121,14 @@ class Jobs:
                                    headers={"Retry-After": "10"})
             job_id, now = new.id or new_id(new.kind), self.clock()
             row = vars(new) | {"id": job_id, "status": "queued", "created_at": now,
-                               "ask": json.dumps(new.ask), "spec": json.dumps(new.spec)}
+                               "request": json.dumps(new.request), "spec": json.dumps(new.spec)}
             del row["arrived_at"]
             self._run(f"INSERT INTO jobs ({', '.join(row)}) VALUES "
                       f"({', '.join('?' * len(row))})", *row.values())
-            self._note(new.owner, "created", job_id, {"kind": new.kind, **new.ask})
+            self._note(new.owner, "created", job_id, {"kind": new.kind, **new.request})
             return self._get(job_id), True
 
-    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+    def get(self, job_id: str, owner: str | None = None) -> QueuedJob | None:
         """Return a job by its id; None if there is none, or it is another key's."""
         rows = self._all("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
         return next((job for job in map(_job_of, rows) if owner in (None, job.owner)), None)
@@ -136,7 +136,7 @@ class Jobs:
     def page(
         self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
         newest_first: bool = True,
-    ) -> tuple[list[Job], bool]:
+    ) -> tuple[list[QueuedJob], bool]:
         """Return some of a key's jobs in order, and whether more follow.
 
         Raises:
@@ -156,7 +156,7 @@ class Jobs:
             f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1)
         return [_job_of(row) for row in rows[:limit]], len(rows) > limit
 
-    def waiting(self) -> list[Job]:
+    def waiting(self) -> list[QueuedJob]:
         """Return the unfinished jobs, in the queue's order."""
         return [_job_of(row) for row in self._all(
             "SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') ORDER BY number")]
@@ -166,7 +166,7 @@ class Jobs:
         rows = self._all("SELECT status, COUNT(*) FROM jobs GROUP BY status")
         return {status: count for status, count in rows if status != _DELETED}
 
-    def claim(self) -> Job | None:
+    def claim(self) -> QueuedJob | None:
         """Begin the job that waits longest; None if none does."""
         with self._transaction():
             row = self._one("SELECT id, owner, attempt FROM jobs WHERE status = 'queued' "
@@ -178,7 +178,7 @@ class Jobs:
             self._note(row["owner"], "resumed" if row["attempt"] else "started", row["id"], {})
             return self._get(row["id"])
 
-    def put_back(self, job: Job, *, died: bool = False) -> None:
+    def put_back(self, job: QueuedJob, *, died: bool = False) -> None:
         """Queue a job of `claim` again, in its old place; `died` counts a crash of its process."""
         with self._transaction():
             self._run("UPDATE jobs SET status = 'queued', deaths = deaths + ? WHERE id = ? AND "
@@ -192,7 +192,7 @@ class Jobs:
                 "SELECT id FROM jobs WHERE status = ?", _DELETED)]
 
     def finish(
-        self, job: Job, *, result: Mapping[str, Any], num_bytes: int, keep_s: float,
+        self, job: QueuedJob, *, result: Mapping[str, Any], num_bytes: int, keep_s: float,
         error: tuple[str, str] | None = None,
     ) -> bool:
         """Finish a job, with (code, message) as `error` if it failed; keep it for `keep_s`.
@@ -214,7 +214,7 @@ class Jobs:
                 self._note(job.owner, "failed" if error else "completed", job.id, detail)
             return done
 
-    def delete(self, job: Job, reason: str = "deleted") -> bool:
+    def delete(self, job: QueuedJob, reason: str = "deleted") -> bool:
         """Hide a job; `purge` follows once its files are removed."""
         with self._transaction():
             done = self._run("UPDATE jobs SET status = ?, idempotency_key = NULL WHERE id = ? AND "
@@ -250,7 +250,7 @@ class Jobs:
                          "ORDER BY number DESC LIMIT ?", *args, limit or -1)
         return [{**dict(row), "detail": json.loads(row["detail"])} for row in rows]
 
-    def _known(self, new: NewJob) -> Job | None:
+    def _known(self, new: NewJob) -> QueuedJob | None:
         if new.idempotency_key is not None:
             row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
                             new.owner, new.idempotency_key)
@@ -271,7 +271,7 @@ class Jobs:
         self._run("INSERT INTO audit (time, owner, action, job, detail) VALUES (?, ?, ?, ?, ?)",
                   self.clock(), owner, action, job_id, json.dumps(detail))
 
-    def _get(self, job_id: str) -> Job:
+    def _get(self, job_id: str) -> QueuedJob:
         return _job_of(self._one("SELECT * FROM jobs WHERE id = ?", job_id))
 
     def _all(self, text: str, *values: Any) -> list[sqlite3.Row]:
@@ -301,9 +301,9 @@ class Jobs:
                     self._run("ROLLBACK")
 
 
-_COLUMNS = [each.name for each in fields(Job)]
+_COLUMNS = [each.name for each in fields(QueuedJob)]
 
 
-def _job_of(row: sqlite3.Row) -> Job:
+def _job_of(row: sqlite3.Row) -> QueuedJob:
     values = {name: row[name] for name in _COLUMNS}
-    return Job(**values | {name: json.loads(values[name]) for name in _JSON})
+    return QueuedJob(**values | {name: json.loads(values[name]) for name in _JSON})

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from vidgen.core.errors import InputError, OptionError
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO
 from vidgen.core.runtime import link
-from vidgen.server.schema import FilmAsk
+from vidgen.server.schema import FilmRequest
 from vidgen.server.types import Kind, Upload
 
 INPUTS, SHOTS, FILM_SHOTS = "inputs", "shots", "film.shots"
@@ -59,7 +59,7 @@ _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
 """Files of each kind of job and their types, by variant."""
 
 
-def lay_down(ask: FilmAsk, folder: Path) -> Path:
+def lay_down(body: FilmRequest, folder: Path) -> Path:
     """Put a film's script and the files that it names into its job's folder.
 
     Returns:
@@ -69,7 +69,7 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
         InputError: a bad name, or a file of a kind that isn't taken.
     """
     inputs = folder / INPUTS
-    for upload in ask.files or ():
+    for upload in body.files or ():
         if not isinstance(upload, Upload):
             raise OptionError("files must be files, in multipart/form-data", "files")
         name = upload.name
@@ -78,8 +78,8 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
                              "and -, and not script")
         sniff(upload.path, f"file {name!r}", "picture", "video", "sound", "font")
         upload.path.replace(inputs / name)
-    kind: str = ask.format
-    text = ask.script
+    kind: str = body.format
+    text = body.script
     if isinstance(text, Upload):
         kind = _FORMATS.get(Path(text.name).suffix.lower(), kind)
         text.path.replace(inputs / f"script.{kind}")

@@ -28,7 +28,7 @@ from vidgen.core.runtime import link
 from vidgen.server.body import write_upload
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
-from vidgen.server.schema import Body, ExtensionAsk, LoraAsk
+from vidgen.server.schema import Body, ExtensionRequest, LoraChoice
 from vidgen.server.settings import Settings
 from vidgen.server.types import ApiError, Call, Kind, Upload
 
@@ -69,21 +69,21 @@ class Translator:
             return []
         return sorted(path.stem for path in folder.glob("*.safetensors"))
 
-    def options(self, ask: Any) -> dict[str, Any]:
+    def options(self, body: Any) -> dict[str, Any]:
         """Return the fields of `Request` that need no files."""
-        self.check_model(ask.model)
-        options: dict[str, Any] = ask.model_dump(by_alias=True, exclude_none=True)
+        self.check_model(body.model)
+        options: dict[str, Any] = body.model_dump(by_alias=True, exclude_none=True)
         options |= options.pop("extra_params", {})
-        given = ask.model_fields_set
+        given = body.model_fields_set
         if "width" in given:
-            options["size"] = (ask.width, ask.height)
+            options["size"] = (body.width, body.height)
         if "generate_sound" in given:
-            options["audio"] = OWN_AUDIO if ask.generate_sound else NO_AUDIO
-        if "lora" in given and ask.lora:
-            options["lora"] = [self._lora(each) for each in ask.lora]
+            options["audio"] = OWN_AUDIO if body.generate_sound else NO_AUDIO
+        if "lora" in given and body.lora:
+            options["lora"] = [self._lora(each) for each in body.lora]
         return options
 
-    def inputs(self, ask: Any, draft: Draft) -> dict[str, Any]:
+    def inputs(self, body: Any, draft: Draft) -> dict[str, Any]:
         """Put files into the job's folder; return the fields of `Request` that name them."""
         options: dict[str, Any] = {}
         wanted: tuple[tuple[str, str, tuple[Medium, ...]], ...] = (
@@ -92,10 +92,10 @@ class Translator:
             ("last_image_reference", "last_image", ("picture",)),
             ("video_reference", "video", ("video",)),
             ("audio_reference", "audio", ("sound",)),
-            ("video", "prefix" if isinstance(ask, ExtensionAsk) else "video", ("video",)),
+            ("video", "prefix" if isinstance(body, ExtensionRequest) else "video", ("video",)),
         )
         for name, option, media in wanted:
-            reference = getattr(ask, name, None)
+            reference = getattr(body, name, None)
             if reference is None:
                 continue
             path = self.lay_down(reference, name, draft, *media)
@@ -152,10 +152,11 @@ class Translator:
                 raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
         return write_upload(content, draft.folder)
 
-    def _lora(self, given: LoraAsk | str) -> str:
+    def _lora(self, given: LoraChoice | str) -> str:
         if isinstance(given, str):
             name, _, scale = given.partition(":")
-            asked: LoraAsk = parse(LoraAsk, {"name": name, **({"scale": scale} if scale else {})})
+            weight = {"scale": scale} if scale else {}
+            asked: LoraChoice = parse(LoraChoice, {"name": name, **weight})
         else:
             asked = given
         if asked.name not in self.loras:
@@ -176,14 +177,14 @@ class Translator:
                            f"{self.model!r}", "model")
 
 
-def parse(ask: type[Body], fields: dict[str, Any]) -> Any:
+def parse(body: type[Body], fields: dict[str, Any]) -> Any:
     """Check a body's fields.
 
     Raises:
         ApiError: names the first invalid field.
     """
     try:
-        return ask(**fields)
+        return body(**fields)
     except OptionError as error:
         code = "invalid_value" if error.kind == "invalid" else f"{error.kind}_parameter"
         raise ApiError(400, code, str(error), error.option) from None

@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from vidgen.server.types import Job, Status
+from vidgen.server.types import QueuedJob, Status
 
 MAX_WARNINGS = 20
 Item = TypeVar("Item")
@@ -27,7 +27,7 @@ class JobError(_Answer):
     message: str
 
 
-class _Job(_Answer):
+class _JobAnswer(_Answer):
     id: str
     model: str
     status: Status
@@ -56,7 +56,7 @@ class _Job(_Answer):
     warnings: list[str] = []
 
 
-class Video(_Job):
+class Video(_JobAnswer):
     """A clip."""
 
     object: Literal["video"]
@@ -72,7 +72,7 @@ class Video(_Job):
     captions: list[dict[str, Any]] = []
 
 
-class Film(_Job):
+class Film(_JobAnswer):
     """A film and its shots."""
 
     object: Literal["film"]
@@ -234,10 +234,10 @@ class Place:
     eta_s: float | None = None
 
 
-def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
+def view(job: QueuedJob, live: Live | None, place: Place) -> dict[str, Any]:
     """Return a job as JSON data: the fields of its answer, from what is known of it."""
     live = live if job.status == "in_progress" else None
-    known = job.ask | job.result
+    known = job.request | job.result
     state: dict[str, Any] = {
         "progress": 100 if job.status == "completed" else 0, "eta_s": place.eta_s}
     if live is not None:
@@ -256,11 +256,11 @@ def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
     return (Film if job.kind == "film" else Video)(**facts).model_dump()
 
 
-def _shots(job: Job, live: Live | None) -> list[dict[str, Any]]:
+def _shots(job: QueuedJob, live: Live | None) -> list[dict[str, Any]]:
     known = {each["id"]: each for each in job.result.get("shots", ())}
     known |= live.shots if live else {}
     shots = []
-    for planned in job.ask["shots"]:
+    for planned in job.request["shots"]:
         made = known.get(planned["id"], {})
         at_work = live is not None and live.facts["shot"] == planned["id"]
         waits = "failed" if job.is_finished else "queued"

@@ -35,9 +35,16 @@ from vidgen.server.access import (
 )
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of, shot_file
-from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk, body_schema
+from vidgen.server.schema import (
+    EditRequest,
+    ExtensionRequest,
+    FilmRequest,
+    RemixRequest,
+    VideoRequest,
+    body_schema,
+)
 from vidgen.server.service import Service
-from vidgen.server.types import ApiError, Job, Kind
+from vidgen.server.types import ApiError, Kind, QueuedJob
 
 Answer = TypeVar("Answer")
 MAX_PAGE = 100
@@ -107,7 +114,7 @@ async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
     return await anyio.to_thread.run_sync(work, limiter=service_of(request).checked_at_once)
 
 
-async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
+async def queued(request: Request, make: Callable[[], QueuedJob]) -> dict[str, Any]:
     """Queue a job; return it as clients see it."""
     job = await checked(request, make)
     return await run_in_threadpool(service_of(request).scheduler.view, job)
@@ -139,20 +146,20 @@ def add_job_routes(
                 "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
 
     @router.get(place, response_model=answer, **named("retrieve", f"Return a {kind}."))
-    def retrieve(request: Request, response: Response, job: Job = found) -> Any:
+    def retrieve(request: Request, response: Response, job: QueuedJob = found) -> Any:
         if not job.is_finished:
             response.headers["openai-poll-after-ms"] = str(POLL_MS)
         return service_of(request).scheduler.view(job)
 
     @router.delete(place, response_model=responses.Deleted, **named(
         "delete", f"Delete a {kind}; a running job stops within a step."))
-    def delete(request: Request, job: Job = found) -> Any:
+    def delete(request: Request, job: QueuedJob = found) -> Any:
         service_of(request).scheduler.delete(job)
         return {"id": job.id, "object": f"{kind}.deleted"}
 
     @router.post(f"{place}/cancel", response_model=answer, **named(
         "cancel", f"Cancel an unfinished {kind}; it stops within a step."))
-    def cancel(request: Request, job: Job = found) -> Any:
+    def cancel(request: Request, job: QueuedJob = found) -> Any:
         if job.is_finished:
             raise ApiError(409, "already_finished", f"the {kind} {job.stands} already")
         scheduler = service_of(request).scheduler
@@ -161,13 +168,13 @@ def add_job_routes(
     @router.get(f"{place}/events", response_class=EventStream, **named(
         "events_of", f"Stream the events of a {kind}."))
     async def events(
-        request: Request, owner: Owner, job: Job = found
+        request: Request, owner: Owner, job: QueuedJob = found
     ) -> AsyncIterator[ServerSentEvent]:
         async for event in events_of(service_of(request), owner, job):
             yield event
 
 
-def require_completed(job: Job) -> None:
+def require_completed(job: QueuedJob) -> None:
     """Refuse a job that isn't completed.
 
     Raises:
@@ -181,7 +188,7 @@ def require_completed(job: Job) -> None:
     raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
 
 
-def content(request: Request, job: Job, variant: str, *, download: bool = False) -> Response:
+def content(request: Request, job: QueuedJob, variant: str, *, download: bool = False) -> Response:
     """Return a file of a completed job, or ranges of it.
 
     Raises:
@@ -196,7 +203,7 @@ def content(request: Request, job: Job, variant: str, *, download: bool = False)
 
 
 async def events_of(
-    service: Service, owner: str, job: Job | None
+    service: Service, owner: str, job: QueuedJob | None
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream an owner's events or those of one job, beginning with the state of all unfinished."""
     with service.hub.listen(owner, job.id if job else None) as listener:  # nothing is lost
@@ -209,7 +216,7 @@ async def events_of(
             yield ServerSentEvent(event=event.name, data=event.data)
 
 
-def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
+def _now(service: Service, owner: str, job: QueuedJob | None) -> list[Event]:
     if job is None:
         jobs = [each for each in service.jobs.waiting() if each.owner == owner]
     elif (now := service.jobs.get(job.id)) is not None:
@@ -224,26 +231,27 @@ def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
     return events
 
 
-@videos.post("", response_model=responses.Video, openapi_extra=body_schema(VideoAsk))
+@videos.post("", response_model=responses.Video, openapi_extra=body_schema(VideoRequest))
 async def create_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Create a clip."""
     return await queued(request, partial(service_of(request).clip, "create", fields, call))
 
 
-@videos.post("/edits", response_model=responses.Video, openapi_extra=body_schema(EditAsk))
+@videos.post("/edits", response_model=responses.Video, openapi_extra=body_schema(EditRequest))
 async def edit_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Create a clip from another one, video to video."""
     return await queued(request, partial(service_of(request).clip, "edit", fields, call))
 
 
-@videos.post("/extensions", response_model=responses.Video, openapi_extra=body_schema(ExtensionAsk))
+@videos.post("/extensions", response_model=responses.Video,
+             openapi_extra=body_schema(ExtensionRequest))
 async def extend_video(request: Request, call: Caller, fields: Fields) -> Any:
     """Extend a clip."""
     return await queued(request, partial(service_of(request).clip, "extension", fields, call))
 
 
 @videos.post("/{video_id}/remix", response_model=responses.Video,
-             openapi_extra=body_schema(RemixAsk))
+             openapi_extra=body_schema(RemixRequest))
 async def remix_video(request: Request, call: Caller, source: VideoJob, fields: Fields) -> Any:
     """Create a clip by the request of another one, with some fields changed."""
     return await queued(request, partial(service_of(request).clip, "remix", fields, call, source))
@@ -275,13 +283,13 @@ def recipe_of_video(request: Request, video: VideoJob) -> Response:
     return content(request, video, "recipe")
 
 
-@films.post("", response_model=responses.Film, openapi_extra=body_schema(FilmAsk))
+@films.post("", response_model=responses.Film, openapi_extra=body_schema(FilmRequest))
 async def create_film(request: Request, call: Caller, fields: Fields) -> Any:
     """Create a film."""
     return await queued(request, partial(service_of(request).film, fields, call))
 
 
-@films.post("/check", response_model=responses.FilmCheck, openapi_extra=body_schema(FilmAsk))
+@films.post("/check", response_model=responses.FilmCheck, openapi_extra=body_schema(FilmRequest))
 async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     """Check a script without making its film."""
     return await checked(request, partial(service_of(request).check_film, fields, call))
@@ -315,7 +323,7 @@ def download_shot(
     take: int | None = Query(None, ge=0, lt=2**63, description="seed of one of several takes"),
 ) -> Response:
     """Download a finished shot of a film, or a take of it."""
-    planned = {each["id"]: each for each in film.ask["shots"]}.get(shot_id)
+    planned = {each["id"]: each for each in film.request["shots"]}.get(shot_id)
     if planned is None:
         raise ApiError(404, "not_found", f"there is no shot {shot_id[:80]!r}", "shot_id")
     folder = service_of(request).settings.job_folder(film.id)
@@ -419,4 +427,4 @@ def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
 
 def _served(service: Service) -> dict[str, Any]:
     return service.model | {
-        "created": _STARTED_S, "loras": service.asks.loras, "limits": service.limits}
+        "created": _STARTED_S, "loras": service.translator.loras, "limits": service.limits}

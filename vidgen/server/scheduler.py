@@ -26,7 +26,7 @@ from vidgen.server.layout import without_folders
 from vidgen.server.responses import Live, Place, view
 from vidgen.server.runner import CANCELLED, OPEN, PAUSED, MemoryFull, Runner
 from vidgen.server.settings import Settings
-from vidgen.server.types import Job
+from vidgen.server.types import QueuedJob
 
 _GB = 1 << 30
 LOOK_S, SWEEP_S = 1.0, 10.0
@@ -53,7 +53,7 @@ class Scheduler:
         self._pool: LocalPool | None = None
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
-        self._running: Job | None = None
+        self._running: QueuedJob | None = None
         self._stop_asked_s: float | None = None
         self._live = Live()
         self._unwritten: Callable[[], None] | None = None
@@ -82,26 +82,26 @@ class Scheduler:
         """Look at the queue, since a job was added."""
         self._bell.send_bytes(b"!")
 
-    def view(self, job: Job) -> dict[str, Any]:
+    def view(self, job: QueuedJob) -> dict[str, Any]:
         """Return a job as clients see it."""
         return self.views([job])[0]
 
-    def views(self, jobs: list[Job]) -> list[dict[str, Any]]:
+    def views(self, jobs: list[QueuedJob]) -> list[dict[str, Any]]:
         """Return jobs as clients see them."""
         places: dict[str, Place] = {}
         if not all(job.is_finished for job in jobs):
             places = {job.id: place for job, place in self._places()}
         return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
 
-    def preview(self, job: Job) -> dict[str, Any] | None:
+    def preview(self, job: QueuedJob) -> dict[str, Any] | None:
         """Return the latest preview event of a running job."""
         live = self._live_of(job)
         return live.preview if live else None
 
-    def cancel(self, job: Job) -> Job:
+    def cancel(self, job: QueuedJob) -> QueuedJob:
         """Cancel an unfinished job; the process stops before its next step."""
         live = self._live_of(job)
-        now: Job | None = job
+        now: QueuedJob | None = job
         while now is not None and not now.is_finished:  # it may be begun just now
             size = _size(self.settings.job_folder(job.id))
             if self.jobs.finish(now, result=live.kept() if live else {}, num_bytes=size,
@@ -113,7 +113,7 @@ class Scheduler:
             self._tell_status(now)
         return now or job
 
-    def delete(self, job: Job, reason: str = "deleted") -> None:
+    def delete(self, job: QueuedJob, reason: str = "deleted") -> None:
         """Delete a job, whatever its state."""
         if self.jobs.delete(job, reason):
             self._publish("deleted", job, {}, is_last=True)
@@ -232,7 +232,7 @@ class Scheduler:
         if level >= logging.WARNING and job is not None:
             self._live.warn(without_folders(text, self.settings.data))
 
-    def _on_progress(self, job: Job, message: dict[str, Any]) -> None:
+    def _on_progress(self, job: QueuedJob, message: dict[str, Any]) -> None:
         now, stages = time.monotonic(), {message["stage"], self._live.facts["stage"]}
         if stages == {"sample"} and message["done"] > 1:
             self.metrics.step.observe(now - self._step_s)
@@ -241,19 +241,19 @@ class Scheduler:
         self._publish("progress", job, {
             "status": "in_progress", "queue_position": None, **self._live.facts})
 
-    def _on_preview(self, job: Job, message: dict[str, Any]) -> None:
+    def _on_preview(self, job: QueuedJob, message: dict[str, Any]) -> None:
         shown = {name: message[name] for name in ("step", "fps", "image")}
         shown["shot"] = self._live.facts["shot"]
         self._live.preview = self._publish("preview", job, shown)
 
-    def _on_shot(self, job: Job, message: dict[str, Any]) -> None:
+    def _on_shot(self, job: QueuedJob, message: dict[str, Any]) -> None:
         self._live.shots[message["shot"]["id"]] = message["shot"]
         self._tell_status(job)
 
-    def _on_note(self, job: Job, message: dict[str, Any]) -> None:  # noqa: ARG002
+    def _on_note(self, job: QueuedJob, message: dict[str, Any]) -> None:  # noqa: ARG002
         self._live.warn(without_folders(message["text"], self.settings.data))
 
-    def _on_done(self, job: Job, facts: dict[str, Any]) -> None:
+    def _on_done(self, job: QueuedJob, facts: dict[str, Any]) -> None:
         if job.expected_s > 0 and job.attempt == 1:  # the last jobs count most
             self._pace += 0.3 * (facts["inference_time_s"] / job.expected_s - self._pace)
         for stage, seconds in facts["stage_durations"].items():
@@ -261,7 +261,7 @@ class Scheduler:
         self.metrics.memory.set(facts["peak_memory_mb"] * 1e6)
         self._end(job, {**facts, "warnings": self._live.warnings}, None)
 
-    def _on_failed(self, job: Job, error: Exception) -> None:
+    def _on_failed(self, job: QueuedJob, error: Exception) -> None:
         text = without_folders(str(error), self.settings.data)
         if not isinstance(error, Cancelled):
             code = next((code for kind, code in _CODES.items() if isinstance(error, kind)),
@@ -272,7 +272,7 @@ class Scheduler:
         else:
             self._let_go(job)
 
-    def _end(self, job: Job, result: dict[str, Any], error: tuple[str, str] | None) -> None:
+    def _end(self, job: QueuedJob, result: dict[str, Any], error: tuple[str, str] | None) -> None:
         def write() -> None:
             size = _size(self.settings.job_folder(job.id))
             if self.jobs.finish(job, result=result, num_bytes=size, error=error,
@@ -284,7 +284,7 @@ class Scheduler:
 
         self._write_down(job, write)
 
-    def _write_down(self, job: Job, write: Callable[[], object]) -> None:
+    def _write_down(self, job: QueuedJob, write: Callable[[], object]) -> None:
         """Write a job's new state to the queue; while the disk is full, try again later."""
         def write_and_let_go() -> None:
             write()
@@ -296,7 +296,7 @@ class Scheduler:
             log.error("%s", problem, extra={"job": job.id})
             self._unwritten = write_and_let_go
 
-    def _let_go(self, job: Job) -> None:
+    def _let_go(self, job: QueuedJob) -> None:
         with self._lock:
             self._running, self._live, self._stop_asked_s = None, Live(), None
         now = self.jobs.get(job.id)
@@ -322,7 +322,7 @@ class Scheduler:
         else:
             self._write_down(job, lambda: self.jobs.put_back(job, died=True))
 
-    def _stop(self, job: Job, why: str) -> bool:
+    def _stop(self, job: QueuedJob, why: str) -> bool:
         """Tell the process to stop a job; return whether it works on it."""
         with self._lock:
             is_running = self._running is not None and self._running.id == job.id
@@ -348,11 +348,11 @@ class Scheduler:
             shutil.rmtree(self.settings.job_folder(job_id))
         self.jobs.purge(job_id)
 
-    def _live_of(self, job: Job) -> Live | None:
+    def _live_of(self, job: QueuedJob) -> Live | None:
         with self._lock:
             return self._live if self._running and self._running.id == job.id else None
 
-    def _places(self) -> Iterator[tuple[Job, Place]]:
+    def _places(self) -> Iterator[tuple[QueuedJob, Place]]:
         """Yield each unfinished job with its place and the time until it is done."""
         ahead_s, position = 0.0, 0
         for job in self.jobs.waiting():
@@ -362,12 +362,12 @@ class Scheduler:
             position += live is None
             yield job, Place(None if live else position, round(ahead_s, 1))
 
-    def _tell_status(self, job: Job) -> None:
+    def _tell_status(self, job: QueuedJob) -> None:
         self._publish("status", job, self.view(job), is_last=job.is_finished)
         self._tell_places()
 
     def _publish(
-        self, name: str, job: Job, facts: Mapping[str, Any], *, is_last: bool = False
+        self, name: str, job: QueuedJob, facts: Mapping[str, Any], *, is_last: bool = False
     ) -> dict[str, Any]:
         data = {"id": job.id, "object": job.kind, **facts}
         self.hub.publish(Event(name, job.id, job.owner, data, is_last))

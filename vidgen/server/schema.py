@@ -155,7 +155,7 @@ def _body(
 ExtraParams = _body("ExtraParams", Body, "Options that engines call by their own names.", _EXTRA)
 
 
-class LoraAsk(Body):
+class LoraChoice(Body):
     """An adapter by its name in the service's folder."""
 
     name: str = Field(max_length=200)
@@ -172,7 +172,7 @@ class _Shape(_Continued):
     width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True)
     height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True)
     generate_sound: bool | None = Field(None, exclude=True)
-    lora: Annotated[list[LoraAsk | str] | None, BeforeValidator(_listed)] = Field(
+    lora: Annotated[list[LoraChoice | str] | None, BeforeValidator(_listed)] = Field(
         None, max_length=MAX_LORAS, exclude=True)
     audio_reference: Reference | None = Field(None, exclude=True)
 
@@ -202,16 +202,16 @@ class _Extension(_Continued):
     video: Reference = Field(exclude=True)
 
 
-VideoAsk = _body("VideoAsk", _Start, "POST /v1/videos.", SHAPED, ("prompt",))
-RemixAsk = _body(
-    "RemixAsk", _Start,
+VideoRequest = _body("VideoRequest", _Start, "POST /v1/videos.", SHAPED, ("prompt",))
+RemixRequest = _body(
+    "RemixRequest", _Start,
     "POST /v1/videos/{id}/remix: what is given replaces what the source was asked with.", SHAPED)
-EditAsk = _body("EditAsk", _Edit, "POST /v1/videos/edits.", SHAPED, ("prompt",))
-ExtensionAsk = _body("ExtensionAsk", _Extension, "POST /v1/videos/extensions.", CONTINUED,
+EditRequest = _body("EditRequest", _Edit, "POST /v1/videos/edits.", SHAPED, ("prompt",))
+ExtensionRequest = _body("ExtensionRequest", _Extension, "POST /v1/videos/extensions.", CONTINUED,
                      ("prompt", "seconds"))
 
 
-class FilmAsk(Body):
+class FilmRequest(Body):
     """POST /v1/films."""
 
     script: Annotated[Any, _any_of(
@@ -227,9 +227,9 @@ class FilmAsk(Body):
     })] = Field(None, max_length=MAX_FILES)
 
 
-def body_schema(ask: type[Body]) -> dict[str, Any]:
+def body_schema(body: type[Body]) -> dict[str, Any]:
     """A body's part of the OpenAPI document."""
-    schema = ask.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     return {"requestBody": {"required": True, "content": {
         "application/json": {"schema": _as_text(schema)},
@@ -248,6 +248,7 @@ def _as_text(schema: Any) -> Any:
 def shared_schemas() -> dict[str, Any]:
     """Return the schemas that the bodies' schemas refer to."""
     found: dict[str, Any] = {}
-    for ask in (VideoAsk, EditAsk, ExtensionAsk, FilmAsk):
-        found |= ask.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {})
+    for body in (VideoRequest, EditRequest, ExtensionRequest, FilmRequest):
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        found |= schema.get("$defs", {})
     return found

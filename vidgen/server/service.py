@@ -23,15 +23,22 @@ from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, take_over
 from vidgen.server.requests import Draft, Translator, parse
 from vidgen.server.scheduler import Scheduler
-from vidgen.server.schema import EditAsk, ExtensionAsk, FilmAsk, RemixAsk, VideoAsk
+from vidgen.server.schema import (
+    EditRequest,
+    ExtensionRequest,
+    FilmRequest,
+    RemixRequest,
+    VideoRequest,
+)
 from vidgen.server.settings import Settings
-from vidgen.server.types import ApiError, Call, Job, Kind, NewJob, Upload, new_id
+from vidgen.server.types import ApiError, Call, Kind, NewJob, QueuedJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
 CHECKED_AT_ONCE = 16
 """Requests in threads that are checked or wait for an address; others wait for a thread."""
-ASKS = {"create": VideoAsk, "remix": RemixAsk, "edit": EditAsk, "extension": ExtensionAsk}
-"""Bodies of the ways to ask for a clip; a replay has none."""
+BODIES = {"create": VideoRequest, "remix": RemixRequest, "edit": EditRequest,
+          "extension": ExtensionRequest}
+"""Bodies of the requests for a clip; a replay has none."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 
@@ -57,7 +64,7 @@ class Service:
         """
         self.checker = Checker(self.settings.model, self.settings.limits)
         self.model = self.checker.model()
-        self.asks = Translator(self.settings, self.jobs, self.model["id"])
+        self.translator = Translator(self.settings, self.jobs, self.model["id"])
         self._clear_up()
         self.scheduler.start()
 
@@ -67,7 +74,9 @@ class Service:
         self.hub.close()
         self.jobs.close()
 
-    def clip(self, kind: str, fields: dict[str, Any], call: Call, source: Job | None = None) -> Job:
+    def clip(
+        self, kind: str, fields: dict[str, Any], call: Call, source: QueuedJob | None = None
+    ) -> QueuedJob:
         """Queue a clip.
 
         Its `kind` is create, edit or extension, or remix or replay of a `source`.
@@ -75,9 +84,10 @@ class Service:
         Raises:
             ApiError: it can't be made as it is asked for.
         """
-        ask: Any = parse(ASKS[kind], fields) if kind in ASKS else None
+        body: Any = parse(BODIES[kind], fields) if kind in BODIES else None
         with self._draft("video", call) as draft:
-            given = {} if ask is None else self.asks.options(ask) | self.asks.inputs(ask, draft)
+            given = {} if body is None else (
+                self.translator.options(body) | self.translator.inputs(body, draft))
             spec: dict[str, Any] = {"options": given}
             if source is not None:
                 spec = self._changed(source, given, kind, draft)
@@ -85,8 +95,8 @@ class Service:
                 given.setdefault("strength", EDIT_STRENGTH)
             elif kind == "extension":
                 spec["added_s"] = given.pop("seconds")
-            if kind in ("edit", "extension") and isinstance(ask.video, dict):
-                source = self.jobs.get(ask.video["id"], call.owner)
+            if kind in ("edit", "extension") and isinstance(body.video, dict):
+                source = self.jobs.get(body.video["id"], call.owner)
                 if kind == "extension" and source and "lora" in source.spec["options"]:
                     given["lora"] = source.spec["options"]["lora"]
             self._require_whole(spec["options"])
@@ -98,21 +108,21 @@ class Service:
             asked = {"kind": kind, "source": source_id, **fields}
             return self._queue(draft, asked, plan | facts, spec)
 
-    def film(self, fields: dict[str, Any], call: Call) -> Job:
+    def film(self, fields: dict[str, Any], call: Call) -> QueuedJob:
         """Queue a film."""
-        ask = parse(FilmAsk, fields)
+        body = parse(FilmRequest, fields)
         with self._draft("film", call) as draft:
-            plan, script = self._film_plan(ask, draft)
+            plan, script = self._film_plan(body, draft)
             del plan["notes"]
-            facts = {"draft": ask.draft, "previous_film_id": ask.previous_film_id}
-            spec = {"script": f"{INPUTS}/{script.name}", "draft": ask.draft}
+            facts = {"draft": body.draft, "previous_film_id": body.previous_film_id}
+            spec = {"script": f"{INPUTS}/{script.name}", "draft": body.draft}
             return self._queue(draft, fields, plan | facts, spec)
 
     def check_film(self, fields: dict[str, Any], call: Call) -> dict[str, Any]:
         """Return what a script would make; nothing is kept."""
-        ask = parse(FilmAsk, fields)
+        body = parse(FilmRequest, fields)
         with self._draft("film", call) as draft:
-            plan, _ = self._film_plan(ask, draft)
+            plan, _ = self._film_plan(body, draft)
         return {**plan, "size": f"{plan['width']}x{plan['height']}",
                 "expected_s": round(plan["expected_s"], 1)}
 
@@ -134,19 +144,19 @@ class Service:
             raise OutputError(f"{int(free_mb)} MB are free, {int(self.settings.reserve_mb)} MB "
                               "stay in reserve; delete clips, or make room on the disk")
 
-    def _film_plan(self, ask: FilmAsk, draft: Draft) -> tuple[dict[str, Any], Path]:
-        self.asks.check_model(ask.model)
-        path = lay_down(ask, draft.folder)
-        if ask.previous_film_id is not None:
-            before = self.jobs.get(ask.previous_film_id, draft.call.owner)
+    def _film_plan(self, body: FilmRequest, draft: Draft) -> tuple[dict[str, Any], Path]:
+        self.translator.check_model(body.model)
+        path = lay_down(body, draft.folder)
+        if body.previous_film_id is not None:
+            before = self.jobs.get(body.previous_film_id, draft.call.owner)
             if before is None or before.kind != "film":
-                raise ApiError(404, "not_found", f"there is no film {ask.previous_film_id!r}",
+                raise ApiError(404, "not_found", f"there is no film {body.previous_film_id!r}",
                                "previous_film_id")
             take_over(self.settings.job_folder(before.id), draft.folder)
-        return self.checker.film(path, ask.draft), path
+        return self.checker.film(path, body.draft), path
 
     def _changed(
-        self, source: Job, changes: dict[str, Any], kind: str, draft: Draft
+        self, source: QueuedJob, changes: dict[str, Any], kind: str, draft: Draft
     ) -> dict[str, Any]:
         """Return another clip's request with some of its options changed, and link its files."""
         options, spec = dict(source.spec["options"]), dict(source.spec)
@@ -175,12 +185,12 @@ class Service:
                            "generate_sound")
 
     def _queue(
-        self, draft: Draft, asked: dict[str, Any], ask: dict[str, Any], spec: dict[str, Any]
-    ) -> Job:
-        expected_s = ask.pop("expected_s")
+        self, draft: Draft, asked: dict[str, Any], request: dict[str, Any], spec: dict[str, Any]
+    ) -> QueuedJob:
+        expected_s = request.pop("expected_s")
         job, is_new = self.jobs.add(NewJob(
             **vars(draft.call), id=draft.id, kind=draft.kind, spec=spec, expected_s=expected_s,
-            ask=ask | {"model": self.model["id"]}, fingerprint=fingerprint(asked),
+            request=request | {"model": self.model["id"]}, fingerprint=fingerprint(asked),
         ), most=self.settings.limits.queued, most_of_owner=self.settings.pending)
         if is_new:
             draft.is_kept = True

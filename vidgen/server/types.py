@@ -47,14 +47,14 @@ class NewJob(Call):
     """A job to be queued, of a call.
 
     Attributes:
-        ask: the request, as clients see it.
+        request: the request, as clients see it.
         spec: the request, as the process that makes it reads it.
         fingerprint: a hash of the request, equal for equal requests.
         id: None draws one.
     """
 
     kind: Kind
-    ask: Mapping[str, Any]
+    request: Mapping[str, Any]
     spec: Mapping[str, Any]
     fingerprint: str
     expected_s: float = 0.0
@@ -62,7 +62,7 @@ class NewJob(Call):
 
 
 @dataclass(frozen=True)
-class Job:
+class QueuedJob:
     """A job in the queue; times are Unix seconds. See `NewJob` for the rest.
 
     Attributes:
@@ -77,7 +77,7 @@ class Job:
     owner: str
     status: Status
     created_at: float
-    ask: dict[str, Any]
+    request: dict[str, Any]
     spec: dict[str, Any]
     result: dict[str, Any]
     started_at: float | None = None
