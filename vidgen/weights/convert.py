@@ -111,7 +111,26 @@ def convert(
         if changed and (source.path / _MAGNITUDES).is_file():
             log.warning("%s of %s is of other weights and stays behind; vidgen models --measure "
                         "measures those of the new ones", _MAGNITUDES, source.name)
-        _FINISHERS[to](folder, source)
+        tokenizer = WAN_TOKENIZER if to == "wan" else "tokenizer"
+        shutil.copytree(source.tokenizer, folder / tokenizer)
+        if to == "vidgen":
+            _write_processor(folder, source)
+            write_model_info(
+                folder, name=source.name, family=source.family, license_name=source.license,
+                tasks=source.tasks, defaults=source.defaults, variant=source.variant,
+            )
+            return sorted(unnamed)
+        if to == "diffusers":
+            _write_index(folder, source, has_processor=_write_processor(folder, source))
+        else:
+            _warn_of_clip(source)
+        write_json(folder / NOTE, {
+            "name": source.name, "family": source.family, "variant": source.variant,
+            "license": source.license, "tasks": list(source.tasks),
+            "defaults": asdict(source.defaults),
+            "configs": {role: dump(part.config) for role, part in source.components.items()
+                        if role not in OWN_ROLES},
+        })  # fmt: skip
     return sorted(unnamed)
 
 
@@ -137,10 +156,19 @@ def _write_part(
     folder: Path, part: Component[Config], tensors: Mapping[str, Lazy], to: Spelling, limit: int
 ) -> None:
     """Write a component's folder in vidgen's or diffusers' layout."""
+    config: dict[str, Any]
+    if isinstance(part.config, TextConfig | ImageConfig):  # as transformers has them in both
+        config = encoder_to_transformers(part.config)
+    elif to == "diffusers" and isinstance(part.config, VAEConfig):
+        config = vae_to_diffusers(part.config)
+    elif to == "diffusers" and isinstance(part.config, DiTConfig):
+        config = dit_to_diffusers(part.config)
+    else:
+        config = dump(part.config)
     is_plain = to == "vidgen" or part.role.endswith("encoder")
     stem = "model" if is_plain else "diffusion_pytorch_model"
     write_shards(folder / part.role, stem, tensors, limit)
-    write_json(folder / part.role / "config.json", _config(part.config, to))
+    write_json(folder / part.role / "config.json", config)
 
 
 def _write_wan(
@@ -161,18 +189,6 @@ def _write_wan(
         write_pth(folder / f"{TEXT_FILE}.pth", tensors)
 
 
-def _config(config: Config, to: Spelling) -> dict[str, Any]:
-    """Return a component's `config.json`; that of encoders is transformers' in both layouts."""
-    if isinstance(config, TextConfig | ImageConfig):
-        return encoder_to_transformers(config)
-    if to == "diffusers" and isinstance(config, VAEConfig):
-        return vae_to_diffusers(config)
-    if to == "diffusers" and isinstance(config, DiTConfig):
-        return dit_to_diffusers(config)
-    own: dict[str, Any] = dump(config)
-    return own
-
-
 def _model_type(dit: DiTConfig) -> str:
     """Return Wan's word for a kind of transformer."""
     if dit.control_layers:
@@ -182,19 +198,8 @@ def _model_type(dit: DiTConfig) -> str:
     return "ti2v" if dit.out_channels == max(VAE_FILES) else "t2v"
 
 
-def _finish_vidgen(folder: Path, source: ModelFolder) -> None:
-    shutil.copytree(source.tokenizer, folder / "tokenizer")
-    _write_processor(folder, source)
-    write_model_info(
-        folder, name=source.name, family=source.family, license_name=source.license,
-        tasks=source.tasks, defaults=source.defaults,
-        variant=source.variant,
-    )
-
-
-def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
-    shutil.copytree(source.tokenizer, folder / "tokenizer")
-    processor = _write_processor(folder, source)
+def _write_index(folder: Path, source: ModelFolder, *, has_processor: bool) -> None:
+    """Write diffusers' `model_index.json` and its scheduler's config."""
     scheduler = {
         "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction",
         "use_flow_sigmas": True, "flow_shift": source.defaults.shift, "num_train_timesteps": 1000,
@@ -222,35 +227,21 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
     }
     if source.conditioning != "control":
         index["expand_timesteps"] = source.variant == "ti2v-5b"
-    if processor:
+    if has_processor:
         index["image_encoder"] = ["transformers", "CLIPVisionModel"]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"]
     elif source.conditioning == "channels":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     write_json(folder / "model_index.json", index)
-    _write_note(folder, source)
 
 
-def _finish_wan(folder: Path, source: ModelFolder) -> None:
+def _warn_of_clip(source: ModelFolder) -> None:
     part = source.components.get("image_encoder")
     if part is not None and not any(name.startswith("textual.") for name in part.extra):
         log.warning(
             "%s has no text tower of CLIP: vidgen needs none, but for Wan's own programs take "
             "%s.pth and %s/ from the release", source.name, CLIP_FILE, CLIP_TOKENIZER,
         )
-    shutil.copytree(source.tokenizer, folder / WAN_TOKENIZER)
-    _write_note(folder, source)
-
-
-def _write_note(folder: Path, source: ModelFolder) -> None:
-    """Write `model.json`'s facts and our configs, for which the layout has no place."""
-    write_json(folder / NOTE, {
-        "name": source.name, "family": source.family, "variant": source.variant,
-        "license": source.license, "tasks": list(source.tasks),
-        "defaults": asdict(source.defaults),
-        "configs": {role: dump(part.config) for role, part in source.components.items()
-                    if role not in OWN_ROLES},
-    })  # fmt: skip
 
 
 def _write_processor(folder: Path, source: ModelFolder) -> bool:
@@ -270,6 +261,3 @@ def _write_processor(folder: Path, source: ModelFolder) -> bool:
         "do_convert_rgb": True,
     })  # fmt: skip
     return True
-
-
-_FINISHERS = {"vidgen": _finish_vidgen, "diffusers": _finish_diffusers, "wan": _finish_wan}
