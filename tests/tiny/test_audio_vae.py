@@ -70,13 +70,7 @@ def test_a_stream_equals_the_whole(vae: AudioVAE, parts: list[int]) -> None:
 
 
 def test_streams_go_on_from_their_caches(vae: AudioVAE) -> None:
-    sound = noise(4000)
-    latents, cache = vae.encode(sound), StreamCache()
-    first = [*vae.stream_encode([sound[:, :2300]], cache, ends=False)]
-    assert sum(piece.shape[2] for piece in first) == cache.position == (2300 - 192) // 512
-    rest = [*vae.stream_encode([sound[:, 2300:]], cache.copy())]
-    torch.testing.assert_close(torch.cat(first + rest, 2), latents, atol=1e-5, rtol=0)
-    cache = StreamCache()
+    latents, cache = vae.encode(noise(4000)), StreamCache()
     parts = [*vae.stream_decode([latents[:, :, :3]], cache)]
     parts += [*vae.stream_decode([latents[:, :, 3:]], cache)]
     torch.testing.assert_close(torch.cat(parts, 1), vae.decode(latents), atol=1e-5, rtol=0)
@@ -86,7 +80,7 @@ def test_streams_go_on_from_their_caches(vae: AudioVAE) -> None:
 def test_a_cache_does_not_grow(vae: AudioVAE) -> None:
     cache, sizes = StreamCache(), []
     for _ in range(6):
-        list(vae.stream_encode([noise(1536)], cache, ends=False))
+        list(vae.stream_decode([torch.randn(1, TINY.latent_channels, 3)], cache))
         sizes.append(sum(t.numel() for t in cache.tensors.values()))
     assert len(set(sizes[1:])) == 1
 

@@ -24,7 +24,6 @@ from vidgen.models.audio_spectra import AudioVAEConfig, Controls, to_sound, to_s
 from vidgen.ops.conv import StreamCache
 from vidgen.ops.latents import NormalizedLatents
 
-_SAMPLES = "samples"  # in a stream's cache: those that don't fill a latent yet
 _FAINT, _TINY = 1e-4, 1e-9  # magnitudes taken for silence, and for zero
 _LOUDEST = 6.0  # log of a spectrum's largest magnitude
 _QUIET = -2.0  # log of an untrained decoder's magnitudes
@@ -184,30 +183,23 @@ class AudioVAE(NormalizedLatents, nn.Module):
         return self.decode_raw(self.denormalize(latents), num_samples)
 
     @torch.no_grad()
-    def stream_encode(
-        self, sound: Iterable[Tensor], cache: StreamCache | None = None, *, ends: bool = True
-    ) -> Iterator[Tensor]:
+    def stream_encode(self, sound: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the normalised latents [B, C, k] of a sound, `lookahead` samples late.
 
-        The sound comes in chunks [B, n] of any lengths. `cache` continues an earlier stream, and is
-        updated; None: a new sound. Unless the sound `ends`, which silence follows, samples that
-        don't fill a latent stay in the cache for the next call.
+        The sound comes in chunks [B, n] of any lengths; silence follows it.
         """
-        cache = StreamCache() if cache is None else cache
-        size, ahead = self.config.samples_per_token, self.config.lookahead
-        before = self.config.history
+        cache, size, before = StreamCache(), self.config.samples_per_token, self.config.history
+        held: Tensor | None = None
         for chunk in sound:
             _check_sound(chunk)
-            held = cache.tensors.pop(_SAMPLES, chunk.new_zeros(chunk.shape[0], before))
+            held = chunk.new_zeros(chunk.shape[0], before) if held is None else held
             held = torch.cat([held, chunk], 1)
-            if (ready := (held.shape[1] - before - ahead) // size) > 0:
-                yield self._next_tokens(held[:, : before + ready * size + ahead], ready, cache)
-                held = held[:, ready * size :]
-            cache.tensors[_SAMPLES] = held.clone()
-        rest = cache.tensors.pop(_SAMPLES, None) if ends else None
-        if rest is not None and rest.shape[1] > before:
-            count = self.config.num_tokens(rest.shape[1] - before)
-            yield self._next_tokens(self._fill(rest), count, cache)
+            if (ready := (held.shape[1] - before - self.config.lookahead) // size) > 0:
+                whole = held[:, : before + ready * size + self.config.lookahead]
+                yield self.normalize(self._encode(whole, cache)[0])
+                held = held[:, ready * size :].clone()
+        if held is not None and held.shape[1] > before:
+            yield self.normalize(self._encode(self._fill(held), cache)[0])
 
     @torch.no_grad()
     def stream_decode(
@@ -222,11 +214,6 @@ class AudioVAE(NormalizedLatents, nn.Module):
             sound = to_sound(self.config, self.controls(self.denormalize(piece), cache), cache)
             cache.position += piece.shape[2]
             yield sound
-
-    def _next_tokens(self, sound: Tensor, count: int, cache: StreamCache) -> Tensor:
-        mean, _ = self._encode(sound, cache)
-        cache.position += count
-        return self.normalize(mean)
 
     def _fill(self, sound: Tensor) -> Tensor:
         """Append silence to sound [B, history + N] to fill the last latent and its lookahead."""
