@@ -208,28 +208,34 @@ def test_chunks_of_any_size_give_the_same_findings():
 
 
 @pytest.mark.parametrize("stop", [1, 13, 15, 20, 28, 29])
-def test_checks_that_are_stopped_go_on_from_their_snapshot(stop):
+def test_checks_that_are_stopped_go_on_from_what_they_had_seen(stop):
     """A fault that begins on one side of the stop and ends on the other is one fault still."""
     frames = planted.frozen(planted.drift(planted.spike(clip("pan"), 0.2), 0.2), 8)
     frames[24:] = planted.flash(frames[24:], 0.8)
     info = ClipInfo(FPS, (96, 72), len(frames))
     before, after = ClipChecker(info, frames[0]), ClipChecker(info, 255 - frames[0])
-    before.feed(frames[:stop])
-    arrays, state = before.snapshot()
+    assert before.take_looks() == {}
+    kept = []
+    for part in (frames[: stop // 2], frames[stop // 2 : stop]):
+        before.feed(part)
+        kept.append(before.take_looks())
     before.feed(frames[stop : stop + 2])  # what was kept doesn't change any more
-    after.restore((arrays, json.loads(json.dumps(state))))
+    for looks in filter(None, kept):
+        after.restore(looks)
     after.feed(frames[stop:])
     assert after.findings == findings(frames, frames[0])
     assert len(after.findings) >= 3
 
 
-def test_a_damaged_snapshot_is_refused():
+def test_what_was_seen_is_refused_if_it_is_damaged():
     checker = ClipChecker(ClipInfo(FPS, (96, 72), 0))
+    checker.take_looks()
     checker.feed(clip("pan")[:3])
-    arrays, state = checker.snapshot()
-    for damaged in (({}, state), (arrays, {"class": "Clip", "fields": {}}), (arrays, 3)):
+    looks = checker.take_looks()
+    for damaged in ({"luma": looks["luma"]}, looks | {"color": looks["color"][:2]},
+                    looks | {"figures": looks["figures"][:, :2]}):
         with pytest.raises(InputError, match="is damaged"):
-            checker.restore(damaged)
+            ClipChecker(ClipInfo(FPS, (96, 72), 0)).restore(damaged)
 
 
 def test_lengths_rates_and_counts():

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from vidgen.core.errors import InputError
 from vidgen.media.cells import Array, Look, Looker, psnr, ssim
 from vidgen.media.ending import ENDING, LIMIT, ending_distance, ending_text
 from vidgen.media.probe import read_recipe, recipe_rate
 from vidgen.media.read import PICTURE_SUFFIXES, fit, load_image
 from vidgen.media.sound import read_sound
-from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes, pack, unpack
-from vidgen.media.types import ClipInfo, Frames, Samples, Snapshot
+from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
+from vidgen.media.types import ClipInfo, Frames, Looks, Samples
 from vidgen.media.video_reader import VideoReader, read_frames
 
 if TYPE_CHECKING:
@@ -129,10 +130,6 @@ def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
     return found
 
 
-_STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "_likeness",
-          "_began", "_left", "_ended")  # fmt: skip
-
-
 class ClipChecker:
     """Checks of frames as they come, on their way into a file whose recipe gets the findings.
 
@@ -159,6 +156,7 @@ class ClipChecker:
         self._began: Array | None = None  # the first frame's cells, and how far they were left
         self._left = 0.0
         self._ended: Array | None = None  # the last frame's cells
+        self._kept: list[Look] | None = None  # since the last `take_looks`
 
     @cached_property
     def findings(self) -> list[Finding]:
@@ -170,40 +168,60 @@ class ClipChecker:
         found = {"checks": as_data(self.findings)}
         return found if self._ended is None else found | {ENDING: ending_text(self._ended)}
 
-    def snapshot(self) -> Snapshot:
-        """Return the state after the frames so far, one at least."""
-        state = {name: getattr(self, name) for name in _STATE}
-        return pack({**state, "before": self._looker.before})
+    def take_looks(self) -> Looks:
+        """Return what was seen since the last call; the first call begins to keep it."""
+        looks, self._kept = self._kept or [], []
+        if not looks or self._looker.before is None:
+            return {}
+        arrays: Looks = {
+            "color": np.stack([look.color.transpose(2, 0, 1) for look in looks]),
+            "luma": np.stack([look.luma for look in looks]),
+            "moved": np.stack([look.luma if look.moved is None else look.moved for look in looks]),
+            "figures": np.array([[look.spread, look.dark, look.bright, look.roughness]
+                                 for look in looks]),
+            "before": self._looker.before}
+        return arrays if self._likeness is None else arrays | {"first": np.array(self._likeness)}
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Resume after the frames of a snapshot; raise InputError if it is damaged."""
-        state = unpack(snapshot)
-        self._looker.before, self._given = state.pop("before", None), None
-        for name, value in state.items():
-            setattr(self, name, value)
+    def restore(self, looks: Looks) -> None:
+        """See the frames of `take_looks` again; raise InputError if they are damaged."""
+        try:
+            rows = (looks[name] for name in ("color", "luma", "moved", "figures"))
+            for color, luma, moved, figures in zip(*rows, strict=True):
+                before = moved if self.num_frames else None
+                self._see(Look(color.transpose(1, 2, 0), luma, before, *figures.tolist()))
+            self._looker.before, self._given = looks["before"], None
+            if "first" in looks:
+                self._likeness = looks["first"][0].item(), looks["first"][1].item()
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"what the checks had seen is damaged ({type(error).__name__}: "
+                             f"{error}); start anew with --overwrite") from None
 
     def feed(self, chunk: Frames) -> None:
         """Check frames, uint8 [t, H, W, 3]."""
         for frame in chunk:
-            index, self.num_frames = self.num_frames, self.num_frames + 1
-            if index == 0 and self._given is not None:
+            if self._given is not None:
                 self._likeness = psnr(frame, self._given), ssim(frame, self._given)
                 self._given = None
-            look = self._looker.look(frame)
-            flaws = _flaws(look)
-            for kind, runs in self._flat.items():
-                runs.feed(index, kind in flaws and kind not in self._meant, flaws.get(kind, 0.0))
-            linear = np.power(look.color / 255, np.float32(2.4))
-            for flashes in self._flashes:
-                flashes.feed(index, linear)
-            self._spikes.feed(index, look.luma)
-            if not flaws:
-                self._drifts.feed(index, look.color)
-            self._began = look.luma if self._began is None else self._began
-            self._left = max(self._left, float(np.abs(look.luma - self._began).max()))
-            self._ended = look.color
-            if look.moved is not None:
-                self._freezes.feed(index, look.moved)
+            self._see(self._looker.look(frame))
+
+    def _see(self, look: Look) -> None:
+        index, self.num_frames = self.num_frames, self.num_frames + 1
+        if self._kept is not None:
+            self._kept.append(look)
+        flaws = _flaws(look)
+        for kind, runs in self._flat.items():
+            runs.feed(index, kind in flaws and kind not in self._meant, flaws.get(kind, 0.0))
+        linear = np.power(look.color / 255, np.float32(2.4))
+        for flashes in self._flashes:
+            flashes.feed(index, linear)
+        self._spikes.feed(index, look.luma)
+        if not flaws:
+            self._drifts.feed(index, look.color)
+        self._began = look.luma if self._began is None else self._began
+        self._left = max(self._left, float(np.abs(look.luma - self._began).max()))
+        self._ended = look.color
+        if look.moved is not None:
+            self._freezes.feed(index, look.moved)
 
     def finish(self) -> list[Finding]:
         """Return all findings; call it once, after the last frame."""

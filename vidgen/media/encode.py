@@ -79,20 +79,22 @@ def encode_picture(
     They are timed in units of 1 / fps from the clip's start. The store's finished segments come
     first, `frames` begin after them, and new segments are kept there. The first has `first_segment`
     frames, fewer than the others by what the first latent frame lacks; further ones have `segment`,
-    a fixed number of latent frames. `checker` sees `frames`, and resumes from its snapshot after
-    the finished segments.
+    a fixed number of latent frames. `checker` sees `frames`, after those of the finished
+    segments.
     """
     assert min(first_segment, segment) >= 8, "a segment must outlast the encoder's reordering"
     reformatter = VideoReformatter()
-    start, delay, seen = 0, None, None
+    start, delay = 0, None
     for finished in store.segments() if store else ():
         yield from finished.packets
         if delay is None:
             _, pts, dts, _ = finished.packets[0]
             delay = pts - dts
-        start, seen = start + finished.num_frames, finished.seen
-    if checker and seen:
-        checker.restore(seen)
+        start += finished.num_frames
+        if checker and finished.seen:
+            checker.restore(finished.seen)
+    if checker and store:
+        checker.take_looks()  # from now on
     length = segment if start else first_segment
     for head in frames:
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
@@ -115,7 +117,7 @@ def encode_picture(
                     made.append(encoded)
                 yield encoded
         if store:
-            store.keep(Segment(count, tuple(made), checker.snapshot() if checker else None))
+            store.keep(Segment(count, tuple(made), checker.take_looks() if checker else None))
         start, length = start + count, segment
 
 

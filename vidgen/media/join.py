@@ -250,11 +250,9 @@ class ContinuedClip(Clip):
         check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
         done = store.num_frames if store else 0
         checker = self._checker()
-        if not done:  # else the journal's checks have seen it
-            with VideoReader(self.head) as reader:
-                for frame in reader:
-                    checker.feed(frame[None])
-
+        with VideoReader(self.head) as reader:
+            for frame in reader:
+                checker.feed(frame[None])
         info = replace(self._with_marks(marks), sound=None,
                        num_frames=self.num_frames - self.head_frames)
         target = Path(name)

@@ -7,7 +7,6 @@ Axes: y x of cells, k colour channels and saturation.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vidgen.core.errors import InputError
 from vidgen.media.cells import LUMA, Array
-from vidgen.media.types import Snapshot
 
 MAX_SPANS = 10
 FLASH_STEP, FLASH_DARKER, FLASH_AREA = 0.1, 0.8, 0.25  # of relative luminance, of the picture
@@ -332,53 +329,3 @@ def _grid(height: int, width: int) -> tuple[np.ndarray[Any, Any], ...]:
     ys = np.linspace(-1, 1, height)[:, None] * height / 2
     xs = np.linspace(-1, 1, width) * width / 2
     return ys, xs, np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width
-
-
-_CLASSES = {each.__name__: each for each in (
-    Drift, Drifts, Flashes, Freezes, Runs, Span, Spans, Spikes
-)}  # fmt: skip
-_DAMAGES = (KeyError, TypeError, ValueError, AttributeError)
-
-
-def pack(state: dict[str, Any]) -> Snapshot:
-    """Copy values by name: numbers, texts, arrays, collections of them and trackers.
-
-    Only the classes in `_CLASSES` come back: a file never decides which code runs.
-    """
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-
-    def packed(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, deque):
-            return {"deque": [*value], "maxlen": value.maxlen}
-        if not isinstance(value, np.ndarray):
-            return {"class": type(value).__name__, "fields": vars(value)}
-        name = f"seen.{len(arrays)}"
-        arrays[name] = value.copy()
-        return {"array": name}
-
-    return arrays, json.loads(json.dumps(state, default=packed))
-
-
-def unpack(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the values that `pack` was given; raise InputError if they are damaged."""
-    arrays, state = snapshot
-
-    def unpacked(data: dict[str, Any]) -> Any:
-        match data:
-            case {"array": name}:
-                return arrays[name]
-            case {"deque": items, "maxlen": longest}:
-                return deque(items, longest)
-            case {"class": name, "fields": fields}:
-                made = object.__new__(_CLASSES[name])
-                vars(made).update(fields)
-                return made
-        return data
-
-    try:
-        return dict(json.loads(json.dumps(state), object_hook=unpacked))
-    except _DAMAGES as error:
-        raise InputError(f"what the checks had seen is damaged ({type(error).__name__}: {error}); "
-                         "start anew with --overwrite") from None

@@ -19,17 +19,17 @@ Samples: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Encoded: TypeAlias = tuple[bytes, int, int, bool]
 """A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
 
-Snapshot: TypeAlias = tuple[dict[str, np.ndarray[Any, Any]], Any]
-"""State of a `ClipChecker`: arrays by name, and JSON data that names them."""
+Looks: TypeAlias = dict[str, np.ndarray[Any, Any]]
+"""Reduced frames as a `ClipChecker` has seen them, as arrays by name."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An encoded segment: packets in decoding order, and the checks after its last frame."""
+    """An encoded segment: packets in decoding order, and its frames as the checks saw them."""
 
     num_frames: int
     packets: tuple[Encoded, ...]
-    seen: Snapshot | None = None
+    seen: Looks | None = None
 
 
 class SegmentStore(Protocol):

@@ -205,13 +205,16 @@ def counted_paths(folder: Path, kind: str) -> list[Path]:
     return kept
 
 
+_SEEN = "seen."
+
+
 def segment_arrays(segment: Segment) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a segment as arrays, its packets' bytes and a row of numbers for each, and facts."""
     rows = [[len(data), pts, dts, key] for data, pts, dts, key in segment.packets]
     content = np.frombuffer(b"".join(data for data, *_ in segment.packets), np.uint8)
     arrays = {"content": content, "packets": np.array(rows, np.int64)}
-    seen, state = segment.seen or ({}, None)
-    return arrays | seen, {"num_frames": segment.num_frames, "seen": state}
+    arrays |= {f"{_SEEN}{name}": each for name, each in (segment.seen or {}).items()}
+    return arrays, {"num_frames": segment.num_frames}
 
 
 def read_segment(path: Path) -> Segment:
@@ -221,8 +224,9 @@ def read_segment(path: Path) -> Segment:
     for size, pts, dts, key in arrays["packets"].tolist():
         packets.append((content[start : start + size], pts, dts, bool(key)))
         start += size
-    seen = None if facts["seen"] is None else (arrays, facts["seen"])
-    return Segment(facts["num_frames"], tuple(packets), seen)
+    seen = {name.removeprefix(_SEEN): each for name, each in arrays.items()
+            if name.startswith(_SEEN)}
+    return Segment(facts["num_frames"], tuple(packets), seen or None)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
