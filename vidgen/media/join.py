@@ -7,7 +7,6 @@ of the same settings can follow each other in one. Sound is encoded for the whol
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,32 +21,35 @@ import av
 import numpy as np
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_path, check_output, write_error
+from vidgen.core.runtime import check_output
 from vidgen.media.clip import Clip
-from vidgen.media.manifest import seal
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.probe import read_recipe
-from vidgen.media.provenance import marks_of, stamped, tags
-from vidgen.media.stills import RECIPE_KEY
+from vidgen.media.provenance import stamped
 from vidgen.media.subtitles import TextTrack
 from vidgen.media.types import ClipInfo, Frames, SegmentStore
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import CONTAINERS, check_format, mux, recipe_text, write_clip
+from vidgen.media.write import (
+    CONTAINERS,
+    check_format,
+    film_container,
+    film_path,
+    mux,
+    write_clip,
+)
 
 if TYPE_CHECKING:
-    from av.container import InputContainer, OutputContainer
     from av.packet import Packet
     from av.video.stream import VideoStream
 
 log = logging.getLogger(__name__)
 
 _MS = Fraction(1, 1000)
-_OWN_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Frames of a file from `first` up to `last`, both at key frames or the file's ends."""
+    """Frames of a film file from `first` up to `last`, both at key frames or the file's ends."""
 
     path: Path
     first: int
@@ -63,48 +65,42 @@ class Chapter:
     end_s: float
 
 
-def parting_places(path: str | os.PathLike[str]) -> list[int]:
+def write_sample(folder: Path, suffix: str, info: ClipInfo) -> Path:
+    """Write a black frame as a clip's picture would be written; return its file."""
+    width, height = info.size
+    one = replace(info, num_frames=1, sound=None, recipe=None)
+    return write_clip(folder / f"sample{suffix}", [np.zeros((1, height, width, 3), np.uint8)], one)
+
+
+def parting_places(path: Path, sample: Path) -> list[int] | str:
     """Return the frames at which a film file's packets can be parted: key frames and the end.
 
-    Raises:
-        InputError: it can't be read, or its frames lie at uneven times.
+    Where they can't be copied into a file like the sample, return the reason.
     """
-    reason = why_not_joined([path])
-    if reason is not None:
-        raise InputError(f"its packets can't be parted: {reason}")
-    with av.open(os.fspath(path)) as source:
-        stream = source.streams.video[0]
-        rate = cast("Fraction", stream.average_rate)
-        found = [(_place(each, rate), each.is_keyframe) for each in _packets(stream)]
-    return [*sorted(place for place, is_key in found if is_key), len(found)]
-
-
-def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
-    """Return the reason why files can't be joined by copying packets, or None."""
-    pictures = []
-    for path in paths:
+    facts = []
+    for file in (path, sample):
         try:
-            with av.open(os.fspath(path)) as container:
+            with av.open(str(file)) as container:
                 if not container.streams.video:
-                    return f"{path} has no picture"
+                    return f"{file} has no picture"
                 stream = container.streams.video[0]
-                pictures.append(_picture_of(container.format.name, stream))
-                rate = stream.average_rate
-                places = sorted(_place(each, rate) for each in _packets(stream)) if rate else None
-                if places is None or places != list(range(len(places))):
-                    return f"{path} has frames at uneven times"
+                facts.append(_facts(container.format.name, stream))
+                if not stream.average_rate:
+                    return f"{file} has frames at uneven times"
         except av.FFmpegError as error:
-            return f"{path} can't be read: {error.strerror}"
-    for name in pictures[0] if pictures else ():
-        values = [picture[name] for picture in pictures]
-        if any(value != values[0] for value in values):
+            return f"{file} can't be read: {error.strerror}"
+    for name, value in facts[0].items():
+        if value != facts[1][name]:
             if name == "parameters":
                 return "the encoders' parameters differ"
-            return f"the {name} differs: {', '.join(map(str, values))}"
-    return None
+            return f"the {name} differs: {value}, {facts[1][name]}"
+    found = sorted((place, packet.is_keyframe) for place, packet in _packets(path))
+    if [place for place, _ in found] != list(range(len(found))):
+        return f"{path} has frames at uneven times"
+    return [*(place for place, is_key in found if is_key), len(found)]
 
 
-def _picture_of(container: str, stream: VideoStream) -> dict[str, Any]:
+def _facts(container: str, stream: VideoStream) -> dict[str, Any]:
     """Return what two files' pictures must share for one to follow the other."""
     context = stream.codec_context
     extra = context.extradata
@@ -113,98 +109,61 @@ def _picture_of(container: str, stream: VideoStream) -> dict[str, Any]:
             "parameters": None if extra is None else bytes(extra)}
 
 
-def _packets(stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-    source = cast("InputContainer", stream.container)
-    return (packet for packet in source.demux(stream) if packet.pts is not None)
-
-
-def _place(packet: Packet[VideoStream], rate: Fraction) -> int:
-    assert packet.pts is not None
-    return round(packet.pts * packet.time_base * rate)
-
-
 def join_files(
-    paths: Sequence[str | os.PathLike[str] | Stretch], output: str | os.PathLike[str],
-    sound: SoundTrack | None = None, recipe: dict[str, Any] | None = None,
-    texts: TextTrack | None = None, chapters: Sequence[Chapter] = (),
-) -> Path:
-    """Write files one after the other into one, which appears, or is replaced, when it is whole.
+    stretches: Sequence[Stretch], output: Path, recipe: dict[str, Any] | None,
+    sound: SoundTrack | None = None, texts: TextTrack | None = None,
+    chapters: Sequence[Chapter] = (),
+) -> None:
+    """Write stretches of files one after the other into one, without the files' own sound.
 
-    `paths` are files for which `why_not_joined` is None, or stretches of such; their own sound is
-    left out. Without a `recipe` the last one's metadata stays. Each of `chapters` begins where the
-    one before ends.
+    The file appears, or is replaced, when it is whole. For all files `parting_places` gives lists
+    with the same sample. Each of `chapters` begins where the one before ends.
 
     Raises:
         OutputError: it can't be written or the disk is full.
     """
-    target = Path(output)
-    kind = CONTAINERS[target.suffix.lower()]
     tracks: list[SoundTrack | TextTrack] = [each for each in (sound, texts) if each is not None]
-    last = paths[-1].path if isinstance(paths[-1], Stretch) else paths[-1]
-    with atomic_path(target) as temporary:
-        try:
-            options = dict(kind.options)
-            own = None if recipe is None else stamped(recipe)
-            with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
-                container.metadata.update(_tags(last, own))
-                if chapters:
-                    container.set_chapters([
-                        {"id": n, "start": round(1000 * each.start_s), "time_base": _MS,
-                         "end": round(1000 * each.end_s), "metadata": {"title": each.title}}
-                        for n, each in enumerate(chapters, 1)
-                    ])
-                _copy(paths, container, tracks)
-            recipe = read_recipe(last) if own is None else own
-            if recipe is not None:
-                seal(temporary, target.suffix.lower(), stamped(recipe))
-        except av.FFmpegError as error:
-            raise write_error(target, OSError(error.errno, error.strerror), temporary) from error
-    return target
+    recipe = None if recipe is None else stamped(recipe)
+    with (film_path(output) as temporary,
+          film_container(temporary, output.suffix.lower(), recipe) as container):
+        if chapters:
+            container.set_chapters([
+                {"id": n, "start": round(1000 * each.start_s), "time_base": _MS,
+                 "end": round(1000 * each.end_s), "metadata": {"title": each.title}}
+                for n, each in enumerate(chapters, 1)
+            ])
+        with av.open(str(stretches[0].path)) as source:
+            picture = container.add_stream_from_template(source.streams.video[0])
+            picture.time_base = 1 / cast("Fraction", source.streams.video[0].average_rate)
+        mux(container, picture, _moved(stretches, picture.time_base), tracks)
 
 
-def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[str, str]:
-    if recipe is not None:
-        return {**tags(marks_of(recipe)), RECIPE_KEY: recipe_text(recipe)}
-    with av.open(os.fspath(last)) as source:
-        return {k: v for k, v in source.metadata.items() if k.lower() not in _OWN_TAGS}
+def _packets(path: Path) -> Iterator[tuple[int, Packet[VideoStream]]]:
+    """Yield a film file's picture packets in decoding order, each with its frame's number."""
+    with av.open(str(path)) as source:
+        stream = source.streams.video[0]
+        for packet in source.demux(stream):
+            if packet.pts is not None:
+                place = packet.pts * packet.time_base * cast("Fraction", stream.average_rate)
+                yield round(place), packet
 
 
-def _copy(
-    paths: Sequence[str | os.PathLike[str] | Stretch], container: OutputContainer,
-    tracks: Sequence[SoundTrack | TextTrack],
-) -> None:
-    """Copy the packets, with one file open at a time: there may be more than the system allows."""
-    stretches = [p if isinstance(p, Stretch) else Stretch(Path(p), 0, 1 << 62) for p in paths]
-    delay, picture = 0, None
-    for path in {each.path: None for each in stretches}:
-        with av.open(os.fspath(path)) as source:
-            stream = source.streams.video[0]
-            assert stream.average_rate is not None
-            places = (_place(packet, stream.average_rate) for packet in _packets(stream))
-            delay = max(delay, *(n - place for n, place in enumerate(places)))  # to decode ahead
-            if picture is None:
-                picture = container.add_stream_from_template(stream)
-                picture.time_base = 1 / stream.average_rate
-    assert picture is not None
-    mux(container, picture, _moved(stretches, delay), tracks)
+def _moved(stretches: Sequence[Stretch], unit: Fraction) -> Iterator[Packet[VideoStream]]:
+    """Yield the packets of stretches, each after the one before, timed in a unit of one frame.
 
-
-def _moved(stretches: Sequence[Stretch], delay: int) -> Iterator[Packet[VideoStream]]:
-    """Yield the packets of stretches, each after the one before, decoded `delay` frames ahead."""
-    start = 0
+    One file is open at a time: there may be more than the system allows.
+    """
+    delay, number, start = 0, 0, 0  # frames by which packets are decoded ahead
+    for path in {each.path for each in stretches}:
+        delay = max(delay, *(n - place for n, (place, _) in enumerate(_packets(path))))
     for each in stretches:
-        with av.open(os.fspath(each.path)) as source:
-            stream, count = source.streams.video[0], 0
-            rate = cast("Fraction", stream.average_rate)
-            for packet in source.demux(stream):
-                if packet.dts is None or not each.first <= _place(packet, rate) < each.last:
-                    continue
-                packet.pts = start + _place(packet, rate) - each.first
-                packet.dts = start + count - delay
-                packet.time_base, packet.duration = 1 / rate, 1
+        for place, packet in _packets(each.path):
+            if each.first <= place < each.last:
+                packet.pts, packet.dts = start + place - each.first, number - delay
+                packet.time_base, packet.duration = unit, 1
                 yield packet
-                count += 1
-            start += count
+                number += 1
+        start = number
 
 
 class ContinuedClip(Clip):
@@ -248,14 +207,12 @@ class ContinuedClip(Clip):
             log.warning("%s: its frames are encoded once more, since %s", self.head, reason)
             return super()._write(name, overwrite, on_frames, store, marks)
         check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
-        done = store.num_frames if store else 0
-        checker = self._checker()
+        checker, target, done = self._checker(), Path(name), store.num_frames if store else 0
         with VideoReader(self.head) as reader:
             for frame in reader:
                 checker.feed(frame[None])
         info = replace(self._with_marks(marks), sound=None,
                        num_frames=self.num_frames - self.head_frames)
-        target = Path(name)
         # named like what `atomic_path` makes, so that what a kill leaves is swept like that
         folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
         folder.mkdir()
@@ -268,22 +225,22 @@ class ContinuedClip(Clip):
             sound = None
             if self.info.sound is not None:
                 sound = SoundTrack(self.info, CONTAINERS[suffix].sound)
-            return join_files([self.head, part], name, sound)
+            stretches = [Stretch(self.head, 0, self.head_frames),
+                         Stretch(part, 0, info.num_frames)]
+            join_files(stretches, target, read_recipe(part), sound)
         finally:
             rmtree(folder, ignore_errors=True)
+        return target
 
     def _why_not_copied(self, suffix: str, marks: Mapping[str, str]) -> str | None:
-        """Compare the file with one frame, written as the new part would be."""
         if self._gets_label(marks):
             return "a label is burnt into the opening"
         if suffix not in CONTAINERS:
             return f"{'a folder' if suffix == '/' else suffix} holds no packets of films"
-        width, height = self.info.size
-        probe = replace(self.info, num_frames=1, sound=None, recipe=None)
         with TemporaryDirectory() as folder:
-            sample = Path(folder, f"sample{suffix}")
             try:
-                write_clip(sample, [np.zeros((1, height, width, 3), np.uint8)], probe)
+                sample = write_sample(Path(folder), suffix, self.info)
             except InputError as error:
                 return str(error)
-            return why_not_joined([self.head, sample])
+            places = parting_places(self.head, sample)
+            return places if isinstance(places, str) else None

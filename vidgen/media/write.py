@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -233,40 +233,49 @@ def _write_container(
     if picture != wanted:
         log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
     first_segment = SEGMENT - (info.stride_t - 1)
-    with atomic_path(path) as temporary, closing(Spool(path.parent)) as spool:
+    with film_path(path) as temporary, closing(Spool(path.parent)) as spool:
+        for packet in encode_picture(checked(chunks, checker), picture, info.size, info.fps,
+                                     first_segment=first_segment, segment=SEGMENT, store=store,
+                                     checker=checker):
+            spool.add(packet)
+        encoder = {**asdict(picture), "segment": SEGMENT}
+        sound = None
+        if info.sound is not None and len(info.sound):
+            sound = SoundTrack(info, kind.sound)
+            encoder["sound"] = sound.facts()
+        recipe = _completed(info, encoder, checker)
+        with film_container(temporary, suffix, recipe) as container:
+            # the stream's own encoder sees no frame: it gives the header, segments the packets
+            stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
+            configure(stream.codec_context, picture, info.size, info.fps)
+            stream.time_base = 1 / info.fps
+            mux(container, stream, spool.packets(1 / info.fps), [sound] if sound else [])
+
+
+@contextmanager
+def film_path(path: Path) -> Iterator[Path]:
+    """Give a film's temporary path; raise OutputError for what libav can't write."""
+    with atomic_path(path) as temporary:
         try:
-            for packet in encode_picture(checked(chunks, checker), picture, info.size, info.fps,
-                                         first_segment=first_segment, segment=SEGMENT, store=store,
-                                         checker=checker):
-                spool.add(packet)
-            encoder = {**asdict(picture), "segment": SEGMENT}
-            sound = None
-            if info.sound is not None and len(info.sound):
-                sound = SoundTrack(info, kind.sound)
-                encoder["sound"] = sound.facts()
-            recipe = _completed(info, encoder, checker)
-            muxer = dict(kind.options)
-            with av.open(str(temporary), "w", format=kind.muxer, options=muxer) as container:
-                # the stream's own encoder sees no frame: it gives the header, segments the packets
-                stream = begin_stream(container, picture, replace(info, recipe=recipe))
-                stream.time_base = 1 / info.fps
-                mux(container, stream, spool.packets(1 / info.fps), [sound] if sound else [])
-            if recipe is not None:
-                seal(temporary, suffix, recipe)
+            yield temporary
         except av.FFmpegError as error:
             raise write_error(path, OSError(error.errno, error.strerror), temporary) from error
 
 
-def begin_stream(
-    container: OutputContainer, picture: PictureSettings, info: ClipInfo
-) -> VideoStream:
-    """Add a stream for a clip's pictures to a new container, and the clip's marks and recipe."""
-    if info.recipe is not None:
-        container.metadata.update(tags(marks_of(info.recipe)))
-        container.metadata[RECIPE_KEY] = recipe_text(info.recipe)
-    stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
-    configure(stream.codec_context, picture, info.size, info.fps)
-    return stream
+@contextmanager
+def film_container(
+    temporary: Path, suffix: str, recipe: dict[str, Any] | None
+) -> Iterator[OutputContainer]:
+    """Open a film's container for writing, with its marks and recipe; seal it at the end."""
+    kind = CONTAINERS[suffix]
+    options = dict(kind.options)
+    with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
+        if recipe is not None:
+            container.metadata.update(tags(marks_of(recipe)))
+            container.metadata[RECIPE_KEY] = recipe_text(recipe)
+        yield container
+    if recipe is not None:
+        seal(temporary, suffix, recipe)
 
 
 def mux(

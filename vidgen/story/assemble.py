@@ -17,14 +17,12 @@ from secrets import token_hex
 from shutil import rmtree
 from typing import Any
 
-import numpy as np
-
 from vidgen import __version__
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.request import Saving
 from vidgen.core.runtime import atomic_write, check_output
-from vidgen.media.join import Stretch, join_files, parting_places, why_not_joined
+from vidgen.media.join import Stretch, join_files, parting_places, write_sample
 from vidgen.media.label import label_end, labelled
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.sound import RATE
@@ -77,7 +75,7 @@ def assemble(
         recipe = _recipe(edit, shots, pieces, sound, _colour_facts(scenes, changed))
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
-        join_files(stretches, output, sound, recipe, texts, edit.chapters)
+        join_files(stretches, output, recipe, sound, texts, edit.chapters)
     beside = texts_beside(edit)
     for path, text in beside.items():
         atomic_write(path, text.encode())
@@ -141,16 +139,14 @@ def _parts(
     edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[Source], folder: Path
 ) -> list[list[int] | None]:
     """Return the places where each shot can be cut; None where it can't."""
-    width, height = edit.film.size
-    sample = folder / f"sample{edit.output.suffix.lower()}"
     info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)
-    write_clip(sample, [np.zeros((1, height, width, 3), np.uint8)], info)
+    sample = write_sample(folder, edit.output.suffix.lower(), info)
     parts: list[list[int] | None] = []
     for shot, source in zip(shots, sources, strict=True):
-        if source.table is not None or why_not_joined([shot.path, sample]) is not None:
+        places = "" if source.table is not None else parting_places(shot.path, sample)
+        if isinstance(places, str):
             parts.append(None)
             continue
-        places = parting_places(shot.path)
         if places[-1] != shot.num_frames:
             raise InputError(f"shot {shot.shot.id!r}: {shot.path} has {places[-1]} frames instead "
                              f"of {shot.num_frames}; remove it and render it again")
