@@ -58,13 +58,6 @@ class SuiteRun:
             raise InputError(f"seeds is {self.seeds}; give a whole number from 1 to {MAX_SEEDS}")
 
 
-@dataclass(frozen=True)
-class _Clip:
-    request: Request
-    address: str
-    name: str
-
-
 def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
     """Make a suite's clips, next to the results' file `output`, and measure them.
 
@@ -83,13 +76,15 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
         raise InputError(f"{place} is there and holds no clips of an evaluation; move it away, or "
                          "give -o another name")
     pictures = _first_pictures(run.images, suite, on_event)
-    clips = list(_clips(run, suite, folder, pictures))
+    requests = dict(_requests(run, suite, pictures))
     _check_settings(run, folder, pictures)
     store = Store(place / "made")
     store.folder.mkdir(parents=True, exist_ok=True)
     staff = settle_threads(store.folder, run.staff, on_event)
-    failed = _make(run, folder, clips, store, staff, on_event)
-    there = {clip.name: store.path(clip.address) for clip in clips if clip.name not in failed}
+    paths = {name: store.path(identity(request, model=folder.content_hash, dtype=run.dtype))
+             for name, request in requests.items()}
+    failed = _make(run, folder, requests, paths, staff, on_event)
+    there = {name: path for name, path in paths.items() if name not in failed}
     if not there:
         raise InputError(f"no clip could be made: {next(iter(failed.values()))}")
     _lay_out(place / "named", there)
@@ -106,7 +101,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
         "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": run.dtype,
         "settings": {name: value if isinstance(value, int | float) else str(value)
                      for name, value in settings.items()},
-        "threads": staff.threads, "clips": len(clips)}
+        "threads": staff.threads, "clips": len(requests)}
     return result
 
 
@@ -120,19 +115,17 @@ def _check_settings(
         make_plan(Request.of("a clip", {"audio": "none", **run.settings, **given}), folder)
 
 
-def _clips(
-    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | DiffusersFolder,
-    pictures: Mapping[str, Path],
-) -> Iterator[_Clip]:  # fmt: skip
+def _requests(
+    run: SuiteRun, suite: PromptSuite, pictures: Mapping[str, Path]
+) -> Iterator[tuple[str, Request]]:
+    """Yield the name and request of each clip."""
     stems = dict[str, int]()
     for prompt in suite.prompts:
         stem = _stem(prompt, stems)
+        image = {"image": str(pictures[prompt])} if prompt in pictures else {}
         for number in range(run.seeds):
-            request = Request.of(prompt, {
-                "audio": "none", "seed": run.seed + number, **run.settings,
-                **({"image": str(pictures[prompt])} if prompt in pictures else {})})
-            address = identity(request, model=folder.content_hash, dtype=run.dtype)
-            yield _Clip(request, address, f"{stem}-{number}")
+            options = {"audio": "none", "seed": run.seed + number, **run.settings, **image}
+            yield f"{stem}-{number}", Request.of(prompt, options)
 
 
 def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> dict[str, Path]:
@@ -156,25 +149,21 @@ def _stem(prompt: str, taken: dict[str, int]) -> str:
 
 
 def _make(
-    run: SuiteRun, folder: ModelFolder | DiffusersFolder, clips: Sequence[_Clip], store: Store,
-    staff: Staff, tell: OnEvent,
+    run: SuiteRun, folder: ModelFolder | DiffusersFolder, requests: Mapping[str, Request],
+    paths: Mapping[str, Path], staff: Staff, tell: OnEvent,
 ) -> dict[str, str]:
-    names: dict[str, list[str]] = {}
-    for clip in clips:
-        names.setdefault(clip.address, []).append(clip.name)
-    total, failed = len(names), dict[str, str]()
-    missing = {clip.address: clip.request for clip in clips if not store.has(clip.address)}
+    """Make the clips that don't exist; return the reason of each that failed, by name."""
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    total, failed = len(paths), dict[str, str]()
     done = total - len(missing)
     tell({"event": "progress", "stage": "clips", "done": done, "total": total})
-    jobs = (
-        Job(address, (request, store.path(address), {"name": names[address][0]}),
-            name=names[address][0])
-        for address, request in missing.items())
+    jobs = (Job(name, (requests[name], paths[name], {"name": name}), name=name)
+            for name in missing)
     work = ClipWork(partial(load, run.model, dtype=run.dtype), folder.content_hash)
     try:
         for outcome in run_jobs(jobs, work, staff, tell):
             if outcome.error is not None:
-                failed |= dict.fromkeys(names[outcome.job.key], str(outcome.error))
+                failed[outcome.job.key] = str(outcome.error)
                 tell({"event": "note", "text": f"{outcome.job.name}: {outcome.error}"})
             done += 1
             tell({"event": "progress", "stage": "clips", "done": done, "total": total})
