@@ -205,7 +205,7 @@ def test_speech_lies_over_a_bed_at_its_time(tmp_path, bed, tiny_model, capsys, c
     again = told(capsys, "replay", out, "-o", tmp_path / "again.mp4")
     assert again["identical"] is True
     assert run(*words, "--say", "1=Good morning to all of you.", "-o", tmp_path / "y.mp4") == 2
-    assert "s behind the clip, which has 1.42 s" in capsys.readouterr().err
+    assert "s after the clip, which has 1.42 s" in capsys.readouterr().err
     assert run(*words[:-1], "en-uk", "--say", "Hi.", "-o", tmp_path / "y.mp4") == 2
     assert "en-gb" in capsys.readouterr().err
 

@@ -66,7 +66,7 @@ def test_the_same_text_sounds_the_same():
 def test_what_is_too_long_is_refused_with_by_how_much():
     fits = speak([(0.5, "A rather long sentence.")], None, 8 * RATE)
     end = fits.sentences[-1].end_s
-    told = rf"ends {end - 1:.2f} s behind the clip, which has 1\.00 s.*--seconds {end:.2f}"
+    told = rf"ends {end - 1:.2f} s after the clip, which has 1\.00 s.*--seconds {end:.2f}"
     with pytest.raises(InputError, match=told):
         speak([(0.5, "A rather long sentence.")], None, RATE)
 
@@ -110,5 +110,5 @@ def test_speech_of_ones_own_comes_from_a_file(tmp_path):
     assert not said.samples[:RATE].any()
     with pytest.raises(InputError, match="does not exist"):
         speak([(1.0, f"@{path}.no")], None, 2 * RATE)
-    with pytest.raises(InputError, match=r"0\.50 s behind"):
+    with pytest.raises(InputError, match=r"0\.50 s after the clip"):
         speak([(2.0, f"@{path}")], None, 2 * RATE)

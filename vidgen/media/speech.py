@@ -83,7 +83,7 @@ class Voice:
                              f"{_near(variant, variants)}")
 
     def _listed(self, option: str) -> Iterator[str]:
-        """Languages, names and files of voices."""
+        """Yield languages, names and files of the voices that an option lists."""
         text = self._run(option).decode("utf-8", "replace")
         for line in text.splitlines()[1:]:
             yield from (word for word in line.split()[1:5] if not re.fullmatch(r"--/\w", word))
@@ -105,7 +105,7 @@ class Voice:
         return {"engine": f"espeak-ng {found[0] if found else ''}".strip(), "voice": self.name}
 
     def say(self, text: str) -> Samples:
-        """A sentence as float32 [N, 1] at `RATE`."""
+        """Return a sentence's sound, float32 [N, 1] at `RATE`."""
         with TemporaryDirectory() as folder:
             file = Path(folder, "said.wav")
             self._run("-v", self.name, "-b", "1", "--stdin", "-w", str(file), text=text)
@@ -149,7 +149,7 @@ def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_sampl
     seconds, end = num_samples / RATE, max(sentence.end_s for sentence in sentences)
     if end > seconds + 0.001:
         raise InputError(
-            f"what is said ends {end - seconds:.2f} s behind the clip, which has {seconds:.2f} s; "
+            f"what is said ends {end - seconds:.2f} s after the clip, which has {seconds:.2f} s; "
             f"shorten the text, place it earlier, or give --seconds {end:.2f}"
         )
     return Speech(samples, tuple(sentences), speaker.facts if speaker else {"engine": "file"})
