@@ -99,7 +99,7 @@ def ours(config: DiTConfig, shape: tuple[int, int, int], steps: int) -> float:
             log_every=steps // 2, validate_every=10 * steps,
         )
         with join_ranks(run) as place:
-            shared = place.said(folder)
+            shared = place.from_main(folder)
             run = replace(run, folder=str(Path(shared) / "run"))
             train(Random(config, shape), run, on_record=records.append)
             place.barrier()

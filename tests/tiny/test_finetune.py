@@ -319,7 +319,7 @@ REFUSED = {
     "a layer that isn't there": ({"lora": {"targets": ["slf_attn.q"]}}, "self_attn.q"),
     "a condition that can't be": (
         {"conditions": {"reference": 1.0}}, "unknown condition 'reference'"),
-    "no condition": ({"conditions": {"text": 0}}, "must have a weight over 0"),
+    "no condition": ({"conditions": {"text": 0}}, "give at least one a weight above 0"),
     "a token that isn't there": (
         {"subject": {"token": "<subject_99>", "like": "a car"}}, "is no token of"),
     "a sheet's size": ({"validation": {"size": "33x32"}}, "validation: .*33"),
@@ -399,7 +399,7 @@ def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_p
     refused("dialects.*is 'wann'; did you mean 'wan'", output={"dialects": "wann"})
     refused("unknown key 'phases'", run={"phases": []})
     for name in ("a/b", ".", "..", ".hidden", "a\0b"):
-        refused("a file's name", output={"name": name})
+        refused("a file name", output={"name": name})
     refused("decay_from is 5 and optim.decay_steps 0; give both", run={"optim": {"decay_from": 5}})
     refused("decay_from is None and optim.decay", run={"optim": {"decay_steps": 5}})
     refused("mean is nan", noise={"mean": math.nan})

@@ -124,7 +124,7 @@ def test_conditions_are_those_that_the_model_can_do(wan, tiny_model):
         assert settle_conditions(None, folder).keys() <= set(kinds)
     toybox = open_model(str(tiny_model))
     assert possible_conditions(toybox)[:4] == ("text", "first", "last", "both")
-    with pytest.raises(InputError, match=r"conditions\.both: t2v can't be conditioned so"):
+    with pytest.raises(InputError, match=r"conditions\.both: t2v doesn't support this condition"):
         settle_conditions({"text": 1, "both": 0.5}, open_model(str(wan("t2v"))))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.config import build
+from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.training import config as training_config
 from vidgen.training import loop
@@ -113,7 +114,7 @@ def test_a_short_run_has_a_curve_and_a_torn_line_is_mended(tmp_path: Path) -> No
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     run = make_run(tmp_path / "run")
-    with pytest.raises(InputError, match="is a file; name another folder"):
+    with pytest.raises(InputError, match="is a file; choose another folder"):
         train(Regression(run), run)
     assert (tmp_path / "run").read_text() == "mine"
 
@@ -135,6 +136,12 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(RunConfig, {"folder": "unused", **settings}, "run.yaml")
+
+
+def test_the_spike_check_can_be_switched_off(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{folder: unused, spike_factor: .inf}")
+    run = build(RunConfig, load_yaml(tmp_path / "run.yaml"), "run.yaml")
+    assert run.spike_factor == math.inf
 
 
 def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
     assert len(means) == 6
     assert all(math.isfinite(loss) for loss in means)
     run = make_run(tmp_path / "stop", steps=30, checkpoint_minutes=0)
-    with pytest.raises(InputError, match="not usable for 10 steps"):
+    with pytest.raises(InputError, match="unusable for 10 steps"):
         train(Regression(run, poison=frozenset(range(4, 30))), run)
     assert latest_checkpoint(tmp_path / "stop").name == "step-00000004"
 
@@ -218,11 +225,11 @@ def test_incomplete_and_damaged_checkpoints_are_passed_over_or_told(tmp_path: Pa
     target = latest_checkpoint(tmp_path / "run")
     for content in ("", "[]", "{}", '{"step": "x", "metrics": {}}', "[" * 100_000):
         (target / "state.json").write_text(content)
-        with pytest.raises(ModelError, match=r"state.json is damaged .*to go on from step-"):
+        with pytest.raises(ModelError, match=r"state.json is damaged .*to resume from step-"):
             train(Regression(run), run, resume=True)
 
 
 def test_resuming_what_never_began_begins_and_says_so(tmp_path: Path, capsys) -> None:
     run = make_run(tmp_path / "run")
     assert train(Regression(run), run, resume=True).finished
-    assert "run has no checkpoint to go on from: the run begins" in capsys.readouterr().err
+    assert "run has no checkpoint to resume from; starting at step 0" in capsys.readouterr().err

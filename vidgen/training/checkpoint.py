@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
+"""Checkpoints of a run, from which it resumes exactly, written atomically.
 
-A checkpoint is a folder `step-00001200/` of `state.safetensors` (weights, averages, optimiser
-moments), `rng-00000.safetensors` of each rank's random generators, `state.json` (position, metrics)
-and, from DeepSpeed, a folder `zero` of its own files with `manifest.json`, their hashes. It is
-written under a temporary name, synced and renamed, so the newest folder is the one to resume from.
+A checkpoint is a folder `step-00001200/` with `state.safetensors` (weights, averages, optimiser
+moments), `rng-00000.safetensors` (random generators, one file per rank) and `state.json` (position,
+metrics). DeepSpeed adds a folder `zero` and `manifest.json` with the hashes of its files. The
+folder is written under a temporary name, synced and renamed, so every `step-*` folder is complete.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from vidgen.weights.write import write_safetensors
 
 STATE, META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _PICKLES = "*.pt"
-"""Files that are code to whoever reads them: read only with the hash that was written down."""
+"""Pickles, which can run code when they are read; only those listed in the manifest are read."""
 
 
 def live_weights(task: Task, *, frozen: bool) -> dict[str, Tensor]:
-    """Return a task's weights and buffers by their names in checkpoints, frozen ones if asked."""
+    """Return a task's weights and buffers by their names in checkpoints.
+
+    Frozen weights are included only with `frozen`.
+    """
     tensors = {}
     for key, module in task.modules.items():
         left = set() if frozen else {n for n, p in module.named_parameters() if not p.requires_grad}
@@ -45,18 +48,18 @@ def live_weights(task: Task, *, frozen: bool) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
-    """Write tensors of a checkpoint, one in memory at a time."""
+    """Write tensors of a checkpoint, holding one in memory at a time."""
     write_safetensors(path, {name: held(value) if isinstance(value, Tensor) else value
                              for name, value in tensors.items()})
 
 
 @contextmanager
 def written_together(target: Path, place: Place) -> Iterator[Path]:
-    """Give a temporary folder that all ranks write into; on leaving it takes its name.
+    """Yield a temporary folder for all ranks to write into, renamed to `target` at the end.
 
     Raises:
-        OutputError: the place can't be written or the disk is full; what was there stays.
-        LostRankError: the main rank failed and took the folder away.
+        OutputError: the folder can't be written or the disk is full; an old `target` stays.
+        LostRankError: the main rank failed and removed the folder.
     """
     with ExitStack() as stack:
         name = ""
@@ -64,18 +67,18 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
             temporary = stack.enter_context(atomic_path(target))
             temporary.mkdir(parents=True)
             name = temporary.name
-        temporary = target.with_name(place.said(name))
+        temporary = target.with_name(place.from_main(name))
         try:
             yield temporary
         except (OSError, OutputError) as error:
             if not temporary.is_dir():
-                raise LostRankError(f"{temporary} is gone: the main rank can't go on") from error
+                raise LostRankError(f"{temporary} was removed: the main rank failed") from error
             if isinstance(error, OutputError):
                 raise
             raise write_error(target, error) from error
         place.barrier()
         pickles = sorted(temporary.rglob(_PICKLES))[place.rank :: place.size]
-        hashes = place.told({str(p.relative_to(temporary)): sha256_file(p) for p in pickles})
+        hashes = place.gather({str(p.relative_to(temporary)): sha256_file(p) for p in pickles})
         listing = {name: sha256 for part in hashes for name, sha256 in part.items()}
         if place.main and listing:
             (temporary / _MANIFEST).write_text(json.dumps(listing, indent=1))
@@ -83,10 +86,10 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Refuse a checkpoint whose pickles aren't, byte for byte, what the run wrote.
+    """Refuse a checkpoint whose pickles differ from what the run wrote.
 
     Raises:
-        ModelError: names the first file that differs, is missing or is not listed.
+        ModelError: a file differs, is missing or is not listed; names the first one.
     """
     try:
         listing = json.loads((folder / _MANIFEST).read_text())
@@ -96,12 +99,13 @@ def check_manifest(folder: Path) -> None:
     found = {str(p.relative_to(folder)) for p in folder.rglob(_PICKLES)}
     for name in sorted(found | listing.keys()):
         if name not in found or sha256_file(folder / name) != listing.get(name):
-            raise ModelError(f"{folder / name} is not what the run wrote (see {_MANIFEST}); it is "
-                             "not read, as it could run code: resume from another step-* folder")
+            raise ModelError(f"{folder / name} was changed since the run wrote it (see "
+                             f"{_MANIFEST}) and isn't read, as it could run code; resume from "
+                             "another step-* folder")
 
 
 def save_rng(folder: Path, place: Place) -> None:
-    """Write this rank's random generators."""
+    """Write the state of this rank's random generators."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -109,7 +113,7 @@ def save_rng(folder: Path, place: Place) -> None:
 
 
 def load_rng(folder: Path, place: Place) -> bool:
-    """Restore this rank's random generators; return False if the checkpoint has none for it."""
+    """Restore this rank's random generators; return False if the checkpoint lacks them."""
     path = folder / f"rng-{place.rank:05d}.safetensors"
     if not path.exists():
         return False
@@ -121,38 +125,38 @@ def load_rng(folder: Path, place: Place) -> bool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's position and metrics.
+    """Return a checkpoint's `state.json`: position, metrics and sums of the curve.
 
     Raises:
-        ModelError: they are damaged.
+        ModelError: the file is missing or damaged.
     """
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text())
         if not isinstance(meta["step"], int) or not isinstance(meta["metrics"], dict):
-            raise TypeError("step is no number, or metrics no object")
+            raise TypeError("step is not a number, or metrics not an object")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         others = [other.name for other in _complete(folder.parent) if other != folder]
-        remedy = (f"remove {shlex.quote(str(folder))} to go on from {others[-1]}" if others else
-                  "no other step-* folder is complete, so it can't go on")
+        remedy = (f"remove {shlex.quote(str(folder))} to resume from {others[-1]}" if others else
+                  "no other step-* folder is complete, so the run can't resume")
         raise ModelError(f"{folder / META} is damaged ({type(error).__name__}: {error}); "
                          f"{remedy}") from None
     return meta
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint before a step, from 0."""
+    """Return the folder of the checkpoint taken before `step` (from 0)."""
     return folder / f"step-{step:08d}"
 
 
 def drop_old(folder: Path, keep: int, best: int) -> None:
-    """Remove all checkpoints but the newest ones and the best step's, -1 if there is none."""
+    """Remove all checkpoints but the `keep` newest and that of step `best` (-1: none)."""
     kept = {*_complete(folder)[-keep:], step_folder(folder, best)}
     for old in set(folder.glob("step-*")) - kept:
         shutil.rmtree(old)
 
 
 def drop_partial(folder: Path) -> None:
-    """Remove the remains of a save that was killed."""
+    """Remove temporary files of a save that was killed."""
     for partial in folder.glob(".*.tmp"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -170,27 +174,34 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    """Return the tensors whose names begin with `prefix`, under their names without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def average_of(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a parameter's average in the tensors of a checkpoint.
+    """Return the average of the parameter `name` from a checkpoint's tensors.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the checkpoint has no such average.
     """
     if f"ema/{name}" not in tensors:
-        raise ModelError(f"{folder} has no averages of {name}: it is of another config")
+        raise ModelError(f"{folder} has no average of {name}: it was made with another config")
     return tensors[f"ema/{name}"]
 
 
 def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[str, Tensor]:
-    """Return the state of module `key` with averaged weights, from a checkpoint of a run folder.
+    """Return the state of module `key` with averaged weights.
 
-    Buffers and frozen parameters, which are not averaged, come from the live weights, as far as
-    the checkpoint, by default the newest, holds them: DeepSpeed's has no frozen ones, nor have
-    those of tasks that say so.
+    Buffers and frozen parameters, which have no averages, are the live ones, if the checkpoint
+    holds them: those of DeepSpeed and of tasks without `saves_frozen` have no frozen parameters.
+
+    Args:
+        folder: the run's folder.
+        key: name of a module of the task.
+        target: a checkpoint, by default the newest of the run.
+
+    Raises:
+        ModelError: the run has no checkpoint.
     """
     target = target or latest_checkpoint(folder)
     if target is None:
@@ -201,24 +212,24 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make a run's folder, and keep other processes from writing into it inside the block.
+    """Make a run's folder and lock it against other processes inside the block.
 
-    Where the file system has no locks, nobody is kept out. By the file `pid` `scripts/quiet` finds
-    the process, to pause it.
+    A file system without locks locks nothing. The file `pid` is for `scripts/quiet`, which pauses
+    the process.
 
     Raises:
-        InputError: another one is at work there, or the folder is a file.
-        OutputError: it can't be written.
+        InputError: another run holds the lock, or the folder is a file.
+        OutputError: the folder can't be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"run.folder {folder} is a file; name another folder")
+        raise InputError(f"run.folder {folder} is a file; choose another folder")
     path, pid = folder / "lock", str(os.getpid())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock_file(path)
     except BlockingIOError:
-        raise InputError(f"a run (pid {path.read_text()[:20].strip() or 'unknown'}) is at work in "
-                         f"{folder}; wait until it ends, or name another folder") from None
+        raise InputError(f"a run (pid {path.read_text()[:20].strip() or 'unknown'}) is writing to "
+                         f"{folder}; wait until it ends, or choose another folder") from None
     except OSError as error:
         raise write_error(folder, error) from None
     with held or nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,27 +14,26 @@ from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.core.values import check_number
 
 MAX_RATE = 100
-"""Of learning rates, their factors and weight decay: far beyond what any run survives."""
+"""Limit of learning rates, their factors and weight decay, far above any usable value."""
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and learning-rate schedule.
+    """Hold the settings of the optimiser and its learning-rate schedule.
 
-    The trunk runs at a constant rate after a linear warm-up; a release is a short branch that
-    decays to zero as 1 - sqrt(progress) (Hagele et al. 2024, sec. 3), so a run that is cut
-    loses nothing.
+    The rate is constant after a linear warm-up, and decays to zero as 1 - sqrt(progress) from the
+    step `decay_from` on (Hagele et al. 2024, sec. 3).
     """
 
-    lr: float = 5e-4  # peak rate of AdamW; Muon uses `muon_lr` (update scaled to AdamW's RMS)
+    lr: float = 5e-4  # peak rate of AdamW; Muon uses `muon_lr` (its update has AdamW's RMS)
     muon_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup_steps: int = 200
-    # step at which the decay branch starts; None keeps the rate constant
+    # step at which the decay starts; None keeps the rate constant
     decay_from: int | None = None
-    decay_steps: int = 0  # length of that branch
+    decay_steps: int = 0  # length of the decay
     grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class OptimConfig:
                 "give both, the step at which the decay begins and its length, or neither")
 
     def scale_at(self, step: int) -> float:
-        """Factor of the peak rates at `step`: linear warm-up, constant trunk, 1 - sqrt decay."""
+        """Return the factor of the peak rates at `step`, from 0 to 1."""
         scale = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.decay_from is not None and step >= self.decay_from:
             progress = (step - self.decay_from + 1) / max(1, self.decay_steps)
@@ -59,12 +59,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Settings for several ranks, or for too little memory on one."""
+    """Hold settings for several ranks, or for little memory on one."""
 
-    # a DeepSpeed JSON that says ZeRO's stage, offload and buckets, by its path or by its name below
+    # a DeepSpeed JSON with ZeRO's stage, offload and buckets: a path, or a name below
     # `train/deepspeed`; None: plain torch
     deepspeed: str | None = None
-    # ranks that share each sample's tokens (DeepSpeed-Ulysses); divides the ranks
+    # ranks that share each sample's tokens (DeepSpeed-Ulysses); divides the number of ranks
     sequence: int = 1
 
     def __post_init__(self) -> None:
@@ -73,29 +73,29 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Length, rates, folder and engine of a run: everything that is not the task's own."""
+    """Hold the settings of a run that apply to every task: folder, length, rates, engine."""
 
     folder: str  # run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`
     steps: int = 1000  # optimiser steps
-    batch_size: int = 1  # samples a micro-batch, on each rank
-    accumulate: int = 1  # micro-batches a step
+    batch_size: int = 1  # samples per micro-batch and rank
+    accumulate: int = 1  # micro-batches per step and rank
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0
     device: str = "auto"
-    # of the computation; weights are float32. `auto` is bf16 where the device has it and becomes
-    # what it stands for here, so that the run's record says so.
+    # of the computation; weights are float32. `auto` is bf16 where the device supports it; it is
+    # replaced by the chosen dtype, so that the run's record names that.
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema_decay: float = 0.999
-    # wall-clock limit of one sitting; the run ends cleanly with a checkpoint
+    # wall-clock limit of one process, after which it writes a checkpoint and ends
     minutes: float | None = None
     log_every: int = 20
     validate_every: int = 500
     checkpoint_minutes: float = 4.0
-    keep: int = 2  # newest checkpoints that are kept
-    # a validation score; the checkpoint where it was lowest is kept besides, and is what fine-
-    # tuning exports
+    keep: int = 2  # number of newest checkpoints that are kept
+    # a validation score; the checkpoint with the lowest one is also kept, and fine-tuning exports
+    # it
     best: str | None = None
-    # a loss beyond this multiple of its running mean is as unusable as NaN
+    # a loss above this multiple of its running mean is unusable, as NaN is; .inf: no such limit
     spike_factor: float = 20.0
     on_bad: Literal["skip", "stop"] = "skip"  # the effect of an unusable step
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -106,19 +106,20 @@ class RunConfig:
         check_number("seed", self.seed, 0, MAX_SEED)
         check_number("checkpoint_minutes", self.checkpoint_minutes)
         check_number("minutes", self.minutes, above=True)
-        check_number("spike_factor", self.spike_factor, 1, above=True)
+        if self.spike_factor != math.inf:
+            check_number("spike_factor", self.spike_factor, 1, above=True)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay is {self.ema_decay}; give a share below 1")
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", self._fastest_dtype())
 
     def _fastest_dtype(self) -> str:
-        if self.device.startswith("cuda"):  # which needn't be here where a run is only planned
+        if self.device.startswith("cuda"):  # this machine may only plan the run, without a GPU
             return "bf16"
         return best_dtype(choose_device(self.device))
 
     def micro_batches(self, _step: int) -> tuple[int, int]:
-        """Return how many micro-batches a rank takes at a step, and how many samples each has."""
+        """Return the number of micro-batches per rank at a step, and of samples in each."""
         return self.accumulate, self.batch_size
 
     def lr_scale(self, step: int) -> float:
@@ -129,20 +130,20 @@ class RunConfig:
 _FREE = ("run.folder", "run.minutes", "run.log_every", "run.validate_every", "run.best",
          "run.checkpoint_minutes", "run.keep", "run.on_bad", "run.device", "run.engine",
          "run.steps", "validation.", "output.", "tensorboard")
-"""Beginnings of keys that may change when a run goes on, as they don't change what it learns."""
+"""Prefixes of keys that may change when a run resumes, as they don't affect its weights."""
 
 
 def refuse_changes(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to go on under another config than the one in the run's `task.json`.
+    """Refuse to resume a run with a config other than the one in its `task.json`.
 
     Raises:
-        InputError: names the keys that differ, with both values.
+        InputError: some keys differ, named with both values; or `task.json` can't be read.
     """
     try:
         began = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}, the config that the run began with, can't be read: {error}; put "
-                         "it back, or confirm with --accept-changes") from None
+        raise InputError(f"{path}, the config of the run so far, can't be read: {error}; restore "
+                         "it, or confirm with --accept-changes") from None
     before, now = flattened(began), flattened(record)
     changed = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
                for key in sorted(before.keys() | now.keys())
@@ -150,5 +151,5 @@ def refuse_changes(path: Path, record: dict[str, Any]) -> None:
     if changed:
         raise InputError(
             f"the run in {path.parent} began with another config: {'; '.join(changed[:8])}"
-            f"{'; ...' if len(changed) > 8 else ''}; put that back, name another folder, or "
+            f"{'; ...' if len(changed) > 8 else ''}; restore that one, choose another folder, or "
             "confirm with --accept-changes")

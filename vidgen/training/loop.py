@@ -1,8 +1,8 @@
-"""The one training loop: steps, health, schedule, averages, exact resume, curves.
+"""The training loop: steps, skipped losses, validation, curve, checkpoints and exact resume.
 
-A task owns modules and says what a batch and its loss are; an engine computes on one rank or many.
-Batches are pure functions of (step, micro), so the data position *is* the step, and a
-resumed run sees what the straight run would have seen.
+A task defines modules, batches and their loss; an engine computes on one rank or many. Batches are
+pure functions of (step, micro), so a resumed run needs only its step to draw the same batches as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -40,52 +40,54 @@ from vidgen.training.task import Batches, Task
 OnRecord = Callable[[dict[str, Any]], None]
 _CURVE = "curve.jsonl"
 MAX_BAD = 10
-"""Unusable steps in a row that are skipped before a run stops."""
+"""Number of unusable steps in a row after which a run stops."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """State of a run when the loop returns."""
+    """Hold the state of a run when the loop returns."""
 
-    step: int  # that comes next
-    finished: bool  # whether that was the last one
+    step: int  # the next one to take
+    finished: bool  # whether all steps are taken
     metrics: dict[str, float]  # of the last validation
-    interrupted: bool = False  # whether a signal ended it, and not its minutes
+    interrupted: bool = False  # whether a signal ended the run, rather than its `minutes`
 
 
 def train(
     task: Task, run: RunConfig, *, resume: bool = False, record: dict[str, Any] | None = None,
     accept_changes: bool = True, on_record: OnRecord | None = None,
 ) -> TrainResult:
-    """Run `task` to the end of its steps, its minutes, or an interrupt.
+    """Train until the steps or minutes of `run` are over, or a signal arrives.
 
-    `record` is the whole resolved config, kept as `task.json`; a run that goes on has to have the
-    one that it began with, unless changes are accepted. On the main rank `on_record` gets every
-    line of `curve.jsonl` before it is written, and may add to it.
+    Args:
+        record: the resolved config, written to `task.json`. A resumed run must have the same one,
+            unless `accept_changes`.
+        on_record: called on the main rank with every line of `curve.jsonl` before it is written;
+            it may change the line.
 
     Raises:
         InputError: the folder holds a run already and `resume` is not set; another process runs
-            there; its config differs and changes aren't accepted; or the loss is not usable for too
-            long.
+            there; the config differs; or the loss is unusable for too many steps.
     """
     folder, place = Path(run.folder), current_place()
     source = find_source(folder, resume=resume)
     if source is not None and record is not None and not accept_changes:
         refuse_changes(folder / "task.json", record)
-    place.barrier()  # all have looked before anything is written
+    place.barrier()  # no rank writes before all ranks have looked
     reuse_freed_memory(1 << 30)  # each step makes and frees gradients as large as the weights
     with ExitStack() as stack:
         if place.main:
             stack.enter_context(checkpoint.alone_in(folder))
             _mend_curve(folder / _CURVE)
             if resume and source is None:
-                print(f"{folder} has no checkpoint to go on from: the run begins", file=sys.stderr)
+                print(f"{folder} has no checkpoint to resume from; starting at step 0",
+                      file=sys.stderr)
             if record is not None:
                 atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
             checkpoint.drop_partial(folder)
             if run.dtype == "bf16" and best_dtype(choose_device(run.device)) == "fp32":
-                print("warning: this processor has no bf16 of its own, so run.dtype bf16 takes many"
-                      " times as long as fp32; stop with Ctrl-C and begin anew with --set "
+                print("warning: this processor has no native bf16, so run.dtype bf16 takes many "
+                      "times as long as fp32; stop with Ctrl-C and start again with --set "
                       "run.dtype=auto", file=sys.stderr)
         place.barrier()
         engine = stack.enter_context(closing(_open_engine(task, run, place, source)))
@@ -102,19 +104,19 @@ def _open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) 
 
 
 def find_source(folder: Path, *, resume: bool) -> Path | None:
-    """Return the checkpoint that a run in a folder goes on from; None: it begins.
+    """Return the checkpoint to resume a run from, or None to start at step 0.
 
     Raises:
-        InputError: there is a run already and `resume` is not set.
-        ModelError: its checkpoints are damaged.
+        InputError: the folder holds a run and `resume` is not set.
     """
     source = checkpoint.latest_checkpoint(folder)
     if source is not None and not resume:
-        raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
+        raise InputError(f"{folder} holds a run already; add --resume, or choose another folder")
     return source
 
 
 def _mend_curve(curve: Path) -> None:
+    """Remove a last line that is incomplete, as of a killed run."""
     try:
         if curve.exists():
             os.truncate(curve, curve.read_bytes().rfind(b"\n") + 1)
@@ -124,12 +126,12 @@ def _mend_curve(curve: Path) -> None:
 
 @dataclass
 class _State:
-    """Figures that a checkpoint's `state.json` holds."""
+    """Hold the numbers that a checkpoint keeps in `state.json`."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     mean_loss: float = math.nan
     validated: int = -1  # step of the last validation
-    best: float = math.inf  # lowest score of the name `best_of`, and its step
+    best: float = math.inf  # lowest score named `best_of`, of step `best_step`
     best_of: str | None = None
     best_step: int = -1
     # sums of each number of the curve since its last line, over `count` steps
@@ -149,11 +151,11 @@ class _Loop:
         self._reset_speed()
 
     def _reset_speed(self) -> None:
-        """Begin to measure the speed of this process, which no checkpoint keeps."""
+        """Start to measure speed, which checkpoints don't keep."""
         self.timed_steps, self.timed_samples, self.since = 0, 0, time.monotonic()
 
     def restore(self, source: Path | None) -> int:
-        """Take a checkpoint's state, or begin; return the step to go on from."""
+        """Load a checkpoint, if any; return the next step."""
         if source is None:
             if self.place.data_size > 1:  # ranks that share a sample draw alike
                 self._seed()
@@ -163,8 +165,8 @@ class _Loop:
         if not known:
             self._seed()
         if any(self.place.any(not known)):
-            self._say(f"{source.name} has no random state for all {self.place.size} ranks; theirs "
-                      "begins anew")
+            self._say(f"{source.name} lacks the random state of some of {self.place.size} ranks; "
+                      "they start from the seed")
         meta = checkpoint.read_meta(source)
         self.state = _State(**{f.name: meta[f.name] for f in fields(_State) if f.name in meta})
         if self.state.best_of != self.run.best:
@@ -208,7 +210,7 @@ class _Loop:
         return TrainResult(step, finished, self.state.metrics, interrupted and not finished)
 
     def _step(self, step: int) -> None:
-        """Take one optimiser step, unless it isn't usable."""
+        """Take one optimiser step, or skip it if the loss or the gradients are unusable."""
         for module in self.task.modules.values():
             module.train()
         scale, (accumulate, samples) = self.run.lr_scale(step), self.run.micro_batches(step)
@@ -232,8 +234,9 @@ class _Loop:
         else:
             self.engine.discard(loss)
         if not math.isfinite(norm):
-            what = f"step {step}: loss {mean:.4g}"
-            self._complain(step, mean, what + f", gradient norm {norm:.4g}" * has_gradients, made)
+            values = f"step {step}: loss {mean:.4g}"
+            values += f", gradient norm {norm:.4g}" * has_gradients
+            self._skip(step, mean, values, made)
             return
         state = self.state
         known = math.isfinite(state.mean_loss)
@@ -246,24 +249,24 @@ class _Loop:
         self.timed_steps += 1
         self.timed_samples += accumulate * samples * self.place.data_size
 
-    def _complain(self, step: int, loss: float, what: str, made: list[Any]) -> None:
-        """Report an unusable step, and stop where that is asked for or goes on too long."""
+    def _skip(self, step: int, loss: float, values: str, batches: list[Any]) -> None:
+        """Report an unusable step; stop if the run asks for it or too many steps were unusable."""
         self.bad_in_a_row += 1
-        own = [file for batch in made for file in self.task.files(batch)]
-        files = [file for part in self.place.told(own) for file in part]
+        own = [file for batch in batches for file in self.task.files(batch)]
+        files = [file for part in self.place.gather(own) for file in part]
         if files:
-            what += f", of {', '.join(files)}"
+            values += f", of {', '.join(files)}"
         if self.bad_in_a_row >= {"skip": MAX_BAD, "stop": 1}[self.run.on_bad]:
-            often = f"{self.bad_in_a_row} steps" if self.bad_in_a_row > 1 else "a step"
+            count = f"{self.bad_in_a_row} steps" if self.bad_in_a_row > 1 else "a step"
             raise InputError(
-                f"the loss was not usable for {often} up to step {step} ({what}); nothing was "
-                "saved since the last good checkpoint; lower optim.lr, or leave those files out, "
-                "and --resume")
-        self._say(f"{what}: skipped")
+                f"the loss was unusable for {count} up to step {step} ({values}); the last "
+                "checkpoint is from before them; lower optim.lr or leave those files out, then "
+                "--resume")
+        self._say(f"{values}: skipped")
         self._record({"step": step, "event": self.run.on_bad, "loss": loss, "files": files})
 
     def _log(self, step: int) -> None:
-        """Write a line of the curve: means since the last one, if steps were taken since."""
+        """Write the means since the last line to the curve, if a step was taken since."""
         state, elapsed = self.state, time.monotonic() - self.since
         if not state.count:
             return
@@ -295,15 +298,15 @@ class _Loop:
         if name is None:
             return
         if name not in metrics:
-            raise InputError(f"best is {name!r}, which validation doesn't score; it has "
+            raise InputError(f"run.best is {name!r}, which is no score of validation; those are "
                              f"{', '.join(metrics)}")
         if any(self.place.any(self.place.main and metrics[name] < self.state.best)):
             self.state.best, self.state.best_step = metrics[name], step
             self._save(step)
 
-    def _say(self, what: str) -> None:
+    def _say(self, text: str) -> None:
         if self.place.main:
-            print(what, file=sys.stderr)
+            print(text, file=sys.stderr)
 
     def _record(self, record: dict[str, Any]) -> None:
         if not self.place.main:
@@ -333,7 +336,7 @@ class _Loop:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Have SIGINT and SIGTERM only fill the list inside the block: the step ends, then the run."""
+    """Collect SIGINT and SIGTERM in a list inside the block, so that the current step can end."""
     received: list[int] = []
     previous = {s: signal.signal(s, lambda number, _frame: received.append(number))
                 for s in (signal.SIGINT, signal.SIGTERM)}
@@ -345,7 +348,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Return the most memory that this process has taken so far, on its device, in MB."""
+    """Return the peak memory of this process so far in MB: GPU memory on CUDA, else RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024

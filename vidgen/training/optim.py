@@ -1,4 +1,4 @@
-"""Optimisers, the learning-rate schedule and the averages of weights of the one training loop."""
+"""Optimisers, learning rates and averages of weights for the training loop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def build_optimizers(
     use_muon: Callable[[str, nn.Parameter], bool] = lambda _name, _parameter: False,
     make_muon: Callable[..., torch.optim.Optimizer] = _muon,
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW for all, or Muon for the matrices that `use_muon` names.
+    """Return AdamW for all trainable parameters, or Muon for the matrices `use_muon` selects.
 
-    Weight decay is kept off vectors (biases, gains, modulation tables), as is usual. Muon's update
-    is brought to AdamW's size, so that both share a rate (Liu et al. 2025, eq. 4).
+    Vectors (biases, gains, modulation tables) have no weight decay. Muon's update is scaled to
+    AdamW's, so that both can share a rate (Liu et al. 2025, eq. 4). Without `config.muon_lr` Muon
+    isn't used.
     """
     muon, matrices, vectors = (list[nn.Parameter]() for _ in range(3))
     for name, parameter in named_parameters(modules).items():
-        # Gains [C, 1, 1, 1] and modulation tables [1, 6, D] are vectors in spite of their axes.
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's own is that of a share
+        # Gains [C, 1, 1, 1] and modulation tables [1, 6, D] count as vectors.
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's `shape` is [0]
         is_matrix = len(shape) > 1 and min(shape[0], shape[1:].numel()) > 1
         if is_matrix and config.muon_lr and use_muon(name, parameter):
             muon.append(parameter)
@@ -53,10 +54,16 @@ def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
 
 
 class EMA:
-    """fp32 running mean of every parameter: shadow = decay * shadow + (1 - decay) * weight.
+    """Hold a running mean of every parameter: shadow = decay * shadow + (1 - decay) * weight.
 
-    The decay warms up as (1 + step) / (10 + step), so early averages forget the random start. It is
-    elementwise, so where a rank holds a share of each weight, `live`, it averages its share.
+    The decay warms up as (1 + step) / (10 + step), so that early averages forget the random start.
+
+    Args:
+        live: the parameters, or this rank's shards of them.
+        decay: final decay, in [0, 1).
+
+    Attributes:
+        shadow: the means, float32.
     """
 
     def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:
@@ -66,20 +73,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step` (from 0)."""
+        """Update the means with the weights after optimiser step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = [p.detach() for p in self._live.values()]
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin again from the live weights, where they were changed by hand."""
+        """Set the means to the live weights, after a task has changed those itself."""
         for name, p in self._live.items():
             self.shadow[name].copy_(p)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within the block the modules hold the averaged weights."""
+        """Put the means into the live weights inside the block."""
         backup = {name: p.detach().clone() for name, p in self._live.items()}
         self._fill(self.shadow)
         try:
@@ -94,6 +101,6 @@ class EMA:
 
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Trainable parameters of all modules, as `module.parameter` names."""
+    """Return the trainable parameters of all modules, named `module.parameter`."""
     return {f"{key}.{name}": p for key, module in modules.items()
             for name, p in module.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""The interface between the loop and a task: its modules, losses, random draws and batches."""
+"""The interface of training tasks, with their random draws and batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from vidgen.training.engines.distributed import Place
 
 
 class Task(ABC):
-    """Define what is trained. Modules are on the run's device when the loop begins.
+    """The modules, optimisers, batches, loss and validation of a training run.
 
     Attributes:
-        saves_frozen: whether checkpoints hold frozen weights, too.
-        alternates: whether some parameters have no part in some steps, such as an expert.
+        modules: modules to train, on the run's device when the loop begins.
+        saves_frozen: whether checkpoints include frozen weights.
+        alternates: whether some steps use only some of the parameters, such as one of two experts.
     """
 
     modules: dict[str, nn.Module]
@@ -29,46 +30,49 @@ class Task(ABC):
 
     @abstractmethod
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return optimisers over the modules' parameters, each group with its `peak_lr`."""
+        """Return optimisers of the modules' parameters; each parameter group has a `peak_lr`."""
 
     def begin_step(self, step: int) -> bool:
-        """Prepare a step; return whether weights were changed by hand."""
+        """Prepare a step; return True if the task changed weights itself: averages restart."""
         del step
         return False
 
     @abstractmethod
     def batch(self, step: int, micro: int) -> Any:
-        """Make a micro-batch of a step: a pure function of its arguments and the run's seed.
+        """Make a micro-batch: a pure function of the arguments and the run's seed.
 
-        On R ranks a step has R times `run.accumulate` of them, of one shape; rank r is asked for
-        r, r + R, ...
+        Args:
+            step: from 0.
+            micro: from 0 to R * `run.accumulate` - 1 on R ranks, where rank r takes r, r + R, ...
+                All micro-batches of a step have one shape.
         """
 
     def files(self, batch: Any) -> list[str]:
-        """Name the files that a batch was made of, for messages."""
+        """Return the names of the files in a batch, for messages."""
         del batch
         return []
 
     @abstractmethod
     def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and named scalars for the curve; the names depend on the step alone."""
+        """Return the loss and named scalars for the curve, of the same names on all ranks."""
 
     @abstractmethod
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Score the averaged weights on held-out data; sheets may be written to `folder`.
+        """Return scores of the averaged weights on held-out data.
 
-        All ranks call it at once and do the same; the folder of all but the first is thrown away.
+        All ranks make the same call. Files may be written to `folder`, which is kept on the main
+        rank and temporary on the others.
         """
 
 
 class Losses(nn.Module):
-    """A task's loss as one module, so that engines wrap all of the task's modules at once."""
+    """A task's loss as one module, so that DDP or DeepSpeed wraps all of the task's modules."""
 
     def __init__(self, task: Task, device: torch.device, *, bf16: bool) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(task.modules)
         self._device_type, self._bf16 = device.type, bf16
-        self._loss = task.loss  # a bound method, so the task is no part of this module
+        self._loss = task.loss  # its modules are registered once, as `parts`
 
     def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and named scalars of a micro-batch."""
@@ -77,24 +81,24 @@ class Losses(nn.Module):
 
 
 def seed_of(*values: int | str) -> int:
-    """Return 63 bits that depend on all of the values and on nothing else."""
+    """Return an integer of 63 bits that is a pure function of the values."""
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1
 
 
 def drawn(*values: int | str) -> float:
-    """Return a number in [0, 1) that depends on all of the values and on nothing else."""
+    """Return a number in [0, 1) that is a pure function of the values."""
     return seed_of(*values) / 2**63
 
 
 def generator_of(*values: int) -> torch.Generator:
-    """Return a CPU generator whose draws depend on all of the values and on nothing else."""
+    """Return a CPU generator whose seed is a pure function of the values."""
     return torch.Generator().manual_seed(seed_of(*values))
 
 
 class Batches:
-    """This rank's micro-batches; if `ahead`, the next one is made in a thread during the step.
+    """The micro-batches of one rank; with `ahead` a thread makes the next one during a step.
 
-    That is for GPUs: on a CPU making and computing would compete for the same cores.
+    `ahead` is for GPUs: on a CPU the thread would compete with the step for the same cores.
     """
 
     def __init__(self, task: Task, run: RunConfig, place: Place, *, ahead: bool) -> None:
@@ -103,7 +107,7 @@ class Batches:
         self.coming: dict[tuple[int, int], Future[Any]] = {}
 
     def get(self, step: int, micro: int) -> Any:
-        """Return the batch of this rank's micro-step `micro` (from 0) of a step."""
+        """Return this rank's micro-batch `micro` (from 0) of a step."""
         if self.pool is None:
             return self._make(step, micro)
         future = self.coming.pop((step, micro), None) or self.pool.submit(self._make, step, micro)

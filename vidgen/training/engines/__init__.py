@@ -1,1 +1,1 @@
-"""Computation of a run's steps by plain torch or DeepSpeed, on one rank or many."""
+"""Engines that compute training steps: plain torch or DeepSpeed, on one rank or many."""

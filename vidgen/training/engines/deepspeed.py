@@ -1,10 +1,9 @@
 """Training by DeepSpeed: ZeRO 1, 2 and 3 (Rajbhandari et al. 2020), with offload to the CPU.
 
-Weights that are trained are float32 and their products run in autocast, as on one device: ZeRO
-shares out the float32 weights themselves, so no second copy of them is needed. Frozen weights keep
-whatever dtype they have.
+Trained weights are float32 and computed with under autocast, as on one device: ZeRO shards the
+float32 weights themselves, so no second copy of them is needed. Frozen weights keep their dtype.
 
-Axes of a shared-out weight: N its elements, S a rank's share of them, filled up.
+Axes: S elements of a rank's shard of a weight, padded.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
 from vidgen.weights.store import Lazy, held
 
-_WRITERS = ("PytorchStreamWriter", "inline_container")  # named where torch.save can't write
+_WRITERS = ("PytorchStreamWriter", "inline_container")  # in torch.save's errors of writing
 _TAG = "zero"
-"""DeepSpeed's own folder in a checkpoint."""
+"""Name of DeepSpeed's folder in a checkpoint."""
 _RUNS_OWN = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "accumulate", "gradient_clipping": "optim.grad_clip",
@@ -48,18 +47,18 @@ _RUNS_OWN = {
     "data_types": "dtype", "torch_autocast": "dtype", "checkpoint": "engine",
     "sequence_parallel_size": "engine.sequence", "managed_gradient_accumulation": "accumulate",
 }
-"""Keys that a DeepSpeed JSON may not have, and those of the run that stand for them."""
+"""Keys that a DeepSpeed JSON may not have, and the run's keys to set instead."""
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The settings of a DeepSpeed JSON; without one the defaults."""
+    """Hold the settings of a DeepSpeed JSON; the defaults are those of plain torch."""
 
-    # ZeRO shares out 1: the optimiser's state, 2: also gradients, 3: also weights; 0: nothing
+    # ZeRO shards 1: the optimiser's state, 2: also gradients, 3: also weights; 0: nothing
     stage: int = 0
-    # whether moments, and the weights' fp32 share, lie in the CPU's memory
+    # whether moments and the float32 shard of the weights are in the CPU's memory
     offload_optimizer: bool = False
-    offload_weights: bool = False  # whether the ranks' shares of the weights do, too
+    offload_weights: bool = False  # whether the shards of the weights are in the CPU's memory
     config: dict[str, Any] = field(default_factory=dict)  # for `deepspeed.initialize`
 
 
@@ -71,16 +70,16 @@ def _find_settings(name: str) -> Path:
             for path in sorted(folder.glob("deepspeed/*.json"))}
     stem = Path(name).name.removesuffix(".json")
     if stem not in ours:
-        raise InputError(f"engine.deepspeed is {name!r}, no file and none of ours; "
+        raise InputError(f"engine.deepspeed is {name!r}, neither a file nor a shipped config; "
                          f"{nearest(stem, ours)}")
     return ours[stem]
 
 
 def read_settings(run: RunConfig) -> ZeroSettings:
-    """Read the DeepSpeed settings of a run, if any: a JSON by its path, or one of ours by its name.
+    """Read the DeepSpeed settings of a run: a JSON by its path, or a shipped one by its name.
 
     Raises:
-        InputError: none there, not JSON, no ZeRO stage, or keys that the run itself has.
+        InputError: no such file, not JSON, no ZeRO stage, or keys that the run itself sets.
     """
     if run.engine.deepspeed is None:
         return ZeroSettings()
@@ -92,17 +91,17 @@ def read_settings(run: RunConfig) -> ZeroSettings:
         offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none")
                     for what in ("optimizer", "param")]
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no DeepSpeed JSON: {error}") from error
+        raise InputError(f"{path} is not a DeepSpeed JSON: {error}") from error
     if stage not in (1, 2, 3):
         raise InputError(f"{path}: zero_optimization.stage is {stage!r}; give 1, 2 or 3, or leave "
                          "engine.deepspeed out")
     for key, ours in _RUNS_OWN.items():
         if key in settings:
-            raise InputError(f"{path}: {key!r} is the run's to say: leave it out and set {ours}")
+            raise InputError(f"{path}: {key!r} is set by the run: leave it out and set {ours}")
     if any(device not in ("none", "cpu") for device in offloads):
-        raise InputError(f"{path}: offload goes to 'cpu' only, not {offloads}: what lies on a disk "
-                         "is in no checkpoint")
-    # A step's micro-batches are counted by the loop, which says which one is the last.
+        raise InputError(f"{path}: offload goes to 'cpu' only, not {offloads}: checkpoints don't "
+                         "include offloads to a disk")
+    # The loop counts a step's micro-batches and marks the last one, so DeepSpeed gets 1.
     config = {
         **settings, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         "gradient_clipping": run.optim.grad_clip, "zero_allow_untested_optimizer": True,
@@ -112,10 +111,10 @@ def read_settings(run: RunConfig) -> ZeroSettings:
 
 
 def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
-    """Return the function for `load_module` to call with each weight that it has read.
+    """Return a function for `load_module` to call with each weight it has read, or None.
 
-    Under ZeRO-3 it leaves a rank only its share of a parameter, so that loading takes a share of
-    all and the largest tensor; else it is None. Inside `join_ranks` alone.
+    Under ZeRO-3 it reduces a parameter to this rank's shard, so that loading needs memory for the
+    shards and the largest tensor. Else it is None. Call it inside `join_ranks`.
     """
     settings = read_settings(run)
     if settings.stage < 3:
@@ -135,7 +134,7 @@ def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
-    """Import DeepSpeed, ready for a device; it compiles nothing, and logs only errors.
+    """Import DeepSpeed for a device, without compiled operators and with only errors logged.
 
     Raises:
         InputError: it isn't installed.
@@ -151,7 +150,7 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     except ImportError as error:
         raise InputError("engine.deepspeed needs DeepSpeed: pip install 'vidgen[train]'") from error
     logger.setLevel(logging.ERROR)
-    if device.type == "cpu":  # its operator for shared memory would be compiled first
+    if device.type == "cpu":  # else its operator for shared memory would be compiled
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo",
                                auto_mpi_discovery=False, verbose=False)
@@ -160,10 +159,10 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
 
 
 def open_deepspeed(task: Task, run: RunConfig, place: Place, source: Path | None) -> Engine:
-    """Return the engine of a run that asks for DeepSpeed; arguments as `Engine`'s.
+    """Return DeepSpeed's engine for a run; arguments are those of `Engine`.
 
     Raises:
-        InputError: an optimiser that can't be shared out, or a task that needs one engine a part.
+        InputError: ZeRO can't shard the task's optimiser, or the task `alternates`.
     """
     return _DeepSpeedEngine(task, run, place, source)
 
@@ -199,7 +198,7 @@ class _DeepSpeedEngine(Engine):
         self._deepspeed.backward(loss)
 
     def discard(self, loss: Tensor) -> None:
-        self._deepspeed.backward(loss * torch.nan)  # DeepSpeed itself drops what isn't finite
+        self._deepspeed.backward(loss * torch.nan)  # DeepSpeed drops gradients that aren't finite
         self._deepspeed.step()
 
     def update(self, scale: float) -> float:
@@ -215,7 +214,7 @@ class _DeepSpeedEngine(Engine):
             self._release()
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's own files hold weights and moments, ours the averages."""
+        """Write weights and moments in DeepSpeed's files, the averages in `state.safetensors`."""
         try:
             self._deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False,
                                            exclude_frozen_parameters=True)
@@ -223,8 +222,8 @@ class _DeepSpeedEngine(Engine):
             if isinstance(error, RuntimeError) and not any(n in str(error) for n in _WRITERS):
                 raise
             raise OutputError(f"the checkpoint in {folder.parent} can't be written: the disk may "
-                              f"be full ({str(error).splitlines()[0][:120]}); the one before is "
-                              "whole: make room and --resume") from error
+                              f"be full ({str(error).splitlines()[0][:120]}); the previous "
+                              "checkpoint is complete: free space and --resume") from error
         averages = {f"ema/{name}": _gathered(shadow, self._shared.get(name))
                     for name, shadow in self.ema.shadow.items()}
         if self.place.main:
@@ -238,8 +237,8 @@ class _DeepSpeedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         if not (folder / _TAG).is_dir():
-            raise ModelError(f"{folder} is no checkpoint of DeepSpeed's; resume by the engine that "
-                             "wrote it (engine.deepspeed left out)")
+            raise ModelError(f"{folder} was not written by DeepSpeed; resume with the engine that "
+                             "wrote it (leave engine.deepspeed out)")
         checkpoint.check_manifest(folder)
         self._release()
         with _readable(folder / _TAG, self.place, resized=self._resized) as place:
@@ -249,9 +248,9 @@ class _DeepSpeedEngine(Engine):
         if path is None:
             raise ModelError(f"{folder / _TAG} can't be read; resume from another step-* folder")
         for group, hyper in zip(self._deepspeed.optimizer.param_groups, self._hyper, strict=True):
-            group.update(hyper)  # rates and decay are the config's, not the past's
+            group.update(hyper)  # keep the config's rates and decay
         for state in self._deepspeed.basic_optimizer.state.values():
-            if "step" in state:  # of the universal layout all groups got one, to count up together
+            if "step" in state:  # the universal layout gives all groups one tensor to count in
                 state["step"] = torch.as_tensor(state["step"]).clone()
         tensors = read_tensors(folder / checkpoint.STATE)
         for name, shadow in self.ema.shadow.items():
@@ -264,13 +263,13 @@ class _DeepSpeedEngine(Engine):
             shadow.zero_()[: mine.numel()].copy_(mine)
 
     def _release(self) -> None:
-        """Leave only shares, so that weights are gathered again from them."""
+        """Drop gathered weights, so that the next use gathers them from the shards again."""
         if self._shared:
             self._deepspeed.empty_partition_cache()
 
 
 def _gathered(shadow: Tensor, shared: Any) -> Lazy:
-    """Return an average; all ranks gather the shares [S] of a ZeRO-3 parameter together."""
+    """Return an average; all ranks together gather the shards [S] of a ZeRO-3 parameter."""
     if shared is None:
         return held(shadow)
 
@@ -284,22 +283,23 @@ def _gathered(shadow: Tensor, shared: Any) -> Lazy:
 
 def _only_adamw(task: Task) -> torch.optim.Optimizer:
     if task.alternates:
-        raise InputError("parts that take turns can't be trained by DeepSpeed, which would "
-                         "change those that rest: train one after the other, or by torch")
+        raise InputError("experts that take turns can't be trained with DeepSpeed, which would "
+                         "change the unused one, too: train one after the other, or with torch")
     optimizers = task.optimizers()
     if len(optimizers) > 1 or not isinstance(optimizers[0], torch.optim.AdamW):
         kinds = " and ".join(type(each).__name__ for each in optimizers)
         raise InputError(
-            f"ZeRO can't share out {kinds}: a rank's share is a run of numbers, and Muon needs "
-            "whole matrices; leave optim.muon_lr out for AdamW alone, or leave engine.deepspeed out"
+            f"ZeRO can't shard {kinds}: a shard is a range of elements, but Muon needs whole "
+            "matrices; leave optim.muon_lr out for AdamW alone, or leave engine.deepspeed out"
         )
     return optimizers[0]
 
 
 def _register_norms(deepspeed: ModuleType, model: nn.Module) -> None:
-    """Have ZeRO-3 bring norms' weights together for the module around them.
+    """Have ZeRO-3 gather the weights of norms for their parent module.
 
-    That module hands them to a fused kernel, so the norm itself, and ZeRO's hook on it, never runs.
+    The parent passes them to a fused kernel, so the norm's own forward pass, on which ZeRO has its
+    hook, never runs.
     """
     for parent in model.modules():
         for child in parent.children():
@@ -310,9 +310,10 @@ def _register_norms(deepspeed: ModuleType, model: nn.Module) -> None:
 
 @contextmanager
 def _readable(folder: Path, place: Place, *, resized: bool) -> Iterator[Path]:
-    """Give DeepSpeed's folder, for another number of ranks in its universal layout.
+    """Yield DeepSpeed's folder, or for another number of ranks a copy in its universal layout.
 
-    Each parameter's weight and moments are then files of their own, whole; the main rank converts.
+    That layout has separate files for each parameter's weight and moments, unsharded. The main rank
+    converts.
     """
     if not resized:
         yield folder

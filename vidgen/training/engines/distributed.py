@@ -1,7 +1,7 @@
-"""The place of this process among the ranks of a run, and their communication.
+"""Rank and communication of this process in a run.
 
-torchrun or the deepspeed launcher starts one process a device and tells it its place by environment
-variables; without them there is one process. `join_ranks` comes before anything of a run is made.
+torchrun or the deepspeed launcher starts one process per device and sets its rank in environment
+variables; without those the run is a single process. `join_ranks` is called first in a run.
 """
 
 from __future__ import annotations
@@ -27,67 +27,68 @@ from vidgen.training.config import RunConfig
 T = TypeVar("T")
 _FAILURE = "failure"  # key of a failed rank's reason in the store
 TIMEOUT = timedelta(minutes=30)
-"""After which a rank that lives but answers no more ends the others. A dead one's connections
-break at once; where NCCL waits nevertheless, the launcher ends the others."""
+"""Limit for a rank that hangs, after which the other ranks fail. Connections of a dead rank break
+at once; where NCCL waits nevertheless, the launcher ends the other ranks."""
 GRACE_S, REASON_S = 5.0, 30.0
-"""Waits for the reason of a rank whose connections broke, and of one that may be clearing up."""
+"""Seconds to wait for the reason of a failed rank: after a broken connection, and after a
+`LostRankError`, when the other rank may still be cleaning up."""
 
 
 class LostRankError(DeviceError):
-    """Another rank can't go on; its reason is on the way."""
+    """Another rank failed; `join_ranks` replaces this error by one with the reason."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process among the ranks."""
+    """The rank of a process, and its communication with the others."""
 
-    rank: int = 0  # of this process
+    rank: int = 0  # from 0 to `size` - 1
     size: int = 1  # number of ranks
-    sequence: int = 1  # ranks that hold one sample together
-    # those that share this one's samples, for `SpacetimeDiT(..., ranks=...)`, or None
+    sequence: int = 1  # number of ranks that share each sample's tokens
+    # the ranks that share this one's samples, for `SpacetimeDiT(..., ranks=...)`
     ranks: Ranks | None = field(default=None, compare=False)
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes and speaks for all."""
+        """Whether this rank writes files and reports progress."""
         return self.rank == 0
 
     @property
     def data_size(self) -> int:
-        """Number of micro-batches that are made at once."""
+        """Number of groups of ranks with samples of their own."""
         return self.size // self.sequence
 
     @property
     def data_rank(self) -> int:
-        """Number of this rank's among them."""
+        """Index of this rank's group, from 0 to `data_size` - 1."""
         return self.rank // self.sequence
 
-    def told(self, what: T) -> list[T]:
-        """Return the objects of all ranks, in their order."""
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank."""
         if self.size == 1:
-            return [what]
-        boxes = [what] * self.size
-        dist.all_gather_object(boxes, what)
-        return boxes
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def said(self, what: str = "") -> str:
+    def from_main(self, text: str = "") -> str:
         """Return the main rank's text on all ranks."""
-        return self.told(what)[0]
+        return self.gather(text)[0]
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the ranks' mean of named scalars, the same on all; the names must be, too."""
-        both = torch.stack([value.detach().double().cpu() for value in values.values()])
+        """Return the mean over the ranks of each scalar; all ranks give the same names."""
+        sums = torch.stack([value.detach().double().cpu() for value in values.values()])
         if self.size > 1:
-            dist.all_reduce(both)
-        return dict(zip(values, (both / self.size).tolist(), strict=True))
+            dist.all_reduce(sums)
+        return dict(zip(values, (sums / self.size).tolist(), strict=True))
 
     def any(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is up on any rank, the same on all."""
+        """Return for each flag whether it is true on any rank."""
         if self.size == 1:
             return list(flags)
-        both = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in both]
+        highest = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in highest]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -99,17 +100,17 @@ _joined = itertools.count()
 
 
 def current_place() -> Place:
-    """Return this process's place in the run that it has joined; alone where it has joined none."""
+    """Return this process's place in the run it has joined; a single rank outside of one."""
     return _places[-1]
 
 
 @contextmanager
 def join_ranks(run: RunConfig) -> Iterator[Place]:
-    """Take this process's place among the ranks that a launcher started; give it back on leaving.
+    """Join the process group that a launcher started, and leave it after the block.
 
     Raises:
-        InputError: settings that don't go with the number of ranks or GPUs.
-        DeviceError: another rank failed; names it and its reason.
+        InputError: the settings don't fit the number of ranks or GPUs.
+        DeviceError: another rank failed; names the rank and its reason.
     """
     given = given_rank()
     rank, size = given or (0, 1)
@@ -141,30 +142,30 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
 
 
 def check_sharing(run: RunConfig, size: int) -> int:
-    """Return how many ranks hold a sample together, of `size` in all.
+    """Return the number of ranks that share each sample, which must divide `size`.
 
     Raises:
-        InputError: it doesn't divide their number.
+        InputError: it doesn't.
     """
     sequence = run.engine.sequence
     if size % sequence:
         raise InputError(
-            f"engine.sequence is {sequence} on {size} rank{'s' * (size > 1)}; it must divide their "
-            "number: start another number by torchrun --nproc-per-node, plan for another one by "
-            "--ranks, or set engine.sequence")
+            f"engine.sequence is {sequence} on {size} rank{'s' * (size > 1)}; it must divide the "
+            "number of ranks: change that by torchrun --nproc-per-node (in a plan by --ranks) or "
+            "set engine.sequence")
     return sequence
 
 
 def own_device(name: str) -> torch.device:
-    """Return the device called `name` for this rank: of several GPUs the one of its local rank.
+    """Return this rank's device of the kind `name`: on several GPUs, that of its local rank.
 
     Raises:
-        InputError: no such device, or one that would be every rank's.
+        InputError: no such device, or `name` is one GPU for all ranks.
     """
     device = choose_device(name)
     if device.type == "cuda" and given_rank() is not None:
-        if device != torch.device("cuda"):  # one of them, by its number
-            raise InputError(f"device {name!r} would be every rank's; give auto, cuda or cpu")
+        if device != torch.device("cuda"):  # a GPU by its index
+            raise InputError(f"all ranks would use device {name!r}; give auto, cuda or cpu")
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     return device
@@ -172,7 +173,7 @@ def own_device(name: str) -> torch.device:
 
 @contextmanager
 def _reported(store: dist.Store, rank: int, size: int) -> Iterator[None]:
-    """Leave an error's text for the other ranks, and replace the loss of one by its reason."""
+    """Store an error for the other ranks; replace a lost connection by another rank's error."""
     try:
         yield
     except BaseException as error:
@@ -186,16 +187,16 @@ def _reported(store: dist.Store, rank: int, size: int) -> Iterator[None]:
 
 
 def _find_reason(store: dist.Store, rank: int, size: int, wait_s: float) -> str:
-    """Return what a rank that failed has left; of ranks that leave nothing, that they are gone."""
-    silent = [0]  # the store is unreachable where it ended with rank 0
+    """Return the stored text of the rank that failed, or name the ranks that don't respond."""
+    silent = [0]  # rank 0 holds the store, so an unreachable store means that rank 0 ended
     with suppress(dist.DistError):
         store.set(f"lost/{rank}", "")
         try:
             store.wait([_FAILURE], timedelta(seconds=wait_s))
             return store.get(_FAILURE).decode()
-        except dist.DistStoreError:  # in all that time nobody has left one
+        except dist.DistStoreError:  # no rank stored a reason in that time
             silent = [other for other in range(size) if not store.check([f"lost/{other}"])]
     if not silent:
-        return f"the {size} ranks lost each other, though all of them still run"
-    return (f"rank {' or '.join(map(str, silent))} of {size} is gone: killed, maybe for lack of "
-            "memory, or its machine can't be reached")
+        return f"the {size} ranks lost their connections, though all of them still run"
+    return (f"rank {' or '.join(map(str, silent))} of {size} doesn't respond: it may have been "
+            "killed for lack of memory, or its machine can't be reached")

@@ -1,6 +1,6 @@
-"""Compute the steps of a run: `Engine` is plain torch on one rank or several.
+"""The engine of plain torch, on one rank or several; DeepSpeed's derives from it.
 
-DeepSpeed's engine derives from it. All ranks call the same methods in the same order.
+All ranks call the same methods in the same order.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vidgen.weights.load import read_tensors
 
 
 class Engine:
-    """Weights, optimiser and averages of a task, whole on every rank.
+    """The weights, optimisers and averages of a task, complete on every rank.
 
-    Several ranks take the mean of their gradients by DDP.
+    DDP averages the gradients of several ranks.
 
     Args:
-        source: the checkpoint that will be loaded, if any.
+        source: the checkpoint to be loaded, if any.
 
     Raises:
-        InputError: an optimiser or a setting that the engine can't honour.
+        InputError: the engine doesn't support an optimiser or a setting.
     """
 
     ema: EMA
@@ -50,18 +50,18 @@ class Engine:
         self._optimizers = self.task.optimizers()
         self._max_norm = run.optim.grad_clip or math.inf
         if self.place.size > 1:
-            # In some steps experts, a token or control blocks have no part. The search for them
-            # costs little, and complains where it finds none.
+            # Some steps leave experts, a token or control blocks without gradients. DDP's search
+            # for those costs little, and warns where it finds none.
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self.model = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, find_unused_parameters=True)
-        self.ema = EMA(self.parameters, run.ema_decay)  # of what all ranks have begun with
+        self.ema = EMA(self.parameters, run.ema_decay)  # after DDP has broadcast the weights
 
     def close(self) -> None:
-        """End before the process group does."""
+        """Release what must be freed before the process group ends."""
 
     def loss(self, batch: Any, step: int, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and named scalars of a micro-batch, the last of its step or not."""
+        """Return loss and named scalars of a micro-batch; `last`: the last one of its step."""
         alone: AbstractContextManager[None] = nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             alone = self.model.no_sync()
@@ -70,23 +70,23 @@ class Engine:
         return loss, named
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the last `loss`; gradients are the ranks' mean."""
+        """Accumulate gradients of a loss; after a step's last one they are the ranks' mean."""
         loss.backward()
 
     def discard(self, loss: Tensor) -> None:
-        """Drop the gradients so far, instead of the last `backward` of a step."""
+        """Drop a step's gradients; called instead of its last `backward`."""
         del loss
         self._drop_gradients()
 
     def update(self, scale: float) -> float:
-        """Clip the gradients, step at `scale` times the peak rates, and drop them.
+        """Clip the gradients, take a step at `scale` times the peak rates, and drop the gradients.
 
-        Return their norm before clipping; if it isn't finite, nothing was changed.
+        Return the gradients' norm before clipping. Where it isn't finite, no weight is changed.
         """
         set_lr(self._optimizers, scale)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if norm > self._max_norm:  # else they would all be written again, times 1
+        if norm > self._max_norm:  # else it would multiply all gradients by 1
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self._max_norm, norm)
         if math.isfinite(norm):
             for optimizer in self._optimizers:
@@ -99,11 +99,11 @@ class Engine:
             parameter.grad = None
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Give the modules the averaged weights inside the block."""
+        """Put the averaged weights into the modules inside the block."""
         return self.ema.swapped()
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint into a folder that all ranks share."""
+        """Write this rank's part of a checkpoint into a folder shared by all ranks."""
         if not self.place.main:
             return
         tensors = {f"ema/{name}": value for name, value in self.ema.shadow.items()}
@@ -115,10 +115,10 @@ class Engine:
         checkpoint.write_tensors(folder / checkpoint.STATE, tensors)
 
     def load(self, folder: Path) -> None:
-        """Load all of a checkpoint but the random generators.
+        """Load weights, averages and optimisers of a checkpoint.
 
         Raises:
-            ModelError: it is of other modules or shapes.
+            ModelError: the checkpoint's modules or shapes differ from the task's.
         """
         tensors = read_tensors(folder / checkpoint.STATE)
         for key, module in self.task.modules.items():
@@ -128,7 +128,7 @@ class Engine:
                 module.load_state_dict(kept | checkpoint.below(tensors, f"model/{key}."))
             except RuntimeError as error:
                 raise ModelError(
-                    f"{folder} holds another {key} than this config: {error}") from error
+                    f"{folder} has a different {key} than this config: {error}") from error
         for name, shadow in self.ema.shadow.items():
             shadow.copy_(checkpoint.average_of(folder, tensors, name))
         for index, optimizer in enumerate(self._optimizers):
@@ -136,5 +136,5 @@ class Engine:
             for name, value in checkpoint.below(tensors, f"optim/{index}/").items():
                 parameter, slot = name.split("/")
                 state.setdefault(int(parameter), {})[slot] = value
-            groups = optimizer.state_dict()["param_groups"]  # rates and decay stay the config's
+            groups = optimizer.state_dict()["param_groups"]  # keep the config's rates and decay
             optimizer.load_state_dict({"state": state, "param_groups": groups})

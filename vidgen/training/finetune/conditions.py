@@ -1,7 +1,7 @@
-"""Known latents of each sample in fine-tuning, written the way its model learned to read them.
+"""Conditions of each sample in fine-tuning: latents of known frames as inputs of the model.
 
-Conditions are drawn for each sample: text alone, first frame, first and last, a beginning to
-go on from; `ModelFolder.conditioning` says how each gets into the transformer.
+A condition is drawn for each sample: text alone, first frame, first and last frame, a beginning to
+extend; `ModelFolder.conditioning` says in which form it enters the transformer.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns, T H W
 frames, pixel rows and columns.
@@ -32,23 +32,23 @@ _IN_CHANNELS, _IN_CONTROL = ("first", "both"), ("text", "first", "both")
 
 
 def possible_conditions(folder: ModelFolder) -> tuple[str, ...]:
-    """Return the conditions that a model can be trained under, by their names in a run."""
+    """Return the names of the conditions that a model can be trained with."""
     if folder.conditioning == "none":
         return ("text",)
     if folder.conditioning == "control":
         return _IN_CONTROL
     if folder.conditioning == "channels":
         if folder.components["transformer"].config.image_positions is not None:
-            return ("both",)  # it was taught positions of two pictures
+            return ("both",)  # it learned positions of two pictures
         return _IN_CHANNELS if "last-image" in folder.tasks else _IN_CHANNELS[:1]
     return ("text", *(kind for kind, task in _TASK.items() if task in folder.tasks))
 
 
 def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) -> dict[str, float]:
-    """Return how often each condition is drawn, by default those that the model can do.
+    """Return the relative frequency of each condition; the default has all the model supports.
 
     Raises:
-        InputError: an unknown condition, one that this model can't do, or no weight over 0.
+        InputError: an unknown or unsupported condition, a negative weight, or no weight over 0.
     """
     possible = possible_conditions(folder)
     if asked is None:
@@ -58,27 +58,27 @@ def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) ->
         if kind not in known:
             raise InputError(f"conditions: unknown condition {kind!r}; {nearest(kind, known)}")
         if not 0 <= weight < float("inf"):
-            raise InputError(f"conditions.{kind} is {weight}; it must be 0 or more")
+            raise InputError(f"conditions.{kind} is {weight}; give a number of at least 0")
         if weight and kind not in possible:
             raise InputError(
-                f"conditions.{kind}: {folder.name} can't be conditioned so; it can be trained on "
+                f"conditions.{kind}: {folder.name} doesn't support this condition; it supports "
                 f"{', '.join(possible)}")
     if not any(asked.values()):
-        raise InputError("conditions: at least one must have a weight over 0")
+        raise InputError("conditions: give at least one a weight above 0")
     return dict(asked)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Writes conditions for one model."""
+    """The conditions of one model and their relative frequencies."""
 
-    folder: ModelFolder  # the model
-    weights: Mapping[str, float]  # how often each is drawn
+    folder: ModelFolder
+    weights: Mapping[str, float]  # relative frequency by condition
 
     def write(self, batch: Mapping[str, Any], draw: torch.Generator, rate: int = 1) -> LatentState:
-        """Return the state of a batch of the dataset; its `clean` are the latents.
+        """Return the state of a dataset's batch, with its latents as `clean`, on the CPU.
 
-        All is drawn on the CPU; at a `rate` above 1 the batch's `finer` are the latents.
+        At a `rate` above 1 the latents are the batch's `finer` [B, C, n, h, w].
         """
         if rate > 1:
             batch = {**batch, "latents": batch["finer"]}
@@ -108,7 +108,7 @@ class Conditions:
                 features = torch.cat([features, batch["image_last"]], dim=1)
             return replace(state, stacked=torch.cat(rows), image_context=features)
         if self.folder.conditioning != "control" or "grey" not in batch:
-            return state  # of pictures nothing is known
+            return state  # pictures have no condition
         grey, rows = batch["grey"], []
         size = [length * strides.hw for length in latents.shape[3:]]
         for i, kind in enumerate(kinds):
@@ -121,7 +121,7 @@ class Conditions:
 
 
 def _known(latents: Tensor, kind: str, strides: Strides) -> Tensor:
-    """[T] bool: the pixel frames that are known under a condition."""
+    """Return a mask [T] of the pixel frames that a condition gives."""
     known = torch.zeros(1 + (latents.shape[2] - 1) * strides.t, dtype=torch.bool)
     known[0] = kind in ("first", "both")
     known[-1] = known[-1] or kind == "both"

@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning run, read strictly from YAML and dumped with its result."""
+"""Settings of a fine-tuning run, read strictly from YAML and saved with its results."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from vidgen.training.config import MAX_RATE, RunConfig
 from vidgen.training.data.config import DataConfig
 
 MAX_RANK = 1024
-"""Of a LoRA: beyond it all weights are fewer."""
+"""Limit of a LoRA's rank, above which full training takes fewer parameters."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The layers that get a low-rank delta, and its size (Hu et al. 2021)."""
+    """Hold the layers that get a low-rank delta, and its size (Hu et al. 2021)."""
 
     rank: int = 16  # columns of the two factors
-    alpha: float | None = None  # scale times rank; None: the rank, so that the scale is 1
-    dropout: float = 0.0  # of what enters the first factor
+    alpha: float | None = None  # scale times rank; None: the rank, for a scale of 1
+    dropout: float = 0.0  # of the first factor's input
     # "attention": the projections of self- and cross-attention; "all": all linear layers of blocks;
-    # or parts of layers' names, such as "self_attn.q" or "ffn". Layers that make sound aren't among
-    # them.
+    # or parts of layers' names, such as "self_attn.q" or "ffn". Audio layers are never included.
     targets: Literal["attention", "all"] | tuple[str, ...] = field(
         default="attention", metadata=ONE)
 
@@ -32,7 +31,7 @@ class LoraSettings:
         check_number("lora.rank", self.rank, 1, MAX_RANK, whole=True)
         check_number("lora.alpha", self.alpha, above=True)
         if not 0 <= self.dropout < 1:
-            raise InputError(f"lora.dropout is {self.dropout}; it must lie in 0..1")
+            raise InputError(f"lora.dropout is {self.dropout}; give a number from 0 to below 1")
         if self.targets in (("attention",), ("all",)):
             object.__setattr__(self, "targets", self.targets[0])
         if not self.targets:
@@ -41,52 +40,52 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """The density from which noise levels of samples are drawn."""
+    """Hold the density from which the sigma of each sample is drawn."""
 
-    # "logit-normal" (Esser et al. 2024, eq. 19) or "uniform".
+    # "logit-normal" (Esser et al. 2024, eq. 19) or "uniform"
     density: Literal["logit-normal", "uniform"] = "logit-normal"
     mean: float = 0.0  # of the logit-normal density
     std: float = 1.0  # of the logit-normal density
-    shift: float | None = None  # towards noise, as larger clips need; None: the model's own
+    shift: float | None = None  # shift towards noise, for larger clips; None: the model's own
 
     def __post_init__(self) -> None:
         if not abs(self.mean) < float("inf"):
-            raise InputError(f"noise.mean is {self.mean}; it must be finite")
+            raise InputError(f"noise.mean is {self.mean}; give a finite number")
         check_number("noise.std", self.std, above=True)
         check_number("noise.shift", self.shift, above=True)
 
 
 @dataclass(frozen=True)
 class SubjectSettings:
-    """A spare token that stands for a subject in captions and prompts."""
+    """Hold a spare token that names a subject in captions and prompts, and its training."""
 
-    token: str  # one of the tokenizer's, `<subject_0>` to `<subject_63>`
-    like: str  # words that say what the subject is like: where its embedding starts
+    token: str  # a spare token of the tokenizer, `<subject_0>` to `<subject_63>`
+    like: str  # words for something similar, whose mean embedding is the start
     lr: float = 0.02  # peak rate of the embedding, whose entries are about 1
-    # clips whose caption lacks the token teach nothing new: on them the model's own answer without
-    # the LoRA is learned, so that all else stays as it is (prior preservation, Ruiz et al. 2023,
-    # with the targets of Li & Hoiem 2016), and errors count so many times. Costs a forward pass a
-    # step; 0: they teach what they show.
+    # weight of the loss on clips whose caption lacks the token. Their target is the model's own
+    # prediction without the LoRA, so that other prompts keep their results (prior preservation,
+    # Ruiz et al. 2023, with the targets of Li & Hoiem 2016). Costs one forward pass per step;
+    # 0: they are learned as any clip is.
     keep_others: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.like.strip():
-            raise InputError("subject.like is empty; say what the subject is like, such as 'horse'")
+            raise InputError("subject.like is empty; name something similar, such as 'horse'")
         check_number("subject.lr", self.lr, 0, MAX_RATE)
         check_number("subject.keep_others", self.keep_others, 0, MAX_RATE)
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Scores and sheets every `run.validate_every` steps, always with the same noise."""
+    """Hold the settings of scores and sheets, every `run.validate_every` steps."""
 
-    # noise levels at which the velocity's error is measured on held-out clips
+    # values in (0, 1) at which the velocity's error is measured on held-out clips
     sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
-    clips: int = 16  # at most so many of them
-    # of the sheet's clips, and of the A/B sheet in the end; none: held-out captions
+    clips: int = 16  # largest number of held-out clips
+    # prompts of the sheets and of the final A/B sheet; none: held-out captions
     prompts: tuple[str, ...] = field(default=(), metadata=ONE)
     sheet_every: int = 0  # steps between sheets, a multiple of `run.validate_every`; 0: none
-    seed: int = 0  # of all of the sheets' clips
+    seed: int = 0  # of the sheets' first clip; each further one adds 1
     steps: int | None = None  # sampling steps of the sheets' clips; None: the model's own
     size: str | None = None  # "WxH" of the sheets' clips; None: of the first bucket
     frames: int | None = None  # of the sheets' clips; None: of the longest bucket
@@ -94,53 +93,53 @@ class ValidationSettings:
 
     def __post_init__(self) -> None:
         if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
-            raise InputError(f"validation.sigmas {list(self.sigmas)} must lie between 0 and 1")
+            raise InputError(f"validation.sigmas is {list(self.sigmas)}; give numbers between 0 and 1")
         check_number("validation.clips", self.clips, 1, whole=True)
         check_number("validation.sheet_every", self.sheet_every)
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """The files that a run writes, and statements of its model card."""
+    """Hold the names and formats of a run's results, and statements for the model card."""
 
-    name: str = "finetuned"  # of the files and in the card
-    # of further LoRA files: diffusers, wan (which ComfyUI reads)
+    name: str = "finetuned"  # of the files, and title of the card
+    # of additional LoRA files: diffusers, wan (for ComfyUI)
     dialects: tuple[Literal["diffusers", "wan"], ...] = field(default=(), metadata=ONE)
-    # of LoRA files; a whole model's weights stay in the dtype that its files had
+    # of LoRA files; a full model keeps the dtype of its files
     dtype: Literal["bf16", "fp32"] = "bf16"
-    author: str = ""  # who made it
-    license: str = ""  # under which it may be used
-    data_license: str = ""  # under which the clips may be used
-    consent: str = ""  # of people shown or heard in the clips, in words
-    description: str = ""  # what it is for
-    ab_clips: int = 4  # prompts of the sheet with and without it; 0: no sheet
+    author: str = ""  # name or contact
+    license: str = ""  # of the results
+    data_license: str = ""  # of the clips
+    consent: str = ""  # of people seen or heard in the clips, as a sentence
+    description: str = ""  # purpose of the results, as a sentence
+    ab_clips: int = 4  # prompts of the A/B sheet; 0: no sheet
 
     def __post_init__(self) -> None:
         check_number("output.ab_clips", self.ab_clips)
         if (not self.name or self.name.startswith(".") or not self.name.isprintable()
                 or any(sign in self.name for sign in '/\\:@"')):
-            raise InputError(f"output.name is {self.name!r}; give a file's name, without / : @, "
+            raise InputError(f"output.name is {self.name!r}; give a file name without / : @ "
                              "that doesn't begin with a dot")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """The whole YAML file of a fine-tuning run."""
+    """Hold all settings of a fine-tuning run, one YAML file."""
 
-    model: str  # an embedded model's name, a folder of toybox or of the Wan family, or a hub id
+    model: str  # name of an embedded model, folder of toybox or the Wan family, or hub id
     data: DataConfig  # clips and captions
     run: RunConfig  # steps, rates, folder
     method: Literal["lora", "full"] = "lora"  # "lora", or "full": all weights of the transformer
     lora: LoraSettings = field(default_factory=LoraSettings)  # of the method "lora"
     # which transformers of a model with two are trained, each on its own noise levels
     experts: Literal["both", "high", "low"] = "both"
-    # how often each is drawn: text, first, last, both, frames, prefix, mask; None: what the model
-    # can do, text most often
+    # relative frequencies of text, first, last, both, frames, prefix, mask; None: those that the
+    # model supports, text most often
     conditions: dict[str, float] | None = None
-    noise: NoiseSettings = field(default_factory=NoiseSettings)  # how the noise levels are drawn
-    # a spare token that is learned along; of models whose tokenizer has some
+    noise: NoiseSettings = field(default_factory=NoiseSettings)  # density of sigmas
+    # a spare token to learn with the LoRA, for models whose tokenizer has some
     subject: SubjectSettings | None = None
-    # recompute blocks in the backward pass instead of keeping what they hold
+    # recompute blocks in the backward pass, which saves activation memory
     checkpointing: bool = False
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
@@ -149,12 +148,13 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.method == "lora" and self.run.optim.muon_lr:
             raise InputError(
-                "run.optim.muon_lr is for the method full: Muon makes whole matrices' updates "
-                "orthogonal, which a LoRA's thin factors aren't; leave it out")
+                "run.optim.muon_lr works with the method full only: Muon makes updates of whole "
+                "matrices orthogonal, and a LoRA has thin factors; leave it out")
         if self.method == "full" and self.subject is not None:
-            raise InputError("subject goes with the method lora, whose file carries the embedding")
+            raise InputError("subject works with the method lora only, whose file holds the "
+                             "embedding; leave it out")
         every = self.validation.sheet_every
         if every % self.run.validate_every:
             raise InputError(
-                f"validation.sheet_every is {every}; it must be a multiple of run.validate_every, "
+                f"validation.sheet_every is {every}; give a multiple of run.validate_every, "
                 f"{self.run.validate_every}")

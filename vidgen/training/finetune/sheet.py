@@ -1,6 +1,6 @@
-"""Clips to look at: while a model learns, and in the end with and without what it learned.
+"""Sheets of sample clips during training, and of A/B clips with and without the result.
 
-Both are made by the very pipeline that `vidgen generate` runs.
+The pipeline of `vidgen generate` makes both.
 
 Axes: F latent frames, h w latent rows and columns, T frames, H W pixel rows and columns.
 """
@@ -38,39 +38,40 @@ SHOWN = 4
 
 
 def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
-    """Find out before anything is learned whether the sheets' clips can be made.
+    """Check before training that the model can make the sheets' clips.
 
     Raises:
-        InputError: a prompt, size, length or setting of `validation` that can't be.
+        InputError: a prompt, size, length or other setting of `validation` is invalid.
     """
     settings = config.validation
-    asked = {name: getattr(settings, name)
-             for name in ("seed", "steps", "size", "frames", "guidance")}
+    options = {name: getattr(settings, name)
+               for name in ("seed", "steps", "size", "frames", "guidance")}
     try:
-        requests = [Request(prompt=each, **asked) for each in settings.prompts or ("a clip",)]
+        requests = [Request(prompt=each, **options) for each in settings.prompts or ("a clip",)]
         make_plan(requests[0], folder)
     except InputError as error:
         raise InputError(f"validation: {error}") from None
 
 
 class Sheets:
-    """Makes the same clips again and again, with the same seeds.
+    """Sheets of clips, always of the same prompts and seeds.
 
-    Held-out clips give prompts and pictures where the run names none.
+    Without `validation.prompts` the prompts are captions of held-out clips. A model that needs a
+    picture gets a clip's first frame.
     """
 
     def __init__(self, config: FinetuneConfig, dataset: Dataset) -> None:
         self.config, self._dataset = config, dataset
-        self._told = set[str]()
+        self._shown = set[str]()
 
     def _is_new(self, record: logging.LogRecord) -> bool:
-        """Let each message through once: the same prompts are made again and again."""
-        is_new = record.getMessage() not in self._told
-        self._told.add(record.getMessage())
+        """Let each message through once, as all sheets have the same prompts."""
+        is_new = record.getMessage() not in self._shown
+        self._shown.add(record.getMessage())
         return is_new
 
     def __call__(self, step: int, folder: Path, modules: Mapping[str, nn.Module]) -> None:
-        """Write `sheet-STEP.png` of the modules as they are now."""
+        """Write `sheet-STEP.png`, generated with `modules`."""
         engine = self._engine
         for role in engine.folder.components:
             if role in modules:
@@ -87,9 +88,12 @@ class Sheets:
         _write(folder / f"sheet-{step:08d}.png", frames, [prompt for prompt, _ in self._examples])
 
     def compare(self, use: Sequence[str], path: Path) -> float:
-        """Write a sheet of clips without and with what was learned, of the same seeds.
+        """Write a sheet of clips without and with the result, of the same seeds.
 
-        Return the mean absolute difference of the frames' bytes; 0: nothing was learned.
+        Return the mean absolute difference of their frames, from 0 to 255.
+
+        Args:
+            use: LoRA specs as of `--lora`, or one model folder.
         """
         count = min(self.config.output.ab_clips, len(self._examples))
         without = [self._generate(self._engine, i, ()) for i in range(count)]
@@ -117,7 +121,7 @@ class Sheets:
 
     @cached_property
     def _examples(self) -> list[tuple[str, torch.Tensor | None]]:
-        """Prompts, and latents [1, C, F, h, w] to take first and last frame from, if need be."""
+        """Prompts, each with latents [1, C, F, h, w] if the model needs first or last frames."""
         source = self._dataset.held_out or self._dataset
         prompts, count = self.config.validation.prompts, self.config.output.ab_clips
         needs_pictures = "text" not in self._engine.folder.tasks
@@ -142,7 +146,7 @@ class Sheets:
         if latents is not None:
             frames = torch.cat(list(engine.decode_video(latents)), dim=2)[0]
             options["image"] = to_frames(frames[:, :1])[0].numpy()
-            if engine.dit_config.image_positions is not None:  # it was taught both
+            if engine.dit_config.image_positions is not None:  # it learned both positions
                 options["last_image"] = to_frames(frames[:, -1:])[0].numpy()
         engine_log.addFilter(self._is_new)
         try:
@@ -154,10 +158,10 @@ class Sheets:
 
 
 def _write(path: Path, clips: Sequence[Frames], labels: Sequence[str]) -> None:
-    """A row a clip, its frames evenly spread."""
-    shown, told = [], []
+    """Write a sheet with one row per clip."""
+    frames, texts = [], []
     for clip, label in zip(clips, labels, strict=True):
         picks = np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)
-        shown += [clip[pick] for pick in picks]
-        told += [label, *[""] * (SHOWN - 1)]
-    contact_sheet(shown, path, columns=SHOWN, labels=told)
+        frames += [clip[pick] for pick in picks]
+        texts += [label, *[""] * (SHOWN - 1)]
+    contact_sheet(frames, path, columns=SHOWN, labels=texts)
