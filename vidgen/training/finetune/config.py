@@ -93,7 +93,8 @@ class ValidationSettings:
 
     def __post_init__(self) -> None:
         if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
-            raise InputError(f"validation.sigmas is {list(self.sigmas)}; give numbers between 0 and 1")
+            raise InputError(
+                f"validation.sigmas is {list(self.sigmas)}; give numbers between 0 and 1")
         check_number("validation.clips", self.clips, 1, whole=True)
         check_number("validation.sheet_every", self.sheet_every)
 
