@@ -129,7 +129,9 @@ def test_bad_files_are_named_and_the_others_go_on(
     assert set(folder["failed"]) == {"one-0.mp4", "broken-0.mp4", "cut-0.webm", "hurt-0.mp4"}
     assert "1 of its 24 frames are damaged; save it again" in folder["failed"]["hurt-0.mp4"]
     assert "of 60 frames; save it again" in folder["failed"]["cut-0.webm"]
-    said = capsys.readouterr().err
+    table, said = capsys.readouterr()
+    assert "motion_smoothness" in table
+    assert table.splitlines()[-1] == str(output)
     assert "broken-0.mp4" in said
     assert "single frame" in said
     assert "mixes fps 12, 24" in said

@@ -105,10 +105,10 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
         report.written(args.report)
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
     report.written(args.output)
-    report.result(result, args.output)
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 132)
-    for table in tables(result):
-        console.print(table)
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    with console.capture() as shown:
+        console.print(*tables(result), sep="\n")
+    report.result(result, f"{shown.get()}{args.output}")
     failed = [(folder, *why) for folder in result["folders"] for why in folder["failed"].items()]
     for folder, name, why in failed:
         print(f"not measured: {folder['path']}/{name}: {why}", file=sys.stderr)
