@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vidgen.cli import options
 from vidgen.cli.options import Parser
-from vidgen.cli.report import Report
+from vidgen.cli.report import Report, elapsed_text
 from vidgen.core.errors import InputError
 from vidgen.core.request import OUTPUT, Loading, Request, Saving, silenced
 from vidgen.core.values import parse_settings
@@ -108,5 +108,6 @@ def _make(
         "hand_over": (clip.recipe or {}).get("hand_over"),
         "elapsed_s": round(time.monotonic() - start, 3)}
     report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "
-                         "{seed}, from {hand_over}\n{elapsed_s:.1f} s".format(**facts))
+                         "{seed}, from {hand_over}\n{took}".format(
+                             took=elapsed_text(facts["elapsed_s"]), **facts))
     return 0

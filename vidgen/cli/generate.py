@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import options
 from vidgen.cli.options import Parser
-from vidgen.cli.report import Report
+from vidgen.cli.report import Report, elapsed_text
 from vidgen.core.errors import InputError
 from vidgen.core.request import OUTPUT, Loading, Request, Saving, silenced
 
@@ -103,7 +103,7 @@ def run(args: Namespace, report: Report) -> int:
             results.append(outputs.clip_facts(clip, path, seeds[index], report,
                                               strict=saving.strict))
     elapsed = round(time.monotonic() - start, 3)
-    text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
+    text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed_text(elapsed)}"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
     return int(any(facts["path"] != path for facts, path in zip(results, paths, strict=True)))
 

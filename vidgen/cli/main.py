@@ -83,7 +83,8 @@ def as_exit_code(arguments: Sequence[str]) -> Iterator[Ended]:
     """
     _mend_streams()
     _wait_briefly()
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING,
+                        handlers=[Printed()])
     logging.addLevelName(logging.WARNING, "warning")
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _interrupt)
@@ -193,6 +194,14 @@ def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
 def _drop_stdout() -> None:
     """Discard what stdout still holds, at which Python would fail when it leaves."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Printed(logging.Handler):
+    """Log handler for the current `sys.stderr`, which progress bars replace to keep lines whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record as one line."""
+        print(self.format(record), file=sys.stderr)
 
 
 def _show_warning(

@@ -1,8 +1,8 @@
 """A verb's output: its result on stdout, progress and notes on stderr, events as JSON lines.
 
 An event is a dict with the key "event":
-    progress   stage, done, total: how far a stage has come; fraction and eta_s, of all, where an
-               estimate was made
+    progress   stage, done, total of a stage; fraction and eta_s of the whole run where an estimate
+               exists; shot, shot_number, num_shots, take and num_takes in a film
     note       text: something was chosen or left out
     written    path: an output that is complete
 Each line of the events file also has the Unix time at which it was written.
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -51,6 +52,7 @@ class Report:
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._clock: Clock | None = None
+        self._notes = Counter[str]()
 
     def __enter__(self) -> Report:
         if self._events_path == "-":
@@ -60,6 +62,7 @@ class Report:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._print_counts()
         with suppress(OSError):  # of events that couldn't be written, as was reported
             self._stack.close()
 
@@ -71,10 +74,16 @@ class Report:
         if self._events_path:
             self._write_event(event)
         if event["event"] == "note":
-            self._print(f"note: {event['text']}")
-        elif event["event"] == "progress" and "worker" in event and sys.stderr.isatty():
+            self._notes[event["text"]] += 1
+            if self._notes[event["text"]] == 1:
+                self._print(f"note: {event['text']}")
+        elif event["event"] != "progress" or not sys.stderr.isatty():
+            pass
+        elif "worker" in event:
             self._advance_worker(event)
-        elif event["event"] == "progress" and event["total"] > 1 and sys.stderr.isatty():
+        elif "shot_number" in event:
+            self._advance_film(event)
+        elif event["total"] > 1:
             many = event.get("num_clips", 1) > 1
             many = many and not event["stage"].startswith("write ")  # which names the clip
             stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
@@ -135,7 +144,15 @@ class Report:
         """Print the result: `data` for programs or `text` for people."""
         if self._bars:
             self._bars.stop()
+        self._print_counts()
         print_line(json.dumps(data) if self.as_json else text, sys.stdout, "stdout")
+
+    def _print_counts(self) -> None:
+        """Print each note that came more than once again, with its count."""
+        for text, count in self._notes.items():
+            if count > 1:
+                self._print(f"note: {text} ({count} times)")
+        self._notes.clear()
 
     def _print(self, line: str) -> None:
         if self._bars:
@@ -145,27 +162,42 @@ class Report:
 
     def _advance_worker(self, event: dict[str, Any]) -> None:
         if "fraction" in event:
-            self._advance("all, %", round(100 * event["fraction"]), 100, event["eta_s"])
-        from rich.markup import escape
-
+            self._advance_percent("all", event["fraction"], event["eta_s"], "all")
         key = f"worker {event['worker']}"
-        self._advance(key, event["done"], event["total"], None)
-        what = " ".join(str(event[name]) for name in ("shot", "name", "stage") if name in event)
-        assert self._bars is not None
-        self._bars.update(self._tasks[key], description=escape(f"{key}: {what}"))
+        names = (str(event[name]) for name in ("shot", "name", "stage") if name in event)
+        self._advance(key, event["done"], event["total"], None, text=f"{key}: {' '.join(names)}")
 
-    def _advance(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
+    def _advance_film(self, event: Mapping[str, Any]) -> None:
+        """Show all shots of a film in one line: "shot 5/7, take 2/2"."""
+        text = f"shot {event['shot_number']}/{event['num_shots']}"
+        if event["num_takes"] > 1:
+            text += f", take {event['take']}/{event['num_takes']}"
+        self._advance_percent("film", event.get("fraction", 0.0), event.get("eta_s"), text)
+
+    def _advance_percent(self, key: str, fraction: float, eta_s: float | None, text: str) -> None:
+        percent = round(100 * fraction)
+        self._advance(key, percent, 100, eta_s, text=text, count=f"{percent}%")
+
+    def _advance(
+        self, key: str, done: int, total: int, eta_s: float | None, *, text: str | None = None,
+        count: str | None = None,
+    ) -> None:
+        """Show a bar; `text` is its description, by default `key`, and `count` stands after it."""
         if self._bars is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress
+            from rich.progress import BarColumn, Progress
 
-            bars = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), _left_column(),
-                            console=Console(stderr=True))
+            bars = Progress("{task.description}", BarColumn(), "{task.fields[count]}",
+                            _left_column(), console=Console(stderr=True))
             self._bars = self._stack.enter_context(bars)
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        from rich.markup import escape
+
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task("", total=total, count="")
         ends = None if eta_s is None else time.monotonic() + eta_s
-        self._bars.update(self._tasks[stage], completed=done, total=total, ends=ends)
+        self._bars.update(
+            self._tasks[key], completed=done, total=total, ends=ends,
+            count=count or f"{done}/{total}", description=escape(key if text is None else text))
 
 
 def _check_events(path: Path) -> None:
@@ -220,6 +252,11 @@ def _left_column() -> ProgressColumn:
             return Text(f"{time_text(left)} left", style="progress.remaining")
 
     return Left()
+
+
+def elapsed_text(seconds: float) -> str:
+    """Return a time with tenths of a second, or in minutes and hours: "3.4 s", "1 h 12 min"."""
+    return f"{seconds:.1f} s" if seconds < 60 else time_text(seconds)
 
 
 def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None:

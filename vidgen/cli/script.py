@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidgen.cli.options import Parser, add_request_options, add_workers
-from vidgen.cli.report import Report
+from vidgen.cli.report import Report, elapsed_text
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run(args: Namespace, report: Report) -> int:
         "shots": [each.as_data() for each in shots], "elapsed_s": elapsed}
     lines = [f"{each.shot.id}: {each.path}, {each.num_frames} frames, seed {each.seed}, "
              f"{'made now' if each.made else 'there already'}" for each in shots]
-    report.result(data, "\n".join([*lines, *made, f"{elapsed:.1f} s"]))
+    report.result(data, "\n".join([*lines, *made, elapsed_text(elapsed)]))
     return 0
 
 
@@ -193,13 +193,13 @@ def _tell_plan(
     lines = [
         "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {told}".format(
             **row, told="there" if row["rendered"] else
-            f"{row['seconds']:.1f} s, {size_text(row['peak_bytes'])}")
+            f"{elapsed_text(row['seconds'])}, {size_text(row['peak_bytes'])}")
         for row in data["shots"]]
     free = "" if have is None else f", {size_text(have)} are free"
     lines.append(
         f"{whole['duration_s']:.2f} s of {width}x{height} at {data['fps']} fps; "
         f"{whole['rendered']} of {whole['shots']} shots are there, the others take "
-        f"{whole['seconds']:.1f} s and {size_text(whole['peak_bytes'])}{free}")
+        f"{elapsed_text(whole['seconds'])} and {size_text(whole['peak_bytes'])}{free}")
     if not whole["measured"]:
         lines.append("the times are an ordinary machine's; vidgen plan PROMPT measures this one")
     report.result(data, "\n".join([*lines, *data["notes"]]))

@@ -82,15 +82,15 @@ def _jobs(
     given, shots = set[str](), store.film.shots
     compared = {take.key for plan in plans if len(plan.takes) > 1 for take in plan.takes}
     for number, plan in enumerate(plans, 1):
-        note = f"shot {plan.shot.id}, {number} of {len(plans)}"
+        is_first = True
         needs = tuple(take.key for name in plan.shot.needs for take in shots[name].takes)
         for take, index in store.missing(plan):
             if (key := take.parts[index].key) in given:
                 continue
             given.add(key)
-            part = PartJob(plan.shot.id, plan.takes.index(take), index, len(given),
-                           key in compared, note)
-            note = ""
+            part = PartJob(plan.shot.id, number, len(plans), plan.takes.index(take), index,
+                           len(given), key in compared, is_first)
+            is_first = False
             before = (take.parts[index - 1].key,) if index else ()
             if overwrite:
                 _forget(store.path(key))
@@ -143,11 +143,13 @@ class PartJob:
     """A part of a take to be rendered."""
 
     shot: str  # its id
+    number: int  # of the shot, from 1
+    num_shots: int
     take: int  # index among the shot's takes
     index: int  # among the take's parts
     clip: int  # number of the part among all that are rendered
     is_compared: bool  # whether it ends a take that is one of several
-    note: str = ""  # reported when it begins
+    is_first: bool  # whether the shot begins with it
 
 
 class ShotWork(EngineWork):
@@ -168,11 +170,14 @@ class ShotWork(EngineWork):
     def __call__(self, payload: PartJob, tell: OnEvent) -> None:
         """Do one job; raise InputError for a part that can't be made."""
         plan = self.film.shots[payload.shot]
-        if payload.note:
-            tell({"event": "note", "text": payload.note, "shot": payload.shot})
+        if payload.is_first:
+            text = f"shot {payload.shot}, {payload.number} of {payload.num_shots}"
+            tell({"event": "note", "text": text, "shot": payload.shot})
         take = plan.takes[payload.take]
         request, head = self._request(plan, take, payload.index)
-        facts = {"clip": payload.clip, "shot": payload.shot, "seed": take.seed}
+        facts = {"clip": payload.clip, "shot": payload.shot, "shot_number": payload.number,
+                 "num_shots": payload.num_shots, "take": payload.take + 1,
+                 "num_takes": len(plan.takes), "seed": take.seed}
         cut = partial(_without_head, head=head) if head and not payload.index else None
         path = self.store.path(take.parts[payload.index].key)
         write_request(self.engine, request, path, tell, facts, cut=cut,
