@@ -113,7 +113,7 @@ def test_pictures_animations_and_a_film_of_one_frame(tmp_path):
     assert (animation.kind, animation.num_frames, animation.fps) == ("video", 8, 10)
     single = probe_file(film(tmp_path / "c.mp4", moving(1)))
     assert single.kind == "picture"
-    assert "a film of one frame" in single.notes[0]
+    assert "a video of one frame" in single.notes[0]
 
 
 def test_eight_k_is_taken_at_flat_memory(tmp_path):

@@ -146,7 +146,7 @@ def test_an_epoch_tells_what_it_repeats_or_leaves_out(cache, tiny_model):
     seen = Counter(i for step in range(5) for i in dataset.batch(step)["indices"])
     assert set(seen) == set(range(8))
     assert len(dataset.ends()) == 2
-    assert "1 items are learned twice" in dataset.ends()[0]
+    assert "1 clip repeats per epoch" in dataset.ends()[0]
     other = open_dataset(replace(cache, seed=1), tiny_model, batch_size=2)
     assert other.fingerprint != dataset.fingerprint
     assert open_dataset(cache, tiny_model, batch_size=2).fingerprint == dataset.fingerprint
@@ -190,11 +190,11 @@ def test_folders_repeat_and_one_validates(data, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sizes": ("32x32",)}, r"sizes is \['48x32'\] there, \['32x32'\] here"),
-        ({"frames": (9,)}, "frames is"), ({"fps": Fraction(8)}, "fps is '12' there, '8' here"),
-        ({"store_dtype": "bf16"}, "store_dtype is 'fp32' there"),
-        ({"windows": "all"}, "made with other settings.*windows is 1 there, 'all' here"),
-        ({"prefix": "sks"}, "prefix is '' there"), ({"cache": "elsewhere"}, "no finished cache"),
+        ({"sizes": ("32x32",)}, r"sizes was \['48x32'\], is \['32x32'\]"),
+        ({"frames": (9,)}, "frames was"), ({"fps": Fraction(8)}, "fps was '12', is '8'"),
+        ({"store_dtype": "bf16"}, "store_dtype was 'fp32'"),
+        ({"windows": "all"}, "made with other settings.*windows was 1, is 'all'"),
+        ({"prefix": "sks"}, "prefix was ''"), ({"cache": "elsewhere"}, "no finished cache"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(cache, tiny_model, settings, message):
@@ -204,7 +204,7 @@ def test_a_cache_of_something_else_is_refused(cache, tiny_model, settings, messa
 
 def test_a_cache_of_another_model_is_refused(cache, tmp_path):
     wan = build_diffusers(tmp_path / "t2v", "t2v")
-    with pytest.raises(InputError, match="vae is"):
+    with pytest.raises(InputError, match="vae was"):
         open_dataset(replace(cache, sizes=("48x32",)), wan)
 
 
@@ -229,7 +229,7 @@ def test_changed_files_are_told_and_only_they_are_encoded_anew(data, tiny_model,
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
-    assert "aren't here" in open_dataset(config, tiny_model).notes[0]
+    assert "folders don't exist" in open_dataset(config, tiny_model).notes[0]
 
 
 def test_items_of_one_film_are_encoded_at_the_nearest_frames(tiny_model, tmp_path):
@@ -275,10 +275,10 @@ def test_a_cache_that_is_none_is_refused(cache, tiny_model, tmp_path):
         with pytest.raises(InputError, match=r"copy can't be read: .*; run vidgen data cache"):
             open_dataset(config, tiny_model)
     (tmp_path / "copy" / "mine.txt").touch()
-    with pytest.raises(InputError, match="holds other files and no cache; name an empty folder"):
+    with pytest.raises(InputError, match="holds other files than a cache; choose an empty"):
         cached(config, tiny_model)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file is a file; name another folder"):
+    with pytest.raises(InputError, match="file is a file; choose another folder"):
         cached(replace(cache, cache=str(tmp_path / "file")), tiny_model)
     with pytest.raises(OutputError, match="can't be written"):
         cached(replace(cache, cache=str(tmp_path / "file" / "below")), tiny_model)

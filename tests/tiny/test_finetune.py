@@ -67,7 +67,7 @@ def scores(run: Path) -> list[float]:
 def test_every_wan_variant_learns_and_generate_loads_what_came_out(variant, wan, clips, tmp_path):
     events = []
     config = make_config(wan(variant), clips, tmp_path / "run", run=LEARN)
-    summary = finetune(config, tell=events.append)
+    summary = finetune(config, on_event=events.append)
     assert summary["finished"]
     first, *_, last = scores(tmp_path / "run")
     assert last < first
@@ -118,7 +118,7 @@ def test_a_lora_of_toybox_learns_a_spare_token_along(tiny_model, clips, tmp_path
     line = next(each for each in curve(tmp_path / "run") if "tokens_per_s" in each)
     assert line["tokens_per_s"] > 0
     card = (tmp_path / "run" / "output" / "README.md").read_text()
-    assert "Prompts have `<subject_7>`" in card
+    assert "Write `<subject_7>`" in card
     assert "Consent of people in the clips: not stated" in card
     assert "--lora tiny.safetensors" in card
 
@@ -220,13 +220,13 @@ def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method,
     notes: list[dict] = []
     config = make_config(tiny_model, clips, tmp_path / "run", run=run, method=method,
                          output={"dtype": "fp32"})
-    summary = finetune(config, tell=notes.append)
+    summary = finetune(config, on_event=notes.append)
     found = {line["step"]: line["validation"]["velocity_0.95"]
              for line in curve(tmp_path / "run") if "validation" in line}
     best = min(found, key=found.__getitem__)
     assert best < 6, found
     assert (summary["step"], summary["exported_step"]) == (6, best)
-    told = f"of step {best}: where velocity_0.95 was lowest"
+    told = f"exported weights of step {best} (lowest velocity_0.95, "
     assert any(told in note.get("text", "") for note in notes)
     assert f"weights of step: {best}" in (tmp_path / "run/output/README.md").read_text()
     averages = load_averages(tmp_path / "run", "transformer", tmp_path / f"run/step-{best:08d}")
@@ -269,16 +269,16 @@ def test_a_changed_run_is_refused_by_name_unless_that_is_accepted(tiny_model, cl
 def test_what_fills_a_batch_up_is_told(tiny_model, clips, tmp_path):
     notes: list[dict] = []
     config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 1, "batch_size": 3})
-    finetune(config, tell=notes.append)
+    finetune(config, on_event=notes.append)
     told = [note["text"] for note in notes if note["event"] == "note"]
-    assert any("bucket 32x32x9: 2 items are learned twice in each epoch" in text for text in told)
+    assert any("bucket 32x32x9: 2 clips repeat per epoch" in text for text in told)
 
 
 def test_no_effect_fails_the_run(tiny_model, clips, tmp_path):
     config = make_config(
         tiny_model, clips, tmp_path / "run", run={"steps": 2, "optim": {"lr": 0.0}}
     )
-    with pytest.raises(NoEffect, match="has no effect: what it learned changes no weight") as told:
+    with pytest.raises(NoEffect, match="has no effect: no exported weight differs") as told:
         finetune(config)
     assert told.value.exit_code == 1
 
@@ -304,7 +304,7 @@ def test_a_spike_is_skipped_and_names_its_files(tiny_model, clips, tmp_path):
     notes = []
     config = make_config(tiny_model, clips, tmp_path / "run", run=run)
     with suppress(InputError):  # ten in a row
-        finetune(config, tell=notes.append)
+        finetune(config, on_event=notes.append)
     lines = [line for line in curve(tmp_path / "run") if line.get("event") == "skip"]
     assert lines
     assert all(line["files"][0].startswith("clip") for line in lines)
@@ -329,7 +329,7 @@ REFUSED = {
         {"run": {"best": "velocity_men"}}, "doesn't score; did you mean 'velocity_mean'"),
     "no level of an expert": (
         {"model": "t2v-a14b", "experts": "low", "validation": {"sigmas": [0.97]}},
-        "none that the low-noise expert denoises at; give some below 0.875"),
+        "none at which the low-noise expert denoises; give some below 0.875"),
     "a group that isn't there": (
         {"lora": {"targets": "foo"}}, "no linear layer is called 'foo'; give attention, all, or"),
     "a layer that makes sound": (
@@ -360,7 +360,7 @@ def test_what_lies_where_results_go_is_found_before_anything_is_learned(
         finetune(config)
     shutil.rmtree(tmp_path / "run" / "output")
     (tmp_path / "run" / "output").write_text("x")
-    with pytest.raises(InputError, match="output, where the results are to lie, is a file"):
+    with pytest.raises(InputError, match="output, the folder for the results, is a file"):
         finetune(config)
 
 
@@ -378,8 +378,8 @@ def test_an_expert_that_learned_nothing_fails_the_run_by_name(wan, clips, tmp_pa
 def test_a_share_that_keeps_no_clip_is_told(tiny_model, clips, tmp_path):
     notes: list[dict] = []
     config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 1})
-    finetune(replace(config, data=replace(config.data, held_out=1e-9)), tell=notes.append)
-    assert any("data.held_out 1e-09 of so few keeps none" in each.get("text", "") for each in notes)
+    finetune(replace(config, data=replace(config.data, held_out=1e-9)), on_event=notes.append)
+    assert any("data.held_out 1e-09 holds out none" in each.get("text", "") for each in notes)
 
 
 def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_path):
@@ -413,7 +413,7 @@ def test_pictures_cant_teach_a_model_that_begins_with_them(wan, tmp_path):
     folder.mkdir()
     Image.fromarray(texture(32, 32)).save(folder / "a.png")
     (folder / "a.txt").write_text("a picture")
-    with pytest.raises(InputError, match="can't learn from pictures"):
+    with pytest.raises(InputError, match="can't be trained on pictures"):
         finetune(make_config(wan("i2v"), folder, tmp_path / "run"))
 
 

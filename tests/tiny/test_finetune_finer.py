@@ -130,7 +130,7 @@ def test_caches_know_their_rates(model: Path, clips: Path, tmp_path: Path) -> No
                     for each in (config, replace(config, cache="none")))
     torch.testing.assert_close(cached["finer"], anew["finer"], rtol=1e-2, atol=1e-2)
     one_rate = replace(folder, defaults=replace(folder.defaults, settings={}))
-    with pytest.raises(InputError, match=r"extras is .*there"):
+    with pytest.raises(InputError, match=r"extras was .*rate': 2"):
         open_dataset(config, one_rate)
 
 

@@ -267,7 +267,7 @@ def test_a_plan_needs_no_weights_of_a_published_model(tiny_model, clips, tmp_pat
     for published in ("Wan2.1-I2V-14B-720P", "Wan2.1-FLF2V-14B-720P", "wan2.1-vace-1.3b",
                       "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B", "Wan2.1-VACE-14B"):  # fmt: skip
         assert planned(published, **large).flops > 1e14
-    with pytest.raises(InputError, match="neither here nor a published one"):
+    with pytest.raises(InputError, match="neither on this machine nor a published one"):
         planned("no/such-model")
 
 

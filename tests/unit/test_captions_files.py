@@ -119,7 +119,7 @@ def test_what_a_csv_has_no_column_for_is_told(tmp_path):
     sheet.write_text("file,title,rating\na.mp4,a car,5\n,a cat,4\n")
     _, notes = table(sheet, "auto")
     assert notes[0] == "list.csv, line 3, has an empty file"
-    assert "its columns are file, title, rating; read are caption, text, prompt" in notes[1]
+    assert "its columns are file, title, rating; captions are in caption, text, prompt" in notes[1]
 
 
 def test_only_ends_of_lines_part_rows(tmp_path):
@@ -166,9 +166,9 @@ def test_folders_without_media_and_damaged_tables_are_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     (tmp_path / "meta.jsonl").write_text(
         r'{"file": "\u0000.mp4", "text": "x"}' + "\n" + r'{"file": "\ud800.mp4", "text": "x"}')
-    assert sum("no file can be called" in note for note in scan(config)[1]) == 2
+    assert sum("an invalid file name" in note for note in scan(config)[1]) == 2
     (tmp_path / "meta.jsonl").write_text('{"file": "a.mp4"}\n{')
-    with pytest.raises(InputError, match=r"meta.jsonl line 2 is no JSON.*mend it"):
+    with pytest.raises(InputError, match=r"meta.jsonl line 2 is no JSON.*correct it"):
         scan(config)
     with pytest.raises(InputError, match="is no folder"):
         scan(DataConfig(folders=(FolderConfig(str(tmp_path / "none")),)))

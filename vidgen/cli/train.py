@@ -39,7 +39,8 @@ def run(args: Namespace, report: Report) -> int:
         planned = plan(config, args.ranks)
         report.result(planned.as_data(), "\n".join(planned.lines()))
         return 0
-    summary = finetune(config, resume=args.resume, accept_changes=args.accept_changes, tell=report)
+    summary = finetune(config, resume=args.resume, accept_changes=args.accept_changes,
+                       on_event=report)
     if summary is None:  # another rank speaks for all
         return 0
     report.result(summary, "\n".join(summary.get("use", [f"stopped at step {summary['step']}"])))

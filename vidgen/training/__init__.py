@@ -1,1 +1,1 @@
-"""Training: one loop, used by every program in `train/` and by `vidgen train`."""
+"""Training: the loop behind `vidgen train` and the programs in `train/`."""

@@ -29,6 +29,7 @@ from vidgen.core.runtime import (
     best_dtype,
     choose_device,
     reuse_freed_memory,
+    time_text,
     write_error,
 )
 from vidgen.training import checkpoint
@@ -279,9 +280,9 @@ class _Loop:
         state.sums, state.count = {}, 0
         self._reset_speed()
         self._record(record)
-        left = (self.run.steps - step) * record["seconds_per_step"] / 60
+        left = time_text((self.run.steps - step) * record["seconds_per_step"])
         self._say(f"step {step}/{self.run.steps} loss {record['loss']:.4f} "
-                  f"{record['samples_per_s']:.1f} samples/s, {left:.0f} min left")
+                  f"{record['samples_per_s']:.1f} samples/s, {left} left")
 
     def _validate(self, step: int) -> None:
         for module in self.task.modules.values():

@@ -1,1 +1,1 @@
-"""Fine-tuning data: files found, looked at, cut into items, encoded, cached, drawn."""
+"""Fine-tuning data: find and check files, cut them into items, encode, cache and draw them."""

@@ -1,8 +1,8 @@
-"""Tensors of items and captions on disk: nothing is encoded twice, and another model's is refused.
+"""The cache of encoded items and captions on disk.
 
-`latents/`, `texts/` and `grey/` hold safetensors files under names that follow from all that shapes
-them, so a run that was killed goes on after them. `index.json`, which is written last, holds the
-items, the files that they are of, and the settings and networks that made them.
+`latents/`, `texts/` and `grey/` have safetensors files, named by a hash of everything that affects
+their content, so that a killed run continues after them. `index.json`, written last, has the items,
+their files, and the settings and hashes of the networks; a cache of another model is refused.
 
 Axes: C latent channels, F latent frames, h w latent rows and columns, S text tokens, D width.
 """
@@ -43,25 +43,25 @@ from vidgen.weights.folder import ModelFolder
 FORMAT_VERSION = 1
 _FOLDERS = ("latents", "texts", "grey")
 _FREE = ("cache", "area", "aspects", "image_share", "held_out", "caption_dropout", "seed")
-"""Fields of the config that change nothing about the items."""
+"""Fields of the config that don't affect the items."""
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """The tensors of a cache, by what shaped them."""
+    """Hold the folder of a cache, and hashes of everything that affects its tensors."""
 
-    folder: Path  # of the cache
-    facts: Mapping[str, Any]  # all that shapes its items
-    pixels: str  # identifies VAE, image encoder and rate
-    texts: str  # identifies the text encoder as it computes here
-    dtype: str  # in which tensors are kept: "fp16", "bf16" or "fp32"
+    folder: Path
+    facts: Mapping[str, Any]  # everything that affects the items, by name
+    pixels: str  # hash of VAE, image encoder and frame rate
+    texts: str  # hash of text encoder and its dtype
+    dtype: str  # of stored tensors: "fp16", "bf16" or "fp32"
     has_grey: bool  # whether the model needs latents of grey
 
     @classmethod
     def of(
         cls, config: DataConfig, geometry: Geometry, folder: ModelFolder, text_dtype: str
     ) -> LatentCache:
-        """Return the cache of a config and a model whose text encoder computes in `text_dtype`."""
+        """Return the cache of a config and a model with a text encoder in `text_dtype`."""
         extras = Extras.of(folder)
         pixels = {
             "format": FORMAT_VERSION, "vae": component_hash(folder, "vae"),
@@ -81,24 +81,24 @@ class LatentCache:
         return cls(Path(config.cache), facts, by_pixels, by_text, config.store_dtype, extras.grey)
 
     def path(self, kind: str, of: str) -> Path:
-        """Return where the tensors of an item's key, a bucket's label or a caption lie."""
+        """Return the path for an item's key, a bucket's label (grey) or a caption (texts)."""
         by = self.texts if kind == "texts" else self.pixels
         of = clean_prompt(of) if kind == "texts" else of
         name = hashlib.sha256(f"{by} {kind} {of}".encode()).hexdigest()
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors atomically.
+        """Write tensors atomically, in the cache's dtype.
 
         Raises:
-            OutputError: the disk is full, or can't be written.
+            OutputError: the disk is full or can't be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         narrow = {k: v.to(DTYPES[self.dtype]).contiguous() for k, v in tensors.items()}
         with atomic_path(path) as temporary:
             try:
                 save_file(narrow, temporary)
-            except SafetensorError as error:  # a full disk comes as text alone
+            except SafetensorError as error:  # a full disk is reported as text only
                 found = re.search(r"os error (\d+)", str(error))
                 number = int(found[1]) if found else errno.EIO
                 raise OSError(number, os.strerror(number)) from error
@@ -115,10 +115,10 @@ class LatentCache:
                              "again") from None
 
     def item(self, item: Item) -> Mapping[str, Tensor]:
-        """Return what `ItemEncoder.item` gave, in float32.
+        """Return the tensors of `ItemEncoder.item`, float32.
 
         Raises:
-            InputError: missing or damaged.
+            InputError: the file is missing or damaged.
         """
         return self._load("latents", item.key)
 
@@ -127,16 +127,16 @@ class LatentCache:
         return self._load("texts", caption)["context"]
 
     def grey(self, bucket: Bucket) -> Tensor | None:
-        """Return latents [C, F, h, w] of grey, for a bucket's clips; raises as `item` does."""
+        """Return latents [C, F, h, w] of a grey clip, if needed; raises as `item` does."""
         return self._load("grey", bucket.label)["grey"] if self.has_grey else None
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, as no file stays open."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Items of one file, in the order in which they begin, with the frames that each shows."""
+    """Hold the items of one file by their first frame, each with its frames' numbers."""
 
     cache: LatentCache
     model: str
@@ -148,22 +148,24 @@ def make_cache(
     config: DataConfig, folder: ModelFolder, model: str, known: Selection, on_event: OnEvent, *,
     workers: int = 1, device: str = "cpu",
 ) -> dict[str, Any]:
-    """Encode all items and captions that aren't in the cache yet, which is made where it is none.
+    """Encode all items and captions that the cache lacks; make the cache if it doesn't exist.
 
-    `model` opens the folder in another process; several, `workers`, encode at once, spread over the
-    GPUs of a `device` "cuda" where there are some.
+    Args:
+        model: name of the model, with which worker processes open `folder` again.
+        workers: number of processes that encode, spread over the GPUs with the device "cuda".
 
-    Return `folder`, numbers of `items`, `encoded`, `captions` and `texts_encoded`, `bytes`, and
-    `failed`: {name: why}.
+    Returns:
+        `folder`, the numbers `items`, `encoded`, `captions`, `texts_encoded` and `bytes`, and
+        `failed`: {file name: reason}.
 
     Raises:
-        InputError: the folder holds something else.
-        OutputError: no room, or not to be written; what is done stays.
+        InputError: no items, or the cache's folder holds other files.
+        OutputError: the disk is full or can't be written; finished tensors stay.
     """
     items = known.items
     cache = LatentCache.of(config, known.geometry, folder, best_dtype(torch.device(device)))
     if not items:
-        raise InputError("no item is left of the data; vidgen data check says why")
+        raise InputError("the data have no usable items; vidgen data check lists the reasons")
     _require_place(cache.folder)
     jobs = dict[str, _Job]()
     for fate in known.fates:
@@ -173,7 +175,7 @@ def make_cache(
             jobs[fate.file.path.as_posix()] = _Job(cache, model, device, missing)
     captions = {"", *(text for item in items for text in item.captions)}
     texts = sorted(text for text in captions if not cache.path("texts", text).exists())
-    # in this process, as a text encoder may take all the memory there is
+    # in this process, as one text encoder may take most of the memory
     with closing(ItemEncoder(folder, torch.device(device))) as encoder:
         for caption in counted(on_event, "texts", texts, len(texts)):
             cache.save(cache.path("texts", caption), {"context": encoder.text(caption)})
@@ -181,7 +183,7 @@ def make_cache(
     try:
         failed = {name: problem for name, problem in counted(on_event, "encode", results, len(jobs))
                   if problem is not None}
-    finally:  # where this process did the work
+    finally:  # without workers this process has an encoder
         _encoder.cache_clear()
     kept = [item for item in items if item.path.as_posix() not in failed]
     dropped = [[fate.file.name, fate.dropped] for fate in known.fates if fate.dropped]
@@ -200,13 +202,12 @@ def make_cache(
 
 
 def _require_place(place: Path) -> None:
-    """Make the folder of a cache, and refuse one in which something else lies."""
+    """Make the folder of a cache; refuse one with other files."""
     if place.exists() and not place.is_dir():
-        raise InputError(f"{place} is a file; name another folder for the cache")
+        raise InputError(f"{place} is a file; choose another folder for the cache")
     if place.is_dir() and any(path.name not in (*_FOLDERS, "index.json")
                               and not path.name.startswith(".") for path in place.iterdir()):
-        raise InputError(f"{place} holds other files and no cache; name an empty folder, or a new "
-                         "one")
+        raise InputError(f"{place} holds other files than a cache; choose an empty or a new folder")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,7 +220,7 @@ def _encoder(model: str, device: str) -> ItemEncoder:
 
 
 def _encode_file(job: _Job) -> str | None:
-    """Encode a file's items; return what is wrong with it, if it can't be read any more."""
+    """Encode a file's items; return the error if the file can't be read any more."""
     encoder = _encoder(job.model, job.device)
     try:
         with open_frames(job.items[0][0].path) as frame_at:
@@ -243,7 +244,7 @@ def _stamp(file: MediaFile) -> _Stamp:
 
 @dataclass(frozen=True)
 class _Index:
-    """The content of `index.json`."""
+    """Hold the content of `index.json`."""
 
     facts: dict[str, Any]
     files: list[_Stamp]
@@ -256,25 +257,24 @@ def open_cache(
 ) -> tuple[LatentCache, list[Item], list[str]]:
     """Return a finished cache, its items, and notes.
 
-    The config has to be as it was when the cache was made, but for what is drawn.
-
     Raises:
-        InputError: there is none, or it doesn't match config, model or files; says in what.
+        InputError: no finished cache, or the config, model or files differ from those it was made
+            with; names the differences.
     """
     place = Path(config.cache)
     again = "run vidgen data cache with the same settings, which adds what is missing"
     try:
         index = build(_Index, dict(json.loads((place / "index.json").read_text("utf-8"))), "index")
     except FileNotFoundError:
-        raise InputError(f"{place} holds no finished cache; {again}") from None
+        raise InputError(f"{place} has no finished cache; {again}") from None
     except (OSError, ValueError, TypeError, RecursionError, InputError) as error:
         raise InputError(f"the cache {place} can't be read: {type(error).__name__}: {error}; "
                          f"{again}") from None
     cache = LatentCache.of(config, geometry, folder, str(index.facts.get("text_dtype")))
-    differing = "; ".join(f"{name} is {index.facts.get(name)!r} there, {value!r} here"
+    differing = "; ".join(f"{name} was {index.facts.get(name)!r}, is {value!r}"
                           for name, value in cache.facts.items() if index.facts.get(name) != value)
     if differing:
-        raise InputError(f"the cache {place} was made with other settings or by another model "
+        raise InputError(f"the cache {place} was made with other settings or another model "
                          f"({differing}); {again}")
     folders = [config.folders[item.folder].path if item.folder >= 0 else config.validation
                for item in index.items]
@@ -282,7 +282,8 @@ def open_cache(
              for item, root in zip(index.items, folders, strict=True)]
     notes = [f"{name} is left out: {why}" for name, why in index.dropped]
     if not all(Path(each.path).is_dir() for each in config.folders):
-        return cache, items, ["the data's folders aren't here; the cache's word is taken", *notes]
+        return cache, items, [
+            "the data's folders don't exist, so changes of their files go unnoticed", *notes]
     then, now = ({json.dumps(stamp) for stamp in stamps}
                  for stamps in (index.files, map(_stamp, scan(config)[0])))
     changed = sorted({json.loads(stamp)[1] for stamp in then ^ now})

@@ -1,4 +1,4 @@
-"""Settings of training data: the `data` part of a run, and `vidgen data`'s options."""
+"""Settings of training data: the key `data` of a run, and options of `vidgen data`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MAX_ASPECT = 10
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """A folder of videos and pictures with captions; written as text alone it is its path."""
+    """Hold a folder of videos and pictures with captions; a text alone is its path."""
 
     SHORT: ClassVar[str] = "path"
 
-    path: str  # the folder; it is searched with all below it
-    repeats: int = 1  # how often its items stand in an epoch
+    path: str  # searched with all its subfolders
+    repeats: int = 1  # times that its items occur in an epoch
 
     def __post_init__(self) -> None:
         check_number("repeats", self.repeats, 1, whole=True)
@@ -36,48 +36,47 @@ class FolderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The clips and pictures to learn from, and the shapes that they are cut to.
+    """Hold the sources of clips and pictures, and the shapes to which they are cut.
 
     Raises:
-        InputError: a value that can't be, by name.
+        InputError: an invalid value; names the field.
     """
 
-    # of videos and pictures; a single one needs no list
+    # folders of videos and pictures; a single one needs no list
     folders: tuple[FolderConfig, ...] = field(metadata=ONE)
-    cache: str = NO_CACHE  # folder that `vidgen data cache` made, or "none": encode while training
-    # of buckets, such as 832x480; none: `area` in `aspects`, else the model's own sizes
+    cache: str = NO_CACHE  # folder of `vidgen data cache`, or "none": encode in training
+    # sizes of buckets, such as 832x480; none: `area` in `aspects`, else the model's own sizes
     sizes: tuple[str, ...] = field(default=(), metadata=ONE)
-    # pixels of a picture, of which `aspects` make sizes in steps of a token
+    # pixels of a frame, in each of the `aspects`, rounded to whole tokens
     area: int | None = None
     aspects: tuple[str, ...] = ("16:9", "4:3", "1:1", "3:4", "9:16")  # ratios such as 16:9
-    # lengths of clips; a stretch takes the longest that fits. None: the model's own.
+    # lengths of clips, of which each stretch takes the longest that fits; none: the model's own
     frames: tuple[int, ...] = field(default=(), metadata=ONE)
-    fps: Fraction | None = None  # rate at which clips are shown to the model; None: its own
-    max_crop: float = 0.35  # share of a picture that may be cut off; more drops the file
-    max_enlarge: float = 1.25  # factor by which a picture may be enlarged; more drops the file
-    # most items of one file, evenly spread; or "all", side by side
+    fps: Fraction | None = None  # frame rate of training clips; None: the model's own
+    max_crop: float = 0.35  # share of a frame that may be cropped; more drops the file
+    max_enlarge: float = 1.25  # factor by which a frame may be enlarged; more drops the file
+    # most items of one file, evenly spread; or "all", one after another
     windows: int | Literal["all"] = 1
-    # what no item may hold. A file is cut into stretches around it.
+    # flaws that no item may have; a file is cut into stretches without them
     avoid: tuple[Flaw, ...] = ("cut", "black", "white", "blank", "frozen")
-    # "drop-exact" keeps one of files with the same bytes, "drop" also one of those that look the
-    # same
+    # "drop-exact" keeps one of files with the same bytes, "drop" also one of similar files
     duplicates: Literal["keep", "drop-exact", "drop"] = "drop-exact"
-    # of captions' files; "auto" knows UTF-8 and -16 and guesses the others
+    # encoding of caption files; "auto" detects UTF-8 and UTF-16 and guesses others
     caption_encoding: str = "auto"
-    prefix: str = ""  # put before each caption, such as a new word for a subject
-    # "drop" leaves out what has none, "empty" learns it under an empty prompt
+    prefix: str = ""  # added before each caption, such as a new word for a subject
+    # for files without a caption: "drop" leaves them out, "empty" trains with an empty prompt
     no_caption: Literal["drop", "empty"] = "drop"
-    caption_dropout: float = 0.1  # share of items that see an empty prompt, for guidance
-    # share of steps that are of pictures; None: as many as there are
+    caption_dropout: float = 0.1  # share of items trained with an empty prompt, for guidance
+    # share of steps with pictures; None: in proportion to their number
     image_share: float | None = None
-    held_out: float = 0.0  # share of files that is kept for validation, chosen by their content
-    validation: str | None = None  # a folder for validation instead
+    held_out: float = 0.0  # share of files held out for validation, chosen by content
+    validation: str | None = None  # a folder with files for validation, instead
     store_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of cached latents and contexts
-    seed: int = 0  # of what is drawn: order, captions, dropout
+    seed: int = 0  # of order, captions and dropout
 
     def __post_init__(self) -> None:
         if not self.folders:
-            raise InputError("data.folders is empty; name a folder of videos and pictures")
+            raise InputError("data.folders is empty; give a folder of videos and pictures")
         for name in ("max_crop", "caption_dropout", "held_out", "image_share"):
             check_number(f"data.{name}", getattr(self, name), 0, 1)
         check_number("data.max_enlarge", self.max_enlarge, 1)
@@ -85,9 +84,9 @@ class DataConfig:
             check_number("data.windows", self.windows, 1, whole=True)
         check_number("data.fps", self.fps, 0, 240, above=True)
         if self.sizes and self.area is not None:
-            raise InputError("data.sizes and data.area both say how large pictures are; give one")
+            raise InputError("data.sizes and data.area both set the size of frames; give one")
         if self.held_out and self.validation is not None:
-            raise InputError("data.held_out and data.validation both say what validates; give one")
+            raise InputError("data.held_out and data.validation both set validation data; give one")
         try:
             codecs.lookup("utf-8" if self.caption_encoding == "auto" else self.caption_encoding)
         except LookupError:
@@ -98,7 +97,7 @@ class DataConfig:
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One shape of items; a batch is of one bucket."""
+    """Hold one shape of items; all items of a batch have one bucket."""
 
     width: int
     height: int
@@ -106,27 +105,27 @@ class Bucket:
 
     @property
     def label(self) -> str:
-        """Such as 832x480x81, or 832x480 for pictures."""
+        """Text such as 832x480x81, or 832x480 for pictures."""
         length = f"x{self.num_frames}" if self.num_frames > 1 else ""
         return f"{self.width}x{self.height}{length}"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes that a model's clips can have here."""
+    """Hold the shapes of items for a config and a model."""
 
     sizes: tuple[tuple[int, int], ...]  # (width, height) of buckets
     frames: tuple[int, ...]  # lengths of clips, rising
-    fps: Fraction  # rate at which they are shown
-    multiple: int  # pixels a side of one token
-    stride_t: int  # frames that one latent frame stands for
+    fps: Fraction  # of the items
+    multiple: int  # pixels per side of a token
+    stride_t: int  # frames per latent frame
 
     @classmethod
     def of(cls, config: DataConfig, folder: ModelFolder) -> Geometry:
-        """Return the shapes that a config asks for of a model.
+        """Return the shapes that a config sets for a model.
 
         Raises:
-            InputError: sizes or lengths that the model can't have; the nearest are named.
+            InputError: the model doesn't support a size or length; names the nearest.
         """
         strides = folder.components["vae"].config.strides
         multiple = strides.hw * folder.components["transformer"].config.patch_size
@@ -146,12 +145,12 @@ class Geometry:
         return cls(tuple(dict.fromkeys(sizes)), tuple(frames), fps, multiple, strides.t)
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """Return (width, height) of the bucket whose aspect is nearest to a picture's."""
-        def off(size: tuple[int, int]) -> float:
+        """Return (width, height) of the bucket with the aspect ratio nearest to a frame's."""
+        def difference(size: tuple[int, int]) -> float:
             ratio = size[0] * height / (size[1] * width)
             return max(ratio, 1 / ratio)
 
-        return min(self.sizes, key=off)
+        return min(self.sizes, key=difference)
 
 
 def _aspect(text: str) -> float:
@@ -161,6 +160,6 @@ def _aspect(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         ratio = 0.0
     if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
-        raise InputError(f"data.aspects holds {text!r}; give ratios of width and height such as "
-                         f"16:9, {MAX_ASPECT}:1 at most")
+        raise InputError(f"data.aspects has {text!r}; give ratios of width to height such as "
+                         f"16:9, at most {MAX_ASPECT}:1")
     return ratio

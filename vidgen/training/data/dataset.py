@@ -1,8 +1,7 @@
-"""Batches for fine-tuning, of items from the cache or encoded as they are drawn.
+"""Batches for fine-tuning, of items from a cache or encoded when they are drawn.
 
-Which items make up a batch is a pure function of seed, step and place: an epoch goes through every
-bucket, and a batch is of one bucket. So a run goes on at any step, on any number of ranks, without
-knowing what came before.
+The items of a batch are a pure function of seed, step and rank, so that a run can resume at any
+step without other state. A batch has items of one bucket; an epoch has batches of all buckets.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns, S text or
 image tokens, D width.
@@ -40,25 +39,28 @@ from vidgen.weights.folder import ModelFolder
 
 @lru_cache(maxsize=64)
 def order_of(count: int, key: str) -> list[int]:
-    """Return the numbers below `count` in the order that a key stands for."""
+    """Return a permutation of the numbers below `count`, seeded by `key`."""
     return sorted(range(count), key=lambda number: seed_of(key, number))
 
 
 class Draw(NamedTuple):
-    """One step's items."""
+    """Hold the items of one step."""
 
-    bucket: Bucket  # of all of them
-    slots: tuple[int, ...]  # numbers within the bucket, of the whole global batch
+    bucket: Bucket  # of all items
+    slots: tuple[int, ...]  # indices within the bucket, for the global batch
 
 
 class Schedule:
-    """The order of a run's batches, from each bucket's items, repeats counted.
+    """The order of a run's batches.
 
-    Items from a bucket's beginning fill its last batch. `image_share` of the steps are of pictures;
-    None: as many as there are.
+    In each epoch a bucket's last batch is filled with the bucket's first items.
+
+    Args:
+        counts: number of items by bucket, with repeats.
+        image_share: share of steps with pictures; None: in proportion to their number.
 
     Raises:
-        InputError: a share of pictures, or of clips, where there are none.
+        InputError: the data have no pictures, or no clips, for `image_share`.
     """
 
     def __init__(
@@ -71,16 +73,16 @@ class Schedule:
             return
         clips = {b: n for b, n in self.counts.items() if b.num_frames > 1}
         pictures = {b: n for b, n in self.counts.items() if b.num_frames == 1}
-        for wanted, pool, what in ((self._share > 0, pictures, "picture"),
-                                   (self._share < 1, clips, "clip")):
-            if wanted and not pool:
-                raise InputError(f"data.image_share is {image_share}, but there is no {what}; add "
-                                 "some, or leave image_share out")
+        for needed, pool, kind in ((self._share > 0, pictures, "pictures"),
+                                   (self._share < 1, clips, "clips")):
+            if needed and not pool:
+                raise InputError(f"data.image_share is {image_share}, but the data have no {kind}; "
+                                 "add some, or leave image_share out")
         self._pools = {"clips": clips, "pictures": pictures}
         self._main = "clips" if self._share < 1 else "pictures"
 
     def draw(self, step: int, global_batch: int) -> Draw:
-        """Return the items of a step (from 0) in which all ranks together learn `global_batch`."""
+        """Return the items of a step (from 0) with `global_batch` items over all ranks."""
         pool, index = self._main, step
         if pool != "all":
             pictures = math.floor(step * self._share)  # before this step
@@ -100,14 +102,14 @@ class Schedule:
         return Draw(bucket, tuple(order[n % size] for n in numbers))
 
     def steps_per_epoch(self, global_batch: int) -> int:
-        """Return the steps until every item (every clip, with a share of pictures) was learned."""
+        """Return the steps of an epoch of all items, or with `image_share` of all clips."""
         wanted = sum(self._batches(self._main, global_batch).values())
         if self._main == "pictures":
             return math.ceil(wanted / self._share)
         return math.floor((wanted - 1) / (1 - self._share)) + 1
 
     def remainders(self, global_batch: int) -> dict[Bucket, int]:
-        """Return how many of each bucket's items an epoch learns twice to fill the last batch."""
+        """Return the number of items that an epoch repeats to fill each bucket's last batch."""
         return {b: -n % global_batch for b, n in self.counts.items() if n % global_batch}
 
     def _batches(self, pool: str, global_batch: int) -> dict[Bucket, int]:
@@ -115,7 +117,7 @@ class Schedule:
 
 
 class _Encoded:
-    """Items encoded when they are drawn; contexts, which are small, are kept."""
+    """Encode items when they are drawn; keep contexts, which are small, in memory."""
 
     def __init__(self, known: Selection, encoder: ItemEncoder) -> None:
         self._geometry, self._encoder = known.geometry, encoder
@@ -137,13 +139,17 @@ def open_dataset(
     accumulate: int = 1, with_context: bool = True, device: torch.device | str = "cpu",
     on_event: OnEvent | None = None,
 ) -> Dataset:
-    """Open what a model is to learn from, with what it is validated on as `held_out`.
+    """Open the training data of a config for a model, with the validation data as `held_out`.
 
-    A step has `accumulate` micro-batches of `batch_size` items on each rank, with the captions'
-    contexts if asked for. Batches lie on the CPU; items are encoded on `device` without a cache.
+    Args:
+        model: a model's name, path or opened folder.
+        batch_size: items per micro-batch and rank.
+        accumulate: micro-batches per step and rank.
+        with_context: whether batches have the captions' contexts.
+        device: device on which items are encoded without a cache. Batches are on the CPU.
 
     Raises:
-        InputError: data that can't be used, a cache that doesn't match, or nothing to learn.
+        InputError: invalid data, a cache that doesn't match, or no items to train on.
         ModelError: no such model.
     """
     folder = model if isinstance(model, ModelFolder) else open_trainable(str(model))
@@ -168,7 +174,7 @@ def open_dataset(
                          f"{config.held_out:g}; give a smaller share")
     if not learned:
         folders = ", ".join(each.path for each in config.folders)
-        raise InputError(f"nothing is left to learn from in {folders}: {'; '.join(notes[:5])}")
+        raise InputError(f"no usable items in {folders}: {'; '.join(notes[:5])}")
     shape: dict[str, Any] = {
         "batch_size": batch_size, "accumulate": accumulate, "with_context": with_context}
     once = replace(config, caption_dropout=0.0, image_share=None)
@@ -177,12 +183,13 @@ def open_dataset(
 
 
 class Dataset:
-    """Batches of one split; made by `open_dataset`.
+    """The batches of one split, made by `open_dataset`.
 
     Attributes:
-        items: in order, each as often as its folder is repeated.
-        held_out: the split for validation; None where nothing is kept aside.
-        notes: what was left out or matters otherwise.
+        items: items in order, with repeats.
+        buckets: number of items by bucket.
+        held_out: the split for validation, or None.
+        notes: messages such as left-out files.
     """
 
     def __init__(
@@ -202,7 +209,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides which items are drawn when."""
+        """SHA-256 of everything that decides the order of items."""
         config = self.config
         facts = [[item.key, item.captions] for item in self.items]
         drawn_by = [config.seed, str(config.image_share), config.caption_dropout,
@@ -213,25 +220,28 @@ class Dataset:
         return self.batch_size * self.accumulate * world
 
     def steps_per_epoch(self, world: int = 1) -> int:
-        """Return the steps in which each item is learned once."""
+        """Return the steps of an epoch on `world` ranks."""
         return self._schedule.steps_per_epoch(self._global_batch(world))
 
     def ends(self, world: int = 1) -> list[str]:
-        """Say how many items are learned twice to fill a bucket's last batch."""
-        remainders = self._schedule.remainders(self._global_batch(world))
-        return [f"bucket {bucket.label}: {count} items are learned twice in each epoch, to fill "
-                "its last batch" for bucket, count in remainders.items()]
+        """Return notes on the items that repeat to fill each bucket's last batch."""
+        notes = []
+        for bucket, count in self._schedule.remainders(self._global_batch(world)).items():
+            kind = "clip" if bucket.num_frames > 1 else "picture"
+            repeating = f"1 {kind} repeats" if count == 1 else f"{count} {kind}s repeat"
+            notes.append(f"bucket {bucket.label}: {repeating} per epoch to fill the last batch")
+        return notes
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """Make a micro-batch of a step, from 0, for one of `world` ranks with different items.
+        """Make micro-batch `micro` of a step for one of `world` ranks, all counted from 0.
 
         Returns:
             `latents` [B, C, F, h, w] float32; `context` [B, S, D], zero after `context_lengths`
             [B], and `context_mask` [B, S]; `captions`, "" where dropped; `files`; `indices` into
-            `items`; `fps`; `bucket`; in clips alone `finer` [B, C, n, h, w], of models that draw
-            at a finer rate, and what the model's conditions need: `stills` [B, C, K, h, w] with
-            `still_index` [B, K]; `first` and `both` [B, C, F, h, w], `grey` [1, C, F, h, w];
-            `image` and `image_last` [B, S, D].
+            `items`; `fps`; `bucket`. For clips also, where the model needs them: `finer`
+            [B, C, n, h, w] at a higher latent rate; `stills` [B, C, K, h, w] with `still_index`
+            [B, K]; `first` and `both` [B, C, F, h, w]; `grey` [1, C, F, h, w]; `image` and
+            `image_last` [B, S, D].
         """
         draw = self._schedule.draw(step, self._global_batch(world))
         begin = (micro * world + rank) * self.batch_size
@@ -248,7 +258,7 @@ class Dataset:
     def item_batch(
         self, indices: Sequence[int], *, captions: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """Make a batch like `batch`'s of items of one bucket, by default with first captions."""
+        """Make a batch as `batch` does of items of one bucket, by default with first captions."""
         items = [self.items[index] for index in indices]
         buckets = {item.bucket for item in items}
         assert len(buckets) == 1, "a batch is of one bucket"

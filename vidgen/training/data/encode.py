@@ -1,4 +1,4 @@
-"""Items through a model's own VAE, image encoder and text encoder.
+"""Encode items with a model's own VAE, image encoder and text encoder.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns, T H W
 frames, rows and columns, S text or image tokens, D width.
@@ -34,25 +34,25 @@ from vidgen.training.data.select import Item
 from vidgen.weights.component import Role
 from vidgen.weights.folder import ModelFolder, hash_files
 
-_KEPT = 4  # frames that the next item may begin before
+_KEPT = 4  # decoded frames kept, for an item that begins before the last one's end
 
 GetFrame: TypeAlias = Callable[[int], Frames]
 
 
 @dataclass(frozen=True)
 class Extras:
-    """Latents that a model's conditions need in addition to a clip's."""
+    """Hold the additional latents and features that a model's conditions need."""
 
-    stills: bool = False  # middle and last frame, each encoded alone: known frames go in place
-    first: bool = False  # the clip with grey after its first frame: known frames go next to it
-    both: bool = False  # the clip with grey between first and last frame
+    stills: bool = False  # middle and last frame, each encoded alone, which replace latent frames
+    first: bool = False  # the clip with grey after its first frame, for extra channels
+    both: bool = False  # the clip with grey between first and last frame, likewise
     grey: bool = False  # a clip of grey, for control blocks
-    num_images: int = 0  # pictures of which the model reads image features
-    rate: int = 1  # latent frames for each that the model draws clips with below its boundary
+    num_images: int = 0  # pictures whose features the model reads
+    rate: int = 1  # temporal upsampling of latents below the model's boundary
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Extras:
-        """Derive them from the way in which a model learned conditions."""
+        """Return what the conditions of a model need."""
         kind, tasks = folder.conditioning, folder.tasks
         stacked = kind in ("channels", "control")
         images = 0
@@ -65,7 +65,7 @@ class Extras:
 
 
 def component_hash(folder: ModelFolder, role: Role) -> str | None:
-    """Hash a network's files and architecture, the tokenizer's with the text encoder's."""
+    """Return a hash of a network's files and config, and for the text encoder of its tokenizer."""
     component = folder.components.get(role)
     if component is None:
         return None
@@ -78,10 +78,10 @@ def component_hash(folder: ModelFolder, role: Role) -> str | None:
 
 @contextmanager
 def open_frames(path: Path) -> Iterator[GetFrame]:
-    """Give a function that returns a file's frame of a number, uint8 [H, W, 3].
+    """Yield a function that returns a file's frame by its number, uint8 [H, W, 3].
 
-    Numbers rise, as each frame is decoded once; a step back of a few is allowed. The function
-    raises InputError where the file ends before.
+    Numbers must rise, as each frame is decoded once; steps back of up to 3 frames are allowed. The
+    function raises InputError where the file has too few frames.
     """
     if is_still(path):
         picture = load_image(path)[0]
@@ -98,8 +98,8 @@ def open_frames(path: Path) -> Iterator[GetFrame]:
         while not recent or recent[-1][0] < index:
             following = next(frames, None)
             if following is None:
-                raise InputError(f"{path} ends before frame {index}; was it changed? check it "
-                                 "again with vidgen data check")
+                raise InputError(f"{path} ends before frame {index}; it may have changed: run "
+                                 "vidgen data check again")
             recent.append(following)
         return reader.picture(next(frame for number, frame in recent if number == index))
 
@@ -108,9 +108,9 @@ def open_frames(path: Path) -> Iterator[GetFrame]:
 
 
 class ItemEncoder:
-    """A model's networks that encode data; each is loaded when it is first needed.
+    """The networks of a model that encode data, each loaded at its first use.
 
-    Pixels are encoded in float32, captions in the dtype that the device computes fastest.
+    The VAE and image encoder compute in float32, the text encoder in the device's fastest dtype.
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
@@ -121,21 +121,20 @@ class ItemEncoder:
         self._tokenizer = PromptTokenizer(folder.tokenizer, limit)
 
     def close(self) -> None:
-        """Let the networks go."""
+        """Release the networks."""
         self._pixels.close()
         self._texts.close()
 
     @torch.no_grad()
     def item(self, item: Item, picks: Sequence[int], frame_at: GetFrame) -> dict[str, Tensor]:
-        """Encode an item that shows the `picks` of its file's frames.
+        """Encode an item, whose frames are the numbers `picks` of its file's.
 
-        Return `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several
-        frames, what `extras` names: `finer` [C, n, h, w], the same at the finer rate, `stills`
-        [C, 2, h, w], `first` and `both` like `clip`, `image` and `image_last` [S, D]. All float32
-        on the CPU.
+        Return `clip` [C, F, h, w], the posterior's mean, normalised. For a clip also the kinds in
+        `extras`: `finer` [C, n, h, w] at a higher latent rate, `stills` [C, 2, h, w], `first` and
+        `both` [C, F, h, w], `image` and `image_last` [S, D]. All are float32 on the CPU.
 
         Raises:
-            InputError: the file ends before the item does.
+            InputError: the file ends before the item.
         """
         bucket, count = item.bucket, item.bucket.num_frames
         kept: dict[int, Frames] = {}
@@ -170,12 +169,12 @@ class ItemEncoder:
         return made
 
     def grey(self, bucket: Bucket) -> Tensor:
-        """Return latents [C, F, h, w] of a clip of grey."""
+        """Return latents [C, F, h, w] of a grey clip."""
         return self._encode([_grey(bucket)] * bucket.num_frames, bucket)
 
     @torch.no_grad()
     def _encode(self, frames: Iterable[Frames | Tensor], bucket: Bucket, rate: int = 1) -> Tensor:
-        """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
+        """Return latents [C, F, h, w] of frames, uint8 [H, W, 3] or [1, 3, 1, H, W] in [-1, 1]."""
         def chunks() -> Iterator[Tensor]:
             for frame in frames:
                 if isinstance(frame, Tensor):
@@ -189,7 +188,7 @@ class ItemEncoder:
 
     @torch.no_grad()
     def text(self, caption: str) -> Tensor:
-        """Return the context [S, D] of a caption, encoded as if alone, float32 on the CPU."""
+        """Return the context [S, D] of a caption without padding, float32 on the CPU."""
         with self._texts.use("text_encoder") as network:
             context, lengths = TextEncoder(network, self._tokenizer).encode([caption])
             return context[0, : int(lengths[0])].float().cpu()
@@ -200,5 +199,5 @@ def _grey(bucket: Bucket) -> Tensor:
 
 
 def still_frames(bucket: Bucket) -> tuple[int, int]:
-    """Return the frames of a clip that are encoded alone, too: the middle and the last one."""
+    """Return the frames of a clip for `Extras.stills`: the middle and the last one."""
     return bucket.num_frames // 2, bucket.num_frames - 1

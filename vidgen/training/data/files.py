@@ -1,6 +1,6 @@
 """Find videos, pictures and their captions in folders, without opening the media.
 
-Captions are texts next to a file or in a table, in whatever encoding.
+Captions are in text or JSON files next to a file, or in tables, in any encoding.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ FILM_SUFFIXES = (
 )
 FILE_KEYS = ("file_name", "file", "filename", "path", "video", "video_path", "image", "image_path",
              "media")
-"""Columns or keys of a table that name the file."""
+"""Columns or keys of a table that name the file; the first one found is used."""
 CAPTION_KEYS = ("caption", "text", "prompt", "description")
-"""Columns or keys with captions, of which the first counts."""
+"""Columns or keys with captions; the first one found is used."""
 TABLES = (".csv", ".jsonl")
 SIDECARS = (".txt", ".json")
 MAX_BYTES = 10_000_000
-"""A larger sidecar is no caption."""
+"""Limit of a caption file's size."""
 LIKELY = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
           "koi8_r", "cp932", "euc_jp", "gb18030", "big5", "cp949", "cp874")
-"""Encodings that are guessed among."""
+"""Encodings to guess from."""
 _DELIMITERS = (",", ";", "\t")
 _SURPLUS = "\0"
-"""Stands for the columns of values that are beyond a CSV's header."""
+"""Key of a CSV row's values beyond the header's columns."""
 _HALF = re.compile("[\ud800-\udfff]")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
@@ -48,31 +48,31 @@ _MARKS = (
 )
 
 Captions = tuple[str, ...]
-"""Of one file; one of them is drawn each time."""
+"""Captions of one file, one of which is drawn for each batch."""
 
 
 class Unreadable(Exception):
-    """A caption's file that can't be understood; the text says why."""
+    """A caption file is invalid; the text has the reason."""
 
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A video or picture with its captions."""
+    """Hold a video or picture with its captions."""
 
-    folder: int  # which of the config's folders it lies in; -1: the one for validation
-    name: str  # its path below that folder
-    path: Path  # the file
-    num_bytes: int  # its size
-    mtime_ns: int  # when it was changed last
+    folder: int  # index of its folder in the config; -1: the one for validation
+    name: str  # path below that folder
+    path: Path
+    num_bytes: int
+    mtime_ns: int  # modification time
     captions: Captions = ()
-    notes: tuple[str, ...] = ()  # what had to be guessed to read them, or why they can't be
+    notes: tuple[str, ...] = ()  # guesses and errors in reading captions
 
 
 def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
-    """Return all files of a config's folders, the one for validation included, and notes.
+    """Return all files of a config's folders, including that for validation, and notes.
 
     Raises:
-        InputError: a folder that is missing or holds no media.
+        InputError: a folder doesn't exist or holds no media, or a table is invalid.
     """
     folders = {number: each.path for number, each in enumerate(config.folders)}
     if config.validation is not None:
@@ -85,7 +85,7 @@ def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
 
 def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> list[MediaFile]:
     if not root.is_dir():
-        raise InputError(f"data folder {root} is no folder; give one of videos and pictures")
+        raise InputError(f"data folder {root} is no folder; give a folder of videos and pictures")
     media, sidecars, tables = list[Path](), dict[str, Path](), list[Path]()
     others: Counter[str] = Counter()
     for path in _walk(root):
@@ -100,15 +100,15 @@ def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> li
             others[suffix or path.name] += 1
     if not media:
         raise InputError(
-            f"data folder {root} holds neither videos nor pictures; known are "
+            f"data folder {root} holds neither videos nor pictures; known suffixes are "
             f"{', '.join((*FILM_SUFFIXES, *PICTURE_SUFFIXES))}")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-        notes.append(f"{root}: files that are no media were left alone: {kinds}")
+        notes.append(f"{root}: other files are ignored: {kinds}")
     rows = _read_tables(root, tables, encoding, notes)
     missing = sorted(rows.keys() - {str(path.resolve()) for path in media})
     if missing:
-        notes.append(f"{root}: {len(missing)} files that its tables name are not there: "
+        notes.append(f"{root}: {len(missing)} files that its tables name don't exist: "
                      f"{', '.join(missing[:5])}")
     found = []
     for path in media:
@@ -119,16 +119,16 @@ def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> li
             problem = f"can't be read: {error.strerror}"
             found.append(MediaFile(number, name, path, 0, 0, notes=(problem,)))
             continue
-        captions, told = rows.get(str(path.resolve()), ()), list[str]()
+        captions, problems = rows.get(str(path.resolve()), ()), list[str]()
         if not captions:
-            captions, told = _next_to(path, sidecars, encoding)
+            captions, problems = _next_to(path, sidecars, encoding)
         found.append(MediaFile(number, name, path, facts.st_size, facts.st_mtime_ns, captions,
-                               tuple(told)))
+                               tuple(problems)))
     return found
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Files below a folder by name, links followed once, hidden ones left out."""
+    """Yield files below a folder by name, without hidden ones; follow links once."""
     seen = set[tuple[int, int]]()
     for place, folders, names in os.walk(root, followlinks=True):
         facts = Path(place).stat()
@@ -145,33 +145,33 @@ def _walk(root: Path) -> Iterator[Path]:
 def _read_tables(
     root: Path, tables: Sequence[Path], encoding: str, notes: list[str]
 ) -> dict[str, Captions]:
-    """Captions by the absolute path of the file that a table names."""
+    """Return captions by the absolute path of the file that a table names."""
     rows: dict[str, Captions] = {}
     for path in tables:
         try:
             made = table(path, encoding)
         except Unreadable as error:
-            raise InputError(f"table {path} {error}; mend it, or move it elsewhere") from None
+            raise InputError(f"table {path} {error}; correct it, or move it elsewhere") from None
         if made is None:
-            notes.append(f"{root}: {path.name} names no files, so it was left alone")
+            notes.append(f"{root}: {path.name} names no files and is ignored")
             continue
         notes += made[1]
         for name, captions in made[0].items():
             try:
                 place = str((path.parent / name).resolve())
-            except (OSError, ValueError):  # a zero byte, half a character, too long
-                notes.append(f"{path.name} names {name[:80]!r}, as which no file can be called; "
-                             "its captions don't count")
+            except (OSError, ValueError):  # a zero byte, a lone surrogate, or too long
+                notes.append(f"{path.name} names {name[:80]!r}, an invalid file name; its captions "
+                             "are ignored")
                 continue
             if rows.setdefault(place, captions) != captions:
-                notes.append(f"{name} stands in several tables; {path.name} doesn't count")
+                notes.append(f"{name} is in several tables; its entry in {path.name} is ignored")
     return rows
 
 
 def _next_to(
     path: Path, sidecars: Mapping[str, Path], encoding: str
 ) -> tuple[Captions, list[str]]:
-    """Captions in clip.txt, clip.mp4.txt, clip.json or clip.mp4.json, and notes."""
+    """Return captions in clip.txt, clip.mp4.txt, clip.json or clip.mp4.json, and notes."""
     problems = list[str]()
     for suffix in SIDECARS:
         for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
@@ -190,12 +190,12 @@ def _next_to(
 
 
 def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
-    """Return the text of bytes, and a note where its encoding had to be guessed.
+    """Return bytes as text, and a note if the encoding was guessed.
 
-    The encoding "auto" goes by a byte order mark, else takes UTF-8, else guesses.
+    The encoding "auto" uses a byte order mark, then tries UTF-8, then guesses.
 
     Raises:
-        Unreadable: bytes that are no text in that encoding, or in any.
+        Unreadable: the bytes are no text in that encoding, or in any known one.
     """
     if encoding != "auto":
         try:
@@ -205,7 +205,7 @@ def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
     for mark, name in _MARKS:
         if content.startswith(mark):
             return _strictly(content, name), None
-    if b"\0" in content:  # most text has the zeros of UTF-16 in the high bytes
+    if b"\0" in content:  # in UTF-16 mostly the high bytes are zero
         is_little = content[1::2].count(0) >= content[::2].count(0)
         wide = "utf-16-le" if is_little else "utf-16-be"
         return _strictly(content, wide), "read as UTF-16 by its zero bytes"
@@ -217,15 +217,15 @@ def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
 
     matches = list(from_bytes(content, cp_isolation=list(LIKELY)))
     if not matches:
-        raise Unreadable("is no text in any encoding that is known; save it as UTF-8")
+        raise Unreadable("is no text in any known encoding; save it as UTF-8")
     best = matches[0]
     guess = best.encoding
-    for match in matches:  # Western Europe's encoding where another makes no more sense
+    for match in matches:  # prefer cp1252 where another fits no better
         ties = match.chaos <= best.chaos + 0.01 and match.coherence >= best.coherence - 0.01
         if match.encoding == "cp1252" and ties:
             guess = match.encoding
-    told = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
-    return content.decode(guess), told
+    note = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
+    return content.decode(guess), note
 
 
 def _strictly(content: bytes, encoding: str) -> str:
@@ -238,7 +238,7 @@ def _strictly(content: bytes, encoding: str) -> str:
 def _read(path: Path, encoding: str) -> tuple[str, list[str]]:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise Unreadable(f"has over {MAX_BYTES // 1_000_000} MB, which is no caption")
+            raise Unreadable(f"has over {MAX_BYTES // 1_000_000} MB, too much for captions")
         text, note = decode(path.read_bytes(), encoding)
     except OSError as error:
         raise Unreadable(f"can't be read: {error.strerror}") from None
@@ -246,10 +246,10 @@ def _read(path: Path, encoding: str) -> tuple[str, list[str]]:
 
 
 def sidecar(path: Path, encoding: str) -> tuple[Captions, list[str]]:
-    """Return captions in a .txt (all of it, as one) or .json next to a file, and notes.
+    """Return captions of a .txt (one caption) or .json file, and notes.
 
     Raises:
-        Unreadable: it holds none that can be read.
+        Unreadable: the file is invalid.
     """
     text, notes = _read(path, encoding)
     if path.suffix.lower() != ".json":
@@ -269,25 +269,25 @@ def _of_value(value: Any) -> Captions:
         value = value[found]
     several = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) for each in several):
-        raise Unreadable("holds a caption that is no text")
+        raise Unreadable("has a caption that is no text")
     return _clean(several)
 
 
 def _clean(texts: Iterable[str]) -> Captions:
     squeezed = [re.sub(r"\s+", " ", text).strip() for text in texts]
     if any(_HALF.search(text) for text in squeezed):
-        raise Unreadable("holds half of a character (a surrogate alone), which is "
-                         "no text; write the whole character, or take it out")
+        raise Unreadable("has half of a character (a lone surrogate); write the whole "
+                         "character, or delete it")
     return tuple(dict.fromkeys(text for text in squeezed if text))
 
 
 def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | None:
-    """Return captions by file of a CSV or of JSON lines, and notes; None where it names no files.
+    """Return the captions by file of a CSV or JSON Lines table, and notes; None: it names no files.
 
     Names are as written: relative to the table's folder, or absolute.
 
     Raises:
-        Unreadable: a table of files that can't be read, with the line.
+        Unreadable: the table names files, but is invalid; has the line.
     """
     text, notes = _read(path, encoding)
     rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
@@ -302,7 +302,7 @@ def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | 
             continue
         if any(row.get(_SURPLUS) or ()):
             raise Unreadable(f"line {line} has more values than the header has columns; put "
-                             "captions that hold the sign between columns in double quotes")
+                             "captions with the column separator in double quotes")
         columns |= dict.fromkeys(row)
         name = row[column].strip()
         if not name:
@@ -315,11 +315,11 @@ def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | 
             raise Unreadable(f"line {line} {error}") from None
         name = name.replace("\\", "/").removeprefix("./")
         if name in found:
-            notes.append(f"{path.name}, line {line}, names {name} again; both captions count")
+            notes.append(f"{path.name}, line {line}, names {name} again; both captions are used")
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
     if found and columns.keys().isdisjoint(CAPTION_KEYS):
         have = ", ".join(key for key in columns if key and key != _SURPLUS)
-        notes.append(f"{path.name} has no captions: its columns are {have}; read are "
+        notes.append(f"{path.name} has no captions: its columns are {have}; captions are in "
                      f"{', '.join(CAPTION_KEYS)}")
     return found, notes
 
@@ -335,15 +335,15 @@ def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _delimiter(text: str) -> str:
-    """Return the sign between the header's columns; those in captions don't count."""
+    """Return the separator of the header's columns."""
     header = text.lstrip("\r\n").partition("\n")[0].lower()
-    parted = {sign: [name.strip(' \r"') for name in header.split(sign)] for sign in _DELIMITERS}
-    return max(parted, key=lambda sign: (not {*FILE_KEYS}.isdisjoint(parted[sign]),
-                                         len(parted[sign])))
+    columns = {sign: [name.strip(' \r"') for name in header.split(sign)] for sign in _DELIMITERS}
+    return max(columns, key=lambda sign: (not {*FILE_KEYS}.isdisjoint(columns[sign]),
+                                          len(columns[sign])))
 
 
 def _json_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand within a text
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, as a text may have U+2028
         if not line.strip():
             continue
         try:

@@ -1,4 +1,4 @@
-"""One file looked at: counted by decoding, its times, colour, shots and flaws.
+"""Facts about a file from decoding it once: frames, times, colour, shots and flaws.
 
 Axes: H W rows and columns, h w those of a picture made small, K moments of a signature.
 """
@@ -30,11 +30,11 @@ from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
 
 PROBE_VERSION = 2
-"""Of what is recorded; records of another are made again."""
+"""Version of `FileFacts`; stored facts of other versions are made again."""
 FROZEN_S = 1.0
-"""How long nothing may move before it counts."""
+"""Seconds without motion from which a stretch counts as frozen."""
 SIGNATURE = (8, 12, 12, 3)
-"""Moments, rows, columns, colours by which files that look the same are known."""
+"""Shape [K, h, w, 3] of the signature that finds similar files."""
 _THUMBNAILS, _THUMBNAIL_SIDE = 3, 112
 
 Ticks = np.ndarray[Any, np.dtype[np.int64]]
@@ -42,7 +42,7 @@ Ticks = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Flawed:
-    """Frames `first` to `last`, both in, that have a flaw."""
+    """Hold a flaw of the frames `first` to `last`, both included."""
 
     kind: str
     first: int
@@ -51,56 +51,56 @@ class Flawed:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file holds, found by decoding all of it."""
+    """Hold the facts about a file, found by decoding all of it."""
 
-    sha256: str = ""  # of its content
-    # why nothing can be learned from it, or None; then the rest is of no use
+    sha256: str = ""  # of the file's bytes
+    # reason why the file is unusable, or None; with a reason the other facts are undefined
     problem: str | None = None
     kind: Literal["video", "picture"] = "video"  # a single frame is a picture
-    num_frames: int = 0  # decoded, not told
+    num_frames: int = 0  # decoded ones
     tick_s: Fraction = Fraction(1)  # seconds of a tick, exact
-    lengths: tuple[int, ...] = ()  # of frames in ticks
-    fps: Fraction = Fraction(0)  # frames over duration, exact where the file's times are
-    is_variable: bool = False  # whether frames follow each other unevenly
+    lengths: tuple[int, ...] = ()  # duration of each frame in ticks
+    fps: Fraction = Fraction(0)  # frames over duration, exact if the file's times are
+    is_variable: bool = False  # whether durations of frames vary
     size: tuple[int, int] = (0, 0)  # (width, height) as shown
-    rotation: int = 0  # degrees by which it is turned for showing
+    rotation: int = 0  # degrees by which frames are rotated for display
     pixel_aspect: Fraction = Fraction(1)  # width of a pixel over its height
     codec: str = ""  # as libav or Pillow name them
     pix_fmt: str = ""
-    # `range`, `primaries`, `transfer`, `matrix`, where the file says
+    # `range`, `primaries`, `transfer`, `matrix`, where the file has them
     colour: dict[str, str | None] = field(default_factory=dict)
-    cuts: tuple[tuple[int, int], ...] = ()  # (last frame of a shot, first of the next)
+    cuts: tuple[tuple[int, int], ...] = ()  # (last frame of a shot, first frame of the next)
     flaws: tuple[Flawed, ...] = ()  # stretches that are black, white, blank, frozen or damaged
-    num_repeats: int = 0  # frames that are equal to the one before
-    # small pictures of 8 moments, by which near duplicates are found, in base64
+    num_repeats: int = 0  # frames equal to the previous one
+    # 8 small pictures, which find near duplicates, in base64
     signature: str = ""
-    thumbnails: tuple[str, ...] = ()  # JPEGs of its beginning, middle and end, in base64
-    notes: tuple[str, ...] = ()  # what is odd but no problem
+    thumbnails: tuple[str, ...] = ()  # JPEGs of beginning, middle and end, in base64
+    notes: tuple[str, ...] = ()  # oddities that don't matter
 
     @property
     def is_hdr(self) -> bool:
-        """Whether its values mean light beyond a screen's white (ITU-R BT.2100)."""
+        """True if the transfer function is PQ or HLG (ITU-R BT.2100)."""
         return self.colour.get("transfer") in ("pq", "hlg")
 
     @property
     def duration_s(self) -> float:
-        """Seconds from the first frame's showing to the last one's end."""
+        """Seconds from the first frame's start to the last one's end; 0 for a picture."""
         return float(self.times[-1] * self.tick_s) if self.num_frames > 1 else 0.0
 
     @cached_property
     def times(self) -> Ticks:
-        """When each frame is shown, in ticks from the first on, and when the last one ends."""
+        """Start of each frame in ticks after the first one's, and the end of the last one."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     def small_pictures(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The signature, uint8 [K, h, w, 3]."""
+        """Return the signature as uint8 [K, h, w, 3]."""
         return np.frombuffer(base64.b64decode(self.signature), np.uint8).reshape(SIGNATURE)
 
 
 def probe_file(path: Path) -> FileFacts:
-    """Read a file, and decode it once from its first frame to its last.
+    """Return the facts about a file, which is decoded once.
 
-    A file that can't be used is no error: its `problem` says why.
+    An unusable file is no error: `problem` has the reason.
     """
     sha256 = ""
     try:
@@ -120,13 +120,13 @@ def _without_path(text: str, path: Path) -> str:
 
 
 def is_still(path: Path) -> bool:
-    """Return whether a file is a picture that doesn't move."""
+    """Return True for a picture without animation."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         return False
     try:
         with Image.open(path) as image:
             return getattr(image, "n_frames", 1) == 1
-    except Exception:  # load_image will say what it is
+    except Exception:  # load_image reports the error
         return True
 
 
@@ -146,17 +146,17 @@ def _probe_video(path: Path) -> FileFacts:
     with VideoReader(path, square=False) as reader:
         stream: dict[str, Any] = next(
             (s for s in probe(path)["streams"] if s["type"] in ("video", "picture")), {})
-        seen = _Watcher(reader)
+        watcher = _Watcher(reader)
         try:
             for frame in reader.timed():
-                seen.feed(frame)
+                watcher.feed(frame)
         except InputError as error:
-            raise InputError(f"{error} ({len(seen.ticks)} frames were decoded)") from None
-        return seen.facts(stream)
+            raise InputError(f"{error} ({len(watcher.ticks)} frames were decoded)") from None
+        return watcher.facts(stream)
 
 
 class _Watcher:
-    """Gathers facts while frames pass, in memory that hardly grows."""
+    """A collector of facts from frames in order, in almost constant memory."""
 
     def __init__(self, reader: VideoReader) -> None:
         self._reader, self.ticks = reader, list[int]()
@@ -182,11 +182,11 @@ class _Watcher:
         self._num_repeats += look.moved is not None and float(look.moved.max()) < 0.1
         if index % self._keep_step == 0:
             self._kept.append(small)
-        if len(self._kept) > 64:  # half as dense from here on
+        if len(self._kept) > 64:  # keep every second one, and half as many of those to come
             self._kept, self._keep_step = self._kept[::2], 2 * self._keep_step
 
     def _stands_still(self, small: Frames) -> bool:
-        """Whether a frame is still what it was when last something moved, be it ever so slowly."""
+        """Return True without motion since the frame of the last motion, however slow."""
         anchor = self._anchored.before
         moved = self._anchored.look(small).moved
         if moved is None or float(moved.max()) >= STILL:
@@ -204,7 +204,7 @@ class _Watcher:
         reader, count, between = self._reader, len(self.ticks), np.diff(self.ticks).tolist()
         lengths = [*between, self._last.length or round(float(np.median(between or [1])))]
         spread = max(between, default=0) - min(between, default=0)
-        # beyond the rounding of times to ticks
+        # more than times rounded to ticks can vary
         is_variable = spread > 1 or spread > 0.25 * sum(between) / max(len(between), 1)
         fps = rate = Fraction(reader.fps)
         if count > 1:
@@ -224,20 +224,20 @@ class _Watcher:
     def _notes(self, ticks: int) -> Iterator[str]:
         count, reader = len(self.ticks), self._reader
         if reader.header_frames not in (None, count):
-            yield f"its head tells of {reader.header_frames} frames, {count} can be decoded"
+            yield f"its header has {reader.header_frames} frames, but {count} can be decoded"
         found_s = ticks * reader.tick_s
         if reader.header_s is not None and found_s < 0.9 * reader.header_s:
-            yield (f"it ends early: its head tells of {float(reader.header_s):.2f} s, "
+            yield (f"it ends early: its header has {float(reader.header_s):.2f} s, but "
                    f"{float(found_s):.2f} s can be decoded")
         if self._is_interlaced:
-            yield "it is interlaced: frames hold two moments, line by line"
+            yield "it is interlaced: frames mix two moments"
         if count == 1:
-            yield "a film of one frame, taken as a picture"
+            yield "a video of one frame, used as a picture"
         if self._last.rotation % 90:
-            yield f"it is turned by {self._last.rotation} degrees, which is rounded to 90s"
+            yield f"its rotation of {self._last.rotation} degrees is rounded to a multiple of 90"
         if self._num_repeats > 0.2 * count:
-            yield (f"{self._num_repeats / count:.0%} of the frames repeat the one before; its real "
-                   "rate may be lower")
+            yield (f"{self._num_repeats / count:.0%} of the frames repeat the previous one; its "
+                   "real frame rate may be lower")
 
 
 def _flat(look: Look) -> dict[str, bool]:
@@ -265,14 +265,14 @@ def _thumbnail(picture: Frames) -> str:
 
 
 STEP, SLIGHT = 10.0, 2.5
-"""Mean change of the cells in levels that a cut has: where the pictures are somewhat alike, and
-where they have nothing to do with each other."""
+"""Least mean change of cells at a cut, in levels of 0 to 255: for similar pictures, and for
+unrelated ones."""
 STANDS_OUT, STANDS_OUT_UNLIKE = 4.0, 2.0
-"""Times the median change around it, for the same two cases. A steady camera move has 1."""
+"""Least ratio to the median change around it, for the same two cases; 1 is a steady camera move."""
 UNLIKE = 0.4
-"""Correlation of the cells below which two pictures have nothing to do with each other."""
+"""Correlation of cells below which two pictures are unrelated."""
 AROUND = 4
-"""Looks before and behind that a change is compared with."""
+"""Number of frames before and after with which a change is compared."""
 
 
 @dataclass(frozen=True)
@@ -284,14 +284,18 @@ class _Seen:
 
 
 class Cuts:
-    """Finds cuts: `found` has (last frame seen of the one shot, first of the next), in order."""
+    """A detector of cuts.
+
+    Attributes:
+        found: (last frame of a shot, first frame of the next) of each cut, in order.
+    """
 
     def __init__(self) -> None:
         self.found: list[tuple[int, int]] = []
         self._seen: deque[_Seen] = deque(maxlen=2 * AROUND + 1)
 
     def feed(self, index: int, color: Array) -> None:
-        """Go on with a frame's cells [y, x, 3], 0 to 255; frames may be left out between."""
+        """Add a frame's cells [h, w, 3], 0 to 255; frames may be left out between calls."""
         change, alike = 0.0, 1.0
         if self._seen:
             last = self._seen[-1].color
@@ -302,7 +306,7 @@ class Cuts:
             self._judge(len(self._seen) - 1 - AROUND)
 
     def finish(self) -> None:
-        """Judge the last changes, too."""
+        """Judge the last frames, after all are added."""
         for position in range(max(0, len(self._seen) - AROUND), len(self._seen)):
             self._judge(position)
 
@@ -319,5 +323,5 @@ class Cuts:
         back = [(seen[position - 1], later) for later in seen[position + 1 : position + AROUND]]
         back += [(earlier, here) for earlier in seen[max(0, position - AROUND) : position - 1]]
         if any(float(np.abs(a.color - b.color).mean()) < here.change / 3 for a, b in back):
-            return  # into a flash, or out of it
+            return  # the begin or end of a flash
         self.found.append((seen[position - 1].index, here.index))

@@ -17,13 +17,13 @@ from vidgen.training.data.select import Fate, Selection
 _FACTS = ("kind", "num_frames", "fps", "is_variable", "duration_s", "size", "rotation", "codec",
           "pix_fmt", "colour", "is_hdr", "num_repeats", "cuts", "flaws")
 _SHOWN = 40
-"""Files of a kind that a terminal lists; --json and --html tell all."""
+"""Most files per table in the terminal; --json and --html list all."""
 _MOST = 2_000
-"""Files shown with thumbnails; what was dropped or noted comes first."""
+"""Most files on the HTML page, those that are dropped or noted first."""
 
 
 def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
-    """Return all findings as JSON data; its `buckets` are by label."""
+    """Return the report as JSON data; `buckets` are by label."""
     used = [fate for fate in chosen.fates if fate.items]
     counts = Counter(item.bucket for item in chosen.items)
     files = {bucket: sum(any(item.bucket == bucket for item in fate.items) for fate in used)
@@ -49,46 +49,46 @@ def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
 def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
     file, facts = fate.file, fate.facts
     root = config.folders[file.folder].path if file.folder >= 0 else config.validation
-    told: dict[str, Any] = {
+    row: dict[str, Any] = {
         "folder": root, "name": file.name, "bytes": file.num_bytes,
         "captions": list(file.captions), "dropped": fate.dropped, "notes": fate.notes,
         "items": [{"bucket": item.bucket.label, "first_frame": item.start} for item in fate.items],
     }
     if facts.problem is not None:
-        return told
+        return row
     shown: dict[str, Any] = dump({name: getattr(facts, name) for name in _FACTS})
-    return told | shown
+    return row | shown
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Return tables of the buckets, of dropped files and of those with notes."""
+def as_text(report: Mapping[str, Any]) -> str:
+    """Return the report for a terminal: tables of buckets, dropped files and files with notes."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(file=io.StringIO(), width=110, markup=False, highlight=False)
     buckets = Table("bucket", "items", "files", title="Buckets", title_justify="left")
-    for label, row in told["buckets"].items():
+    for label, row in report["buckets"].items():
         buckets.add_row(label, str(row["items"]), str(row["files"]))
-    if told["buckets"]:
+    if report["buckets"]:
         console.print(buckets)
-    dropped = [(row, [row["dropped"], *row["notes"]]) for row in told["files"] if row["dropped"]]
-    noted = [(row, row["notes"]) for row in told["files"] if row["notes"] and not row["dropped"]]
+    dropped = [(row, [row["dropped"], *row["notes"]]) for row in report["files"] if row["dropped"]]
+    noted = [(row, row["notes"]) for row in report["files"] if row["notes"] and not row["dropped"]]
     for title, rows in (("Dropped", dropped), ("Noted", noted)):
-        table = Table("file", "what it is", "", title=f"{title}: {len(rows)}", title_justify="left")
+        table = Table("file", "content", "", title=f"{title}: {len(rows)}", title_justify="left")
         for row, words in rows[:_SHOWN]:
             table.add_row(Text(row["name"]), _describe(row), Text("; ".join(words)))
         if rows:
             console.print(table)
         if len(rows) > _SHOWN:
-            console.print(f"and {len(rows) - _SHOWN} more; --json or --html tells all")
-    for note in told["notes"]:
+            console.print(f"and {len(rows) - _SHOWN} more; --json or --html lists all")
+    for note in report["notes"]:
         console.print(f"note: {note}")
-    totals = told["totals"]
+    totals = report["totals"]
     console.print(
         f"{totals['files']} files, {totals['dropped']} dropped; {totals['items']} items, "
-        f"{totals['seconds_used']:.1f} of {totals['seconds']:.1f} s of film, at "
-        f"{told['geometry']['fps']} frames a second")
+        f"{totals['seconds_used']:.1f} of {totals['seconds']:.1f} s of video, at "
+        f"{report['geometry']['fps']} fps")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
 
@@ -104,15 +104,15 @@ def _describe(row: Mapping[str, Any]) -> str:
     return f"{row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, {size}"
 
 
-def page(told: Mapping[str, Any], fates: Sequence[Fate]) -> str:
-    """Return the page of `as_data`, with the thumbnails of the fates."""
-    pairs = list(zip(told["files"], fates, strict=True))
+def page(report: Mapping[str, Any], fates: Sequence[Fate]) -> str:
+    """Return the report as an HTML page, with the thumbnails of `fates`."""
+    pairs = list(zip(report["files"], fates, strict=True))
     pairs.sort(key=lambda pair: (pair[0]["dropped"] is None, not pair[0]["notes"]))
     buckets = [[label, str(row["items"]), str(row["files"])]
-               for label, row in told["buckets"].items()]
+               for label, row in report["buckets"].items()]
     return pages.page(
-        "data_check", title="Fine-tuning data", totals=told["totals"], notes=told["notes"],
-        fps=told["geometry"]["fps"], buckets=Table(["bucket", "items", "files"], buckets),
+        "data_check", title="Fine-tuning data", totals=report["totals"], notes=report["notes"],
+        fps=report["geometry"]["fps"], buckets=Table(["bucket", "items", "files"], buckets),
         files=[_shown(row, fate) for row, fate in pairs[:_MOST]], more=len(pairs) - _MOST)
 
 

@@ -1,7 +1,6 @@
-"""Choose stretches of files as items of buckets, or say why a file has none.
+"""Choose stretches of files as items of buckets, or give the reason why a file has none.
 
-Everything here follows from the config, the model's geometry and what was found out about the
-files; nothing is opened.
+Items follow from the config, the model's geometry and the facts about files; no file is opened.
 """
 
 from __future__ import annotations
@@ -21,48 +20,48 @@ from vidgen.training.data.files import Captions, MediaFile
 from vidgen.training.data.probe import FileFacts
 
 ALIKE, WORST = 4.0, 14.0
-"""Levels by which two files' cells may differ: root mean square, and the worst but for 1%. H.264 at
-crf 35 has 2 and 5 at 320x240; another take of the same scene differs by more somewhere."""
+"""Levels of 0 to 255 by which cells of similar files may differ: root mean square, and the quantile
+at 99%. H.264 at crf 35 has 2 and 5 at 320x240; another take of the same scene has more."""
 LENGTHS, ASPECTS = 0.03, 0.03
-"""Shares by which lengths and aspects of such files may differ."""
+"""Shares by which lengths and aspect ratios of similar files may differ."""
 _BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Item:
-    """A stretch of a file, or a picture, as one sample of a bucket."""
+    """Hold a stretch of a file, or a picture, as one sample of a bucket."""
 
-    folder: int  # number of its folder in the config, -1 for validation
-    name: str  # of its file, below that folder
+    folder: int  # index of its folder in the config; -1: the one for validation
+    name: str  # path of its file below that folder
     path: Path
-    sha256: str  # of the file's content
-    bucket: Bucket  # its shape
-    start: int  # frame of the file that it begins with
-    end: int  # frame of the file before which it ends
-    captions: Captions  # prefix included
-    group: str  # of files that look the same, which stay on one side of a held-out share
+    sha256: str  # of the file's bytes
+    bucket: Bucket
+    start: int  # its first frame in the file
+    end: int  # frame of the file after its last one
+    captions: Captions  # with the prefix
+    group: str  # hash shared by similar files, which are held out together or not at all
 
     @property
     def key(self) -> str:
-        """Identifies its pixels among all others, at a rate."""
+        """Hash of the item's pixels at a given frame rate."""
         facts = (self.sha256, self.bucket.label, self.start, self.end)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @dataclass
 class Fate:
-    """The items of a file, or the reason why it has none."""
+    """Hold the items of a file, or the reason why it has none."""
 
     file: MediaFile
     facts: FileFacts
-    items: list[Item] = field(default_factory=list)  # that it gives
-    dropped: str | None = None  # why it gives none
-    notes: list[str] = field(default_factory=list)  # on odd, cut, repeated or dropped parts
+    items: list[Item] = field(default_factory=list)  # empty if it is dropped
+    dropped: str | None = None  # reason, or None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Selection:
-    """All items, and every file's fate, by folder and name."""
+    """Hold the items or reasons of all files, by folder and name, and notes on folders."""
 
     geometry: Geometry
     fates: list[Fate]
@@ -77,7 +76,7 @@ class Selection:
 def select(
     config: DataConfig, geometry: Geometry, files: Sequence[MediaFile], facts: Sequence[FileFacts]
 ) -> list[Fate]:
-    """Settle every file's fate by the facts about it."""
+    """Return the items of each file, or the reason why it has none, from the facts about it."""
     groups = find_alike({each.sha256: each for each in facts if each.problem is None})
     first: dict[str, MediaFile] = {}
     fates = []
@@ -96,12 +95,12 @@ def _unfit(fate: Fate, config: DataConfig) -> str | None:
     if facts.problem is not None:
         return facts.problem
     if facts.pixel_aspect != 1:
-        return f"its pixels are not square ({facts.pixel_aspect}); encode it with square ones"
+        return f"its pixels are not square ({facts.pixel_aspect}); convert it to square pixels"
     if facts.is_hdr:
         return (f"it is HDR ({facts.colour['transfer']}), which would look pale; convert it to "
                 "BT.709")
     if not fate.file.captions and config.no_caption == "drop":
-        return "it has no caption; write one beside it (.txt), or set no_caption: empty"
+        return "it has no caption; write one to a .txt file of its name, or set no_caption: empty"
     return None
 
 
@@ -111,14 +110,14 @@ def _double(
     same = first.setdefault(fate.facts.sha256, fate.file)
     like = first.setdefault(f"like {group}", fate.file)
     if same is not fate.file:
-        told, is_dropped = f"it has the same bytes as {same.name}", config.duplicates != "keep"
+        reason, is_dropped = f"it has the same bytes as {same.name}", config.duplicates != "keep"
     elif like is not fate.file:
-        told, is_dropped = f"it looks like {like.name}", config.duplicates == "drop"
+        reason, is_dropped = f"it looks like {like.name}", config.duplicates == "drop"
     else:
         return None
     if is_dropped:
-        return told
-    fate.notes.append(told)
+        return reason
+    fate.notes.append(reason)
     return None
 
 
@@ -129,7 +128,7 @@ def _cut(fate: Fate, group: str, config: DataConfig, geometry: Geometry) -> None
     lost, scale = 1 - min(ratio, 1 / ratio), max(size[0] / shown[0], size[1] / shown[1])
     place = f"{shown[0]}x{shown[1]} for a bucket of {size[0]}x{size[1]}"
     if lost > config.max_crop:
-        fate.dropped = (f"{lost:.0%} of the picture would be cut off, {place}; max_crop is "
+        fate.dropped = (f"{lost:.0%} of each frame would be cropped, {place}; max_crop is "
                         f"{config.max_crop}")
         return
     if scale > config.max_enlarge:
@@ -137,7 +136,7 @@ def _cut(fate: Fate, group: str, config: DataConfig, geometry: Geometry) -> None
                         f"{config.max_enlarge}")
         return
     if lost > 0.02:
-        fate.notes.append(f"{lost:.0%} of the picture is cut off for {size[0]}x{size[1]}")
+        fate.notes.append(f"{lost:.0%} of each frame is cropped for {size[0]}x{size[1]}")
     if facts.kind == "picture":
         flaws = [flaw.kind for flaw in facts.flaws if flaw.kind in config.avoid]
         fate.dropped = f"the picture is {flaws[0]}" if flaws else None
@@ -146,7 +145,7 @@ def _cut(fate: Fate, group: str, config: DataConfig, geometry: Geometry) -> None
         possible, fate.dropped = _windows(facts, config, geometry)
         stretches = _spread(possible, config.windows)
         if len(stretches) < len(possible):
-            fate.notes.append(f"{len(stretches)} of {len(possible)} possible items are taken "
+            fate.notes.append(f"{len(stretches)} of {len(possible)} possible items are used "
                               f"(windows: {config.windows})")
     captions = tuple(f"{config.prefix} {text}".strip() for text in file.captions or ("",))
     fate.items += [Item(file.folder, file.name, file.path, facts.sha256, Bucket(*size, length),
@@ -158,11 +157,11 @@ def _cut(fate: Fate, group: str, config: DataConfig, geometry: Geometry) -> None
 def _windows(
     facts: FileFacts, config: DataConfig, geometry: Geometry
 ) -> tuple[list[tuple[int, int, int]], str | None]:
-    """Return (first frame, frame after, length in the bucket) of each item; or why it has none."""
+    """Return (first frame, end, length in the bucket) of each item, and the reason for none."""
     lengths = [length for length in geometry.frames if length > 1]
     if not lengths:
-        return [], "it is a clip, and no bucket is longer than 1 frame"
-    scale = float(facts.tick_s * geometry.fps)  # times in frames of the items, rounded to ticks
+        return [], "it is a clip, but all buckets are for pictures (1 frame)"
+    scale = float(facts.tick_s * geometry.fps)  # frames of an item per tick
     begins, slack = facts.times.astype(np.float64) * scale, min(scale, 0.1) + 1e-6
     found, longest = list[tuple[int, int, int]](), 0
     for start, stop in _stretches(facts, config):
@@ -170,7 +169,7 @@ def _windows(
         longest = max(longest, int(room + slack))
         length = max((each for each in lengths if each <= int(room + slack)), default=0)
         count = int((room + slack) / length) if length else 0
-        for number in range(count):  # side by side, as a whole in the stretch's middle
+        for number in range(count):  # one after another, centred in the stretch
             margin = max(0.0, room - count * length) / 2
             moment = begins[start] + margin + number * length
             shown = np.searchsorted(begins[start:stop], moment + slack, side="right")
@@ -179,9 +178,9 @@ def _windows(
         return found, None
     around = f" without {', '.join(config.avoid)}" if facts.cuts or facts.flaws else ""
     most = longest - (longest - 1) % geometry.stride_t
-    remedy = f"; with frames: {most} it would fit" if most > 1 else ""
-    return [], (f"its longest stretch{around} gives {longest} frames at "
-                f"{float(geometry.fps):g} a second; the shortest bucket has {lengths[0]}{remedy}")
+    remedy = f"; set frames to {most} to use it" if most > 1 else ""
+    return [], (f"its longest stretch{around} has {longest} frames at {float(geometry.fps):g} fps, "
+                f"but the shortest bucket has {lengths[0]}{remedy}")
 
 
 def _spread(
@@ -194,13 +193,13 @@ def _spread(
 
 
 def _stretches(facts: FileFacts, config: DataConfig) -> Iterator[tuple[int, int]]:
-    """Yield (first frame, frame after) of stretches without anything that is to be avoided."""
-    holes = [(flaw.first, flaw.last + 1) for flaw in facts.flaws
+    """Yield (first frame, end) of the stretches without damage and flaws of `config.avoid`."""
+    flaws = [(flaw.first, flaw.last + 1) for flaw in facts.flaws
              if flaw.kind == "damaged" or flaw.kind in config.avoid]
-    if "cut" in config.avoid:  # between the two frames, wherever it is
-        holes += [(last + 1, first) for last, first in facts.cuts]
+    if "cut" in config.avoid:  # anywhere between the two frames
+        flaws += [(last + 1, first) for last, first in facts.cuts]
     begin = 0
-    for start, stop in sorted(holes):
+    for start, stop in sorted(flaws):
         if start > begin:
             yield begin, start
         begin = max(begin, stop)
@@ -209,10 +208,10 @@ def _stretches(facts: FileFacts, config: DataConfig) -> Iterator[tuple[int, int]
 
 
 def picks(item: Item, facts: FileFacts, geometry: Geometry) -> list[int]:
-    """Return the frames of the file that an item shows; rising, with repeats where it lacks some.
+    """Return the frame numbers of the file for an item's frames, rising, with repeats if needed.
 
-    Frame n is the one whose showing begins nearest to n / fps after the item's first, the earlier
-    of two.
+    Frame n of the item is the file's frame that starts nearest to n / fps after the item's first
+    one; of two equally near, the earlier.
     """
     times = facts.times[item.start : item.end]
     step, shown = 1 / (geometry.fps * facts.tick_s), []
@@ -232,29 +231,30 @@ def _note_times(fate: Fate, geometry: Geometry) -> None:
         repeats += len(shown) - len(set(shown))
         left += shown[-1] - shown[0] + 1 - len(set(shown))
         total += len(shown)
-    told = f"{float(facts.fps):.4g} frames a second are shown at {float(geometry.fps):.4g}"
+    rates = f"{float(facts.fps):.4g} to {float(geometry.fps):.4g} fps"
     if repeats:
-        fate.notes.append(f"{told}: {repeats} of {total} frames are repeats")
+        fate.notes.append(f"{rates}: {repeats} of {total} frames are repeats")
     if left:
-        fate.notes.append(f"{told}: {left} frames between are left out")
+        is_half = facts.fps == 2 * geometry.fps and not facts.is_variable
+        dropped = "every second frame" if is_half else f"{left} of {left + total - repeats} frames"
+        fate.notes.append(f"{rates}: {dropped} dropped")
     if facts.cuts:
         moments = [int(facts.times[first]) * facts.tick_s for _, first in facts.cuts[:5]]
         more = f" and {len(facts.cuts) - 5} more" if len(facts.cuts) > 5 else ""
-        told = ", ".join(f"{float(moment):.2f}" for moment in moments)
-        fate.notes.append(f"it has cuts at {told} s{more}")
+        times = ", ".join(f"{float(moment):.2f}" for moment in moments)
+        fate.notes.append(f"it has cuts at {times} s{more}")
     kinds = Counter(flaw.kind for flaw in facts.flaws)
     if kinds:
-        told = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-        fate.notes.append(f"it has stretches that are {told}")
+        counts = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+        fate.notes.append(f"it has stretches that are {counts}")
 
 
 def find_alike(facts: Mapping[str, FileFacts]) -> dict[str, str]:
-    """Return {SHA-256: the first, in the order of the hashes, of those that look the same}.
+    """Return {SHA-256: lowest SHA-256 of its group} for files that look the same.
 
-    They are encoded again, at another size, rate or quality, or copied. Compared are 8 moments of
-    each file as pictures of 12x12 cells: a part of a longer file, or a mirrored or much recoloured
-    copy, isn't found. Files are compared with those of about the same length alone, so that it
-    takes a second for ten thousand files of all lengths.
+    Such files are copies, or differ in size, frame rate or quality. Signatures of 8 moments with
+    12x12 cells are compared, which don't find parts of longer files, mirrored or recoloured ones.
+    Only files of similar length are compared: ten thousand of varied length take one second.
     """
     order = sorted(facts, key=lambda sha: (facts[sha].duration_s, sha))
     lengths, aspects, shown = (np.array(values, dtype=np.float32) for values in (
@@ -266,10 +266,10 @@ def find_alike(facts: Mapping[str, FileFacts]) -> dict[str, str]:
     for start in range(0, len(order), _BLOCK):
         end = start + _BLOCK
         stop = int(np.searchsorted(lengths, limits[start:end][-1], side="right"))
-        off = squares[start:end, None] + squares[start:stop]
-        off -= 2 * shown[start:end] @ shown[start:stop].T
-        rounding = 64  # what float32 leaves of sums of squares
-        for a, b in np.argwhere(off <= shown.shape[1] * ALIKE**2 + rounding) + start:
+        distances = squares[start:end, None] + squares[start:stop]
+        distances -= 2 * shown[start:end] @ shown[start:stop].T
+        rounding = 64  # error of float32 in sums of squares
+        for a, b in np.argwhere(distances <= shown.shape[1] * ALIKE**2 + rounding) + start:
             if (a < b and lengths[b] <= limits[a] and abs(aspects[a] / aspects[b] - 1) <= ASPECTS
                     and np.quantile(np.abs(shown[a] - shown[b]), 0.99) <= WORST):
                 groups[groups == groups[b]] = groups[a]

@@ -1,7 +1,7 @@
-"""From a config to items: folders scanned, files decoded once, every file's fate settled.
+"""Select items from the files of a data config: scan folders, decode files once, choose stretches.
 
-Facts about a file are kept in the user's cache folder as soon as they are found, so a check that
-was killed goes on after them. The folders with the data are never written to.
+Facts about each file are stored in the user's cache folder at once, so that a check that was killed
+continues after them. The folders with the data are never written to.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
 
 T = TypeVar("T")
-_SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
+_SETTLED_S = 2.0  # a newer file may change again within the resolution of its time stamp
 
 
 def look_at(
     files: Sequence[MediaFile], on_event: OnEvent, *, workers: int = 1, folder: Path | None = None
 ) -> list[FileFacts]:
-    """Return facts of each file, decoded in `workers` processes where they aren't known yet.
+    """Return the facts about each file; unknown files are decoded in `workers` processes.
 
-    They are kept in `folder` by the file's place, size and time of change.
+    Facts are stored in `folder` by a file's path, size and modification time.
     """
     store, places = Store(folder or cache_folder() / "data"), {file.path: file for file in files}
     address = {
@@ -52,7 +52,7 @@ def look_at(
 
 
 def counted(on_event: OnEvent, stage: str, things: Iterable[T], total: int) -> Iterator[T]:
-    """Yield things, and report progress after each."""
+    """Yield `things`, and report progress after each of `total`."""
     done = 0
     on_event({"event": "progress", "stage": stage, "done": done, "total": total})
     for done, each in enumerate(things, 1):
@@ -61,10 +61,10 @@ def counted(on_event: OnEvent, stage: str, things: Iterable[T], total: int) -> I
 
 
 def open_trainable(model: str) -> ModelFolder:
-    """Open the folder of a model that can be fine-tuned.
+    """Open the folder of a model for fine-tuning.
 
     Raises:
-        ModelError: no such model, or one that runs through diffusers.
+        ModelError: no such model, or one of the diffusers backend.
     """
     folder = open_model(model)
     if not isinstance(folder, ModelFolder):
@@ -76,10 +76,10 @@ def open_trainable(model: str) -> ModelFolder:
 def survey(
     config: DataConfig, folder: ModelFolder, on_event: OnEvent, *, workers: int = 1
 ) -> Selection:
-    """Look at all files of a config, for a model.
+    """Check all files of a config, and select items for a model.
 
     Raises:
-        InputError: folders or tables that can't be read, sizes that the model can't have.
+        InputError: a folder or table can't be read, or the model doesn't support a size.
     """
     geometry = Geometry.of(config, folder)
     files, notes = scan(config)
@@ -91,9 +91,9 @@ def survey(
             count = tokenizer.count(caption)
             if count > limit:
                 fate.notes.append(
-                    f"its caption has {count} tokens, the model reads {limit}: the last "
-                    f"{count - limit} are cut")
+                    f"its caption has {count} tokens, but the model reads {limit}: the last "
+                    f"{count - limit} are ignored")
             unknown = [word for word, _ in tokenizer.unknown_words(caption)]
             if unknown:
-                fate.notes.append(f"the model doesn't know: {', '.join(unknown[:8])}")
+                fate.notes.append(f"the model doesn't know the words: {', '.join(unknown[:8])}")
     return Selection(geometry, fates, notes)

@@ -50,7 +50,7 @@ class Place:
 
     @property
     def main(self) -> bool:
-        """Whether this rank writes files and reports progress."""
+        """True for the rank that writes files and reports progress."""
         return self.rank == 0
 
     @property

@@ -1,1 +1,1 @@
-"""Fine-tuning on one's own clips: one function behind three doors."""
+"""Fine-tuning of a model on own clips."""

@@ -44,17 +44,17 @@ def possible_conditions(folder: ModelFolder) -> tuple[str, ...]:
     return ("text", *(kind for kind, task in _TASK.items() if task in folder.tasks))
 
 
-def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) -> dict[str, float]:
+def settle_conditions(weights: Mapping[str, float] | None, folder: ModelFolder) -> dict[str, float]:
     """Return the relative frequency of each condition; the default has all the model supports.
 
     Raises:
         InputError: an unknown or unsupported condition, a negative weight, or no weight over 0.
     """
     possible = possible_conditions(folder)
-    if asked is None:
+    if weights is None:
         return {kind: _DEFAULTS[kind] for kind in possible if kind in _DEFAULTS}
     known = set(KINDS)
-    for kind, weight in asked.items():
+    for kind, weight in weights.items():
         if kind not in known:
             raise InputError(f"conditions: unknown condition {kind!r}; {nearest(kind, known)}")
         if not 0 <= weight < float("inf"):
@@ -63,9 +63,9 @@ def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) ->
             raise InputError(
                 f"conditions.{kind}: {folder.name} doesn't support this condition; it supports "
                 f"{', '.join(possible)}")
-    if not any(asked.values()):
+    if not any(weights.values()):
         raise InputError("conditions: give at least one a weight above 0")
-    return dict(asked)
+    return dict(weights)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Open a model to be fine-tuned: its transformers, LoRA in them, a spare token's embedding.
+"""Open a model for fine-tuning: its transformers, with LoRA, and a spare token's embedding.
 
-While a LoRA trains a layer is PEFT's `Linear`, whose factors are modules of their own, so that
-DeepSpeed and DDP see them as they see any other; what is written is an `Adapter` as `--lora` reads.
+During training LoRA layers are PEFT's, whose factors are modules, as DeepSpeed and DDP require.
+Results are written as an `Adapter`, which `--lora` reads.
 
 Axes: D width of the text encoder.
 """
@@ -38,7 +38,7 @@ _GROUPS = {
 
 
 class LearnedToken(nn.Module):
-    """The embedding of one spare token, by the tokenizer's id of it; it starts as `row` [D]."""
+    """The trained embedding of a spare token, whose id is `index`; initially `row` [D]."""
 
     def __init__(self, token: str, index: int, row: Tensor) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class LearnedToken(nn.Module):
         self.row = nn.Parameter(row.detach().float().clone())
 
     def forward(self) -> dict[int, Tensor]:
-        """Return the learned tokens as `encode_tokens` takes them."""
+        """Return {token id: embedding [D]}, as `encode_tokens` takes it."""
         return {self.index: self.row}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A token that is learned, with the frozen text encoder and tokenizer that read captions."""
+    """Hold a trained token, with the frozen text encoder and tokenizer for captions."""
 
     token: LearnedToken
     encoder: UMT5Encoder
@@ -60,10 +60,10 @@ class Subject:
 
 
 def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRole, ...]:
-    """Return the transformers that learn, by their role.
+    """Return the roles of the transformers to train.
 
     Raises:
-        InputError: an expert of a model that has only one transformer, or two at once by DeepSpeed.
+        InputError: an expert of a model with one transformer, or two experts with DeepSpeed.
     """
     if EXPERTS[1] not in folder.components:
         if config.experts != "both":
@@ -72,24 +72,24 @@ def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRo
         return EXPERTS[:1]
     if config.experts == "both" and config.run.engine.deepspeed:
         raise InputError(
-            f"{folder.name} has two experts, which take turns; DeepSpeed would change the one that "
-            "rests. Train one after the other: --set experts=high, then --set experts=low with "
-            "another run.folder; or leave run.engine.deepspeed out")
+            f"{folder.name} has two experts, which take turns; DeepSpeed would also change the "
+            "unused one. Train one after the other: --set experts=high, then --set experts=low "
+            "with another run.folder; or leave run.engine.deepspeed out")
     return {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}[config.experts]
 
 
 def rate_of(folder: ModelFolder, role: str) -> int:
-    """Return how many latent frames a transformer draws for each of a clip's."""
+    """Return the number of latent frames that a transformer denoises per latent frame of a clip."""
     return upsampling_of(folder) if role == EXPERTS[1] else 1
 
 
 def open_transformers(
     config: FinetuneConfig, folder: ModelFolder, device: torch.device
 ) -> dict[str, nn.Module]:
-    """Load the transformers that learn, ready to be trained.
+    """Load the transformers to train and prepare them.
 
-    LoRA: frozen weights in the run's dtype, float32 factors drawn from torch's global generator.
-    Full: float32 weights, of which autocast makes bf16 where the run says so.
+    LoRA: frozen weights in the run's dtype, and float32 factors from torch's global generator.
+    Full: float32 weights; a run in bf16 uses autocast.
     """
     dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
     return {role: prepare_module(config, folder.components[role].load(
@@ -98,24 +98,24 @@ def open_transformers(
 
 
 def prepare_module(config: FinetuneConfig, module: nn.Module) -> nn.Module:
-    """Prepare a loaded transformer, or one on the meta device, as the run trains it."""
+    """Prepare a transformer, loaded or on the meta device, for training; return it."""
     assert isinstance(module, SpacetimeDiT)
     module.gradient_checkpointing = config.checkpointing
     if config.method == "lora":
         inject(module, config.lora)
         return module
     for name, parameter in module.named_parameters():
-        if not (parameter.is_meta or hasattr(parameter, "ds_id")):  # which ZeRO-3 has copied
-            parameter.data = parameter.data.clone()  # as loaded it may be the mapped file
-        parameter.requires_grad_("audio" not in name)  # clips have no sound: nothing would reach it
+        if not (parameter.is_meta or hasattr(parameter, "ds_id")):  # ZeRO-3 has copied it
+            parameter.data = parameter.data.clone()  # it may be a read-only map of the file
+        parameter.requires_grad_("audio" not in name)  # data have no audio, so no gradients
     return module
 
 
 def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.device) -> Subject:
-    """Open the spare token, whose embedding begins as the mean of `like`'s.
+    """Open a spare token; its embedding starts as the mean of those of `settings.like`.
 
     Raises:
-        InputError: a token that this model doesn't have.
+        InputError: the model has no such token.
     """
     tokenizer = PromptTokenizer(folder.tokenizer, folder.components["transformer"].config.text_len)
     try:
@@ -123,19 +123,19 @@ def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.d
     except ModelError:
         raise InputError(
             f"subject.token {settings.token!r} is no token of {folder.name}; toybox has "
-            "<subject_0> to <subject_63>, other models none: leave subject out") from None
+            "<subject_0> to <subject_63>, other models have none: leave subject out") from None
     encoder = folder.components["text_encoder"].load(torch.float32, device)
     assert isinstance(encoder, UMT5Encoder)
     ids, _ = tokenizer.encode([settings.like])
-    start = encoder.shared.weight[ids[0, :-1].to(device)].mean(0)  # the last one ends the text
+    start = encoder.shared.weight[ids[0, :-1].to(device)].mean(0)  # without the end-of-text token
     return Subject(LearnedToken(settings.token, index, start), encoder, tokenizer)
 
 
 def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the linear layers that get a delta; none that makes sound, as clips bring none.
+    """Return the paths of the linear layers that get a delta, without audio layers.
 
     Raises:
-        InputError: a part of a name that no linear layer has; names the nearest.
+        InputError: no linear layer has such a part of a name; names the nearest.
     """
     linear = [path for path, layer in dit.named_modules()
               if isinstance(layer, nn.Linear) and "audio" not in path]
@@ -151,13 +151,12 @@ def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, .
 
 
 def inject(dit: nn.Module, settings: LoraSettings) -> int:
-    """Give layers a delta to learn, zero at first, and return their number; the rest is frozen.
+    """Add trainable deltas to layers, freeze all else, and return the number of layers.
 
-    The first factors are drawn from torch's global generator; both are float32 whatever the
-    layers' dtype is.
+    Factors are float32. The first is drawn from torch's global generator; the second is zero.
 
     Raises:
-        InputError: PEFT isn't installed, or see `target_paths`.
+        InputError: PEFT isn't installed, or as `target_paths`.
     """
     try:
         with _quiet():
@@ -183,7 +182,7 @@ def inject(dit: nn.Module, settings: LoraSettings) -> int:
 
 @contextmanager
 def without_delta(dit: nn.Module) -> Iterator[None]:
-    """Switch off inside the block what `inject` has put into a transformer."""
+    """Switch off the deltas of `inject` inside the block."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in dit.modules() if isinstance(layer, LoraLayer)]
@@ -201,9 +200,11 @@ def adapter_of(
     weights: Mapping[str, Tensor], settings: LoraSettings, name: str,
     tokens: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """Make an adapter of the weights, or factors alone, of a transformer after `inject`.
+    """Return an adapter of the weights of a transformer after `inject`.
 
-    `tokens` are embeddings that were learned with it.
+    Args:
+        weights: state of the transformer, of which only the factors are used.
+        tokens: trained embeddings [D] by token.
     """
     first, second = (f".lora_{side}.{_ADAPTER}.weight" for side in "AB")
     scale = (settings.rank if settings.alpha is None else settings.alpha) / settings.rank
@@ -213,9 +214,10 @@ def adapter_of(
 
 
 def delta_norm(adapter: Adapter) -> float:
-    """Return the Frobenius norm of all that an adapter changes of a transformer's weights.
+    """Return the Frobenius norm of an adapter's changes to a transformer's weights.
 
-    |scale * up @ down|^2 is the sum of (up^T up) * (down down^T), so no product is formed.
+    |scale * up @ down|^2 is scale^2 times the sum of (up^T up) * (down down^T), so no matrix of a
+    layer's size is computed.
     """
     total = 0.0
     for part in adapter.low_rank.values():
@@ -227,7 +229,7 @@ def delta_norm(adapter: Adapter) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT's optional back ends complain on import of what isn't used here."""
+    """Hide warnings of PEFT's optional back ends, which aren't used here."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -30,7 +30,7 @@ from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import Expert, write_lora
 
 FOLDER = "output"
-"""Results in the run's folder."""
+"""Name of the folder of results in the run's folder."""
 _STATEMENTS = {
     "author": "Author", "license": "Licence", "data_license": "Licence of the clips",
     "consent": "Consent of people in the clips",
@@ -39,30 +39,30 @@ _SIDE: dict[ExpertRole, Expert] = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
 
 
 class NoEffect(VidgenError):
-    """A run whose result changes nothing."""
+    """The result of a run changes nothing."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """The result of a run."""
+    """Hold the files that a run exported, and the checkpoint they are from."""
 
-    checkpoint: Path  # it is of
-    reason: str  # for this one, for people
-    files: list[Path] = field(default_factory=list)  # all of it, for people to load
-    use: list[str] = field(default_factory=list)  # what follows `--lora` or `--model`
-    delta: dict[ExpertRole, float] = field(default_factory=dict)  # norm of what changed
+    checkpoint: Path
+    reason: str  # why this checkpoint, such as "latest"
+    files: list[Path] = field(default_factory=list)
+    use: list[str] = field(default_factory=list)  # values for `--lora`, or one for `--model`
+    delta: dict[ExpertRole, float] = field(default_factory=dict)  # norm of the change by role
 
     @property
     def step(self) -> int:
-        """The checkpoint's step."""
+        """Step of the checkpoint."""
         return int(checkpoint.read_meta(self.checkpoint)["step"])
 
 
 def choose_checkpoint(run: RunConfig) -> Made:
-    """Choose the checkpoint where `run.best` was lowest, or the newest one.
+    """Choose the checkpoint with the lowest `run.best`, or the latest one.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the run has no checkpoint.
     """
     folder = Path(run.folder)
     newest = checkpoint.latest_checkpoint(folder)
@@ -70,19 +70,18 @@ def choose_checkpoint(run: RunConfig) -> Made:
         raise ModelError(f"{folder} has no checkpoint; train there first")
     meta = checkpoint.read_meta(newest)
     step = meta["best_step"] if run.best and meta["best_of"] == run.best else -1
-    if step < 0:  # or the best is of another score before the run went on
+    if step < 0:  # none yet, or the run was resumed with another `best`
         why = f", as none was kept for its {run.best}" if run.best else ""
-        return Made(newest, f"the newest one{why}")
-    return Made(checkpoint.step_folder(folder, step),
-                f"where {run.best} was lowest, {meta['best']:.4g}")
+        return Made(newest, f"latest{why}")
+    return Made(checkpoint.step_folder(folder, step), f"lowest {run.best}, {meta['best']:.4g}")
 
 
 def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
-    """Write the averaged weights that a run has learned; see `choose_checkpoint`.
+    """Write the averaged weights of the checkpoint that `choose_checkpoint` returns.
 
     Raises:
-        NoEffect: the weights of an expert, as written, differ in nothing from the base model's.
-        ModelError: there is no checkpoint.
+        NoEffect: the written weights of a transformer equal those of the base model.
+        ModelError: the run has no checkpoint.
     """
     made = choose_checkpoint(config.run)
     target = Path(config.run.folder) / FOLDER
@@ -92,29 +91,29 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
     idle = [_SIDE[role] for role, change in made.delta.items() if not change]
     if len(idle) == len(made.delta):
         raise NoEffect(
-            f"the run in {config.run.folder} has no effect: what it learned changes no weight; "
-            "raise run.optim.lr or run.steps, and look at curve.jsonl")
+            f"the run in {config.run.folder} has no effect: no exported weight differs from "
+            "the base model's; raise run.optim.lr or run.steps, and check curve.jsonl")
     if idle:
         raise NoEffect(
-            f"the {idle[0]}-noise expert learned nothing in {config.run.folder}: none of its "
-            "weights changes; raise run.optim.lr or run.steps, or train the other one alone by "
-            f"experts: {'low' if idle[0] == 'high' else 'high'}")
+            f"the {idle[0]}-noise expert learned nothing in {config.run.folder}: no exported "
+            "weight differs from the base model's; raise run.optim.lr or run.steps, or train only "
+            f"the other one with experts: {'low' if idle[0] == 'high' else 'high'}")
     return made
 
 
-def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
-    """Check, before anything is loaded, that the layers exist and the results can be written.
+def check_output(config: FinetuneConfig, folder: ModelFolder) -> None:
+    """Check before training that the layers exist and the results can be written.
 
     Raises:
-        InputError: an expert or layers that the model doesn't have, or a file in the way.
-        ModelError: a whole model is to be written where something else lies.
+        InputError: the model lacks an expert or layers, or the folder of results is a file.
+        ModelError: the folder for a full model holds something else.
     """
     target = Path(config.run.folder) / FOLDER
     if target.exists() and not target.is_dir():
-        raise InputError(f"{target}, where the results are to lie, is a file; move it away")
+        raise InputError(f"{target}, the folder for the results, is a file; move it away")
     place = target / config.output.name
     if config.method == "full" and place.exists():
-        open_model(str(place))  # one that isn't a model is not ours to replace
+        open_model(str(place))  # only an older model is replaced
     for role in trained_roles(config, folder):
         if config.method == "lora":
             with torch.device("meta"):
@@ -123,7 +122,7 @@ def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
 
 
 def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made: Made) -> None:
-    """Write one file, or one for each of two experts, in each dialect that is asked for."""
+    """Write a file for each trained transformer and dialect."""
     run, dtype = Path(config.run.folder), DTYPES[config.output.dtype]
     for role in trained_roles(config, folder):
         side = _SIDE[role] if EXPERTS[1] in folder.components else None
@@ -134,7 +133,7 @@ def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made
             tokens = {config.subject.token: learned["row"]}
         weights = checkpoint.load_averages(run, role, made.checkpoint)
         adapter = adapter_of(weights, config.lora, name, tokens)
-        low_rank = {  # as it is written: a factor too small for the dtype is zero there
+        low_rank = {  # in the dtype of the file, where tiny factors are zero
             path: replace(part, down=part.down.to(dtype), up=part.up.to(dtype))
             for path, part in adapter.low_rank.items()
         }
@@ -151,9 +150,9 @@ def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made
 
 
 def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path, made: Made) -> None:
-    """Write a whole model folder of our layout; other parts are as the base model has them.
+    """Write a complete model folder; untrained parts are those of the base model.
 
-    One that lies there from before stays until the new one is whole.
+    An older one is replaced after the new one is complete.
     """
     run, place = Path(config.run.folder), target / config.output.name
     changed: dict[str, Mapping[str, Tensor]] = {}
@@ -161,7 +160,7 @@ def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path, mad
         changed[role] = checkpoint.load_averages(run, role, made.checkpoint)
         made.delta[role] = _change(folder.components[role], changed[role])
     if place.exists():
-        open_model(str(place))  # that it still is one
+        open_model(str(place))  # still a model
     checkpoint.drop_partial(target)
     with atomic_path(place) as fresh:
         convert(replace(folder, name=config.output.name), fresh, "vidgen", changed=changed)
@@ -170,7 +169,7 @@ def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path, mad
 
 
 def _change(component: Component[Any], tensors: Mapping[str, Tensor]) -> float:
-    """Return the norm of what changes of the files' weights, once written in their dtype."""
+    """Return the norm of the change of weights in the dtype of the base model's files."""
     changed = 0.0
     for name, lazy in component.tensors.items():
         if name in tensors:
@@ -181,16 +180,18 @@ def _change(component: Component[Any], tensors: Mapping[str, Tensor]) -> float:
 
 
 def unstated(config: FinetuneConfig) -> list[str]:
-    """Return the keys of `output` that a card should state and the run leaves out."""
+    """Return the empty fields of `output` that the model card should state."""
     return [name for name in _STATEMENTS if not getattr(config.output, name).strip()]
 
 
 def write_card(
     config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Made, folder: Path
 ) -> None:
-    """Write `README.md`, as the hub shows it.
+    """Write the model card `README.md` in the hub's format.
 
-    `facts` are of the data and the run, with the `effect` on the A/B sheet, if there is one.
+    Args:
+        facts: tables `data` and `training`, and `effect`, the mean difference on the A/B sheet.
+        folder: folder of the card.
     """
     curve = read_curve(Path(config.run.folder) / "curve.jsonl")
     card = _card(config, base, facts, made, curve)
@@ -198,7 +199,7 @@ def write_card(
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's curve; of steps that were repeated, the last ones."""
+    """Return the lines of a run's curve by step; of repeated steps, the last lines."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     latest = {(line["step"], "validation" in line, "event" in line): line for line in lines}
     return sorted(latest.values(), key=lambda line: line["step"])
@@ -218,11 +219,11 @@ def _card(
     if config.subject is not None:
         header["instance_prompt"] = config.subject.token
     use = "".join(f" --lora {Path(path).name}" for path in made.use)
-    model, told = base.given or base.name, []
+    model, prompts = base.given or base.name, []
     if config.method == "full":
         use, model = "", Path(made.use[0]).name
     if config.subject is not None:
-        told = [f"Prompts have `{config.subject.token}` where the subject is to be."]
+        prompts = [f"Write `{config.subject.token}` in a prompt for the subject."]
     scores = [line["validation"] for line in curve if "validation" in line]
     table = ["| validation | first | last |", "|---|---|---|"] + [
         f"| {name} | {scores[0].get(name, float('nan')):.4f} | {value:.4f} |"
@@ -230,13 +231,13 @@ def _card(
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {output.name}",
-        f"A {kind} of {base.name}. {output.description}".strip(), *told,
+        f"A {kind} of {base.name}. {output.description}".strip(), *prompts,
         f'```bash\nvidgen generate "..." --model {model}{use}\n```',
-        "## What it may be used for",
+        "## Licences and consent",
         _list(stated | {"Licence of the base model": base.license}),
         "## Data", _list(facts["data"]),
         "## Training",
-        _list(facts["training"] | {"weights of step": f"{made.step}, {made.reason}"}),
+        _list(facts["training"] | {"weights of step": f"{made.step} ({made.reason})"}),
         "\n".join(table),
         "With and without it, same seeds: [ab.png](ab.png)." * (facts["effect"] is not None),
         "## Config", f"```yaml\n{yaml.safe_dump(dump(config), sort_keys=False)}```",

@@ -1,10 +1,9 @@
-"""`vidgen train --plan`: memory and time of a run on each rank, from modules on the meta device.
+"""`vidgen train --plan`: memory and time of a run per rank, from modules on the meta device.
 
-Weights, gradients, moments and averages are counted parameter by parameter, as the engine holds
-them. Activations are what autograd keeps of a block, counted once on real blocks (a test does so
-again): bytes a token, in widths of the transformer and of its feed-forward.
+Weights, gradients, moments and averages are counted by parameter, as the engine holds them.
+Activations are estimated from constants measured on real blocks, which a test measures again.
 
-Axes: L tokens of a sample, D width, F hidden width of the feed-forward.
+Axes: D width of the transformer, F hidden width of its feed-forward.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from vidgen.weights.folder import ModelFolder
 from vidgen.weights.published import is_here, published
 
 FULL_BYTES = (56.2, 4.0)
-"""Kept of a block whose weights are trained, a token: times D and times F."""
+"""Bytes that autograd keeps per token and trained block, to be multiplied by D and F."""
 LORA_BYTES = (42.6, 2.0)
-"""Kept of a block whose weights are frozen, with adapters on its attention; likewise."""
+"""The same for a frozen block with adapters in its attention."""
 STREAM_BYTES = 4
-"""Kept between blocks that are recomputed, a token, times D."""
+"""Bytes kept per token between blocks that are recomputed, to be multiplied by D."""
 CONTEXT_BYTES = 1_000_000_000
-"""Taken by a GPU's driver and communication before anything else."""
+"""Bytes that a GPU's driver and communication take."""
 MACHINE, FLOPS, MFU, LINK = "H100 80GB, NVLink", 989e12, 0.4, 200e9
-"""A device: its products in bf16 a second at best, the share of it that training is taken to reach,
-bytes a second that a rank can send."""
+"""The assumed device: its name, peak bf16 FLOP/s, the share of those that training reaches, and
+bytes per second that a rank can send."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The largest sample of a run: latent frames, tokens of each, rows of text."""
+    """Hold the size of a run's largest sample: latent frames, tokens per frame, text tokens."""
 
     frames: int
     frame_tokens: int
@@ -55,27 +54,27 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Memory of each rank and time of each step."""
+    """Hold the estimated memory of each rank and time of each step."""
 
-    ranks: int  # how many processes
-    engine: str  # what holds the state
-    trained: int  # parameters that learn
-    frozen: int  # parameters that don't
-    device: dict[str, int]  # bytes on each rank's device, by what they are
-    host: dict[str, int]  # bytes in the CPU's memory for each rank
-    loading: int  # the most bytes on a device while the weights are read
-    flops: float  # of a step, on each rank
+    ranks: int  # number of processes
+    engine: str  # name of the engine, with its options
+    trained: int  # number of trained parameters
+    frozen: int  # number of frozen parameters
+    device: dict[str, int]  # bytes on each rank's device, by kind
+    host: dict[str, int]  # bytes in the CPU's memory per rank, by kind
+    loading: int  # peak bytes on a device while weights are read
+    flops: float  # FLOP of a step per rank
     sent: float  # bytes that each rank sends in a step
-    step_s: float  # seconds of a step, computing and sending at once
-    machine: str  # what was assumed of the device
-    peak: int  # bytes on each rank's device when it is fullest
+    step_s: float  # seconds of a step, computing and sending in parallel
+    machine: str  # assumed device
+    peak: int  # peak bytes on each rank's device
 
     def as_data(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
+        """Return the plan as plain data, for `--json`."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return lines for the terminal."""
+        """Return the plan as lines for the terminal."""
         counts = f"{self.trained:,} trained parameters, {self.frozen:,} frozen"
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         rows = [f"{ranks} of {self.engine}; {counts}", "memory on each rank's device:"]
@@ -85,25 +84,25 @@ class TrainingPlan:
             rows.append("in the CPU's memory, for each rank:")
             rows += [f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in self.host.items()]
         rows.append(f"while weights are read: {self.loading / 1e9:.2f} GB")
-        rows.append(f"a step: {self.flops / 1e12:,.0f} TFLOP and {self.sent / 1e9:.1f} GB sent by "
-                    f"each rank, {self.step_s:.1f} s on {self.machine}")
+        rows.append(f"per step: {self.flops / 1e12:,.0f} TFLOP and {self.sent / 1e9:.1f} GB sent "
+                    f"by each rank, {self.step_s:.1f} s on {self.machine}")
         return rows
 
 
 def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
-    """Plan memory and time of a run on so many ranks, by default those that a launcher started.
+    """Plan memory and time of a run on `ranks` ranks, by default those of the launcher.
 
     Raises:
-        InputError: a model that is neither here nor a published one of the Wan family, experts
-            that can't be trained so, or ranks that can't share samples as the run asks.
+        InputError: the model is neither on this machine nor a published one of the Wan family, or
+            its experts or the number of ranks don't fit the settings.
     """
     ranks = ranks or current_place().size
     check_sharing(config.run, ranks)
     folder = open_trainable(config.model) if is_here(config.model) else published(config.model)
     if folder is None:
         raise InputError(
-            f"model {config.model!r} is neither here nor a published one of the Wan family, so "
-            "nothing can be planned; give a model's folder")
+            f"model {config.model!r} is neither on this machine nor a published one of the Wan "
+            "family, so its run can't be planned; give a model's folder")
     modules: dict[str, nn.Module] = {}
     for role in trained_roles(config, folder):
         with torch.device("meta"):
@@ -115,7 +114,7 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
 
 
 def _largest_sample(config: FinetuneConfig, folder: ModelFolder, rate: int) -> Sample:
-    """Return the sample of most tokens that the data's buckets can hold, at the finest rate."""
+    """Return the sample with most tokens in the data's buckets, at an upsampling `rate`."""
     data, strides = config.data, folder.components["vae"].config.strides
     dit = folder.components["transformer"].config
     side = strides.hw * dit.patch_size
@@ -131,10 +130,11 @@ def _largest_sample(config: FinetuneConfig, folder: ModelFolder, rate: int) -> S
 def plan_training(
     modules: Mapping[str, nn.Module], run: RunConfig, sample: Sample, *, ranks: int
 ) -> TrainingPlan:
-    """Plan memory and time of a run with its largest sample.
+    """Plan memory and time of a run from its largest sample.
 
-    The modules are as they are trained, on the meta device: dtypes, `requires_grad`, adapters and
-    `gradient_checkpointing` set. Those that take no part in a step are counted as held.
+    Args:
+        modules: the modules on the meta device, prepared for training: dtypes, `requires_grad`,
+            adapters, `gradient_checkpointing`. Memory counts all of them, time the first one.
     """
     zero = read_settings(run)
     parameters = [p for module in modules.values() for p in module.parameters()]
@@ -145,10 +145,10 @@ def plan_training(
     tokens = run.batch_size * sample.frames * sample.frame_tokens / sequence
 
     def share(num_bytes: int, first_stage: int) -> int:
-        """Return a rank's part of what ZeRO shares out from a stage on."""
+        """Return a rank's bytes of state that ZeRO shards from `first_stage` on."""
         return -(-num_bytes // ranks) if zero.stage >= first_stage else num_bytes
 
-    # ZeRO 1 and 2 step on a copy of a rank's share; so does offloading, in the CPU's memory
+    # ZeRO 1 and 2 update a copy of a rank's shard; offloading has the copy in the CPU's memory
     has_copies = zero.stage in (1, 2) or zero.offload_optimizer
     device = {"weights": share(sum(sizes), 3), "gradients": share(fp32, 2),
               "moments": share(2 * fp32, 1), "fp32 copies": share(fp32, 1) if has_copies else 0,
@@ -164,7 +164,7 @@ def plan_training(
     device["driver, communication"] = CONTEXT_BYTES
     forward = sum(op.flops for op in transformer_ops(
         dit.config, sample.frames, sample.frame_tokens, sample.text_tokens))
-    # of frozen weights there are no gradients; checkpointing computes the forward pass again
+    # frozen weights need no gradients; checkpointing repeats the forward pass
     passes = 2 + _learns_whole(dit) + dit.gradient_checkpointing
     flops = run.accumulate * run.batch_size * (forward * passes) / sequence
     ring = (ranks - 1) / ranks
@@ -172,9 +172,9 @@ def plan_training(
         sent = 2 * ring * fp32
     elif zero.stage == 2:
         sent = ring * fp32 * (run.accumulate + 1)
-    else:  # weights are gathered forwards and backwards
+    else:  # weights are gathered in the forward and in the backward pass
         sent = ring * run.accumulate * (2 * sum(sizes) + fp32)
-    if sequence > 1:  # q, k, v and the mixed, to those that a rank shares samples with, each pass
+    if sequence > 1:  # q, k, v and the attention's output, in each pass
         values = (2 + dit.gradient_checkpointing) * 4 * tokens * dit.config.hidden_dim
         size = values * (2 if run.dtype == "bf16" else 4) * dit.config.num_layers
         sent += run.accumulate * (size * ((sequence - 1) / sequence))
@@ -183,7 +183,7 @@ def plan_training(
         engine = f"DeepSpeed, ZeRO {zero.stage}"
         engine += ", offload" if zero.offload_optimizer or zero.offload_weights else ""
     return TrainingPlan(
-        ranks=ranks, engine=engine + (f", {sequence} ranks a sample" if sequence > 1 else ""),
+        ranks=ranks, engine=engine + (f", {sequence} ranks per sample" if sequence > 1 else ""),
         trained=trained, frozen=sum(p.numel() for p in parameters) - trained, device=device,
         host=host, loading=share(sum(sizes), 3) + max(sizes), flops=flops, sent=sent,
         step_s=max(flops / (FLOPS * MFU), sent / LINK), peak=sum(device.values()),
@@ -191,7 +191,7 @@ def plan_training(
 
 
 def _activation_bytes(dit: SpacetimeDiT) -> float:
-    """Bytes that autograd keeps of the blocks, a token."""
+    """Return the bytes per token that autograd keeps of all blocks."""
     config = dit.config
     by_width, by_hidden = FULL_BYTES if _learns_whole(dit) else LORA_BYTES
     block = by_width * config.hidden_dim + by_hidden * config.ffn_dim
@@ -201,7 +201,7 @@ def _activation_bytes(dit: SpacetimeDiT) -> float:
 
 
 def _at_work(dit: SpacetimeDiT, zero: ZeroSettings, *, bf16: bool) -> int:
-    """Whole weights that ZeRO-3 gathers for a block and the next, and autocast's bf16 copies."""
+    """Return bytes of weights that ZeRO-3 gathers for two blocks, buckets, and bf16 copies."""
     block = list(dit.blocks[0].parameters())
     copies = sum(2 * p.numel() for p in block if p.requires_grad and p.ndim > 1) if bf16 else 0
     live = 1 if dit.gradient_checkpointing else dit.config.num_layers

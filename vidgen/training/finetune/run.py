@@ -1,6 +1,6 @@
-"""Fine-tuning from a config to files that `vidgen generate` loads: one function behind three doors.
+"""Fine-tuning from a config to files that `vidgen generate` loads.
 
-`vidgen train`, `torchrun train/finetune.py` and `deepspeed train/finetune.py` all call `finetune`.
+`vidgen train`, `torchrun train/finetune.py` and `deepspeed train/finetune.py` call `finetune`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import Place, join_ranks
 from vidgen.training.finetune.conditions import settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse, unstated, write_card
+from vidgen.training.finetune.output import (
+    FOLDER,
+    NoEffect,
+    check_output,
+    export,
+    unstated,
+    write_card,
+)
 from vidgen.training.finetune.sheet import Sheets, check_sheets
 from vidgen.training.finetune.task import FinetuneTask
 from vidgen.training.loop import TrainResult, find_source, train
@@ -31,44 +38,48 @@ from vidgen.weights.folder import ModelFolder
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Read a run's YAML strictly, with `a.b=c` written over it.
+    """Read a run's YAML file strictly, with overrides of the form `a.b=c`.
 
     Raises:
-        InputError: unknown keys, values of the wrong type, settings that don't go together.
+        InputError: an unknown key, a value of the wrong type, or contradicting settings.
     """
     return build(FinetuneConfig, apply_overrides(load_yaml(path), overrides), path)
 
 
 def finetune(
     config: FinetuneConfig, *, resume: bool = False, accept_changes: bool = False,
-    tell: OnEvent = lambda _event: None,
+    on_event: OnEvent = lambda _event: None,
 ) -> dict[str, Any] | None:
-    """Train, export, prove the effect, write the card.
+    """Train a model, export the result, check that it has an effect, and write the model card.
 
-    A resumed run goes on from its newest checkpoint, with `accept_changes` although config, model
-    or data changed. On the main rank `tell` gets events: progress, validation, note, written.
+    Args:
+        resume: continue from the newest checkpoint of the run's folder.
+        accept_changes: resume although config, model or data changed.
+        on_event: called on the main rank with events: progress, validation, note, written.
 
-    Return a summary, also in `output/summary.json`; None on all ranks but the main one. Its
-    "finished" is False where the run was stopped before its last step, and nothing was exported.
+    Returns:
+        The summary in `output/summary.json`, or None on all ranks but the main one. If the run was
+        stopped before its last step, "finished" is False and nothing is exported.
 
     Raises:
-        InputError: something that can't be done, with the remedy.
+        InputError: invalid settings or data; the message has the remedy.
         NoEffect: the result changes nothing.
     """
     with ExitStack() as held:
         with join_ranks(config.run) as place:
             folder = open_trainable(config.model)
-            settle_conditions(config.conditions, folder)  # before the clips are looked at
-            rehearse(config, folder)
+            settle_conditions(config.conditions, folder)  # refused before the clips are read
+            check_output(config, folder)
             check_sheets(config, folder)
             find_source(Path(config.run.folder), resume=resume)
-            tell = tell if place.main else lambda _event: None
-            dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
+            on_event = on_event if place.main else lambda _event: None
+            dataset = held.enter_context(closing(_open_data(config, folder, place, on_event)))
             task = FinetuneTask(config, folder, dataset, Sheets(config, dataset))
             record = dump(config) | {
                 "model_hash": folder.content_hash, "data_fingerprint": dataset.fingerprint}
-            result = train(task, config.run, resume=resume, record=record,
-                           accept_changes=accept_changes, on_record=_Monitor(config, place, tell))
+            result = train(
+                task, config.run, resume=resume, record=record, accept_changes=accept_changes,
+                on_record=_Monitor(config, place, on_event))
             facts = _facts(task, place, result)
         if not place.main:
             return None
@@ -77,30 +88,33 @@ def finetune(
             "interrupted": result.interrupted, "validation": result.metrics,
         }
         if not result.finished:
-            tell({"event": "note", "text": f"stopped at step {result.step}; go on with --resume"})
+            on_event({"event": "note",
+                      "text": f"stopped at step {result.step}; continue with --resume"})
             return summary
         del task
-        gc.collect()  # the trained modules, before the sheet's are loaded
-        return _finish(config, folder, dataset, summary, facts, tell)
+        gc.collect()  # free the trained modules before loading those of the sheet
+        return _finish(config, folder, dataset, summary, facts, on_event)
 
 
-def _open_data(config: FinetuneConfig, folder: ModelFolder, place: Place, tell: OnEvent) -> Dataset:
+def _open_data(
+    config: FinetuneConfig, folder: ModelFolder, place: Place, on_event: OnEvent
+) -> Dataset:
     dataset = open_dataset(config.data, folder, batch_size=config.run.batch_size,
                            accumulate=config.run.accumulate, with_context=config.subject is None,
-                           device=choose_device(config.run.device), on_event=tell)
+                           device=choose_device(config.run.device), on_event=on_event)
     notes = [*dataset.notes, *dataset.ends(place.data_size)]
     if dataset.held_out is None:
         share = config.data.held_out
-        why = (f"no clips are held out, as data.held_out {share:g} of so few keeps none" if share
+        why = (f"data.held_out {share:g} holds out none of so few clips" if share
                else "no clips are held out")
-        notes.append(f"{why}: validation measures clips that are learned from; set data.held_out "
+        notes.append(f"{why}: validation uses clips of the training data; set data.held_out "
                      f"{'to a larger share ' * bool(share)}or data.validation")
     missing = unstated(config)
     if missing:
-        notes.append("the model card will say 'not stated' for "
+        notes.append("the model card says 'not stated' for "
                      + ", ".join(f"output.{name}" for name in missing))
     for note in notes:
-        tell({"event": "note", "text": note})
+        on_event({"event": "note", "text": note})
     return dataset
 
 
@@ -133,20 +147,20 @@ def _facts(task: FinetuneTask, place: Place, result: TrainResult) -> dict[str, A
 
 def _finish(
     config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, summary: dict[str, Any],
-    facts: dict[str, Any], tell: OnEvent,
+    facts: dict[str, Any], on_event: OnEvent,
 ) -> dict[str, Any]:
     made = export(config, folder)
-    tell({"event": "note",
-          "text": f"what comes out is of step {made.step}: {made.reason}"})
+    on_event({"event": "note",
+          "text": f"exported weights of step {made.step} ({made.reason})"})
     target = Path(config.run.folder) / FOLDER
     effect = None
     if config.output.ab_clips:
         effect = Sheets(config, dataset).compare(made.use, target / "ab.png")
         if effect == 0:
             raise NoEffect(
-                f"{made.use[0]} has no effect: clips of the same seeds are equal bit for bit with "
-                "and without it; raise run.optim.lr or run.steps, or, where one expert of two was "
-                "trained, give validation.steps that reach it")
+                f"{made.use[0]} has no effect: clips of the same seeds are identical with and "
+                "without it; raise run.optim.lr or run.steps, or, if one expert of two was "
+                "trained, set validation.steps so that they reach it")
     write_card(config, folder, facts | {"effect": effect}, made, target)
     summary |= {
         "files": [str(path) for path in made.files], "use": made.use, "delta_norm": made.delta,
@@ -154,15 +168,15 @@ def _finish(
     }
     atomic_write(target / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     for path in (*made.files, target / "README.md"):
-        tell({"event": "written", "path": str(path)})
+        on_event({"event": "written", "path": str(path)})
     return summary
 
 
 class _Monitor:
-    """Reports every line of the run's curve before it is written, and adds its speed in tokens."""
+    """A function for lines of the run's curve: adds tokens per second, reports events."""
 
-    def __init__(self, config: FinetuneConfig, place: Place, tell: OnEvent) -> None:
-        self._run, self._place, self._tell = config.run, place, tell
+    def __init__(self, config: FinetuneConfig, place: Place, on_event: OnEvent) -> None:
+        self._run, self._place, self._on_event = config.run, place, on_event
         self._board: Any = None
         if config.tensorboard and place.main:
             try:
@@ -175,17 +189,17 @@ class _Monitor:
 
     def __call__(self, record: dict[str, Any]) -> None:
         run, step = self._run, record["step"]
-        if "seconds_per_step" in record:  # means of a micro-batch; data ranks take `accumulate`
+        if "seconds_per_step" in record:  # `tokens` is a mean per micro-batch
             tokens = record.pop("tokens") * run.accumulate * self._place.data_size
             record["tokens_per_s"] = tokens / record["seconds_per_step"]
             left = (run.steps - step) * record["seconds_per_step"]
-            self._tell({"event": "progress", "stage": "train", "done": step, "total": run.steps,
+            self._on_event({"event": "progress", "stage": "train", "done": step, "total": run.steps,
                         "eta_s": left, **{k: v for k, v in record.items() if k != "step"}})
         elif "validation" in record:
-            self._tell({"event": "validation", **record})
+            self._on_event({"event": "validation", **record})
         else:
             files = ", ".join(record.get("files", ())) or "unknown files"
-            self._tell({**record, "event": "note", "text": f"step {step}: loss "
+            self._on_event({**record, "event": "note", "text": f"step {step}: loss "
                         f"{record['loss']:.4g} of {files}: {record['event']}"})
         if self._board is not None:
             kind = "validation" if "validation" in record else "train"

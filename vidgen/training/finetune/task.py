@@ -33,34 +33,34 @@ from vidgen.training.task import Task, drawn, generator_of
 from vidgen.weights.folder import ModelFolder
 
 Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
-"""Writes a sheet of clips: (step, folder, modules)."""
+"""A function that writes a sheet of clips: (step, folder, modules)."""
 
 SHOWN_SHARE = 0.2
-"""Of the steps of an expert that draws at a finer rate, the share at the rate that is shown: some
-clips, such as those with a mask, have that one alone."""
+"""Share of an expert's steps without temporal upsampling, if it upsamples: some generated clips,
+such as those with a mask, are never upsampled."""
 _MEAN = "velocity_mean"
-"""Name of the validation's mean score."""
+"""Name of the mean of the validation's scores."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the run's device."""
+    """Hold one micro-batch on the run's device."""
 
-    state: LatentState  # clean latents and all that is known of them
+    state: LatentState  # clean latents and their conditions
     noise: Tensor  # [B, C, F, h, w]
     sigma: Tensor  # [B]
-    role: str  # of the transformer that learns from it
-    # features [B, S, D], or ids of tokens [B, S] where captions are encoded in the step
+    role: str  # of the transformer to train on it
+    # features [B, S, D], or token ids [B, S] if the step encodes captions
     text: Tensor
-    lengths: Tensor  # valid rows of each text, [B]
-    files: list[str]  # it was made of
+    lengths: Tensor  # [B], valid tokens of each text
+    files: list[str]  # names
 
 
 class FinetuneTask(Task):
-    """Transformers of an opened model, which learn from clips that it has encoded.
+    """Fine-tuning of a model's transformers on a dataset of its latents.
 
     Raises:
-        InputError: something that this model or these data can't do.
+        InputError: the model doesn't support the data, conditions, subject or noise settings.
     """
 
     saves_frozen = False
@@ -71,8 +71,8 @@ class FinetuneTask(Task):
         self.device = choose_device(config.run.device)
         if folder.conditioning == "channels" and any(b.num_frames == 1 for b in dataset.buckets):
             raise InputError(
-                f"{folder.name} makes clips from a first frame, so it can't learn from pictures; "
-                "leave them out of data.folders")
+                f"{folder.name} generates clips from a first frame, so it can't be trained on "
+                "pictures; leave them out of data.folders")
         self.conditions = Conditions(folder, settle_conditions(config.conditions, folder))
         torch.manual_seed(config.run.seed)
         self.transformers = open_transformers(config, folder, self.device)
@@ -93,7 +93,7 @@ class FinetuneTask(Task):
         self._sigmas = self._settle_sigmas()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return AdamW, and Muon for the blocks' matrices where a rate is given."""
+        """Return AdamW, and Muon for the blocks' matrices if `muon_lr` is set."""
         optim = self.config.run.optim
         made = build_optimizers(self.transformers, optim,
                                 use_muon=lambda name, _: ".blocks." in name)
@@ -104,19 +104,19 @@ class FinetuneTask(Task):
         return made
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Draw clips of the step's bucket, conditions and noise."""
+        """Make a micro-batch: clips of the step's bucket, with conditions and noise."""
         size = current_place().data_size
         data = self.dataset.batch(step, micro // size, micro % size, size)
         draw = generator_of(self.config.run.seed, step, micro)
         role = self._role(step)
-        levels = (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
-        sigma = draw_sigmas(len(data["latents"]), draw, between=levels, **self._density)
+        limits = (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
+        sigma = draw_sigmas(len(data["latents"]), draw, between=limits, **self._density)
         shown = drawn(self.config.run.seed, step, -2) < SHOWN_SHARE
         rate = 1 if shown else rate_of(self.folder, role)
         return self._assemble(data, draw, sigma, role, self.conditions, rate)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the squared error of the velocity, where latents are to be generated."""
+        """Return the velocity's mean squared error over generated latents, and `tokens`."""
         del step
         subject, shape = self.config.subject, batch.state.clean.shape
         tokens = shape[0] * shape[2:].numel() / self._dit_config.patch_size**2
@@ -124,12 +124,12 @@ class FinetuneTask(Task):
         return error, {"tokens": torch.tensor(tokens)}
 
     def files(self, batch: Batch) -> list[str]:
-        """Name the files that a batch was made of."""
+        """Return the names of a batch's files."""
         return batch.files
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Measure the velocity's error at fixed noise; write a sheet of clips where it is due."""
+        """Return the velocity's error at fixed sigmas and noise; write a sheet if one is due."""
         settings, bf16 = self.config.validation, self.config.run.dtype == "bf16"
         scores = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -148,14 +148,14 @@ class FinetuneTask(Task):
         return scores
 
     def _settle_sigmas(self) -> list[float]:
-        """Return the validation's noise levels of the transformers that learn."""
-        config, asked = self.config, self.config.validation.sigmas
-        sigmas = [sigma for sigma in asked if self._role_at(sigma) in self.transformers]
+        """Return the sigmas of the validation at which the trained transformers denoise."""
+        config, given = self.config, self.config.validation.sigmas
+        sigmas = [sigma for sigma in given if self._role_at(sigma) in self.transformers]
         if not sigmas:
             side = "from" if config.experts == "high" else "below"
             raise InputError(
-                f"validation.sigmas {list(asked)} has none that the {config.experts}-noise expert "
-                f"denoises at; give some {side} {self._boundary:g}")
+                f"validation.sigmas {list(given)} has none at which the {config.experts}-noise "
+                f"expert denoises; give some {side} {self._boundary:g}")
         scores = [_MEAN, *map(_score, sigmas)]
         if config.run.best not in (None, *scores):
             raise InputError(f"run.best is {config.run.best!r}, which validation doesn't score; "
@@ -164,7 +164,7 @@ class FinetuneTask(Task):
 
     @cached_property
     def _validation(self) -> list[dict[str, Any]]:
-        """Batches to validate on, each of one bucket."""
+        """Validation batches, each of one bucket."""
         source = self.dataset.held_out or self.dataset
         chosen: dict[Any, list[int]] = {}
         for index in range(min(self.config.validation.clips, len(source.items))):
@@ -174,13 +174,13 @@ class FinetuneTask(Task):
                 for indices in chosen.values() for start in range(0, len(indices), size)]
 
     def _held_out(self, index: int, sigma: float, role: str) -> Batch:
-        """A validation batch at a noise level; its noise and conditions are always the same."""
+        """Return a validation batch at a sigma, always with the same noise and condition."""
         data, draw = self._validation[index], generator_of(index, round(sigma * 1e6))
         kinds = self.conditions.weights
         kind = next(name for name in ("text", "first", "both", *kinds) if kinds.get(name))
         conditions = replace(self.conditions, weights={kind: 1.0})
-        levels = torch.full((len(data["files"]),), sigma)
-        return self._assemble(data, draw, levels, role, conditions, rate_of(self.folder, role))
+        sigmas = torch.full((len(data["files"]),), sigma)
+        return self._assemble(data, draw, sigmas, role, conditions, rate_of(self.folder, role))
 
     def _assemble(
         self, data: Mapping[str, Any], draw: torch.Generator, sigma: Tensor, role: str,
@@ -198,12 +198,12 @@ class FinetuneTask(Task):
                      lengths.to(self.device), list(data["files"]))
 
     def _error(self, batch: Batch, keep: float = 0.0) -> Tensor:
-        """Squared error of the velocity; `keep` times that of clips without the subject."""
+        """Return the mean squared error, weighted by `keep` for clips without the subject."""
         state, noise, context = batch.state, batch.noise, batch.text
         noisy, dit = add_noise(state.clean, noise, batch.sigma), self.transformers[batch.role]
         if self.subject is not None:
             mask = torch.arange(batch.text.shape[1], device=self.device) < batch.lengths[:, None]
-            # through the very module of `modules`, whose hooks engines rely on
+            # through the module in `modules`, as engines rely on its hooks
             learned = self.modules["token"]()
             context = encode_tokens(self.subject.encoder, batch.text, mask, learned)
 
@@ -213,7 +213,7 @@ class FinetuneTask(Task):
 
         if self.subject is None or not keep:
             return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
-        with torch.no_grad(), without_delta(dit):  # on all ranks: sharded weights are gathered
+        with torch.no_grad(), without_delta(dit):  # on all ranks, as they gather weights
             before = predict()
         others = ~(batch.text == self.subject.token.index).any(1)
         own = (state.clean + before).to(noise.dtype)
@@ -222,7 +222,7 @@ class FinetuneTask(Task):
         return (errors * torch.where(others, keep, 1.0)).mean()
 
     def _role(self, step: int) -> str:
-        """Return the transformer of a step: of two, each as often as its noise levels come."""
+        """Return a step's transformer: of two, each with the probability of its sigmas."""
         if not self.alternates:
             return next(iter(self.transformers))
         share = share_below(self._boundary, **self._density)
