@@ -32,5 +32,5 @@ def test_a_scheduler_of_diffusers_gives_what_our_sampler_gives(
     assert torch.allclose(own.latents, given.latents, atol=1e-4)
     assert given.recipe["plan"]["sampler"] == type(scheduler).__name__
     json.dumps(given.recipe)
-    with pytest.raises(InputError, match="brings its own"):
+    with pytest.raises(InputError, match="has its own"):
         engine.generate(PROMPT, seed=1, sampler=scheduler, shift=2.0)

@@ -97,8 +97,8 @@ def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path):
 
 @pytest.mark.parametrize(("text", "told"), [
     ("name: x\nrate: 1", r"line 2: unknown key 'rate'; it belongs in 'parts'"),
-    ("name: x\ninner: {flag: true}", r"2: inner: unknown key 'flag'; it belongs beside 'inner'"),
-    ("name: x\nparts: [{fps: 3}]", r"line 2: parts\[0\]: unknown key 'fps'; .* beside 'parts'"),
+    ("name: x\ninner: {flag: true}", r"2: inner: unknown key 'flag'; it belongs next to 'inner'"),
+    ("name: x\nparts: [{fps: 3}]", r"line 2: parts\[0\]: unknown key 'fps'; .* next to 'parts'"),
 ])
 def test_a_key_in_another_place_is_told_where_it_belongs(text, told, tmp_path):
     with pytest.raises(InputError, match=told):
@@ -112,7 +112,7 @@ def test_a_key_belongs_in_the_nearest_mapping_that_knows_it(tmp_path):
         parts: tuple[Inner, ...] = ()
 
     for text, told in [("rate: 1", "in 'parts'"), ("pair: 1", "in 'deep'"),
-                       ("parts: [{pair: 1}]", "in 'deep'"), ("deep: {deep: 1}", "beside 'deep'")]:
+                       ("parts: [{pair: 1}]", "in 'deep'"), ("deep: {deep: 1}", "next to 'deep'")]:
         with pytest.raises(InputError, match=f"it belongs {told}"):
             build(Whole, read(tmp_path, text), "run.yaml")
 
@@ -158,7 +158,7 @@ def test_messages_quote_long_values_shortly(given):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", "line 2: the key 'a' stands here for a second time"),
+        ("a: 1\na: 2", "line 2: the key 'a' appears a second time"),
         ("1: 2", "line 1: the key 1 is not text"),
         ("- 1", "must be a mapping"),
         ("a: [", "is not YAML"),

@@ -31,36 +31,36 @@ from vidgen.core.request import CALLED, Loading, Request, Saving
         ({"seconds": math.inf}, "seconds is inf; .* 3600 at most"),
         ({"seconds": 2, "frames": 9}, "seconds and frames are both given"),
         ({"fps": 0}, "fps is 0; give a number from 1 to 240"),
-        ({"fps": "1/0"}, "fps is '1/0'; give a number or one such as 24000/1001"),
+        ({"fps": "1/0"}, "fps is '1/0'; give a number, or a fraction such as 24000/1001"),
         ({"fps": math.nan}, "fps is nan"),
         ({"fps": "1/1000"}, "fps is '1/1000'; give a number from 1 to 240"),
         ({"fps": True}, "fps is True"),
-        ({"prompt": "a \ud800 cat"}, "prompt holds .*half of a character"),
-        ({"negative": "\udcff"}, "negative holds"),
-        ({"say": [(0, "\ud800")]}, "say holds"),
-        ({"image": 5}, r"image is of type int; give a file's path, a picture of Pillow, or"),
-        ({"video": np.zeros((2, 8, 8, 3))}, "video is of type ndarray; give a file's path"),
+        ({"prompt": "a \ud800 cat"}, "prompt contains .*half of a character"),
+        ({"negative": "\udcff"}, "negative contains"),
+        ({"say": [(0, "\ud800")]}, "say contains"),
+        ({"image": 5}, r"image is of type int; give the path of a file, a Pillow image, or"),
+        ({"video": np.zeros((2, 8, 8, 3))}, "video is of type ndarray; give the path of a file"),
         ({"mask": b"x"}, "mask is of type bytes"),
         ({"reference": 5}, "reference is 5; give a list of pictures"),
         ({"reference": ["a.png", 5]}, "reference is of type int"),
         ({"frame": 5}, "frame is 5; give a list of pairs"),
         ({"lora": 5}, "lora is 5; give a list of PATH or PATH:WEIGHT"),
-        ({"lora": [5]}, "lora holds 5"),
+        ({"lora": [5]}, "lora contains 5"),
         ({"say": 5}, "say is 5; give a list of texts or pairs"),
         ({"sampler": 5}, "sampler is 5; give a name, or one of diffusers' flow schedulers"),
         ({"follow_audio": "no"}, "follow_audio is 'no'; give True or False"),
         ({"audio_loop": "x"}, "audio_loop is 'x'"),
         ({"settings": 5}, "settings is 5; give a list of KEY=VALUE"),
-        ({"settings": ["candidates"]}, "settings holds 'candidates'; give KEY=VALUE"),
+        ({"settings": ["candidates"]}, "settings contains 'candidates'; give KEY=VALUE"),
         ({"settings": {"refine": "x"}}, "refine is 'x'; give a number, true or false"),
-        ({"settings": {5: 1}}, "settings names 5"),
+        ({"settings": {5: 1}}, "settings has the name 5"),
         ({"settings": None}, "settings is None; leave it out, or give a value"),
-        ({"model": 5}, "model is no option of a clip; give model to vidgen.load"),
-        ({"torch_dtype": "bf16"}, "torch_dtype is no option of a clip; give dtype to vidgen.load"),
-        ({"count": 2}, "count is no option of a clip; give it to generate"),
-        ({"num_videos_per_prompt": 2}, "is no option of a clip; give it to generate"),
-        ({"label": "visible"}, "label is no option of a clip; clip.save"),
-        ({"tiles": "2x2"}, "tiles is no option of a clip; give tiles to vidgen.load"),
+        ({"model": 5}, "model is not an option of a clip; pass model to vidgen.load"),
+        ({"torch_dtype": "bf16"}, "is not an option of a clip; pass dtype to vidgen.load"),
+        ({"count": 2}, "count is not an option of a clip; pass it to generate"),
+        ({"num_videos_per_prompt": 2}, "is not an option of a clip; pass it to generate"),
+        ({"label": "visible"}, "label is not an option of a clip; pass it to save: clip.save"),
+        ({"tiles": "2x2"}, "tiles is not an option of a clip; pass tiles to vidgen.load"),
         ({"fps": 1000}, "fps is 1000; give a number from 1 to 240"),
         ({"size": "128"}, "size is '128'; give width and height"),
         ({"size": "0x128"}, "size is 0; give a whole number from 16 to 8192"),
@@ -79,7 +79,7 @@ from vidgen.core.request import CALLED, Loading, Request, Saving
         ({"strength": 0.5}, "strength needs video"),
         ({"strength": 1.1, "video": "a.mp4"}, "strength is 1.1"),
         ({"mask": "m.png"}, "mask needs video or image"),
-        ({"frame": ["a.png"]}, "frame holds 'a.png'; give pairs"),
+        ({"frame": ["a.png"]}, "frame contains 'a.png'; give pairs"),
         ({"frame": [(-1, "a.png")]}, "frame is -1; give a number from 0"),
     ],
 )
@@ -143,10 +143,10 @@ def test_pictures_of_pillow_are_taken_where_nothing_has_to_be_interpreted():
     assert made.frame[0][1][0, 0].tolist() == made.reference[0][0, 0].tolist() == [7, 7, 7]
     assert made.reference[1] == "a.png"
     assert Request(prompt="x", reference=picture).reference[0].dtype == np.uint8
-    with pytest.raises(InputError, match=r"has the mode RGBA; give picture.convert\('RGB'\)"):
+    with pytest.raises(InputError, match=r"has the mode RGBA; give image.convert\('RGB'\)"):
         Request(prompt="x", image=picture.convert("RGBA"))
     picture.getexif()[0x0112] = 6
-    with pytest.raises(InputError, match=r"on its side by its EXIF data; give .*exif_transpose"):
+    with pytest.raises(InputError, match=r"is rotated by its EXIF data; give .*exif_transpose"):
         Request(prompt="x", last_image=picture)
 
 
@@ -179,7 +179,7 @@ def test_a_request_may_be_changed_by_options():
         prompt="a cat", frames=9, seed=77)
     with pytest.raises(InputError, match="unknown option 'sead'; did you mean 'seed'"):
         Request.of(request, {"sead": 1})
-    with pytest.raises(InputError, match=r"overwrite is no option of a clip; clip.save\(PATH, ov"):
+    with pytest.raises(InputError, match=r"is not an option of a clip; .* clip.save\(PATH, ov"):
         Request.of("a cat", {"overwrite": True})
 
 

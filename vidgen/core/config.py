@@ -1,11 +1,11 @@
-"""Strict configs: mappings in, frozen dataclasses out, and back again.
+"""Strict conversion of mappings to dataclasses and back.
 
-`vidgen.core.config_file` reads the mappings. Nothing is guessed and nothing ignored: an unknown key
-is an error that says where it belongs or which known one is nearest, a value of the wrong type says
-where it stands and what is expected there.
+`vidgen.core.config_file` reads the mappings. The error for an unknown key names its place or the
+nearest known key; the error for a wrong type names the value's place and the expected type.
 
-Two short forms, where a dataclass asks for them: one with a class variable `SHORT` may be written
-as the value of the field that it names, and a field of metadata `ONE` as its only entry.
+Dataclasses can allow two short forms: with a class variable `SHORT`, which names a field, the
+value of that field can stand for the whole mapping; a field with the metadata `ONE` holds several
+values, but takes a single one without a list.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vidgen.core.errors import InputError, kind_of, nearest, quoted
 T = TypeVar("T")
 
 ONE = {"one": True}
-"""Metadata of a field that holds several values, of which a single one needs no list."""
+"""Metadata of a field that holds several values and takes a single one without a list."""
 
 
 class _Place(NamedTuple):
@@ -37,7 +37,6 @@ class _Place(NamedTuple):
     line: int | None = None
 
     def inside(self, key: str, line: int | None = None) -> _Place:
-        """Return the place of a key or an index."""
         path = f"{self.path}{'.' if self.path and not key.startswith('[') else ''}{key[:120]}"
         return self._replace(path=path, line=line or self.line)
 
@@ -47,14 +46,13 @@ class _Place(NamedTuple):
 
 
 def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
-    """Make a dataclass from a mapping, nested ones included.
+    """Build a dataclass, including nested ones, from a mapping of its fields by name.
 
     Args:
-        kind: a dataclass; its fields may be scalars, Literal, Optional and other unions, tuples,
-            lists, dicts with text keys, paths, fractions and dataclasses. The class variable
-            `CALLED` maps other names of fields, for messages.
-        mapping: its fields by name; fields with a default may be left out.
-        where: what the mapping is, for messages: a file's name, a key's path.
+        kind: a dataclass; its fields may be scalars, Literal, unions, tuples, lists, dicts with
+            text keys, paths, fractions and dataclasses. Its class variable `CALLED` maps synonyms
+            to field names, for messages.
+        where: name of the mapping for messages, such as a file's name.
 
     Raises:
         InputError: an unknown or missing key, or a value of the wrong type.
@@ -80,24 +78,24 @@ def _build(kind: type[T], mapping: Mapping[str, Any], place: _Place) -> T:
         values[key] = _convert(hints[key], given, place.inside(key, lines.get(key)))
     try:
         return kind(**values)
-    except InputError as error:  # what the dataclass itself finds wrong
+    except InputError as error:  # from the dataclass's own __post_init__
         raise InputError(": ".join(filter(None, (str(start), str(error))))) from None
 
 
 def _remedy(key: str, kind: type, place: _Place) -> str:
-    """Return the advice for an unknown key: its place, or the nearest known one."""
+    """Return advice for an unknown key: where it belongs, or the nearest known key."""
     known, called = _fields(kind), getattr(place.root, "CALLED", {})
     if called.get(key) not in known:
         if key in _fields(place.root):
             top = re.split(r"[.\[]", place.path)[0]
-            return f"it belongs beside {top!r}, not in it"
+            return f"it belongs next to {top!r}, not inside it"
         if home := _home(key, place.root):
             return f"it belongs in {home!r}"
     return nearest(str(key), known, called)
 
 
 def _home(key: str, kind: type) -> str | None:
-    """Return the dotted name of the nearest field below `kind` whose dataclass has a key."""
+    """Return the dotted name of the nearest nested field whose dataclass has this key."""
     level, seen = [("", kind)], {kind}
     while level:
         level = [(f"{path}.{name}".lstrip("."), inner) for path, outer in level
@@ -111,7 +109,7 @@ def _home(key: str, kind: type) -> str | None:
 
 
 def _dataclasses(hint: Any) -> Iterator[type]:
-    """Yield the dataclasses that a type hint is made of."""
+    """Yield the dataclasses that a type hint contains."""
     if is_dataclass(hint) and isinstance(hint, type):
         yield hint
     for part in get_args(hint):
@@ -119,7 +117,7 @@ def _dataclasses(hint: Any) -> Iterator[type]:
 
 
 def dump(value: Any) -> Any:
-    """Plain JSON and YAML data from a dataclass: tuples become lists, paths and fractions text."""
+    """Convert a dataclass to JSON data: tuples become lists, paths and fractions become text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: dump(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, Mapping):
@@ -132,7 +130,7 @@ def dump(value: Any) -> Any:
 
 
 def flattened(data: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings and lists by dotted name."""
+    """Return the leaves of nested mappings and lists by dotted name, such as "optim.betas.1"."""
     if isinstance(data, list | tuple):
         data = dict(enumerate(data))
     if not isinstance(data, Mapping):
@@ -150,7 +148,7 @@ _hints = cache(get_type_hints)
 
 
 def _convert(hint: Any, value: Any, place: _Place) -> Any:
-    """Check `value` against a type hint and convert what YAML can't express itself."""
+    """Check `value` against a type hint; convert types that YAML lacks, such as tuples."""
     origin, args = get_origin(hint), get_args(hint)
     is_class = isinstance(hint, type) and is_dataclass(hint)
     if hint is Any or (is_class and isinstance(value, hint)):
@@ -209,7 +207,8 @@ def _convert_scalar(hint: Any, value: Any, place: _Place) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise InputError(f"{place} has {len(str(value))} digits, which is too many") from None
+            raise InputError(f"{place} has {len(str(value))} digits, too many for a number"
+                             ) from None
     if hint is Fraction and (is_number or isinstance(value, str | Fraction)):
         with suppress(ValueError, OverflowError, ZeroDivisionError):
             return Fraction(value)

@@ -1,6 +1,6 @@
-"""Files of YAML and JSON as a person writes them: the line of each key kept, no key twice.
+"""Strict reader of YAML and JSON files: it records the line of each key and refuses duplicate keys.
 
-`vidgen.core.config` makes dataclasses of what is read here.
+`vidgen.core.config` converts the result to dataclasses.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import yaml
 from vidgen.core.errors import InputError, kind_of
 
 MAX_NODES = 2_000_000
-"""Values that a file may hold; those of an alias count wherever they are repeated."""
+"""Largest number of values in a file; an alias counts each time it is used."""
 
 
 class Located(dict[str, Any]):
-    """A mapping read from YAML that remembers the line of each of its keys."""
+    """Mapping read from YAML, with the line number of each key in `lines`."""
 
     def __init__(self, items: Mapping[str, Any], lines: Mapping[str, int]) -> None:
         super().__init__(items)
@@ -28,7 +28,7 @@ class Located(dict[str, Any]):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars (`1e-4` is a number, `no` and `1:30` are text) and no key twice."""
+    """YAML 1.2 scalars (`1e-4` is a number, `no` and `1:30` are text), without duplicate keys."""
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
@@ -37,14 +37,14 @@ class _StrictLoader(yaml.SafeLoader):
 
     def locate(self, node: yaml.MappingNode) -> Iterator[Located]:
         mapping = Located({}, {})
-        yield mapping  # known before it is filled, as an alias may point back to it
+        yield mapping  # registered before it is filled, since an alias may point back to it
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise InputError(f"line {line}: the key {key!r} is not text; write it in quotes")
             if key in mapping:
-                raise InputError(f"line {line}: the key {key!r} stands here for a second time")
+                raise InputError(f"line {line}: the key {key!r} appears a second time; remove one")
             mapping[key] = self.construct_object(value_node, deep=True)
             mapping.lines[key] = line
 
@@ -64,19 +64,18 @@ for _tag, _pattern, _first in (
 
 
 def load_yaml(path: str | Path, what: str = "config") -> Located:
-    """Read one YAML or JSON file whose top is a mapping.
+    """Read one YAML or JSON file whose top level is a mapping.
 
     Args:
-        path: the file; JSON is read as YAML, of which it is a part.
-        what: the file is, for messages.
+        what: kind of the file, for messages.
 
     Raises:
-        InputError: missing, not text, not YAML, a key twice, no mapping at the top, or aliases that
-            unfold without end.
+        InputError: a missing file, invalid text or YAML, a duplicate key, no mapping at the top
+            level, or aliases that expand to more than `MAX_NODES` values.
     """
     text = load_text(path, what)
     if Path(path).suffix.lower() == ".json":
-        text = text.replace("\t", " ")  # in JSON tabs stand between values only
+        text = text.replace("\t", " ")  # JSON allows tabs between values, YAML doesn't
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
@@ -90,16 +89,16 @@ def load_yaml(path: str | Path, what: str = "config") -> Located:
 
 
 def packaged_config(name: str) -> Path:
-    """A run's file by its name below `configs`: the package's own, else the checkout's."""
+    """Return the path of a training config below `configs`, in the package or in the checkout."""
     packaged = Path(str(files("vidgen"))) / "configs" / name
     return packaged if packaged.is_file() else Path(__file__).parents[2] / "configs" / name
 
 
 def load_text(path: str | Path, what: str = "config") -> str:
-    """Read a file of UTF-8, with a byte order mark or without.
+    """Read a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        InputError: missing, or not text.
+        InputError: a missing file, or one that isn't text.
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -113,16 +112,18 @@ def load_text(path: str | Path, what: str = "config") -> str:
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Located:
-    """A copy of `mapping` with `a.b=value` written in; values are YAML, numbers index lists.
+    """Return a copy of `mapping` with overrides such as `optim.betas.1=0.99` applied.
+
+    Values are parsed as YAML; numbers in the path index lists.
 
     Raises:
-        InputError: no `=`, or a step of the path is neither a mapping nor a list that long.
+        InputError: an override without `=`, or a path that doesn't exist.
     """
     result: Any = _copy(mapping)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not (path and equals):
-            raise InputError(f"override {override!r} must read key=value, such as optim.lr=1e-4")
+            raise InputError(f"override {override!r} must be key=value, such as optim.lr=1e-4")
         try:
             value = _parse(text)
         except yaml.YAMLError:
@@ -139,20 +140,21 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Loc
 
 
 def _why(error: yaml.YAMLError, text: str) -> str:
-    """An error of the parser in one line: where it is, and what to do where that is known."""
+    """Return a parser error as one line, with its line number."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
     line = "".join(text.splitlines()[mark.line : mark.line + 1])
     indent = line[: len(line) - len(line.lstrip())]
     if "\t" in indent or line[mark.column :].startswith("\t"):
-        return f"line {mark.line + 1}: a tab stands where YAML takes spaces alone; replace it"
-    said = (getattr(error, name, None) for name in ("context", "problem"))
-    return f"line {mark.line + 1}: {', '.join(part for part in said if part)}"
+        return (f"line {mark.line + 1}: a tab where YAML allows only spaces; replace it with "
+                "spaces")
+    parts = (getattr(error, name, None) for name in ("context", "problem"))
+    return f"line {mark.line + 1}: {', '.join(part for part in parts if part)}"
 
 
 def _count_nodes(value: Any, counts: dict[int, int]) -> int:
-    """Count the values below one, with those that aliases repeat.
+    """Count a value and all values inside it; an aliased value counts at each use.
 
     Raises:
         yaml.YAMLError: more than `MAX_NODES`.
@@ -164,7 +166,7 @@ def _count_nodes(value: Any, counts: dict[int, int]) -> int:
         inner = value.values() if isinstance(value, dict) else value
         found = counts[id(value)] = 1 + sum(_count_nodes(each, counts) for each in inner)
     if found > MAX_NODES:
-        raise yaml.YAMLError(f"its aliases unfold to more than {MAX_NODES:,} values")
+        raise yaml.YAMLError(f"its aliases expand to more than {MAX_NODES:,} values")
     return found
 
 
@@ -174,7 +176,7 @@ def _parse(text: str) -> Any:
         _count_nodes(value, {})
         return value
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets through what `!!int x`, a date or deep nesting leads it to.
+        # PyYAML passes on Python's errors for `!!int x`, some dates and deep nesting
         raise yaml.YAMLError(f"a value can't be read: {error}") from error
 
 
@@ -186,9 +188,9 @@ def _copy(value: Any) -> Any:
 
 
 def _slot(target: Any, step: str, override: str) -> Any:
-    """The key or index that a step of an override's path means in `target`."""
+    """Return the key or index in `target` that a step of an override's path names."""
     if isinstance(target, dict):
         return step
     if isinstance(target, list) and step.isdigit() and int(step) < len(target):
         return int(step)
-    raise InputError(f"override {override!r}: {step!r} leads nowhere in {kind_of(target)}")
+    raise InputError(f"override {override!r}: {step!r} doesn't exist in {kind_of(target)}")

@@ -1,7 +1,7 @@
-"""Errors that a user may meet: each says what was given, what is allowed and what to do.
+"""Errors for users, whose messages give the value, the limit and the remedy.
 
-The command line prints the message after `error: ` and leaves with `exit_code`; a library user
-catches `VidgenError`. Broken invariants of our own are assertions, never these.
+The command line prints the message after `error: ` and exits with `exit_code`; a library user
+catches `VidgenError`. Bugs of vidgen itself are assertion errors instead.
 """
 
 import reprlib
@@ -18,13 +18,13 @@ _SHORT.maxstring = _SHORT.maxother = 120
 
 
 class VidgenError(Exception):
-    """Something went wrong that the message explains; the base of all errors raised on purpose."""
+    """Base of all errors that vidgen raises on purpose."""
 
     exit_code = 1
 
 
 class InputError(VidgenError):
-    """A request, file, option or config that can't be honoured as given."""
+    """Invalid request, file, option or config."""
 
     exit_code = 2
 
@@ -33,11 +33,11 @@ Fault = Literal["unknown", "missing", "invalid"]
 
 
 class OptionError(InputError):
-    """An option of a request that can't be honoured.
+    """Invalid option of a request.
 
     Args:
-        option: the option's name; empty if the message is about no single one.
-        kind: whether nobody knows the option, it is missing, or its value can't be taken.
+        option: name of the option; empty for a conflict of several.
+        kind: "unknown" or "missing" for the option itself, "invalid" for its value.
     """
 
     def __init__(self, text: str, option: str = "", kind: Fault = "invalid") -> None:
@@ -46,30 +46,30 @@ class OptionError(InputError):
 
 
 class ModelError(VidgenError):
-    """A model folder that is missing, incomplete, damaged or not of the claimed shape."""
+    """Model folder that is missing, incomplete, damaged or not as its config describes."""
 
     exit_code = 2
 
 
 class OutputError(VidgenError):
-    """A place that can't be written: no permission, no space, a file in the way."""
+    """Output that can't be written: no permission, no space, or an existing file."""
 
     exit_code = 2
 
 
 class DeviceError(VidgenError):
-    """Another device that works on the clip failed, and this one can't go on without it."""
+    """Failure of another device that works on the same clip."""
 
 
 class Cancelled(VidgenError):
-    """The work was stopped from outside, by Ctrl-C or by a callback."""
+    """Work stopped by Ctrl-C or by a callback."""
 
     exit_code = 130
 
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Name a place, such as a file and its line, in an InputError or ModelError raised inside."""
+    """Prefix InputError and ModelError raised inside with a place, such as a file and its line."""
     try:
         yield
     except (InputError, ModelError) as error:
@@ -77,12 +77,12 @@ def located(where: str) -> Iterator[None]:
 
 
 def quoted(value: object) -> str:
-    """A value as a message shows it: shortly, though it may be a whole file's worth of text."""
+    """Return the repr of a value for a message, shortened to about 120 characters."""
     return _SHORT.repr(value)
 
 
 def kind_of(value: object) -> str:
-    """Describe a value read from a file, for a message: `a list of 3`, `int 5`."""
+    """Describe a value read from a file, for a message: "a list of 3", "int 5"."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
@@ -91,12 +91,11 @@ def kind_of(value: object) -> str:
 
 
 def nearest(word: str, choices: Iterable[str], called: Mapping[str, str] = _NOTHING) -> str:
-    """Return the words after "unknown 'word'; ": the closest choice, or all of them.
+    """Return advice for an unknown word: "did you mean 'x'?", or "known: x, y, z".
 
     Args:
-        word: that nobody knows.
-        choices: known ones.
-        called: what others call some of the choices; one of these names means that choice.
+        choices: known words.
+        called: synonyms of some choices, as a mapping from synonym to choice.
     """
     known = sorted(choices)
     close = [called[word]] if called.get(word) in known else (
@@ -105,7 +104,7 @@ def nearest(word: str, choices: Iterable[str], called: Mapping[str, str] = _NOTH
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Run a program's work; return 0, or the code of the error that it prints to stderr."""
+    """Run a program's work; print a VidgenError to stderr; return the exit code, 0 for success."""
     try:
         work()
     except VidgenError as error:

@@ -1,6 +1,6 @@
-"""Pages of HTML, each one file that loads nothing from elsewhere, from the templates next to this.
+"""Self-contained HTML pages from the Jinja templates in `templates`, which escape all values.
 
-Templates escape all that they are given; `_parts.html.j2` draws tables and charts.
+`_parts.html.j2` draws tables and charts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _COLORS = ("#2471a3", "#c0392b", "#1e8449", "#b7950b", "#7d3c98", "#566573")
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; line breaks of its texts are kept.
+    """Cell of a table; line breaks in its texts are kept.
 
     Attributes:
-        title: explains the text where a pointer rests on it.
-        below: shown in small letters below the text.
+        title: tooltip of the text.
+        below: small print below the text.
         marks: warnings after the text.
     """
 
@@ -35,10 +35,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page.
+    """Table of a page.
 
     Attributes:
-        words: columns that hold words instead of numbers; the first always does.
+        words: numbers of the columns with text, which is aligned left; column 0 always has text.
     """
 
     heads: Sequence[Cell | str]
@@ -49,11 +49,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines through points (x, y), one colour for each line, with a legend.
+    """Line chart with one colour for each line and a legend.
 
     Attributes:
-        lines: (name, points) of each; without any point nothing is drawn.
-        is_faded: drawn pale, as of less interest.
+        lines: (name, points (x, y)) of each line; a chart without points is not drawn.
+        is_faded: draw the chart pale, as less important.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Chart:
 
     @property
     def bounds(self) -> tuple[float, float, float, float] | None:
-        """Least and most of x, least and most of y; None without points."""
+        """(min x, max x, min y, max y) of all points; None without points."""
         points = [point for _, line in self.lines for point in line]
         if not points:
             return None
@@ -73,7 +73,7 @@ class Chart:
 
     @property
     def curves(self) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-        """Name, colour and places in pixels of each line."""
+        """(name, colour, points in pixels) of each line."""
         left, right, low, high = self.bounds or (0.0, 0.0, 0.0, 0.0)
         across = (self.width - 62) / ((right - left) or 1.0)
         bottom = self.height - 24
@@ -85,12 +85,12 @@ class Chart:
 
 
 def page(template: str, **values: Any) -> str:
-    """Return the page of a template, such as "storyboard", with these values."""
+    """Render a template, such as "storyboard", to an HTML page."""
     return "".join(page_parts(template, **values))
 
 
 def page_parts(template: str, **values: Any) -> Iterator[str]:
-    """Yield the same page from its beginning to its end, so that it need not fit the memory."""
+    """Render a template piece by piece, for pages larger than memory."""
     return _environment().get_template(f"{template}.html.j2").generate(values)
 
 

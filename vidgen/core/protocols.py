@@ -1,4 +1,4 @@
-"""Plain data and callables that rooms of one level hand to each other; loads no torch itself.
+"""Data and protocols shared by packages of one level; this module doesn't import torch.
 
 Axes: B batch, C latent channels, F latent frames, K key stills, h w latent rows and columns.
 """
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Gets each event; its field `event` says what the others are about."""
+"""Receives events as JSON data; the field `event` names the kind, which determines the others."""
 
 
 @dataclass(frozen=True)
 class KeyTokens:
-    """Known still images that join the tokens of a clip at real-valued time positions.
+    """Known still images, which join the tokens of a clip at real-valued time positions.
 
     Attributes:
         latents: [B, C, K, h, w], each still encoded alone, normalised like the clip's latents.
-        positions: [B, K] float32, on RoPE's axis of latent frames; may be fractions or negative.
-        valid: [B, K] bool, or None when all are; attention must not see a row that is not valid.
+        positions: [B, K] float32, on RoPE's axis of latent frames; may be fractional or negative.
+        valid: [B, K] bool; attention ignores invalid stills. None: all are valid.
     """
 
     latents: Tensor
@@ -32,18 +32,18 @@ class KeyTokens:
 
     @property
     def num_keys(self) -> int:
-        """K, the number of stills a sample has at most."""
+        """K, the largest number of stills of a sample."""
         return int(self.latents.shape[2])
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """All a sampler needs to go on from between two steps; saving it and resuming is bit-equal.
+    """State of a sampler between two steps; resuming from it is bit-equal.
 
     Attributes:
         latents: [B, C, F, h, w] float32 at sigmas[step].
-        history: the sampler's own memory of earlier steps, tensors shaped like `latents`.
-        cache: what the model's step cache remembers, by name; samplers leave it empty.
+        history: the sampler's values of earlier steps, tensors shaped like `latents`.
+        cache: tensors of the model's step cache, by name; samplers leave it empty.
     """
 
     step: int
@@ -57,10 +57,10 @@ class StepInfo:
     """Report of a sampler after a step.
 
     Attributes:
-        sigma: noise level this step started from.
-        sigma_next: noise level reached, that of `state.latents`.
-        denoised: [B, C, F, h, w], the model's current guess of the clean latents, for previews.
-        state: where to resume from after this step.
+        sigma: noise level at the start of the step.
+        sigma_next: noise level at its end, that of `state.latents`.
+        denoised: [B, C, F, h, w], the model's current estimate of the clean latents, for previews.
+        state: state to resume from after this step.
     """
 
     num_steps: int
@@ -76,34 +76,39 @@ class StepInfo:
 
 
 OnStep = Callable[[StepInfo], None]
-"""Called after each step; raising `Cancelled` stops the run cleanly."""
+"""Callback after each step; raising `Cancelled` stops the run cleanly."""
 
 
 class Denoise(Protocol):
-    """A model closed over its prompt and conditions, as samplers call it."""
+    """Model with fixed prompt and conditions, as samplers call it."""
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        """Map noisy latents [B, C, F, h, w] at sigma [B] to velocity of the same shape."""
+        """Map noisy latents [B, C, F, h, w] at sigma [B] to a velocity of the same shape."""
         ...
 
 
 class StepCache(Protocol):
-    """Predicts the result of a stack of blocks from its results at earlier steps.
+    """Cache that predicts the output of a transformer's blocks from earlier steps.
 
-    A transformer runs its first `lead` blocks and asks `recall`. It goes on after the last block
-    with the answer, or, without one, runs the other blocks and passes their result to `keep`.
-    Tokens are [B, L, D] and must not be changed in place; `start` entered the first block.
+    A transformer runs its first `lead` blocks and calls `recall`. If that returns tokens, they
+    replace the output of the last block; if not, the transformer runs the other blocks and passes
+    their output to `keep`. Tokens are [B, L, D] and must not be changed in place.
     """
 
     @property
     def lead(self) -> int:
-        """Number of blocks that run before `recall` is asked."""
+        """Number of blocks that run before `recall`."""
         ...
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        """Return the result of the last block, or None where that has to be computed."""
+        """Return the predicted output of the last block, or None if it has to be computed.
+
+        Args:
+            start: input of the first block.
+            tokens: output of block `lead`.
+        """
         ...
 
     def keep(self, tokens: Tensor) -> None:
-        """Note the result of the last block, after `recall` gave None."""
+        """Record the output of the last block, after `recall` returned None."""
         ...

@@ -1,4 +1,4 @@
-"""The machine's side: writes that leave no half files, hashes, fingerprints, devices."""
+"""Operating system and devices: atomic writes, locks, hashes, memory, environment, fingerprints."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     import torch
 
 LONGEST_NAME = 240
-"""Bytes of an output's name: file systems take 255, of which what is not finished needs some."""
+"""Most bytes of an output's name: file systems take 255, and temporary names are longer."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ATTENTION_VARIABLE = "VIDGEN_ATTENTION"
-"""The environment variable with the attention back end that `auto` is to be."""
+"""Environment variable with the attention back end that `auto` stands for."""
 
 
 def sync(path: str | Path) -> None:
-    """Force a file's content, or a folder's list of names, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,15 +41,15 @@ def sync(path: str | Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path next to `path`; what was written there takes its name on leaving.
+    """Yield a temporary path next to `path`; on exit, move the file or folder written there to it.
 
-    On an exception nothing is left: neither the temporary file or folder nor a changed target. A
-    folder that has the name already is there, whole, until the new one is.
+    An exception removes the temporary file or folder and leaves the target unchanged. An existing
+    folder stays complete until the new one replaces it.
 
     Raises:
         OutputError: the place can't be written or the disk is full.
     """
-    target = _behind_links(path)
+    target = _link_target(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -70,22 +70,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _behind_links(path: str | Path) -> Path:
-    """Follow a symbolic link to its end, so that it stays a link; return all else as it is."""
+def _link_target(path: str | Path) -> Path:
+    """Return the end of a symbolic link, so that writing keeps the link, or the path itself."""
     target = Path(path)
     try:
         return target.resolve() if target.is_symlink() else target
-    except (OSError, RuntimeError):  # Python 3.11 and 3.13 on links in a circle
-        raise OutputError(f"{target} can't be written: it is a link that leads back to itself; "
-                          "choose another name") from None
+    except (OSError, RuntimeError):  # Python 3.11 and 3.13 for circular links
+        raise OutputError(f"{target} can't be written: it is a link to itself; choose another "
+                          "name") from None
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Give two paths each other's content, in one step where the system can."""
+    """Exchange the content of two paths, atomically where the system can."""
     if sys.platform == "linux":
         import ctypes
 
-        here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, which not all file systems know
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE; not all file systems support it
         rename = getattr(ctypes.CDLL(None), "renameat2", None)
         if rename and not rename(here, os.fsencode(new), here, os.fsencode(old), exchange):
             return
@@ -100,7 +100,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that readers see the old or the new content, never a part.
+    """Write a file atomically: readers see the old or the new content, never a part of it.
 
     Raises:
         OutputError: the place can't be written or the disk is full.
@@ -113,7 +113,7 @@ def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file another name, or copy it where the file system has no links."""
+    """Make `target` a hard link to `source`, or a copy where the file system has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -122,41 +122,47 @@ def link(source: Path, target: Path) -> None:
 
 
 def write_error(target: Path, error: OSError, partial: Path | None = None) -> OutputError:
-    """An error of the operating system as a message that says what to do."""
+    """Return the OutputError for an error of the operating system.
+
+    Args:
+        partial: file written so far, whose size a message about a full disk gives.
+    """
     if error.errno in _FULL:
         written = partial.stat().st_size if partial and partial.is_file() else 0
         free = shutil.disk_usage(target.parent).free
         return OutputError(
             f"no space left for {target}: {size_text(written)} written, {size_text(free)} free; "
-            "make room or choose another disk"
+            "free some space or choose another disk"
         )
     reason = error.strerror or error
-    return OutputError(f"{target} can't be written: {reason}; choose another place, or let this "
-                       "one be written")
+    return OutputError(f"{target} can't be written: {reason}; choose another place, or change "
+                       "its permissions")
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 0) -> None:
-    """Find out before long work whether its result can be written to `path`.
+    """Check before long work that its result can be written to `path`.
 
     Args:
-        num_bytes: upper estimate of its size.
+        num_bytes: upper estimate of the size of the result.
 
     Raises:
-        OutputError: it exists, its folder doesn't or can't be written, or lacks space.
+        OutputError: a name that is too long, an existing file without `overwrite`, a folder that
+            doesn't exist or can't be written, or too little free space.
     """
     target, name = Path(path), os.fsencode(Path(path).name)
     if len(name) > LONGEST_NAME:
-        raise OutputError(f"the name {target.name[:40]}... has {len(name)} bytes; give one of "
-                          f"{LONGEST_NAME} at most")
-    folder = _behind_links(path).parent
+        raise OutputError(f"the name {target.name[:40]}... has {len(name)} bytes; shorten it to "
+                          f"{LONGEST_NAME}")
+    folder = _link_target(path).parent
     try:
         if os.path.lexists(target) and not overwrite:
-            raise OutputError(f"{target} exists; give --overwrite or another name")
+            raise OutputError(f"{target} exists; give --overwrite (in Python overwrite=True) or "
+                              "another name")
         if target.is_dir() and any(p.suffix not in (".png", ".json") for p in target.iterdir()):
             raise OutputError(f"{target} is a folder with other files in it; choose another name")
         if not folder.is_dir():
-            why = "is no folder" if folder.exists() else "does not exist"
-            raise OutputError(f"{target} can't be written: the folder {folder} {why}; make it, or "
+            why = "is not a folder" if folder.exists() else "does not exist"
+            raise OutputError(f"{target} can't be written: {folder} {why}; create the folder, or "
                               "choose another place")
         probe = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
         probe.touch()
@@ -167,15 +173,18 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
     if num_bytes > free:
         raise OutputError(
             f"{target} may need {size_text(num_bytes)}, but only {size_text(free)} are free; "
-            "make room or choose another disk"
+            "free some space or choose another disk"
         )
 
 
 def lock_file(path: Path) -> TextIO | None:
-    """Hold a file as long as what is returned is open; None where the file system has no locks.
+    """Lock a file; the lock lasts while the returned file is open.
+
+    Returns:
+        The open file, or None if the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process has locked it.
     """
     import fcntl
 
@@ -192,14 +201,14 @@ def lock_file(path: Path) -> TextIO | None:
 
 
 def size_text(num_bytes: int) -> str:
-    """Return a size for people, in bytes, MB or GB, units of 1000."""
+    """Format a size in bytes, MB or GB, in powers of 1000."""
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.1f} GB"
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
 
 
 def time_text(seconds: float) -> str:
-    """Return a time for people: 45 s, 12 min, 1 h 12 min or 2 d 5 h."""
+    """Format a duration, such as 45 s, 12 min, 1 h 12 min or 2 d 5 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -210,22 +219,22 @@ def time_text(seconds: float) -> str:
 
 
 def slug(text: str) -> str:
-    """The first words of a text as a file's name."""
+    """Return the first words of a text, at most 48 characters, as a file name."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
     return words[:48].rstrip("-") or "clip"
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` is the first GPU if there is one, else the CPU.
+    """Return the device called `name`; "auto" is the first GPU, or the CPU without one.
 
     Raises:
-        InputError: no such device here.
+        InputError: an unknown or missing device.
     """
     import torch
 
@@ -237,14 +246,15 @@ def choose_device(name: str = "auto") -> torch.device:
         raise InputError(f"unknown device {name!r}; give auto, cpu, cuda or cuda:N") from None
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"device {name!r} is not here: torch sees {count} GPUs; give cpu or auto")
+        raise InputError(f"device {name!r} doesn't exist: PyTorch finds {count} GPUs; give cpu or "
+                         "auto")
     return device
 
 
 def best_dtype(device: torch.device) -> str:
-    """The dtype that a device computes fastest in without losing range: bf16 or fp32.
+    """Return the fastest dtype of a device with float32's range: "bf16" or "fp32".
 
-    oneDNN imitates bf16 on x86 processors with AVX512 alone, at a fifth of float32's speed.
+    oneDNN emulates bf16 on x86 CPUs that have only AVX512, at a fifth of float32's speed.
     """
     import torch
 
@@ -258,7 +268,7 @@ def best_dtype(device: torch.device) -> str:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Set variables of the environment inside the block."""
+    """Set environment variables inside the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -271,12 +281,12 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 def attention_by(backend: str) -> AbstractContextManager[None]:
-    """Have attention's `auto` mean this back end, here and in processes that are begun inside."""
+    """Make attention's "auto" stand for `backend` inside the block, also in child processes."""
     return environment(**{} if backend == "auto" else {ATTENTION_VARIABLE: backend})
 
 
 def given_rank() -> tuple[int, int] | None:
-    """(rank, number of ranks) of this process where torchrun started several; else None."""
+    """Return (rank, number of ranks) of this process under torchrun with several; else None."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = [os.environ.get(name) for name in names]
     if None in values or values[1] == "1":
@@ -285,12 +295,12 @@ def given_rank() -> tuple[int, int] | None:
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can still be taken on a device; None where the system doesn't say.
+    """Return the available bytes of memory on a device; None where the system doesn't report it.
+
+    For the CPU they are the free and reclaimable memory without swap, within a container's limit.
 
     Args:
-        device: a GPU, whose memory counts, or the CPU: what is free or can be freed, without swap
-            and within the limit of a container.
-        root: where the system's files lie.
+        root: folder that contains `proc` and `sys`.
     """
     if device.type == "cuda":
         import torch
@@ -316,21 +326,21 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
 
 
 def reuse_freed_memory(largest: int = 32 << 20) -> None:
-    """Let glibc keep freed memory instead of giving it back each time, and take it in large pages.
+    """Let glibc keep freed memory instead of returning it to the system, and use large pages.
 
-    The system hands memory back zeroed page by page, which takes up to a third of the time of a
-    network's pointwise work; of 2 MB a page it does so several times as fast. `trim_memory` still
-    gives back what a dropped network had.
+    The system zeroes memory page by page when it is allocated again, which takes up to a third of
+    the time of a network's pointwise operations; with pages of 2 MB it is several times as fast.
+    `trim_memory` still returns the memory of a network that was freed.
 
     Args:
-        largest: piece that is kept, in bytes; before version 2.35 glibc takes no more than 32 MB.
+        largest: largest block to keep, in bytes; glibc before 2.35 allows at most 32 MB.
     """
     if sys.platform != "linux":
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # which torch reads when it first allocates
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     import ctypes
 
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
         if not mallopt(mmap_threshold, largest):
@@ -339,7 +349,7 @@ def reuse_freed_memory(largest: int = 32 << 20) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made again: `$XDG_CACHE_HOME/vidgen`, `~/.cache/vidgen`."""
+    """Return the cache folder: `$XDG_CACHE_HOME/vidgen`, or `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
 
@@ -354,39 +364,39 @@ def read_cache(name: str) -> dict[str, Any]:
 
 
 def write_cache(name: str, entries: Mapping[str, Any]) -> None:
-    """Write the entries of a JSON file in `cache_folder`, if possible."""
+    """Write the entries of a JSON file in `cache_folder`; ignore errors."""
     path = cache_folder() / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(entries, indent=1).encode())
     except (OSError, OutputError):
-        pass  # its contents are made again next time
+        pass  # a cache is optional: the next run computes its content again
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """This process's environment for one of its own, which is to find this package, and more."""
+    """Return the environment for a child process that imports this package, with more variables."""
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def exit_text(code: int, errors: IO[bytes]) -> str:
-    """Say how a process ended.
+    """Describe the end of a process, for a message.
 
     Args:
-        code: as `subprocess` gives it, below 0 for a signal.
-        errors: what it wrote to stderr; the last line is quoted.
+        code: exit code as of `subprocess`, negative for a signal.
+        errors: its stderr, of which the last line is quoted.
     """
     if code < 0:
         name = signal.Signals(-code).name
-        return f"killed by {name}" + (", maybe for lack of memory" if code == -9 else "")
+        return f"killed by {name}" + (", possibly out of memory" if code == -9 else "")
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines()
-    return f"left with exit code {code}" + (f" ({lines[-1][:200]})" if lines else "")
+    return f"exited with code {code}" + (f" ({lines[-1][:200]})" if lines else "")
 
 
 def fingerprint() -> dict[str, Any]:
-    """Versions, processor and threads that a result's bits may depend on."""
+    """Return the versions, processor and thread count that the bits of a result may depend on."""
     import av
     import torch
 

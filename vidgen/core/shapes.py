@@ -1,8 +1,7 @@
-"""Sizes of videos and latents, derived from a VAE's strides and checked at the border.
+"""Sizes of videos and latents, from a VAE's strides.
 
-Axes: B batch, C latent channels, T frames, H W pixel rows and columns, F latent frames, h w latent
-rows and columns. A causal VAE compresses the first frame alone and then `t` frames at a time, so
-T = 1 + t * (F - 1).
+A causal VAE compresses the first frame alone and then `t` frames at a time, so T = 1 + t * (F - 1)
+for T frames and F latent frames.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from vidgen.core.values import check_number
 
 @dataclass(frozen=True)
 class Strides:
-    """Frames (`t`) and pixels a side (`hw`) that one latent stands for."""
+    """Strides of a VAE: frames (`t`) and pixels a side (`hw`) for each latent."""
 
     t: int
     hw: int
 
     def at_rate(self, rate: int) -> Strides:
-        """Return the strides with `rate` latent frames for each one."""
+        """Return the strides at `rate` times as many latent frames."""
         return replace(self, t=self.t // rate)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A grid of `rows` x `columns` that a picture is cut into."""
+    """Grid of `rows` x `columns` tiles of a picture."""
 
     rows: int
     columns: int
@@ -44,7 +43,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Latents of `batch` clips: `num_frames` latent frames of `channels` x `height` x `width`."""
+    """Shape of latents: `num_frames` latent frames of `height` x `width` latents."""
 
     channels: int
     num_frames: int
@@ -65,10 +64,10 @@ def latent_shape(
     """Return the shape of the latents of a video.
 
     Args:
-        patch: latents a side that the transformer takes as one token.
+        patch: latents a side of one token of the transformer.
 
     Raises:
-        InputError: a size that the strides can't reach; the nearest two are named.
+        InputError: a size that the strides can't represent; the message names the nearest two.
     """
     check_number("batch", batch, 1, whole=True)
     check_num_frames(num_frames, strides)
@@ -79,7 +78,7 @@ def latent_shape(
 
 
 def check_num_frames(num_frames: int, strides: Strides) -> None:
-    """Raise InputError unless a clip of `num_frames` is one frame plus whole groups of `t`."""
+    """Raise InputError unless `num_frames` is 1 more than a multiple of the temporal stride."""
     check_number("frames", num_frames, 1, whole=True)
     if (num_frames - 1) % strides.t:
         below, above = nearest_num_frames(num_frames, strides)
@@ -101,23 +100,23 @@ def check_size(name: str, value: int, multiple: int) -> None:
 
 
 def nearest_num_frames(num_frames: int, strides: Strides) -> tuple[int, int]:
-    """The two reachable frame counts around `num_frames`, which may itself be one of them."""
+    """Return the two possible frame counts around `num_frames`, which may be the lower one."""
     below = max(num_frames - 1, 0) // strides.t * strides.t + 1
     return below, below + strides.t
 
 
 def nearest_sizes(value: int, multiple: int) -> tuple[int, int]:
-    """The two positive multiples around `value`, which may itself be one of them."""
+    """Return the two positive multiples around `value`, which may be the lower one."""
     below = max(value // multiple, 1) * multiple
     return below, below + multiple
 
 
 def num_frames_for_seconds(seconds: float, fps: float, strides: Strides) -> tuple[int, int]:
-    """Return the number of frames to generate for a duration, and of those to keep.
+    """Return the numbers of frames to generate and to keep for a duration.
 
     Returns:
-        (generated, kept): kept is seconds * fps rounded half up, at least 1; generated is the next
-        reachable count.
+        (generated, kept): kept is seconds * fps, rounded half up and at least 1; generated is the
+        next possible frame count.
 
     Raises:
         InputError: a duration or frame rate that is not a positive finite number.
@@ -129,12 +128,14 @@ def num_frames_for_seconds(seconds: float, fps: float, strides: Strides) -> tupl
 
 
 def size_for_aspect(aspect: float, area: int, multiple: int) -> tuple[int, int]:
-    """The size closest to an aspect ratio at (nearly) a given area.
+    """Return the size closest to an aspect ratio and an area.
 
-    Both errors weigh alike, as logarithms, so that the token count stays what the model is used to.
+    The logarithmic errors of both have equal weight, which keeps the number of tokens close to the
+    one of the model's training.
 
     Args:
-        area: pixels of the model's own size.
+        aspect: width / height.
+        area: pixels of the model's default size.
         multiple: pixels a side of one token.
 
     Returns:

@@ -1,16 +1,15 @@
-"""Results kept in a folder under addresses, so that none is ever made twice.
+"""Content-addressed store of clips and scores, so that none is computed twice.
 
-An address is a hash of all that shapes a result: a result that exists is recognised without a look
-at any other, and a change of what shapes it makes it again. Films, suites and sweeps keep their
-clips in such folders, and resume by making what is missing:
+An address is a hash of all inputs of a result, so an existing result is found by its address alone,
+and a changed input leads to a new result. Films, suites and sweeps keep their clips in such
+folders, and resume by generating the missing ones:
 
     FOLDER/
         ADDRESS.mp4              a clip
-        ADDRESS.mp4.vidgen-job/  the journal of one that was stopped, which resumes from it
-        NAME.json                what is known of an address or of the whole folder
+        ADDRESS.mp4.vidgen-job/  the journal of an interrupted clip, which resumes from it
+        NAME.json                data about an address or about the whole folder
 
-All of it may be removed at any time. Scores of clips, too small for files of their own, are lines
-of a log by the same kind of address.
+All of it may be deleted at any time. Scores of clips are lines of a log, with addresses as keys.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ from vidgen.core.runtime import atomic_write, write_error
 
 
 def address_of(facts: Any) -> str:
-    """Return the address of a result that these facts shape, as 32 hexadecimal digits.
+    """Return the address of a result with these inputs, 32 hexadecimal digits.
 
     Args:
-        facts: JSON data; the order of keys doesn't count.
+        facts: JSON data; the order of keys doesn't matter.
     """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Store:
-    """A folder of files by address; it is made when something is written."""
+    """Folder of files by address; the first write creates it."""
 
     def __init__(self, folder: Path, suffix: str = ".mp4") -> None:
         self.folder, self.suffix = folder, suffix
 
     def path(self, address: str) -> Path:
-        """Return the file of an address."""
+        """Return the path of an address's file, which may not exist."""
         return self.folder / f"{address}{self.suffix}"
 
     def has(self, address: str) -> bool:
-        """Return whether a result exists."""
+        """Return whether the result of an address exists."""
         return self.path(address).is_file()
 
     def data(self, name: str) -> dict[str, Any]:
-        """Return the data kept under a name; empty if there is none, or it can't be read."""
+        """Return the JSON data kept under a name; {} if it is missing or can't be read."""
         try:
             data = json.loads(self._data_path(name).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -57,7 +56,7 @@ class Store:
         return data if isinstance(data, dict) else {}
 
     def keep(self, name: str, data: Mapping[str, Any]) -> None:
-        """Write JSON data under a name, unless it is there already.
+        """Write JSON data under a name, unless it is already there.
 
         Raises:
             OutputError: the folder can't be written, or the disk is full.
@@ -73,26 +72,26 @@ class Store:
 
 
 class ScoreLog:
-    """Scores by content address, one JSON line each, safe against kills at any moment."""
+    """Scores by address, one JSON line each; a kill at any moment loses only the last line."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.scores = path, dict[str, dict[str, Any]]()
         try:
             lines = path.read_bytes().splitlines() if path.exists() else []
         except OSError as error:
-            raise InputError(f"{path}, where scores are kept, can't be read: {error.strerror}; "
-                             "move it away, or name another output") from None
+            raise InputError(f"the score log {path} can't be read: {error.strerror}; move it away, "
+                             "or name another output") from None
         for line in lines:
             try:
                 entry = json.loads(line)
                 key, scores = entry["key"], entry["scores"]
             except (ValueError, LookupError, TypeError, RecursionError):
-                continue  # cut short by a kill, or no scores
+                continue  # an incomplete line of a killed process, or other data
             if isinstance(key, str) and isinstance(scores, dict):
                 self.scores[key] = scores
 
     def add(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Append scores.
+        """Append pairs (address, scores).
 
         Raises:
             OutputError: the disk is full, or the file can't be written.

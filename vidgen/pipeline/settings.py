@@ -56,7 +56,7 @@ SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
             "latent frames from a first frame to where that is full; 0: everywhere",
             high=1000, off=0, recorded="reach"),
     Setting("reference_guidance", "sampling", float,
-            "how much further references are followed, where no frames are given; 0 spares a pass",
+            "extra guidance toward reference images, in clips without given frames; 0 skips it",
             high=100, served=20, off=0.0, recorded="reference_scale", follows="reference"),
     Setting("refine", "frames", int,
             "gradient steps that bring a first frame's latents nearer to it; 0 is off",
