@@ -18,8 +18,8 @@ from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import FileFacts, probe_file
-from vidgen.training.data.select import find_alike
-from vidgen.training.data.survey import look_at
+from vidgen.training.data.select import find_similar
+from vidgen.training.data.survey import probe_files
 
 
 def test_an_ordinary_film_is_counted_exactly(tmp_path):
@@ -181,7 +181,7 @@ def test_files_that_look_the_same_are_found(tmp_path):
         "later": film(tmp_path / "e.mp4", pictures[12:]),
         "longer": film(tmp_path / "f.mp4", pictures),
     }
-    groups = find_alike({name: probe_file(path) for name, path in films.items()})
+    groups = find_similar({name: probe_file(path) for name, path in films.items()})
     assert set(groups) == {"first", "again", "small"}
     assert set(groups.values()) == {"again"}, "the first of their names stands for all"
 
@@ -198,7 +198,7 @@ def test_facts_that_are_known_are_not_found_again(tmp_path):
     totals: list[int] = []
 
     def look(*paths: Path) -> list[FileFacts]:
-        return look_at([media(each) for each in paths], tell, folder=kept)
+        return probe_files([media(each) for each in paths], tell, folder=kept)
 
     def tell(event):
         if event["done"] == 0:

@@ -385,7 +385,7 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["check"], "no folder was named"), (["check", "nowhere"], "nowhere is no folder"),
+        (["check"], "no folder was named"), (["check", "nowhere"], "nowhere is not a folder"),
         (["chek", "x"], "invalid choice"),
         (["check", ".", "--set", "data.fps=fast"], "fps must be"),
         (["check", ".", "--output", "x"], "--output has no meaning for data check"),

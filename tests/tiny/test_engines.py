@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig
-from vidgen.training.engines.deepspeed import share_out
+from vidgen.training.engines.deepspeed import shard_weights
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers
@@ -81,7 +81,7 @@ def loaded_in_shares(folder: Path) -> dict[str, Any]:
     if current_place().main:
         save_module(saved.state_dict(), saved.config, folder / "model", torch.float32)
     current_place().barrier()
-    share, held, peak = share_out(make_run(folder / "x", deepspeed="zero3")), 0, 0
+    share, held, peak = shard_weights(make_run(folder / "x", deepspeed="zero3")), 0, 0
 
     def each(parameter: torch.nn.Parameter) -> None:
         nonlocal held, peak

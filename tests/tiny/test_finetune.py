@@ -28,7 +28,7 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.engine import load
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import output as finetune_output
-from vidgen.training.finetune.output import Made, NoEffect, choose_checkpoint, export
+from vidgen.training.finetune.output import Export, NoEffect, choose_checkpoint, export
 from vidgen.training.finetune.run import finetune
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import read_lora
@@ -367,7 +367,7 @@ def test_what_lies_where_results_go_is_found_before_anything_is_learned(
 def test_an_expert_that_learned_nothing_fails_the_run_by_name(wan, clips, tmp_path, monkeypatch):
     config = make_config(wan("t2v-a14b"), clips, tmp_path / "run", run={"steps": 2})
     folder = open_model(config.model)
-    made = Made(tmp_path, "", delta={"transformer": 0.5, "transformer_2": 0.0})
+    made = Export(tmp_path, "", delta={"transformer": 0.5, "transformer_2": 0.0})
     monkeypatch.setattr(finetune_output, "choose_checkpoint", lambda _: made)
     monkeypatch.setattr(finetune_output, "_export_lora", lambda *_: None)
     (tmp_path / "run").mkdir()

@@ -18,7 +18,7 @@ from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.training import config as training_config
 from vidgen.training import loop
-from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
+from vidgen.training.checkpoint import latest_checkpoint, load_averages, lock_run
 from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import Place
 from vidgen.training.finetune.output import read_curve
@@ -124,12 +124,12 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     ({"validate_every": 0}, "validate_every is 0"),
     ({"minutes": 0.0}, "minutes is 0; give a number above 0"),
     ({"checkpoint_minutes": -1.0}, "checkpoint_minutes is -1; give a number of at least 0"),
-    ({"ema_decay": 1.0}, "ema_decay is 1.0; give a share below 1"),
+    ({"ema_decay": 1.0}, r"ema_decay is 1.0; give a number in \[0, 1\)"),
     ({"spike_factor": math.nan}, "spike_factor is nan; give a number above 1"),
     ({"seed": 2**32}, "seed is 4294967296; give a number from 0 to 4294967295"),
     ({"optim": {"lr": math.nan}}, "optim.lr is nan; give a number from 0 to 100"),
     ({"optim": {"lr": 1e-3, "weight_decay": -0.1}}, "optim.weight_decay is -0.1"),
-    ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is \[0.9, 1.0\]; give two shares below 1"),
+    ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is \[0.9, 1.0\]; give two numbers in \[0, 1\)"),
     ({"optim": {"grad_clip": -1.0}}, "optim.grad_clip is -1;"),
     ({"steps": 0}, "run.steps is 0; give a whole number of at least 1"),
 ])
@@ -206,7 +206,7 @@ def test_a_run_is_neither_overwritten_nor_made_up(tmp_path: Path) -> None:
 def test_one_run_is_at_work_in_a_folder_at_a_time(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    with alone_in(tmp_path / "run"), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
+    with lock_run(tmp_path / "run"), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
         train(Regression(run), run, record={})
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}
     train(Regression(run), run)
@@ -232,4 +232,4 @@ def test_incomplete_and_damaged_checkpoints_are_passed_over_or_told(tmp_path: Pa
 def test_resuming_what_never_began_begins_and_says_so(tmp_path: Path, capsys) -> None:
     run = make_run(tmp_path / "run")
     assert train(Regression(run), run, resume=True).finished
-    assert "run has no checkpoint to resume from; starting at step 0" in capsys.readouterr().err
+    assert "run has no checkpoint to resume; starting at step 0" in capsys.readouterr().err

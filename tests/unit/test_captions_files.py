@@ -32,7 +32,7 @@ def test_captions_in_any_encoding_are_read(text, encoding):
 
 def test_a_given_encoding_is_kept_to():
     assert decode("猫".encode("shift_jis"), "shift_jis") == ("猫", None)
-    with pytest.raises(Unreadable, match="is no text in ascii"):
+    with pytest.raises(Unreadable, match="is not text in ascii"):
         decode("é".encode(), "ascii")
     with pytest.raises(InputError, match="caption_encoding is 'shiftjiss'"):
         DataConfig(folders=(FolderConfig("x"),), caption_encoding="shiftjiss")
@@ -64,9 +64,9 @@ def test_json_beside_a_file(tmp_path, content, captions):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is no JSON"), ('{"title": "x"}', "none of the keys caption, text, prompt, desc"),
-     ('{"text": 3}', "a caption that is no text"), (r'{"text": "\ud83d"}', "half of a character"),
-     ("[" * 100_000, "is no JSON")],
+    [("{", "is not valid JSON"), ('{"title": "x"}', "none of the keys caption, text, prompt, desc"),
+     ('{"text": 3}', "a caption that is not text"), (r'{"text": "\ud83d"}', "half of a character"),
+     ("[" * 100_000, "is not valid JSON")],
 )
 def test_json_without_a_caption_is_told(tmp_path, content, message):
     path = tmp_path / "clip.json"
@@ -112,7 +112,7 @@ def test_what_a_csv_has_no_column_for_is_told(tmp_path):
     with pytest.raises(Unreadable, match=r"line 3 has more values than .* double quotes"):
         table(sheet, "auto")
     sheet.write_text('file,caption\na.mp4,"a car\nb.mp4,a cat\n')
-    with pytest.raises(Unreadable, match="is no CSV"):
+    with pytest.raises(Unreadable, match="is not valid CSV"):
         table(sheet, "auto")
     sheet.write_text("day,sales\n1,2,3\n")
     assert table(sheet, "auto") is None
@@ -168,7 +168,7 @@ def test_folders_without_media_and_damaged_tables_are_refused(tmp_path):
         r'{"file": "\u0000.mp4", "text": "x"}' + "\n" + r'{"file": "\ud800.mp4", "text": "x"}')
     assert sum("an invalid file name" in note for note in scan(config)[1]) == 2
     (tmp_path / "meta.jsonl").write_text('{"file": "a.mp4"}\n{')
-    with pytest.raises(InputError, match=r"meta.jsonl line 2 is no JSON.*correct it"):
+    with pytest.raises(InputError, match=r"meta.jsonl line 2 is not valid JSON.*correct it"):
         scan(config)
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         scan(DataConfig(folders=(FolderConfig(str(tmp_path / "none")),)))

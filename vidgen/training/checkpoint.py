@@ -34,10 +34,7 @@ _PICKLES = "*.pt"
 
 
 def live_weights(task: Task, *, frozen: bool) -> dict[str, Tensor]:
-    """Return a task's weights and buffers by their names in checkpoints.
-
-    Frozen weights are included only with `frozen`.
-    """
+    """Return a task's weights, with or without frozen ones, and buffers, named as stored."""
     tensors = {}
     for key, module in task.modules.items():
         left = set() if frozen else {n for n, p in module.named_parameters() if not p.requires_grad}
@@ -190,15 +187,10 @@ def average_of(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor
 
 
 def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[str, Tensor]:
-    """Return the state of module `key` with averaged weights.
+    """Return the averaged weights of module `key` from a run's checkpoint `target` or its newest.
 
-    Buffers and frozen parameters, which have no averages, are the live ones, if the checkpoint
-    holds them: those of DeepSpeed and of tasks without `saves_frozen` have no frozen parameters.
-
-    Args:
-        folder: the run's folder.
-        key: name of a module of the task.
-        target: a checkpoint, by default the newest of the run.
+    Buffers and frozen parameters are the live ones; checkpoints of DeepSpeed and of tasks without
+    `saves_frozen` have no frozen parameters.
 
     Raises:
         ModelError: the run has no checkpoint.
@@ -211,11 +203,10 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make a run's folder and lock it against other processes inside the block.
+def lock_run(folder: Path) -> Iterator[None]:
+    """Make a run's folder and lock it inside the block, if the file system has locks.
 
-    A file system without locks locks nothing. The file `pid` is for `scripts/quiet`, which pauses
-    the process.
+    The file `pid` is for `scripts/quiet`, which pauses the process.
 
     Raises:
         InputError: another run holds the lock, or the folder is a file.

@@ -42,7 +42,7 @@ class OptimConfig:
         for name in ("warmup_steps", "decay_from", "decay_steps", "grad_clip"):
             check_number(f"optim.{name}", getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optim.betas is {list(self.betas)}; give two shares below 1")
+            raise InputError(f"optim.betas is {list(self.betas)}; give two numbers in [0, 1)")
         if (self.decay_from is None) != (self.decay_steps == 0):
             raise InputError(
                 f"optim.decay_from is {self.decay_from} and optim.decay_steps {self.decay_steps}; "
@@ -92,8 +92,7 @@ class RunConfig:
     validate_every: int = 500
     checkpoint_minutes: float = 4.0
     keep: int = 2  # number of newest checkpoints that are kept
-    # a validation score; the checkpoint with the lowest one is also kept, and fine-tuning exports
-    # it
+    # a validation score; the checkpoint with the lowest one is also kept, and exported
     best: str | None = None
     # a loss above this multiple of its running mean is unusable, as NaN is; .inf: no such limit
     spike_factor: float = 20.0
@@ -109,7 +108,7 @@ class RunConfig:
         if self.spike_factor != math.inf:
             check_number("spike_factor", self.spike_factor, 1, above=True)
         if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay is {self.ema_decay}; give a share below 1")
+            raise InputError(f"ema_decay is {self.ema_decay}; give a number in [0, 1)")
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", self._fastest_dtype())
 

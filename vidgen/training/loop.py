@@ -61,10 +61,8 @@ def train(
     """Train until the steps or minutes of `run` are over, or a signal arrives.
 
     Args:
-        record: the resolved config, written to `task.json`. A resumed run must have the same one,
-            unless `accept_changes`.
-        on_record: called on the main rank with every line of `curve.jsonl` before it is written;
-            it may change the line.
+        record: resolved config for `task.json`, which must not change unless `accept_changes`.
+        on_record: called on the main rank with, and may change, each new line of `curve.jsonl`.
 
     Raises:
         InputError: the folder holds a run already and `resume` is not set; another process runs
@@ -78,11 +76,10 @@ def train(
     reuse_freed_memory(1 << 30)  # each step makes and frees gradients as large as the weights
     with ExitStack() as stack:
         if place.main:
-            stack.enter_context(checkpoint.alone_in(folder))
-            _mend_curve(folder / _CURVE)
+            stack.enter_context(checkpoint.lock_run(folder))
+            _drop_torn_line(folder / _CURVE)
             if resume and source is None:
-                print(f"{folder} has no checkpoint to resume from; starting at step 0",
-                      file=sys.stderr)
+                print(f"{folder} has no checkpoint to resume; starting at step 0", file=sys.stderr)
             if record is not None:
                 atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
             checkpoint.drop_partial(folder)
@@ -116,8 +113,7 @@ def find_source(folder: Path, *, resume: bool) -> Path | None:
     return source
 
 
-def _mend_curve(curve: Path) -> None:
-    """Remove a last line that is incomplete, as of a killed run."""
+def _drop_torn_line(curve: Path) -> None:
     try:
         if curve.exists():
             os.truncate(curve, curve.read_bytes().rfind(b"\n") + 1)
@@ -152,7 +148,6 @@ class _Loop:
         self._reset_speed()
 
     def _reset_speed(self) -> None:
-        """Start to measure speed, which checkpoints don't keep."""
         self.timed_steps, self.timed_samples, self.since = 0, 0, time.monotonic()
 
     def restore(self, source: Path | None) -> int:

@@ -21,9 +21,8 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Return AdamW for all trainable parameters, or Muon for the matrices `use_muon` selects.
 
-    Vectors (biases, gains, modulation tables) have no weight decay. Muon's update is scaled to
-    AdamW's, so that both can share a rate (Liu et al. 2025, eq. 4). Without `config.muon_lr` Muon
-    isn't used.
+    Vectors (biases, gains, modulation tables) have no weight decay. Muon, used if `muon_lr` is
+    set, has updates scaled to AdamW's (Liu et al. 2025, eq. 4).
     """
     muon, matrices, vectors = (list[nn.Parameter]() for _ in range(3))
     for name, parameter in named_parameters(modules).items():
@@ -54,16 +53,10 @@ def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
 
 
 class EMA:
-    """Hold a running mean of every parameter: shadow = decay * shadow + (1 - decay) * weight.
+    """Hold float32 running means of weights: shadow = decay * shadow + (1 - decay) * weight.
 
     The decay warms up as (1 + step) / (10 + step), so that early averages forget the random start.
-
-    Args:
-        live: the parameters, or this rank's shards of them.
-        decay: final decay, in [0, 1).
-
-    Attributes:
-        shadow: the means, float32.
+    `live` has the parameters, or this rank's shards of them.
     """
 
     def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:

@@ -19,7 +19,7 @@ class Task(ABC):
     """The modules, optimisers, batches, loss and validation of a training run.
 
     Attributes:
-        modules: modules to train, on the run's device when the loop begins.
+        modules: modules to train, on the run's device.
         saves_frozen: whether checkpoints include frozen weights.
         alternates: whether some steps use only some of the parameters, such as one of two experts.
     """
@@ -39,12 +39,10 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, step: int, micro: int) -> Any:
-        """Make a micro-batch: a pure function of the arguments and the run's seed.
+        """Make a micro-batch: a pure function of `step`, `micro` (from 0) and the run's seed.
 
-        Args:
-            step: from 0.
-            micro: from 0 to R * `run.accumulate` - 1 on R ranks, where rank r takes r, r + R, ...
-                All micro-batches of a step have one shape.
+        All R * `run.accumulate` ones of a step on R ranks have one shape; rank r takes r, r + R,
+        and so on.
         """
 
     def files(self, batch: Any) -> list[str]:

@@ -37,7 +37,7 @@ from vidgen.training.data.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import Extras, ItemEncoder, component_hash, open_frames
 from vidgen.training.data.files import MediaFile, scan
 from vidgen.training.data.select import Item, Selection, picks
-from vidgen.training.data.survey import counted, open_trainable
+from vidgen.training.data.survey import open_trainable, track
 from vidgen.weights.folder import ModelFolder
 
 FORMAT_VERSION = 1
@@ -177,11 +177,11 @@ def make_cache(
     texts = sorted(text for text in captions if not cache.path("texts", text).exists())
     # in this process, as one text encoder may take most of the memory
     with closing(ItemEncoder(folder, torch.device(device))) as encoder:
-        for caption in counted(on_event, "texts", texts, len(texts)):
+        for caption in track(on_event, "texts", texts, len(texts)):
             cache.save(cache.path("texts", caption), {"context": encoder.text(caption)})
     results = results_of(_encode_file, jobs, workers, on_event)
     try:
-        failed = {name: problem for name, problem in counted(on_event, "encode", results, len(jobs))
+        failed = {name: problem for name, problem in track(on_event, "encode", results, len(jobs))
                   if problem is not None}
     finally:  # without workers this process has an encoder
         _encoder.cache_clear()

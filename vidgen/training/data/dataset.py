@@ -51,13 +51,10 @@ class Draw(NamedTuple):
 
 
 class Schedule:
-    """The order of a run's batches.
+    """The order of a run's batches, from the number of items by bucket.
 
-    In each epoch a bucket's last batch is filled with the bucket's first items.
-
-    Args:
-        counts: number of items by bucket, with repeats.
-        image_share: share of steps with pictures; None: in proportion to their number.
+    In each epoch a bucket's last batch is filled with the bucket's first items. `image_share` is
+    the share of steps with pictures; None: in proportion to their number.
 
     Raises:
         InputError: the data have no pictures, or no clips, for `image_share`.
@@ -143,10 +140,9 @@ def open_dataset(
 
     Args:
         model: a model's name, path or opened folder.
-        batch_size: items per micro-batch and rank.
-        accumulate: micro-batches per step and rank.
+        batch_size, accumulate: items per micro-batch, micro-batches per step, on each rank.
         with_context: whether batches have the captions' contexts.
-        device: device on which items are encoded without a cache. Batches are on the CPU.
+        device: encodes items without a cache. Batches are on the CPU.
 
     Raises:
         InputError: invalid data, a cache that doesn't match, or no items to train on.
@@ -187,7 +183,6 @@ class Dataset:
 
     Attributes:
         items: items in order, with repeats.
-        buckets: number of items by bucket.
         held_out: the split for validation, or None.
         notes: messages such as left-out files.
     """
@@ -225,12 +220,12 @@ class Dataset:
 
     def ends(self, world: int = 1) -> list[str]:
         """Return notes on the items that repeat to fill each bucket's last batch."""
-        notes = []
-        for bucket, count in self._schedule.remainders(self._global_batch(world)).items():
+        def repeating(bucket: Bucket, count: int) -> str:
             kind = "clip" if bucket.num_frames > 1 else "picture"
-            repeating = f"1 {kind} repeats" if count == 1 else f"{count} {kind}s repeat"
-            notes.append(f"bucket {bucket.label}: {repeating} per epoch to fill the last batch")
-        return notes
+            return f"1 {kind} repeats" if count == 1 else f"{count} {kind}s repeat"
+
+        return [f"bucket {bucket.label}: {repeating(bucket, n)} per epoch to fill the last batch"
+                for bucket, n in self._schedule.remainders(self._global_batch(world)).items()]
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """Make micro-batch `micro` of a step for one of `world` ranks, all counted from 0.

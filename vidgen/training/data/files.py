@@ -85,7 +85,7 @@ def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
 
 def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> list[MediaFile]:
     if not root.is_dir():
-        raise InputError(f"data folder {root} is no folder; give a folder of videos and pictures")
+        raise InputError(f"data folder {root} is not a folder; give one of videos and pictures")
     media, sidecars, tables = list[Path](), dict[str, Path](), list[Path]()
     others: Counter[str] = Counter()
     for path in _walk(root):
@@ -201,7 +201,7 @@ def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
         try:
             return content.decode(encoding), None
         except UnicodeDecodeError as error:
-            raise Unreadable(f"is no text in {encoding}: {error.reason}") from None
+            raise Unreadable(f"is not text in {encoding}: {error.reason}") from None
     for mark, name in _MARKS:
         if content.startswith(mark):
             return _strictly(content, name), None
@@ -217,7 +217,7 @@ def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
 
     matches = list(from_bytes(content, cp_isolation=list(LIKELY)))
     if not matches:
-        raise Unreadable("is no text in any known encoding; save it as UTF-8")
+        raise Unreadable("is not text in any known encoding; save it as UTF-8")
     best = matches[0]
     guess = best.encoding
     for match in matches:  # prefer cp1252 where another fits no better
@@ -257,7 +257,7 @@ def sidecar(path: Path, encoding: str) -> tuple[Captions, list[str]]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"is no JSON: {error}") from None
+        raise Unreadable(f"is not valid JSON: {error}") from None
     return _of_value(value), notes
 
 
@@ -269,7 +269,7 @@ def _of_value(value: Any) -> Captions:
         value = value[found]
     several = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) for each in several):
-        raise Unreadable("has a caption that is no text")
+        raise Unreadable("has a caption that is not text")
     return _clean(several)
 
 
@@ -331,11 +331,10 @@ def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
         for row in reader:
             yield reader.line_num, {(k or "").strip().lower(): v for k, v in row.items()}
     except csv.Error as error:
-        raise Unreadable(f"line {reader.line_num} is no CSV: {error}") from None
+        raise Unreadable(f"line {reader.line_num} is not valid CSV: {error}") from None
 
 
 def _delimiter(text: str) -> str:
-    """Return the separator of the header's columns."""
     header = text.lstrip("\r\n").partition("\n")[0].lower()
     columns = {sign: [name.strip(' \r"') for name in header.split(sign)] for sign in _DELIMITERS}
     return max(columns, key=lambda sign: (not {*FILE_KEYS}.isdisjoint(columns[sign]),
@@ -349,7 +348,7 @@ def _json_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Unreadable(f"line {number} is no JSON: {error}") from None
+            raise Unreadable(f"line {number} is not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise Unreadable(f"line {number} is no JSON object")
+            raise Unreadable(f"line {number} is not a JSON object")
         yield number, row

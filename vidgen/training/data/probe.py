@@ -284,11 +284,7 @@ class _Seen:
 
 
 class Cuts:
-    """A detector of cuts.
-
-    Attributes:
-        found: (last frame of a shot, first frame of the next) of each cut, in order.
-    """
+    """A detector of cuts; `found` has (last frame of a shot, first of the next), in order."""
 
     def __init__(self) -> None:
         self.found: list[tuple[int, int]] = []

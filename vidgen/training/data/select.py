@@ -77,7 +77,7 @@ def select(
     config: DataConfig, geometry: Geometry, files: Sequence[MediaFile], facts: Sequence[FileFacts]
 ) -> list[Fate]:
     """Return the items of each file, or the reason why it has none, from the facts about it."""
-    groups = find_alike({each.sha256: each for each in facts if each.problem is None})
+    groups = find_similar({each.sha256: each for each in facts if each.problem is None})
     first: dict[str, MediaFile] = {}
     fates = []
     for file, known in zip(files, facts, strict=True):
@@ -249,7 +249,7 @@ def _note_times(fate: Fate, geometry: Geometry) -> None:
         fate.notes.append(f"it has stretches that are {counts}")
 
 
-def find_alike(facts: Mapping[str, FileFacts]) -> dict[str, str]:
+def find_similar(facts: Mapping[str, FileFacts]) -> dict[str, str]:
     """Return {SHA-256: lowest SHA-256 of its group} for files that look the same.
 
     Such files are copies, or differ in size, frame rate or quality. Signatures of 8 moments with

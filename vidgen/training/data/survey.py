@@ -29,7 +29,7 @@ T = TypeVar("T")
 _SETTLED_S = 2.0  # a newer file may change again within the resolution of its time stamp
 
 
-def look_at(
+def probe_files(
     files: Sequence[MediaFile], on_event: OnEvent, *, workers: int = 1, folder: Path | None = None
 ) -> list[FileFacts]:
     """Return the facts about each file; unknown files are decoded in `workers` processes.
@@ -44,14 +44,14 @@ def look_at(
     facts = {path: build(FileFacts, data) for path, data in kept.items() if data}
     fresh = {path: path for path in places if path not in facts}
     found = results_of(probe_file, fresh, workers, on_event)
-    for path, each in counted(on_event, "look", found, len(fresh)):
+    for path, each in track(on_event, "look", found, len(fresh)):
         facts[path] = each
         if time.time() - places[path].mtime_ns / 1e9 > _SETTLED_S:
             store.keep(address[path], dump(each))
     return [facts[file.path] for file in files]
 
 
-def counted(on_event: OnEvent, stage: str, things: Iterable[T], total: int) -> Iterator[T]:
+def track(on_event: OnEvent, stage: str, things: Iterable[T], total: int) -> Iterator[T]:
     """Yield `things`, and report progress after each of `total`."""
     done = 0
     on_event({"event": "progress", "stage": stage, "done": done, "total": total})
@@ -83,7 +83,7 @@ def survey(
     """
     geometry = Geometry.of(config, folder)
     files, notes = scan(config)
-    fates = select(config, geometry, files, look_at(files, on_event, workers=workers))
+    fates = select(config, geometry, files, probe_files(files, on_event, workers=workers))
     limit = folder.components["transformer"].config.text_len
     tokenizer = PromptTokenizer(folder.tokenizer, limit)
     for fate in fates:

@@ -100,7 +100,7 @@ def read_settings(run: RunConfig) -> ZeroSettings:
             raise InputError(f"{path}: {key!r} is set by the run: leave it out and set {ours}")
     if any(device not in ("none", "cpu") for device in offloads):
         raise InputError(f"{path}: offload goes to 'cpu' only, not {offloads}: checkpoints don't "
-                         "include offloads to a disk")
+                         "include data offloaded to a disk")
     # The loop counts a step's micro-batches and marks the last one, so DeepSpeed gets 1.
     config = {
         **settings, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
@@ -110,7 +110,7 @@ def read_settings(run: RunConfig) -> ZeroSettings:
     return ZeroSettings(stage, offloads[0] == "cpu", offloads[1] == "cpu", config)
 
 
-def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
+def shard_weights(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
     """Return a function for `load_module` to call with each weight it has read, or None.
 
     Under ZeRO-3 it reduces a parameter to this rank's shard, so that loading needs memory for the

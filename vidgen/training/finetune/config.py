@@ -31,7 +31,7 @@ class LoraSettings:
         check_number("lora.rank", self.rank, 1, MAX_RANK, whole=True)
         check_number("lora.alpha", self.alpha, above=True)
         if not 0 <= self.dropout < 1:
-            raise InputError(f"lora.dropout is {self.dropout}; give a number from 0 to below 1")
+            raise InputError(f"lora.dropout is {self.dropout}; give a number in [0, 1)")
         if self.targets in (("attention",), ("all",)):
             object.__setattr__(self, "targets", self.targets[0])
         if not self.targets:

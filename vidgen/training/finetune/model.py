@@ -25,7 +25,7 @@ from vidgen.models.text import UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS
-from vidgen.training.engines.deepspeed import share_out
+from vidgen.training.engines.deepspeed import shard_weights
 from vidgen.training.finetune.config import FinetuneConfig, LoraSettings, SubjectSettings
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
@@ -93,7 +93,7 @@ def open_transformers(
     """
     dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
     return {role: prepare_module(config, folder.components[role].load(
-                dtype, device, each=share_out(config.run)))
+                dtype, device, each=shard_weights(config.run)))
             for role in trained_roles(config, folder)}
 
 

@@ -43,7 +43,7 @@ class NoEffect(VidgenError):
 
 
 @dataclass(frozen=True)
-class Made:
+class Export:
     """Hold the files that a run exported, and the checkpoint they are from."""
 
     checkpoint: Path
@@ -58,7 +58,7 @@ class Made:
         return int(checkpoint.read_meta(self.checkpoint)["step"])
 
 
-def choose_checkpoint(run: RunConfig) -> Made:
+def choose_checkpoint(run: RunConfig) -> Export:
     """Choose the checkpoint with the lowest `run.best`, or the latest one.
 
     Raises:
@@ -72,11 +72,11 @@ def choose_checkpoint(run: RunConfig) -> Made:
     step = meta["best_step"] if run.best and meta["best_of"] == run.best else -1
     if step < 0:  # none yet, or the run was resumed with another `best`
         why = f", as none was kept for its {run.best}" if run.best else ""
-        return Made(newest, f"latest{why}")
-    return Made(checkpoint.step_folder(folder, step), f"lowest {run.best}, {meta['best']:.4g}")
+        return Export(newest, f"latest{why}")
+    return Export(checkpoint.step_folder(folder, step), f"lowest {run.best}, {meta['best']:.4g}")
 
 
-def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
+def export(config: FinetuneConfig, folder: ModelFolder) -> Export:
     """Write the averaged weights of the checkpoint that `choose_checkpoint` returns.
 
     Raises:
@@ -101,7 +101,7 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
     return made
 
 
-def check_output(config: FinetuneConfig, folder: ModelFolder) -> None:
+def precheck(config: FinetuneConfig, folder: ModelFolder) -> None:
     """Check before training that the layers exist and the results can be written.
 
     Raises:
@@ -121,7 +121,7 @@ def check_output(config: FinetuneConfig, folder: ModelFolder) -> None:
             target_paths(dit, config.lora.targets)
 
 
-def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made: Made) -> None:
+def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made: Export) -> None:
     """Write a file for each trained transformer and dialect."""
     run, dtype = Path(config.run.folder), DTYPES[config.output.dtype]
     for role in trained_roles(config, folder):
@@ -149,7 +149,7 @@ def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path, made
                 made.use.append(f"{path}@{side}" if side else str(path))
 
 
-def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path, made: Made) -> None:
+def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path, made: Export) -> None:
     """Write a complete model folder; untrained parts are those of the base model.
 
     An older one is replaced after the new one is complete.
@@ -185,7 +185,7 @@ def unstated(config: FinetuneConfig) -> list[str]:
 
 
 def write_card(
-    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Made, folder: Path
+    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Export, folder: Path
 ) -> None:
     """Write the model card `README.md` in the hub's format.
 
@@ -206,7 +206,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def _card(
-    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Made,
+    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Export,
     curve: Sequence[Mapping[str, Any]],
 ) -> str:
     output, kind = config.output, "LoRA" if config.method == "lora" else "fine-tuned model"

@@ -77,9 +77,9 @@ class TrainingPlan:
         """Return the plan as lines for the terminal."""
         counts = f"{self.trained:,} trained parameters, {self.frozen:,} frozen"
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        rows = [f"{ranks} of {self.engine}; {counts}", "memory on each rank's device:"]
+        rows = [f"{ranks}, {self.engine}; {counts}", "memory on each rank's device:"]
         rows += [f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in self.device.items() if size]
-        rows.append(f"  {'together':<24}{self.peak / 1e9:8.2f} GB")
+        rows.append(f"  {'total':<24}{self.peak / 1e9:8.2f} GB")
         if any(self.host.values()):
             rows.append("in the CPU's memory, for each rank:")
             rows += [f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in self.host.items()]

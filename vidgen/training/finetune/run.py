@@ -22,14 +22,7 @@ from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import Place, join_ranks
 from vidgen.training.finetune.conditions import settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.output import (
-    FOLDER,
-    NoEffect,
-    check_output,
-    export,
-    unstated,
-    write_card,
-)
+from vidgen.training.finetune.output import FOLDER, NoEffect, export, precheck, unstated, write_card
 from vidgen.training.finetune.sheet import Sheets, check_sheets
 from vidgen.training.finetune.task import FinetuneTask
 from vidgen.training.loop import TrainResult, find_source, train
@@ -69,7 +62,7 @@ def finetune(
         with join_ranks(config.run) as place:
             folder = open_trainable(config.model)
             settle_conditions(config.conditions, folder)  # refused before the clips are read
-            check_output(config, folder)
+            precheck(config, folder)
             check_sheets(config, folder)
             find_source(Path(config.run.folder), resume=resume)
             on_event = on_event if place.main else lambda _event: None
@@ -77,9 +70,9 @@ def finetune(
             task = FinetuneTask(config, folder, dataset, Sheets(config, dataset))
             record = dump(config) | {
                 "model_hash": folder.content_hash, "data_fingerprint": dataset.fingerprint}
-            result = train(
-                task, config.run, resume=resume, record=record, accept_changes=accept_changes,
-                on_record=_Monitor(config, place, on_event))
+            monitor = _Monitor(config, place, on_event)
+            result = train(task, config.run, resume=resume, record=record,
+                           accept_changes=accept_changes, on_record=monitor)
             facts = _facts(task, place, result)
         if not place.main:
             return None
@@ -88,8 +81,8 @@ def finetune(
             "interrupted": result.interrupted, "validation": result.metrics,
         }
         if not result.finished:
-            on_event({"event": "note",
-                      "text": f"stopped at step {result.step}; continue with --resume"})
+            text = f"stopped at step {result.step}; continue with --resume"
+            on_event({"event": "note", "text": text})
             return summary
         del task
         gc.collect()  # free the trained modules before loading those of the sheet
@@ -150,8 +143,8 @@ def _finish(
     facts: dict[str, Any], on_event: OnEvent,
 ) -> dict[str, Any]:
     made = export(config, folder)
-    on_event({"event": "note",
-          "text": f"exported weights of step {made.step} ({made.reason})"})
+    text = f"exported weights of step {made.step} ({made.reason})"
+    on_event({"event": "note", "text": text})
     target = Path(config.run.folder) / FOLDER
     effect = None
     if config.output.ab_clips:

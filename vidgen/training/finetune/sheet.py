@@ -56,8 +56,7 @@ def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
 class Sheets:
     """Sheets of clips, always of the same prompts and seeds.
 
-    Without `validation.prompts` the prompts are captions of held-out clips. A model that needs a
-    picture gets a clip's first frame.
+    Prompts, if the run sets none, and first frames, if needed, are those of held-out clips.
     """
 
     def __init__(self, config: FinetuneConfig, dataset: Dataset) -> None:
@@ -90,10 +89,8 @@ class Sheets:
     def compare(self, use: Sequence[str], path: Path) -> float:
         """Write a sheet of clips without and with the result, of the same seeds.
 
-        Return the mean absolute difference of their frames, from 0 to 255.
-
-        Args:
-            use: LoRA specs as of `--lora`, or one model folder.
+        Return the mean absolute difference of their frames, from 0 to 255. `use` has values of
+        `--lora`, or one model folder.
         """
         count = min(self.config.output.ab_clips, len(self._examples))
         without = [self._generate(self._engine, i, ()) for i in range(count)]
@@ -116,7 +113,7 @@ class Sheets:
 
     def _open(self, model: str) -> Engine:
         run = self.config.run
-        return load_own(model, "only the embedded model and the Wan family are fine-tuned",
+        return load_own(model, "only the embedded model and the Wan family can be fine-tuned",
                         device=run.device, dtype=run.dtype, offload="stage")
 
     @cached_property
@@ -158,7 +155,6 @@ class Sheets:
 
 
 def _write(path: Path, clips: Sequence[Frames], labels: Sequence[str]) -> None:
-    """Write a sheet with one row per clip."""
     frames, texts = [], []
     for clip, label in zip(clips, labels, strict=True):
         picks = np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)

@@ -164,7 +164,6 @@ class FinetuneTask(Task):
 
     @cached_property
     def _validation(self) -> list[dict[str, Any]]:
-        """Validation batches, each of one bucket."""
         source = self.dataset.held_out or self.dataset
         chosen: dict[Any, list[int]] = {}
         for index in range(min(self.config.validation.clips, len(source.items))):
