@@ -58,7 +58,7 @@ def sampling(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str],
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("victim", "code", "said"), [
     ("worker", 1, "error: device 1 of 2 failed: killed by SIGKILL"),
-    ("interrupt", 130, "interrupted"),
+    ("interrupt", 130, "Stopped."),
     ("command", -9, ""),
 ])  # fmt: skip
 def test_nothing_is_left_behind(

@@ -108,7 +108,7 @@ def test_interrupted_and_robbed_of_a_worker_the_film_is_the_same(
     events = first.end(130)
     assert time.monotonic() - start < 60
     assert not any(each.is_running() for each in workers)
-    assert any("the same command goes on" in each.get("text", "") for each in events)
+    assert any("Run the same command to continue." in each.get("text", "") for each in events)
     assert list(Path("film.shots").glob("*.vidgen-job"))
     assert not Path("film.mp4").exists()
 

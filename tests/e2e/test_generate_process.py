@@ -32,8 +32,8 @@ def test_an_interrupted_run_leaves_130_and_its_journal(tmp_path, tiny_model, num
     run.send_signal(number)
     _, err = run.communicate(timeout=30)
     assert run.returncode == 130
-    assert "interrupted" in err
-    assert "x.mp4 is not finished; the same command with --resume goes on" in err
+    assert "Stopped. No incomplete files were left." in err
+    assert "x.mp4 is not finished; run the same command with --resume to continue" in err
     assert "Traceback" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"x.mp4.vidgen-job"}
     facts = job_facts(tmp_path / "x.mp4.vidgen-job")

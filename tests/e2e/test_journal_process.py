@@ -51,7 +51,7 @@ def test_killed_twice_and_resumed_decodes_to_the_same_frames(
     kill_at("write", [*command, "x.mp4", "--resume"])
     assert job_facts(Path("x.mp4.vidgen-job"))["stage"] == "write"
     assert main([*command, "x.mp4", "--resume"]) == 0
-    assert "x.mp4 goes on: write, frame" in capsys.readouterr().err
+    assert "x.mp4 resumes: write, frame" in capsys.readouterr().err
     assert main([*command, "straight.mp4"]) == 0
     resumed, straight = Clip.from_file("x.mp4"), Clip.from_file("straight.mp4")
     assert (resumed.frames == straight.frames).all()
@@ -73,7 +73,7 @@ def test_another_family_killed_twice_and_resumed(tmp_path, monkeypatch, capsys):
     facts = job_facts(Path("x.mp4.vidgen-job"))
     assert (facts["stage"], facts["total"]) == ("write", 401)
     assert main([*command, "x.mp4", "--resume", "--events", "events.jsonl"]) == 0
-    assert "x.mp4 goes on: write, frame" in capsys.readouterr().err
+    assert "x.mp4 resumes: write, frame" in capsys.readouterr().err
     events = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
     assert "sample" not in {event.get("stage") for event in events}
     assert main([*command, "straight.mp4"]) == 0

@@ -250,7 +250,7 @@ def test_texts_are_a_track_that_others_can_read_and_files_beside(make, suffix):
     assert "less < more & done" in words[0]
     assert ["one" in each for each in words[1:]] == [True, True, True]
     assert ["two" in each for each in words[1:]] == [False, True, False]
-    assert [each.suffix for each in made.told.beside] == [".srt", ".vtt"]
+    assert [each.suffix for each in made.told.files] == [".srt", ".vtt"]
     assert "00:00:02,000 --> 00:00:05,000\none" in made.output.with_suffix(".srt").read_text()
 
 

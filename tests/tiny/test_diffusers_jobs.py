@@ -66,7 +66,7 @@ def test_an_interrupted_clip_goes_on(model: Path, cli: Any, stop: str, where: st
     code, _, err = cli(*command, "-o", name)
     assert (code, where in err) == (2, True)
     code, out, err = cli(*command, "--resume", "--json", "--events", "events.jsonl")
-    assert (code, f"{name} goes on: {where}" in err) == (0, True)
+    assert (code, f"{name} resumes: {where}" in err) == (0, True)
     events = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
     sampled = [e for e in events if e.get("stage") == "sample"]
     assert len(sampled) == (2 if stop == "keep_job" else 0)
@@ -91,7 +91,7 @@ def test_of_several_clips_the_finished_ones_stay_and_a_replay_goes_on(
     assert sorted(path.name for path in Path().iterdir()) == ["x-1.mkv", "x-2.mkv"]
     assert cli("replay", "x-2.mkv", "-o", "again.mkv", stop="keep_arrays")[0] == 130
     code, out, err = cli("replay", "x-2.mkv", "-o", "again.mkv", "--resume", "--json")
-    assert (code, "again.mkv goes on: write" in err) == (0, True)
+    assert (code, "again.mkv resumes: write" in err) == (0, True)
     assert json.loads(out)["identical"]
     assert not Path("again.mkv.vidgen-job").exists()
 

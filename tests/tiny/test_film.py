@@ -349,7 +349,7 @@ def test_files_beside_a_film_that_is_done_stay_as_they_are(film, tiny_model, cap
     command = ["script", film / "film.yaml", "-o", film / "film.mp4", "--model", tiny_model,
                "--storyboard", "--otio"]
     written = [film / f"film{suffix}" for suffix in (".srt", ".vtt", ".html", ".otio")]
-    assert vidgen(*command)["beside"] == [str(written[n]) for n in (0, 1, 3, 2)]
+    assert vidgen(*command)["files"] == [str(written[n]) for n in (0, 1, 3, 2)]
     before = [path.read_bytes() for path in written]
     for path in written[::2]:
         path.write_text("by hand")
@@ -389,13 +389,18 @@ def test_shots_that_are_there_are_counted_when_one_is_interrupted(
     command = ["script", str(script), "-o", str(tmp_path / "film.mp4"), "--model", str(tiny_model)]
     vidgen(*command, "--only", "a")
 
-    def interrupted(*_):
+    save_step = Journal.on_step
+
+    def interrupted(*args, **kwargs):
+        save_step(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "on_step", interrupted)
         assert main(command) == 130
-    assert "1 of 2 shots are there; the same command goes on" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "1 of 2 shots finished (shot b: sample, step 1 of " in err
+    assert "Run the same command to continue." in err
 
 
 def test_a_film_goes_on_as_any_clip_does_and_its_script_makes_it_again(film, tiny_model, capsys):
@@ -406,4 +411,4 @@ def test_a_film_goes_on_as_any_clip_does_and_its_script_makes_it_again(film, tin
                   "--steps", 2)
     assert (told["hand_over"], told["num_frames"]) == ("pixels", 63)
     assert main(["replay", str(whole)]) == 2
-    assert "made of several clips; make it again by vidgen script" in capsys.readouterr().err
+    assert "made of several clips; make it again with vidgen script" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, c
     assert cli(*COMMAND, "-o", "straight.mkv")[0] == 0
     code, _, err = stopped(method, calls, *COMMAND, "-o", "x.mkv")
     assert code == 130
-    assert "x.mkv is not finished; the same command with --resume goes on" in err
+    assert "x.mkv is not finished; run the same command with --resume to continue" in err
     assert files() == ["straight.mkv", "x.mkv.vidgen-job"]
     code, _, err = cli(*COMMAND, "-o", "x.mkv")
     assert code == 2
@@ -71,7 +71,7 @@ def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, c
     assert "--resume continues it, --overwrite starts again" in err
     code, out, err = cli(*COMMAND, "-o", "x.mkv", "--resume", "--json")
     assert code == 0
-    assert f"x.mkv goes on: {where}" in err
+    assert f"x.mkv resumes: {where}" in err
     assert files() == ["straight.mkv", "x.mkv"]
     assert (Clip.from_file("x.mkv").frames == Clip.from_file("straight.mkv").frames).all()
     before = Path("x.mkv").stat().st_mtime_ns
@@ -132,11 +132,11 @@ def test_under_overwrite_another_clip_is_replaced_and_the_same_one_stays(cli, st
     assert Path("x.mkv").stat().st_mtime_ns == before
     stopped("on_step", 2, *COMMAND, "-o", "x.mkv", "--overwrite")
     code, _, err = cli(*COMMAND, "-o", "x.mkv", "--overwrite", "--resume")
-    assert (code, "x.mkv goes on: sample, step 2 of 3" in err) == (0, True)
+    assert (code, "x.mkv resumes: sample, step 2 of 3" in err) == (0, True)
     assert Clip.from_file("x.mkv").recipe["plan"]["num_steps"] == 3
     stopped("on_step", 1, *COMMAND, "-o", "x.mkv", "--overwrite")
     code, _, err = cli(*other, "--overwrite", "--resume")
-    assert (code, "goes on" in err, files()) == (0, False, ["x.mkv"])
+    assert (code, "resumes" in err, files()) == (0, False, ["x.mkv"])
     assert Clip.from_file("x.mkv").recipe["plan"]["num_steps"] == 2
     stopped("on_step", 1, *COMMAND, "-o", "x.mkv", "--overwrite")
     Path("x.mkv.vidgen-job/job.json").write_text("{")
@@ -149,8 +149,8 @@ def test_what_another_process_is_at_is_not_said_to_be_resumed(cli, stopped):
         code, _, err = cli(*COMMAND, "-o", "x.mkv", "--resume")
     assert code == 2
     assert "x.mkv is being made by another process" in err
-    assert "--resume goes on" not in err
-    assert "x.mkv goes on" not in err
+    assert "with --resume to continue" not in err
+    assert "x.mkv resumes" not in err
 
 
 def test_a_finished_clip_is_found_again_by_the_whole_command(cli):
@@ -186,7 +186,7 @@ def test_of_two_drawn_seeds_one_must_be_named(cli, stopped):
     stopped("on_step", 1, "generate", "a cat")
     code, _, err = cli("generate", "a cat", "--resume")
     assert code == 2
-    assert "say with --seed which one" in err
+    assert "choose one with --seed" in err
 
 
 def test_of_several_clips_the_finished_ones_stay(cli, stopped):
@@ -222,7 +222,7 @@ def test_jobs_lists_what_is_unfinished(cli, stopped):
     def listed(*paths):
         return re.sub(r'"age_s": \d+', "", cli("jobs", *paths, "--json")[1])
 
-    assert cli("jobs")[:2] == (0, "nothing is unfinished\n")
+    assert cli("jobs")[:2] == (0, "no unfinished jobs\n")
     stopped("on_step", 2, *COMMAND, "-o", "x.mp4")
     stopped("keep_latents", 1, *COMMAND, "-o", "y.mp4")
     code, out, _ = cli("jobs", ".", "--json")
@@ -270,7 +270,7 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_listed(cli, stopped, monke
     monkeypatch.setattr(os, "walk", outdated)
     assert "x.mp4  sample, step 2 of 3" in cli("jobs")[1]
     monkeypatch.setattr(job, "job_facts", ends)
-    assert cli("jobs")[:2] == (0, "nothing is unfinished\n")
+    assert cli("jobs")[:2] == (0, "no unfinished jobs\n")
 
 
 def test_an_extension_is_counted_by_what_it_adds(cli, stopped):
@@ -292,7 +292,7 @@ def test_jobs_prunes_what_is_named_when_sure(cli, stopped):
     with job.lock_job(Path("y.mp4.vidgen-job")):
         code, out, _ = cli("jobs", "--prune", "--yes")
     assert (code, files()) == (1, ["y.mp4.vidgen-job"])
-    assert "not removed: it is being made" in out
+    assert "not removed: it is running" in out
     assert cli("jobs", "--prune", "--yes")[0] == 0
     assert files() == []
 

@@ -341,7 +341,7 @@ def test_the_command_prints_all(tiny_model, tmp_path, monkeypatch, capsys):
     assert "measuring" not in err
     assert "denoise" in out
     assert "whole" in out
-    assert f"9 frames, up to {size_text(told['disk_bytes'])} on the disk" in out
+    assert f"9 frames, up to {size_text(told['disk_bytes'])} on disk" in out
     assert main([*words, "--size", "8192x8192"]) == 2
     assert "what would fit" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
@@ -378,12 +378,12 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
     long, err = told(seconds=3600, fps=240, steps=100)
     (line,) = err.splitlines()  # and none where all is done
     assert "for 864000 frames" in line
-    assert f"up to {size_text(long.disk_bytes)} on the disk, by an ordinary core's rates" in line
+    assert f"up to {size_text(long.disk_bytes)} on disk (estimate for a typical" in line
     assert f"about {time_text(long.total_s)} for" in line
     measured = replace(long, measured=True)
     assert long_text([measured, measured], parallel=True) == (
         f"this takes about {time_text(2 * long.total_s)} of work, shared by the workers, for "
-        f"1728000 frames, and up to {size_text(2 * long.disk_bytes)} on the disk"
+        f"1728000 frames, and up to {size_text(2 * long.disk_bytes)} on disk"
     )
     assert [*map(time_text, (59, 601, 7199, 4321, 1e6))] == [
         "59 s", "10 min", "2 h 0 min", "1 h 12 min", "11 d 13 h"]

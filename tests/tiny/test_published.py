@@ -65,7 +65,7 @@ def test_a_clip_is_planned_before_its_model_is_fetched(
     words = ["plan", "a heron", "--dtype", "bf16", "--frames", "17", "--size", "480x256", "--json"]
     assert main([*words, "--model", "Wan-AI/Wan2.2-TI2V-5B"]) == 0
     told = capsys.readouterr()
-    assert "isn't here; planned as it is published" in told.err
+    assert "is not downloaded; the estimate is of the published model" in told.err
     made = json.loads(told.out)
     assert made["offload"] == "stage"
     assert 9e9 < made["peak_bytes"] < 16 << 30

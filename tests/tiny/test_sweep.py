@@ -157,7 +157,7 @@ def test_devices_vary_too_and_leave_again(sweep: Sweep) -> None:
 def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> None:
     for over, reason in (
         ("prompt:dog=cat,cow", "no 'dog' to replace"), ("step=1,2", "did you mean 'steps'?"),
-        ("steps=1,no", "invalid int value"), ("seed=0..400", "a rising span of 100 numbers"),
+        ("steps=1,no", "invalid int value"), ("seed=0..400", "a rising range of 100 numbers"),
         ("seed=0..99|0", "invalid int value"), ("image=none.png", "does not exist"),
         ("size=33x33", "33"),
     ):

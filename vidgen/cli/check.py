@@ -1,4 +1,4 @@
-"""`vidgen check FILE`: flashes, frozen or black stretches, drift and more, in any film file."""
+"""`vidgen check FILE`: find flashes, frozen or black stretches, drift and more in a film file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from argparse import ArgumentParser, Namespace
 
 from vidgen.cli.report import Report
 
-DESCRIPTION = "Find faults of a clip. The exit code is 1 if it has one."
+DESCRIPTION = "Find faults in a clip. The exit code is 1 if it has one."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("file", metavar="FILE", help="video, animation or folder of pictures")
-    parser.add_argument("--image", metavar="FIRST", help="the picture with which it is to begin")
+    parser.add_argument("--image", metavar="FIRST",
+                        help="the picture that the clip must start with")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Check the file; 1 if it has a fault."""
+    """Check the file; return 1 if it has a fault."""
     from vidgen.media.checks import as_data, check_file
 
     found = as_data(check_file(args.file, args.image))

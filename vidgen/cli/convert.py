@@ -1,4 +1,4 @@
-"""`vidgen convert SRC DST --to LAYOUT`: a model folder in another program's layout, and back."""
+"""`vidgen convert SRC DST --to LAYOUT`: write a model folder in another program's layout."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("source", metavar="SRC",
                         help="an embedded model's name, a folder, or an id on the hub")
-    parser.add_argument("target", metavar="DST", help="the folder to make")
+    parser.add_argument("target", metavar="DST", help="the folder to write")
     parser.add_argument("--to", choices=("wan", "diffusers", "vidgen"), required=True,
-                        help="what Wan's own programs read, what diffusers' Wan pipelines read, "
-                             "or vidgen's own, with hashes")
+                        help="wan: for Wan's own programs; diffusers: for diffusers' Wan "
+                             "pipelines; vidgen: with hashes, for this program")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Convert, and name the tensors for which the other layout has no name."""
+    """Convert, and report the number of tensors without a name in the other layout."""
     from vidgen.weights.convert import convert
     from vidgen.weights.layouts import open_model
 
     unnamed = convert(open_model(args.source), Path(args.target), args.to)
-    told = f"; {len(unnamed)} tensors have no name there and keep their own" if unnamed else ""
+    text = args.target
+    if unnamed:
+        text += f"; {len(unnamed)} tensors have no name in this layout and keep their own"
     result = {"path": args.target, "layout": args.to, "unnamed": unnamed}
-    report.result(result, f"{args.target}{told}")
+    report.result(result, text)
     return 0

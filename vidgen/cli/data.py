@@ -1,4 +1,4 @@
-"""`vidgen data check|cache FOLDER`: videos and pictures for fine-tuning, and their latents."""
+"""`vidgen data check|cache FOLDER`: check clips for fine-tuning, or encode them once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Check videos and pictures with captions for fine-tuning, or compute their latents once. The "
-    "files are never written to. A run that was stopped goes on when it is called again."
+    "files are never changed. The same command continues a run that was stopped."
 )
 
 
@@ -25,24 +25,26 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("action", choices=("check", "cache"), metavar="check|cache",
-        help="check: what each file holds, and which bucket it lands in or why in none; "
-        "cache: encode all that check lets through")
-    add("folder", nargs="*", metavar="FOLDER", help="of videos and pictures, with all below it")
+        help="check: report each file's content, and its bucket or the reason why it is left out; "
+        "cache: encode the files that check accepts")
+    add("folder", nargs="*", metavar="FOLDER", help="videos and pictures, subfolders included")
     add("-c", "--config", metavar="RUN.yaml",
-        help="take settings, folders and model from a training run, or from its data part alone")
+        help="take settings, folders and model from a training run, or from its data part")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="a key of the run, such as data.sizes=832x480 or data.frames=[49, 81]; may be "
         "repeated")
-    add("--model", metavar="NAME|FOLDER", help="to be fine-tuned; default the run's, else toybox")
+    add("--model", metavar="NAME|FOLDER",
+        help="the model to fine-tune; default the run's, else toybox")
     add("--workers", type=int, metavar="N",
-        help="processes beside each other; default one a core for check, one for cache")
+        help="parallel processes; default one per core for check, one for cache")
     add("--html", metavar="FILE", help="check: also write a page with thumbnails")
-    add("-o", "--output", metavar="FOLDER", help="cache: default the run's, else FOLDER.cache")
+    add("-o", "--output", metavar="FOLDER",
+        help="cache: folder of the latents; default the run's, else FOLDER.cache")
     add("--overwrite", action="store_true", help="replace an existing page")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Look at all files; report on them, or encode them."""
+    """Check all files, then report on them or encode them."""
     from vidgen.training.data.survey import open_trainable, survey
 
     _refuse_others(args)
@@ -54,31 +56,31 @@ def run(args: Namespace, report: Report) -> int:
         check_output(args.html, overwrite=args.overwrite)
     known = survey(config, folder, report, workers=args.workers or os.cpu_count() or 1)
     if args.action == "check":
-        return _tell(known, config, args, report)
+        return _report_check(known, config, args, report)
     return _cache(known, config, folder, model, args, report)
 
 
 def _refuse_others(args: Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers is {args.workers}; give 1 or more")
-    foreign = {"check": ("output",), "cache": ("html", "overwrite")}[args.action]
-    for name in foreign:
+    others = {"check": ("output",), "cache": ("html", "overwrite")}[args.action]
+    for name in others:
         if getattr(args, name):
             raise InputError(f"--{name} has no meaning for data {args.action}; leave it out")
 
 
 def settings(args: Namespace) -> tuple[DataConfig, str]:
-    """Return the config of options and a run's file together, and the model.
+    """Return the data config, from the options and a run's file, and the model's name.
 
     Raises:
-        InputError: neither names a folder, or a setting can't be.
+        InputError: neither names a folder, or a setting is unknown or out of range.
     """
     from vidgen.core.config import build
     from vidgen.core.config_file import apply_overrides, load_yaml
     from vidgen.training.data.config import NO_CACHE, DataConfig
     from vidgen.training.finetune.config import FinetuneConfig
 
-    where = args.config or "data"
+    source = args.config or "data"
     given: dict[str, Any] = {} if args.config is None else load_yaml(args.config)
     if not isinstance(given.get("data"), dict):
         given = {"data": given}
@@ -86,37 +88,37 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
     known = [each.name for each in fields(FinetuneConfig)]
     for key in run:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
-    told = run["data"]
-    if not isinstance(told, dict):
-        raise InputError(f"data is {told!r}; give a mapping, such as data.folders=clips")
+            raise InputError(f"{source}: unknown key {key!r}; {nearest(key, known)}")
+    data = run["data"]
+    if not isinstance(data, dict):
+        raise InputError(f"data is {data!r}; give a mapping, such as data.folders=clips")
     if args.folder:
         if any(each.startswith("data.folders") for each in args.set):
             raise InputError(f"FOLDER {args.folder[0]} and --set data.folders both name the data; "
                              "give one of them")
-        told["folders"] = args.folder
-    if not told.get("folders"):
+        data["folders"] = args.folder
+    if not data.get("folders"):
         raise InputError("no folder was named; give FOLDER, or --config RUN.yaml that names some")
     if args.action == "cache":
-        place = args.output or told.get("cache", NO_CACHE)
+        place = args.output or data.get("cache", NO_CACHE)
         if place == NO_CACHE:
-            place = f"{build(DataConfig, told, where).folders[0].path.rstrip('/')}.cache"
-        told["cache"] = place
-    return build(DataConfig, told, where), args.model or str(run.get("model") or "toybox")
+            place = f"{build(DataConfig, data, source).folders[0].path.rstrip('/')}.cache"
+        data["cache"] = place
+    return build(DataConfig, data, source), args.model or str(run.get("model") or "toybox")
 
 
-def _tell(known: Selection, config: DataConfig, args: Namespace, report: Report) -> int:
+def _report_check(known: Selection, config: DataConfig, args: Namespace, report: Report) -> int:
     from vidgen.training.data.report import as_data, as_text
 
-    told = as_data(known, config)
+    data = as_data(known, config)
     if args.html is not None:
         from vidgen.core.runtime import atomic_write
         from vidgen.training.data.report import page
 
-        atomic_write(args.html, page(told, known.fates).encode())
+        atomic_write(args.html, page(data, known.fates).encode())
         report({"event": "written", "path": args.html})
-    report.result(told, "" if args.json else as_text(told))
-    return int(told["totals"]["dropped"] > 0)
+    report.result(data, "" if args.json else as_text(data))
+    return int(data["totals"]["dropped"] > 0)
 
 
 def _cache(

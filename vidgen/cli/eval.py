@@ -15,7 +15,7 @@ from vidgen.core.values import parse_settings
 
 DESCRIPTION = "Score a model or clips. The same command continues a run that was stopped."
 SUFFIXES = (".txt", ".json")
-"""Of lists of prompts."""
+"""Suffixes of lists of prompts."""
 _NAMES = ("temporal", "leaderboard")
 _SETTINGS = ("steps", "guidance", "shift", "sampler", "settings", "frames", "size")
 
@@ -24,18 +24,18 @@ def add_arguments(parser: Parser) -> None:
     """Declare the options of the suite that the command line names."""
     add = parser.add_argument
     add("benchmark", metavar="SUITE",
-        help="temporal: clips of --videos, how steady they are in time; "
-             "a file of prompts, .txt or .json: clips of them are made, then measured as temporal; "
-             "leaderboard: --results on one page")
+        help="temporal: measure the temporal quality of the clips in --videos; "
+             "a file of prompts, .txt or .json: make clips from it, then measure them; "
+             "leaderboard: compare --results on one page")
     has_file = any(Path(word).suffix in SUFFIXES for word in parser.words)
     suite = next((name for name in _NAMES if name in parser.words), "prompts" * has_file)
     add("-o", "--output", metavar="FILE", required=True,
         help="the page as HTML" if suite == "leaderboard" else
-        "results as JSON; the scores of single clips go to FILE.jsonl as they come")
+        "results as JSON; the scores of single clips are appended to FILE.jsonl")
     add("--overwrite", action="store_true", help="replace existing results")
     if suite == "temporal":
         add("--videos", action="append", default=[], metavar="FOLDER",
-            help="clips to be measured; given again, the folders are compared")
+            help="clips to measure; repeat it to compare folders")
         add("--prompt-suite", metavar="FILE",
             help="the prompts, one a line or VBench's JSON; other clips are left out")
     elif suite == "leaderboard":
@@ -43,25 +43,25 @@ def add_arguments(parser: Parser) -> None:
             help="results of temporal or of prompts; may be repeated")
     elif suite == "prompts":
         add("--model", default="toybox", metavar="NAME|FOLDER",
-            help="makes the clips; default %(default)s")
+            help="the model that makes the clips; default %(default)s")
         add("--seed", type=int, default=0, metavar="N",
-            help="of the first clip, the others follow; default %(default)s")
+            help="seed of each prompt's first clip; the others count up; default %(default)s")
         add("--seeds", type=int, default=1, metavar="N",
-            help="clips of each prompt, of seeds --seed and on; default %(default)s")
+            help="number of clips per prompt; default %(default)s")
         add_request_options(parser, (*_SETTINGS, "dtype"))
     else:
         parser.epilog = "vidgen eval SUITE --help lists the options of a suite."
     if suite in ("temporal", "prompts"):
         add("--network", action="append", default=[], metavar="NAME=PATH",
-            help="a network of VBench's: dino, clip, dreamsim, raft, amt or i3d")
+            help="a network of VBench: dino, clip, dreamsim, raft, amt or i3d")
         add("--first-images", metavar="FOLDER",
-            help="pictures with which the clips begin, named like their prompts")
+            help="pictures that the clips must start with, named like their prompts")
         add("--report", metavar="HTML", help="also write a page with charts")
         add_workers(parser, "clips", threads=suite == "prompts")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Check the output, measure, write the results, show a table."""
+    """Check the output, measure, write the results and print a table."""
     is_list = args.benchmark not in _NAMES
     if is_list and Path(args.benchmark).suffix not in SUFFIXES:
         raise InputError(f"unknown suite {args.benchmark!r}; {nearest(args.benchmark, _NAMES)} Or "

@@ -1,4 +1,4 @@
-"""`vidgen extend CLIP`: a clip goes on; its own frames stay as they are."""
+"""`vidgen extend CLIP`: continue a clip; its own frames stay unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vidgen.core.values import parse_settings
 if TYPE_CHECKING:
     from vidgen.cli.outputs import OutputJournal
 
-DESCRIPTION = "Continue a clip. Options that are left out are those of the clip's recipe."
+DESCRIPTION = "Continue a clip. Options that are not given are those of the clip's recipe."
 OPTIONS = (
     "prompt", "negative", "seed", "steps", "guidance", "sampler", "shift", "cache", "lora",
     "settings", "last_image", "reference", "fit", "audio", "audio_loop", "say", "voice", "model",
@@ -28,9 +28,9 @@ OPTIONS = (
 
 
 def add_arguments(parser: Parser) -> None:
-    """Declare the verb's options; those of the request are the clip's own if left out."""
+    """Declare the verb's options; a request's option has no default, so the clip's value stays."""
     add = parser.add_argument
-    add("clip", metavar="CLIP", help="the clip to continue: one of vidgen's, or any other")
+    add("clip", metavar="CLIP", help="the clip to continue, made by vidgen or not")
     add("--seconds", type=float, required=True, metavar="S", help="seconds to add")
     options.add_request_options(parser, OPTIONS, are_optional=True)
     parser.group(OUTPUT).add_argument(
@@ -50,12 +50,12 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.weights.layouts import open_model
 
     if not 0 < args.seconds < math.inf:
-        raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
+        raise InputError(f"seconds is {args.seconds}; give the seconds to add, above 0")
     path = Path(args.clip)
     if path.is_dir():
         film = path.with_suffix(".mp4")
-        raise InputError(f"{args.clip} is a folder of pictures, which can't go on; give a film: "
-                         f"vidgen replay {args.clip} -o {film} makes one of what vidgen wrote")
+        raise InputError(f"{args.clip} is a folder of pictures, which can't be continued; give "
+                         f"a film: if vidgen wrote it, vidgen replay {args.clip} -o {film}")
     ending = read_ending(args.clip)
     fps, num_frames = ending.fps, ending.num_frames
     output = args.output or str(path.with_name(f"{path.stem}-longer{path.suffix}"))
@@ -68,18 +68,18 @@ def run(args: Namespace, report: Report) -> int:
     marks = Saving(**options.given_options(args, Saving)).marks
     (journal,) = journals_of_outputs([output], args, report, marks)
     given = options.given_options(args)
-    del given["seconds"]  # of the added part
+    del given["seconds"]  # the length of the added part, passed separately
     given["settings"] = parse_settings(args.settings or [])
-    began = {} if ending.recipe is None else recorded.own_loading(ending.recipe)
+    recorded_loading = {} if ending.recipe is None else recorded.own_loading(ending.recipe)
     loading = options.choose_devices(
-        Loading(**began | options.given_options(args, Loading)), [journal])
+        Loading(**recorded_loading | options.given_options(args, Loading)), [journal])
     folder = open_model(loading.model)
     if not isinstance(folder, ModelFolder):
-        raise InputError(f"{loading.model} is run by diffusers; models that go on from a clip: "
+        raise InputError(f"{loading.model} is run by diffusers; models that continue a clip: "
                          f"toybox, {', '.join(models_with('extend'))}")
     request = recorded.lengthened(args.clip, ending, given, args.seconds, folder)
     if suffix not in CONTAINERS:
-        request = request.replace(**silenced(request.settings))  # none for nobody to hear
+        request = request.replace(**silenced(request.settings))  # the file can't hold it
     if request.seed is None:
         earlier = seed_of(journal)
         request = request.replace(seed=secrets.randbelow(2**31) if earlier is None else earlier)

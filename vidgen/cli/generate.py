@@ -1,4 +1,4 @@
-"""`vidgen generate PROMPT`: the options of a request, one clip or several, written to files."""
+"""`vidgen generate PROMPT`: make one clip or several from the options of a request."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
     from vidgen.pipeline.types import Estimate
 
-DESCRIPTION = "Make a clip from a prompt. Options that are left out take the model's defaults."
+DESCRIPTION = "Make a clip from a prompt. Options that are not given take the model's defaults."
 ONLY_PYTHON = ("latents", "prefix")
-"""Options that this command line doesn't have."""
+"""Options that only the Python API has."""
 OPTIONS = [name for name in options.FIELDS if name not in ONLY_PYTHON]
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
         "default prompt-slug-seed.mp4"))
     options.add_resume(parser)
     parser.advanced.append(output.add_argument("--preview", action="store_true", help=(
-        "show the clip while it forms, as OUTPUT.preview.webp, which is removed at the end")))
+        "show the clip while it is made, in OUTPUT.preview.webp, which is removed at the end")))
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -47,7 +47,7 @@ def run(args: Namespace, report: Report) -> int:
         request = request.replace(seed=outputs.choose_seed(args, request, saving, report))
     paths = outputs.output_names(args.output, request, saving.count)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
-        request = request.replace(**silenced(request.settings))  # none is made for nobody to hear
+        request = request.replace(**silenced(request.settings))  # the files can't hold it
     journals = outputs.journals_of_outputs(paths, args, report, saving.marks, request.prompt)
 
     import torch
@@ -61,7 +61,7 @@ def run(args: Namespace, report: Report) -> int:
     loading = options.choose_devices(Loading(**options.given_options(args, Loading)), journals)
     options.share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
-        loading = loading.replace(offload="stage")  # nothing is left that would need a network
+        loading = loading.replace(offload="stage")  # no work is left for a network
     with outputs.resumable(journals, report):
         engine = load(**loading.model_dump())
 
@@ -82,7 +82,7 @@ def run(args: Namespace, report: Report) -> int:
         if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
             made = engine.generate(request, **hooks(journals))
             clips = made if isinstance(made, list) else [made]
-        else:  # some came to another seed by --retry
+        else:  # --retry gave some another seed
             own = [request.replace(seed=seed) for seed in seeds]
             clips = [one_clip(engine.generate(each, **hooks([kept])))
                      for each, kept in zip(own, journals, strict=True)]

@@ -1,4 +1,4 @@
-"""`vidgen inspect FILE`: streams, marks of origin and recipe of a media file."""
+"""`vidgen inspect FILE`: show streams, marks of origin and recipe of a media file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Print the file's facts as YAML; embedded inputs, which are long, only as JSON."""
+    """Print the file's facts as YAML; long embedded inputs are printed only with --json."""
     import yaml
 
     from vidgen.media.manifest import read_marks
@@ -40,7 +40,7 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _without_blobs(data: Any) -> Any:
-    """Return a recipe or a part of it for people: embedded inputs and latents by their size."""
+    """Return a part of a recipe with the size of embedded inputs and latents in their place."""
     if isinstance(data, list | tuple):
         return [_without_blobs(item) for item in data]
     if not isinstance(data, dict):

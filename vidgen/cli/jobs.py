@@ -1,4 +1,4 @@
-"""`vidgen jobs [PATH ...]`: clips that are not finished, how far each is, and their removal."""
+"""`vidgen jobs [PATH ...]`: list unfinished clips with their progress, or remove them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 
 DESCRIPTION = (
-    "List unfinished clips with their progress, age and size. The command that began one continues "
-    "it with --resume."
+    "List unfinished clips with their progress, age and size. To continue one, run its command "
+    "again with --resume."
 )
 
 
@@ -21,23 +21,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="*", default=["."],
         help="a folder to look in, or the output of one clip; default the folder you are in")
-    add("--prune", action="store_true", help="remove what is listed, but for what is being made")
-    add("--yes", action="store_true", help="with --prune: really do it")
+    add("--prune", action="store_true", help="remove the listed jobs, except running ones")
+    add("--yes", action="store_true", help="with --prune: confirm the removal")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Print one line a job; with --prune --yes remove them."""
+    """Print one line per job; with --prune --yes remove them."""
     from vidgen.pipeline.journal.job import job_facts
 
     if args.yes and not args.prune:
-        raise InputError("--yes needs --prune; add it or leave this out")
+        raise InputError("--yes goes with --prune; add --prune, or leave --yes out")
     folders = [folder for path in args.paths for folder in _folders(Path(path))]
     found = {folder: job_facts(folder) for folder in folders}
-    found = {folder: facts for folder, facts in found.items() if folder.is_dir()}  # not done since
+    # a job may have ended meanwhile
+    found = {folder: facts for folder, facts in found.items() if folder.is_dir()}
     if args.prune and args.yes:
         found = {folder: facts | _removed(folder, facts) for folder, facts in found.items()}
     jobs = list(found.values())
-    text = "\n".join(map(_line, jobs)) or "nothing is unfinished"
+    text = "\n".join(map(_line, jobs)) or "no unfinished jobs"
     if args.prune and not args.yes and jobs:
         text += "\nnothing was removed; --prune --yes removes these jobs"
     report.result(jobs, text)
@@ -55,14 +56,15 @@ def _folders(path: Path) -> list[Path]:
         places = (path, *path.glob("*.cells"), *path.glob("*.shots"))  # of sweeps and films
         found = (inside for place in places for inside in place.glob(f"*{SUFFIX}"))
         return sorted(inside for inside in found if inside.is_dir())
-    raise InputError(f"{path} is no folder, and no job of that output is there; see vidgen jobs")
+    raise InputError(f"{path} is no folder, and no unfinished job has this output; "
+                     "vidgen jobs lists them")
 
 
 def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     from vidgen.pipeline.journal.job import remove_job
 
     if facts["running"]:
-        return {"kept": "it is being made"}
+        return {"kept": "it is running"}
     try:
         remove_job(folder)
     except OSError as error:
@@ -76,7 +78,7 @@ def _line(facts: Mapping[str, Any]) -> str:
 
     head = "removed " if "removed" in facts else ""
     parts = [progress_text(facts), f"{time_text(facts['age_s'])} old", size_text(facts["bytes"])]
-    parts += ["being made now"] if facts["running"] else []
+    parts += ["running"] if facts["running"] else []
     parts += [facts["problem"]] if "problem" in facts else []
     parts += [f"not removed: {facts['kept']}"] if "kept" in facts else []
     return f"{head}{facts['output']}  {', '.join(parts)}"

@@ -1,7 +1,7 @@
-"""`vidgen VERB ...`: finds the verb's file, reads its options, turns errors into exit codes.
+"""`vidgen VERB ...`: find the verb's file, read its options, turn errors into exit codes.
 
 A verb is a module of this package with `DESCRIPTION`, `add_arguments(parser)` and `run(args,
-report)`. Nothing but the verb that is called is imported, so that help is there at once.
+report)`. Nothing but the verb that is called is imported, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LONG = ("generate", "extend", "script", "replay", "sweep", "data", "eval", "trai
 INTERRUPTED = 130
 _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
           errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EROFS)
-"""Why the system refuses a path that somebody gave."""
+"""System errors that concern a path of the command line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass
 class Ended:
-    """The end of a command line."""
+    """Exit code of a command line, complete when its context ends."""
 
     code: int = 0  # 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted
 
@@ -95,9 +95,9 @@ def as_exit_code(arguments: Sequence[str]) -> Iterator[Ended]:
         print(f"error: {error}", file=sys.stderr)
         ended.code = _failed(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; nothing was half-written", file=sys.stderr)
+        print("Stopped. No incomplete files were left.", file=sys.stderr)
         ended.code = _failed(arguments, "interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, such as head, has enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         _drop_stdout()
         ended.code = 1
     except OSError as error:
@@ -140,7 +140,7 @@ def parser_of(module: Any, prog: str, words: Sequence[str] = (), *, is_long: boo
 
 
 def _mend_streams() -> None:
-    """Discard output to a closed stream, and escape signs that a stream can't encode."""
+    """Discard output to a closed stream, and escape characters that a stream can't encode."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may become stderr
         pass
     os.close(descriptor)
@@ -155,8 +155,8 @@ def _mend_streams() -> None:
 def _wait_briefly() -> None:
     """Let torch's threads wait for each other for a quarter of a millisecond before they sleep.
 
-    By default they spin for some 4 ms, as long as a turn on a core: with other work each spends
-    its turns on waiting. Read when torch is imported, which no verb has been yet.
+    By default they spin for some 4 ms, about a time slice of the system's scheduler, which slows
+    every process of a busy machine. OpenMP reads the variable when a verb imports torch.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -168,31 +168,31 @@ def _run(verb: str, *arguments: str) -> int:
     module, parser = verb_parser(verb, arguments)
     args = parser.parse(arguments)
     if verb in ("generate", "extend", "sweep") and given_rank() is not None:
-        raise InputError(f"vidgen {verb} starts its devices itself; leave torchrun out, and give "
-                         "--devices N")
+        raise InputError(f"vidgen {verb} starts its processes itself; use --devices N instead of "
+                         "torchrun")
     events = getattr(args, "events", None)
     if events not in (None, "-") and events == getattr(args, "output", None):
         raise InputError(f"output and events are both {events}; give one of them another name")
     if verb == "train" and (given_rank() or (0,))[0]:
-        events = None  # the main rank's alone
+        events = None  # only the main rank writes them
     with Report(as_json=args.json, events=events) as report:
         code: int = module.run(args, report)
         return code
 
 
 def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
-    """Return the exit code; under --json print the error as one object, from one process alone."""
+    """Return the exit code; with --json rank 0 prints the error as one object."""
     try:
         if "--json" in arguments and not (given_rank() or (0,))[0]:
             print(json.dumps({"error": reason, "exit_code": code}))
         print(end="", flush=True)
-    except OSError:  # it can't be written, which may be the reason itself
+    except OSError:  # stdout can't be written, which may be the error itself
         _drop_stdout()
     return code
 
 
 def _drop_stdout() -> None:
-    """Discard what stdout still holds, at which Python would fail when it leaves."""
+    """Discard the buffer of stdout, which Python would fail to write at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

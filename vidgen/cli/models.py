@@ -1,4 +1,4 @@
-"""`vidgen models [FOLDER ...]`: what is at hand and ready to use."""
+"""`vidgen models [FOLDER ...]`: list the models that are ready to use."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folders", metavar="FOLDER", nargs="*", default=[],
                         help="a model folder, or a folder of them")
     parser.add_argument("--measure", metavar="MODEL", help=(
-        "denoise a clip of this model and keep how its steps differ, for --cache magnitude"))
+        "measure how much this model's steps differ, which --cache magnitude needs"))
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Print one line a model; one that can't be used is listed with the reason."""
+    """Print one line per model; one that can't be used is listed with the reason."""
     if args.measure:
         return _measure(args.measure, report)
-    models = [_describe(model, path) for model, path in _at_hand(args.folders)]
+    models = [_describe(model, path) for model, path in _available(args.folders)]
     width = max((len(model["name"]) for model in models), default=0)
     lines = [_line(model, width) for model in models]
-    report.result(models, "\n".join(lines) or "no model at hand")
+    report.result(models, "\n".join(lines) or "no models found")
     return 1 if any("problem" in model for model in models) else 0
 
 
@@ -43,11 +43,11 @@ def _measure(model: str, report: Report) -> int:
     engine = load_own(model, "--cache works with the embedded model and the Wan family")
     path = write_magnitudes(measure_magnitudes(engine), engine.folder)
     report.result({"model": engine.folder.name, "path": str(path)},
-                  f"the magnitudes of {engine.folder.name} are kept in {path}")
+                  f"magnitudes of {engine.folder.name} written to {path}")
     return 0
 
 
-def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
+def _available(folders: list[str]) -> Iterator[tuple[str, Path]]:
     from vidgen.weights.folder import embedded_folder, list_embedded
     from vidgen.weights.layouts import layout_of
     from vidgen.weights.published import list_cached
@@ -95,11 +95,11 @@ def _line(facts: dict[str, Any], width: int) -> str:
         return f"{facts['name']:<{width}}  can't be used: {facts['problem']}"
     head = f"{facts['name']:<{width}} {size_text(facts['bytes']):>9}"
     if "pipeline" in facts:
-        license_name = facts["license"] or "no licence named in its card"
+        license_name = facts["license"] or "no licence in its card"
         return f"{head}  {facts['pipeline']}, run by diffusers, {license_name}"
     d, kind = facts["defaults"], facts["variant"] or facts["family"]
     if "transformer_2" in facts["components"]:
-        kind += " of two experts"
+        kind += " with two experts"
     clip = f"{d['width']}x{d['height']}, {d['num_frames']} frames at {d['fps']:g} fps"
     line = f"{head}  {kind}, {clip}, {facts['license']}; {', '.join(facts['tasks'])}"
     own = ", ".join(f"{name}={json.dumps(value)}" for name, value in facts["settings"].items())

@@ -1,4 +1,4 @@
-"""Options that verbs share, read by an argparse with the manners of this program."""
+"""Options that several verbs share, and the parser of all command lines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises `InputError` where argparse would print usage and leave.
 
     Attributes:
-        words: the command line, where a word of it decides which options exist.
+        words: the command line; some verbs declare options by its words.
     """
 
     def __init__(self, prog: str, description: str, words: Sequence[str] = ()) -> None:
@@ -69,16 +69,16 @@ class Parser(argparse.ArgumentParser):
                               help="list all options and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Refuse a command line."""
+        """Raise InputError with argparse's message."""
         if lacking := _LACKING.fullmatch(message):
             message += f"; give text that begins with - as {lacking[1]}=TEXT"
         raise InputError(f"{message}; see {self.prog} --help")
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
-        """Read all of a command line.
+        """Parse a whole command line.
 
         Raises:
-            InputError: what can't be understood, with the nearest known option.
+            InputError: an unknown option, with the nearest known one; too many words.
         """
         parsed, rest = self.parse_known_args(args)
         if rest:
@@ -112,29 +112,29 @@ def add_request_options(
 ) -> None:
     """Declare fields of `FIELDS`, or of other `Options`, under the headings of help.
 
-    With `are_optional` an option that isn't given is None instead of its default.
+    With `are_optional` an option that is not given is None instead of its default.
     """
     for name in names:
         field = fields[name]
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
-        how = _reading(name, field, extra["metavar"])
-        is_said = isinstance(field.default, str | int) and field.default not in (False, 0)
-        default = f"; default {field.default}" if is_said and not are_optional else ""
-        how["help"] = f"{field.description}{default}".replace("%", "%%")
+        kwargs = _kwargs(name, field, extra["metavar"])
+        has_default = isinstance(field.default, str | int) and field.default not in (False, 0)
+        default = f"; default {field.default}" if has_default and not are_optional else ""
+        kwargs["help"] = f"{field.description}{default}".replace("%", "%%")
         if name == "prompt" and not are_optional:
             flag = name
         else:
-            how |= {"dest": name, "default": None if are_optional else field.default}
-        if how.get("action") == "append":
-            how["default"] = []
-        action = parser.group(str(extra["group"])).add_argument(flag, **how)
+            kwargs |= {"dest": name, "default": None if are_optional else field.default}
+        if kwargs.get("action") == "append":
+            kwargs["default"] = []
+        action = parser.group(str(extra["group"])).add_argument(flag, **kwargs)
         if not extra["basic"]:
             parser.advanced.append(action)
 
 
-def _reading(name: str, field: FieldInfo, metavar: Any) -> dict[str, Any]:
+def _kwargs(name: str, field: FieldInfo, metavar: Any) -> dict[str, Any]:
     hint = field.annotation
     kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
     kind = next(each for each in kinds if each is not type(None))
@@ -161,7 +161,7 @@ def _timed_picture(text: str) -> tuple[float, str]:
 
 
 def _timed_text(text: str) -> tuple[float | None, str]:
-    """Parse [SECONDS=]TEXT; if what stands before the = is no number, it belongs to the text."""
+    """Parse [SECONDS=]TEXT; without a number before the =, all of it is text."""
     before, equals, after = text.partition("=")
     try:
         return (float(before), after) if equals else (None, text)
@@ -173,22 +173,22 @@ _PARSERS: dict[str, Callable[[str], Any]] = {"frame": _timed_picture, "say": _ti
 
 
 def given_options(args: argparse.Namespace, of: type[Options] = Request) -> dict[str, Any]:
-    """Return the options that a command line gives, of the request or of loading."""
+    """Return the given options of a command line that are fields of a class."""
     return {name: value for name, value in vars(args).items()
             if name in of.model_fields and value not in (None, [])}
 
 
 def add_workers(parser: ArgumentParser, what: str, *, threads: bool = True) -> None:
-    """Declare the options of workers on `what`; `threads` if their number is free."""
+    """Declare the options of workers, which make `what`; with `threads` also their threads."""
     add = parser.add_argument
     add("--workers", type=int, metavar="N",
         help=f"{what} in parallel, each in a process of its own; default 1")
     add("--ray", metavar="ADDRESS",
-        help="by workers of a Ray cluster: auto, host:port, ray://host:port, or local; as many as "
-        "--workers, else one a GPU, else one a machine")
+        help="use workers of a Ray cluster: auto, host:port, ray://host:port, or local; --workers "
+        "of them, by default one per GPU, else one per machine")
     if threads:
         add("--threads", type=int, metavar="N",
-            help="that each worker computes on; default its share")
+            help="threads per worker; default its share of the cores")
 
 
 def add_resume(parser: Parser) -> None:
@@ -201,7 +201,7 @@ def add_resume(parser: Parser) -> None:
 
 
 def choose_devices(loading: Loading, journals: Sequence[Journal]) -> Loading:
-    """Return the loading with the devices given, or used by unfinished clips.
+    """Return the loading with the given devices, or with those of unfinished clips.
 
     If all clips are finished, one device is enough.
     """
@@ -209,16 +209,16 @@ def choose_devices(loading: Loading, journals: Sequence[Journal]) -> Loading:
     if journals and all(journal.finished for journal in journals):
         return loading.replace(devices=1, shard=False)
     kept = ((journal.recipe or {}).get("devices") for journal in journals)
-    began: dict[str, Any] = next(filter(None, kept), {})
+    earlier: dict[str, Any] = next(filter(None, kept), {})
     if count is None:
-        count = began.get("count", 1)
+        count = earlier.get("count", 1)
     if shard is None:
-        shard = began.get("shard", False)
+        shard = earlier.get("shard", False)
     return loading.replace(devices=count, shard=shard)
 
 
 def share_threads(count: int | None, threads: int) -> None:
-    """On a CPU give each of `count` devices its share, unless OMP_NUM_THREADS says how many."""
+    """On a CPU give each of `count` devices its share, unless OMP_NUM_THREADS is set."""
     import torch
 
     share = max(1, threads // max(1, count or 1))

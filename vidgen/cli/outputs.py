@@ -1,4 +1,4 @@
-"""Outputs of a command: their names, seeds and journals, and results of an earlier run of it."""
+"""Outputs of a command: names, seeds, journals, and results of an earlier run."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from vidgen.pipeline.recorded import recorded_request
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
-_APART = ("seed",)
-"""Options that no single clip's recognition depends on."""
+_IGNORED = ("seed",)
+"""Options that may differ between a clip and the command that made it."""
 
 
 class OutputJournal(Journal):
-    """Reports what is done and what goes on; under `overwrite` another clip's output begins again.
+    """Journal of an output that reports whether the clip is finished already, or resumes.
 
     Args:
-        resume: go on from what is there, if it is of the same clip.
-        overwrite: start again whatever else is there.
+        resume: continue the output's job if it is of the same clip.
+        overwrite: start over if the output or its job is of another clip.
 
     Attributes:
-        is_done: whether the output is this very clip already, as `check` finds out.
+        is_done: whether the output is this very clip already, set by `check`.
 
     Raises:
-        OutputError: an unfinished job lies there, and neither was said; or a process is at it.
+        OutputError: the output has an unfinished job and neither option is given, or another
+            process is working on it.
     """
 
     def __init__(
@@ -49,16 +50,16 @@ class OutputJournal(Journal):
         marks: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(output, resume=resume, overwrite=overwrite, marks=marks)
-        self.is_done, self._is_told = False, False
+        self.is_done, self._is_reported = False, False
         self._name, self._report = output, report
         if resume and overwrite and not self._has_recipe():
             self.resume = False
 
     def check(self, recipe: dict[str, Any]) -> None:
-        """Check as a journal does; and report what is done, and what goes on.
+        """Check the recipe, then report a finished or resumed output.
 
         Raises:
-            InputError: it is another clip's, and isn't to be overwritten.
+            InputError: the output is of another clip, and `overwrite` is False.
         """
         try:
             super().check(recipe)
@@ -67,13 +68,13 @@ class OutputJournal(Journal):
                 raise
             self.resume = False
         self.is_done = self.finished
-        if self._is_told:
+        if self._is_reported:
             return
-        self._is_told = True
+        self._is_reported = True
         if self.is_done:
             self._report.note(f"{self._name} is done already")
         elif self.resume and self.unfinished and not (facts := job_facts(self.folder))["running"]:
-            self._report.note(f"{self._name} goes on: {progress_text(facts)}")
+            self._report.note(f"{self._name} resumes: {progress_text(facts)}")
 
     def _has_recipe(self) -> bool:
         try:
@@ -98,11 +99,11 @@ def choose_seed(args: Namespace, request: Request, saving: Saving, report: Repor
     if args.resume:
         seeds = (_seeds_of(args.output, request, saving.count)
                  or _seeds_of_finished(args, request, saving.count))
-        if args.output is not None and saving.retry:  # further ones are higher
+        if args.output is not None and saving.retry:  # retries have higher seeds
             seeds = {min(seeds)} if seeds else seeds
         if len(seeds) > 1:
-            raise InputError(f"clips of this prompt have the seeds {sorted(seeds)}; say with "
-                             "--seed which one is meant")
+            raise InputError(f"clips of this prompt have the seeds {sorted(seeds)}; choose "
+                             "one with --seed")
         if seeds:
             return seeds.pop()
     seed = secrets.randbelow(2**31)
@@ -141,12 +142,12 @@ def _seeds_of_finished(args: Namespace, request: Request, count: int) -> set[int
 
 
 def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a check of whether a recipe is of this very command, but for its seed."""
+    """Return a check of whether this very command, with any seed, made a recipe."""
     from vidgen.pipeline.recipe import request_facts  # torch
     from vidgen.weights.layouts import open_model
 
     def as_json(facts: dict[str, Any]) -> dict[str, Any]:
-        asked = {name: value for name, value in facts["request"].items() if name not in _APART}
+        asked = {name: value for name, value in facts["request"].items() if name not in _IGNORED}
         plain: dict[str, Any] = json.loads(json.dumps(facts | {"request": asked}))
         return plain
 
@@ -164,7 +165,7 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
 def clip_seeds(
     request: Request, journals: Sequence[Journal], retry: int
 ) -> tuple[list[int], range]:
-    """Return each clip's seed, its own or that of --retry, and those still to be tried."""
+    """Return each clip's seed, its own or one of --retry, and the seeds not tried yet."""
     first = request.seed or 0
     spare = range(first + len(journals), first + len(journals) + retry)
     seeds = [seed if seed is not None and seed in spare else first + index
@@ -183,9 +184,9 @@ def journals_of_outputs(
     paths: Sequence[str], args: Namespace, report: Report, marks: Mapping[str, str],
     prompt: str | None = None,
 ) -> list[OutputJournal]:
-    """Return a journal for each output; it reports what is done and what goes on.
+    """Return a journal for each output.
 
-    Under --overwrite nothing is taken over from a clip of another `prompt`.
+    With --overwrite a job of another `prompt` is not resumed.
     """
     journals = [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite,
                               marks=marks) for path in paths]
@@ -200,10 +201,10 @@ def journals_of_outputs(
 def resumable(
     journals: Sequence[Journal], report: Report, attention: str | None = None
 ) -> Iterator[None]:
-    """Where work stops halfway, report how it goes on; not for jobs of another process.
+    """Report the way to continue if the work stops, unless another process does it.
 
-    Attention is computed by the back end given, else by that of an unfinished clip, unless the
-    command or the environment names one.
+    Attention uses the given back end, else that of an unfinished clip, unless the command or the
+    environment names one.
     """
     if attention is None:
         recipes = [journal.recipe or {} for journal in journals if journal.unfinished]
@@ -218,17 +219,17 @@ def resumable(
             if isinstance(error, OutputError) and job_facts(journal.folder)["running"]:
                 continue
             if journal.unfinished and not isinstance(error, InputError):
-                report.note(f"{journal.output} is not finished; the same command with --resume "
-                            "goes on")
+                report.note(f"{journal.output} is not finished; run the same command with "
+                            "--resume to continue")
         raise
 
 
 def clip_facts(
     clip: Clip, path: str, seed: int | None, report: Report, *, strict: bool = False
 ) -> dict[str, Any]:
-    """Return a written clip's facts and the findings of its checks, which are reported.
+    """Return a written clip's facts and the findings of its checks; report the findings.
 
-    Under `strict` a faulty clip is moved to NAME.faulty.SUFFIX.
+    With `strict` a faulty clip is moved to NAME.faulty.SUFFIX.
     """
     facts: dict[str, Any] = {
         "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
@@ -242,7 +243,7 @@ def clip_facts(
         report.note(f"{path}: {finding['text']}")
     if strict and found["verdict"] == "fault":
         facts["path"] = str(set_aside(path))
-        report.note(f"it lies at {facts['path']}; --retry N tries other seeds")
+        report.note(f"{path} was moved to {facts['path']}; --retry N tries other seeds")
     return {**facts, "checks": found}
 
 

@@ -1,4 +1,4 @@
-"""`vidgen plan PROMPT`: time and memory of a generation, stage by stage, before it starts."""
+"""`vidgen plan PROMPT`: estimate the time and memory of each stage of a generation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Count, measure the machine if it never was, and print a table."""
+    """Estimate time and memory, after measuring the machine once, and print a table."""
     from vidgen.core.request import Loading, Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.loader import DTYPES, ModelLoader
@@ -45,7 +45,7 @@ def run(args: Namespace, report: Report) -> int:
     if folder is None:
         folder = require_own_model(open_model(args.model))
     else:
-        report.note(f"{folder.name} isn't here; planned as it is published")
+        report.note(f"{folder.name} is not downloaded; the estimate is of the published model")
     require_models(request, folder)
     loading = Loading(**given_options(args, Loading))
     plan, dtype = settle(folder, request, loading.devices), loading.dtype or best_dtype(device)
@@ -55,7 +55,7 @@ def run(args: Namespace, report: Report) -> int:
     have = available_memory(device)
     made = choose(folder, plan, request, loading, device, have, rates=rates, dtype=dtype)
     if (args.devices or 1) > 1:
-        report.note("time and memory are those of one device alone")
+        report.note("time and memory are estimated for one device")
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
                    "width": plan.width, "height": plan.height, "num_frames": plan.num_frames,
                    "num_steps": plan.num_steps}, _table(made, have))
@@ -80,7 +80,8 @@ def _table(made: Estimate, have: int | None) -> str:
     lines = [f"{name:<8} {seconds:>9.1f} s {size_text(size):>10}" for name, seconds, size in rows]
     if made.total_s > LONG_S:
         lines[-1] += f"  ({time_text(made.total_s)})"
-    free = "" if have is None else f", {size_text(have)} are free"
-    told = [f"{made.kept_frames} frames, up to {size_text(made.disk_bytes)} on the disk"]
-    told += [made.choice] if made.choice else []
-    return "\n".join([*lines, f"with {made.setup.words}{free}", *told, *made.notes])
+    free = "" if have is None else f", {size_text(have)} free"
+    lines.append(f"with {made.setup.words}{free}")
+    lines.append(f"{made.kept_frames} frames, up to {size_text(made.disk_bytes)} on disk")
+    lines += [made.choice] if made.choice else []
+    return "\n".join([*lines, *made.notes])

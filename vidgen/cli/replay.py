@@ -1,4 +1,4 @@
-"""`vidgen replay FILE`: make a file's clip again from its recipe, or with one thing changed."""
+"""`vidgen replay FILE`: make a file's clip again from its recipe, or with one change."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
 _NOT_SET = ("count", "retry", "strict", "settings")
 _PLAIN = ("prompt", "prefix")
-"""Options that generate's command line has no flag for; they are text as it stands."""
+"""Options without a flag of generate; their text is taken as it is."""
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
-    add("file", metavar="FILE", help="what vidgen wrote: film, picture or folder of pictures")
+    add("file", metavar="FILE", help="a film, picture or folder of pictures written by vidgen")
     add("-o", "--output", metavar="FILE", help="default FILE-again, in the same folder")
     add_resume(parser)
     add("--set", dest="changes", type=key_and_value, action="append", default=[],
-        metavar="KEY=VALUE", help="an option of generate to change, seed and rest locked; nothing "
-        "after the = drops it; may be repeated")
+        metavar="KEY=VALUE", help="an option of generate to change, seed and others locked; an "
+        "empty value drops it; may be repeated")
     add("--input", dest="given", type=key_and_value, action="append", default=[],
-        metavar="OPTION|HASH=PATH", help="where an input, a lora or the model lies now")
-    add("--anyway", action="store_true", help="go on with a model that isn't the recorded one")
+        metavar="OPTION|HASH=PATH", help="new path of an input, a LoRA or the model")
+    add("--anyway", action="store_true", help="continue with a model that isn't the recorded one")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -47,8 +47,8 @@ def run(args: Namespace, report: Report) -> int:
 
     recipe = read_recipe(args.file)
     if recipe is not None and is_of_clips(recipe):
-        raise InputError(f"{args.file} is made of several clips; make it again by vidgen script or "
-                         "vidgen sweep, or replay one of its clips")
+        raise InputError(f"{args.file} is made of several clips; make it again with vidgen script "
+                         "or vidgen sweep, or replay one of its clips")
     if recipe is None:
         raise InputError(f"{args.file} holds no recipe; give a clip that vidgen wrote")
     changes = typed_options(args.changes)
@@ -66,7 +66,7 @@ def run(args: Namespace, report: Report) -> int:
     (journal,) = journals_of_outputs([output], args, report, marks)
     with resumable([journal], report, attention=str(recipe.get("attention") or "auto")):
         _make(recipe, output, journal, changes, args, report)
-    _tell(output, args.file, changes, report)
+    _report_comparison(output, args.file, changes, report)
     return 0
 
 
@@ -79,14 +79,13 @@ def key_and_value(text: str) -> tuple[str, str]:
 
 
 def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return options of generate from (key, value) words, as its own command line reads them.
+    """Return options of generate from (key, value) pairs, parsed as its command line.
 
-    Lists are given by repeating the key, pairs of numbers with a comma; an empty value is the
-    option left out. Keys that are settings of a model are collected in `settings`, None for one
-    that is left out.
+    A repeated key makes a list, a comma a pair of numbers; an empty value leaves the option out.
+    Settings of a model are collected in `settings`, with None for one that is left out.
 
     Raises:
-        InputError: a key that is no such option, with the nearest; a value that can't be read.
+        InputError: an unknown option, with the nearest known one; an invalid value.
     """
     from vidgen.core.request import CALLED
     from vidgen.core.values import parse_settings
@@ -143,7 +142,9 @@ def _make(
             report.save(clip, output, overwrite=journal.overwrite)
 
 
-def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
+def _report_comparison(
+    output: str, file: str, changes: Mapping[str, Any], report: Report
+) -> None:
     from vidgen.media.probe import read_recipe
     from vidgen.pipeline.recorded import differences
     from vidgen.pipeline.replay import compare

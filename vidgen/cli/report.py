@@ -36,7 +36,7 @@ LONG_S = 600.0
 
 
 class Report:
-    """The output of a verb; called with each event.
+    """Output of a verb; call it with each event.
 
     Args:
         as_json: print the result as one JSON object instead of text.
@@ -63,7 +63,7 @@ class Report:
 
     def __exit__(self, *_: object) -> None:
         self._print_counts()
-        with suppress(OSError):  # of events that couldn't be written, as was reported
+        with suppress(OSError):  # the events could not be written, as was reported
             self._stack.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Report:
         self({"event": "written", "path": str(path)})
 
     def _write_event(self, event: Mapping[str, Any]) -> None:
-        """Write an event to the file, which the first one empties."""
+        """Write an event to the file; the first one truncates it."""
         name = "stdout" if self._events_path == "-" else str(self._events_path)
         if self._events is None:
             try:
@@ -117,7 +117,7 @@ class Report:
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
         done: Collection[int] = (), one_by_one: bool = False, parallel: bool = False,
     ) -> None:
-        """Report from now on the share done and the time left, by `Clock`; announce a long run."""
+        """Report the fraction done and the time left, by `Clock`, and announce a long run."""
         from vidgen.pipeline.eta import Clock
 
         each = made if isinstance(made, Sequence) else [made]
@@ -128,16 +128,16 @@ class Report:
             self.note(text)
 
     def expect_nothing(self) -> None:
-        """Report neither share nor time from now on, for work without an estimate."""
+        """Report no fraction and no time left from now on, for work without an estimate."""
         self._clock = None
 
     def save(
         self, clip: Clip, path: str, number: tuple[int, int] = (1, 1), *, overwrite: bool
     ) -> None:
         """Write a clip with progress; `number` is its number, and the number of clips."""
-        told = {"event": "progress", "stage": f"write {path}", "total": clip.num_frames,
+        event = {"event": "progress", "stage": f"write {path}", "total": clip.num_frames,
                 "clip": number[0], "num_clips": number[1]}
-        clip.save(path, overwrite=overwrite, on_frames=lambda done: self({**told, "done": done}))
+        clip.save(path, overwrite=overwrite, on_frames=lambda done: self({**event, "done": done}))
         self.written(path)
 
     def result(self, data: dict[str, Any] | list[Any], text: str) -> None:
@@ -221,11 +221,11 @@ def _check_events(path: Path) -> None:
 
 
 def print_line(line: str, file: TextIO, name: str) -> None:
-    """Print in one piece, so that lines of several processes don't mix.
+    """Print in one write, so that lines of several processes don't mix.
 
     Raises:
-        BrokenPipeError: nobody reads any more.
-        OutputError: the disk is full.
+        BrokenPipeError: the reader closed the pipe.
+        OutputError: the line can't be written, such as on a full disk.
     """
     try:
         file.write(f"{line}\n")
@@ -237,7 +237,7 @@ def print_line(line: str, file: TextIO, name: str) -> None:
 
 
 def _left_column() -> ProgressColumn:
-    """Return a column of the time left, counted down between events; empty for finished stages."""
+    """Return a column of the time left, counted down between events; empty at the end."""
     from rich.progress import ProgressColumn
     from rich.text import Text
 
@@ -260,9 +260,9 @@ def elapsed_text(seconds: float) -> str:
 
 
 def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None:
-    """Return a run's time, frames and room on the disk, in a line; None for a short one.
+    """Return a line with a run's time, frames and disk space; None for a short run.
 
-    With `parallel` several clips are made at a time, so that all is over sooner.
+    With `parallel` several clips are made at a time, in less than the sum of their times.
     """
     seconds = sum(each.total_s for each in made)
     if seconds <= LONG_S:
@@ -270,7 +270,7 @@ def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None
     frames, disk = (sum(getattr(each, name) for each in made)
                     for name in ("kept_frames", "disk_bytes"))
     guess = "" if all(each.measured for each in made) else (
-        ", by an ordinary core's rates: `vidgen plan` measures this machine's")
+        " (estimate for a typical machine; run vidgen plan to calibrate)")
     work = " of work, shared by the workers," if parallel else ""
     return (f"this takes about {time_text(seconds)}{work} for {frames} frames, and up to "
-            f"{size_text(disk)} on the disk{guess}")
+            f"{size_text(disk)} on disk{guess}")

@@ -1,4 +1,4 @@
-"""`vidgen script FILM.yaml`: a film's shots from its script, rendered and put together."""
+"""`vidgen script FILM.yaml`: render the shots of a script and join them into a film."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def add_arguments(parser: Parser) -> None:
         help="check the script and estimate its time and memory; render nothing")
     add("--init", action="store_true", help="write a commented example to FILM")
     add("--only", action="append", default=[], metavar="SHOT",
-        help="render this shot and those that it needs, and no film; may be repeated")
-    add("--draft", action="store_true", help="small, in few steps and one take, to FILM-draft.mp4")
+        help="render this shot and those that it needs, but no film; may be repeated")
+    add("--draft", action="store_true",
+        help="render small shots with few steps and one take, to FILM-draft.mp4")
     add("--overwrite", action="store_true",
         help="replace an existing film; restart shots that were stopped")
     add("--storyboard", action="store_true", help="also write a page of all shots, FILM.html")
     add("--otio", action="store_true", help="also write the edit for editing programs, FILM.otio")
     add("--audio-model", metavar="FOLDER",
-        help="a text-to-audio model makes sound and music that stand in words")
+        help="text-to-audio model for sound and music that the script describes in words")
     add_request_options(parser, ("model", "offload", "quantize", "tiles", "dtype"))
     add_workers(parser, "shots")
 
@@ -95,10 +96,10 @@ def run(args: Namespace, report: Report) -> int:
         offload=_offload(args) or "none")
     edit = None if args.only else make_edit(film, film.in_film, output, describe=describe)
     if args.check:
-        return _tell_plan(store, plans, staff, args, report, edit)
+        return _report_plan(store, plans, staff, args, report, edit)
     wanted = [".otio"] * args.otio + [".html"] * args.storyboard
     is_done = edit is not None and check_export(edit, store, wanted, overwrite=args.overwrite)
-    check_output(output, overwrite=True)  # its folder: the shots lie there, too
+    check_output(output, overwrite=True)  # its folder must exist for the shots, too
     start = time.monotonic()
     shots = _render(store, plans, staff, args, report)
     made = list[str]()
@@ -108,10 +109,10 @@ def run(args: Namespace, report: Report) -> int:
             edit, shots, wanted, report, is_done=is_done, overwrite=args.overwrite))]
     elapsed = round(time.monotonic() - start, 3)
     data = {
-        "film": made[0] if made else None, "beside": made[1:],
+        "film": made[0] if made else None, "files": made[1:],
         "shots": [each.as_data() for each in shots], "elapsed_s": elapsed}
     lines = [f"{each.shot.id}: {each.path}, {each.num_frames} frames, seed {each.seed}, "
-             f"{'made now' if each.made else 'there already'}" for each in shots]
+             f"{'rendered now' if each.made else 'rendered before'}" for each in shots]
     report.result(data, "\n".join([*lines, *made, elapsed_text(elapsed)]))
     return 0
 
@@ -120,18 +121,18 @@ def _check_exports(args: Namespace) -> None:
     named = [option for option in ("storyboard", "otio") if getattr(args, option)]
     without = [option for option in ("check", "only") if getattr(args, option)]
     if named and without:
-        raise InputError(f"--{named[0]} is of a film's shots once they are there, and with "
-                         f"--{without[0]} no film is made; leave one of them out")
+        raise InputError(f"--{named[0]} needs a film, and --{without[0]} makes none; leave one of "
+                         "them out")
     if args.otio and find_spec("opentimelineio") is None:
         raise InputError("--otio needs OpenTimelineIO; pip install 'vidgen[otio]'")
 
 
-def _model(asked: str | None, script: Script) -> str:
-    """Return the model to open: the given one or the script's, from its folder if it is there."""
-    if asked is not None:
-        return asked
-    beside = script.file(Path(script.project.model))
-    return str(beside) if beside.is_dir() else script.project.model
+def _model(given: str | None, script: Script) -> str:
+    """Return the given model, or the script's, which may be a folder relative to the script."""
+    if given is not None:
+        return given
+    folder = script.file(Path(script.project.model))
+    return str(folder) if folder.is_dir() else script.project.model
 
 
 def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
@@ -161,7 +162,7 @@ def _render(
         staff = settle_threads(store.folder, staff, report)
         made = [*estimates(film, parts, device, staff.memory(device), _offload(args))]
         report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not staff.is_here)
-        if not staff.is_here and staff.ray is None:  # they can't each see what is left for them
+        if not staff.is_here and staff.ray is None:  # a worker can't see the memory of the others
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
     engine = partial(load, _model(args.model, film.script), offload=offload, **film.loading)
     try:
@@ -169,16 +170,28 @@ def _render(
             return [*render_film(work, plans, report, overwrite=args.overwrite, staff=staff)]
     except BaseException as error:
         if not isinstance(error, VidgenError) or error.exit_code != 2:
-            there = sum(store.is_done(plan) for plan in plans)
-            report.note(f"{there} of {len(plans)} shots are there; the same command goes on")
+            report.note(_stopped_text(store, plans))
         raise
+
+
+def _stopped_text(store: ShotStore, plans: Sequence[ShotPlan]) -> str:
+    """Return the progress of a film that was stopped, with that of its unfinished clips."""
+    from vidgen.pipeline.journal.job import job_facts, job_folder, progress_text
+
+    finished = sum(store.is_done(plan) for plan in plans)
+    jobs = [(plan.shot.id, job_folder(store.path(take.parts[index].key)))
+            for plan, take, index in store.left(plans)]
+    saved = [f"shot {name}: {progress_text(job_facts(folder))}"
+             for name, folder in jobs if folder.is_dir()]
+    more = f" ({'; '.join(saved)})" if saved else ""
+    return f"{finished} of {len(plans)} shots finished{more}. Run the same command to continue."
 
 
 def _offload(args: Namespace) -> Offload | None:
     return None if args.offload == "auto" else args.offload
 
 
-def _tell_plan(
+def _report_plan(
     store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report,
     edit: Edit | None,
 ) -> int:
@@ -191,16 +204,16 @@ def _tell_plan(
     if edit is not None:
         whole["duration_s"] = edit.facts()["duration_s"]
     lines = [
-        "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {told}".format(
-            **row, told="there" if row["rendered"] else
+        "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {status}".format(
+            **row, status="finished" if row["rendered"] else
             f"{elapsed_text(row['seconds'])}, {size_text(row['peak_bytes'])}")
         for row in data["shots"]]
-    free = "" if have is None else f", {size_text(have)} are free"
+    free = "" if have is None else f", {size_text(have)} free"
     lines.append(
         f"{whole['duration_s']:.2f} s of {width}x{height} at {data['fps']} fps; "
-        f"{whole['rendered']} of {whole['shots']} shots are there, the others take "
+        f"{whole['rendered']} of {whole['shots']} shots finished, the others take "
         f"{elapsed_text(whole['seconds'])} and {size_text(whole['peak_bytes'])}{free}")
     if not whole["measured"]:
-        lines.append("the times are an ordinary machine's; vidgen plan PROMPT measures this one")
+        lines.append("estimate for a typical machine; run vidgen plan to calibrate")
     report.result(data, "\n".join([*lines, *data["notes"]]))
     return 0

@@ -1,4 +1,4 @@
-"""`vidgen serve`: the engine as an HTTP API with its page, until it is stopped."""
+"""`vidgen serve`: serve the engine as an HTTP API with a web page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from vidgen.server.settings import Settings
 
 DESCRIPTION = (
-    "Serve clips and films over HTTP, in the shape that OpenAI's video clients speak. Jobs are "
-    "kept on disk: a service that was stopped or killed goes on with them. Ctrl-C lets the running "
-    "job finish, or puts it by."
+    "Serve clips and films over HTTP, for OpenAI's video clients and others. Jobs are kept on "
+    "disk; after a stop or a crash the next start continues them. Ctrl-C waits for the running "
+    "job, or saves it."
 )
 
 
@@ -30,15 +30,15 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--data", metavar="DIR",
         help="folder for jobs and clips; default vidgen in $XDG_DATA_HOME or ~/.local/share")
-    add("--new-key", metavar="NAME", help="draw a key, print it once and leave")
-    add("--revoke-key", metavar="NAME", help="make a key worthless and leave")
-    add("--audit", action="store_true", help="print the audit log as JSON lines and leave")
+    add("--new-key", metavar="NAME", help="create a key, print it once and exit")
+    add("--revoke-key", metavar="NAME", help="revoke a key and exit")
+    add("--audit", action="store_true", help="print the audit log as JSON lines and exit")
 
 
 def run(args: Namespace, report: Report) -> int:
     """Serve, or manage keys and print the log."""
     if args.new_key or args.revoke_key or args.audit:
-        return _look_after(args, report)
+        return _manage(args, report)
     try:
         from vidgen.server.app import serve
     except ModuleNotFoundError as error:
@@ -49,7 +49,7 @@ def run(args: Namespace, report: Report) -> int:
         report({"event": "note", "text": f"serving {args.model} at {url}; Ctrl-C stops"})
 
     serve(_settings(args), on_ready)
-    report.result({"stopped": True}, "stopped; jobs that wait go on at the next start")
+    report.result({"stopped": True}, "stopped; waiting jobs continue at the next start")
     return 0
 
 
@@ -60,7 +60,7 @@ def _settings(args: Namespace) -> Settings:
     return Settings(**given | {"data": Path(given.get("data", default_data())).resolve()})
 
 
-def _look_after(args: Namespace, report: Report) -> int:
+def _manage(args: Namespace, report: Report) -> int:
     import json
 
     from vidgen.server.keys import Keys
@@ -70,15 +70,15 @@ def _look_after(args: Namespace, report: Report) -> int:
         from vidgen.server.jobs import Jobs
 
         if not settings.database.is_file():
-            raise InputError(f"no service ever worked in {settings.data}; name its folder with "
-                             "--data")
+            raise InputError(f"{settings.data} has no data of a service; name its folder "
+                             "with --data")
         lines = list(reversed(Jobs(settings.database).audit()))
         report.result(lines, "\n".join(map(json.dumps, lines)))
     elif args.new_key:
         key = Keys(settings.keys).draw(args.new_key)
-        report({"event": "note", "text": "it is shown this once"})
+        report({"event": "note", "text": "the key is shown only once"})
         report.result({"name": args.new_key, "key": key}, key)
     else:
         Keys(settings.keys).revoke(args.revoke_key)
-        report.result({"revoked": args.revoke_key}, f"{args.revoke_key} is worth nothing now")
+        report.result({"revoked": args.revoke_key}, f"{args.revoke_key} is revoked")
     return 0

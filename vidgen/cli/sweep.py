@@ -1,4 +1,4 @@
-"""`vidgen sweep PROMPT --over KEY=A,B,C`: the same clip under several settings, side by side."""
+"""`vidgen sweep PROMPT --over KEY=A,B,C`: compare a clip with several settings side by side."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.types import Estimate
 
-DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
+DESCRIPTION = "Make a clip with several settings and one seed, as a labelled sheet and a video."
 MAX_CELLS = 100
 SUFFIXES = (".png", ".mp4")
-"""Of the sheet and of the video."""
+"""Suffixes of the sheet and of the video."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that varies: an option, or a word of the prompt."""
+    """An option, or a word of the prompt, with the values to compare."""
 
     key: str
     word: str | None
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: its label, its request, the model's loading, and the clip's marks and file."""
+    """A clip of the sheet, with its label, request, loading, marks and file."""
 
     label: str
     request: Request
@@ -57,12 +57,13 @@ def add_arguments(parser: Parser) -> None:
     generate.add_arguments(parser)
     parser.add_argument(
         "--over", type=read_axis, action="append", required=True, metavar="KEY=A,B,C",
-        help="what varies: seed=1..4, guidance=1,3,6 or, in the prompt, prompt:red=red,blue; "
-        "values with commas are parted by |; repeated, the last one makes the columns")
+        help="the option to vary: seed=1..4, guidance=1,3,6, or a word of the prompt, "
+        "prompt:red=red,blue; separate values with commas by |; if repeated, the last one makes "
+        "the columns")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Check every setting, make missing clips, lay them out."""
+    """Check every setting, make missing clips and lay them out."""
     from vidgen.pipeline.journal.job import job_folder
 
     if args.count != 1 or args.retry:
@@ -102,8 +103,8 @@ def read_axis(text: str) -> Axis:
     if span and int(span[1]) <= int(span[2]) < int(span[1]) + MAX_CELLS:
         values = tuple(map(str, range(int(span[1]), int(span[2]) + 1)))
     elif span:
-        raise ArgumentTypeError(f"{text!r} counts from {span[1]} to {span[2]}; give a rising span "
-                                f"of {MAX_CELLS} numbers at most")
+        raise ArgumentTypeError(f"{text!r} counts from {span[1]} to {span[2]}; give a rising "
+                                f"range of {MAX_CELLS} numbers at most")
     if not key or not listed or (word and key != "prompt"):
         raise ArgumentTypeError(f"{text!r} is no KEY=A,B,C, such as guidance=1,3,6, seed=1..4 or "
                                 "prompt:red=red,blue")
@@ -118,8 +119,8 @@ def _check_axes(axes: Sequence[Axis]) -> None:
     keys = [f"{axis.key}:{axis.word}" if axis.word else axis.key for axis in axes]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
-        raise InputError(f"--over {twice} is given {keys.count(twice)} times; give its values in "
-                         "one")
+        raise InputError(f"--over {twice} is given {keys.count(twice)} times; join the values "
+                         "in one")
 
 
 def _places(args: Namespace) -> tuple[str, Store]:
@@ -219,7 +220,7 @@ def _make(cells: Sequence[Cell], report: Report) -> None:
 
 
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
-    """Return what each clip takes; nothing if a model runs through diffusers."""
+    """Return each clip's estimate; none if a model runs through diffusers."""
     from vidgen.core.runtime import available_memory, choose_device
     from vidgen.pipeline.plan import settle
     from vidgen.pipeline.setups import choose

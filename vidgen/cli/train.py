@@ -1,4 +1,4 @@
-"""`vidgen train`: fine-tune a model on clips of one's own."""
+"""`vidgen train`: fine-tune a model on your own clips."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ DESCRIPTION = "Fine-tune toybox or a Wan model, by LoRA or all weights; see docs
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
-    add("-c", "--config", required=True, metavar="RUN.yaml", help="what to train, on what, how")
+    add("-c", "--config", required=True, metavar="RUN.yaml", help="settings of the run")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a key of the config, such as run.optim.lr=1e-4; given again for more")
-    add("--resume", action="store_true", help="go on from the run's newest checkpoint")
+        help="a key of the config, such as run.optim.lr=1e-4; may be repeated")
+    add("--resume", action="store_true", help="continue from the run's newest checkpoint")
     add("--accept-changes", action="store_true",
-        help="with --resume: go on although the config, the model or the clips changed")
+        help="with --resume: continue although the config, the model or the clips changed")
     add("--plan", action="store_true",
-        help="tell memory and time on each rank, without weights or clips, and leave")
-    add("--ranks", type=int, metavar="N", help="with --plan: processes; default those started")
+        help="estimate memory and time per rank, without weights or clips, and exit")
+    add("--ranks", type=int, metavar="N",
+        help="with --plan: number of processes; default those started")
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Train, or plan it; 1 if the run has no effect or its minutes ended, 130 if interrupted."""
+    """Train or estimate; return 1 without effect or out of time, 130 if interrupted."""
     from vidgen.core.errors import InputError
     from vidgen.training.finetune.run import finetune, read_config
 
@@ -41,7 +42,7 @@ def run(args: Namespace, report: Report) -> int:
         return 0
     summary = finetune(config, resume=args.resume, accept_changes=args.accept_changes,
                        on_event=report)
-    if summary is None:  # another rank speaks for all
+    if summary is None:  # only one rank reports
         return 0
     report.result(summary, "\n".join(summary.get("use", [f"stopped at step {summary['step']}"])))
     if summary["finished"]:

@@ -45,7 +45,7 @@ Tell = Callable[[int, int], None]
 class Assembled:
     """A film that was written."""
 
-    beside: tuple[Path, ...]  # files with its texts
+    files: tuple[Path, ...]  # its texts
     recipe: Mapping[str, Any]
     notes: tuple[str, ...]  # remarks for people
 
@@ -76,10 +76,10 @@ def assemble(
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
         join_files(stretches, output, recipe, sound, texts, edit.chapters)
-    beside = texts_beside(edit)
-    for path, text in beside.items():
+    files = text_files(edit)
+    for path, text in files.items():
         atomic_write(path, text.encode())
-    return Assembled(tuple(beside), recipe, (*notes, *heard))
+    return Assembled(tuple(files), recipe, (*notes, *heard))
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _workplace(output: Path) -> Iterator[Path]:
         rmtree(folder, ignore_errors=True)
 
 
-def texts_beside(edit: Edit) -> dict[Path, str]:
+def text_files(edit: Edit) -> dict[Path, str]:
     """Return the files with a film's texts and their contents; none for a film without texts."""
     if not edit.cues:
         return {}

@@ -21,7 +21,7 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, check_output
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.story.assemble import TEXT_SUFFIXES, assemble, texts_beside
+from vidgen.story.assemble import TEXT_SUFFIXES, assemble, text_files
 from vidgen.story.edit import Edit
 from vidgen.story.elements import ShotFrame
 from vidgen.story.script import Shot
@@ -46,7 +46,7 @@ def check_export(
         and all(each.path.is_file() for each in edit.described)
         and _film_facts(edit.output).get("key") == edit.key(
             [store.take(plan).key for plan in plans]))
-    for path in (edit.output, *texts_beside(edit), *map(edit.output.with_suffix, wanted)):
+    for path in (edit.output, *text_files(edit), *map(edit.output.with_suffix, wanted)):
         check_output(path, overwrite=overwrite or is_done)
     return is_done
 
@@ -67,7 +67,7 @@ def export_film(
     files: dict[Path, Iterable[str]] = {}
     if is_done:
         tell({"event": "note", "text": f"{edit.output} is done already"})
-        files |= {path: [text] for path, text in texts_beside(edit).items()}
+        files |= {path: [text] for path, text in text_files(edit).items()}
     else:
         _assemble(edit, shown, tell)
     for path in map(edit.output.with_suffix, wanted):
@@ -84,7 +84,7 @@ def export_film(
         elif not _holds(path, parts):
             tell({"event": "note", "text": f"{path} is there, differs from the film's own and "
                   "stays; --overwrite replaces it"})
-    return [*dict.fromkeys((*texts_beside(edit), *files))]
+    return [*dict.fromkeys((*text_files(edit), *files))]
 
 
 def _assemble(edit: Edit, shown: Sequence[RenderedShot], tell: OnEvent) -> None:
@@ -99,7 +99,7 @@ def _assemble(edit: Edit, shown: Sequence[RenderedShot], tell: OnEvent) -> None:
         {"event": "progress", "stage": "assemble", "done": done, "total": total}))
     for text in made.notes:
         tell({"event": "note", "text": text})
-    for path in (edit.output, *made.beside):
+    for path in (edit.output, *made.files):
         tell({"event": "written", "path": str(path)})
     for path in outdated:
         path.unlink(missing_ok=True)
