@@ -82,5 +82,5 @@ def test_epochs_are_counted():
 
 @pytest.mark.parametrize(("counts", "what"), [({CLIP: 3}, "picture"), ({PICTURE: 3}, "clip")])
 def test_a_share_of_what_isnt_there_is_refused(counts, what):
-    with pytest.raises(InputError, match=f"there is no {what}"):
+    with pytest.raises(InputError, match=f"the data have no {what}"):
         Schedule(counts, image_share=0.5)
