@@ -146,7 +146,7 @@ def test_given_scheduler_at_half_strength_starts_half_way():
 
 
 def test_scheduler_that_is_not_for_flow_is_refused():
-    with pytest.raises(InputError, match="no flow scheduler"):
+    with pytest.raises(InputError, match="not a flow scheduler"):
         sample_with_scheduler(denoise, NOISY, UniPCMultistepScheduler(), 4)
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     with pytest.raises(InputError, match="fixed shift"):

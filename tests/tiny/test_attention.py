@@ -69,7 +69,7 @@ def test_an_unusable_back_end_is_replaced_with_one_warning_or_refused():
     with pytest.raises(InputError, match="xformers"):
         require_backend("xformers", inputs[0].device, inputs[0].dtype)
     require_backend("sdpa", inputs[0].device, inputs[0].dtype)
-    with pytest.raises(InputError, match="unknown; there are"):
+    with pytest.raises(InputError, match="unknown; choose one of"):
         attention(*inputs, backend="flash9")
 
 

@@ -370,5 +370,5 @@ def test_the_back_end_is_the_callers_choice(monkeypatch):
         monkeypatch.setenv(ATTENTION_VARIABLE, backend)
         assert_equal(model(*inputs, context_lengths=[5, 2], control=control), expected)
         assert used == {backend}
-    with pytest.raises(InputError, match="unknown; there are"):
+    with pytest.raises(InputError, match="unknown; choose one of"):
         attention.require_backend("flash9", torch.device("cpu"), torch.float32)

@@ -161,9 +161,10 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
         if target.is_dir() and any(p.suffix not in (".png", ".json") for p in target.iterdir()):
             raise OutputError(f"{target} is a folder with other files in it; choose another name")
         if not folder.is_dir():
-            why = "is not a folder" if folder.exists() else "does not exist"
-            raise OutputError(f"{target} can't be written: {folder} {why}; create the folder, or "
-                              "choose another place")
+            why = (f"{folder} is not a folder" if folder.exists()
+                   else f"the folder {folder} does not exist")
+            raise OutputError(f"{target} can't be written: {why}; create the folder, or choose "
+                              "another place")
         probe = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()

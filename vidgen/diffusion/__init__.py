@@ -1,1 +1,1 @@
-"""Flow matching: the convention, schedules, samplers, guidance and conditions. Knows no model."""
+"""Flow matching, independent of the model: schedules, samplers, guidance and conditions."""

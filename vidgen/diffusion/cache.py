@@ -1,17 +1,17 @@
-"""Step caches: predict the addition of a transformer's blocks to its tokens from earlier steps.
+"""Step caches: predict the residual of a transformer's blocks from earlier steps.
 
-The addition changes little from step to step, so the blocks need not run at many of them. Three
-methods decide whether a prediction is good enough, each with a threshold of which 0 means never:
+The residual, output minus input of the blocks, changes little from step to step, so the blocks can
+be skipped at many steps. Three methods decide when, each with a threshold; 0 never skips:
 
-    first-block   the first block always runs; if it adds about the same as when the others last
-                  ran, they are assumed to add the same, too (after TeaCache, Liu et al. 2024)
-    magnitude     the addition is assumed to be the same where its size, measured once for the
-                  model, hardly changes (MagCache, Ma et al. 2025)
-    forecast      the addition is a polynomial in log-SNR through the last computed ones (after
-                  TaylorSeer, Liu et al. 2025), used as far as its own past errors allow
+    first-block   the first block always runs; if its residual is close to that of the last
+                  computed step, the others' residual is reused (after TeaCache, Liu et al. 2024)
+    magnitude     the residual is reused while its size, measured once for each model, hardly
+                  changes (MagCache, Ma et al. 2025)
+    forecast      the residual is extrapolated by a polynomial in log-SNR (after TaylorSeer, Liu et
+                  al. 2025), as far as the measured error of earlier extrapolations allows
 
-The caches know no model: they see tokens, noise levels and branches of guidance. Over several
-processes each keeps its own part of the tokens, and one decides for all.
+Caches are independent of the model: their inputs are tokens, noise levels and branches of guidance.
+With several processes each caches its own part of the tokens, and one process decides for all.
 
 Axes: B batch, L tokens, D width.
 """
@@ -34,22 +34,22 @@ from vidgen.diffusion.guidance import PROMPT
 from vidgen.ops.parallel import Spread
 
 RETAINED = 0.2
-"""Share of first steps that are always computed: they settle the composition."""
+"""Share of the first steps that are always computed, since they determine the composition."""
 MAX_SKIPS = 3
-"""Most consecutive steps that are skipped."""
+"""Largest number of consecutive skipped steps."""
 ORDER = 1
 MAX_SIGMA = 1 - 1e-4
-"""Stands for pure noise, whose log-SNR is infinite."""
+"""Noise level used for pure noise, whose log-SNR is infinite."""
 
 
 class Memory(ABC):
-    """Memory of a cache for one branch of guidance: its `StepCache`, one pass after the other.
+    """Cached values of one branch of guidance; implements `StepCache` for each of its passes.
 
     Attributes:
-        tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
-        numbers: the noise level of the last computed step, then the method's own.
-        sigma: the noise level of the current step.
-        spread: layout of the tokens over several processes; None: this one has all.
+        tensors: [B, L, D] each, in the tokens' dtype; empty before the first computed step.
+        numbers: noise level of the last computed step, then numbers of the method.
+        sigma: noise level of the current step.
+        spread: layout of the tokens over several processes; None: this process has all.
     """
 
     lead = 0
@@ -67,8 +67,10 @@ class Memory(ABC):
     ) -> None:
         """Begin a pass at `sigma`, before any block runs.
 
-        `spares` returns whether the pass uses the prediction. An unused pass, of a process that
-        only shares its weights, remembers nothing.
+        Args:
+            spares: returns whether the pass uses the prediction.
+            is_used: False for the pass of a process that only shares its weights; it caches
+                nothing.
         """
         self.sigma, self.spread, self._spares, self._is_used = sigma, spread, spares, is_used
         if self._restored:
@@ -92,21 +94,21 @@ class Memory(ABC):
 
     @abstractmethod
     def is_near(self) -> bool:
-        """Return whether the prediction is good enough for this step."""
+        """Return whether the prediction is accurate enough for this step."""
 
     @abstractmethod
     def _keep(self, tokens: Tensor) -> None: ...
 
     def _added(self) -> Tensor:
-        """Return the predicted addition of the blocks after the first `lead`."""
+        """Return the predicted residual of the blocks after the first `lead`."""
         return self.tensors[0]
 
     def forget(self) -> None:
-        """Clear the memory, before steps of another model."""
+        """Clear all values, before steps of another expert."""
         self.tensors, self.numbers, self._restored = [], [], ()
 
     def whole(self) -> Sequence[Tensor]:
-        """Return `tensors` of all processes, which call it at the same time."""
+        """Return `tensors` joined from all processes, which must call this together."""
         if self._restored or self.spread is None:
             return self._restored or self.tensors
         return [self.spread.gather_runs(each) for each in self.tensors]
@@ -116,7 +118,7 @@ class Memory(ABC):
         self.numbers, self._restored = [*numbers], whole
 
     def change(self, now: Tensor, before: Tensor) -> float:
-        """Return `relative_change` over the tokens of all processes."""
+        """Return `relative_change` over all processes' tokens; all must call it together."""
         spread = self.spread
         if spread is None:
             return relative_change(now, before)
@@ -127,10 +129,10 @@ class Memory(ABC):
 
 
 class FirstBlock(Memory):
-    """Compares the first block's addition with that when all blocks last ran.
+    """Cache that skips blocks while the residual of the first block hardly changes.
 
-    `tensors` are the additions of the first block and of the others then. The threshold is of the
-    mean absolute change over the mean absolute value.
+    `tensors` are the residuals of the first block and of the others at the last computed step. The
+    threshold applies to the first one's mean absolute change over its mean absolute value.
     """
 
     lead = 1
@@ -150,19 +152,19 @@ class FirstBlock(Memory):
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Size of the addition of a model's blocks, by noise level.
+    """Measured size of the residual of a model's blocks, by noise level.
 
     Attributes:
-        sigmas: falling.
-        logs: for each branch of guidance the logarithm of the size at each sigma, up to a constant;
-            other branches use the prompt's.
+        sigmas: noise levels, decreasing.
+        logs: logarithm of the size at each sigma, up to a constant, by branch of guidance; other
+            branches use that of the prompt.
     """
 
     sigmas: tuple[float, ...]
     logs: Mapping[str, tuple[float, ...]]
 
     def ratio(self, branch: str, sigma: float, sigma_next: float) -> float:
-        """Return the size at `sigma_next` over that at `sigma`, interpolated between levels."""
+        """Return the interpolated size at `sigma_next` divided by that at `sigma`."""
         return math.exp(self._log(branch, sigma_next) - self._log(branch, sigma))
 
     def _log(self, branch: str, sigma: float) -> float:
@@ -171,12 +173,14 @@ class Magnitudes:
 
 
 class Magnitude(Memory):
-    """Repeats the last addition while measured magnitudes hardly change.
+    """Cache that reuses the last residual while its measured magnitude hardly changes.
 
-    The error of a skipped step is estimated as |1 - ratio of magnitudes| to the last computed one;
-    those of consecutive steps add up (Ma et al. 2025, eq. 7-8), and the threshold is of the sum.
-    `numbers` are the computed step's noise level and the sum. `ratio` is of the magnitude at its
-    second noise level over that at its first.
+    The error of a skipped step is estimated as |1 - ratio of magnitudes| to the last computed step;
+    the threshold applies to the sum over consecutive skipped steps (Ma et al. 2025, eq. 7-8).
+    `numbers` are the noise level of the last computed step and that sum.
+
+    Args:
+        ratio: maps two noise levels to the magnitude at the second divided by that at the first.
     """
 
     def __init__(self, threshold: float, ratio: Callable[[float, float], float]) -> None:
@@ -195,12 +199,12 @@ class Magnitude(Memory):
 
 
 class Forecast(Memory):
-    """Extrapolates the last additions by a polynomial in log-SNR u of `ORDER`.
+    """Cache that extrapolates residuals by a polynomial in log-SNR u, of order `ORDER`.
 
-    Its error with nodes u_j is f'(order+1) / (order+1)! * prod(u - u_j); every computed step, which
-    is predicted, too, gives the first factor. The threshold is of the expected mean absolute error
-    over the mean absolute value. `numbers` are the nodes' noise levels, the latest first, and the
-    factor over that value, infinite before it is known.
+    The error with nodes u_j is f'(order+1) / (order+1)! * prod(u - u_j). Computed steps are
+    predicted as well, which measures the first factor. The threshold applies to the expected mean
+    absolute error over the mean absolute value. `numbers` are the noise levels of the nodes, the
+    latest first, and the relative first factor, infinite until it is measured.
     """
 
     def is_near(self) -> bool:
@@ -215,7 +219,7 @@ class Forecast(Memory):
         self.numbers = [*[self.sigma, *nodes][: ORDER + 1], factor]
 
     def _added(self) -> Tensor:
-        """Return Lagrange's polynomial through the nodes, float32."""
+        """Evaluate the Lagrange polynomial through the nodes, in float32."""
         u, nodes = _log_snr(self.sigma), [_log_snr(sigma) for sigma in self.numbers[:-1]]
         total = torch.zeros_like(self.tensors[0], dtype=torch.float32)
         for i, (node, tensor) in enumerate(zip(nodes, self.tensors, strict=True)):
@@ -230,10 +234,10 @@ class Forecast(Memory):
 
 
 class Probe(Memory):
-    """Lets every step be computed, and measures the size of its addition.
+    """Cache that skips nothing and measures the size of each step's residual.
 
-    `logs` are (sigma, logarithm of the size relative to the first) of each step (Ma et al. 2025,
-    eq. 5: the ratio of a step is the mean over tokens).
+    `logs` are pairs (sigma, logarithm of the size relative to the first step); the ratio between
+    steps is the mean over tokens (Ma et al. 2025, eq. 5).
     """
 
     def __init__(self) -> None:
@@ -256,23 +260,23 @@ class Probe(Memory):
 
 @dataclass
 class StepCaches:
-    """The caches of one run of a sampler, one for each branch of guidance.
+    """Step caches of one sampling run, one for each branch of guidance.
 
-    At a step the first branch decides for all: guidance multiplies the difference of the branches,
-    in which errors of both cancel out. So a step is skipped only if all its branches remember
-    something.
+    The first branch of a step decides for all: guidance multiplies the difference of the branches,
+    where equal errors cancel. A step is skipped only if all its branches have cached values.
 
     Args:
-        retained: the noise level above which every step is computed.
-        max_skips: most consecutive steps that are skipped.
-        boundary: the noise level where another expert takes over, of whose blocks nothing is known.
-        branches_at: returns the branches at a noise level, the deciding one first; None: the first
-            that passes decides.
-        agree: maps this process's decision at a noise level to that of all processes; a process
-            without the deciding branch passes False. None: each decides.
+        make: creates the cache of a branch.
+        retained: noise level above which every step is computed.
+        max_skips: largest number of consecutive skipped steps.
+        boundary: noise level below which another expert runs; its residuals are cached separately.
+        branches_at: returns the branches at a noise level, the deciding one first. None: the first
+            branch that runs decides.
+        agree: maps this process's decision at a noise level to the common one of all processes; a
+            process without the deciding branch passes False. None: this process decides alone.
 
     Attributes:
-        taken: the noise level of each step, and whether it was computed.
+        taken: noise level of each step, and whether it was computed.
     """
 
     make: Callable[[str], Memory]
@@ -283,12 +287,12 @@ class StepCaches:
     agree: Callable[[float, bool], bool] | None = None
     taken: list[tuple[float, bool]] = field(default_factory=list)
     memories: dict[str, Memory] = field(default_factory=dict)
-    _computed: dict[str, float] = field(default_factory=dict)  # the last level, of all processes
+    _computed: dict[str, float] = field(default_factory=dict)  # last computed level by branch
     _decided_by: str = ""
     _skips: int = 0
 
     def at(self, branch: str, sigma: float, spread: Spread | None = None) -> StepCache:
-        """Return the cache for a branch's pass at `sigma`, of tokens over several processes."""
+        """Return the cache for a branch's pass at `sigma`; `spread` is its token layout."""
         memory = self._memory(branch)
         is_used = self.branches_at is None or branch in self.branches_at(sigma)
         memory.begin(sigma, spread, partial(self._spares, branch, memory), is_used=is_used)
@@ -299,21 +303,21 @@ class StepCaches:
     def _spares(self, branch: str, memory: Memory) -> bool:
         sigma = memory.sigma
         if not (self.taken and self.taken[-1][0] == sigma and self._decided_by != branch):
-            asked = (branch,) if self.branches_at is None else self.branches_at(sigma)
+            branches = (branch,) if self.branches_at is None else self.branches_at(sigma)
             self._decided_by = branch
-            near = branch == asked[0] and self._may_spare(asked, sigma) and memory.is_near()
+            near = branch == branches[0] and self._may_skip(branches, sigma) and memory.is_near()
             if self.agree is not None:
                 near = self.agree(sigma, near)
             self._skips = self._skips + 1 if near else 0
             self.taken.append((sigma, not near))
             if not near:
-                self._computed |= dict.fromkeys(asked, sigma)
+                self._computed |= dict.fromkeys(branches, sigma)
         return not self.taken[-1][1]
 
     def state(self, *, numbers_only: bool = False) -> dict[str, Tensor]:
-        """Return the memory of this process's branches by name, for `restore`.
+        """Return the values of this process's branches by name, for `restore`.
 
-        Processes that share a sequence call it at the same time, unless it is for numbers only.
+        Processes that share a sequence must call this together, unless with `numbers_only`.
         """
         found = {"skips": torch.tensor(self._skips, dtype=torch.float64)}
         for branch, memory in self.memories.items():
@@ -323,7 +327,7 @@ class StepCaches:
         return found
 
     def restore(self, state: Mapping[str, Tensor], branches: Collection[str] | None = None) -> None:
-        """Restore a `state`, for some branches or for all."""
+        """Restore a `state` for the given branches; None: all."""
         self._skips = int(state["skips"])
         for branch in {name.rpartition(".")[0] for name in state if name != "skips"}:
             numbers = state[f"{branch}.numbers"].tolist()
@@ -333,11 +337,11 @@ class StepCaches:
                 whole = [state[f"{branch}.{i}"] for i in range(count)]
                 self._memory(branch).restore(numbers, whole)
 
-    def _may_spare(self, asked: Sequence[str], sigma: float) -> bool:
-        """Return whether enough steps were computed, for all branches that are asked."""
+    def _may_skip(self, branches: Sequence[str], sigma: float) -> bool:
+        """Return whether enough steps were computed for all these branches."""
         return sigma <= self.retained and self._skips < self.max_skips and all(
             branch in self._computed and self._is_one_expert(self._computed[branch], sigma)
-            for branch in asked
+            for branch in branches
         )
 
     def _is_one_expert(self, sigma: float, other: float) -> bool:
@@ -350,7 +354,7 @@ class StepCaches:
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
-    """Return the mean absolute difference over the mean absolute value of `before`."""
+    """Return the mean absolute difference divided by the mean absolute value of `before`."""
     size = before.float().abs().mean()
     return float((now.float() - before.float()).abs().mean() / size)
 
@@ -364,9 +368,9 @@ def _log_snr(sigma: float) -> float:
 
 
 def magnitudes_of(caches: StepCaches) -> Magnitudes:
-    """Return the measurements of the probes of a whole run.
+    """Return the measurements of the probes of a complete run.
 
-    Where guidance left a branch out, it changes as the one that ran.
+    A branch is assumed to change like the longest one at steps where guidance didn't run it.
     """
     probes = {b: m for b, m in caches.memories.items() if isinstance(m, Probe)}
     whole = max(probes.values(), key=lambda probe: len(probe.logs)).logs
@@ -378,7 +382,7 @@ def magnitudes_of(caches: StepCaches) -> Magnitudes:
 def _filled(
     logs: Sequence[tuple[float, float]], whole: Sequence[tuple[float, float]]
 ) -> list[float]:
-    """Return logarithms at all levels of `whole`; missing ones change as those of `whole`."""
+    """Return logarithms at all levels of `whole`; missing ones follow the changes of `whole`."""
     begins = dict(whole)[logs[0][0]]
     own, made = {sigma: begins + log for sigma, log in logs}, list[float]()
     for index, (sigma, log) in enumerate(whole):

@@ -1,9 +1,9 @@
-"""Write conditions into a `LatentState`: in place, as more tokens, or as more channels.
+"""Write conditions into a `LatentState`: in place, as extra tokens, or as extra channels.
 
 Known latents in place have sigma = 0 for their tokens (as the first frame in Wan 2.2 TI2V-5B). A
-later latent frame stands for `stride_t` frames, so a still for a later moment joins as extra tokens
-at its own time position. Wan's I2V and VACE read known frames not in place but as a second clip in
-further channels, encoded whole with grey where nothing is known, and a mask.
+later latent frame stands for `stride_t` frames, so a later still becomes extra tokens at its own
+time position. Wan's I2V and VACE take known frames as a second clip in extra channels, encoded as
+a whole with grey in place of unknown content, and a mask.
 
 Axes: B batch, C latent channels, F latent frames, K key stills, R references, h w latent rows and
 columns, T H W frames, pixel rows and columns, t s temporal and spatial stride.
@@ -29,10 +29,10 @@ REFERENCE_SPACING = 2.0
 
 
 def prefix(state: LatentState, latents: Tensor) -> LatentState:
-    """Let the clip begin with known latent frames [B or 1, C, n, h, w], for extension.
+    """Make the clip begin with known latent frames [B or 1, C, n, h, w], for extension.
 
     Raises:
-        InputError: a prefix that leaves nothing to generate.
+        InputError: a prefix as long as the clip, or longer.
     """
     count, total = latents.shape[2], state.latents.shape[2]
     if count >= total:
@@ -45,8 +45,8 @@ def prefix(state: LatentState, latents: Tensor) -> LatentState:
 def noise_known(state: LatentState, sigma: Tensor, noise: Tensor) -> LatentState:
     """Add noise [B, C, F, h, w] of level `sigma` [B] to values known in place.
 
-    So their faults don't grow from window to window (noise conditioning augmentation, Ho et al.
-    2022, section 3.2; Chen et al. 2024, "stabilisation"). The noise stays in the result there.
+    This keeps errors from growing from window to window (noise conditioning augmentation, Ho et al.
+    2022, section 3.2; Chen et al. 2024, "stabilisation"). The result keeps the noise there.
     """
     shown = torch.where(state.denoise_mask, state.clean, add_noise(state.clean, noise, sigma))
     return replace(state, clean=shown, known_sigma=sigma)
@@ -73,7 +73,7 @@ def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Stri
     """Show a still, encoded alone [B or 1, C, 1, h, w], at frame `frame_index` of the clip.
 
     Raises:
-        InputError: a frame that the clip doesn't have.
+        InputError: a frame index outside the clip.
     """
     require_frame(frame_index, 1 + (state.latents.shape[2] - 1) * strides.t)
     if frame_index == 0:
@@ -90,7 +90,7 @@ def require_frame(frame_index: int, num_frames: int) -> None:
 
 
 def reference(state: LatentState, latent: Tensor, index: int = 0) -> LatentState:
-    """Show a still of a subject, [B or 1, C, 1, h, w], outside of the clip's time."""
+    """Add a reference image of a subject, [B or 1, C, 1, h, w], at a time outside the clip."""
     return _append_key(state, latent, reference_position(index))
 
 
@@ -108,7 +108,7 @@ def reference_position(index: int) -> float:
 
 
 def without_references(keys: KeyTokens | None) -> KeyTokens | None:
-    """Return the stills at moments of the clip, without reference images; None if none are."""
+    """Return the stills without reference images; None if no others exist."""
     if keys is None:
         return None
     timed = ~are_references(keys)
@@ -121,14 +121,15 @@ def without_references(keys: KeyTokens | None) -> KeyTokens | None:
 
 
 def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
-    """Reduce a mask of pixels to one of latents [B, 1, F, h, w] bool, set if any pixel is.
+    """Reduce a mask of pixels to one of latents [B, 1, F, h, w] bool, True if any pixel is set.
 
-    `pixels` [B, 1, T, H, W] are set (over 0.5) where to generate. A token of `patch` latents a side
-    is generated or known as a whole.
+    Args:
+        pixels: [B, 1, T, H, W]; values over 0.5 are generated.
+        patch: latents a side of a token, which is generated or known as a whole.
     """
     side = strides.hw * patch
     touched = (pixels > 0.5).float()
-    first = touched[:, :, :1].expand(-1, -1, strides.t, -1, -1)  # the first latent is one frame's
+    first = touched[:, :, :1].expand(-1, -1, strides.t, -1, -1)  # latent frame 0 is one frame
     touched = torch.cat([first, touched[:, :, 1:]], dim=2)
     coarse = F.max_pool3d(touched, (strides.t, side, side)) > 0
     return coarse.repeat_interleave(patch, dim=3).repeat_interleave(patch, dim=4)
@@ -148,10 +149,12 @@ def _append_key(state: LatentState, latent: Tensor, position: float) -> LatentSt
 def known_frames(latents: Tensor, known: Tensor, strides: Strides) -> Tensor:
     """Return `LatentState.stacked` of Wan's I2V: [mask t | latents C] (Wan 2025, sec. 5.1.1).
 
-    `latents` [1, C, F, h, w] are of the clip with grey where unknown, `known` [T] bool its frames.
+    Args:
+        latents: [1, C, F, h, w] of the clip with grey in place of unknown frames.
+        known: [T] bool, True for known frames.
     """
     flags = known.to(latents)
-    flags = torch.cat([flags[:1].expand(strides.t), flags[1:]])  # the first latent is one frame's
+    flags = torch.cat([flags[:1].expand(strides.t), flags[1:]])  # latent frame 0 is one frame
     mask = rearrange(flags, "(F t) -> 1 t F 1 1", t=strides.t)
     mask = mask.expand(-1, -1, -1, *latents.shape[3:])
     return torch.cat([mask, latents], dim=1)
@@ -163,13 +166,16 @@ def control(
 ) -> LatentState:
     """Write a clip and references into `LatentState.control` (VACE: Jiang et al. 2025, sec. 3.2).
 
-    References, latents [1, C, 1, h, w] of stills, become latent frames before the clip's, with
-    `noise` [1, C, R, h, w] of their own, and are dropped in the end: `LatentState.num_references`.
-    `kept` and `changed` [1, C, F, h, w] are latents of the clip with grey where new content is
-    wanted, and where it is kept; `wanted` [1, 1, T, H, W] is 1 where it is wanted.
+    Args:
+        kept: [1, C, F, h, w], latents of the clip with grey in place of content to generate.
+        changed: the same with grey in place of content to keep.
+        wanted: [1, 1, T, H, W], 1 for pixels to generate, 0 for pixels to keep.
+        references: latents [1, C, 1, h, w] of stills; they become latent frames before the clip,
+            which are removed at the end, see `LatentState.num_references`.
+        noise: [1, C, R, h, w], starting noise of the references.
     """
     rows = control_rows(kept, changed, wanted, strides)
-    for reference in references:  # the last one comes first, as the reference code has it
+    for reference in references:  # reversed order, as in the reference code
         empty = torch.zeros_like(rows[:, reference.shape[1] :, :1])
         rows = torch.cat([torch.cat([reference, empty], dim=1), rows], dim=2)
     before = (0, 0, 0, 0, len(references), 0)
@@ -190,9 +196,9 @@ def control_rows(kept: Tensor, changed: Tensor, wanted: Tensor, strides: Strides
 
 
 def keep_beginning(state: LatentState, kept: Tensor, num_known: int) -> LatentState:
-    """Write the first `num_known` latent frames of a clip into a state's `control`, as known.
+    """Mark the first `num_known` latent frames of a clip as known in a state's `control`.
 
-    `kept` are as in `control`.
+    `kept` is as in `control`.
     """
     assert state.control is not None
     rows, first, channels = state.control.clone(), state.num_references, kept.shape[1]

@@ -1,4 +1,4 @@
-"""Draw conditions for training, and write them into the state of a batch.
+"""Draw random conditions for training, and write them into the state of a batch.
 
 Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns.
 """
@@ -17,9 +17,9 @@ from vidgen.diffusion.condition import keyframe_position, reference_position
 from vidgen.diffusion.state import LatentState
 
 KINDS = ("text", "first", "last", "both", "frames", "prefix", "mask")
-"""Conditions of which a sample has one; it may have references, too. "text" is the caption alone,
+"""Conditions; each sample has one, and may have references as well. "text" is the caption alone,
 "frames" a random choice of a sample's stills, "prefix" a beginning of up to two thirds of the
-latent frames, "mask" a region that is kept through the whole clip."""
+latent frames, "mask" a region that is known in all frames."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Given:
     """Conditions drawn for each sample of a batch.
 
     Attributes:
-        known: [B, 1, F, h, w] bool, latents known in place.
-        used: [B, K] bool, the stills that a sample is given.
-        frame_index: [B, K], the frame of the clip that each still shows; -1 - n for reference n.
+        known: [B, 1, F, h, w] bool, True for latents known in place.
+        used: [B, K] bool, True for the stills that a sample gets.
+        frame_index: [B, K], frame of the clip that each still shows; -1 - n for reference n.
     """
 
     known: Tensor
@@ -43,14 +43,14 @@ def draw_conditions(
 ) -> Given:
     """Draw a condition for each sample of a batch of latents of `size` B, F, h and w.
 
-    Conditions that need missing stills or several frames leave their share to the others.
+    The weights of conditions that aren't possible, for lack of stills or frames, go to the others.
 
     Args:
         generator: on the CPU.
-        weights: of `KINDS`; they needn't sum to 1.
-        reference: probability that a sample gets its reference stills, whatever else was drawn.
-        frame_index: of the stills, see `Given`, on the CPU; frames after the end of a clip that
-            was cut are left out. None: no stills.
+        weights: relative weights of `KINDS`.
+        reference: probability that a sample gets its reference stills, independent of the rest.
+        frame_index: frames of the stills, see `Given`, on the CPU; frames after the end of a
+            trimmed clip are ignored. None: no stills.
         patch: latents a side of one token.
     """
     batch, num_frames, height, width = size
@@ -96,9 +96,11 @@ def with_given(
 ) -> LatentState:
     """Return the state of clean clips [B, C, F, h, w] with drawn conditions, for `denoise_inputs`.
 
-    The loss counts where its `denoise_mask` is set. `stills` are [B, C, K, h, w], each encoded
-    alone, or None. The state's keys have as many columns as the fullest row needs, its stills to
-    the left, and are None when no row needs any.
+    The loss applies to the latents in its `denoise_mask`. The state's `keys` have as many columns
+    as the sample with the most stills needs; they are None if no sample has any.
+
+    Args:
+        stills: [B, C, K, h, w], each encoded alone, or None.
     """
     count = int(given.used.sum(1).max()) if given.used.numel() else 0
     keys = None

@@ -1,8 +1,8 @@
-"""Conventions of flow matching, stated here only.
+"""Conventions of flow matching.
 
-A straight line joins a clean clip and noise (Lipman et al. 2023, eq. 22; Liu et al. 2023):
+A straight line connects a clean clip with noise (Lipman et al. 2023, eq. 22; Liu et al. 2023):
 `noisy = (1 - sigma) * clean + sigma * noise`, so sigma = 1 is noise and sigma = 0 is the clip. The
-model predicts its slope, `velocity = noise - clean`.
+model predicts the slope of the line, `velocity = noise - clean`.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-"""Models take `timestep = TIMESTEPS * sigma`; nothing else uses timesteps."""
+"""Models take `timestep = TIMESTEPS * sigma`; everything else uses sigma."""
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -28,36 +28,36 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def velocity_of(clean: Tensor, noise: Tensor) -> Tensor:
-    """Return the slope dnoisy/dsigma of the line, which the model learns to predict."""
+    """Return the velocity that the model learns to predict, the slope dnoisy/dsigma."""
     return noise - clean
 
 
 def denoised_of(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return the clean end of the line through `noisy` with slope `velocity`."""
+    """Return the clean latents that `noisy` and `velocity` at `sigma` imply."""
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
 def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
-    """Return the timestep of a noise level, as models take it.
+    """Return the timestep of a noise level for a model.
 
-    `whole` truncates it, as diffusers' UniPC does before it calls Wan's transformer.
+    `whole` truncates it to an integer, as diffusers' UniPC does for Wan's transformer.
     """
     timestep = sigma.float() * TIMESTEPS
     return timestep.floor() if whole else timestep
 
 
 def half_log_snr(sigma: float) -> float:
-    """Return half the logarithm of the signal-to-noise ratio at a sigma below 1."""
+    """Return half the logarithm of the signal-to-noise ratio at a sigma in (0, 1)."""
     return math.log1p(-sigma) - math.log(sigma)
 
 
 def velocity_loss(
     velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Return the error of the model's velocity (Esser et al. 2024, eq. 2, unit weight).
+    """Return the mean squared error of each sample's velocity, [B] float32.
 
-    It is the mean over each sample's elements, [B] float32, weighted by `weight` [B, 1, F, h, w],
-    such as a `denoise_mask`.
+    The loss is that of Esser et al. 2024, eq. 2, with unit weight over noise levels. `weight`
+    [B, 1, F, h, w], such as a `denoise_mask`, weights the elements of the mean.
     """
     return squared_error(velocity, velocity_of(clean, noise), weight)
 

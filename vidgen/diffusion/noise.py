@@ -1,7 +1,7 @@
-"""Starting noise that depends only on (seed, stream, latent frame).
+"""Starting noise that depends only on (seed, stream, latent frame), drawn on the CPU.
 
-So the n-th clip of a batch has the noise it would have alone, on any number of ranks, and a longer
-clip starts with the shorter one's noise. It is always drawn on the CPU.
+A clip therefore has the same noise alone, in a batch and on any number of ranks, and a longer clip
+begins with the noise of a shorter one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from vidgen.core.shapes import LatentShape
 
 SMALLEST_UNIFORM = 2.0**-54
-"""Half the step of float64 uniform draws: keeps the normal quantile of 0 finite."""
+"""Half the step of float64 uniform draws; it replaces 0, whose normal quantile is infinite."""
 
 
 def frame_seed(seed: int, stream: str, frame: int) -> int:
@@ -27,11 +27,14 @@ def frame_seed(seed: int, stream: str, frame: int) -> int:
 def draw_noise(
     seed: int | Sequence[int], shape: LatentShape, *, stream: str = "video", first_frame: int = 0
 ) -> Tensor:
-    """Return standard normal noise [B, C, F, h, w], float32, from a latent frame of the clip on.
+    """Return standard normal noise [B, C, F, h, w], float32, from latent frame `first_frame` on.
 
-    Uniform float64 draws go through the normal quantile function and are then rounded to float32:
-    `torch.randn` differs between processors in the last bit. A single seed is a batch of one; each
-    `stream` ("video", "audio", ...) is independent noise for one seed.
+    The noise is the normal quantile of uniform float64 draws, rounded to float32, because
+    `torch.randn` differs between processors in the last bit.
+
+    Args:
+        seed: one seed for each clip; a single number is a batch of one.
+        stream: name, such as "video" or "audio", of independent noise for the same seed.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     assert len(seeds) == shape.batch, f"{len(seeds)} seeds for a batch of {shape.batch}"
@@ -52,7 +55,7 @@ def draw_sound_noise(
 ) -> Tensor:
     """Return float32 noise of sound latents `begin` to `end`, [B * n, channels, end - begin].
 
-    The n `takes`, by number, are independent sounds of one clip and follow each other.
+    The n numbers `takes` select independent noise for one clip; a clip's takes are adjacent rows.
     """
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
     streams = [f"audio {take}" if take else "audio" for take in takes]
@@ -61,11 +64,13 @@ def draw_sound_noise(
 
 
 def shuffled(noise: Tensor, step: int) -> Tensor:
-    """Return fresh noise for a sampling step: the values of each latent frame shuffled, with signs.
+    """Return new noise for a sampling step: each latent frame's values shuffled, with random signs.
 
-    It depends on `noise` and `step` only, so a clip's starting noise determines all of it, and that
-    of a longer clip begins with the shorter one's. `noise` is [B, C, F, h, w], or [B, C, K] of
-    sound, and standard normal.
+    The result depends only on `noise` and `step`, and that of a longer clip begins with that of a
+    shorter one.
+
+    Args:
+        noise: standard normal, [B, C, F, h, w], or [B, C, K] of sound.
     """
     mixed, generator = torch.empty_like(noise), torch.Generator("cpu")
     for frame in range(noise.shape[2]):

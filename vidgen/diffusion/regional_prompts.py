@@ -1,11 +1,11 @@
-"""Regional prompts: each of several things that a prompt names is drawn by its own words.
+"""Regional prompts: denoise each subject of a prompt with a prompt of its own.
 
-A model under a prompt of two things often draws the first twice: it settles first where things are,
-and each of them may become either (catastrophic neglect: Chefer et al. 2023, "Attend-and-Excite").
-So a verifier looks at the guess of the clip at each step and gives each thing that it finds one of
-the names, whose own words hold around it: "a mushroom above a flamingo" is "a flamingo above a
-flamingo" where the flamingo will be, and "a flamingo and a flamingo" while looks are settled. These
-are regional prompts (Bar-Tal et al. 2023, "MultiDiffusion", section 4.2) whose regions are found.
+With a prompt of two subjects a model often draws the first one twice: layout is determined early,
+and each place may become either subject (catastrophic neglect: Chefer et al. 2023,
+"Attend-and-Excite"). At each step a verifier finds the subjects in the current estimate of the
+clip, and around each one the model follows a prompt of that subject alone: "a mushroom above a
+flamingo" becomes "a flamingo above a flamingo" where the flamingo appears. These are regional
+prompts (Bar-Tal et al. 2023, "MultiDiffusion", section 4.2) with detected regions.
 
 Axes: B clips, n things with prompts of their own, C latent channels, F latent frames, h w latent
 rows and columns, P latents of a frame, K labels of the verifier.
@@ -48,12 +48,15 @@ def with_regions(
     denoise_all: Denoise, denoise_each: Sequence[Denoise], where: Callable[[Tensor], Tensor],
     state: LatentState, labels: Tensor, strength: float, legible: float,
 ) -> Denoise:
-    """Return the model under a prompt, with each named thing drawn by its own words.
+    """Return a model that denoises each named subject with a prompt of its own.
 
-    `denoise_each` are n models, each under a prompt of one thing alone; `where` is
-    `Verifier.where`; `labels` [B, n] are numbers, or `NO_LABEL`. A strength of 0 leaves
-    `denoise_all`, 1 takes the others' velocities where their things are. Below the noise level
-    `legible` a guess shows that.
+    Args:
+        denoise_all: model with the full prompt.
+        denoise_each: n models, each with a prompt of one subject.
+        where: `Verifier.where`.
+        labels: [B, n], the verifier's labels of the subjects, or `NO_LABEL`.
+        strength: 0 is `denoise_all`; 1 is each other model's velocity in its subject's region.
+        legible: noise level below which the verifier can find subjects.
     """
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         velocity = denoise_all(latents, sigma)
@@ -77,7 +80,7 @@ def with_regions(
 
 
 def _shares(seen: Tensor, labels: Tensor) -> Tensor:
-    """Return each thing's share of each latent, [n, F, h, w], of `Verifier.where`'s of a clip."""
+    """Return each subject's share of each latent, [n, F, h, w], from a clip's `Verifier.where`."""
     whose = labels != NO_LABEL
     shares = seen.new_zeros(len(labels), *seen.shape[1:])
     if int(whose.sum()) > 1:
@@ -86,12 +89,14 @@ def _shares(seen: Tensor, labels: Tensor) -> Tensor:
 
 
 def regions(something: Tensor, named: Tensor) -> Tensor:
-    """Divide latents among things; return the share of each thing, [n, F, h, w].
+    """Divide latents among subjects; return the share of each one, [n, F, h, w].
 
-    `something` [F, h, w] is how surely each latent shows anything, `named` [n, F, h, w] how surely
-    each of n things. Clusters by place and looks (expectation maximisation, middles smoothed over
-    time) begin with the latents that look most like each thing, as many for all: however little a
-    thing looks like its name, it looks less like the others'.
+    Subjects are clustered by position and appearance (expectation maximisation, centres smoothed
+    over time). Each cluster begins with the latents most like its subject, the same number for all.
+
+    Args:
+        something: [F, h, w], probability that a latent shows any subject.
+        named: [n, F, h, w], probability that it shows each of n subjects.
     """
     _, height, width = something.shape
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # [P, 2]
@@ -113,7 +118,7 @@ def regions(something: Tensor, named: Tensor) -> Tensor:
 
 
 def _even(evidence: Tensor, seen: Tensor) -> Tensor:
-    """Give each latent to what it looks like most, so that all get as much: shares [n, F, P]."""
+    """Return shares [n, F, P] by appearance, scaled so that all subjects get the same total."""
     n, least = len(evidence), torch.finfo(seen.dtype).tiny
     clear = evidence / evidence.std(dim=(0, 2), keepdim=True).clamp(min=least) * 4
     owed = torch.zeros_like(clear[:, :, :1])
@@ -125,7 +130,7 @@ def _even(evidence: Tensor, seen: Tensor) -> Tensor:
 
 
 def _middles(weights: Tensor, places: Tensor) -> Tensor:
-    """Return the middle of each thing in each frame, [n, F, 2], smoothed over time."""
+    """Return the centre of each subject in each frame, [n, F, 2], smoothed over time."""
     kernel = weights.new_tensor(OVER_TIME).view(1, 1, -1)
     around = len(OVER_TIME) // 2
     sums = torch.cat([weights @ places, weights.sum(2, keepdim=True)], dim=2)  # [n, F, 3]

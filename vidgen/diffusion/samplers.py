@@ -1,7 +1,7 @@
-"""Samplers: pure functions from noise to clean latents that know no model.
+"""Samplers: pure functions from noise to clean latents, independent of the model.
 
-Each takes `denoise`, the starting latents [B, C, F, h, w] and falling sigmas, calls `on_step` after
-every step, and resumes from any `SamplerState` of it, bit-equal to an uninterrupted run.
+A sampler calls `on_step` after every step, and resumes from any `SamplerState` that it reported,
+bit-equal to an uninterrupted run.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -61,8 +61,8 @@ def sample(
         sigmas: [num_steps + 1], strictly falling, last value 0.
         fresh: the noise of ancestral's steps; None: `shuffled` from `noisy`, then pure noise.
         on_step: called with StepInfo after each step; raising Cancelled stops cleanly.
-        project: writes known values into latents; applied after each step.
-        resume: the last state of an earlier run with the same arguments.
+        project: writes known values into latents, after each step.
+        resume: last state of an earlier run with the same arguments.
 
     Returns:
         Clean latents [B, C, F, h, w], float32.
@@ -79,7 +79,7 @@ def sample(
 
 
 def whole_timesteps(name: str) -> bool:
-    """Return whether a sampler passes whole timesteps, as diffusers' scheduler does."""
+    """Return whether a sampler gives models integer timesteps, as diffusers' scheduler does."""
     return name in ("unipc", "UniPCMultistepScheduler")
 
 
@@ -136,10 +136,10 @@ def _ancestral_step(
 def _unipc_step(
     levels: list[float], i: int, latents: Tensor, velocity: Tensor, history: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Correct the point at level i, then predict level i + 1.
+    """Correct the latents at level i, then predict those at level i + 1.
 
-    `history` is (corrected latents, denoised, denoised one earlier) of the step before; the last is
-    missing after the first step, and all are before it. The last step is of first order.
+    `history` is (corrected latents, denoised, denoised of the step before) of the previous step. It
+    is empty at the first step and has two entries at the second. The last step is of first order.
     """
     denoised = denoised_of(latents, velocity, levels[i])
     if history:
@@ -200,21 +200,20 @@ def scheduler_sigmas(scheduler: Any, num_steps: int, *, strength: float = 1.0) -
     """Return the noise levels [steps + 1] of `sample_with_scheduler`.
 
     Raises:
-        InputError: a scheduler that is no flow-matching one with rising noise, or that needs more
-            than a step count to set itself up.
+        InputError: a scheduler without flow matching, with inverted sigmas or dynamic shifting.
     """
     config = dict(getattr(scheduler, "config", {}))
     name = type(scheduler).__name__
     prediction = config.get("prediction_type", "flow_prediction")
     if prediction != "flow_prediction" or config.get("invert_sigmas"):
-        raise InputError(f"{name} as configured is no flow scheduler whose sigma 1 is noise")
+        raise InputError(f"{name} as configured is not a flow scheduler where sigma 1 is noise")
     if config.get("use_dynamic_shifting"):
         raise InputError(f"{name}: set use_dynamic_shifting=False and give it a fixed shift")
     steps = steps_for_strength(num_steps, strength)
     scheduler.set_timesteps(num_steps)
     sigmas: Tensor = torch.as_tensor(scheduler.sigmas).float().cpu()
     if len(sigmas) != len(scheduler.timesteps) + 1 or float(sigmas.max()) > 1 + 1e-6:
-        raise InputError(f"{name}'s sigmas are no flow-matching noise levels in [0, 1]")
+        raise InputError(f"{name}'s sigmas are not flow-matching noise levels in [0, 1]")
     return sigmas[round((len(sigmas) - 1) * (1 - steps / num_steps)) :]
 
 
@@ -223,13 +222,17 @@ def sample_with_scheduler(
     generator: torch.Generator | None = None, on_step: OnStep | None = None,
     project: Project | None = None, resume: SamplerState | None = None,
 ) -> Tensor:
-    """Sample with a diffusers flow scheduler, whose own shift and options apply.
+    """Sample with a diffusers flow scheduler, with its own shift and options.
 
-    A scheduler's memory can't be read in general, so the state's history is the starting latents
-    and every velocity so far, and resuming replays them without the model. The scheduler's own
-    state is overwritten. `noisy` is at `scheduler_sigmas(...)[0]`, `num_steps` are of a run from
-    pure noise, and `strength` is as in `make_sigmas`. `generator` is for schedulers that draw noise
-    at each step; it is seeded again when resuming. All else is as in `sample`.
+    Schedulers have no common way to read their state, so the sampler's history is the starting
+    latents and all velocities, and resuming replays them without the model. The scheduler's state
+    is overwritten. Other arguments are as in `sample`.
+
+    Args:
+        noisy: latents at `scheduler_sigmas(...)[0]`.
+        num_steps: number of steps from pure noise.
+        strength: as in `make_sigmas`.
+        generator: for schedulers that draw noise at each step, seeded again to resume.
 
     Raises:
         InputError: see `scheduler_sigmas`.

@@ -1,4 +1,4 @@
-"""Noise levels: the sigmas of a sampler, and the sigmas drawn in training."""
+"""Noise levels: the sigmas of a sampler, and random sigmas for training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vidgen.core.errors import InputError
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards 1, as larger clips need (Esser et al. 2024, eq. 23)."""
+    """Shift noise levels toward 1, as larger clips need (Esser et al. 2024, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -19,21 +19,21 @@ def make_sigmas(
     num_steps: int, shift: float = 1.0, *, strength: float = 1.0, sigma_min: float = 0.0,
     reach_min: bool = False,
 ) -> Tensor:
-    """Return float32 noise levels [steps + 1] that fall strictly to 0, evenly spaced, then shifted.
+    """Return float32 noise levels [steps + 1], evenly spaced, then shifted, strictly falling to 0.
 
     `sigma_min=0.001` gives the levels of diffusers' UniPC with flow sigmas, as in Wan's folders;
-    `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` those of its flow Euler.
+    `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` gives those of its flow Euler.
 
     Args:
-        num_steps: steps of a run from pure noise.
+        num_steps: number of steps from pure noise.
         shift: see `shifted`; 1 leaves the levels evenly spaced.
-        strength: the first level, unshifted: at 1 the run starts from noise, with all steps, below
-            1 it takes `steps_for_strength`.
-        sigma_min: unshifted level at the end of the even spacing.
-        reach_min: add that level before the last step to 0, instead of replacing it by 0.
+        strength: first level before the shift; 1 starts from noise and takes all steps, less takes
+            `steps_for_strength`.
+        sigma_min: last evenly spaced level, before the shift.
+        reach_min: keep `sigma_min` as a level before 0, instead of replacing it with 0.
 
     Raises:
-        InputError: a count, shift or strength out of range.
+        InputError: a step count, shift or strength out of range.
     """
     steps = steps_for_strength(num_steps, strength)
     if not (math.isfinite(shift) and shift > 0):
@@ -48,11 +48,15 @@ def make_sigmas(
 
 
 def steps_for_strength(num_steps: int, strength: float) -> int:
-    """Return `num_steps * strength`, rounded: all at 1, none at 0, else at least one."""
+    """Return `num_steps * strength`, rounded; at least 1 unless `strength` is 0.
+
+    Raises:
+        InputError: less than 1 step, or a strength outside [0, 1].
+    """
     if num_steps < 1:
         raise InputError(f"steps must be at least 1, not {num_steps}")
     if not 0 <= strength <= 1:
-        raise InputError(f"strength must lie in [0, 1], not {strength}")
+        raise InputError(f"strength must be from 0 to 1, not {strength}")
     return max(1, round(num_steps * strength)) if strength > 0 else 0
 
 
@@ -60,12 +64,16 @@ def draw_sigmas(
     batch: int, generator: torch.Generator, *, shift: float = 1.0, mean: float | None = 0.0,
     std: float = 1.0, between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Draw noise levels [B] for training, float32 in (0, 1), in random order, and shift them.
+    """Draw shifted noise levels [B] for training, float32 in (0, 1), in random order.
 
-    The uniform draw is stratified over the batch (Kingma et al. 2021, appendix I.1): the same
-    distribution with a steadier loss. The density is logit-normal with `mean` and `std` (Esser et
-    al. 2024, eq. 19), or uniform if `mean` is None, and truncated to `between`. The generator is on
-    the CPU.
+    The draw is stratified over the batch (Kingma et al. 2021, appendix I.1), which keeps the
+    distribution and reduces the variance of the loss.
+
+    Args:
+        generator: on the CPU.
+        mean: mean of the logit-normal density (Esser et al. 2024, eq. 19); None: uniform density.
+        std: standard deviation of the logit-normal density.
+        between: shifted levels to which the density is truncated.
     """
     strata = torch.randperm(batch, generator=generator).double()
     uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
@@ -79,7 +87,7 @@ def draw_sigmas(
 def share_below(
     sigma: float, *, shift: float = 1.0, mean: float | None = 0.0, std: float = 1.0
 ) -> float:
-    """Return the share of `draw_sigmas`' levels below `sigma`; arguments as there."""
+    """Return the share of levels below `sigma` in the distribution of `draw_sigmas`."""
     if not 0 < sigma < 1:
         return float(sigma >= 1)
     level = sigma / (shift - (shift - 1) * sigma)  # the inverse of `shifted`

@@ -1,8 +1,8 @@
-"""The state of a clip that is denoised, picture and sound: its latents and all known values.
+"""State of a clip during denoising, picture and sound: latents and all known values.
 
-Sampling and training build the model's input from it by the same function. `condition` writes a
-request's known values into it. A clip's sound is one more run of tokens with its own noise, known
-values and times. Samplers work element by element, so they get both packed into one tensor.
+Sampling and training build the model's input from it with the same function, `denoise_inputs`;
+`condition` writes a request's known values into it. Sound is a further sequence of tokens with its
+own noise, known values and times. Samplers work elementwise on both, packed into one tensor.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N sound latents,
 n numbers of a clip's picture and sound together.
@@ -35,8 +35,8 @@ class UpsampledKnown(NamedTuple):
 
     Attributes:
         latents: [B, C, n, h, w].
-        denoise_mask: [B, 1, n, h, w] bool, True where they aren't known.
-        alone: whether the first of them is a single frame.
+        denoise_mask: [B, 1, n, h, w] bool, False for known latents.
+        alone: whether the first latent frame stands for a single frame.
     """
 
     latents: Tensor
@@ -49,9 +49,9 @@ class PartlyKnown:
     """Latents between noise and the result, and their known values.
 
     Attributes:
-        latents: [B, C, N], or [B, C, F, h, w] of a picture: the starting noise, or the latest step.
-        clean: the known values, of the same shape; anything where not known.
-        denoise_mask: the same of one channel, bool, True where latents are generated.
+        latents: [B, C, N] of sound or [B, C, F, h, w] of a picture: starting noise or latest step.
+        clean: known values, of the same shape; undefined where `denoise_mask` is True.
+        denoise_mask: bool, of the same shape with one channel, True for latents to generate.
     """
 
     latents: Tensor
@@ -75,7 +75,7 @@ class PartlyKnown:
         """
         count, total = latents.shape[2], self.latents.shape[2]
         if count > total:
-            raise InputError(f"{count} latents are known of a clip or sound that has {total}; cut "
+            raise InputError(f"{count} latents are known of a clip or sound that has {total}; trim "
                              "them to its length")
         clean, mask = self.clean.clone(), self.denoise_mask.clone()
         clean[:, :, :count] = latents.to(clean)
@@ -89,8 +89,8 @@ class SoundState(PartlyKnown):
 
     Attributes:
         start_s: start of the first latent, in seconds after the picture's first latent frame.
-        sees_picture: whether sound tokens attend to the picture's.
-        takes: sounds of one picture, neighbours in the batch; the picture's rows are equal.
+        sees_picture: whether sound tokens attend to picture tokens.
+        takes: number of sounds for one picture, adjacent rows of the batch with equal pictures.
     """
 
     start_s: float = 0.0
@@ -109,18 +109,18 @@ class LatentState(PartlyKnown):
     """Latents of a clip between noise and the result, and all known values.
 
     Attributes:
-        keys: known stills at times of their own, or None.
-        stacked: [B, _, F, h, w] channels after the latents' in the model's input, or None.
+        keys: known stills at their own time positions, or None.
+        stacked: [B, _, F, h, w], extra channels of the model's input, or None.
         control: [B, _, F, h, w] input of VACE's control blocks, or None.
         image_context: [B, _, D] CLIP features of known pictures, or None.
-        num_references: leading latent frames that are references, not the clip.
+        num_references: number of leading latent frames that are references, not the clip.
         known_sigma: [B], noise level of values known in place; None: 0.
-        hides_known: values known in place are shown as noisy as all else; see `Guidance`.
-        noise: [B, C, F, h, w], the starting noise where `latents` hold a clip, too; else None.
-        spacing: distance of latent frames on the time axis; 1 at the model's own frame rate.
-        lead: number of the latent frame at position 0 there.
-        known_upsampled: what is known in place under temporal upsampling, if more than a still.
-        video_upsampled: [B, C, n, h, w], the clip that sampling begins from then, or None.
+        hides_known: add noise to values known in place, to hide them; see `Guidance`.
+        noise: [B, C, F, h, w], the starting noise if `latents` also contain a clip, else None.
+        spacing: distance of latent frames on the time axis; 1 at the model's frame rate.
+        lead: index of the latent frame at time position 0.
+        known_upsampled: known latents for temporal upsampling, if more than a first frame.
+        video_upsampled: [B, C, n, h, w], upsampled clip that sampling begins from, or None.
     """
 
     keys: KeyTokens | None = None
@@ -157,7 +157,7 @@ class LatentState(PartlyKnown):
 
     @cached_property
     def timed_keys(self) -> KeyTokens | None:
-        """The stills with positions on that axis; references lie outside of the clip's time."""
+        """`keys` with positions scaled by `spacing`; those of references, not after 0, stay."""
         if self.keys is None or self.spacing == 1:
             return self.keys
         at = self.keys.positions
@@ -165,9 +165,9 @@ class LatentState(PartlyKnown):
 
     @property
     def has_given(self) -> Tensor:
-        """Whether whole frames of each clip are given, in place or as stills, without noise: [B].
+        """Whether whole frames of each clip are given, in place or as stills, [B] bool.
 
-        That excludes beginnings of later windows, and the parts that a mask keeps.
+        Noised beginnings of later windows and partial frames kept by a mask don't count.
         """
         frames = self.denoise_mask.flatten(3)
         whole = (frames == frames[..., :1]).flatten(1).all(1)
@@ -199,13 +199,13 @@ class LatentState(PartlyKnown):
         return self.project(self.pack(self.latents, sound))
 
     def fresh(self, step: int) -> Tensor:
-        """Return noise for a sampling step in a sampler's layout; see `shuffled`."""
+        """Return new noise for a sampling step, in a sampler's layout; see `shuffled`."""
         picture = shuffled(self.starting_noise, step)
         return self.pack(picture,
                          None if self.sound is None else shuffled(self.sound.latents, step))
 
     def project(self, latents: Tensor) -> Tensor:
-        """Write all known values into latents in a sampler's layout; its `project`."""
+        """Write all known values into latents in a sampler's layout, as its `project`."""
         picture, sound = self.unpack(latents)
         if self.sound is None or sound is None:
             return self.impose(picture)
@@ -220,7 +220,7 @@ class LatentState(PartlyKnown):
         return picture.reshape(-1, *pixels), sound.reshape(-1, *tokens)
 
     def pack(self, picture: Tensor, sound: Tensor | None) -> Tensor:
-        """Undo `unpack`; a single channel, as of masks, counts for all."""
+        """Undo `unpack`; a single channel, as of masks, is expanded to all."""
         if self.sound is None or sound is None:
             return picture
         parts = [picture.expand(-1, *self.latents.shape[1:]).flatten(1),
@@ -241,7 +241,7 @@ def new_state(noise: Tensor) -> LatentState:
 
 
 def finished(latents: Tensor) -> LatentState:
-    """Return the state of a finished picture [B, C, F, h, w], for which sound may be made."""
+    """Return the state of a finished picture [B, C, F, h, w], to generate sound for it."""
     unmade = torch.zeros_like(latents[:, :1], dtype=torch.bool)
     return LatentState(latents=latents, clean=latents, denoise_mask=unmade)
 
@@ -255,11 +255,14 @@ def new_sound(noise: Tensor, start_s: float = 0.0, takes: int = 1) -> SoundState
 def sound_span(
     first: int, count: int, stride_t: int, fps: Fraction | float, tokens_per_s: float
 ) -> tuple[int, int, float]:
-    """Return the sound latents during a stretch of a clip: (first, end, `SoundState.start_s`).
+    """Return the sound latents of a section of a clip: (first, end, `SoundState.start_s`).
 
-    Frame j of a clip is shown from j / fps on, and its latent frame f ends with frame
-    stride_t * f, at which time attention places it. The stretch are `count` latent frames from
-    `first` on.
+    Frame j of a clip starts at j / fps. Latent frame f ends with frame stride_t * f, whose time is
+    its position for attention.
+
+    Args:
+        first: first latent frame of the section.
+        count: number of its latent frames.
     """
     rate, fps = Fraction(tokens_per_s), Fraction(fps)
     shown = 0 if first == 0 else stride_t * (first - 1) + 1
@@ -271,12 +274,19 @@ def sound_span(
 def denoise_inputs(
     state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return the model's input (latents, sigma) of a state at a noise level, without `state.keys`.
+    """Return the model's input (latents, sigma) of a state at noise level `sigma` [B].
 
-    Known values are written into the latents, by default the state's own, and sigma [B] is 0, or
-    `known_sigma`, where known: [B, F] if frames are known as a whole, [B, F, h / patch, w / patch]
-    if tokens of `patch` latents a side are. Known values that the state hides get its starting
-    noise, and sigma stays. Stacked channels come last.
+    Known values replace those in the latents, and their sigma is 0 or `known_sigma`. With
+    `hides_known` they get the starting noise instead, and sigma stays as it is. `stacked` channels
+    are appended; `keys` are not part of the result.
+
+    Args:
+        latents: default: the state's own.
+        patch: latents a side of a token.
+
+    Returns:
+        Latents [B, _, F, h, w]; sigma [B], or [B, F] for whole known frames, or
+        [B, F, h / patch, w / patch] for known tokens.
     """
     latents = state.latents if latents is None else latents
     if state.hides_known:
@@ -298,17 +308,17 @@ def denoise_inputs(
 
 
 def are_references(keys: KeyTokens) -> Tensor:
-    """Return which stills are reference images, by their time positions, [B, K] bool."""
+    """Return a mask [B, K] of stills that are reference images, by their time positions."""
     return keys.positions <= FIRST_REFERENCE_POSITION
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """Return plain data with its tensors on a device."""
+    """Return nested data with its tensors moved to a device."""
     return mapped(value, lambda tensor: tensor.to(device))
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return plain data with its tensors changed."""
+    """Return nested tuples, lists, mappings and dataclasses with `change` applied to tensors."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):

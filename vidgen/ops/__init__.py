@@ -1,1 +1,1 @@
-"""Tensor functions without weights: attention, rotary positions, norms, causal convolution."""
+"""Tensor operations: attention, rotary positions, norms, causal convolutions, native kernels."""

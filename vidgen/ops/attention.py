@@ -59,7 +59,7 @@ def attention(
 
 
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the back end used without compilation; warn if another was asked for."""
+    """Return the back end that is used without compilation; warn if it isn't the requested one."""
     backend = asked_backend() if backend == "auto" else backend
     if backend != "auto":
         reason = _unusable(backend, device, dtype)
@@ -191,9 +191,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def _onednn_products() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices of bfloat16 values: MKL is slow on some CPUs.
+    """Use oneDNN for products of float32 matrices of bfloat16 values; MKL is slow on some CPUs.
 
-    With AMX it rounds other values.
+    With AMX oneDNN rounds values that bfloat16 can't represent.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
@@ -227,10 +227,10 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] 
 def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why a back end can't run here, by trying it; None if it can."""
     if backend not in _BACKENDS:
-        return f"unknown; there are {', '.join(get_args(Backend))}"
+        return f"unknown; choose one of {', '.join(get_args(Backend))}"
     if backend == "native":
         if device.type != "cpu":
-            return "it is for CPUs"
+            return "it runs on CPUs only"
         if dtype in native.known_dtypes():
             return None
         return native.why_not() or f"the CPU has no instructions for {dtype}"

@@ -17,16 +17,16 @@ from vidgen.ops import native
 from vidgen.ops.norm import ChannelRMSNorm
 
 LONG_SUM = 256
-"""Products whose sum in one float32 chain has too large an error."""
+"""Number of products above which summing them in one float32 chain has too large an error."""
 
 
 @dataclass
 class StreamCache:
-    """State of a causal network between two chunks of one stream; its size is constant.
+    """State of a causal network between two chunks of one stream, of constant size.
 
     Attributes:
-        tensors: module name -> the last frames of that module's input.
-        position: latent frames done so far.
+        tensors: last input frames of each module, by module name.
+        position: number of latent frames processed so far.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -158,9 +158,10 @@ def _by_kernel(
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution whose output frame t sees input frames up to t, with zeros before the first.
+    """Convolution that is causal in time: output frame t depends on input frames up to t.
 
-    `kernel_size` is (frames, rows, columns), odd; rows and columns are padded to keep their size.
+    `kernel_size` is (frames, rows, columns), odd. Zeros precede the first frame; rows and columns
+    are padded to keep their size.
     """
 
     cache_key: str = ""

@@ -1,4 +1,4 @@
-"""Normalise latents by a VAE's statistics; cut latents and pixels into patches, and join them.
+"""Normalise latents with a VAE's statistics; convert latents and pixels to patches and back.
 
 Axes: B batch, C channels, T frames, H rows, W columns, F h w the same of latents, p patch size.
 """

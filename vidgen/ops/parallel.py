@@ -87,9 +87,9 @@ class _Moved(torch.autograd.Function):
 
 
 class Spread:
-    """Layout of runs of tokens over ranks, each run in equal stretches, the last ones padded.
+    """Layout of sequences of tokens over ranks: each is split into equal parts, with padding.
 
-    `lengths` are the tokens of each run (video, sound), in the order of attention.
+    `lengths` are the numbers of tokens of each sequence (video, sound), in the order of attention.
     """
 
     def __init__(self, ranks: Ranks, lengths: Sequence[int]) -> None:

@@ -39,7 +39,7 @@ _MIXED = "mixed"
 
 
 class Unavailable(Exception):
-    """Kernels can't be compiled here; the message says why."""
+    """Error for kernels that can't be compiled on this machine; the message is the reason."""
 
 
 def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -59,7 +59,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def why_not() -> str | None:
-    """Return why no kernels exist here, or None if they do."""
+    """Return the reason why kernels aren't available here; None if they are."""
     return _loaded()[1]
 
 
@@ -76,8 +76,8 @@ def known_dtypes() -> frozenset[torch.dtype]:
 def call(name: str, dtype: torch.dtype, *arguments: object, mixed: bool = False) -> int:
     """Call a kernel: tensors by address, None as null, integers of 64 bits, floats of 32.
 
-    PyTorch's number of threads comes last. With `mixed` the rows are float32, the rest is bfloat16.
-    `kernels` must have returned some.
+    PyTorch's number of threads is appended. With `mixed` rows are float32 and the rest bfloat16.
+    Call it only after `kernels` returned the library.
     """
     library = _loaded()[0]
     assert library is not None
@@ -111,7 +111,7 @@ def _library() -> Path:
     """Return the file compiled from these sources for this machine; compile it if it is missing.
 
     Raises:
-        Unavailable: says what is missing.
+        Unavailable: no compiler, no suitable CPU, or a failed compilation.
     """
     if os.environ.get("VIDGEN_NATIVE") == "0":
         raise Unavailable("switched off by VIDGEN_NATIVE=0")
@@ -144,7 +144,7 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
                               check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line]
-            raise Unavailable(f"{compiler} failed: {(lines or ['it says nothing'])[0]}")
+            raise Unavailable(f"{compiler} failed: {(lines or ['no error message'])[0]}")
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
