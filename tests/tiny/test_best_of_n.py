@@ -100,7 +100,7 @@ def test_of_all_that_do_not_satisfy_the_best_is_kept(
             (p.done, p.total)) if p.stage == "sample" else None)
         best = best_of(verifier, made)
     assert torch.equal(clip.latents, best)
-    assert "none of 4 candidates shows car for certain" in caplog.text
+    assert "none of 4 candidates clearly shows car: kept" in caplog.text
     assert [done for done, _ in told] == list(range(1, 13))
     assert [total for _, total in told] == [3] * 3 + [6] * 3 + [9] * 3 + [12] * 3
 
@@ -222,7 +222,7 @@ def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path
     with pytest.raises(InputError, match=r"candidates is 2, but tiny has no verifier"):
         plain.generate(PROMPT, **OPTIONS, settings={"candidates": 2})
     plan = replace(engine.plan(Request.of(PROMPT, OPTIONS), Inputs()), strength=0.5)
-    with pytest.raises(InputError, match=r"candidates is 2, but .*begins from another"):
+    with pytest.raises(InputError, match=r"candidates is 2, but .*starts from another"):
         with_verifier(plan, Request.of(PROMPT, {"settings": {"candidates": 2}}), engine.folder)
     assert with_verifier(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
     assert plain.generate(PROMPT, **OPTIONS,

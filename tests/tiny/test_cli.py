@@ -243,7 +243,7 @@ def test_a_known_frame_behind_the_end_is_refused_by_its_time(cli, tiny_model, ve
     Image.new("RGB", (32, 32)).save("x.png")
     code, _, err = cli(verb, "a", "--model", tiny_model, "--frame", "9=x.png")
     assert code == 2
-    assert "frame is at 9 s, behind the clip's last one at 0.667 s" in err
+    assert "frame is at 9 s, after the clip's last one at 0.667 s" in err
     for words in (["--frame", "0=x.png", "--image", "x.png"],
                   ["--frame", "0.5=x.png", "--frame", "0.52=x.png"]):
         code, _, err = cli(verb, "a", "--model", tiny_model, *words)

@@ -99,7 +99,7 @@ def test_an_adapter_of_the_expert_that_rests_is_told_of(
     assert (plain.frames != changed.frames).any()
     assert not caplog.messages
     clips_of(engines[1:], **asked, steps=3)
-    assert "low.safetensors@low changes nothing in this clip" in caplog.text
+    assert "low.safetensors@low has no effect" in caplog.text
 
 
 def test_threads_with_one_engine_take_turns(engines: tuple[Engine, Engine], tmp_path: Path) -> None:

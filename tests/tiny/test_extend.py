@@ -250,7 +250,7 @@ def test_colours_are_held_to_the_first_windows(engine):
     ({"frames": 41, "video": "SHORT", "strength": 0.5}, "video holds for one window"),
     ({"prefix": "SHORT", "seconds": 2}, "leaves nothing to generate"),
     ({"prefix": "SHORT", "seconds": 6, "image": "STILL"}, "image and prefix"),
-    ({"prefix": "SHORT", "seconds": 6, "frame": [(1.0, "STILL")]}, "lies in the clip"),
+    ({"prefix": "SHORT", "seconds": 6, "frame": [(1.0, "STILL")]}, "is within the clip"),
 ])
 def test_what_cannot_be_had_is_refused(engine, short, options, message):
     put = {"SHORT": str(short), "STILL": np.zeros((32, 32, 3), np.uint8)}

@@ -58,7 +58,7 @@ def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, sh
      "continue_from: model 'tiny' can't go on from latents; give first_frame: {shot: ID}"),
     ("shots: [{id: a, prompt: [x, {at: 0.5, prompt: y}]}]", "several prompts: model 'tiny'"),
     ("shots: [{id: a, prompt: x}, {id: b, prompt: x, first_frame: {shot: a}}]",
-     "can't take image"),
+     "doesn't support image"),
 ])
 def test_what_a_model_never_learned_is_told_beforehand(
     tmp_path, tiny_model, capsys, text, message

@@ -215,7 +215,7 @@ def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine)
     ("audio_candidates", 3), ("audio_delay", 0.02), ("audio_steps", 5),
 ])
 def test_what_is_of_a_sound_that_is_not_made_is_refused(engine, tiny_model, name, value):
-    message = f"{name} is {value}, but it is of the sound that a model makes"
+    message = f"{name} is {value}, but it applies only to sound by the model"
     with pytest.raises(InputError, match=message):
         engine.generate("a cat", **WORDS, audio="none", settings={name: value})
     with pytest.raises(InputError, match=message):
@@ -347,5 +347,5 @@ def test_a_picture_that_follows_a_sound(engine, tmp_path):
 
 
 def test_a_model_without_sound_follows_none(tiny_model, tmp_path):
-    with pytest.raises(InputError, match="can't take follow_audio"):
+    with pytest.raises(InputError, match="doesn't support follow_audio"):
         load(tiny_model).generate("a cat", **WORDS, audio=tmp_path / "a.wav", follow_audio=True)

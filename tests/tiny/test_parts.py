@@ -195,7 +195,7 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(folder, mo
     message = str(error.value)
     assert not loaded
     assert re.search(r"tiny's weights need [\d.]+ MB on cpu \(bf16, not quantised, offload none\), "
-                     r"[\d.]+ MB are free; what would fit: --offload stage \(", message)
+                     r"[\d.]+ MB are free; these fit: --offload stage \(", message)
     assert "--offload block" in message
 
 
@@ -208,7 +208,7 @@ def test_only_what_does_fit_is_named(folder, monkeypatch):
     with pytest.raises(ModelError, match=r"fit: --offload block \([^)]*\)$"):
         parts_of(folder, "stage").check()
     monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: 1000)
-    with pytest.raises(ModelError, match=r"nothing that is left to choose would fit"):
+    with pytest.raises(ModelError, match=r"no other setting fits"):
         parts_of(folder, "none").check()
     monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: None)
     parts_of(folder, "none").check()
@@ -229,7 +229,7 @@ def test_what_is_loaded_is_not_needed_again(folder, monkeypatch):
 def test_choices_that_do_not_go_together_are_refused(folder):
     with pytest.raises(InputError, match=r"offload is 'blocks'; did you mean 'block'"):
         parts_of(folder, "blocks")
-    with pytest.raises(InputError, match=r"give 'stage' with int8, or 'block' without"):
+    with pytest.raises(InputError, match=r"give offload 'stage', or leave quantize out"):
         parts_of(folder, "block", quantize="int8")
     with pytest.raises(InputError, match=r"fp16"):
         parts_of(folder, "stage", torch.float16, quantize="int8")

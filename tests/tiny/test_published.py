@@ -70,7 +70,7 @@ def test_a_clip_is_planned_before_its_model_is_fetched(
     assert made["offload"] == "stage"
     assert 9e9 < made["peak_bytes"] < 16 << 30
     assert main([*words, "--model", "Wan2.1-T2V-14B", "--offload", "none"]) == 2
-    assert "what would fit: --dtype bf16 --offload block" in capsys.readouterr().err
+    assert "these fit: --dtype bf16 --offload block" in capsys.readouterr().err
     assert main([*words[:-1], "--model", "Wan2.2-TI2V-5B"]) == 0
     (whole,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("whole")]
     assert whole.endswith(" min)")

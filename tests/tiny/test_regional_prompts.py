@@ -230,7 +230,7 @@ def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
         plain.generate(TWO, **OPTIONS)
     plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
     for changed, devices, why in (
-        ({"strength": 0.5}, 1, "begins from another"), ({}, 2, "several devices"),
+        ({"strength": 0.5}, 1, "starts from another"), ({}, 2, "one device per clip"),
     ):
         request = Request.of(TWO, OPTIONS)
         with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):

@@ -36,7 +36,7 @@ def folder(tiny_model: Path) -> ModelFolder:
     ({"candidates": 1.5}, r"candidates is 1\.5; give a whole number from 1 to 64"),
     ({"candidates": True}, "candidates is True; give a whole number"),
     ({"binding": 2}, "binding is 2; give a number from 0 to 1"),
-    ({"refine": 9}, "refine needs image or first_frame_model; add it or leave this out"),
+    ({"refine": 9}, "refine needs image or first_frame_model; add it or leave refine out"),
 ])
 def test_what_does_not_suit_is_refused(
     folder: ModelFolder, settings: dict[str, Any], told: str
@@ -46,7 +46,7 @@ def test_what_does_not_suit_is_refused(
 
 
 def test_a_model_whose_own_settings_are_wrong_is_refused(folder: ModelFolder) -> None:
-    for wrong, told in (({"refin": 1}, "gives a setting 'refin'; did you mean 'refine'"),
+    for wrong, told in (({"refin": 1}, "has an unknown setting 'refin'; did you mean 'refine'"),
                         ({"refine": -1}, "model.json: refine is -1; give a whole number")):
         model = replace(folder, defaults=replace(folder.defaults, settings=wrong))
         with pytest.raises(ModelError, match=told):

@@ -409,11 +409,11 @@ def test_what_cannot_be_drawn_finer_is_drawn_as_it_is(
 def test_a_rate_that_a_model_does_not_draw_at_is_refused(
     engine: Engine, tiny_model: Path
 ) -> None:
-    with pytest.raises(InputError, match="oversampling is 3; finer draws at most 2 latent frames "
-                                         "for one, give 1 or 2"):
+    with pytest.raises(InputError, match="oversampling is 3, but finer has temporal upsampling "
+                                         "by 2; give 1 or 2"):
         made(engine, settings={"oversampling": 3})
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
-    with pytest.raises(InputError, match="draws each latent frame once; leave it out"):
+    with pytest.raises(InputError, match="has no temporal upsampling; leave it out"):
         plain.generate(PROMPT, settings={"oversampling": 2})
     with pytest.raises(InputError, match="oversampling is 0; give a whole number from 1 to 16"):
         made(engine, settings={"oversampling": 0})

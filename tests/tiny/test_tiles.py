@@ -121,9 +121,9 @@ def test_tiles_are_chosen_only_where_the_whole_does_not_fit(tiny_model: Path) ->
     assert smaller < 0.8 * least
     assert chosen(smaller - 1).tiles in (Tiles(2, 2), Tiles(3, 3))
     assert chosen(1 << 40, tiles="3x2").tiles == Tiles(3, 2)
-    with pytest.raises(ModelError, match=r"what would fit:.* --tiles 2x2 \("):
+    with pytest.raises(ModelError, match=r"these fit:.* --tiles 2x2 \("):
         chosen(least - 1, tiles="none", dtype="fp32")
-    with pytest.raises(ModelError, match="what would fit"):
+    with pytest.raises(ModelError, match="these fit"):
         chosen(need("block", Tiles(8, 8)) // 2)
 
 
@@ -142,7 +142,7 @@ def test_a_clip_that_was_cut_goes_on_cut(
     straight = engine.generate(request, on_estimate=told.append)
     tiles = told[0].setup.tiles
     assert tiles is not None
-    assert "--tiles 2x2 was chosen" in told[0].choice
+    assert "--tiles 2x2: " in told[0].choice
     with journal.running(straight.recipe):
         journal.keep_latents(straight.latents)
         journal.pause()
@@ -174,7 +174,7 @@ def test_what_tiles_keep_lies_in_files_and_a_full_disk_is_told(
 
 @pytest.mark.parametrize(("tiles", "message"), [
     ("2", "tiles is '2'; give auto, none, or"), ("0x2", "tiles is '0x2'"), ("100x1", "1 to 99"),
-    ("9x1", "the picture has 8x12 latents"),
+    ("9x1", "the clip has 8x12 latents"),
 ])  # fmt: skip
 def test_tiles_that_cannot_be_are_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

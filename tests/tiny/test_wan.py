@@ -93,12 +93,12 @@ def test_each_expert_has_its_guidance(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("t2v", {"image": PICTURE}, "it learned text, video; models that can: i2v"),
-        ("t2v", {"control": "clip.mp4"}, "models that can: vace-1.3b, vace-14b"),
+        ("t2v", {"image": PICTURE}, "but text, video; models that do: i2v"),
+        ("t2v", {"control": "clip.mp4"}, "models that do: vace-1.3b, vace-14b"),
         ("t2v", {"guidance_low": 2.0}, "no low-noise expert"),
         ("t2v", {"size": (40, 32)}, "multiple of 16"),
         ("t2v", {"frames": 6}, "5 and 9"),
-        ("i2v", {}, "starts from what it is shown; give one of --image"),
+        ("i2v", {}, "needs a picture or clip; give one of --image"),
         ("t2v", {"lora": ["nowhere.safetensors"]}, "doesn't exist"),
     ],
 )

@@ -1,8 +1,8 @@
 """Best-of-n: draw candidates until one is good enough, and keep the one with the highest score.
 
-Candidates of a clip are drawn from other noise; the model's verifier looks at their latents, before
-anything is decoded, and most first ones satisfy it. Each window of a long clip is a clip of its own
-here, which has to show what the last frames before it show. See `sound.own_sound` for sounds.
+Candidates differ in their noise. The model's verifier scores their latents before anything is
+decoded; usually the first one passes. Each window of a long clip has its own candidates, which must
+still show what the frames before the window show. See `sound.own_sound` for sounds.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels.
 """
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 VERIFIER: Literal["verifier"] = "verifier"
 CANDIDATE_NOISE = -2
-"""A step that no sampler takes; `shuffled` draws the second candidate's noise with it, the third's
-with one less, and so on."""
+"""Step number that no sampler uses: `shuffled` seeds the second candidate's noise with it, the
+third's with one less, and so on."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,22 @@ class Best:
 
     score: float
     made: Any
-    count: int  # of candidates so far
+    count: int  # candidates drawn so far
 
 
 def best_of(
     draw: Callable[[range], Iterable[tuple[float, Any]]], most: int, enough: float, *,
     at_once: int = 1, best: Best | None = None, keep: Callable[[Best], None] | None = None,
 ) -> Best:
-    """Draw candidates until one is good enough; return the best, of equal ones the first.
+    """Draw candidates until one is good enough; return the best, the first one of a tie.
 
     Args:
-        draw: makes the candidates of a range of numbers, each with its score; at most `most`.
+        draw: yields (score, candidate) for each number of a range.
+        most: limit on the number of candidates.
         enough: score that ends the search.
-        at_once: candidates that are drawn together.
-        best: of an earlier run, which goes on with the others.
-        keep: called with the best before more are drawn.
+        at_once: number of candidates drawn together.
+        best: best candidate of an interrupted run, which continues after its `count`.
+        keep: called with the best candidate before more are drawn, to save it.
     """
     count = best.count if best else 0
     while count < most and (best is None or best.score < enough):
@@ -78,7 +79,7 @@ def best_of(
 class Verified:
     """Verdict on a finished clip."""
 
-    names: str  # of the things that the prompt names, in the verifier's words
+    names: str  # the things that the prompt names, in the verifier's words
     score: float  # from 0 to 1; see `verifier.score`
     is_enough: bool  # whether the score satisfies the model
 
@@ -86,18 +87,17 @@ class Verified:
 def with_verifier(
     plan: Plan, request: Request, folder: ModelFolder, devices: int | None = 1
 ) -> Plan:
-    """Return the plan with the number of candidates and the strength of regional prompts.
+    """Add the number of candidates and the strength of regional prompts to a plan.
 
     Raises:
-        InputError: the model has no verifier, or this clip can't have several candidates or
-            regional prompts.
+        InputError: either is requested, but the model has no verifier or the clip doesn't allow it.
     """
     why = None
     if VERIFIER not in folder.components:
         why = f"{folder.name} has no verifier"
     elif plan.strength < 1:
-        why = "what a clip that begins from another one shows is that one's"
-    shared = "several devices that share a clip don't tell things apart"
+        why = "a clip that starts from another one shows the content of that one"
+    shared = "regional prompts need one device per clip"
     alone = why or (shared if (devices or 1) > 1 else None)
     binding = settled_value("binding", request, folder, alone)
     return replace(plan, candidates=int(settled_value("candidates", request, folder, why)),
@@ -105,36 +105,37 @@ def with_verifier(
 
 
 def candidate_state(state: LatentState, number: int) -> LatentState:
-    """Return a state with the noise of its clips' candidate of a number."""
+    """Return a state with the noise of candidate `number`; 0 keeps the state's own noise."""
     if not number:
         return state
-    assert state.noise is None, "a clip that begins from another one has no other candidate"
+    assert state.noise is None, "a clip that starts from another one has one candidate"
     return replace(state, latents=shuffled(state.latents, CANDIDATE_NOISE + 1 - number))
 
 
 @torch.no_grad()
 def wanted(verifier: Verifier, state: LatentState, prompts: Sequence[str]) -> list[frozenset[Want]]:
-    """Return the things that each of a state's clips is to show; none where the prompt names none.
+    """Return the things that each clip of a state must show; none if its prompt names none.
 
-    They are those of its prompt, in its tints. Of a clip whose first frames are known, from a
-    picture or the window before, they are those that these show, or all that they show where the
-    prompt names nothing.
+    These are the things that the prompt names, with their colours. If the first frames of a clip
+    are known, from a picture or the previous window, only named things that those frames show
+    count, without colours; if the prompt names nothing, all that they show count.
     """
     known = _known(state)
     if known is None:
         return [verifier.config.wants_in(prompt) for prompt in prompts]
     named = [verifier.config.labels_in(prompt) for prompt in prompts]
     seen = verifier.shown(known)[:, -1, :, ANY] >= verifier.config.enough  # [B, K]
-    there = [frozenset(row.nonzero()[:, 0].tolist()) for row in seen]
-    kept = (shown & asked if asked else shown for asked, shown in zip(named, there, strict=True))
+    visible = [frozenset(row.nonzero()[:, 0].tolist()) for row in seen]
+    kept = (shown & labels if labels else shown
+            for labels, shown in zip(named, visible, strict=True))
     return [frozenset(map(Want, labels)) for labels in kept]
 
 
 def _known(state: LatentState) -> Tensor | None:
-    """Return the whole frames that a state's clips begin with, [B, C, n, h, w], or None."""
+    """Return the known latent frames at the start of the clips, [B, C, n, h, w], or None."""
     if state.known_upsampled is not None:
         return state.known_upsampled.latents
-    known = ~state.denoise_mask.flatten(3).any(3)[0, 0, state.num_references :]  # of all alike
+    known = ~state.denoise_mask.flatten(3).any(3)[0, 0, state.num_references :]  # clips agree
     count = int(known.long().cumprod(0).sum())
     return state.clean[:, :, state.num_references :][:, :, :count] if count else None
 
@@ -146,14 +147,16 @@ def sample_best(
 ) -> tuple[Tensor, int]:
     """Draw candidates of one window of a clip until one satisfies the verifier.
 
-    Return the best as samplers give it, with sound packed, and the number of rejected ones.
+    Return the latents of the best one, packed with sound as samplers return them, and the number of
+    candidates drawn before the last one.
 
     Args:
-        state: the start of the first candidate.
-        prompt: after word normalisation.
-        sample: denoises the state of the candidate of a number, from a saved step on, if any.
-        journal: of the clip, keeps the best so far.
-        num_steps: of one candidate.
+        state: noisy state of the first candidate.
+        prompt: prompt after word normalisation.
+        sample: denoises (state, candidate number, saved sampler state or None) to clean latents.
+        journal: journal of the clip, which saves the best candidate so far.
+        window: number of the window.
+        num_steps: number of steps of one candidate.
     """
     arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})
     best = None
@@ -177,9 +180,10 @@ def sample_best(
 
         best = best_of(draw, plan.candidates, enough, best=best, keep=keep)
         if best.score < enough:
-            log.warning("none of %d candidates shows %s for certain, the surest is kept; give "
-                        "another seed, other words or more candidates", plan.candidates,
-                        verifier.config.names(wants))
+            is_named = bool(verifier.config.labels_in(prompt))
+            names = verifier.config.names(wants) if is_named else "what the given frames show"
+            log.warning("none of %d candidates clearly shows %s: kept the best match; rephrase, "
+                        "change the seed or raise candidates", plan.candidates, names)
     return best.made, best.count - 1
 
 
@@ -187,8 +191,8 @@ def sample_best(
 def verify_video(loader: ModelLoader, video: Iterable[Tensor], prompt: str) -> Verified | None:
     """Score a finished clip against a prompt with the model's verifier, in bounded memory.
 
-    Return None where the normalised prompt names nothing that the verifier knows. The video comes
-    in successive chunks [1, 3, t, H, W] in [-1, 1] that fill whole latent frames.
+    Return None if the normalised prompt names nothing that the verifier knows. `video` yields
+    successive chunks [1, 3, t, H, W] in [-1, 1], each of whole latent frames.
     """
     with loader.use("vae") as vae, loader.use(VERIFIER) as verifier:
         wants = verifier.config.wants_in(prompt)
@@ -202,7 +206,7 @@ def verify_video(loader: ModelLoader, video: Iterable[Tensor], prompt: str) -> V
 
 
 def counted_on(info: StepInfo, candidate: int) -> StepInfo:
-    """Count a candidate's steps after those of the candidates before it."""
+    """Offset a candidate's step count by the steps of the candidates before it."""
     before = candidate * info.num_steps
     state = replace(info.state, step=before + info.state.step)
     return replace(info, num_steps=before + info.num_steps, state=state)

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from vidgen.pipeline.loader import ModelLoader
 
 IN_MEMORY = 64_000_000
-"""Bytes that stay in memory; more are put into an unnamed file."""
+"""Buffers of more bytes than this are mapped from an unnamed temporary file."""
 REFINE_RATE = 0.02
-"""Of `refine_first`'s first step, in deviations of the latents."""
+"""Learning rate of `refine_first`'s first step, in standard deviations of the latents."""
 REFINE_BETAS = (0.9, 0.95)
 BACK_SHARE = 0.5
-"""Share of the difference that a pass adds: all of it makes fast motion worse."""
+"""Share of the difference that each pass adds; adding all of it makes fast motion worse."""
 
 
 @torch.no_grad()
@@ -71,9 +71,9 @@ def _decoded(vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None) -> I
 def refine_first(loader: ModelLoader, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
     """Optimise a first frame's latents through the decoder (Abdal et al. 2019, Alg. 1).
 
-    A first latent frame is decoded by itself, so it shows the same in every clip. The latents [B,
-    C, 1, h, w] of the picture [B, 3, 1, H, W] in [-1, 1] take `num_steps` of Adam, at a rate that
-    falls to zero; the result is never further from its picture than they were.
+    The first latent frame is decoded independently of later ones, so the result holds for any clip.
+    Run `num_steps` of Adam with a decaying rate on latents [B, C, 1, h, w] of a picture
+    [B, 3, 1, H, W] in [-1, 1]; return the latents of least error, at worst the given ones.
     """
     with loader.use("vae") as vae:
         dtype, target = next(vae.parameters()).dtype, picture.to(latents)
@@ -105,11 +105,11 @@ def decode_latents(
     loader: ModelLoader, latents: Tensor, begin: int = 0, end: int | None = None,
     tiles: Tiles | None = None, rate: int = 1,
 ) -> Iterator[Tensor]:
-    """Yield video [B, 3, n, H, W] of each latent frame from `begin` to `end` of [B, C, F, h, w]."""
+    """Decode latents [B, C, F, h, w] from frame `begin` to `end`; yield [B, 3, n, H, W] of each."""
     with loader.use("vae") as network:
         vae = network.at_rate(rate)
         dtype = next(vae.parameters()).dtype
-        # earlier by the decoder's look-back, so that its caches, and the frames, are bit-equal
+        # start earlier by the decoder's receptive field, so that frames are equal to the bit
         first = max(0, begin - vae.receptive_frames() + 1)
         frames = latents[:, :, first:end].split(1, dim=2)
         pieces = (frame.to(loader.device, dtype) for frame in frames)
@@ -119,9 +119,10 @@ def decode_latents(
 
 
 def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[Tensor]:
-    """Cut videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, to begin there.
+    """Drop frames before `start` from videos [B, 3, n, H, W] of successive latent frames.
 
-    All but the clip's first latent frame have `stride_t` frames each.
+    The first video is of the latent frame that holds `start`. Each latent frame has `stride_t`
+    frames, the clip's first one has 1.
     """
     for index, video in enumerate(videos, latent_of(start, stride_t)):
         before = 1 + (index - 1) * stride_t if index else 0
@@ -129,7 +130,7 @@ def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[
 
 
 def latent_of(frame: int, stride_t: int) -> int:
-    """Return the latent frame that holds a frame."""
+    """Return the index of the latent frame that holds a frame."""
     return -(-frame // stride_t)
 
 
@@ -158,7 +159,7 @@ def to_frames(video: Tensor) -> Tensor:
 
 
 def room_for(num_bytes: int, num_rooms: int = 1) -> Tensor:
-    """Return zeros uint8 [num_bytes]; in an unnamed file if `num_rooms` of them are large."""
+    """Return zeros uint8 [num_bytes], mapped from a file if `num_rooms` of them are large."""
     if num_bytes * num_rooms <= IN_MEMORY:
         return torch.zeros(num_bytes, dtype=torch.uint8)
     with room_in_file(num_bytes) as (_, room):
@@ -167,10 +168,14 @@ def room_for(num_bytes: int, num_rooms: int = 1) -> Tensor:
 
 @contextmanager
 def room_in_file(num_bytes: int) -> Iterator[tuple[str, Tensor]]:
-    """Give zeros uint8 [num_bytes] in a file, and its name, which is gone afterwards."""
+    """Yield a temporary file's name and zeros uint8 [num_bytes] mapped from it.
+
+    Raises:
+        OutputError: the disk has no space.
+    """
     try:
         file = tempfile.NamedTemporaryFile(prefix="vidgen-")  # noqa: SIM115
-        os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, not as a fault when written
+        os.posix_fallocate(file.fileno(), 0, num_bytes)  # else a full disk kills the process later
     except OSError as error:
         raise write_error(Path(tempfile.gettempdir(), "frames"), error) from error
     with file:
@@ -178,5 +183,5 @@ def room_in_file(num_bytes: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def rooms_for(tiles: Tiles) -> Room:
-    """Return an allocator for what each of these tiles keeps between its turns."""
+    """Return an allocator of the decoder's caches, one for each tile."""
     return partial(room_for, num_rooms=tiles.count)

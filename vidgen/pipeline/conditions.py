@@ -1,8 +1,8 @@
-"""A request's conditions, written into the latent state: the one place where tasks differ.
+"""Write a request's conditions into the latent state; tasks differ in nothing else.
 
-Models learn conditions in one of three ways (`ModelFolder.conditioning`): known latents in place
-with stills as extra tokens ("tokens"), a second clip stacked on the channels ("channels"), or one
-that control blocks read ("control"). A clip to re-imagine needs none of them.
+A model takes conditions in one of three ways (`ModelFolder.conditioning`): known latents in place
+and stills as extra tokens ("tokens"), a second clip stacked on the channels ("channels"), or a
+second clip that control blocks read ("control"). Video to video by `strength` needs none of them.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
 rows and columns.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The parts of a model that conditions need."""
+    """Encoders and sizes of a model that conditions need."""
 
     # video [1, 3, T, H, W] in [-1, 1] and the keyword `rate` to normalised latents [1, C, F, h, w]
     encode: Callable[..., Tensor]
-    encode_first: Callable[[Tensor], Tensor]  # the same for the clip's first picture
-    describe: Callable[[Sequence[Frames]], Tensor] | None  # pictures to image features [1, S, D]
+    encode_first: Callable[[Tensor], Tensor]  # the same for the clip's first frame
+    describe: Callable[[Sequence[Frames]], Tensor] | None  # to image features [1, S, D]
     conditioning: str  # see `ModelFolder.conditioning`
     strides: Strides  # the VAE's
-    patch: int  # latents a side of one token
+    patch: int  # side of a token, in latents
 
 
 def write_conditions(
@@ -48,10 +48,10 @@ def write_conditions(
 ) -> LatentState:
     """Write every condition of a request into a state of fresh noise.
 
-    Sampling begins at `start_sigma`; `settles` says whether any step runs at the clip's own rate.
+    Sampling begins at `start_sigma`; `settles` is True if any step has the clip's own frame rate.
 
     Raises:
-        InputError: a moment that the clip doesn't have.
+        InputError: a time after the clip's end.
     """
     if request.strength is not None:
         clip, finer = _whole_clip(plan, request, inputs), plan.oversampling
@@ -85,7 +85,7 @@ def _in_place(
 def _kept(
     state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder, rate: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return what a mask keeps, [1, C, F, h, w], and where to generate, [1, 1, F, h, w]."""
+    """Return the latents to keep [1, C, F, h, w] and a mask of the others, [1, 1, F, h, w]."""
     strides = model.strides.at_rate(rate)
     wanted = condition.latent_mask(_wanted(plan, request), strides, patch=model.patch)
     latents = model.encode(_whole_clip(plan, request, inputs), rate=rate)
@@ -120,7 +120,7 @@ def _controlled(
 
 
 def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return the clip to stack or control by, [1, 3, T, H, W], and a mask of its unknown pixels."""
+    """Return the known pixels [1, 3, T, H, W] and a mask [1, 1, T, H, W], 1 where unknown."""
     pixels = torch.zeros(1, 3, plan.num_frames, plan.height, plan.width)
     wanted = torch.ones_like(pixels[:, :1])
     if request.mask is not None:
@@ -135,7 +135,7 @@ def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor,
 
 
 def _stills(plan: Plan, request: Request, inputs: Inputs) -> list[tuple[int, Frames]]:
-    """Return known stills by frame number; under a mask the image is the whole clip."""
+    """Return (frame number, still) pairs; with a mask the image is the whole clip instead."""
     stills = []
     if request.begins_with_image:
         stills += [(0, picture) for picture in inputs.images.get("image", ())]

@@ -1,7 +1,7 @@
 """The guided denoiser of a clip, for one device or for a group of ranks.
 
-It is a stack of wrappers: the network under one prompt with its step cache, regional prompts of the
-single things that the prompt names, and guidance.
+Wrappers, from the inside out: the network under one prompt with its step cache, regional prompts of
+the things that the prompt names, and guidance.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, n things with
 prompts of their own, S text tokens, D width.
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Contexts, Plan
 
 ALONE = "alone"
-"""Branch name, in addition to `BRANCHES`, of a prompt that names one of several things."""
+"""Branch name, in addition to `BRANCHES`, of the regional prompt of one thing."""
 
 
 @contextmanager
@@ -58,19 +58,19 @@ def denoising(
 
     Its transformer stays in memory inside the `with` block.
     """
-    asked = dict(zip(BRANCHES, contexts, strict=False))
+    by_name = dict(zip(BRANCHES, contexts, strict=False))
     if plan.guidance.reference_scale:
-        asked[UNSHOWN] = contexts[0]
+        by_name[UNSHOWN] = contexts[0]
     others = regional.contexts if regional else []
-    names, wanted = [*asked, *[ALONE] * len(others)], [*asked.values(), *others]
+    names, wanted = [*by_name, *[ALONE] * len(others)], [*by_name.values(), *others]
     with ExitStack() as stack:
         made = stack.enter_context(
             denoisers(loader, plan, state, wanted, loras, level, caches=caches, branches=names))
-        by_branch, alone = dict(zip(asked, made, strict=False)), made[len(asked) :]
+        by_branch, alone = dict(zip(by_name, made, strict=False)), made[len(by_name) :]
         conditional = by_branch[PROMPT]
         if regional is not None:
             conditional = stack.enter_context(regional.applied(loader, state, conditional, alone))
-        if len(asked) == 1:
+        if len(by_name) == 1:
             yield conditional
         else:
             yield guided(conditional, by_branch.get(NEGATIVE, conditional), plan.guidance,
@@ -87,7 +87,7 @@ def denoisers(
 ) -> Iterator[list[Denoise]]:
     """Yield the model under each of the contexts, named by `branches`; arguments as in `denoising`.
 
-    With `ranks` each call runs on all of them together, and all get the same result.
+    With `ranks` each call runs on all ranks together and returns the same result on each.
     """
     if plan.student is not None:
         loras = loras.plus(loader.deltas())
@@ -143,9 +143,10 @@ def _listener(
     loader: ModelLoader, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor],
     transformer_at: TransformerAt,
 ) -> Denoise:
-    """Return the model under one prompt for sounds of a known picture, which passes only once.
+    """Return the model under one prompt for sounds of a known picture.
 
-    The result is `_denoiser`'s, except for the picture's velocity, which isn't used.
+    The picture passes once and its keys and values are kept. Results equal `_denoiser`'s, except
+    for the picture's velocity, which is zero: nothing uses it.
     """
     assert state.sound is not None
     (features, lengths), takes = context, state.sound.takes
@@ -161,8 +162,8 @@ def _listener(
             dit(pictures.clean, torch.zeros_like(sigma[::takes]), features[::takes],
                 context_lengths=lengths[::takes], extra=pictures.timed_keys,
                 positions=pictures.times, cache=recorded[dit])
-        heard = dit.listen(tokens, features, context_lengths=lengths, cache=recorded.get(dit))
-        return state.pack(torch.zeros_like(picture), heard)
+        made = dit.listen(tokens, features, context_lengths=lengths, cache=recorded.get(dit))
+        return state.pack(torch.zeros_like(picture), made)
 
     return denoise
 
@@ -188,11 +189,11 @@ def velocity(
     """Return the velocity of a transformer under a state's conditions, in the samplers' layout.
 
     Args:
-        latents: noisy, packed with the sound's if the state has sound.
-        sigma: their noise levels, [B].
+        latents: noisy latents, packed with the sound's if the state has sound.
+        sigma: noise levels [B] in [0, 1].
         context: text features [B, S, D] and their lengths [B].
-        patch: latents a side of one token.
-        frames_per_s: latent frames per second, the sound's clock; None without sound.
+        patch: side of a token, in latents.
+        frames_per_s: latent frames per second, which align sound; None without sound.
         whole: see `to_timestep`.
     """
     inputs = network_inputs(state, latents, sigma, context, patch=patch, whole=whole,
@@ -223,8 +224,8 @@ class RegionalPrompts:
 
     strength: float  # see `with_regions`
     labels: Tensor  # [B, n] on the CPU, `NO_LABEL` for a clip that names fewer than another
-    # 2 n of (context [B, S, D], lengths [B]): of each thing's actions, then of its looks; those of
-    # the prompt itself for `NO_LABEL`
+    # 2 n of (context [B, S, D], lengths [B]): each thing's actions, then each thing's looks; the
+    # whole prompt's for `NO_LABEL`
     contexts: Sequence[tuple[Tensor, Tensor]]
 
     @contextmanager
@@ -232,7 +233,7 @@ class RegionalPrompts:
         self, loader: ModelLoader, state: LatentState, denoise_all: Denoise,
         denoise_each: Sequence[Denoise],
     ) -> Iterator[Denoise]:
-        """Yield the model of the prompt with regional prompts; `denoise_each` is by `contexts`."""
+        """Yield the model with regional prompts; `denoise_each` are the models of `contexts`."""
         count = self.labels.shape[1]
         with loader.use("verifier") as verifier:
             known = verifier.config
@@ -254,9 +255,9 @@ def regional_prompts(
     config: VerifierConfig, prompts: Sequence[str], strength: float,
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
 ) -> RegionalPrompts | None:
-    """Return the regional prompts of clips; None where each prompt names one thing or none.
+    """Return the regional prompts of clips; None if no prompt names more than one thing.
 
-    Prompts are normalised; `encode` maps texts to (context [B, S, D], lengths [B]).
+    `prompts` are normalised; `encode` maps texts to (context [B, S, D], lengths [B]).
     """
     actions = [config.prompts_of_each(prompt) for prompt in prompts]
     most = max(map(len, actions))
@@ -271,5 +272,5 @@ def regional_prompts(
 
 
 def can_be_regional(state: LatentState) -> bool:
-    """Return whether words alone say what a state's clips show: nothing else of them is known."""
+    """Return whether the prompt alone defines the clips: no frame or key of them is known."""
     return not state.any_known and state.keys is None

@@ -1,7 +1,7 @@
 """Progress of a generation as a fraction, and the time left, from an estimate.
 
-The estimate weighs the stages; each stage's time is corrected by its measured time in this run, a
-stage that has not begun by the one measured last.
+The estimate weighs the stages. The time measured in this run corrects each stage's estimate; a
+stage that has not begun is corrected as the stage measured last.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Clock:
     """Maps progress to the fraction done and the seconds left.
 
     Args:
-        made: estimate of all `num_clips` clips, or of each.
+        made: estimate of the generation of all `num_clips` clips, or a list with one of each clip.
         done: numbers of clips finished by an earlier run, from 1.
-        one_by_one: each clip is written at once, and `made` is of one clip or a list of every
-            one's. Otherwise, as in one generation, all clips are sampled before the first is
-            written, and `made` is of all of them.
-        parallel: several clips of a list are made at a time; the time left then follows from the
-            fraction done since the start.
+        one_by_one: each clip is written before the next is sampled, and `made` is of one clip or a
+            list. Else all clips are sampled before the first is written, and `made` is of all.
+        parallel: clips of a list are made in parallel; the time left is extrapolated from the
+            fraction done.
+        now: clock, in seconds.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Clock:
         self._now, self._start, self._parallel = now, now(), parallel
         self._measured = all(one.measured for one in each)
         clips = [n for n in range(1, len(each) + 1) if n not in done]
-        self._common = not (one_by_one or parallel)  # the prompt is, of all clips
+        self._common = not (one_by_one or parallel)  # all clips have one prompt
         order = [(stage, n) for n in clips for stage in _STAGES]
         if self._common:
             inner = [place for place in order if place[0] not in ("prompt", "write")]
@@ -53,15 +53,15 @@ class Clock:
             for stage, clip in order
         }
         self._last: tuple[tuple[str, int], int, float] | None = None
-        self._work: dict[str, float] = defaultdict(float)  # seconds expected, and those it took
-        self._took: dict[str, float] = defaultdict(float)
-        self._slower: float | None = None  # than expected, in the stage measured last
+        self._work: dict[str, float] = defaultdict(float)  # expected seconds
+        self._took: dict[str, float] = defaultdict(float)  # measured seconds
+        self._slower: float | None = None  # measured by expected time of the stage measured last
 
     def __call__(self, stage: str, done: int, total: int, clip: int = 1) -> dict[str, Any]:
-        """Return "fraction", 0 to 1, and "eta_s", None until this machine was measured.
+        """Return "fraction", 0 to 1, and "eta_s", None while nothing was measured.
 
-        `stage` is "prompt", "prepare", "sample", "sound", which has no estimate if another model
-        makes it, or any other name for the writing of clips; `clip` is numbered from 1.
+        `stage` is "prompt", "prepare", "sample" or "sound" (without an estimate if another model
+        makes the sound); any other name counts as writing. `clip` is numbered from 1.
         """
         name = stage if stage in _STAGES else "write"
         place = name, 1 if name == "prompt" and self._common else clip
@@ -78,7 +78,7 @@ class Clock:
         return {"fraction": round(fraction, 4), "eta_s": self._left(fraction)}
 
     def _measure(self, place: tuple[str, int], done: int, unit_s: float) -> None:
-        """Count the time since the previous event if both are of one stage of one clip."""
+        """Count the time since the previous event if it has the same stage and clip."""
         now, last, stage = self._now(), self._last, place[0]
         self._last = place, done, now
         if last is not None and last[0] == place and done > last[1] and unit_s:

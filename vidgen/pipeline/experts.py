@@ -1,7 +1,7 @@
 """A plan's noise levels, and the transformer and the frame rate of each.
 
-A model has one transformer, or two experts (Wan 2.2) that part at a noise level. Under temporal
-upsampling the frame rate changes there, too.
+A model has one transformer, or two experts (Wan 2.2) above and below a boundary noise level. With
+temporal upsampling the frame rate changes at that level, too.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from vidgen.weights.component import ExpertRole, Role
 
 TransformerAt = Callable[[float], "SpacetimeDiT"]
-"""Maps a noise level to the transformer that denoises there."""
+"""Maps a noise level to its transformer."""
 AT_ONE_RATE = ("control", "follow_audio")
-"""Options of clips that keep one frame rate: they are read at no finer one."""
+"""Options that exclude temporal upsampling: their inputs are read at the clip's frame rate."""
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
     """Read the adapters that `--lora` names.
 
     Raises:
-        InputError: no such file, or an expert that the model doesn't have.
-        ModelError: a file that is no LoRA for this model.
+        InputError: a file doesn't exist, or the model has no such expert.
+        ModelError: a file isn't a LoRA of this model.
     """
     choices = [parse_option(option) for option in options]
     configs: dict[Role, DiTConfig] = {
@@ -65,10 +65,10 @@ def hashes_of(path: Path) -> list[str]:
 
 
 def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | None:
-    """Return the level below which the low-noise expert denoises; None if the first always does.
+    """Return the noise level below which the low-noise expert denoises; None if it never does.
 
-    A distilled model is a delta of the first expert and has a boundary of its own. For sound
-    (`has_audio`) a low-noise expert without sound layers is left out.
+    A distilled model has a boundary of its own. With sound (`has_audio`) a low-noise expert without
+    sound layers isn't used.
     """
     if "transformer_2" not in folder.components:
         return None
@@ -81,9 +81,10 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | 
 def experts(
     loader: ModelLoader, boundary: float | None, loras: Loras, start_sigma: float
 ) -> Iterator[TransformerAt]:
-    """Yield the transformer of each noise level from `start_sigma` on, with its adapters attached.
+    """Yield the map from noise levels to transformers, with their adapters attached.
 
-    Below the boundary it is the low-noise expert. Threads with one model take turns.
+    Sampling starts at `start_sigma`; levels below `boundary` belong to the low-noise expert.
+    Threads that share a model wait for each other.
     """
     now: tuple[ExpertRole, SpacetimeDiT] | None = None
 
@@ -94,7 +95,7 @@ def experts(
         nonlocal now
         role = role_at(sigma)
         if now is None or now[0] != role:
-            adapters.close()  # before the other one may take this one's memory
+            adapters.close()  # before this expert is freed for the other one
             now = role, loader.expert(role)
             adapters.enter_context(attached(now[1], loras.adapters.get(role, ())))
         return now[1]
@@ -104,7 +105,7 @@ def experts(
 
 
 def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:
-    """Return a plan's noise levels [num_steps + 1], or those of a diffusers scheduler."""
+    """Return the noise levels [num_steps + 1] of a plan, or of its diffusers scheduler."""
     if scheduler is not None:
         return scheduler_sigmas(scheduler, plan.num_steps, strength=plan.strength)
     if plan.student is not None:
@@ -117,40 +118,40 @@ def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:
 
 
 def sigma_split(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:
-    """Return the number of steps at or above the boundary, which have the clip's frame rate."""
+    """Return the number of steps at or above the boundary, those at the clip's frame rate."""
     levels, boundary = sigmas.tolist()[:-1], boundary_of(folder, plan, has_audio=False)
     return len(levels) if boundary is None else sum(level >= boundary for level in levels)
 
 
 def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
-    """Return whether any step has the clip's frame rate, as none of a clip begun below it has."""
+    """Return whether any step has the clip's frame rate; none has below the boundary."""
     return plan.oversampling == 1 or sigma_split(plan, sigmas, folder) > 0
 
 
 def upsampling_of(folder: ModelFolder) -> int:
-    """Return how many latent frames a model draws below its boundary for each one above it."""
+    """Return a model's factor of temporal upsampling, 1 if it has none."""
     return int(own_value("oversampling", folder))
 
 
 def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
-    """Return the plan at the frame rate that the model draws at below its boundary.
+    """Add the factor of temporal upsampling below the model's boundary to a plan.
 
     Raises:
-        InputError: a rate that the model doesn't draw at, or that this clip can't have.
+        InputError: a factor that the model or this clip doesn't allow.
     """
-    own, asked = upsampling_of(folder), request.settings.get("oversampling")
-    if asked not in (None, 1, own):
-        draws = ("each latent frame once; leave it out" if own == 1 else
-                 f"at most {own} latent frames for one, give 1 or {own}")
-        raise InputError(f"oversampling is {asked}; {folder.name} draws {draws}")
-    if asked == 1 or own == 1:
+    own, requested = upsampling_of(folder), request.settings.get("oversampling")
+    if requested not in (None, 1, own):
+        remedy = ("has no temporal upsampling; leave it out" if own == 1 else
+                  f"has temporal upsampling by {own}; give 1 or {own}")
+        raise InputError(f"oversampling is {requested}, but {folder.name} {remedy}")
+    if requested == 1 or own == 1:
         return plan
     why = _hindrance(plan, request, folder)
     if why is None:
         folder.components["vae"].config.steady_stages(own)
         return replace(plan, oversampling=own)
-    if asked is not None:
-        raise InputError(f"oversampling is {asked}, but this clip {why}; leave it out")
+    if requested is not None:
+        raise InputError(f"oversampling is {requested}, but this clip {why}; leave it out")
     return plan
 
 
@@ -158,9 +159,9 @@ def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
     """Return the reason why a clip has one frame rate at all noise levels, or None."""
     given = [option for option in AT_ONE_RATE if request.has(option)]
     if given:
-        return f"has {given[0]}, which is read at the rate that frames are shown at"
+        return f"has {given[0]}, which is read at the clip's frame rate"
     if plan.sampler not in SAMPLERS:
-        return f"is sampled by {plan.sampler}, which brings its own noise levels"
+        return f"is sampled by {plan.sampler}, which has its own noise levels"
     if plan.num_frames == 1:
         return "has a single frame"
     sigmas = sigmas_of(plan)

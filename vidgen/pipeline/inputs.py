@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBED_LIMIT = 2_000_000
-"""Bytes up to which the recipe embeds an input; it records larger ones by path."""
+"""Largest input in bytes that the recipe embeds; larger ones are recorded by path."""
 
 
 @dataclass
 class Inputs:
-    """A request's pictures, read once."""
+    """Pictures and clips of a request, read once."""
 
     images: dict[str, list[Frames]] = field(default_factory=dict)  # by option; uint8 [H, W, 3] each
     video_size: tuple[int, int] | None = None  # (width, height) of video, beginning or control
@@ -52,7 +52,7 @@ class Inputs:
 
     @property
     def picture_size(self) -> tuple[int, int] | None:
-        """(width, height) of the input whose aspect a clip keeps if no size is given."""
+        """(width, height) of the input whose aspect ratio applies if no size is given."""
         if self.video_size is not None:
             return self.video_size
         for option in ("image", "last_image", "frame"):
@@ -63,7 +63,11 @@ class Inputs:
     def size(
         self, request: Request, own: tuple[int, int] | None, multiple: int
     ) -> tuple[int, int] | None:
-        """Return a clip's (width, height): as requested, or an input's aspect at a model's area."""
+        """Return a clip's (width, height): the requested one, or an input's aspect ratio.
+
+        An input's aspect ratio is taken at the area of the model's `own` size, in multiples of
+        `multiple`.
+        """
         if request.size is not None or own is None or self.picture_size is None:
             return request.size or own
         aspect = self.picture_size[0] / self.picture_size[1]
@@ -71,7 +75,7 @@ class Inputs:
         return width, height
 
     def length(self, request: Request, fps: Fraction, strides: Strides) -> tuple[int, int] | None:
-        """Return the frames to generate and to keep; None if neither request nor input says."""
+        """Return the frames to generate and to keep; None if neither request nor input has any."""
         seconds = request.seconds
         if seconds is None and request.frames is not None:
             return request.frames, request.frames
@@ -82,7 +86,11 @@ class Inputs:
 
 
 def read_inputs(request: Request) -> Inputs:
-    """Read all inputs of a request; raise InputError for one that can't be used."""
+    """Read all inputs of a request.
+
+    Raises:
+        InputError: a file doesn't exist, is damaged or has the wrong type.
+    """
     from vidgen.media.ending import read_ending
     from vidgen.media.speech import speech_files
 
@@ -104,10 +112,10 @@ def read_inputs(request: Request) -> Inputs:
         inputs.video_seconds = inputs.video_seconds or seconds
     if request.latents is not None:
         if not isinstance(request.latents, Tensor):
-            raise InputError(f"latents are of type {type(request.latents).__name__}; give a torch "
+            raise InputError(f"latents are a {type(request.latents).__name__}; give a torch "
                              "tensor [1, C, F, h, w]")
         if not request.latents.isfinite().all():
-            raise InputError("latents hold values that are no numbers; give finite ones")
+            raise InputError("latents have NaN or infinite values; give finite ones")
     given: list[tuple[str, Any]] = [*named, *(
         (option, getattr(request, option)) for option in ("video", "prefix", "control", "mask"))]
     if request.audio_file is not None:
@@ -119,7 +127,7 @@ def read_inputs(request: Request) -> Inputs:
 
 
 def _size_and_length(path: str | os.PathLike[str]) -> tuple[tuple[int, int], float]:
-    """Return a clip's (width, height) and its length in seconds."""
+    """Return a clip's (width, height) and length in seconds."""
     from vidgen.media.video_reader import VideoReader
 
     with VideoReader(path) as reader:
@@ -127,12 +135,12 @@ def _size_and_length(path: str | os.PathLike[str]) -> tuple[tuple[int, int], flo
 
 
 def video_frames(path: str | os.PathLike[str], num_frames: int, fps: Fraction) -> Iterator[Frames]:
-    """Yield the frames shown at `n / fps` for n < num_frames; the last one is held at the end."""
+    """Yield the frames at times `n / fps` for n < num_frames; repeat the last one after the end."""
     from vidgen.media.video_reader import VideoReader
 
     with VideoReader(path) as reader:
         wanted, places, frames = 0, reader.places, iter(reader)
-        before = next(frames)  # a reader has one at least
+        before = next(frames)  # VideoReader refuses clips without frames
         for index, frame in enumerate(frames, 1):
             at = index if places is None else places[min(index, len(places) - 1)]
             while wanted < num_frames and round(wanted * reader.fps / fps) < at:
@@ -148,15 +156,21 @@ def video_frames(path: str | os.PathLike[str], num_frames: int, fps: Fraction) -
 def pixels_of(
     pictures: Sequence[Frames], width: int, height: int, mode: Fit, border: int = 0
 ) -> Tensor:
-    """Fit pictures uint8 [H, W, 3], unstretched, to video [1, 3, T, height, width] in [-1, 1]."""
+    """Fit pictures uint8 [H, W, 3] to video [1, 3, T, height, width] in [-1, 1].
+
+    The aspect ratio stays: `mode` crops or pads, with `border` as the padding's grey value.
+    """
     return as_video(np.stack([fit(picture, height, width, mode, border) for picture in pictures]))
 
 
 def read_mask(mask: Picture, plan: Plan) -> Tensor:
-    """Read a picture or clip as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted.
+    """Read a mask from a picture or clip as [1, 1, T, H, W] in [0, 1], 1 where to generate.
 
-    A clip, at least as long as the plan's, is converted to its rate; the last frame is held for
-    frames that are generated but not kept.
+    A clip is converted to the plan's frame rate; its last frame repeats for generated frames that
+    aren't kept.
+
+    Raises:
+        InputError: the mask is shorter than the clip.
     """
     from vidgen.media.video_reader import VideoReader
 
@@ -166,8 +180,8 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
         with VideoReader(mask) as reader:
             shown = round(reader.length() * plan.fps / reader.fps)
         if shown < plan.kept_frames:
-            raise InputError(f"mask {mask} lasts {shown} frames at {float(plan.fps):g} a second, "
-                             f"the clip {plan.kept_frames}; give a mask as long as the clip, or a "
+            raise InputError(f"mask {mask} has {shown} frames at {float(plan.fps):g} fps, the clip "
+                             f"has {plan.kept_frames}; give a mask as long as the clip, or a "
                              "picture")
         frames = list(video_frames(mask, plan.num_frames, plan.fps))
     pixels = pixels_of(frames, plan.width, plan.height, plan.fit)
@@ -183,17 +197,18 @@ def _pixels(option: str, picture: Picture) -> Frames:
 
 
 def noise_file(latents: Tensor) -> bytes:
-    """Return given noise as a safetensors file; equal numbers and shape give equal bytes."""
+    """Return noise as the bytes of a safetensors file; equal noise gives equal bytes."""
     content: bytes = save({"latents": latents.detach().cpu().contiguous()})
     return content
 
 
 def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
-    """Return the recipe's record of an input, from which it is restored or recognised.
+    """Return the recipe's record of an input, by which replay restores or verifies it.
 
-    A file is hashed by its bytes, uint8 [H, W, 3] by its pixels, latents by the bytes of a
-    safetensors file. Up to `EMBED_LIMIT` bytes `content` is embedded in base64, a picture's as PNG.
-    `path` is a file's name, absolute if its content is left out; `marks` are its marks of origin.
+    `sha256` is of a file's bytes, of the pixels of a uint8 [H, W, 3] array, or of latents as a
+    safetensors file. `content` is in base64, an array's as PNG, for up to `EMBED_LIMIT` bytes.
+    `path` is the file's name, or its absolute path without `content`; `marks` are its marks of
+    origin.
     """
     from vidgen.media.manifest import read_marks
 

@@ -1,8 +1,8 @@
-"""A model's networks, loaded when they are needed and kept as long as `offload` permits.
+"""Load a model's networks when they are needed, and free them as `offload` requires.
 
-A generation uses them in turn: text encoder, image encoder, VAE, one transformer after the other,
-VAE. "none" keeps every network, "stage" frees one before the next is loaded, and "block" holds two
-blocks of the large ones at a time, read from the files as they are used.
+A generation uses them in order: text encoder, image encoder, VAE, one transformer after the other,
+VAE. "none" keeps every network, "stage" frees one before the next is loaded, and "block" also
+streams the large ones from their files, with two blocks in memory at a time.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ModelLoader:
-    """Loads and frees a model's networks; refuses those that can't fit.
+    """Loads and frees a model's networks; refuses those that don't fit the memory.
 
     Args:
-        dtype: of weights that aren't float32 by policy.
-        quantize: "int8" for linear layers of blocks; not with "block".
-        mesh: devices over which the transformers' blocks are spread; neither with "block" nor
-            quantised.
+        dtype: dtype of weights, except those that must be float32.
+        quantize: "int8" for the linear layers of blocks; not with offload "block".
+        mesh: devices over which the transformers' blocks are sharded; not with offload "block" or
+            `quantize`.
 
     Raises:
-        InputError: options that conflict, or quantisation that isn't available.
+        InputError: the options conflict, or quantisation isn't available.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class ModelLoader:
         if quantize is not None:
             require_torchao(dtype)
             if offload == "block":
-                raise InputError("offload 'block' reads weights as they lie in the files, so they "
-                                 "can't be int8; give 'stage' with int8, or 'block' without")
+                raise InputError("offload 'block' streams weights from their files and can't "
+                                 "quantize them; give offload 'stage', or leave quantize out")
         assert mesh is None or not (quantize or offload == "block"), "refused by start_devices"
         if device.type == "cpu":
             reuse_freed_memory()
@@ -103,13 +103,13 @@ class ModelLoader:
 
     @contextmanager
     def use(self, role: Role) -> Iterator[Any]:
-        """Yield a network for a `with` block, loaded if it isn't in memory.
+        """Yield a network for a `with` block; load it if it isn't in memory.
 
-        Unless `offload` is "none" it is freed after the last block that uses it; a reference kept
-        longer is an empty module. Both experts count as one role; see `expert`.
+        Unless `offload` is "none", the network is freed after the last block that uses it; a
+        reference kept longer is an empty module. Both experts count as one role; see `expert`.
 
         Raises:
-            ModelError: the model has no such network, its files are damaged, or it can't fit.
+            ModelError: the model has no such network, its files are damaged, or it doesn't fit.
         """
         roles = EXPERTS if role in EXPERTS else (role,)
         with self._lock:
@@ -124,14 +124,18 @@ class ModelLoader:
                     self._drop(*roles)
 
     def expert(self, role: ExpertRole) -> SpacetimeDiT:
-        """Return a transformer in a block of `use("transformer")`; the other is freed first."""
-        assert self._users[EXPERTS[0]], "experts are given inside `with loader.use('transformer')`"
+        """Return an expert inside a block of `use("transformer")`; free the other one first."""
+        assert self._users[EXPERTS[0]], "call expert inside `with loader.use('transformer')`"
         with self._lock:
             dit: SpacetimeDiT = self._get(role)
             return dit
 
     def deltas(self) -> Mapping[ExpertRole, Adapter]:
-        """Return the student's weight deltas, read once; raise ModelError if damaged."""
+        """Return the distilled model's weight deltas, read once.
+
+        Raises:
+            ModelError: the files are damaged.
+        """
         with self._lock:
             if self._deltas is None:
                 path, networks = self.folder.path, self.folder.components
@@ -140,7 +144,7 @@ class ModelLoader:
             return self._deltas
 
     def lend(self, role: Role, module: nn.Module) -> None:
-        """Use a caller's network, such as one in training; it is never freed here."""
+        """Use the caller's `module`, such as one in training; the loader never frees it."""
         self._lent[role] = module
 
     def close(self) -> None:
@@ -154,9 +158,10 @@ class ModelLoader:
         return tuple(self._loaded)
 
     def dtype_of(self, role: Role, dtype: torch.dtype | None = None) -> torch.dtype:
-        """Return the dtype of a network's weights: float32 for Wan's VAE, as in its releases.
+        """Return the dtype of a network's weights.
 
-        The sound's VAE is small, and its spectra need the precision.
+        It is float32 for Wan's VAE, as in its releases, and for the sound VAE, whose spectra need
+        the precision; `dtype`, or else the loader's own, for all others.
         """
         if role == "sound_vae" or (role == "vae" and self.folder.family != "toybox"):
             return torch.float32
@@ -166,9 +171,9 @@ class ModelLoader:
         self, role: Role | None = None, *, offload: Offload | None = None,
         dtype: torch.dtype | None = None, quantize: Quantization | Literal["none"] | None = None,
     ) -> int:
-        """Return the bytes of weights in memory while a network, or the largest, works.
+        """Return the bytes of weights in memory while a network runs; None: the largest one.
 
-        The model's own settings apply unless others are given; "none" stands for no quantisation.
+        The loader's settings apply unless others are given; `quantize` "none" is no quantisation.
         """
         offload, dtype = offload or self.offload, dtype or self.dtype
         quantize = quantize or self.quantize or "none"
@@ -179,7 +184,7 @@ class ModelLoader:
 
     @property
     def elsewhere_bytes(self) -> int:
-        """Bytes of weights that other devices hold of what one alone would have at once."""
+        """Bytes of weights that sharding moves to other devices."""
         if self.mesh is None:
             return 0
         sizes = [self._elsewhere(self.weights(role, self.dtype))
@@ -187,7 +192,11 @@ class ModelLoader:
         return sum(sizes) if self.offload == "none" else max(sizes)
 
     def check(self, role: Role | None = None) -> None:
-        """Raise ModelError if the memory can't hold a network, or with None all of them."""
+        """Check that a network fits the memory; None: all of them.
+
+        Raises:
+            ModelError: it doesn't fit; the message lists settings that do.
+        """
         have = available_memory(self.device)
         if have is None:
             return
@@ -197,8 +206,8 @@ class ModelLoader:
         if need <= have:
             return
         fits = self._what_fits(have + present)
-        remedy = (f"what would fit: {', or '.join(fits)}" if fits else
-                  "nothing that is left to choose would fit: free memory or take a smaller model")
+        remedy = (f"these fit: {', or '.join(fits)}" if fits else
+                  "no other setting fits: free memory or use a smaller model")
         raise ModelError(f"{self.folder.name}'s weights need {size_text(need)} on {self.device} "
                          f"({_NAMES[self.dtype]}, {self.quantize or 'not quantised'}, offload "
                          f"{self.offload}), {size_text(have)} are free; {remedy}")
@@ -250,13 +259,13 @@ class ModelLoader:
         return Weights(component.tensors, dtype, fp32_parts(role, dtype))
 
     def _elsewhere(self, weights: Weights) -> int:
-        """Return the bytes that other devices hold, except for two blocks at work."""
+        """Return the bytes that other devices hold, except for the two blocks gathered here."""
         assert self.mesh is not None
         sizes = [weights.num_bytes(names) for names in blocks_of(weights.tensors).values()]
         return max(0, sum(sizes) * (self.mesh.size() - 1) // self.mesh.size() - 2 * max(sizes))
 
     def _what_fits(self, have: int) -> list[str]:
-        """Return options of the command line that would fit, those that change results last."""
+        """Return command line options that fit; those that change results come last."""
         narrow = [self.dtype] if self.dtype.itemsize == 2 else [self.dtype, torch.bfloat16]
         kinds: tuple[Quantization | Literal["none"], ...] = ("none", "int8")
         found = []
@@ -273,7 +282,7 @@ class ModelLoader:
 
 
 def _saved(weights: Weights, name: str) -> int:
-    """Return the bytes that int8 saves of a matrix in a block, less five a row for scales."""
+    """Return the bytes that int8 saves of a block's matrix; scales take five bytes per row."""
     shape, dtype = weights.shape(name), weights.dtype(name)
     if len(shape) != 2 or not name.endswith(".weight") or not block_of(name):
         return 0

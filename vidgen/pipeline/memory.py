@@ -1,8 +1,8 @@
-"""The only estimate of a generation: its memory and time, stage by stage.
+"""Estimate a generation's memory and time, stage by stage.
 
-Weights are counted from the files' headers, activations from the architectures: the tensors alive
-at a stage's peak. The work of a clip is counted from its plan and request alone: the windows that
-the transformer denoises, the frames that the VAE encodes and decodes. See `timing` for its time.
+Weights are counted from the files' headers, activations from the architectures, as the tensors
+alive at a stage's peak. A clip's work (windows to denoise, frames to encode and decode) follows
+from its plan and request alone; `timing` converts it to seconds.
 
 Axes: L tokens, D width.
 """
@@ -62,20 +62,20 @@ HOLES, MOST_KEPT = 0.8, 200_000_000
 returns pieces from 32 MB on at once, so that both stop growing.
 """
 ENCODER_BYTES, ENCODER_BYTES_PER_PIXEL = 6_000_000, 200
-"""Of a video encoder: x264 holds some dozens of planes."""
+"""Memory of a video encoder: x264 holds some dozens of planes."""
 STATE_TENSORS = 4
-"""Of a window's latents in a sampler's state, at most."""
+"""Largest number of tensors of a window's size in a sampler's state."""
 BUILDING_S = 0.4
-"""To create the networks' empty modules, and for Python's imports on the way."""
+"""Time to create the networks' empty modules, with Python's imports."""
 REFINE_PASSES = 2.5
 """Time of a step of `refine_first`, in passes of the decoder."""
 
 
 class Window(NamedTuple):
-    """A run of the sampler."""
+    """Work of one window: one run of the sampler."""
 
-    frames: int  # latent frames that the transformer reads, stills included
-    drawn: int  # those that it reads below the boundary
+    frames: int  # latent frames at or above the boundary, stills included
+    drawn: int  # latent frames below the boundary, stills included
     above: int  # forward passes over `frames`
     below: int  # forward passes over `drawn`
     has_given: bool  # whether frames are given, as guidance counts them
@@ -86,7 +86,7 @@ class Passes:
     """The work of one clip."""
 
     windows: tuple[Window, ...]
-    # each video or still that the VAE encodes, of all windows: its frames, and the rate
+    # (frames, rate) of each video or still that the VAE encodes, of all windows
     encoded: tuple[tuple[int, int], ...]
     refined: int  # first frames whose latents are refined
     decoded: int  # latent frames, without `shown`
@@ -95,7 +95,7 @@ class Passes:
 
 
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
-    """Count a clip's work; raise InputError if the clip that it continues is missing."""
+    """Count the work of one clip; raise InputError if the clip to continue can't be read."""
     t, begun = folder.components["vae"].config.strides.t, tail.no_beginning(plan)
     if request.prefix is not None:
         begun = _beginning(folder, plan, os.fspath(request.prefix))
@@ -116,11 +116,11 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         finer = plan.rate.after(start).num_upsampled(stop - start)
         windows.append(Window(stop - start + stills, finer + stills,
                               *_num_passes(folder, plan, has_given=has_given), has_given))
-        if known and plan.oversampling > 1:  # what came before, at the other rate
+        if known and plan.oversampling > 1:  # the earlier frames, at the other rate
             past = max(tail.TAIL_FRAMES, (known + 1) * plan.oversampling)
             encoded.append((1 + (past // plan.oversampling - 1) * t, 1))
             shown += past
-        if known and folder.conditioning == "control":  # what came before, as a clip of its own
+        if known and folder.conditioning == "control":  # the earlier frames, as a clip of their own
             encoded.append((frames, 1))
             shown += tail.TAIL_FRAMES
         encoded += own
@@ -131,7 +131,7 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
 
 
 def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[int, int]:
-    """Count forward passes of a window: at the clip's rate, and at a finer one."""
+    """Count forward passes of a window at or above the boundary, and below it."""
     guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
     sigmas, things, legible = sigmas_of(plan), 0, 0.0
     if plan.binding and not has_given:
@@ -147,7 +147,7 @@ def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[in
 def _pictures(
     plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
 ) -> tuple[int, int]:
-    """Count given frames of a window: one in place, at its beginning, and later ones."""
+    """Count a window's given frames: those at its beginning (in place), and later ones."""
     inside = [at for seconds, _ in request.frame if (at := round(seconds * plan.fps)) in new]
     first = begins and (request.begins_with_image or bool(request.first_frame_model))
     last = ends and request.last_image is not None
@@ -158,7 +158,7 @@ def _pictures(
 def _conditions(
     folder: ModelFolder, plan: Plan, request: Request, frames: int, in_place: int, stills: int
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Count latent frames added to a window as stills, and list what is encoded for it."""
+    """Count a window's latent frames of stills; list (frames, rate) of all that it encodes."""
     references, still, once = len(request.reference), (1, 1), (frames, 1)
     each = [once] if plan.oversampling == 1 else [once, (frames, plan.oversampling)]
     whole = list[tuple[int, int]]()
@@ -177,7 +177,7 @@ def _conditions(
 
 
 def _beginning(folder: ModelFolder, plan: Plan, path: str) -> tail.Beginning:
-    """Return the beginning that a clip will have, with latents that hold no values."""
+    """Return a clip's beginning with latents on the meta device."""
     ending = read_ending(path)
     begun = tail.tail_of(ending, folder, plan)
     if not isinstance(begun, str):
@@ -236,15 +236,15 @@ def vae_bytes(
 
 
 def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> int:
-    """Count the peak of gradients through the decoder of one frame: inputs, twice with norms."""
+    """Count the peak of backpropagation through the decoder of one frame, norms included."""
     middle, parts = vae_parts(config, rows, columns, decode=True)
     return itemsize * sum(3 * sum(part.inputs) * part.pixels for part in (middle, *parts))
 
 
 def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
-    """Count the peak of the sound's decoder for as many latents as it takes at a time."""
-    # what it says and spectra of it, in float32 and float64, and windows of samples; twice with
-    # gains, of tones and of noise
+    """Count the sound decoder's peak for `latents` that it decodes at a time."""
+    # its output and spectra, in float32 and float64, and windows of samples; with gains for tones
+    # and for noise, twice
     each = config.num_bins * 28 + (2 if config.gains_per_frame else 1) * 20 * config.window
     each = max(each, 7 * config.decoder_dim * itemsize)
     return latents * config.frames_per_token * each + 8 * NOISE_FRAMES * config.num_bins
@@ -254,9 +254,9 @@ def estimate(
     folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *,
     rates: Mapping[torch.dtype, Rates] | None = None, count: int = 1,
 ) -> Estimate:
-    """Estimate a generation of `count` clips from a model's headers alone.
+    """Estimate a generation of `count` clips from a model's file headers alone.
 
-    A dtype that `rates` lacks takes those measured earlier, else an ordinary machine's.
+    A dtype that `rates` lacks has the rates measured earlier, or else a typical machine's.
     """
     job = _Job(folder, plan, request, setup, rates or {}, count)
     job.load()
@@ -267,12 +267,12 @@ def estimate(
         job.sound()
     encoder_s = job.decode()
     notes = {
-        "drawing the first frame is not counted": request.first_frame_model,
+        "the first frame's own generation is not counted": request.first_frame_model,
         "adapters are not counted": request.lora,
-        "the sound by --audio-model is not counted": request.audio_model,
-        f"up to this: how many steps --cache {request.cache} spares depends on the clip":
+        "sound by --audio-model is not counted": request.audio_model,
+        f"upper bound: the steps that --cache {request.cache} skips depend on the clip":
             request.cache != "none",
-        "this machine was not measured: `vidgen plan` does": not job.measured,
+        "estimate for a typical machine; run vidgen plan to calibrate": not job.measured,
     }
     return Estimate(tuple(job.stages), setup, encoder_s=count * encoder_s,
                     kept_frames=count * job.passes.kept, disk_bytes=count * job.disk(),
@@ -288,7 +288,7 @@ class _Job:
         self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
         self.count = count
         self.on_cpu, self.dtype = setup.device.type == "cpu", DTYPES[setup.dtype]
-        # quantised sizes are asked for below; torchao isn't needed to know them
+        # without `quantize`, which needs torchao; `weight_bytes` passes it
         self.loader = ModelLoader(folder, setup.device, self.dtype, setup.offload)
         self.vae: VAEConfig = folder.components["vae"].config
         self.dit: DiTConfig = folder.components["transformer"].config
@@ -332,7 +332,7 @@ class _Job:
                  wide + 8 * config.num_heads * tokens**2, "text_encoder")
 
     def prepare(self) -> None:
-        """Add the given pictures: encoded, some of them in several passes, and refined."""
+        """Add encoding of the given pictures and clips, and refinement of first frames."""
         steps, left = self.plan.refine_steps, self.passes.refined
         left = 0 if self.setup.tiles or not steps else left
         seconds, live = left * (1 + REFINE_PASSES * steps) * self.vae_s(1, 1), 0
@@ -347,7 +347,7 @@ class _Job:
             latent = 1 + (frames - 1) * rate // self.vae.strides.t
             seconds += (1 + again) * self.vae_s(latent, rate, decode=False)
             seconds += again * self.vae_s(latent, rate)
-            # after a first pass what the latents show is decoded while it is encoded
+            # later passes decode the latents and encode the result at the same time
             held = sum(self.vae_bytes(rate, decode=decode, whole=frames > 1)
                        for decode in (False, True)[: 2 if again else 1])
             # the clip as floats, twice while it is scaled, and in the VAE's dtype
@@ -370,15 +370,15 @@ class _Job:
         self.add("denoise", seconds, live, *EXPERTS[: 1 if alone else 2] * len(windows))
 
     def sound(self) -> None:
-        """Add the model's own sound: all takes that are drawn at once, of which one is kept.
+        """Add the model's own sound: all candidates drawn together, one of which is kept.
 
-        Each window's picture passes once, its sounds at every step.
+        Each window's picture passes once, its sounds pass at every step.
         """
         vae, audio = self.folder.components["sound_vae"], self.dit.audio
         windows = self.passes.windows
         assert audio is not None
         takes = drawn_at_once(self.folder, self.plan.sound_candidates)
-        decodes = 1 if takes == 1 else 1 + takes  # each to be compared, one to be heard
+        decodes = 1 if takes == 1 else 1 + takes  # each to be scored, then the best one
         whole = self.sound_latents(self.passes.decoded)
         seconds = decodes * self.rates.seconds(network_ops(
             vae, vae.config.decoder_dim, whole * vae.config.frames_per_token, without="encoder."))
@@ -390,38 +390,38 @@ class _Job:
             for count, keys in ((len(passes), seen), (sum(passes) - len(passes), tokens)):
                 seconds += count * self.rates.seconds(listening_ops(
                     self.dit, audio, tokens, keys, self.text_tokens + 1, takes))
-        heard = takes * self.sound_latents(self.longest) if windows else 0
-        # keys and values of the picture, of which each take sees a copy
+        sounds = takes * self.sound_latents(self.longest) if windows else 0
+        # keys and values of the picture, copied for each take
         layer = 2 * self.tokens * self.dit.hidden_dim * self.dtype.itemsize
         listening = self.dit.num_layers * layer + max(
-            self.pass_bytes(self.tokens), self.pass_bytes(heard) + takes * layer)
-        at_once = max(min(whole, SOUND_AT_ONCE), heard if takes > 1 else 0)
+            self.pass_bytes(self.tokens), self.pass_bytes(sounds) + takes * layer)
+        at_once = max(min(whole, SOUND_AT_ONCE), sounds if takes > 1 else 0)
         decoding = sound_bytes(vae.config, at_once, self.loader.dtype_of("sound_vae").itemsize)
         self.add("sound", seconds, max(listening, decoding), *EXPERTS[:1] * len(windows),
                  "sound_vae")
 
     def decode(self) -> float:
-        """Add decoding, and writing as far as it takes longer; return the encoder's seconds."""
+        """Add decoding, and the time that writing adds to it; return the encoder's seconds."""
         plan, kept = self.plan, self.passes.kept
         decode_s = self.vae_s(plan.rate.num_upsampled(self.passes.decoded), plan.oversampling)
         live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
-        # frames of a chunk: floats, bytes, in the slot
+        # a chunk's frames: as floats, as bytes, and queued for the encoder
         live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
         live += ENCODER_BYTES + ENCODER_BYTES_PER_PIXEL * self.pixels if self.on_cpu else 0
         self.add("decode", decode_s, live, "vae")
         work, cores = kept * self.pixels / WRITE_PIXELS_PER_S, os.cpu_count() or 1
         shared = decode_s * torch.get_num_threads() if self.on_cpu else 0.0
         wall = max(decode_s, work / min(4, cores), (shared + work) / cores)
-        # the last frames come when nothing is left to decode
+        # the last frames are written after decoding has ended
         added = max(wall - decode_s, work * min(self.vae.strides.t, kept) / kept)
         self.stages.append(StageEstimate("mux", self.count * added, self.stages[-1].bytes))
         return work
 
     def disk(self) -> int:
-        """Count the file and its journal at most, without sound.
+        """Count an upper bound of the file and its journal, without sound.
 
-        The journal keeps the film in segments, float32 latents by windows and as a whole, and the
-        sampler's state, whose next version is written before the old one is removed.
+        The journal keeps the clip in segments, float32 latents of windows and of the whole clip,
+        and the sampler's state, whose next version is written before the old one is removed.
         """
         film = self.pixels * self.passes.kept // PIXELS_PER_BYTE
         frames = self.plan.latents.num_frames
@@ -430,7 +430,7 @@ class _Job:
         return 2 * (film + 4 * (whole // frames + state + self.remembered))
 
     def add(self, name: str, seconds: float, live: int, *roles: Role) -> None:
-        """Add a stage: seconds of one clip, and live bytes while `roles` work in turn."""
+        """Add a stage of `seconds` per clip and `live` bytes, in which `roles` run in turn."""
         if self.setup.offload == "none":
             held = sum(map(self.weight_bytes, self.folder.components))
         else:
@@ -445,7 +445,7 @@ class _Job:
         self.stages.append(StageEstimate(name, count * seconds, held + live))
 
     def weight_bytes(self, role: Role) -> int:
-        """Count a network's weights, without those of a mapped file that nothing reads."""
+        """Count a network's weights, except parts of a mapped file that are never read."""
         offload: Offload = "block" if self.setup.offload == "block" else "stage"
         size = self.loader.needed_bytes(
             role, offload=offload, quantize=self.setup.quantize or "none")
@@ -457,7 +457,7 @@ class _Job:
                                         if name.startswith(idle[role]))
 
     def load_s(self, role: Role) -> float:
-        """Count the loading of a network's weights; blocks come with each pass."""
+        """Return the time to load a network's weights; 0 if they are streamed in each pass."""
         streamed = self.setup.offload == "block" and role in STREAMED
         size = self.folder.components[role].tensors.num_bytes
         return 0.0 if streamed else size / LOAD_BYTES_PER_S
@@ -469,9 +469,9 @@ class _Job:
             sound_tokens=self.sound_latents(frames) if self.request.follow_audio else 0,
         ))
         read_s = self.folder.components["transformer"].tensors.num_bytes / LOAD_BYTES_PER_S
-        if self.setup.offload == "block":  # blocks come while others compute, of a CPU's own time
+        if self.setup.offload == "block":  # a GPU computes while blocks load
             return seconds + read_s if self.on_cpu else max(seconds, read_s)
-        return seconds + read_s if self.setup.quantize else seconds  # weights are widened
+        return seconds + read_s if self.setup.quantize else seconds  # dequantised
 
     def pass_bytes(self, tokens: int, *, timed_tokens: bool = False) -> int:
         blocked = used_backend("auto", self.setup.device, self.dtype) == "blocked"

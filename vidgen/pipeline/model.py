@@ -1,4 +1,4 @@
-"""An opened model: its networks, their setup, and what each computes for a clip.
+"""An opened model: its networks, their setup, and each one's work for a clip.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
 rows and columns, S text or image tokens, D width.
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REMEMBERED = 32
-"""Latest texts, or batches of them, whose encodings an opened model keeps."""
+"""Number of latest texts, or batches of texts, whose encodings an opened model keeps."""
 
 
 class OpenedModel:
-    """A model's networks on a device, loaded as `asked`; what that leaves None is chosen here.
+    """A model's networks on a device; options of `asked` that are None are chosen to fit.
 
     Raises:
-        ModelError: damaged files, or more than the memory holds.
+        ModelError: files are damaged, or the weights don't fit the memory.
     """
 
     def __init__(
@@ -85,19 +85,23 @@ class OpenedModel:
         self._encoded: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def adopt(self, setup: Setup) -> None:
-        """Switch to another setup; networks loaded for the old one are freed."""
+        """Switch to another setup; free the networks loaded for the old one."""
         if (setup.dtype, setup.offload) != (self.dtype, self.offload):
             self.loader.close()
             self._open(setup)
 
     def close(self) -> None:
-        """Free the networks and other devices; the engine can't be used afterwards."""
+        """Free the networks and other devices; the model can't be used afterwards."""
         self.loader.close()
         if self.devices is not None:
             self.devices.close()
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
-        """Settle all that the request left open; refuse what this model can't do."""
+        """Return the request's plan.
+
+        Raises:
+            InputError: the model doesn't support the request.
+        """
         from vidgen.pipeline.plan import settled
 
         devices = 1 if self.devices is None else self.devices.size
@@ -121,31 +125,31 @@ class OpenedModel:
     ) -> Tensor:
         """Encode a first frame [B, 3, 1, H, W] in [-1, 1] to normalised latents [B, C, 1, h, w].
 
-        They are refined in `num_steps` (`refine_first`), but not where the picture needs tiles.
+        `refine_first` refines them in `num_steps`, except with tiles.
         """
         if num_steps and tiles is None:
             return codec.refine_first(self.loader, picture, self.encode_video(picture), num_steps)
         if num_steps:
-            log.warning("a first frame that is taken in tiles isn't refined; leave refinement out, "
-                        "or give --tiles none")
+            log.warning("refine has no effect on a first frame encoded in tiles; leave it out, or "
+                        "give --tiles none")
         return self.encode_video(picture, tiles, passes)
 
     @torch.no_grad()
     def decode_video(
         self, latents: Tensor, start: int = 0, tiles: Tiles | None = None, rate: int = 1
     ) -> Iterator[Tensor]:
-        """Decode normalised latents [B, C, F, h, w] to chunks [B, 3, n, H, W], from a frame on.
+        """Decode normalised latents [B, C, F, h, w] from frame `start` on; yield [B, 3, n, H, W].
 
-        The frames depend neither on `start` nor on the number of devices. With `rate`, that
-        many latent frames stand for each one of the clip.
+        The frames depend neither on `start` nor on the number of devices. `rate` is the latents'
+        factor of temporal upsampling.
         """
         t = self.vae_config.strides.t // rate
         decode = codec.decode_latents if self.devices is None else self.devices.decode
         made = decode(self.loader, latents, codec.latent_of(start, t), tiles=tiles, rate=rate)
-        return self._attending(codec.from_frame(made, start, t))
+        return self._with_attention(codec.from_frame(made, start, t))
 
-    def _attending(self, made: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Pass on what is made with the attention back end that the model was loaded with."""
+    def _with_attention(self, made: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Advance an iterator under the attention back end that the model was loaded with."""
         while True:
             with attention_by(self.asked.attention):
                 if (next_one := next(made, None)) is None:
@@ -176,7 +180,7 @@ class OpenedModel:
     ) -> tuple[Tensor, Tensor]:
         """Return (context [B, S, D] on the device, lengths [B] int64) of texts.
 
-        Rows after a text's length are zero. The latest are remembered, except those with `learned`
+        Rows after a text's length are zero. The latest results are cached, except with `learned`
         embeddings [D] of tokens.
         """
         known, key = self._encoded, tuple(texts)
@@ -193,7 +197,7 @@ class OpenedModel:
     def regional_prompts(
         self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
     ) -> RegionalPrompts | None:
-        """Return the regional prompts of things that normalised prompts name, if any."""
+        """Return the regional prompts of the things that normalised prompts name, or None."""
         from vidgen.pipeline.denoise import regional_prompts
 
         if plan.binding == 0:
@@ -203,7 +207,11 @@ class OpenedModel:
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
-        """Draw the seed's noise and write every condition of the request into the state."""
+        """Draw the seed's noise and write every condition of the request into a state.
+
+        Raises:
+            InputError: the request's own noise has another shape.
+        """
         from vidgen.pipeline.conditions import Encoder, write_conditions
 
         noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
@@ -231,9 +239,13 @@ class OpenedModel:
     ) -> Tensor:
         """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
-        With sound in the state both come packed; see `LatentState.unpack`. Temporal upsampling
-        returns the higher rate. `remember` adds the step cache's memory to the states that
-        `on_step` gets, and `sigmas` are the noise levels of a part of the run, None for all of it.
+        With sound in the state the result is packed; see `LatentState.unpack`. With temporal
+        upsampling it has the higher rate.
+
+        Args:
+            resume: saved state of an interrupted run.
+            remember: add the step cache's memory to the states passed to `on_step`.
+            sigmas: noise levels of a part of the run; None: all of it.
         """
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
         from vidgen.pipeline.denoise import can_be_regional, denoising
@@ -273,7 +285,7 @@ class OpenedModel:
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any],
         journal: SegmentStore | None = None,
     ) -> Clip:
-        """Return a lazy clip whose chunks the VAE decodes while it is written."""
+        """Return a lazy clip, decoded while it is written."""
         from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
 
         if "tail" not in recipe:  # a long clip has its own

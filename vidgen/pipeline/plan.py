@@ -1,6 +1,6 @@
-"""From what a person asked to what will be made: every open choice settled, before any work.
+"""Turn a request into a plan: settle every open choice before any work.
 
-The recipe stores it.
+The recipe stores the plan.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
-"""Options that define sampling, which a student has settled; settings do so, too."""
+"""Options of sampling that a distilled model fixes, as it does the settings of sampling."""
 
 
 def make_plan(
     request: Request, folder: ModelFolder, inputs: Inputs | None = None, devices: int | None = 1
 ) -> Plan:
-    """Settle a request against a model.
+    """Return the plan of a request for one clip; the model's defaults fill what it leaves open.
 
-    The model's defaults hold where the request for one clip is silent. `inputs` are the request's
-    files, whose aspect and length a clip keeps that has no others; None: it has none, or size and
-    length are given.
+    The files in `inputs` give the aspect ratio and length if the request doesn't; None: it names no
+    files, or gives size and length.
 
     Raises:
-        InputError: a size, count, sampler or setting that can't be had; names the nearest that can.
+        InputError: the model doesn't support a size, count, sampler or setting; the message names
+            the nearest that it does.
     """
     check_settings(request, folder)
     defaults, vae = folder.defaults, folder.components["vae"].config
@@ -75,14 +75,13 @@ def make_plan(
     if read.ending is not None:
         _check_beginning(read.ending.frames_at(fps), request, fps, kept)
     if kept > MAX_SECONDS * fps:
-        raise InputError(f"{kept} frames at {float(fps):g} frames a second last "
-                         f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
-                         f"{MAX_SECONDS} at most")
+        raise InputError(f"{kept} frames at {float(fps):g} fps last {float(kept / fps):g} s; "
+                         f"give fewer frames or a higher fps, for {MAX_SECONDS} s at most")
     _warn_unseen(defaults, width, height)
     guidance = _guidance(request, folder, devices)
     if request.video is not None and request.strength is None and request.mask is None:
-        raise InputError("a video was given without strength or mask; give strength from 0 to 1 to "
-                         "re-imagine it, or a mask to repaint a part")
+        raise InputError("a video needs strength or mask; give strength from 0 to 1 to vary the "
+                         "video, or a mask to repaint a part of it")
     return Plan(
         prompt=request.prompt,
         negative=defaults.negative_prompt if request.negative is None else request.negative,
@@ -96,25 +95,26 @@ def make_plan(
         encode_passes=int(settled_value("encode_passes", request, folder)),
         refine_steps=int(settled_value(
             "refine", request, folder, None if "refine" in defaults.settings else
-            "this model takes first frames as they are encoded")),
+            "this model doesn't refine first frames")),
         **_sound_of(request, folder),
     )
 
 
 def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int) -> None:
     if num_frames >= kept:
-        raise InputError(f"a beginning of {num_frames} frames leaves nothing to generate in a clip "
-                         f"of {kept}; give more seconds")
+        raise InputError(f"the clip to continue has {num_frames} frames, which leaves nothing to "
+                         f"generate in a clip of {kept}; give more seconds")
     if request.image is not None:
-        raise InputError("image and prefix are both given; the clip begins with one of them")
+        raise InputError("image and prefix are both given, but a clip has one beginning; give one "
+                         "of them")
     for seconds, _ in request.frame:
         if round(seconds * fps) < num_frames:
-            raise InputError(f"frame {seconds} lies in the clip that goes on, which has "
-                             f"{float(num_frames / fps):g} s; give a later one")
+            raise InputError(f"frame {seconds} is within the clip to continue, which has "
+                             f"{float(num_frames / fps):g} s; give a later time")
 
 
 def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Guidance:
-    """Guidance of a request; --guidance, given alone, holds for other experts and images, too."""
+    """Return a request's guidance; --guidance alone is also that of low noise and of images."""
     defaults = folder.defaults
     low = defaults.guidance_scale_2 if request.guidance is None else None
     if request.guidance_low is not None:
@@ -125,19 +125,19 @@ def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Gui
     known = defaults.settings.get("image_guidance")
     of_images = request.settings.get("image_guidance")
     if known is None and of_images is not None:
-        raise InputError(f"image_guidance is {of_images}, but this model sees given frames with "
-                         "and without the prompt; leave it out")
-    why = None if known is not None else "this model has no guidance of its own for given frames"
+        raise InputError(f"image_guidance is {of_images}, but this model has no separate guidance "
+                         "of images; leave it out")
+    why = None if known is not None else "this model has no separate guidance of images"
     reach = int(settled_value("image_guidance_reach", request, folder, why))
     why = None
     if "reference_guidance" not in defaults.settings:
-        why = "this model isn't guided by references alone"
+        why = "this model has no separate guidance of references"
     elif (devices or 1) > 1:
-        why = "several devices that share a clip aren't guided by references alone"
+        why = "guidance of references needs one device per clip"
     reference_scale = settled_value("reference_guidance", request, folder, why)
     if known is not None:
-        asked = (of_images, request.guidance, known)
-        known = float(next(scale for scale in asked if scale is not None))
+        scales = (of_images, request.guidance, known)
+        known = float(next(scale for scale in scales if scale is not None))
     return Guidance(
         scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
         interval=request.guidance_interval or defaults.guidance_interval,
@@ -148,18 +148,18 @@ def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Gui
 
 
 def _check_stills(request: Request, fps: Fraction, kept: int) -> None:
-    """Refuse a known frame that the clip doesn't have, and two pictures for one frame."""
+    """Refuse pictures after the clip's end, and two pictures for one frame."""
     known = [0] * request.begins_with_image + [kept - 1] * (request.last_image is not None)
     for seconds, _ in request.frame:
         known.append(round(seconds * fps))
         if known[-1] >= kept:
-            raise InputError(f"frame is at {seconds:g} s, behind the clip's last one at "
+            raise InputError(f"frame is at {seconds:g} s, after the clip's last one at "
                              f"{float((kept - 1) / fps):.3g} s; give an earlier time or a "
                              "longer clip")
     for option in ("image", "last_image", "frame"):
         if kept == 1 and request.has(option) and request.mask is None:
-            raise InputError(f"{option} leaves nothing to make of a clip of one frame; give a "
-                             "longer one, or the picture as a reference")
+            raise InputError(f"{option} leaves nothing to generate in a clip of one frame; give a "
+                             "longer clip, or the picture as a reference")
     twice = {index for index in known if known.count(index) > 1}
     if twice:
         raise InputError(f"two pictures are given for frame {min(twice)}; give one of them, by "
@@ -170,7 +170,7 @@ def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:
     sizes = [tuple(size) for size in defaults.sizes]
     if sizes and (width, height) not in sizes:
         known = ", ".join(f"{w}x{h}" for w, h in sizes)
-        log.warning("the model never saw clips of %dx%d; it knows %s", width, height, known)
+        log.warning("the model wasn't trained at %dx%d, but at %s", width, height, known)
 
 
 def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
@@ -179,8 +179,8 @@ def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
         for name, plain in (("audio_steps", request.steps), ("audio_candidates", 1),
                             ("audio_delay", 0)):
             if (value := request.settings.get(name)) not in (None, plain):
-                raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
-                                 "for its picture, and none is made here; leave it out")
+                raise InputError(f"{name} is {value}, but it applies only to sound by the model "
+                                 "itself, and this clip has none; leave it out")
         return {}
     return {"sound_steps": int(settled_value("audio_steps", request, folder)),
             "sound_candidates": int(settled_value("audio_candidates", request, folder)),
@@ -188,10 +188,10 @@ def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
 
 
 def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
-    """Return the plan of a request without an engine, perhaps for a model that isn't here.
+    """Return the plan of a request without opening the model, whose weights may be absent.
 
     Raises:
-        InputError: what this model can't do, or inputs and texts that can't be read.
+        InputError: the model doesn't support the request, or an input or text can't be read.
     """
     dit = folder.components["transformer"].config
     check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
@@ -204,11 +204,11 @@ def settled(
     request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None,
     devices: int | None = 1,
 ) -> Plan:
-    """Return the plan of a request whose files were read; without a tokenizer its texts aren't.
+    """Return the plan of a request whose files were read; None as `tokenizer` skips its texts.
 
     Raises:
-        InputError: what this model can't do; a text that a model of few words can't read whole (one
-            of all language cuts it).
+        InputError: the model doesn't support the request, or a text is too long for a model of few
+            words (other models truncate it).
     """
     plan = replace(make_plan(request, folder, inputs, devices), cache=settle_cache(request, folder))
     plan = with_oversampling(with_student(plan, request, folder), request, folder)
@@ -217,22 +217,22 @@ def settled(
     if tokenizer is None:
         return plan
     texts = {"prompt": plan.prompt, "negative": plan.negative}
-    asked = parse_readings(request.readings)
-    if asked is None and request.lora:
-        asked = {}  # a word that only an adapter knows is no slip
+    given = parse_readings(request.readings)
+    if given is None and request.lora:
+        given = {}  # an unknown word may be one that an adapter learned
     readings = {word: known for text in texts.values()
-                for word, known in tokenizer.readings(text, asked).items()}
+                for word, known in tokenizer.readings(text, given).items()}
     for name, text in texts.items():
         require_short(name, read_as(text, readings), tokenizer)
     return replace(plan, readings=tuple(readings.items()))
 
 
 def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
-    """Return the plan by the model's student if it has one for these steps; else as it is.
+    """Return the plan with the model's distilled model if it fits the request; else unchanged.
 
-    A student is taken for the step count that it was taught, when nothing else is asked of
-    sampling: no option of `SAMPLING` and no such setting, no negative prompt, no step cache, no
-    `strength`, which begins between its noise levels, and no sound to follow.
+    It fits if the request has its step count and changes nothing else of sampling: no option of
+    `SAMPLING`, no setting of sampling, no negative prompt, no step cache, no `strength` (which
+    would begin between its noise levels), and no sound to follow.
     """
     student = folder.student
     asks_more = (
@@ -252,23 +252,23 @@ def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> No
     if two and boundary_of(folder, plan, has_audio=bool(request.follow_audio)) is None:
         for option in request.lora:
             if parse_option(option).expert == "low":
-                log.warning("%s changes nothing in this clip, which the first expert makes alone: "
-                            "it is a student's, or follows a sound", option)
+                log.warning("%s has no effect: this clip uses the first expert alone, since it has "
+                            "few steps or follows a sound", option)
 
 
 def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:
-    """Raise InputError, with length and limit, if a model of few words can't read a whole text."""
+    """Raise InputError, with length and limit, if a text is too long for a model of few words."""
     count, limit = tokenizer.count(text), tokenizer.max_length
     if count > limit and tokenizer.words:
-        raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
+        raise InputError(f"the {name} has {count} tokens, this model reads {limit}; shorten it")
 
 
 def require_models(request: Request, folder: ModelFolder) -> None:
-    """Refuse adapters and further models that don't exist or don't fit the main one.
+    """Check that a request's adapters and further models exist and fit the main model.
 
     Raises:
         InputError: an adapter's file is missing.
-        ModelError: a folder that holds no such model, or an adapter of another one.
+        ModelError: a folder has no such model, or an adapter is of another model.
     """
     read_loras(request.lora, folder)
     for name in (request.first_frame_model, request.audio_model):
@@ -279,8 +279,8 @@ def require_models(request: Request, folder: ModelFolder) -> None:
 
 
 def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:
-    """Return a folder that our own networks run; raise InputError if diffusers runs it."""
+    """Return a folder that vidgen's own networks run; raise InputError if diffusers runs it."""
     if isinstance(folder, DiffusersFolder):
-        raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
-                         "embedded model and the Wan family")
+        raise InputError(f"{folder.class_name} can't be estimated; plan supports the embedded "
+                         "model and the Wan family")
     return folder

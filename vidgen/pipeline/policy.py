@@ -1,7 +1,7 @@
 """A hook that checks every prompt before any work is done.
 
-The engine calls it, so the command line, films and the service share it. A policy is any callable;
-`WordList` is one for a file of words, by default the one that `VIDGEN_POLICY` names.
+The engine calls it, so it applies to the command line, films and the service. A policy is any
+callable; `WordList` refuses the words of a file, by default the one that `VIDGEN_POLICY` names.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from vidgen.core.request import OWN_FILE, Request
 _JOINED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 Policy = Callable[[str, Request], str | None]
-"""Returns the reason why a text is refused (a prompt, one for sound, or speech), or None."""
+"""Returns the reason to refuse a text (a prompt, a sound's prompt, or speech), or None."""
 
 
 class WordList:
-    """Refuses prompts that hold a word or phrase of a list, or of a UTF-8 file with one per line.
+    """Refuses texts that contain a word or phrase of a list, or of a UTF-8 file, one per line.
 
-    Whole words count, whatever their case, width, ligatures and punctuation (Unicode NFKC, case
-    folded, invisible characters removed); in scripts without spaces any place counts. A file's
-    comments start with #.
+    Whole words match, regardless of case, width, ligatures and punctuation (Unicode NFKC, case
+    folded, invisible characters removed); in scripts without spaces, parts of words match, too.
+    Comments in a file start with #.
 
     Raises:
-        InputError: a file that can't be read, or no words.
+        InputError: the file can't be read, or the list is empty.
     """
 
     def __init__(self, words: str | os.PathLike[str] | Iterable[str]) -> None:
@@ -41,29 +41,37 @@ class WordList:
             except OSError as error:
                 raise InputError(f"{name} can't be read: {error.strerror}") from None
             except UnicodeDecodeError:
-                raise InputError(f"{name} is no UTF-8 text; give one word or phrase a "
+                raise InputError(f"{name} isn't UTF-8 text; give one word or phrase per "
                                  "line") from None
             words = (line.partition("#")[0] for line in lines)
         self.words = {word: _key(word) for given in words if (word := given.strip())}
         self.words = {word: key for word, key in self.words.items() if key.strip()}
         if not self.words:
-            raise InputError(f"{name} holds no words; give one word or phrase a line")
+            raise InputError(f"{name} has no words; give one word or phrase per line")
 
     def __call__(self, prompt: str, request: Request) -> str | None:  # noqa: ARG002
-        """Name the first word of the list that the prompt holds."""
+        """Return a reason with the first word of the list that the prompt contains, or None."""
         text = _spaced(prompt)
         found = next((word for word, key in self.words.items() if key in text), None)
         return None if found is None else f"the word list refuses {found!r}"
 
 
 def policy_from_environment() -> Policy | None:
-    """Return the word list that VIDGEN_POLICY names, or None; raise InputError if unreadable."""
+    """Return the word list that VIDGEN_POLICY names, or None.
+
+    Raises:
+        InputError: the file can't be read, or is empty.
+    """
     path = os.environ.get("VIDGEN_POLICY")
     return WordList(path) if path else None
 
 
 def enforce(policy: Policy | None, request: Request) -> None:
-    """Raise InputError if the policy refuses a text of a request; negatives are exempt."""
+    """Check the texts of a request, except its negative prompt.
+
+    Raises:
+        InputError: the policy refuses one.
+    """
     if policy is None:
         return
     require_allowed(policy, "prompt", request.prompt, request)
@@ -73,15 +81,19 @@ def enforce(policy: Policy | None, request: Request) -> None:
 
 
 def require_allowed(policy: Policy, what: str, text: str | None, request: Request) -> None:
-    """Raise InputError if a policy refuses a text; files of speech are exempt."""
+    """Check one text; `what` names it in the message. Recorded speech is exempt.
+
+    Raises:
+        InputError: the policy refuses it.
+    """
     if text is None or (what == "speech" and text.startswith(OWN_FILE)):
         return
     if reason := policy(text, request):
-        raise InputError(f"the {what} is refused by the policy: {reason}; ask for something else")
+        raise InputError(f"the policy refuses the {what}: {reason}; change it")
 
 
 def _key(word: str) -> str:
-    """Return a word in the form to search for, with the spaces that must surround it."""
+    """Return a word's normal form, with spaces where a word boundary must be."""
     text = _spaced(word)
     if _is_joined(text[1:2]):
         text = text[1:]

@@ -1,11 +1,11 @@
 """Previews of a forming clip: a linear map from latents to small pictures.
 
-Each latent frame becomes one picture, four pixels a side for each latent, from a square of three by
-three latents. The map is data in the model's folder; for a folder without one it is fitted once, by
-least squares on drifting patterns encoded by the model's VAE, and cached.
+Each latent frame becomes one picture: 4x4 pixels of each latent, from the 3x3 latents around it.
+The map is a file in the model's folder. For a folder without one it is fitted once, by least
+squares on drifting patterns that the model's VAE encodes, and cached.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
-rows and columns, N places, K features.
+rows and columns, N latent positions, K features.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 FILE = "preview/model.safetensors"
 SIDE = 4
-"""Pixels a side for one latent, unless the VAE's stride is smaller."""
+"""Side in pixels of one latent, unless the VAE's stride is smaller."""
 CLIPS, CLIP_FRAMES, CLIP_SIZE = 24, 9, 128
 _GRIDS = (2, 4, 8, 16, 32)
-"""Cells a side of the patterns' noise, the coarsest first."""
+"""Cells along a side of the patterns' noise, the coarsest first."""
 RIDGE = 1e-3
 PATIENCE = 50
-"""The pause after a preview, in durations of that preview: 2% of the time at most."""
+"""Pause after a preview, in multiples of its duration: previews take at most 2% of the time."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class PreviewDecoder:
 
 
 class Glimpses:
-    """Shows previews of a clip's steps as often as that costs little; with `on_preview` None, none.
+    """Calls `on_preview`, if any, with previews of a clip's steps, as often as costs little time.
 
-    `clip` is the number of the clip, from 1, and `fps` its rate.
+    `clip` is the number of the clip, from 1, and `fps` its frame rate.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Glimpses:
             self._decoder = open_preview(engine)
 
     def on_step(self, info: StepInfo, num_references: int = 0) -> None:
-        """Show a step, if it is time; its first `num_references` latent frames are left out."""
+        """Show a step if a preview is due, without its first `num_references` latent frames."""
         start = time.monotonic()
         if self._on_preview is None or start < self._due_s:
             return
@@ -101,7 +101,7 @@ def open_preview(engine: OpenedModel) -> PreviewDecoder:
     path = cache_folder() / "preview" / f"{engine.folder.content_hash}.safetensors"
     found = _read(path)
     if found is None:
-        log.info("fitting previews of %s, once", engine.folder.name)
+        log.info("fitting the preview decoder of %s, once", engine.folder.name)
         found = fit_preview(engine, drifting_patterns())
         write_decoder(found, path)
     return found
@@ -111,20 +111,20 @@ def _read(path: Path) -> PreviewDecoder | None:
     try:
         return PreviewDecoder(**load_file(path))
     except (OSError, SafetensorError, TypeError):
-        return None  # missing or damaged: it can be fitted again
+        return None  # missing or damaged: it is fitted again
 
 
 def write_decoder(decoder: PreviewDecoder, path: Path) -> None:
-    """Write a decoder as safetensors."""
+    """Write a decoder as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save({"weight": decoder.weight, "bias": decoder.bias}))
 
 
 @torch.no_grad()
 def fit_preview(engine: OpenedModel, clips: Iterable[Tensor]) -> PreviewDecoder:
-    """Fit a model's decoder: ridge regression of pictures on latents [N, K], in float64.
+    """Fit a model's decoder by ridge regression of pixels on latents, in float64.
 
-    The videos [1, 3, T, H, W] in [-1, 1] must cover all colours to be shown.
+    The videos [1, 3, T, H, W] in [-1, 1] must cover all colours to show.
     """
     side = min(SIDE, engine.vae_config.strides.hw)
     width = 9 * engine.vae_config.latent_channels + 1
@@ -143,8 +143,8 @@ def fit_preview(engine: OpenedModel, clips: Iterable[Tensor]) -> PreviewDecoder:
 def drifting_patterns() -> Iterator[Tensor]:
     """Yield clips [1, 3, T, H, W] in [-1, 1] of drifting coloured noise at several scales.
 
-    Coarse cells weigh most, as in photographs, whose amplitude falls as one over frequency (Field
-    1987); every second clip is cut into two colours, which gives it hard edges.
+    Amplitudes fall as one over frequency, as in photographs (Field 1987). Every second clip has two
+    colours with hard edges.
     """
     generator = torch.Generator().manual_seed(0)
     wide = CLIP_SIZE + 8 * CLIP_FRAMES
@@ -163,7 +163,7 @@ def drifting_patterns() -> Iterator[Tensor]:
 
 
 def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Return features [N, K] and wanted pixels [N, 3 * side * side] of a clip, float64."""
+    """Return features [N, K] and target pixels [N, 3 * side * side] of a clip, float64."""
     rows = F.pad(latents[0].double().transpose(0, 1), (1, 1, 1, 1), mode="replicate")
     features = F.unfold(rows, 3).transpose(1, 2).flatten(0, 1)
     features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
@@ -175,13 +175,13 @@ def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def preview_path(output: str | Path) -> Path:
-    """Return the path of a clip's preview: next to the output."""
+    """Return the path of a clip's preview, in the folder of the output."""
     path = Path(output)
     return path.with_name(path.name + ".preview.webp")
 
 
 def as_webp(preview: Preview) -> bytes:
-    """Return a preview as an animation that repeats."""
+    """Return a preview as a looping WebP animation."""
     first, *others = map(Image.fromarray, preview.frames)
     file = io.BytesIO()
     first.save(file, "WEBP", save_all=True, append_images=others, quality=80, method=0, loop=0,
@@ -190,7 +190,7 @@ def as_webp(preview: Preview) -> bytes:
 
 
 def write_preview(preview: Preview, output: str | Path) -> None:
-    """Write a preview next to the output; a failure is only logged."""
+    """Write a preview in the folder of the output; log a warning if that fails."""
     try:
         atomic_write(preview_path(output), as_webp(preview))
     except (OSError, OutputError) as error:

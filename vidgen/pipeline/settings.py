@@ -1,8 +1,7 @@
-"""What a model can do that others can't: its tasks, and its settings, with limits and defaults.
+"""Tasks of a model, and settings of its own features, with limits and defaults.
 
-A model's own values are `defaults.settings` of its `model.json`; a request gives others in
-`settings`. Each feature's file reads its own settings by name; all that else needs to be known of a
-setting is a row of the table here.
+A model's default values are `defaults.settings` in its `model.json`; a request overrides them in
+`settings`. Each feature reads its settings by name; a row of the table here defines the rest.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 SOUND = "sound"
-"""The task of a model that makes sound for its pictures."""
+"""Task of a model that generates sound for its clips."""
 OPTIONS = {"image": "image", "first_frame_model": "image", "last_image": "last-image",
            "frame": "frames", "prefix": "extend", "mask": "mask", "strength": "video",
            "reference": "reference", "control": "control", "follow_audio": SOUND}
-"""The task of each option of a request."""
+"""Task that each option of a request needs."""
 Value = int | float | bool
 Topic = Literal["sampling", "frames", "drawing", "windows", "sound"]
-"""Guidance; pictures that are given; what is drawn of a clip; long clips; a model's own sound."""
+"""Guidance; given pictures; generation of a clip; long clips; a model's own sound."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table."""
+    """Name, limits, defaults and conditions of one setting."""
 
     name: str
     topic: Topic
@@ -39,74 +38,74 @@ class Setting:
     help: str  # one line
     low: float = 0
     high: float = 1
-    served: float | None = None  # the greatest value that a service takes; None: `high`
-    # value of a model that has no such feature; None: such a model has no value for it
+    served: float | None = None  # largest value that a service accepts; None: `high`
+    # value for models without the feature; None: they have none
     off: Value | None = None
-    # its name in a recipe's plan or its guidance; empty: it stands in the recipe's request alone
+    # name in a recipe's plan or the plan's guidance; empty: only the recipe's request has it
     recorded: str = ""
-    needs: tuple[str, ...] = ()  # options of a request, of which it needs one
-    follows: str = ""  # option of a request; one that changes leaves the setting open again
-    task: str = ""  # task of the models that have it; empty: the model's defaults name it
+    needs: tuple[str, ...] = ()  # options of a request, one of which it needs
+    follows: str = ""  # option of a request that resets the setting when it changes
+    task: str = ""  # task of models that have the setting; empty: models whose defaults name it
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
-    Setting("image_guidance", "sampling", float, "how strongly given frames are followed",
+    Setting("image_guidance", "sampling", float, "guidance toward the given frames",
             high=100, served=20, recorded="known_scale", follows="guidance"),
     Setting("image_guidance_reach", "sampling", int,
-            "latent frames from a first frame to where that is full; 0: everywhere",
+            "latent frames until image_guidance is full; 0: full everywhere",
             high=1000, off=0, recorded="reach"),
     Setting("reference_guidance", "sampling", float,
             "extra guidance toward reference images, in clips without given frames; 0 skips it",
             high=100, served=20, off=0.0, recorded="reference_scale", follows="reference"),
     Setting("refine", "frames", int,
-            "gradient steps that bring a first frame's latents nearer to it; 0 is off",
+            "gradient steps that fit the first frame's latents to its picture; 0 is off",
             high=1000, served=100, off=0, recorded="refine_steps",
             needs=("image", "first_frame_model")),
     Setting("encode_passes", "frames", int,
-            "how often the VAE encodes what is given, nearer to it each time; 1 is as usual",
+            "passes of the VAE over given frames, each closer to them; 1 is the usual encoding",
             low=1, high=100, served=10, off=1, recorded="encode_passes"),
     Setting("oversampling", "drawing", int,
-            "latent frames drawn for each one of the clip's, once its motion is settled; 1 is "
+            "factor of temporal upsampling, once the motion is settled; 1 is off, and "
             "fastest", low=1, high=16, off=1, recorded="oversampling"),
     Setting("candidates", "drawing", int,
-            "most that are drawn of a clip until the verifier sees what the prompt names",
+            "most candidates to draw until the verifier sees all that the prompt names",
             low=1, high=64, served=16, off=1, recorded="candidates"),
     Setting("binding", "drawing", float,
-            "how strongly each thing that the prompt names is drawn by its own words; 0 is off",
+            "strength of regional prompts, one of each thing that the prompt names; 0 is off",
             off=0.0, recorded="binding"),
     Setting("anchor", "windows", bool,
-            "whether later windows of a long clip are shown its first frame", task="anchor"),
+            "condition later windows of a long clip on its first frame", task="anchor"),
     Setting("overlap", "windows", int, "latent frames that the windows of a long clip share",
             low=1, high=1000, off=3, task="extend"),
     Setting("colour_hold", "windows", float,
-            "how far the colours of a window are matched to those of the clip", off=0.5,
+            "how far to match the colours of a window to those of the clip", off=0.5,
             task="extend"),
     Setting("audio_steps", "sound", int, "denoising steps of the model's own sound",
             low=1, high=1000, served=200, recorded="sound_steps"),
-    Setting("audio_candidates", "sound", int, "how many such sounds are made, of which one is kept",
+    Setting("audio_candidates", "sound", int, "number of sounds to generate; the best one is kept",
             low=1, high=16, off=1, recorded="sound_candidates"),
-    Setting("audio_delay", "sound", float, "seconds by which that sound follows its picture",
+    Setting("audio_delay", "sound", float, "seconds by which the sound is delayed",
             off=0.0, recorded="sound_delay_s"),
 )}  # fmt: skip
 
 
 def settings_of(folder: ModelFolder) -> dict[str, Value]:
     """Return a model's settings with their defaults."""
-    taught = {each.name: True if each.off is None else each.off
+    of_tasks = {each.name: True if each.off is None else each.off
               for each in SETTINGS.values() if each.task in folder.tasks}
-    return dict(sorted({**taught, **folder.defaults.settings}.items()))
+    return dict(sorted({**of_tasks, **folder.defaults.settings}.items()))
 
 
 def check_settings(request: Request, folder: ModelFolder) -> None:
-    """Refuse settings that don't exist, values out of their limits, and what lacks its option.
+    """Check the settings of a request and of the model's defaults.
 
     Raises:
-        InputError: the setting, its limits, and what to do.
-        ModelError: the model's own defaults are wrong.
+        InputError: a setting doesn't exist, is outside its limits, or lacks a needed option.
+        ModelError: the model's own defaults are invalid.
     """
     for name, value in folder.defaults.settings.items():
         if name not in SETTINGS:
-            raise ModelError(f"{folder.name}: model.json gives a setting {name!r}; "
+            raise ModelError(f"{folder.name}: model.json has an unknown setting {name!r}; "
                              f"{nearest(name, SETTINGS)}")
         try:
             _check(SETTINGS[name], value)
@@ -119,7 +118,8 @@ def check_settings(request: Request, folder: ModelFolder) -> None:
         _check(SETTINGS[name], value)
         needs = SETTINGS[name].needs
         if needs and not any(request.has(option) for option in needs):
-            raise OptionError(f"{name} needs {' or '.join(needs)}; add it or leave this out", name)
+            raise OptionError(f"{name} needs {' or '.join(needs)}; add it or leave {name} "
+                              "out", name)
 
 
 def _check(setting: Setting, value: Value) -> None:
@@ -131,7 +131,7 @@ def _check(setting: Setting, value: Value) -> None:
 
 
 def own_value(name: str, folder: ModelFolder) -> float:
-    """Return a model's own value of a setting, or the one that stands for none."""
+    """Return a model's default value of a setting, or that of models without the feature."""
     value = folder.defaults.settings.get(name, SETTINGS[name].off)
     return SETTINGS[name].kind(value or 0)
 
@@ -139,24 +139,25 @@ def own_value(name: str, folder: ModelFolder) -> float:
 def settled_value(
     name: str, request: Request, folder: ModelFolder, why: str | None = None
 ) -> float:
-    """Return a setting as it is asked for, or the model's own.
+    """Return a setting's requested value, or else the model's default.
 
-    `why` is the reason that it can't be had, if any; then a request for it raises InputError.
+    Raises:
+        OptionError: it is requested, but `why` gives a reason that it isn't available.
     """
-    asked, off = request.settings.get(name), SETTINGS[name].off
+    requested, off = request.settings.get(name), SETTINGS[name].off
     if why is None:
-        return own_value(name, folder) if asked is None else SETTINGS[name].kind(asked)
-    if asked not in (None, off):
-        raise OptionError(f"{name} is {asked}, but {why}; leave it out", name)
+        return own_value(name, folder) if requested is None else SETTINGS[name].kind(requested)
+    if requested not in (None, off):
+        raise OptionError(f"{name} is {requested}, but {why}; leave it out", name)
     return SETTINGS[name].kind(off or 0)
 
 
 def replayed_settings(
     plan: Mapping[str, Any], asked: Mapping[str, Value], options: frozenset[str]
 ) -> dict[str, Value]:
-    """Return the settings that make a recipe's clip again: what its plan settled, else as asked.
+    """Return the settings that reproduce a recipe's clip: the plan's, or else the requested ones.
 
-    Settings that need other `options` than those of the clip's inputs are left out.
+    `options` are the options of the clip's inputs; settings that need others are left out.
     """
     kept = {name: value for name, value in asked.items()
             if name not in SETTINGS or not SETTINGS[name].recorded}
@@ -165,20 +166,20 @@ def replayed_settings(
 
 
 def _recorded(plan: Mapping[str, Any]) -> dict[str, Value]:
-    """Return the settings that a plan holds, without sampling that a student settled."""
+    """Return the settings in a plan, except those of sampling that a distilled model fixes."""
     facts, by_student = {**plan, **plan["guidance"]}, plan.get("student") is not None
     found = {each.name: facts.get(each.recorded, each.off) for each in SETTINGS.values()
              if each.recorded and not (by_student and each.topic == "sampling")}
-    return {name: value for name, value in found.items()  # 0 steps of sound: as the picture's
+    return {name: value for name, value in found.items()  # 0 sound steps: as many as the clip's
             if value is not None and value >= SETTINGS[name].low}
 
 
 def settings_to_go_on(
     plan: Mapping[str, Any], asked: Mapping[str, Value], *, sound: bool
 ) -> dict[str, Value]:
-    """Return the settings of a clip that goes on: guidance as it was settled, others as asked for.
+    """Return the settings of a continued clip: the plan's guidance, other settings as requested.
 
-    Those of sound are among them if the model goes on making it.
+    With `sound` they include those of the model's own sound.
     """
     own = {name: value for name, value in _recorded(plan).items()
            if SETTINGS[name].topic == "sampling"
@@ -189,32 +190,33 @@ def settings_to_go_on(
 
 
 def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bool = False) -> None:
-    """Refuse what a model never learned, and a request without an input that it needs.
+    """Check that a model supports the options of a request, and has the inputs that it needs.
 
-    A model without the task "text" needs a picture or clip, one of `both` a first and a last frame.
+    A model without the task "text" needs a picture or clip; with `both` it needs a first and a last
+    frame.
 
     Raises:
         InputError: names the model's tasks, or the missing input.
     """
-    asked = {task: option for option, task in OPTIONS.items() if request.has(option)}
-    for task, option in asked.items():
+    requested = {task: option for option, task in OPTIONS.items() if request.has(option)}
+    for task, option in requested.items():
         if task not in tasks:
             from vidgen.weights.family import models_with
 
-            raise InputError(f"model {name!r} can't take {option}: it learned {', '.join(tasks)}; "
-                             f"models that can: {', '.join(models_with(task))}")
-    if both and not {"image", "last-image"} <= asked.keys():
-        raise InputError(f"model {name!r} goes from one picture to another; give --image and "
+            raise InputError(f"model {name!r} doesn't support {option}, but {', '.join(tasks)}; "
+                             f"models that do: {', '.join(models_with(task))}")
+    if both and not {"image", "last-image"} <= requested.keys():
+        raise InputError(f"model {name!r} needs a first and a last frame; give --image and "
                          "--last-image")
-    if "text" not in tasks and not asked:
-        raise InputError(f"model {name!r} starts from what it is shown; give one of "
+    if "text" not in tasks and not requested:
+        raise InputError(f"model {name!r} needs a picture or clip; give one of "
                          f"{', '.join(f'--{task}' for task in tasks)}")
 
 
 def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
-    """Return whether a model of such tasks makes the clip's sound itself."""
-    asked = request.audio in (None, OWN_AUDIO) and request.audio_model is None
-    return SOUND in tasks and asked
+    """Return whether a model with these tasks generates the clip's sound itself."""
+    is_requested = request.audio in (None, OWN_AUDIO) and request.audio_model is None
+    return SOUND in tasks and is_requested
 
 
 def words_alone(request: Request) -> bool:

@@ -33,7 +33,7 @@ Made = Callable[[Setup], Estimate]
 def first_setup(folder: ModelFolder, device: torch.device, asked: Loading) -> Setup:
     """Choose the setup in which to open a model, by its weights and the free memory alone.
 
-    If no setup fits, return the one that needs least.
+    If no setup fits, return the one that needs the least memory.
     """
     dtype, have = asked.dtype or best_dtype(device), available_memory(device)
     for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked)):
@@ -48,10 +48,10 @@ def first_setup(folder: ModelFolder, device: torch.device, asked: Loading) -> Se
 def preflight(
     loader: ModelLoader, plan: Plan, request: Request, asked: Loading, count: int = 1
 ) -> Estimate:
-    """Estimate `count` clips without measuring anything; choose what `asked` leaves open.
+    """Choose the options that `asked` leaves open for a loaded model; estimate `count` clips.
 
     Raises:
-        ModelError: more than the memory holds; names what would fit.
+        ModelError: nothing fits the memory; the message lists settings that do.
     """
     have = available_memory(loader.device)
     if have is not None:
@@ -65,14 +65,14 @@ def choose(
     have: int | None, *, dtype: str | None = None, count: int = 1,
     rates: Mapping[torch.dtype, Rates] | None = None,
 ) -> Estimate:
-    """Choose the fastest setup that fits, of those that `asked` leaves open.
+    """Choose the fastest setup that fits, among those that `asked` leaves open.
 
-    Offloading comes before tiles, which take longer, and tiles before another dtype, which changes
-    results. `have` are the device's free bytes, None if unknown, so that everything fits; `dtype`
-    is the device's best if it is known.
+    Offloading is tried before tiles, which take longer, and tiles before another dtype, which
+    changes results. `have` is the device's free memory in bytes; None if unknown, then everything
+    fits. `dtype` overrides the device's best dtype.
 
     Raises:
-        ModelError: nothing fits; names what would.
+        ModelError: nothing fits the memory; the message lists settings that do.
     """
     have = sys.maxsize if have is None else have
     dtype = dtype or asked.dtype or best_dtype(device)
@@ -90,28 +90,28 @@ def choose(
             if found is not None and found.peak_bytes <= have:
                 if first is None:
                     return found
-                return replace(found, choice=f"{found.setup.words} was chosen: {first.setup.words} "
+                return replace(found, choice=f"chose {found.setup.words}: {first.setup.words} "
                                f"needs {size_text(first.peak_bytes)}, {size_text(have)} are free")
             first = first or found
     assert first is not None
     fits = [*_other_setups(first.setup, plan, have, made),
             *_smaller_clips(first.setup, folder, plan, request, have)]
-    remedy = (f"what would fit: {', or '.join(fits)}" if fits else
-              "nothing that is left to choose would fit: free memory or take a smaller model")
+    remedy = (f"these fit: {', or '.join(fits)}" if fits else
+              "no other setting fits: free memory or use a smaller model")
     stage = max(first.stages, key=lambda stage: stage.bytes)
     raise ModelError(f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
-                     f"{size_text(stage.bytes)} on {device} while it is at {stage.name!r} "
+                     f"{size_text(stage.bytes)} on {device} in stage {stage.name!r} "
                      f"({first.setup.words}), {size_text(have)} are free; {remedy}")
 
 
 def _given_tiles(given: str, latents: LatentShape) -> Tiles | None:
-    """Return tiles of "RxC"; None for the whole, and for what the memory decides."""
+    """Return the tiles of "RxC"; None for "none", "auto" and a single tile."""
     if given in ("auto", "none"):
         return None
     rows, columns = map(int, given.split("x"))
     if rows > latents.height or columns > latents.width:
-        raise InputError(f"tiles is {given}, but the picture has {latents.height}x"
-                         f"{latents.width} latents; give at most a tile for each, or auto")
+        raise InputError(f"tiles is {given}, but the clip has {latents.height}x{latents.width} "
+                         "latents; give at most one tile per latent, or auto")
     return Tiles(rows, columns) if rows * columns > 1 else None
 
 
@@ -125,7 +125,7 @@ def _offloads(asked: Loading) -> tuple[Offload, ...]:
 
 
 def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
-    """Return the estimate with the largest tiles that fit; None if none fit or tiles are given."""
+    """Return the estimate with the largest tiles that fit; None if none do or tiles are given."""
     choices = [*grids(plan.latents.height, plan.latents.width)]
 
     def fits(tiles: Tiles) -> bool:
@@ -137,7 +137,7 @@ def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
 
 
 def _other_setups(setup: Setup, plan: Plan, have: int, made: Made) -> Iterator[str]:
-    """Name setups that fit, those that change results last."""
+    """Yield setups that fit, in words; those that change results come last."""
     kinds: list[Quantization | None] = [None, "int8"]
     dtypes = _dtypes(None, setup.dtype)
     for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
@@ -154,7 +154,7 @@ def _other_setups(setup: Setup, plan: Plan, have: int, made: Made) -> Iterator[s
 def _smaller_clips(
     setup: Setup, folder: ModelFolder, plan: Plan, request: Request, have: int
 ) -> Iterator[str]:
-    """Name the longest clip of this size, and the largest of this length, that fit."""
+    """Yield options of the longest clip of this size and the largest of this length that fit."""
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
     t, side = vae.strides.t, vae.strides.hw * dit.patch_size
 

@@ -1,7 +1,7 @@
 """A request's step cache, and the magnitudes of a model's blocks.
 
-`settle_cache` makes the plan's choice, `make_caches` the caches of one run of a sampler, `carrying`
-adds their memory to the states of that run.
+`settle_cache` chooses the plan's cache, `make_caches` creates the caches of one run of a sampler,
+and `carrying` adds their memory to the states of that run.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 FILE = "magnitudes.json"
-"""In a model's folder, or, by the model's hash, in the user's cache."""
+"""File name of magnitudes, in a model's folder or in the user's cache by the model's hash."""
 THRESHOLDS = {"first-block": 0.1, "magnitude": 0.05, "forecast": 0.2}
-"""Defaults: 32 dB and more against the clip without a cache; see docs/howto/speed.md."""
+"""Defaults, with a PSNR of 32 dB or more to the clip without a cache; see docs/howto/speed.md."""
 
 TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORDER}
-"""As wide as the tokens, by method, for each branch of guidance."""
+"""Number of tensors of the tokens' size that each method keeps for each branch of guidance."""
 
 
 def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
-    """Return the step cache that `--cache` asks for; None if every step is computed."""
+    """Return the requested step cache; None if every step is computed.
+
+    Raises:
+        InputError: the method needs the model's magnitudes, which weren't measured.
+    """
     method, _, threshold = request.cache.partition(":")
     if method == "none":
         return None
@@ -55,15 +59,15 @@ def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
         return choice
     known = read_magnitudes(folder)
     if known is None:
-        raise InputError(f"nobody has measured the magnitudes of {folder.name} yet; `vidgen models "
-                         f"--measure {folder.given or folder.path}` does, or take --cache forecast")
+        raise InputError(f"the magnitudes of {folder.name} were never measured; run `vidgen models "
+                         f"--measure {folder.given or folder.path}`, or give --cache forecast")
     return replace(choice, magnitudes=known)
 
 
 def make_caches(
     choice: CacheChoice | None, sigmas: Tensor, guidance: Guidance
 ) -> StepCaches | None:
-    """Return the caches of one run of a sampler with `sigmas` [num_steps + 1]."""
+    """Return the caches of one run of a sampler over `sigmas` [num_steps + 1]."""
     if choice is None:
         return None
     count = len(sigmas) - 1
@@ -90,7 +94,11 @@ def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> O
 
 
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
-    """Return a model's magnitudes from its folder, else those measured by this user, or None."""
+    """Return a model's magnitudes from its folder or the user's cache; None if it has none.
+
+    Raises:
+        ModelError: the file in the folder is damaged.
+    """
     path = folder.path / FILE
     if path.is_file():
         try:
@@ -101,7 +109,7 @@ def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
     try:
         return _parse(read_cache(FILE)[folder.content_hash])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # never measured, or not readable: then it is measured again
+        return None  # missing or damaged: it is measured again
 
 
 def write_magnitudes(found: Magnitudes, folder: ModelFolder, into: Path | None = None) -> Path:

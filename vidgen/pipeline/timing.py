@@ -1,8 +1,8 @@
-"""Time of work: FLOPs counted from the architectures, by rates measured on the machine.
+"""Estimate computing time: FLOPs of the architectures, divided by rates measured on the machine.
 
-A machine is measured once for each dtype and number of threads, in some seconds. On a CPU the clock
-is the computing thread's own time, so that other programs don't count; with several threads it is
-the wall's.
+A machine is measured once for each dtype and number of threads, in a few seconds. With one CPU
+thread the clock is that thread's own time, so that other programs don't count; otherwise it is wall
+time.
 
 Axes: L tokens, S text tokens, D width, F latent frames.
 """
@@ -36,14 +36,14 @@ from vidgen.weights.component import Component
 FORMAT = 12
 CALIBRATION = "calibration.json"
 LOAD_BYTES_PER_S = 3e9
-"""From files in the system's memory."""
+"""Speed of loading weights from files in the page cache."""
 IN_A_RUN = 1.15
-"""Time in a generation by that of a network alone, whose data are in the caches."""
+"""Ratio of a network's time in a generation to its time alone, with warm processor caches."""
 WRITE_PIXELS_PER_S = 2e7
-"""Of a video encoder on one core."""
+"""Speed of a video encoder on one core."""
 _BUDGET_S, _LONG_S = 0.12, 1.0
 _TEXT = 16
-# what is measured: heads and tokens of attention; networks, latent frames and the side of each
+# cases to measure: heads and tokens of attention; (network, latent frames, side in latents)
 _ATTENTION = (4, 1900)
 _TRANSFORMERS = ((DIT_PRESETS["toybox"], 9, 16),
                  (replace(DIT_PRESETS["wan-1.3b"], num_layers=1), 3, 24))
@@ -51,10 +51,10 @@ _VAES = ((VAE_PRESETS["toybox"], 3, 16), (VAEConfig(16, 1, 192, (1,), 1, ()), 3,
 
 
 class Op(NamedTuple):
-    """Work of one kind, with the norms and activations that come with it."""
+    """FLOPs of one kind; their rate includes the norms and activations between them."""
 
     kind: Literal["linear", "attention", "conv"]  # selects the rate
-    width: float  # of the tokens, or channels; the rate depends on it
+    width: float  # of tokens, or channels; the rate depends on it
     flops: float
 
 
@@ -62,7 +62,7 @@ def transformer_ops(
     config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
     controlled: bool = False, sound_tokens: int = 0,
 ) -> list[Op]:
-    """Count one forward pass; `frames` includes stills, `sound_tokens` are sound latents in it."""
+    """Count one forward pass over `frames` latent frames, stills included, and sound tokens."""
     width, tokens = config.hidden_dim, frames * frame_tokens
     keys = float(tokens + sound_tokens)
     context = text_tokens + 1 + image_tokens
@@ -79,7 +79,7 @@ def transformer_ops(
 def listening_ops(
     config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int, takes: int = 1
 ) -> list[Op]:
-    """Count a pass of the sound tokens of all takes, each of which attends to `keys`."""
+    """Count a pass of the sound tokens of all takes, each of which attends to `keys` keys."""
     width = config.hidden_dim
     ops = _block_ops(width, audio.ffn_dim, tokens, keys, context, takes * config.num_layers)
     ends = 2.0 * takes * tokens * audio.channels
@@ -99,7 +99,7 @@ def _block_ops(
 def network_ops(
     component: Component[Any], width: int, positions: int, without: str = "-"
 ) -> list[Op]:
-    """Count a pass of another network, without weights whose names begin with `without`."""
+    """Count a pass of another network, except weights whose names begin with `without`."""
     weights = sum(lazy.likeness.numel() for name, lazy in component.tensors.items()
                   if not name.startswith(without))
     return [Op("linear", width, 2 * weights * positions)]
@@ -108,20 +108,20 @@ def network_ops(
 class VAEPart(NamedTuple):
     """3x3x3 convolutions of the VAE at one resolution."""
 
-    inputs: tuple[int, ...]  # channels that each of them reads, with two frames of history
-    width: int  # channels that each of them makes
-    frames: int  # for each latent frame
-    pixels: int  # of a frame
+    inputs: tuple[int, ...]  # input channels of each convolution, which caches two frames
+    width: int  # output channels of each convolution
+    frames: int  # per latent frame
+    pixels: int  # per frame
 
 
 def vae_parts(
     config: VAEConfig, rows: int, columns: int, *, decode: bool, tiles: Tiles | None = None,
     every_tile: bool = False, rate: int = 1,
 ) -> tuple[VAEPart, list[VAEPart]]:
-    """Return the middle of the decoder or encoder, which is never cut, and the rest in order.
+    """Return the middle of the decoder or encoder, which is never tiled, and the rest in order.
 
-    `rows` and `columns` are of latents. Pixels are those of the largest of the `tiles`, or with
-    `every_tile` of all together.
+    `rows` and `columns` count latents. Pixels are of the largest of the `tiles`, or with
+    `every_tile` the sum of all tiles.
     """
     scales = [4 ** min(i, config.num_stages - 1) for i in range(config.num_stages + 1)]
     areas = [rows * columns * scale for scale in (scales if decode else scales[::-1])]
@@ -153,9 +153,9 @@ def vae_ops(
     config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
     tiles: Tiles | None = None, rate: int = 1,
 ) -> list[Op]:
-    """Count a clip of latent frames of rows x columns through the decoder or encoder.
+    """Count the decoding or encoding of a clip of `frames` latent frames of rows x columns.
 
-    The first latent frame gives one frame, which only the last of three taps see.
+    The first latent frame is one frame, which uses only the last of the three taps in time.
     """
     middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles, every_tile=True,
                               rate=rate)
@@ -169,7 +169,7 @@ class Rates:
 
     # by kind of `Op`, (width, FLOPs per second) in rising width
     points: Mapping[str, Sequence[tuple[float, float]]]
-    measured: bool = True  # False: times only weigh stages against each other
+    measured: bool = True  # False: times are only relative weights of stages
 
     def rate(self, kind: str, width: float) -> float:
         """Return FLOPs per second, interpolated in logarithms between measured widths."""
@@ -181,17 +181,17 @@ class Rates:
         return points[-1][1]
 
     def seconds(self, ops: Sequence[Op]) -> float:
-        """Return the time of work that is done one after the other."""
+        """Return the time in seconds of operations that run one after the other."""
         return IN_A_RUN * sum(op.flops / self.rate(op.kind, op.width) for op in ops)
 
 
 NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 60e9)]},
                 measured=False)
-"""An ordinary core, to weigh stages if nothing was measured."""
+"""Rates of a typical core, to weigh stages while nothing was measured."""
 
 
 def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """Return this machine's rates if it was measured; a damaged file counts as none."""
+    """Return this machine's saved rates; None if they are missing or damaged."""
     try:
         entry = read_cache(CALIBRATION)[_machine(device, dtype)]
         points = {kind: [(float(width), float(rate)) for width, rate in entry[kind]]
@@ -204,7 +204,7 @@ def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure this machine for some seconds and save the result, if possible."""
+    """Measure this machine for a few seconds; save and return its rates."""
     points = {kind: sorted(each) for kind, each in _measure(device, dtype).items()}
     write_cache(CALIBRATION, read_cache(CALIBRATION) | {_machine(device, dtype): points})
     return Rates(points)
@@ -261,7 +261,7 @@ def _points(
 ) -> list[tuple[float, float]]:
     """Return (mean width, FLOPs per second) of cases, the smallest first.
 
-    In a dtype that the processor only emulates the first is slow, and the next is left out.
+    Stop after a slow case, as in a dtype that the processor only emulates.
     """
     points: list[tuple[float, float]] = []
     for case in cases:
@@ -274,10 +274,10 @@ def _points(
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the median of several runs after a warm-up, or the warm-up's time if it was long.
+    """Return the median time of several runs after a warm-up, or the warm-up's time if it was long.
 
-    With several threads it is the lower quartile of the wall's time: one that waits for a core
-    holds up the others, and their sleep is in no thread's time.
+    With several threads, return the lower quartile of wall time: a thread that waits for a core
+    delays the others, and thread time doesn't include their sleep.
     """
     gpu = device.type == "cuda"
     several = not gpu and torch.get_num_threads() > 1

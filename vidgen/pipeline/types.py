@@ -1,4 +1,4 @@
-"""Values that the modules of this room pass to each other."""
+"""Plans, estimates, progress and other values that the pipeline's modules exchange."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Report = Callable[[Stage, int, int], None]
 
 
 class Opened(Protocol):
-    """An opened model, run by our networks or by diffusers' pipelines."""
+    """An opened model, run by vidgen's networks or by a diffusers pipeline."""
 
     device: torch.device
     dtype: str  # of its weights: "fp32", "bf16" or "fp16"
@@ -62,7 +62,7 @@ class AnyEngine(Opened, Protocol):
         on_preview: OnPreview | None = None, journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
-        """Make a clip, or a list of them where `count` is over 1."""
+        """Generate a clip, or a list of clips if `count` is over 1."""
 
     def close(self) -> None:
         """Free the memory and other devices; the engine can't be used afterwards."""
@@ -70,7 +70,7 @@ class AnyEngine(Opened, Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Argument of `on_event`: `done` of `total` in a stage of clip `clip` of `num_clips`."""
+    """Progress for `on_event`: `done` of `total` units in a stage of clip `clip` of `num_clips`."""
 
     stage: Stage
     done: int
@@ -95,12 +95,12 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Preview:
-    """A forming clip."""
+    """Small frames of a clip that is being generated."""
 
     frames: Frames  # uint8 [F, H', W', 3], one for each latent frame
-    fps: Fraction  # of these frames
-    clip: int  # its number, from 1
-    step: int  # of the sampler, from 1
+    fps: Fraction  # frame rate of the preview
+    clip: int  # number of the clip, from 1
+    step: int  # number of the sampler's step, from 1
 
 
 OnPreview = Callable[[Preview], None]
@@ -120,7 +120,7 @@ class Loras:
         return {token: row for tokens in each for token, row in tokens.items()}
 
     def plus(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
-        """Return these adapters plus the deltas of a distilled model; both are summed."""
+        """Return these adapters with the weight deltas of a distilled model added."""
         adapters = dict(self.adapters)
         for role, delta in deltas.items():
             adapters[role] = [(delta, 1.0), *adapters.get(role, ())]
@@ -132,16 +132,16 @@ NO_LORAS = Loras({})
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """A settled step cache."""
+    """A step cache's method and threshold."""
 
     method: str  # "first-block", "magnitude" or "forecast"
     threshold: float  # 0 computes every step
-    magnitudes: Magnitudes | None = None  # of the model, for "magnitude"
+    magnitudes: Magnitudes | None = None  # the model's, for "magnitude"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One clip, with nothing left to choose."""
+    """All choices that define one clip, defaults included."""
 
     prompt: str
     negative: str
@@ -149,32 +149,32 @@ class Plan:
     width: int
     height: int
     num_frames: int  # to generate, 1 mod the temporal stride
-    kept_frames: int  # of the clip, the first of those generated
+    kept_frames: int  # frames of the clip, the first ones of those generated
     fps: Fraction
-    num_steps: int  # of a run from pure noise, of which `strength` takes its share
+    num_steps: int  # of a run from pure noise; `strength` runs its share of them
     shift: float
-    sampler: str  # its name; a scheduler object's class
+    sampler: str  # name of a sampler, or of a scheduler's class
     guidance: Guidance
     strength: float
     control_scale: float
     fit: Fit
     latents: LatentShape
-    readings: tuple[tuple[str, str], ...] = ()  # words and their replacements
+    readings: tuple[tuple[str, str], ...] = ()  # (word, replacement) pairs
     cache: CacheChoice | None = None
-    tiles: Tiles | None = None  # of the VAE's pictures; None: the whole
+    tiles: Tiles | None = None  # of the VAE; None: no tiling
     refine_steps: int = 0  # of a given first frame's latents
     encode_passes: int = 1  # see `encode_pixels`
-    sound_steps: int = 0  # of the model's own sound; 0: as many as the picture's
-    sound_candidates: int = 1  # sounds, of which the best is kept
-    sound_delay_s: float = 0.0  # of the sound after the picture
-    student: StudentConfig | None = None  # distilled model that denoises, if any
-    oversampling: int = 1  # latent frames below the model's boundary for each above
-    candidates: int = 1  # of the clip, or of each window, at most
-    binding: float = 0.0  # of regional prompts, see `vidgen.diffusion.regional_prompts`
+    sound_steps: int = 0  # steps of the model's own sound; 0: as many as the clip's
+    sound_candidates: int = 1  # sounds to generate; the best one is kept
+    sound_delay_s: float = 0.0  # delay of the sound after the picture
+    student: StudentConfig | None = None  # distilled model in use, if any
+    oversampling: int = 1  # factor of temporal upsampling below the model's boundary
+    candidates: int = 1  # most candidates of the clip, or of each window
+    binding: float = 0.0  # strength of `vidgen.diffusion.regional_prompts`
 
     @property
     def rate(self) -> LatentRate:
-        """Rate of its finished latents against its own latent frames."""
+        """Ratio of its finished latents to its latent frames."""
         from vidgen.diffusion.temporal_upsampling import LatentRate
 
         return LatentRate(self.oversampling)
@@ -182,7 +182,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings under which a model runs; `tiles` of the VAE's pictures, None for the whole."""
+    """Device, dtype and memory options under which a model runs; `tiles` None: no tiling."""
 
     device: torch.device
     dtype: str
@@ -192,7 +192,7 @@ class Setup:
 
     @property
     def words(self) -> str:
-        """Options of the command line that give this setup."""
+        """Command line options that select this setup."""
         words = [f"--dtype {self.dtype}", f"--offload {self.offload}"]
         words += [f"--quantize {self.quantize}"] if self.quantize else []
         return " ".join(words + ([f"--tiles {self.tiles}"] if self.tiles else []))
@@ -200,7 +200,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Time of a generation's stage for all clips, and its peak memory."""
+    """Seconds of one stage of a generation, for all clips, and its peak memory in bytes."""
 
     name: str
     seconds: float
@@ -211,29 +211,29 @@ class StageEstimate:
 class Estimate:
     """Expected time and memory of a generation."""
 
-    # "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode", "mux", in
-    # order. Decoding and muxing overlap: "mux" is the time it adds.
+    # in order: "load", "text", "prepare", "denoise", "sound" if the model generates any, "decode",
+    # "mux". Decoding and muxing overlap: "mux" is the time that it adds.
     stages: tuple[StageEstimate, ...]
     setup: Setup
-    encoder_s: float  # of video encoding, most of it while frames are decoded
-    kept_frames: int  # frames written, of all clips
-    disk_bytes: int  # upper bound, of all clips as .mp4 and of their journals
-    measured: bool  # False: the machine is unknown, and seconds are only weights
-    notes: tuple[str, ...] = ()  # work that isn't counted
-    choice: str = ""  # settings changed to make it fit, in words
+    encoder_s: float  # seconds of video encoding, most of them parallel to decoding
+    kept_frames: int  # frames to write, of all clips
+    disk_bytes: int  # upper bound of all clips as .mp4, with their journals
+    measured: bool  # False: the machine wasn't measured, and seconds are only relative weights
+    notes: tuple[str, ...] = ()  # remarks, such as work that isn't counted
+    choice: str = ""  # options that were changed to fit the memory, in words
 
     @property
     def total_s(self) -> float:
-        """Seconds of all stages."""
+        """Sum of all stages in seconds."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def peak_bytes(self) -> int:
-        """Peak bytes on top of the program's own after its imports."""
+        """Peak memory in bytes, in addition to that of the process after its imports."""
         return max(stage.bytes for stage in self.stages)
 
     def as_data(self) -> dict[str, Any]:
-        """Return it as JSON data."""
+        """Return the estimate as JSON data."""
         import torch
 
         return {
