@@ -84,7 +84,7 @@ def test_a_dead_rank_stops_the_others_with_the_reason(tmp_path):
     died = time.monotonic()
     assert launch.codes(60)[0] == 1
     assert time.monotonic() - died < 60
-    assert "rank 1 of 2 is gone" in launch.logs[0].read_text()
+    assert "rank 1 of 2 doesn't respond" in launch.logs[0].read_text()
     assert latest_checkpoint(tmp_path / "run").name == "step-00000003"
     finish(tmp_path, tmp_path / "run", None)
     finish(tmp_path, tmp_path / "straight", None)
