@@ -353,7 +353,7 @@ class Request(Options):
 
     @property
     def begins_with_image(self) -> bool:
-        """Whether `image` is the first frame; with a mask but no video it is the whole clip."""
+        """True if `image` is the first frame; with a mask but no video it is the whole clip."""
         return self.image is not None and (self.mask is None or self.video is not None)
 
     @property
@@ -372,7 +372,7 @@ class Request(Options):
 
     @property
     def wants_sound(self) -> bool:
-        """Whether an option asks for sound, which the output format must then support."""
+        """True if an option asks for sound, which the output format must then support."""
         return self.audio not in (None, NO_AUDIO) or bool(self.audio_model or self.say)
 
     @property

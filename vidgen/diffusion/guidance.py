@@ -92,7 +92,7 @@ class Guidance:
 
     @property
     def is_off(self) -> bool:
-        """Whether no step needs the velocity under the negative prompt."""
+        """True if no step needs the velocity under the negative prompt."""
         return self.scale == 1 and {self.low_scale, self.known_scale} <= {None, 1}
 
 

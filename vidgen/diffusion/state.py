@@ -60,7 +60,7 @@ class PartlyKnown:
 
     @cached_property
     def any_known(self) -> bool:
-        """Whether any latent in place is known."""
+        """True if any latent in place is known."""
         return not bool(self.denoise_mask.all())
 
     def impose(self, latents: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class LatentState(PartlyKnown):
 
     @cached_property
     def is_known(self) -> bool:
-        """Whether the whole picture is known, so that only sound is generated."""
+        """True if the whole picture is known, so that only sound is generated."""
         return not bool(self.denoise_mask.any())
 
     @property
@@ -165,7 +165,7 @@ class LatentState(PartlyKnown):
 
     @property
     def has_given(self) -> Tensor:
-        """Whether whole frames of each clip are given, in place or as stills, [B] bool.
+        """True if whole frames of each clip are given, in place or as stills, [B] bool.
 
         Noised beginnings of later windows and partial frames kept by a mask don't count.
         """
@@ -179,7 +179,7 @@ class LatentState(PartlyKnown):
 
     @cached_property
     def whole_frames(self) -> bool:
-        """Whether each latent frame is known or generated as a whole."""
+        """True if each latent frame is known or generated as a whole."""
         pixels = self.denoise_mask.flatten(3)
         return bool((pixels == pixels[..., :1]).all())
 
