@@ -406,7 +406,7 @@ def test_shots_that_are_there_are_counted_when_one_is_interrupted(
 def test_a_film_goes_on_as_any_clip_does_and_its_script_makes_it_again(film, tiny_model, capsys):
     whole = film / "film.mp4"
     assert main(["extend", str(whole), "--seconds", "0.25"]) == 2
-    assert "film.mp4 doesn't tell its prompt; give --prompt" in capsys.readouterr().err
+    assert "film.mp4 records no prompt; give --prompt" in capsys.readouterr().err
     told = vidgen("extend", whole, "--seconds", "0.25", "--prompt", "a cat", "--model", tiny_model,
                   "--steps", 2)
     assert (told["hand_over"], told["num_frames"]) == ("pixels", 63)

@@ -347,7 +347,7 @@ def test_a_file_that_came_in_between_is_not_replaced(engine, out):
     with pytest.raises(Cancelled):
         go(engine, out, False, stop_at(2))
     engine.generate(PROMPT, **(LONG | {"seed": 99})).save(out)
-    with pytest.raises(OutputError, match="is another clip's"):
+    with pytest.raises(OutputError, match="isn't the clip of"):
         go(engine, out)
 
 

@@ -187,14 +187,14 @@ def test_a_large_input_is_named_by_hash_and_option_when_it_is_gone(
     code, _, err = replay("made.mkv", "-o", "x.mkv")
     assert code == 2
     assert "is missing" in err
-    assert f"{digest}; give that with --input image=PATH, or another with --set image=PATH" in err
+    assert f"{digest}; give it with --input image=PATH, or another with --set image=PATH" in err
     Image.fromarray(PICTURE[:, ::-1]).save("a.png")
     code, _, err = replay("made.mkv", "-o", "x.mkv")
     assert code == 2
     assert "was changed" in err
     code, _, err = replay("made.mkv", "-o", "x.mkv", "--input", "image=b.jpg")
     assert code == 2
-    assert "b.jpg is another one" in err
+    assert "b.jpg is a different file" in err
     code, _, err = replay("made.mkv", "-o", "x.mkv", "--input", "imag=c.png")
     assert code == 2
     assert "did you mean 'image'?" in err
@@ -210,7 +210,7 @@ def test_an_input_given_for_one_in_the_recipe_must_be_that_one(
     engine.generate(PROMPT, seed=5, image="a.png").save("made.mkv")
     code, _, err = replay("made.mkv", "-o", "x.mkv", "--input", "image=b.jpg")
     assert code == 2
-    assert "b.jpg is another one" in err
+    assert "b.jpg is a different file" in err
     assert "--set image=PATH" in err
     shutil.copy("a.png", "same.png")
     assert replay("made.mkv", "-o", "x.mkv", "--input", "image=same.png")[1]["identical"]
@@ -230,7 +230,8 @@ def test_noise_too_large_for_the_recipe_comes_from_a_file(
     assert "--input latents=PATH" in err
     for wrong in ({"latents": noise + 1}, {"noise": noise}):
         save_file(wrong, "noise.safetensors")
-        assert "is another one" in replay("made.mkv", "--input", "latents=noise.safetensors")[2]
+        err = replay("made.mkv", "--input", "latents=noise.safetensors")[2]
+        assert "is a different file" in err
     save_file({"latents": noise, "more": noise + 1}, "noise.safetensors", {"by": "somebody"})
     assert replay("made.mkv", "--input", "latents=noise.safetensors")[1]["identical"]
 

@@ -68,7 +68,7 @@ def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(
         assert main(["replay", name, "-o", "more.mp4"]) == 2
         assert f"{name} is made of several clips" in capsys.readouterr().err
     assert main(["extend", "s.mp4", "--seconds", "1"]) == 2
-    assert "s.mp4 doesn't tell its prompt; give --prompt" in capsys.readouterr().err
+    assert "s.mp4 records no prompt; give --prompt" in capsys.readouterr().err
     assert read_recipe("s.mp4")["sweep"]["over"] == {
         "prompt:car": ["car", "cat"], "guidance": ["1", "3"]
     }

@@ -1,4 +1,4 @@
-"""The recipe: all that shapes a clip, as JSON data in its file."""
+"""The recipe: everything that determines a clip, as JSON data in its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "vi
 def make_recipe(
     engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
 ) -> dict[str, Any]:
-    """Return the recipe of a clip that our own networks make."""
+    """Return the recipe of a clip made by vidgen's own networks."""
     recipe = _common(engine, plan, request, inputs, loras)
     recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
     if engine.device.type == "cpu":
@@ -49,7 +49,7 @@ def make_recipe(
 def make_diffusers_recipe(
     engine: Opened, plan: DiffusersPlan, request: Request, inputs: Inputs
 ) -> dict[str, Any]:
-    """Return the recipe of a clip that a diffusers pipeline makes."""
+    """Return the recipe of a clip made by a diffusers pipeline."""
     assert isinstance(engine.folder, DiffusersFolder)
     recipe = _common(engine, plan, request, inputs, NO_LORAS)
     recipe["model"]["class"] = engine.folder.class_name
@@ -59,13 +59,13 @@ def make_diffusers_recipe(
 def _common(
     engine: Opened, plan: Plan | DiffusersPlan, request: Request, inputs: Inputs, loras: Loras
 ) -> dict[str, Any]:
-    folder, settings = engine.folder, dict(getattr(request.scheduler, "config", {}))
+    folder, scheduler = engine.folder, dict(getattr(request.scheduler, "config", {}))
     before = (inputs.ending.recipe if inputs.ending else None) or {}
     return {
         "format_version": RECIPE_VERSION, "vidgen": __version__,
         "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
         "request": asked_options(request), "plan": plan_facts(plan),
-        "scheduler": json.loads(json.dumps(settings, default=lambda v: v.tolist())) or None,
+        "scheduler": json.loads(json.dumps(scheduler, default=lambda v: v.tolist())) or None,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": inputs.records, "loras": list(loras.records),
         "dtype": engine.dtype, "offload": engine.offload, "device": engine.device.type,
@@ -80,7 +80,7 @@ def plan_facts(plan: Plan | DiffusersPlan) -> dict[str, Any]:
 
 
 def request_facts(request: Request) -> dict[str, Any]:
-    """Return all that a request says of its clips, as `recorded_request` of their recipes."""
+    """Return a request as `recorded_request` returns it from the recipes of its clips."""
     return {
         "prompt": request.prompt, "request": asked_options(request),
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
@@ -91,9 +91,9 @@ def request_facts(request: Request) -> dict[str, Any]:
 
 
 def identity(request: Request, **loading: Any) -> str:
-    """Return the address of one clip of a given seed, by all that shapes it.
+    """Return the address of one clip of a given seed: a hash of everything that determines it.
 
-    `loading` are the engine's loading options, with the model by its content hash.
+    `loading` holds the engine's loading options, with the model's content hash as `model`.
     """
     facts = {"vidgen": __version__, "loading": loading, **request_facts(request)}
     if asked_backend() != "auto":
@@ -105,7 +105,7 @@ def identity(request: Request, **loading: Any) -> str:
 
 
 def _source(folder: ModelFolder | DiffusersFolder) -> str:
-    """Return the name by which `open_model` finds it: hub id, embedded model's name, or path."""
+    """Return the name that opens a model again: hub id, embedded model's name, or path."""
     if folder.given is not None:
         return folder.given
     is_embedded = folder.path == embedded_folder(folder.name)
@@ -113,7 +113,7 @@ def _source(folder: ModelFolder | DiffusersFolder) -> str:
 
 
 def asked_options(request: Request) -> dict[str, Any]:
-    """Return the options that were given, without files and prompt."""
+    """Return the options that differ from their defaults, without files and prompt."""
     given = {name: getattr(request, name) for name in Request.model_fields
              if name not in _ELSEWHERE}
     if request.audio_file is None:

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 FACTS = ("vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype",
          "offload", "quantize", "attention", "kernels", "device", "devices", "machine", "diffusers",
          "transformers", "torchao", "encoder", "hand_over", "sound")
-"""Entries that frames or sound depend on; others differ from run to run or repeat these."""
+"""Entries that frames or sound depend on; others vary between runs or repeat these."""
 _DECISIVE = set(FACTS) - {"offload", "torchao", "encoder", "hand_over"}
-"""Facts of an unfinished job. `offload` isn't one: a job out of memory may resume with another."""
+"""Entries that must match to resume a job; `offload` may change after running out of memory."""
 
 
 def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return entries that frames may depend on and that differ: both values, by name."""
+    """Return the differing entries that frames may depend on, as both values by dotted name."""
     return _unequal(flattened(_facts(recipe, FACTS)), flattened(_facts(other, FACTS)))
 
 
 def decisive_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the differences that keep a job from resuming: "plan.seed was 7, is 8"."""
+    """Return the differences that prevent resuming a job: "plan.seed was 7, is 8"."""
     pairs = _unequal(_leaves(_decisive(old)), _leaves(_decisive(new)))
     names = sorted(pairs, key=lambda name: (name != "vidgen", name))
     return [f"{name} was {_short(pairs[name][0])}, is {_short(pairs[name][1])}" for name in names]
@@ -47,7 +47,7 @@ def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return entries of a recipe, with hashes instead of names and places."""
+    """Return entries of a recipe, with hashes instead of names and paths."""
     facts = {name: recipe[name] for name in names if recipe.get(name) is not None}
     facts["model"] = {"sha256": recipe.get("model", {}).get("sha256")}
     for name, keys in (("inputs", ("option",)), ("loras", ("weight", "expert"))):
@@ -58,7 +58,7 @@ def _facts(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted name; a list is one of them."""
+    """Return the leaves of nested mappings by dotted name; a list is one leaf."""
     if not isinstance(tree, dict):
         return {name: tree}
     parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
@@ -76,7 +76,7 @@ def _short(value: Any) -> str:
 
 
 def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe's request said of its clip, as `recipe.request_facts`."""
+    """Return a recipe's request in the form of `recipe.request_facts`."""
     return {"prompt": recipe["plan"]["prompt"],
             "request": recipe["request"], "frame_times_s": recipe["frame_times_s"],
             "inputs": [[each["option"], each.get("sha256")] for each in recipe["inputs"]],
@@ -84,27 +84,27 @@ def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lora_option(path: Any, record: Mapping[str, Any]) -> str:
-    """Return the option that gives an adapter's file with the weight and expert of its record."""
+    """Return the option `lora` of an adapter's file with the weight and expert of its record."""
     return f"{path}:{record['weight']}" + (f"@{record['expert']}" if record["expert"] else "")
 
 
 def recorded_tiles(plan: Mapping[str, Any]) -> str:
-    """Return the option that gives the tiles of a recipe's plan."""
+    """Return the option `tiles` of a recipe's plan."""
     tiles = plan.get("tiles")
     return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
 
 
 def recorded_readings(plan: Mapping[str, Any]) -> str:
-    """Return the option that gives the normalised words of a recipe's plan."""
+    """Return the option `readings`, the normalised words of a recipe's plan."""
     return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"
 
 
 def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a plan's sampling; of a distilled model's, its steps alone.
+    """Return the sampling options of a plan; for a distilled model, its steps alone.
 
-    A scheduler of diffusers isn't among them.
+    They don't include a scheduler of diffusers.
     """
-    from vidgen.diffusion.samplers import SAMPLERS  # torch, which a journal needn't load
+    from vidgen.diffusion.samplers import SAMPLERS  # loads torch, which journals don't need
 
     steps = {"steps": plan["num_steps"]}
     if plan.get("student") is not None:
@@ -118,7 +118,7 @@ def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_of_clips(recipe: Mapping[str, Any]) -> bool:
-    """Return whether a recipe is a film's or a sweep's, so that no plan of one clip is in it."""
+    """Return whether a recipe is of a film or a sweep, and so holds no plan of one clip."""
     return "plan" not in recipe and ("film" in recipe or "sweep" in recipe)
 
 
@@ -136,8 +136,8 @@ def own_options(
 ) -> dict[str, Any]:
     """Return the options with which a clip continues, from its recipe as `read_recipe` returns it.
 
-    With another `model` than the recipe's they are its prompt alone; a film or sweep has none. With
-    sound given as `audio` the model's own sound isn't continued.
+    With another `model` than the recipe's they are the prompt alone; for a film or sweep they are
+    empty. With `audio` given, the model's own sound isn't continued.
 
     Raises:
         InputError: the recipe is damaged.
@@ -145,23 +145,23 @@ def own_options(
     if is_of_clips(recipe):
         return {}
     with _reading():
-        plan, asked = recipe["plan"], recipe.get("request", {})
+        plan, request = recipe["plan"], recipe.get("request", {})
         if model not in (None, recipe["model"]["name"]):
             return {"prompt": plan["prompt"]}
         own = {
             "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
             **recorded_sampling(plan),
-            "cache": asked.get("cache"), "readings": asked.get("readings"),
-            "settings": settings_to_go_on(plan, asked.get("settings", {}), sound=audio is None),
+            "cache": request.get("cache"), "readings": request.get("readings"),
+            "settings": settings_to_go_on(plan, request.get("settings", {}), sound=audio is None),
             "lora": [lora_option(lora["path"], lora) for lora in recipe.get("loras", ())],
         }
-        if "sampler" not in own:  # a scheduler of diffusers, which a command line can't give
+        if "sampler" not in own:  # a scheduler object of diffusers, which no option can name
             own["shift"] = None
     return {name: value for name, value in own.items() if value not in (None, [], {})}
 
 
 def own_loading(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options by which a recipe's model is loaded; raise InputError if damaged."""
+    """Return the options that load a recipe's model; raise InputError if it is damaged."""
     if is_of_clips(recipe):
         return {}
     with _reading():
@@ -172,10 +172,10 @@ def own_loading(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def lengthened(
     clip: str | Path, ending: Ending, given: Mapping[str, Any], added_s: float, folder: ModelFolder
 ) -> Request:
-    """Return the request of a clip that continues: given options over those of its recipe.
+    """Return the request that continues a clip: given options, then those of its recipe.
 
-    It has the clip's own size if the model can make it; a picture gets its recipe's rate or the
-    model's.
+    The size is the clip's own if the model can make it; a picture's rate is that of its recipe or
+    the model's default.
 
     Raises:
         InputError: a damaged recipe, no prompt, less than a frame to add, or a whole beyond the
@@ -185,7 +185,7 @@ def lengthened(
     own = own_options(recipe, folder.name, given.get("audio")) if recipe else {}
     options = {**own, **given, "settings": own.get("settings", {}) | given.get("settings", {})}
     if "prompt" not in options:
-        raise InputError(f"{clip} doesn't tell its prompt; give --prompt")
+        raise InputError(f"{clip} records no prompt; give --prompt")
     if ending.num_frames == 1:
         shown = recipe.get("plan", {}).get("fps", folder.defaults.fps)
         fps = Fraction(shown).limit_denominator(1001)
@@ -194,8 +194,8 @@ def lengthened(
         raise OptionError(f"seconds is {added_s}, less than a frame at {fps} fps", "seconds")
     seconds = float((ending.num_frames + added) / fps)
     if seconds > MAX_SECONDS:
-        raise OptionError(f"seconds is {added_s}, which makes the clip {seconds:g} s long; give so "
-                          f"many that it has {MAX_SECONDS} at most", "seconds")
+        raise OptionError(f"seconds is {added_s}, which makes the clip {seconds:g} s long; give "
+                          f"fewer, so that it has at most {MAX_SECONDS} s", "seconds")
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
     if all(side % (vae.strides.hw * dit.patch_size) == 0 for side in ending.size):
         options["size"] = ending.size

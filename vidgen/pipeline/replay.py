@@ -1,6 +1,6 @@
 """Replay: restore the request, the model and the machine's settings from a recipe.
 
-The new file is compared with the old one frame by frame.
+`compare` then compares the new file with the old one frame by frame.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Record: TypeAlias = Mapping[str, Any]
 _MIN_HASH = 6
 _MANY = ("frame", "reference", "lora", "say")
 _DROPPED = ("first_frame_model",)
-"""Options that stand elsewhere in the recipe."""
+"""Requested options that the recipe's `inputs` hold."""
 _RIVALS = (("seconds", "frames"), ("image", "first_frame_model"), ("audio", "audio_model"))
 
 
@@ -63,11 +63,11 @@ def request_from_recipe(
         recipe: as `read_recipe` returns it.
         folder: for embedded inputs; it must exist until the clip is made.
         given: new places of inputs.
-        changes: options that replace the recorded ones, as `Request` has them; of `settings` only
-            those named, None drops one.
+        changes: options of `Request` that replace the recorded ones. Its `settings` replace only
+            the settings that they name; None drops one.
 
     Raises:
-        InputError: inputs missing or changed, by option and SHA-256; changes that don't suit; a
+        InputError: inputs missing or changed, named by option and SHA-256; invalid changes; a
             damaged recipe.
     """
     model = (changes or {}).get("model")
@@ -75,15 +75,15 @@ def request_from_recipe(
     changed = changes.pop("settings", {})
     replaced = set(changes)
     if replaced & {"prompt", "negative"}:
-        replaced.add("readings")  # of the words that were there
+        replaced.add("readings")  # they normalise words of the recorded prompt
     if "guidance" in replaced:
-        replaced.add("guidance_low")  # which follows it
+        replaced.add("guidance_low")  # its default follows guidance
     for pair in _RIVALS:
         if replaced.intersection(pair):
             replaced.update(pair)
     with _reading():
-        is_its_own = model is None or open_model(model).content_hash == recipe["model"]["sha256"]
-        options = _settled(recipe) if is_its_own else _asked(recipe)
+        same_model = model is None or open_model(model).content_hash == recipe["model"]["sha256"]
+        options = _planned_options(recipe) if same_model else _requested_options(recipe)
         options |= restore_inputs(recipe, folder, given, replaced)
         recorded = {name: value for name, value in options.pop("settings", {}).items()
                     if name not in SETTINGS or SETTINGS[name].follows not in replaced}
@@ -96,10 +96,10 @@ def loading_from_recipe(
     recipe: Mapping[str, Any], given: Given = (), changes: Mapping[str, Any] | None = None,
     *, anyway: bool = False,
 ) -> dict[str, Any]:
-    """Return the arguments of `load` for a recipe's model, which is looked up and checked.
+    """Return the arguments of `load` for a recipe's model, after a check of its SHA-256.
 
-    `given` is the model's new place, if any; `changes` replace recorded options. A model that
-    doesn't exist or differs raises InputError; with `anyway` one that differs only logs a warning.
+    `given` may hold the model's new place; `changes` replace recorded options. A missing or
+    different model raises InputError; with `anyway` a different one logs a warning.
     """
     with _reading():
         known = {"model": recipe["model"]["source"], "device": recipe["device"]}
@@ -112,7 +112,7 @@ def loading_from_recipe(
     known |= {name: value for name, value in (changes or {}).items()
               if name in Loading.model_fields}
     if known["device"] != "cpu" and not torch.cuda.is_available():
-        log.warning("the clip was made on %r, which is not here; it is made on the CPU",
+        log.warning("the clip was made on %r, which this machine lacks; it is made on the CPU",
                     known["device"])
         known |= {"device": "cpu", "devices": 1, "shard": False}
     if "model" not in (changes or {}):
@@ -121,19 +121,18 @@ def loading_from_recipe(
 
 
 def _devices(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    count, here = recorded.get("count", 1), torch.cuda.device_count() or os.cpu_count() or 1
+    count, available = recorded.get("count", 1), torch.cuda.device_count() or os.cpu_count() or 1
     if not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"{count!r} devices")
-    if count > here:
-        log.warning("the clip was made on %d devices, here are %d; it is made on one, and may "
-                    "differ in the last bits", count, here)
+    if count > available:
+        log.warning("the clip was made on %d devices, this machine has %d; it is made on one, "
+                    "and may differ in the last bits", count, available)
         count = 1
     return {"devices": count, "shard": count > 1 and bool(recorded.get("shard"))}
 
 
 def _check_model(model: str, wanted: str, anyway: bool) -> None:
-    remedy = ("give the folder where it lies with --input model=FOLDER, or another model with "
-              "--set model=NAME")
+    remedy = "give its folder with --input model=FOLDER, or another model with --set model=NAME"
     try:
         found = open_model(model).content_hash
     except ModelError as error:
@@ -141,15 +140,15 @@ def _check_model(model: str, wanted: str, anyway: bool) -> None:
                          f"{remedy}") from error
     if found == wanted:
         return
-    text = f"model {model} is not the recipe's: its SHA-256 is {found}, recorded is {wanted}"
+    text = f"model {model} is not the recipe's: its SHA-256 is {found}, not {wanted}"
     if not anyway:
-        raise InputError(f"{text}; {remedy}, or go on with --anyway")
+        raise InputError(f"{text}; {remedy}, or accept it with --anyway")
     log.warning("%s", text)
 
 
 @contextmanager
 def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
-    """Compute on a recipe's number of threads inside the block; bits depend on it."""
+    """Compute with a recipe's number of threads inside the block; results depend on it."""
     with _reading():
         threads, now = int(recipe["machine"]["threads"]), torch.get_num_threads()
         if threads < 1:
@@ -162,7 +161,7 @@ def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
 
 
 def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
-    """Copy a recipe's records of models that made a part of the request."""
+    """Copy to a recipe the old record of the model that drew its first frame, if still in use."""
     pictures = [each for each in recipe["inputs"] if each["option"] == "image"]
     for record in old["inputs"]:
         if record["option"] == "first_frame_model" and record not in recipe["inputs"] and any(
@@ -173,17 +172,17 @@ def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Raise InputError for any error that a foreign or edited recipe causes inside the block."""
+    """Raise InputError for any error that an edited recipe causes inside the block."""
     try:
         yield
     except VidgenError:
         raise
-    except Exception as error:  # any: its data can be anything
-        raise InputError(f"the recipe can't be followed: {type(error).__name__} {error}; vidgen "
+    except Exception as error:  # an edited recipe can cause any error
+        raise InputError(f"the recipe can't be replayed: {type(error).__name__} {error}; vidgen "
                          f"reads recipes of format {RECIPE_VERSION}") from error
 
 
-def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _requested_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     number = recipe["format_version"]
     if number != RECIPE_VERSION:
         raise InputError(f"the recipe has format {number!r}, this vidgen reads {RECIPE_VERSION}; "
@@ -192,10 +191,10 @@ def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return options | {name: recipe["plan"][name] for name in ("prompt", "seed")}
 
 
-def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    options, plan = _asked(recipe), recipe["plan"]
+def _planned_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    options, plan = _requested_options(recipe), recipe["plan"]
     options |= {name: plan[name] for name in ("negative", "fit")}
-    if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
+    if "class" not in recipe["model"]:  # diffusers pipelines choose these themselves
         options |= recorded_sampling(plan) | {"size": (plan["width"], plan["height"]),
                                               "fps": plan["fps"],
                                               "readings": recorded_readings(plan)}
@@ -214,29 +213,29 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of comparing two files' frames and sound."""
+    """Hold the result of comparing two files' frames and sound."""
 
     identical: bool
-    psnr_db: float | None  # of all frames; None if they are identical or can't be compared
-    text: str  # in words
+    psnr_db: float | None  # of all frames; None if they are identical or not comparable
+    text: str  # the result as a sentence
 
 
 def compare(path: str | Path, other: str | Path) -> Comparison:
     """Compare the decoded frames and sound of two files; raise InputError for unreadable ones."""
     error, pixels, count = 0.0, 0, 0
-    for frame, its_pair in zip_longest(read_frames(path), read_frames(other)):
-        if frame is None or its_pair is None:
-            return Comparison(False, None, "another number of frames")
-        if frame.shape != its_pair.shape:
-            return Comparison(False, None, "another size")
-        if not np.array_equal(frame, its_pair):
-            error += float(np.square(frame.astype(np.float64) - its_pair).sum())
+    for frame, other_frame in zip_longest(read_frames(path), read_frames(other)):
+        if frame is None or other_frame is None:
+            return Comparison(False, None, "different number of frames")
+        if frame.shape != other_frame.shape:
+            return Comparison(False, None, "different size")
+        if not np.array_equal(frame, other_frame):
+            error += float(np.square(frame.astype(np.float64) - other_frame).sum())
         pixels, count = pixels + frame.size, count + 1
     if error:
         psnr = psnr_of(error / pixels)
-        return Comparison(False, psnr, f"other frames, PSNR {psnr:.1f} dB")
+        return Comparison(False, psnr, f"different frames, PSNR {psnr:.1f} dB")
     if not _same_sound(path, other):
-        return Comparison(False, None, "the same frames with another sound")
+        return Comparison(False, None, "same frames, different sound")
     return Comparison(True, None, f"identical, {count} frames")
 
 
@@ -252,12 +251,12 @@ def _same_sound(path: str | Path, other: str | Path) -> bool:
 def restore_inputs(
     recipe: Mapping[str, Any], folder: Path, given: Given = (), replaced: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return a recipe's inputs as options of a request; `replaced` names options to leave out.
+    """Return a recipe's inputs as options of a request, without those named in `replaced`.
 
-    Embedded files are written to `folder`; `given` are new places of inputs.
+    Embedded files are written to `folder`; `given` holds new places of inputs.
 
     Raises:
-        InputError: inputs that are missing or changed, by option and SHA-256.
+        InputError: inputs that are missing or changed, named by option and SHA-256.
     """
     records = _records(recipe, replaced)
     _check_given(given, records)
@@ -295,9 +294,9 @@ def _records(recipe: Mapping[str, Any], replaced: Collection[str]) -> list[Recor
 def _check_given(given: Given, records: Sequence[Record]) -> None:
     known = {"model", *(record["option"] for record in records)}
     for key, path in given:
-        wanted = [record for record in records if _is_meant(key, record)]
+        wanted = [record for record in records if _matches(key, record)]
         if not wanted and key != "model":
-            raise InputError(f"the recipe needs no input {key!r}; {nearest(key, known)}")
+            raise InputError(f"the recipe has no input {key!r}; {nearest(key, known)}")
         if not Path(path).exists():
             raise InputError(f"input {path} does not exist")
         embedded = [record for record in wanted if "content" in record]
@@ -307,14 +306,14 @@ def _check_given(given: Given, records: Sequence[Record]) -> None:
             raise InputError(_describe(embedded[0], given))
 
 
-def _is_meant(key: str, record: Record) -> bool:
+def _matches(key: str, record: Record) -> bool:
     is_hash = len(key) >= _MIN_HASH and str(record.get("sha256", "")).startswith(key)
     return key == record["option"] or is_hash
 
 
 def _restore(record: Record, place: Path, given: Given) -> Any:
-    """Return an option's value; None if no place has the recorded one."""
-    places = [Path(path) for key, path in given if _is_meant(key, record)]
+    """Return an input's value; None if no place has the recorded file."""
+    places = [Path(path) for key, path in given if _matches(key, record)]
     if record["option"] == "first_frame_model":
         return str([record["path"], *places][-1])
     if "content" in record:
@@ -323,7 +322,7 @@ def _restore(record: Record, place: Path, given: Given) -> Any:
         value, digest = _read(place, record)
         if digest != record["sha256"]:
             raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 "
-                             f"{digest}, recorded is {record['sha256']}")
+                             f"{digest}, not {record['sha256']}")
         return value
     places += [Path(record["path"])] if "path" in record else []
     for path in places:
@@ -334,7 +333,7 @@ def _restore(record: Record, place: Path, given: Given) -> Any:
 
 
 def _read(path: Path, record: Record) -> tuple[Any, Any]:
-    """Return a file as the value of a record's option, and its hash; None for both if unusable."""
+    """Return the option's value for a file, and its SHA-256; None for both if unusable."""
     if not path.exists():
         return None, None
     if record["option"] == "lora":
@@ -354,10 +353,10 @@ def _describe(record: Record, given: Given) -> str:
     option, path, state = record["option"], record.get("path", ""), "is not in the recipe"
     if path:
         state = "was changed" if Path(path).exists() else "is missing"
-    meant = [place for name, place in given if _is_meant(name, record)]
-    if meant:
-        path, state = meant[-1], "is another one"
+    chosen = [place for name, place in given if _matches(name, record)]
+    if chosen:
+        path, state = chosen[-1], "is a different file"
     other = f", or another with --set {option.replace('_', '-')}=PATH"
     change = "" if option == "latents" else other
-    return (f"{option} {path} {state}: the recipe's has the SHA-256 {record['sha256']}; give that "
+    return (f"{option} {path} {state}: the recipe's has the SHA-256 {record['sha256']}; give it "
             f"with --input {option}=PATH{change}").replace("  ", " ")

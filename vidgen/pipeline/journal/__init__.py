@@ -1,1 +1,1 @@
-"""Kill and resume: the saved state of a running generation."""
+"""Saved state of a running generation, from which a stopped one resumes."""

@@ -11,8 +11,8 @@
         segments/00000 ...   encoded segments of the picture, and the state of its checks
         lock                 held by the process that works on the clip
 
-A job's progress follows from the files that exist, so no two of them can disagree. Each is written
-atomically and carries a checksum.
+The files that exist are the job's progress; no separate counter could contradict them. Each file is
+written atomically and carries a checksum.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ WINDOWS, SEGMENTS = "windows", "segments"
 
 
 def job_folder(output: str | os.PathLike[str]) -> Path:
-    """Return the path of an output's job: next to it."""
+    """Return the path of an output's job, next to the output."""
     path = Path(output)
     return path.with_name(path.name + SUFFIX)
 
 
 def lock_job(folder: Path) -> TextIO | None:
-    """Lock a job, or raise BlockingIOError; None if the file system has no locks."""
+    """Lock a job; return None if the file system has no locks, raise BlockingIOError if taken."""
     return lock_file(folder / LOCK)
 
 
@@ -72,8 +72,8 @@ def remove_job(folder: Path) -> None:
     """Remove a job and its output's temporary files.
 
     Raises:
-        BlockingIOError: a process works on it.
-        OSError: it can't be removed.
+        BlockingIOError: a process works on the job.
+        OSError: a file can't be removed.
     """
     lock = lock_job(folder)
     try:
@@ -85,9 +85,10 @@ def remove_job(folder: Path) -> None:
 
 
 def job_facts(folder: Path) -> dict[str, Any]:
-    """Return a job's output, stage, done, total, age_s, bytes and running; or its `problem`.
+    """Return a job's output, bytes, age_s, running, stage, done, total, prompt and seed.
 
-    In a clip of several windows, `window` is the number of the current one.
+    A damaged job has a `problem` instead of the last five. In a clip of several windows, `window`
+    is the number of the current window, from 1.
     """
     sizes = list(_stats(folder))
     facts: dict[str, Any] = {
@@ -98,16 +99,16 @@ def job_facts(folder: Path) -> dict[str, Any]:
     try:
         plan = read_job(folder)["recipe"]["plan"]
         stage = _stage(folder, plan)
-        asked = {"prompt": plan["prompt"], "seed": plan["seed"]}
+        request = {"prompt": plan["prompt"], "seed": plan["seed"]}
     except InputError as error:
         return facts | {"problem": str(error)}
     except (KeyError, TypeError) as error:
         return facts | {"problem": f"{folder} is damaged ({type(error).__name__}: {error})"}
-    return facts | stage | asked
+    return facts | stage | request
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
-    """Yield the stat of each file; a process at work may remove some meanwhile."""
+    """Yield the stat of each file that no running process removes meanwhile."""
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
@@ -115,7 +116,7 @@ def _stats(folder: Path) -> Iterator[os.stat_result]:
 
 
 def progress_text(facts: Mapping[str, Any]) -> str:
-    """Return a job's progress for people: "sample, step 3 of 25"."""
+    """Return a job's progress as text: "sample, step 3 of 25"."""
     if "problem" in facts:
         return "damaged"
     if facts["stage"] == "sample" and not facts["done"] and "window" not in facts:
@@ -140,17 +141,17 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     if not facts.get("finished"):
         windows = kept_paths(folder, WINDOWS)
         until = _read_facts(windows[-1])["until"] if windows else 0
-        done = facts["step"] if facts.get("num_done") == until else 0  # else of an earlier window
+        done = facts["step"] if facts.get("num_done") == until else 0  # an earlier window's
         stage = {"stage": "sample", "done": done,
                  "total": facts.get("num_steps", plan["num_steps"])}
         return stage | {"window": len(windows) + 1} if windows else stage
-    total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
+    total = plan["kept_frames"] or facts["num_frames"]  # None: a diffusers pipeline's own length
     written = sum(_read_facts(path)["num_frames"] for path in kept_paths(folder, SEGMENTS))
     return {"stage": "write", "done": written, "total": total - facts.get("num_shown", 0)}
 
 
 def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Write the recipe, and whether the output may replace a file; raise OutputError."""
+    """Write `job.json`; `overwrite` permits the output to replace a file. Raise OutputError."""
     job = {"format_version": FORMAT_VERSION, "overwrite": overwrite, "recipe": recipe}
     text = json.dumps(job, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -168,7 +169,7 @@ def begin_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> No
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """Read the file of `write_job`; raise InputError if damaged or of another version."""
+    """Read `job.json`; raise InputError if it is damaged or of another format version."""
     path = folder / JOB
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -184,12 +185,12 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def part_name(kind: str, index: int) -> str:
-    """Return a job's file of a segment (`kind` is `SEGMENTS`) or a window's latents (`WINDOWS`)."""
+    """Return the path inside a job of file `index` of a kind, `SEGMENTS` or `WINDOWS`."""
     return f"{kind}/{index:05d}.safetensors"
 
 
 def kept_paths(folder: Path, kind: str) -> list[Path]:
-    """Return a job's segments or windows up to the first that is missing."""
+    """Return the paths of a job's segments or windows up to the first missing one."""
     paths: list[Path] = []
     while (path := folder / part_name(kind, len(paths))).is_file():
         paths.append(path)
@@ -197,10 +198,10 @@ def kept_paths(folder: Path, kind: str) -> list[Path]:
 
 
 def counted_paths(folder: Path, kind: str) -> list[Path]:
-    """Return the result of `kept_paths`; remove files after a missing one."""
+    """Remove files after a missing one; return the result of `kept_paths`."""
     kept = kept_paths(folder, kind)
     for path in sorted((folder / kind).glob("*.safetensors"))[len(kept):]:
-        with suppress(PermissionError):  # one that stays is written over
+        with suppress(PermissionError):  # a remaining file is overwritten later
             path.unlink()
     return kept
 
@@ -209,7 +210,10 @@ _SEEN = "seen."
 
 
 def segment_arrays(segment: Segment) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a segment as arrays, its packets' bytes and a row of numbers for each, and facts."""
+    """Return a segment as arrays, and its number of frames as JSON data.
+
+    `content` holds the packets' bytes, `packets` a row for each: size, pts, dts, is it a keyframe.
+    """
     rows = [[len(data), pts, dts, key] for data, pts, dts, key in segment.packets]
     content = np.frombuffer(b"".join(data for data, *_ in segment.packets), np.uint8)
     arrays = {"content": content, "packets": np.array(rows, np.int64)}
@@ -218,7 +222,7 @@ def segment_arrays(segment: Segment) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_segment(path: Path) -> Segment:
-    """Read a file of `segment_arrays`; raise InputError if damaged."""
+    """Read a segment's file; raise InputError if it is damaged."""
     arrays, facts = read_arrays(path, "content", "packets")
     content, packets, start = arrays["content"].tobytes(), [], 0
     for size, pts, dts, key in arrays["packets"].tolist():
@@ -230,7 +234,7 @@ def read_segment(path: Path) -> Segment:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write arrays or tensors of any shapes, with JSON data; raise OutputError."""
+    """Write arrays or tensors of any shapes, and JSON data `facts`; raise OutputError."""
     text = json.dumps(facts)
     whole = {name: np.ascontiguousarray(_as_array(each)) for name, each in arrays.items()}
     facts_of = {"facts": text, "sha256": _digest(whole, text), "name": path.name}
@@ -239,12 +243,15 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]
 
 _UNREADABLE = (
     OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError,
-    AttributeError, BufferError,  # types that numpy doesn't have, or has without a buffer
+    AttributeError, BufferError,  # dtypes that numpy lacks, or gives no buffer of
 )
 
 
 def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the file of `write_arrays` with these arrays; raise InputError if damaged."""
+    """Return the arrays and JSON data of a file of `write_arrays`, which must hold `names`.
+
+    A damaged file raises InputError.
+    """
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata()
@@ -252,13 +259,13 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
         if _digest(arrays, metadata["facts"]) != metadata["sha256"]:
             raise ValueError("its content doesn't match its checksum")
         if metadata["name"] != path.name:
-            raise ValueError(f"it is {metadata['name']}, in another one's place")
+            raise ValueError(f"it is a copy of {metadata['name']}")
         if not set(names) <= arrays.keys():
             raise ValueError(f"it holds {', '.join(arrays)}, not {', '.join(names)}")
         return arrays, _facts_of(metadata)
     except _UNREADABLE as error:
-        raise InputError(f"{path} is damaged ({error}); remove it and what it held is made again, "
-                         "or start again with --overwrite") from None
+        raise InputError(f"{path} is damaged ({error}); remove it to make its content again, or "
+                         "start again with --overwrite") from None
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -277,22 +284,21 @@ def _facts_of(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _digest(arrays: Mapping[str, Any], text: str) -> str:
-    seen = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        seen.update(f"{name} {array.dtype} {array.shape}".encode())
-        seen.update(array.data)
-    return seen.hexdigest()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 _HISTORY, _CACHE = "history.", "cache."
 
 
 def _as_array(value: Any) -> Any:
-    """Return a tensor as an array; numpy has no bfloat16, which float32 holds exactly."""
     if isinstance(value, np.ndarray):
         return value
-    tensor = value.detach().cpu()
+    tensor = value.detach().cpu()  # numpy has no bfloat16, which float32 holds exactly
     return (tensor.float() if tensor.itemsize < 4 else tensor).numpy()
 
 
@@ -304,7 +310,7 @@ def state_tensors(state: SamplerState) -> dict[str, Tensor]:
 
 
 def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
-    """Return the state at a step from the tensors of `state_tensors`."""
+    """Return the sampler's state at a step from the tensors of `state_tensors`."""
     cache = {name.removeprefix(_CACHE): each for name, each in tensors.items()
              if name.startswith(_CACHE)}
     count = sum(name.startswith(_HISTORY) for name in tensors)

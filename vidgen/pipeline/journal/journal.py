@@ -1,13 +1,13 @@
-"""The journal of a generation: stopped or killed at any moment, it resumes from its last state.
+"""Journal of a generation: a stopped or killed one resumes from its last saved state.
 
-    with journal.running(recipe, device):   # resumes the job, or begins it
-        journal.latents, journal.state      # of an earlier process
+    with journal.running(recipe, device):   # resume the job, or begin it
+        journal.latents, journal.state      # results of an earlier process
         journal.on_step(info)               # after each step
-        journal.keep_latents(latents)       # before they are decoded
+        journal.keep_latents(latents)       # before decoding
     journal.segments(), journal.keep(...)   # while the clip is written
-    journal.close()                         # written: removes the job's folder
+    journal.close()                         # remove the job's folder after the last write
 
-See `job` for the files.
+The module `job` describes the files.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -41,20 +41,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATIENCE = 50
-"""The pause after a save, in durations of that save: 2% of the time at most."""
+"""Pause after a save, in durations of that save, so that saves take at most 2% of the time."""
 
 
 class Journal:
-    """Saves a clip's progress next to its output.
+    """Progress of one clip, saved next to its output.
 
     Args:
         output: the file or folder to be written; None: a journal that keeps nothing.
-        resume: continue an existing job; start if there is none.
+        resume: continue an existing job; start if none exists.
         overwrite: start again even if a job or an output exists.
-        marks: `label` and `aigc` of the file, as `core.request.Saving.marks` gives them.
+        marks: `label` and `aigc` of the file, as `core.request.Saving.marks` returns them.
 
     Raises:
-        OutputError: an unfinished job exists without either option, or another process runs it.
+        OutputError: an unfinished job exists and neither option is set, or another process runs
+            the job.
     """
 
     def __init__(
@@ -64,21 +65,21 @@ class Journal:
         self.marks: Mapping[str, str] = marks or {}
         self.output = None if output is None else Path(output)
         self.folder = Path() if output is None else job.job_folder(output)
-        self.resume, self.overwrite = resume, overwrite  # a job saves the latter
-        self.state: SamplerState | None = None  # the last one, on the device given to `running`
-        self.latents: Tensor | None = None  # [1, C, F, h, w] float32 of a finished sampler, there
-        self.done: Tensor | None = None  # [1, C, n, h, w] float32 of finished windows, on the CPU
+        self.resume, self.overwrite = resume, overwrite  # the job saves `overwrite`
+        self.state: SamplerState | None = None  # last sampler state, on the device of `running`
+        self.latents: Tensor | None = None  # finished ones, [1, C, F, h, w] float32, same device
+        self.done: Tensor | None = None  # latents of finished windows, [1, C, n, h, w] float32, CPU
         self.num_windows = self._num_done = 0
         self.num_frames = self._num_segments = 0  # of the finished segments
-        self._pending: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # files to be saved
-        self.keeps = False  # whether steps are saved
+        self._pending: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # unsaved files
+        self.keeps = False  # True while progress is saved
         self._due_s = self._cost_s = 0.0
         self._is_worth_keeping = False
         self._lock: TextIO | None = None
         if self.unfinished and not (resume or overwrite):
             facts = job.job_facts(self.folder)
             if facts["running"]:
-                raise self._taken()
+                raise self._in_use()
             raise OutputError(f"{self.output} is not finished ({job.progress_text(facts)}, kept in "
                               f"{self.folder}); --resume continues it, --overwrite starts again")
 
@@ -89,14 +90,14 @@ class Journal:
 
     @property
     def finished(self) -> bool:
-        """True if resuming finds the finished output."""
+        """True if the job to resume has its finished output."""
         from vidgen.media.probe import read_recipe
 
         if self.output is None or not (self.resume and self.output.exists()):
             return False
         if not self.unfinished:
             return True
-        made = read_recipe(self.output)  # a kill may have come after the file, before the end
+        made = read_recipe(self.output)  # a kill may come between the file's write and `close`
         return made is not None and not recorded.decisive_differences(made, self.recipe or {})
 
     @property
@@ -113,17 +114,17 @@ class Journal:
 
     @contextmanager
     def running(self, recipe: dict[str, Any], device: torch.device | str = "cpu") -> Iterator[None]:
-        """Resume or begin the job; on an exception save its state.
+        """Resume or begin the job; save its state if an exception leaves the block.
 
         The earlier `state` and `latents` are put on `device`.
 
         Raises:
-            InputError: the job is of another request, model or version (names what differs), or
-                damaged.
-            OutputError: another process works on it.
+            InputError: the job is damaged, or of another request, model or version; the message
+                names the differences.
+            OutputError: another process works on the job.
         """
         if self.output is not None:
-            self._take_up({**recipe, **self.marks}, device)
+            self._resume_or_begin({**recipe, **self.marks}, device)
         try:
             yield
         except BaseException:
@@ -131,12 +132,12 @@ class Journal:
             raise
 
     def take_state(self) -> SamplerState | None:
-        """Return `state` once: of a long clip's windows only the first resumes from it."""
+        """Return `state` and clear it, so that only one window resumes from it."""
         state, self.state = self.state, None
         return state
 
     def on_step(self, info: StepInfo) -> None:
-        """Note a step; save its state if that is cheap against the time since the last save."""
+        """Record a step; save its state if enough time passed since the last save."""
         if self.keeps:
             facts = {"step": info.step, "num_steps": info.num_steps, "num_done": self._num_done}
             self._keep_soon(STATE, job.state_tensors(info.state), facts)
@@ -146,13 +147,13 @@ class Journal:
         self._is_worth_keeping = True
 
     def keep_recipe(self, recipe: dict[str, Any]) -> None:
-        """Replace the job's recipe by one that settles its open values."""
+        """Replace the job's recipe by one with the values that were open until now."""
         if self.keeps:
             with self._saving():
                 job.write_job(self.folder, {**recipe, **self.marks}, overwrite=self.overwrite)
 
     def keep_window(self, done: Tensor) -> None:
-        """Save the last finished window, given all latents so far [1, C, n, h, w]."""
+        """Save the newest window of all finished latents `done` [1, C, n, h, w]."""
         self.state = None
         self._pending.pop(STATE, None)
         if self.keeps:
@@ -161,34 +162,34 @@ class Journal:
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
-        """Save the clip's sound: float32 [N, c], at a rate."""
+        """Save the clip's sound, float32 [N, c] at `rate` samples per second."""
         self.keep_arrays(SOUND, {"samples": samples}, {"rate": rate})
 
     def kept_sound(self) -> tuple[Samples, int] | None:
-        """Return the arguments of `keep_sound`, or None."""
+        """Return the saved sound, float32 [N, c], and its rate in Hz; None if none is saved."""
         kept = self.kept_arrays(SOUND, "samples")
         return None if kept is None else (kept[0]["samples"], kept[1]["rate"])
 
     def keep_arrays(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
-        """Save a file of arrays or tensors with JSON data."""
+        """Save a file of arrays or tensors with JSON data `facts`."""
         if not self.keeps:
             return
         if any(getattr(each, "is_cuda", False) for each in arrays.values()):
             import torch
 
-            torch.cuda.synchronize()  # the steps that it still computes aren't the save's cost
+            torch.cuda.synchronize()  # don't count steps still running as the save's cost
         with self._saving():
             job.write_arrays(self.folder / name, arrays, facts)
 
     def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Return the arguments of `keep_arrays` of a file, which must hold `names`; or None."""
+        """Return arrays and JSON data of a saved file, which must hold `names`; None if missing."""
         path = self.folder / name
         return job.read_arrays(path, *names) if self.keeps and path.is_file() else None
 
     def keep_latents(self, latents: Tensor, num_shown: int = 0) -> None:
-        """Save the finished latents [1, C, F, h, w], those that are new, before they are decoded.
+        """Save the new finished latents [1, C, F, h, w] before they are decoded.
 
-        A continued clip has `num_shown` frames already, which aren't written again.
+        `num_shown` frames of a continued clip exist already and aren't written again.
         """
         self.latents = latents
         self._pending.pop(STATE, None)
@@ -207,7 +208,7 @@ class Journal:
             self._keep_soon(name, *job.segment_arrays(segment))
 
     def pause(self) -> None:
-        """Save what isn't saved yet; remove a job that has no result."""
+        """Save unsaved progress and release the job; remove a job that has no result."""
         self._flush()
         if self.keeps and not (self._has_result or self.num_windows or self._is_worth_keeping):
             self.close()
@@ -226,7 +227,7 @@ class Journal:
     def clip(self) -> Clip:
         """Return the clip of a finished output."""
         assert self.output is not None
-        job.sweep(self.folder)  # a kill may have come after the file, before the end
+        job.sweep(self.folder)  # a kill may come between the file's write and `close`
         self.close()
         return Clip.from_file(self.output)
 
@@ -236,29 +237,29 @@ class Journal:
         recipe = {**recipe, **self.marks}
         if old is None:
             if self.finished:
-                raise InputError(f"{place} tells no recipe, so it may be any clip; choose another "
+                raise InputError(f"{place} holds no recipe, so it may be any clip; choose another "
                                  "name or give --overwrite")
             return
         if differ := recorded.decisive_differences(old, recipe):
             without = old.get("kernels") == "none" and recipe.get("kernels") != "none"
             how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
-            raise InputError(f"{place} is another clip's: {'; '.join(differ)}; go on with what it "
-                             f"was made with{how}, choose another name, or start again with "
-                             "--overwrite")
+            raise InputError(f"{place} is another clip's: {'; '.join(differ)}; repeat the options "
+                             f"that it was made with{how}, choose another name, or start again "
+                             "with --overwrite")
 
     @property
     def _has_result(self) -> bool:
         return any((self.folder / name).is_file() for name in (STATE, TRIED, MADE))
 
-    def _take_up(self, recipe: dict[str, Any], device: torch.device | str) -> None:
+    def _resume_or_begin(self, recipe: dict[str, Any], device: torch.device | str) -> None:
         resumes = self.resume and self.unfinished
         self.check(recipe)
         if resumes:
             assert self.output is not None
             self.overwrite |= job.read_job(self.folder)["overwrite"]
             if self.output.exists() and not self.overwrite:
-                raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
-                                  "move it away, or give --overwrite to start again")
+                raise OutputError(f"{self.output} exists and isn't the clip of {self.folder}; move "
+                                  "it away, or give --overwrite to start again")
         self._due_s = time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
@@ -267,7 +268,7 @@ class Journal:
                 weakref.finalize(self, self._lock.close)
             job.sweep(self.folder)
         except BlockingIOError:
-            raise self._taken() from None
+            raise self._in_use() from None
         except OSError as error:
             self.give_up(error)
         if resumes:
@@ -275,7 +276,7 @@ class Journal:
         elif self.keeps:
             with self._saving():
                 job.begin_job(self.folder, recipe, overwrite=self.overwrite)
-            self._due_s += PATIENCE * self._cost_s  # for the finished latents, which can't wait
+            self._due_s += PATIENCE * self._cost_s  # the first save waits
 
     def _restore(self, device: torch.device | str) -> None:
         import torch
@@ -291,11 +292,11 @@ class Journal:
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
             if facts.get("finished"):
                 self.latents = tensors["latents"]
-            elif facts["num_done"] == self._num_done:  # else of a window that was finished since
+            elif facts["num_done"] == self._num_done:  # otherwise of a window that finished later
                 self.state = job.state_of(facts["step"], tensors)
         self._count_segments()
 
-    def _taken(self) -> OutputError:
+    def _in_use(self) -> OutputError:
         return OutputError(f"{self.output} is being made by another process; wait for it, or "
                            "choose another name")
 
@@ -316,7 +317,7 @@ class Journal:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Measure a save, which sets the pause until the next; one that fails ends the journal."""
+        """Time a save, which sets the pause until the next; a failed save ends the journal."""
         start = time.monotonic()
         try:
             yield
@@ -326,9 +327,9 @@ class Journal:
         self._due_s = max(self._due_s, start) + (PATIENCE + 1) * self._cost_s
 
     def give_up(self, reason: object) -> None:
-        """Continue without a journal, with a warning: the output itself may still find room."""
+        """Continue without a journal, with a warning; the output itself may still fit."""
         self.keeps, self._pending = False, {}
-        log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
+        log.warning("progress of %s can't be saved any more, so a stop now loses more: %s",
                     self.output, reason)
         if not self._has_result:
             self.close()
@@ -340,7 +341,10 @@ class Journal:
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Restore jobs' seed, normalised words and thread count; raise InputError."""
+    """Return the request with the seed and normalised words of its jobs; set their thread count.
+
+    A thread count that this machine can't provide raises InputError.
+    """
     for index, journal in enumerate(journals):
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:
@@ -354,13 +358,13 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
 
 
 def recalled_tiles(journals: Sequence[Journal]) -> str | None:
-    """Return the tiles of the first job that has them, as an option; None if none has."""
+    """Return the option `tiles` of the first job that records it, or None."""
     plans = ((journal.recipe or {}).get("plan", {}) for journal in journals)
     return next((recorded.recorded_tiles(plan) for plan in plans if "tiles" in plan), None)
 
 
 def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:
-    """Return one journal per clip; raise InputError if their number differs."""
+    """Return one journal per clip; raise InputError if their number isn't `count`."""
     if journal is None:
         return [Journal(None) for _ in range(count)]
     journals = [journal] if isinstance(journal, Journal) else journal
@@ -376,5 +380,6 @@ def _use_threads(threads: int, journal: Journal) -> None:
         return
     torch.set_num_threads(threads)
     if torch.get_num_threads() != threads:
-        raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
-    log.warning("%s goes on with %d threads, as it began", journal.output, threads)
+        raise InputError(f"{journal.folder} began with {threads} threads; this machine can't use "
+                         "that many")
+    log.warning("%s continues with %d threads, as it began", journal.output, threads)
