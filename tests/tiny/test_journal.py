@@ -166,7 +166,7 @@ def test_a_damaged_window_is_refused_by_file(tiny_model, out):
             go(engine, out)
         path.write_bytes(content)
     shutil.copy(job_folder(out) / "windows/00000.safetensors", path)
-    with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
+    with pytest.raises(InputError, match=r"00001\..* is damaged \(it is a copy of 00000\."):
         go(engine, out)
 
 
