@@ -117,7 +117,7 @@ def test_interrupted_and_robbed_of_a_worker_the_film_is_the_same(
     second.workers("workers.process")[at["worker"] - 1].kill()
     events = second.end()
     notes = [each["text"] for each in events if each["event"] == "note"]
-    assert any("is gone (killed by SIGKILL" in note and "is taken from it" in note
+    assert any("was lost (killed by SIGKILL" in note and "starts again" in note
                for note in notes), notes
     assert {each.get("worker") for each in events if each.get("stage") == "sample"} == {1, 2}
     told = [each for each in events if each.get("worker") and each["event"] == "progress"]
@@ -142,7 +142,7 @@ def test_by_ray_with_an_actor_killed_the_film_is_the_same(
     assert len(actors) == 2
     actors[0].kill()
     events = run.end()
-    assert any("is gone" in each.get("text", "") for each in events)
+    assert any("was lost" in each.get("text", "") for each in events)
     assert_same(tmp_path, straight)
 
 

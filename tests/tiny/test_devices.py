@@ -270,5 +270,5 @@ def test_what_does_not_go_together_is_refused(
 
 def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="devices is 2, but torch sees 1 here; give 1 or fewer"):
+    with pytest.raises(InputError, match="devices is 2, but torch sees 1; give 1 or fewer"):
         start_devices(2, torch.device("cuda"))

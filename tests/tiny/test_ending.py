@@ -104,15 +104,15 @@ def test_an_edited_clip_goes_on_from_what_it_shows(
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             clip = engine.generate("a cat", seed=1, steps=1, prefix=path, seconds=2)
-        assert f"{name}.mp4 doesn't end as its recipe tells" in caplog.text
+        assert f"{name}.mp4 doesn't end as its recipe records" in caplog.text
         assert clip.recipe["hand_over"] == "pixels"
         shown = Clip.from_file(path).frames
         assert np.array_equal(clip.frames[: len(shown)], shown)
 
 
 @pytest.mark.parametrize(("options", "asked", "why"), [
-    (("-ss", "0.4", "-crf", "4"), {}, "has 12 of the 17 frames that its recipe tells of"),
-    ((), {"fps": 8}, "holds latents of another size or frame rate than is asked for"),
+    (("-ss", "0.4", "-crf", "4"), {}, "has 12 of the 17 frames that its recipe records"),
+    ((), {"fps": 8}, "holds latents of another size or frame rate than requested"),
 ])
 def test_latents_that_do_not_suit_are_told_of(
     engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...],

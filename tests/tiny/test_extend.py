@@ -247,7 +247,7 @@ def test_colours_are_held_to_the_first_windows(engine):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"frames": 41, "settings": {"overlap": 5}}, "overlap is 5"),
-    ({"frames": 41, "video": "SHORT", "strength": 0.5}, "video holds for one window"),
+    ({"frames": 41, "video": "SHORT", "strength": 0.5}, "video works within one window"),
     ({"prefix": "SHORT", "seconds": 2}, "leaves nothing to generate"),
     ({"prefix": "SHORT", "seconds": 6, "image": "STILL"}, "image and prefix"),
     ({"prefix": "SHORT", "seconds": 6, "frame": [(1.0, "STILL")]}, "is within the clip"),

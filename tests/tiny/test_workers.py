@@ -94,7 +94,7 @@ def test_dead_workers_jobs_are_done_elsewhere(tmp_path, caplog):
     assert len(set(pids)) == 2
     assert found["dies once"].result == pids[-1]
     (note,) = [each["text"] for each in told if each["event"] == "note"]
-    assert "is gone (killed by SIGKILL, possibly out of memory); its job, dies once" in note
+    assert "was lost (killed by SIGKILL, possibly out of memory); its job, dies once" in note
     assert {each["worker"] for each in told} <= {1, 2}
     assert isinstance(found["refuses"].error, InputError)
     assert "KeyError: 'gone'" in str(found["fails"].error)
@@ -107,15 +107,15 @@ def test_a_job_that_ends_every_worker_is_given_up_with_its_reason(tmp_path):
     jobs = [Job("killer", ("die", 99), name="shot 'killer'"), Job("after", ("square", 3))]
     found = by_key(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), quiet))
     assert str(found["killer"].error) == (
-        "shot 'killer' ended 3 workers one after the other; the last: killed by SIGKILL, "
-        "possibly out of memory")
+        "shot 'killer' ended 3 workers in a row; the last: killed by SIGKILL, possibly out of "
+        "memory")
     assert found["after"].result == 9
     assert len(list(tmp_path.glob("SIGKILL-*"))) == 3
 
 
 @pytest.mark.parametrize(("what", "patience", "reason"), [
-    ("freeze", Patience(silence=5), "it said nothing for 5 s"),
-    ("hang", Patience(stall=3), "its job didn't move for 3 s"),
+    ("freeze", Patience(silence=5), "it sent nothing for 5 s"),
+    ("hang", Patience(stall=3), "its job made no progress for 3 s"),
 ])
 def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
     told: list[dict] = []
@@ -136,7 +136,7 @@ def test_a_job_is_cancelled_at_its_next_event_and_no_other(tmp_path):
         worker.begin(job)
         while True:
             for _, message in pool.listen(1.0):
-                if message == ("tell", {"event": "progress", "stage": "events", "done": 1}):
+                if message == ("event", {"event": "progress", "stage": "events", "done": 1}):
                     worker.cancel("enough")
                 elif message[0] in ("done", "failed", "lost"):
                     return message

@@ -1,1 +1,1 @@
-"""Clips longer than a window."""
+"""Clips longer than one window of the model."""

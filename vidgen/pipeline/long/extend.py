@@ -1,8 +1,8 @@
 """Clips of any length: windows of the model's trained length, each begun with the end of the last.
 
 A window gets the clip's last latent frames, known at sigma 0, and generates the next ones; pixels
-are never encoded if latents exist. All windows' latents are decoded in one stream. A file is
-continued from the latents in its recipe, and its own frames stay untouched.
+are encoded only if no latents exist. All windows' latents are decoded in one stream. A file
+continues from the latents in its recipe, and its own frames stay unchanged.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
 rows and columns.
@@ -50,14 +50,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SHIFT, MAX_GAIN = 0.15, 1.1
-"""Bounds of one window's correction, per latent channel: in its deviations, and of them."""
+"""Bounds of one window's correction, per latent channel: of its mean in standard deviations, and of
+its standard deviation as a factor.
+"""
 
 Sample = Callable[["Plan", "LatentState"], Tensor]
-"""Denoises a window of its plan from its state: latents [1, C, F, h, w]."""
+"""Denoise a window from its plan and state; return latents [1, C, F, h, w]."""
 
 
 def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> LongClip | None:
-    """Return the windows of a clip that is longer than one or continues a file; else None.
+    """Return the windows of a clip that needs several or continues a file; otherwise None.
 
     Raises:
         InputError: the model, an option or the overlap doesn't permit several windows.
@@ -94,7 +96,7 @@ def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LongClip:
-    """A clip that is generated window by window, after `begun`."""
+    """A clip that is generated window by window after its beginning `begun`."""
 
     engine: OpenedModel
     plan: Plan
@@ -104,7 +106,7 @@ class LongClip:
 
     @cached_property
     def windows(self) -> list[tuple[int, int]]:
-        """[start, stop) of each window, in latent frames from the first that exists."""
+        """[start, stop) of each window, in latent frames from the first of `begun`."""
         return tail.windows_after(self.begun, self.plan, self.request, self.engine.folder)
 
     def sample(
@@ -112,21 +114,24 @@ class LongClip:
         keep: Callable[[Tensor], None] | None = None,
         add_sound: Callable[[LatentState, int, int], LatentState] | None = None,
     ) -> Tensor:
-        """Return all windows' latents after those of the beginning, [1, C, F, h, w] on the CPU.
+        """Return the latents of the beginning and of all windows, [1, C, F, h, w] on the CPU.
 
         A window depends on the seed, its place and the latents that it continues, never on the
         number of windows; so a longer clip begins as the shorter one did, up to its last window.
 
-        `keep` gets all latents so far after each window; `done` is its last argument in an earlier
-        run, to resume after it. `add_sound` adds a given sound to a window's state, from its first
-        latent frame and their number.
+        Args:
+            sample: denoises one window.
+            done: the last argument of `keep` in an earlier run, to resume after it.
+            keep: called with all latents so far after each window.
+            add_sound: adds a given sound to a window's state, given its first latent frame and
+                their number.
         """
         rate = self.begun.rate
         hold = settled_value("colour_hold", self.request, self.engine.folder)
         made = self.begun.latents if done is None else done
-        count, finer = rate.num_shown(made.shape[2]), rate.num_upsampled
+        count, upsampled = rate.num_shown(made.shape[2]), rate.num_upsampled
         end = self.windows[-1][1] if self.windows else count
-        latents = _room_for(replace(self.plan.latents, num_frames=finer(end)))
+        latents = _room_for(replace(self.plan.latents, num_frames=upsampled(end)))
         latents[:, :, : made.shape[2]] = made
         for start, stop in self.windows:
             if stop <= count:
@@ -134,25 +139,25 @@ class LongClip:
             own, state = self._prepare(start, stop, num_known=count - start)
             first = start + self.begun.num_gone
             if count > start:
-                state = self._show(state, latents[:, :, : finer(count)], start, count)
+                state = self._show(state, latents[:, :, : upsampled(count)], start, count)
                 if (anchor := self._anchor(latents)) is not None:
                     state = condition.reference(state, anchor.to(state.latents))
             if add_sound is not None:
                 state = add_sound(state, first, stop - start)
             picture, _ = state.unpack(sample(own, state))
-            new = picture[:, :, finer(count) - finer(start) :]
+            new = picture[:, :, upsampled(count) - upsampled(start) :]
             if count:
                 new = hold_colours(new, self._colours(latents), hold)
-            latents[:, :, finer(count) : finer(stop)] = new.cpu()
+            latents[:, :, upsampled(count) : upsampled(stop)] = new.cpu()
             count = stop
             if keep is not None:
-                keep(latents[:, :, : finer(count)])
+                keep(latents[:, :, : upsampled(count)])
         return latents
 
     def clip(
         self, latents: Tensor, recipe: dict[str, Any], journal: SegmentStore | None = None
     ) -> Clip:
-        """Return a lazy clip of `sample`'s latents; add the last ones to the recipe."""
+        """Return a lazy clip of the latents of `sample`; add the last of them to the recipe."""
         plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.begun.rate.factor
         made = begun.rate.num_shown(latents.shape[2]) - begun.num_given
         total = begun.num_reached + made * t if begun.num_latents else plan.num_frames
@@ -180,7 +185,7 @@ class LongClip:
         path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
         if (ending.fps, ending.size) == (plan.fps, info.size) and ending.is_plain:
             return ContinuedClip(path, begun.num_frames, added, info, journal)
-        log.warning("%s: its frames are encoded once more, for another size, rate or timing",
+        log.warning("%s: its frames are encoded again, for another size, rate or timing",
                     self.request.prefix)
         return Clip(whole, info, journal=journal)
 
@@ -224,15 +229,15 @@ class LongClip:
             if new_from <= moment - first_frame < own.num_frames:
                 stills.append((float((moment - first_frame) / plan.fps), still))
                 mine["frame"].append(picture)
-        asked = request.replace(latents=noise, prefix=None, frame=tuple(stills))
-        return own, self.engine.prepare(own, asked, Inputs(images=mine))
+        window_request = request.replace(latents=noise, prefix=None, frame=tuple(stills))
+        return own, self.engine.prepare(own, window_request, Inputs(images=mine))
 
     def _show(self, state: LatentState, made: Tensor, start: int, count: int) -> LatentState:
         """Write the clip's latent frames `start` to `count` into the state of a window at `start`.
 
-        VACE reads known frames as a clip of their own whose first frame is encoded alone; the
-        others are the latents themselves. A model that was trained on noisy known frames gets them
-        blurred, by the noise of their places; otherwise faults grow from window to window.
+        VACE reads known frames as a separate clip: its first latent frame is encoded alone, the
+        others are the latents themselves. A model trained on noisy known frames gets them with the
+        noise of their places; otherwise faults grow from window to window.
         """
         engine, rate, t = self.engine, self.begun.rate, self._stride_t
         num_known, first, factor = count - start, start + self.begun.num_gone, rate.factor
@@ -271,16 +276,16 @@ def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
     longest = folder.defaults.max_frames
     if "extend" not in folder.tasks:
         raise InputError(f"{plan.num_frames} frames are more than {folder.name!r} makes at once; "
-                         f"give --frames {longest} or fewer, or a model that goes on from its own "
-                         f"latents: toybox, {', '.join(models_with('extend'))}")
+                         f"give --frames {longest} or fewer, or a model that continues from its "
+                         f"own latents: toybox, {', '.join(models_with('extend'))}")
     for option in ("video", "mask", "control"):
         if request.has(option) and request.has("prefix"):
-            raise InputError(f"{option} doesn't go with prefix, from which the clip follows; leave "
+            raise InputError(f"{option} can't be combined with prefix, the clip to continue; leave "
                              "one of them out")
         if request.has(option):
-            raise InputError(f"{option} holds for one window of the model, {longest} frames at "
-                             f"most; this clip has {plan.num_frames}: shorten it or leave {option} "
-                             "out")
+            raise InputError(f"{option} works within one window of the model, at most {longest} "
+                             f"frames; this clip has {plan.num_frames}: shorten it or leave "
+                             f"{option} out")
 
 
 def _room_for(shape: LatentShape) -> Tensor:
@@ -294,7 +299,7 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
     """Return the beginning of a clip: latents of its recipe, else its last frames, encoded.
 
     Raises:
-        InputError: the recipe's latents are damaged, or include frames that are given otherwise.
+        InputError: the recipe's latents are damaged, or hold frames that are also given as stills.
     """
     if request.prefix is None:
         return tail.no_beginning(plan)
@@ -306,26 +311,25 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
         begun = _encode_end(engine, plan, request, inputs)
     elif begun.frames_ahead:
         _check_ahead(begun, plan, request)
-    had, wanted = begun.rate.factor, plan.oversampling
-    if had == wanted:
+    if begun.rate.factor == plan.oversampling:
         return begun
-    latents = at_rate(engine, begun.latents, had, wanted, plan)
+    latents = at_rate(engine, begun.latents, begun.rate.factor, plan.oversampling, plan)
     return replace(begun, latents=latents, rate=plan.rate)
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
-    """Refuse stills in frames that exist only as latents; warn if no other frames are new."""
+    """Refuse stills in frames that exist as latents; warn if no new latents are generated."""
     reached, ahead = begun.num_reached, begun.frames_ahead
     given = {f"frame {seconds}": round(seconds * plan.fps) for seconds, _ in request.frame}
     if request.last_image is not None:
         given["last_image"] = plan.kept_frames - 1
     for name, moment in given.items():
         if moment < reached:
-            raise InputError(f"{name} falls on one of the {ahead} frames that the clip's latents "
-                             "stand for beyond its end; give a later time, or more seconds")
+            raise InputError(f"{name} falls on one of the {ahead} frames after the clip's end that "
+                             "its latents already hold; give a later time, or more seconds")
     if plan.kept_frames <= reached:
-        log.warning("%s: its latents stand for %d frames more than it shows; of these come the new "
-                    "ones, and no prompt has a part in them", request.prefix, ahead)
+        log.warning("%s: its latents hold %d frames after its end; all new frames come from these, "
+                    "so the prompt has no effect", request.prefix, ahead)
 
 
 def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
@@ -351,16 +355,16 @@ def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fra
         yield fit(frame, plan.height, plan.width, plan.fit)[None]
 
 
-def at_rate(engine: OpenedModel, latents: Tensor, had: int, wanted: int, plan: Plan) -> Tensor:
-    """Convert the end of latents [B, C, F, h, w] from temporal upsampling `had` to `wanted`.
+def at_rate(engine: OpenedModel, latents: Tensor, old: int, new: int, plan: Plan) -> Tensor:
+    """Convert the end of latents [B, C, F, h, w] from temporal upsampling `old` to `new`.
 
-    The frames are decoded and encoded: no network predicts one from the other, and the clip itself
-    keeps the generated latents. The first is a single frame; frames before it that don't fill a
-    latent frame are dropped.
+    The frames are decoded and encoded again, since no network converts latents directly; the clip
+    itself keeps the generated latents. The first result is a single frame; earlier frames that
+    don't fill a latent frame are dropped.
     """
-    shown, t = _decoded(engine, latents, plan, had), engine.vae_config.strides.t
+    shown, t = _decoded(engine, latents, plan, old), engine.vae_config.strides.t
     whole = 1 + (shown.shape[2] - 1) // t * t
-    return engine.encode_video(shown[:, :, -whole:], plan.tiles, plan.encode_passes, wanted).cpu()
+    return engine.encode_video(shown[:, :, -whole:], plan.tiles, plan.encode_passes, new).cpu()
 
 
 def _decoded(engine: OpenedModel, latents: Tensor, plan: Plan, rate: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""The windows of a long clip, and the last latents of a clip, from which another one continues.
+"""Windows of a long clip, and the last latents of a clip, from which another clip continues.
 
 Axes: C latent channels, F latent frames, m of them kept, h w latent rows and columns.
 """
@@ -27,27 +27,26 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 TAIL_FRAMES = 8
-"""Latent frames kept. The embedded decoder, started from 3, errs by 8 of 255 at worst in the frames
-that follow; from 6 by 2, from 8 by no more than bf16 does.
+"""Latent frames kept. The embedded decoder, started from 3, errs by at most 8 of 255 in the frames
+that follow; from 6 by 2, from 8 by no more than the error of bf16.
 """
 TAIL_BYTES = 2_000_000
 ANCHOR_TASK = "anchor"
-"""In `model.json`: the model was trained to refer to a long clip's first frame."""
-"""Default number of latent frames that windows share."""
+"""Task in `model.json` of a model trained to refer to a long clip's first frame."""
 AS_SHOWN = LatentRate(1)
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """The clip that another one continues; without latents, nothing."""
+    """Hold the end of the clip to continue; a clip that continues none has no latents here."""
 
-    latents: Tensor  # its last ones, normalised, [1, C, m, h, w] float32
+    latents: Tensor  # the last ones, normalised, [1, C, m, h, w] float32
     num_frames: int = 0  # existing frames before the new ones
-    num_latents: int = 0  # latent frames up to here, from the clip's start
-    frames_ahead: int = 0  # frames of the latents beyond those that exist
+    num_latents: int = 0  # latent frames of the clip so far
+    frames_ahead: int = 0  # frames that exist only as latents
     # target mean and deviation of each channel, [2, C]; None: those of the first window
     colours: Tensor | None = None
-    hand_over: Literal["latents", "pixels"] = "latents"  # of a recipe, or encoded
+    hand_over: Literal["latents", "pixels"] = "latents"  # from a recipe, or encoded
     anchor: Tensor | None = None  # the clip's first latent frame, [1, C, 1, h, w], if known
     rate: LatentRate = AS_SHOWN  # of the latents, and whether the first is a single frame
 
@@ -68,14 +67,14 @@ class Beginning:
 
 
 def no_beginning(plan: Plan) -> Beginning:
-    """Return the beginning of a clip that continues none."""
+    """Return the empty beginning of a clip that continues no other."""
     shape = plan.latents
     nothing = torch.zeros(1, shape.channels, 0, shape.height, shape.width)
     return Beginning(nothing, rate=plan.rate)
 
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
-    """Return whether later windows get a clip's first frame as a reference."""
+    """Return whether later windows get the clip's first frame as a reference."""
     return (ANCHOR_TASK in folder.tasks and request.settings.get("anchor") is not False
             and not request.reference)
 
@@ -88,7 +87,7 @@ def window_size(folder: ModelFolder, strides: Strides) -> int:
 def windows_after(
     begun: Beginning, plan: Plan, request: Request, folder: ModelFolder
 ) -> list[tuple[int, int]]:
-    """Return [start, stop) of a clip's windows, in latent frames from the first of `begun`."""
+    """Return [start, stop) of the windows after `begun`, in latent frames from its first."""
     strides = folder.components["vae"].config.strides
     size, given, total = window_size(folder, strides), begun.num_given, plan.latents.num_frames
     if given:
@@ -116,22 +115,22 @@ def make_tail(
     latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None,
     anchor: Tensor | None = None, rate: int = 1,
 ) -> dict[str, Any] | None:
-    """Return a recipe's record of a clip's last latents, from which it is continued unencoded.
+    """Return the recipe's record of a clip's last latents, from which the clip can continue.
 
-    It is JSON data with float16 in base64; None if not one latent frame fits into `TAIL_BYTES`.
+    The record is JSON data with float16 in base64; None if one latent frame exceeds `TAIL_BYTES`.
 
     Args:
-        latents: the clip's last ones, [1, C, F, h, w], `rate` of them for each of its own.
-        num_latents: latent frames of the whole clip, at its own rate.
+        latents: the clip's last ones, [1, C, F, h, w]; `rate` of them per latent frame shown.
+        num_latents: latent frames of the whole clip, before temporal upsampling.
         frames_ahead: frames at the end that were generated but not kept.
-        colours: [2, C], the windows' target; None: those of `latents`.
-        anchor: [1, C, 1, h, w] of the clip's start, for models that refer to it.
+        colours: the windows' target, [2, C]; None: the colours of `latents`.
+        anchor: the clip's first latent frame, [1, C, 1, h, w], for models that refer to it.
         rate: factor of temporal upsampling.
     """
     frame_bytes = latents[:, :, :1].numel() * 2 * 4 // 3
     count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
     if count < latents.shape[2]:
-        count -= count % rate  # whole ones of the clip
+        count -= count % rate  # whole latent frames of the clip
     if count == 0:
         return None
     kept = {} if anchor is None else {"anchor": _text(anchor[0])}
@@ -142,10 +141,10 @@ def make_tail(
 
 
 def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginning | None:
-    """Return the last latents of a clip of this very model; None if its recipe has none.
+    """Return the last latents in a clip's recipe; None if it has none of this model.
 
     Raises:
-        InputError: not in the format of `make_tail`.
+        InputError: the record is not in the format of `make_tail`.
     """
     if recipe is None or recipe.get("tail") is None:
         return None
@@ -164,24 +163,24 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"the latents in the clip's recipe are damaged ({error}); write the clip "
-                         "once more without its recipe, or make it again") from None
+                         "again without its recipe, or generate it again") from None
 
 
 def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
     """Return the latents in a file's recipe, or the reason why a clip can't continue from them."""
     if not ending.matches_recipe:
-        return "doesn't end as its recipe tells"
+        return "doesn't end as its recipe records"
     begun = read_tail(ending.recipe, folder)
     if begun is None:
-        return f"holds no latents of {folder.name} to go on from"
+        return f"holds no latents of {folder.name} to continue from"
     if begun.num_frames != ending.num_frames:
-        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe tells of"
+        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe records"
     is_still = ending.num_frames == 1  # which has no rate
     grid = plan.latents.channels, plan.latents.height, plan.latents.width
     same_grid = (begun.latents.shape[1], *begun.latents.shape[3:]) == grid
     if same_grid and (is_still or ending.fps == plan.fps):
         return begun
-    return "holds latents of another size or frame rate than is asked for"
+    return "holds latents of another size or frame rate than requested"
 
 
 def colours_of(latents: Tensor) -> Tensor:

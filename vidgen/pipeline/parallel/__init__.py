@@ -1,1 +1,1 @@
-"""Several devices for one clip: processes that denoise and decode together."""
+"""Several devices for one clip: processes that share the denoising and decoding."""

@@ -1,8 +1,8 @@
 """Several devices for one clip: processes that share the denoising and decoding.
 
 This process, rank 0, runs the whole pipeline: it reads, plans, samples, keeps the journal and
-writes. The others are workers that hold the transformers and the VAE; each order is a job of
-theirs. So every task, window, sampler and journal works with any number of devices.
+writes. The other ranks are workers that hold the transformers and the VAE; rank 0 sends them
+orders as jobs. So every task, window, sampler and journal works with any number of devices.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
-"""Time to wait for the reason of a rank whose end is suspected."""
+"""Time to wait for a failed rank's error message."""
 
 
 class Devices:
     """Rank 0's side of the devices; `start_devices` creates it.
 
     If a device fails, methods raise DeviceError, and the engine can't be used afterwards. `pool`
-    holds the other ranks, and `shard` spreads the transformers' weights over all.
+    holds the other ranks; `shard` spreads the transformers' weights over all ranks.
     """
 
     def __init__(self, channel: ipc.Channel, pool: LocalPool, *, shard: bool) -> None:
@@ -74,10 +74,10 @@ class Devices:
         self._num_heads = folder.components["transformer"].config.num_heads
         self.order("open", str(folder.path), quantize, self.shard)
         with self.together():
-            assert (self.mesh is not None) == self.shard  # all make it now
+            assert (self.mesh is not None) == self.shard  # created by all ranks now
 
     def facts(self, *, guided: bool) -> dict[str, Any]:
-        """Return the recipe's entry; raise InputError if more devices than can share the model."""
+        """Return the recipe's entry `devices`; raise InputError if they can't share the model."""
         division = ipc.divide(self.size, self._num_heads, guided=guided)
         return {"count": self.size, **asdict(division), "shard": self.shard}
 
@@ -88,11 +88,11 @@ class Devices:
     ) -> Iterator[Denoise]:
         """Yield the guided model over all devices; arguments as in `denoise.denoising`.
 
-        This process keeps its own part of `caches`; InputError if another clip is being sampled.
+        This process keeps its own part of `caches`. InputError: another clip is being sampled.
         """
         self._require_alive()
         if self._sampling is not None:
-            raise InputError("these devices are at another clip; generate in turns")
+            raise InputError("these devices are busy with another clip; generate one at a time")
         division = ipc.divide(self.size, self._num_heads, guided=len(contexts) > 1)
         share = ipc.Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
         theirs, own = share, replace(share, caches=caches)
@@ -128,7 +128,7 @@ class Devices:
     def remembered(self) -> Mapping[str, Tensor]:
         """Return the memory of all ranks' step caches, on the CPU, inside `denoising` after a step.
 
-        Only a step that was computed changes more than numbers.
+        It is collected after computed steps alone; skipped steps change only numbers.
         """
         assert self._sampling is not None
         caches, division = self._sampling.caches, self._sampling.division
@@ -143,7 +143,7 @@ class Devices:
         self, loader: ModelLoader, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
         rate: int = 1,
     ) -> Iterator[Tensor]:
-        """Yield the result of `codec.decode_latents`, a stretch decoded by each device."""
+        """Yield the result of `codec.decode_latents`; each device decodes one stretch."""
         with ExitStack() as stack:
             vae = stack.enter_context(loader.use("vae")).at_rate(rate)
             t, hw, dtype = vae.strides.t, vae.strides.hw, loader.dtype_of("vae")
@@ -155,7 +155,7 @@ class Devices:
             if theirs:
                 total = num_bytes * (latents.shape[2] - mine[1])
                 name, room = stack.enter_context(room_in_file(total))
-                stack.callback(self._finish)  # the file has its name until they have opened it
+                stack.callback(self._finish)  # the others open the file by name
             for worker, first, end in theirs:
                 given = latents[:, :, max(0, first - back) : end].cpu()
                 place = (name, total, num_bytes * (first - mine[1]))
@@ -168,21 +168,21 @@ class Devices:
                     yield chunk.view(dtype).view(shape)
 
     def close(self) -> None:
-        """Dismiss the others; an engine with these devices can't be used afterwards."""
+        """Stop the other ranks; an engine with these devices can't be used afterwards."""
         self._end()
 
     def order(self, *what: Any) -> None:
-        """Send the others an order."""
+        """Send all other ranks an order: a method of `DeviceWorker` and its arguments."""
         self._send(None, *what)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run work of all ranks; if it fails, none of them can continue."""
+        """Run work of all ranks inside the block; if it fails, stop all of them."""
         try:
             yield
         except BaseException as error:
             lost = ipc.is_loss(error)
-            reason = self._failure() or f"the devices lost each other: {error}" if lost else None
+            reason = self._failure() or f"the devices were disconnected: {error}" if lost else None
             self._end()
             if reason is not None:
                 raise DeviceError(reason) from error
@@ -190,13 +190,13 @@ class Devices:
 
     def _require_alive(self) -> None:
         if not self._end.alive:
-            raise DeviceError("the other devices are gone; load the model again")
+            raise DeviceError("the other devices have stopped; load the model again")
 
     def _send(self, worker: LocalWorker | None, *what: Any) -> None:
         """Send an order to one worker, or to all."""
         self._require_alive()
         with self.together():
-            self._hear()
+            self._take_messages()
         order = pickle.dumps(what)
         for each in self._pool.workers if worker is None else [worker]:
             self._sent[each.number] += 1
@@ -206,17 +206,17 @@ class Devices:
         """Wait until all orders are done."""
         with self.together():
             while self._end.alive and self._done != self._sent:
-                self._hear(1.0)
+                self._take_messages(1.0)
 
-    def _hear(self, seconds: float = 0.0) -> None:
-        """Take the others' messages; raise DeviceError for one that failed."""
+    def _take_messages(self, seconds: float = 0.0) -> None:
+        """Take the other ranks' messages; raise DeviceError if one failed."""
         lost = False
-        while not lost and (heard := self._pool.listen(seconds)):
+        while not lost and (messages := self._pool.listen(seconds)):
             seconds = 0.0
-            for worker, (kind, *details) in heard:
+            for worker, (kind, *details) in messages:
                 lost |= kind == "lost"
                 self._done[worker.number] += kind == "done"
-                if kind == "tell" or (kind == "lost" and worker.process.returncode != LOST):
+                if kind == "event" or (kind == "lost" and worker.process.returncode != LOST):
                     text = details[0] if kind == "lost" else details[0]["text"]
                     raise DeviceError(f"device {worker.number} of {self.size} failed: {text}")
 
@@ -224,7 +224,7 @@ class Devices:
         until = time.monotonic() + GRACE_S
         while time.monotonic() < until:
             try:
-                self._hear(0.05)
+                self._take_messages(0.05)
             except DeviceError as error:
                 return str(error)
         return None
@@ -234,27 +234,27 @@ def start_devices(
     devices: int | None, device: torch.device, *, shard: bool | None = False,
     offload: str | None = None, quantize: Quantization | None = None,
 ) -> Devices | None:
-    """Start the other processes; None for one device.
+    """Start the other processes; return None for one device.
 
     Raises:
         InputError: more devices than exist; options that conflict.
-        DeviceError: one failed while it started.
+        DeviceError: a device failed to start.
     """
     if devices is None or devices == 1:
         if shard:
             raise InputError("shard spreads weights over devices; give --devices 2 or more")
         return None
     if shard and (quantize or offload == "block"):
-        raise InputError("weights that are spread over devices can be neither int8 nor read block "
-                         "by block; leave --shard out, or the other")
+        raise InputError("weights that are spread over devices can be neither int8 nor offloaded "
+                         "by block; leave out --shard, or --quantize and --offload block")
     count = torch.cuda.device_count()
     if device.type == "cuda" and devices > count:
-        raise InputError(f"devices is {devices}, but torch sees {count} here; give {count} or "
+        raise InputError(f"devices is {devices}, but torch sees {count}; give {count} or "
                          "fewer")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"several devices can be CPUs or CUDA devices, not {device.type}")
     if dist.is_initialized():
-        raise InputError("torch.distributed is in use in this process already; close the other "
+        raise InputError("torch.distributed is already in use in this process; close the other "
                          "engine, or load with devices=1")
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Contexts, Loras, Plan
 
 TIMEOUT = timedelta(minutes=30)
-"""After which a rank that doesn't answer, though it runs, ends the others."""
+"""Time after which a rank that runs without an answer counts as failed."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -45,7 +45,7 @@ class Division:
     sequence: int
 
     def branch(self, rank: int) -> int:
-        """Return a rank's group: 0 computes under the prompt, 1 under the negative."""
+        """Return a rank's group: 0 computes under the prompt, 1 under the negative prompt."""
         return rank // self.sequence
 
     def branches(self, rank: int) -> tuple[str, ...]:
@@ -57,9 +57,9 @@ class Division:
         return contexts if self.guidance == 1 else [contexts[self.branch(rank)]]
 
     def turns(self, wanted: Sequence[int], rank: int, *, shard: bool) -> list[int]:
-        """Return the wanted contexts that a rank computes, by their place among its own.
+        """Return the indices, among a rank's own contexts, of the wanted ones that it computes.
 
-        With sharded weights it computes each time, since all need each other's weights.
+        With sharded weights it always computes, since all ranks need each other's weights.
         """
         if self.guidance == 1:
             return [*wanted]
@@ -67,9 +67,9 @@ class Division:
 
 
 def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
-    """Divide devices by guidance, whose halves meet once a step, and the rest by tokens.
+    """Divide devices by guidance, whose halves communicate once a step, then by tokens.
 
-    More ranks on one sequence than the model has heads raise InputError.
+    More ranks for one sequence than the model has heads raise InputError.
     """
     guidance = 2 if guided and devices % 2 == 0 else 1
     sequence = devices // guidance
@@ -83,16 +83,16 @@ def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
 def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tuple[int, int]]:
     """Divide the latent frames `begin` to `end` among ranks so that all finish at the same time.
 
-    Return [first, last) of each rank, empty for some where more ranks would not be faster. Each
-    also decodes the `look_back` frames before its stretch that the decoder depends on; the clip's
-    first has none, so its stretch is the longest.
+    Return [first, last) of each rank, empty for ranks that would make it no faster. Each rank also
+    decodes the `look_back` frames before its stretch that the decoder depends on; the first rank
+    has none, so its stretch is the longest.
     """
     places = [begin]
     for cost in range(1, end + 1):
         places = [begin]
         for _ in range(num_ranks):
-            here = places[-1]
-            places.append(here + max(0, min(cost - min(here, look_back), end - here)))
+            last = places[-1]
+            places.append(last + max(0, min(cost - min(last, look_back), end - last)))
         if places[-1] == end:
             break
     return list(pairwise(places))
@@ -100,11 +100,11 @@ def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tupl
 
 @dataclass(frozen=True)
 class Share:
-    """All that a rank needs to denoise except for the latents, which come with each call."""
+    """Hold everything that a rank needs to denoise, except the latents of each call."""
 
     plan: Plan
     state: LatentState
-    contexts: Contexts  # of the prompt and, under guidance, the negative
+    contexts: Contexts  # of the prompt and, with guidance, the negative prompt
     loras: Loras
     level: float  # the sigma at which sampling begins
     division: Division
@@ -114,7 +114,7 @@ class Share:
 
 
 class Channel:
-    """This process's place among the ranks of one machine; all create it at the same time."""
+    """Connection of this process to the ranks of one machine; all create it at the same time."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
@@ -139,9 +139,9 @@ class Channel:
         ranks = self._whole if by_all else self.ranks(division)
         if ranks is None:
             return value
-        said = torch.tensor([value], dtype=torch.uint8)
-        dist.broadcast(said, src=0, group=ranks.group)
-        return bool(said)
+        answer = torch.tensor([value], dtype=torch.uint8)
+        dist.broadcast(answer, src=0, group=ranks.group)
+        return bool(answer)
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -152,7 +152,7 @@ class Channel:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Return whether an error means that another rank can't be reached, not its own failure."""
+    """Return whether an error means that another rank can't be reached."""
     is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     return is_gloo or isinstance(error, dist.DistError)
 
@@ -161,10 +161,10 @@ def is_loss(error: BaseException) -> bool:
 def shared_denoisers(
     loader: ModelLoader, share: Share, channel: Channel, *, shard: bool
 ) -> Iterator[list[Denoise]]:
-    """Yield the model under each context of this rank's group; its caches decide as rank 0's do.
+    """Yield the model under each context of this rank's group.
 
-    The caches take their part of the memory of all. With sharded weights all ranks run the same
-    blocks at every step, so all of them agree.
+    The caches restore their part of the shared memory and follow rank 0's decisions. With sharded
+    weights all ranks run the same blocks at every step, so all of them must agree.
     """
     division, caches, rank = share.division, share.caches, channel.rank
     if caches is not None:
@@ -185,7 +185,7 @@ def shared_denoisers(
 
 
 def collect(caches: StepCaches, channel: Channel, division: Division) -> dict[str, Tensor]:
-    """Return the memory of all ranks' caches on rank 0's CPU, each rank's own elsewhere."""
+    """Return on rank 0 the memory of all ranks' caches, on the CPU; on other ranks their own."""
     own = {name: each.cpu() for name, each in caches.state().items()}
     first_of_negative, cpu = division.sequence, torch.device("cpu")
     if division.guidance == 1:

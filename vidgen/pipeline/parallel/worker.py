@@ -1,4 +1,4 @@
-"""The work of all ranks but 0: open the model and follow orders."""
+"""Work of all ranks but 0: open the model and follow orders."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 LOST = 3
-"""Exit code of a rank that stops because another one is gone."""
+"""Exit code of a rank that stops because it lost another one."""
 
 
 class DeviceWorker:
-    """A rank's answers to orders; each order is a method of the same name.
+    """A rank that follows orders; each order is a method of the same name.
 
-    The process ends with a failure, so that the others notice a rank that they wait for in vain.
+    A failure ends the process, so that the other ranks don't wait for it.
     """
 
     loader: ModelLoader | None = None
     _caches: StepCaches | None = None
 
-    def __call__(self, order: bytes, tell: OnEvent) -> None:
+    def __call__(self, order: bytes, on_event: OnEvent) -> None:
         """Follow an order: its name and arguments, pickled."""
         name, *details = pickle.loads(order)
         try:
@@ -52,13 +52,13 @@ class DeviceWorker:
             if not ipc.is_loss(error):
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
                 with suppress(OSError):
-                    tell({"event": "failed", "text": text})
+                    on_event({"event": "failed", "text": text})
             os._exit(LOST if ipc.is_loss(error) else 1)
 
     def join(self, rank: int, size: int, port: int, kind: str) -> None:
-        """Become a rank of the group whose store has this port, on a kind of device."""
+        """Join the group whose store has this port, as `rank` of `size`, on a kind of device."""
         logging.getLogger().setLevel(logging.ERROR)
-        warnings.simplefilter("ignore")  # rank 0 gives the same
+        warnings.simplefilter("ignore")  # rank 0 shows the same ones
         device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -66,7 +66,7 @@ class DeviceWorker:
         self._channel, self._sampling = ipc.Channel(store, rank, size, device), ExitStack()
 
     def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
-        """Open the networks that the ranks share; they are loaded when they are used."""
+        """Open the networks that the ranks share; each is loaded at its first use."""
         if self.loader is not None:
             self.loader.close()
             self.loader = None
@@ -90,7 +90,7 @@ class DeviceWorker:
     def denoise(
         self, shape: torch.Size, dtype: torch.dtype, sigma: Tensor, wanted: tuple[int, ...]
     ) -> None:
-        """Compute this rank's part of a velocity; the first of a group sends it."""
+        """Compute this rank's part of a velocity; the negative group's first rank sends it."""
         device, rank, division = self._channel.device, self._channel.rank, self._division
         latents = torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(latents, src=0)
@@ -114,17 +114,17 @@ class DeviceWorker:
         self, dtype: torch.dtype, offload: Offload, room: tuple[str, int, int],
         latents: Tensor, skipped: int, tiles: Tiles | None, rate: int,
     ) -> None:
-        """Decode latents [B, C, F, h, w] but the first `skipped` frames, one after the other.
+        """Decode latents [B, C, F, h, w], except the first `skipped` latent frames, to a file.
 
-        `room` is a file, its size in bytes, and the place of the first frame in it.
+        `room` holds the file's name, its size and the first frame's offset, in bytes.
         """
         name, size, place = room
-        there = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)[place:]
+        target = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)[place:]
         loader = self._set_up(dtype, offload)
         for video in decode_latents(loader, latents, skipped, tiles=tiles, rate=rate):
             made = video.contiguous().view(-1).view(torch.uint8)
-            there[: len(made)].copy_(made)
-            there = there[len(made) :]
+            target[: len(made)].copy_(made)
+            target = target[len(made) :]
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> ModelLoader:
         old = self.loader

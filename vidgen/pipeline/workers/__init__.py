@@ -1,1 +1,1 @@
-"""The one scheduler, and workers of this machine or of a Ray cluster."""
+"""Scheduler of jobs, and workers on this machine or a Ray cluster."""

@@ -1,4 +1,4 @@
-"""The one way from a request to a file under a journal, and workers that do nothing else."""
+"""Make a request into a file with a journal, here or in workers."""
 
 from __future__ import annotations
 
@@ -19,54 +19,53 @@ if TYPE_CHECKING:
 
 
 def write_request(
-    engine: AnyEngine, request: Request, path: Path, tell: OnEvent,
-    told: Mapping[str, Any], *, cut: Callable[[Clip], Clip] | None = None,
+    engine: AnyEngine, request: Request, path: Path, on_event: OnEvent,
+    extra: Mapping[str, Any], *, cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None, on_estimate: Callable[[Estimate], None] | None = None,
     marks: Mapping[str, str] | None = None,
 ) -> Clip:
-    """Make a request's single clip and write it, over an existing file; resume a stopped one.
+    """Make a request's single clip and write it over an existing file; resume a stopped one.
 
     Args:
-        tell: called with progress events, and when the file is written.
-        told: further entries of each event.
-        cut: returns the part of the clip to be written; None: all.
-        on_preview: as in `Engine.generate`; other families' engines show none.
-        on_estimate: likewise.
-        marks: of the file, as in `Journal`.
+        on_event: called with progress events, and when the file is written.
+        extra: further entries of each event.
+        cut: returns the part of the clip to be written; None: all of it.
+        on_preview, on_estimate: as in `Engine.generate`; the diffusers backend has neither.
+        marks: marks of the file, as in `Journal`.
     """
     journal = Journal(path, resume=True, marks=marks)
-    if journal.finished:  # a kill came after the file, before anybody was told of it
+    if journal.finished:  # a kill came after the write, before its event
         return journal.clip()
     given = {"on_preview": on_preview, "on_estimate": on_estimate}
     own: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
     clip = engine.generate(
         request, journal=journal, **own,
-        on_event=lambda p: tell({"event": "progress", "stage": p.stage, "done": p.done,
-                                 "total": p.total, **told}),
+        on_event=lambda p: on_event({"event": "progress", "stage": p.stage, "done": p.done,
+                                     "total": p.total, **extra}),
     )
     assert not isinstance(clip, list)
     clip = clip if cut is None else cut(clip)
     total = clip.num_frames
-    clip.save(path, overwrite=True, on_frames=lambda done: tell(
-        {"event": "progress", "stage": "write", "done": done, "total": total, **told}))
-    tell({"event": "written", "path": str(path), **told})
+    clip.save(path, overwrite=True, on_frames=lambda done: on_event(
+        {"event": "progress", "stage": "write", "done": done, "total": total, **extra}))
+    on_event({"event": "written", "path": str(path), **extra})
     return clip
 
 
 @dataclass
 class EngineWork:
-    """Work of a model that is opened once in each worker."""
+    """Work with a model that each worker opens once."""
 
     open_engine: Callable[[], AnyEngine]  # picklable for several workers
-    model_sha256: str | None = None  # required, wherever a worker runs; None: any
+    model_sha256: str | None = None  # required of every worker's model; None: any
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what each worker opens itself."""
+        """Leave out the engine, which each worker opens itself."""
         return {name: value for name, value in vars(self).items() if name != "engine"}
 
     @cached_property
     def engine(self) -> AnyEngine:
-        """The one engine of all jobs; InputError if its model isn't the scheduler's."""
+        """The engine of all jobs; InputError if its model isn't the scheduler's."""
         engine = self.open_engine()
         found = engine.folder.content_hash
         if self.model_sha256 not in (None, found):
@@ -81,9 +80,9 @@ class EngineWork:
 
 
 class ClipWork(EngineWork):
-    """Makes requests into files."""
+    """Work of making requests into files."""
 
-    def __call__(self, payload: tuple[Request, Path, Mapping[str, Any]], tell: OnEvent) -> None:
+    def __call__(self, payload: tuple[Request, Path, Mapping[str, Any]], on_event: OnEvent) -> None:
         """Make one clip."""
-        request, path, told = payload
-        write_request(self.engine, request, path, tell, told)
+        request, path, extra = payload
+        write_request(self.engine, request, path, on_event, extra)

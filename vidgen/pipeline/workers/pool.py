@@ -1,4 +1,4 @@
-"""Workers as the scheduler sees them: a handle for each, and the processes of this machine."""
+"""Handles and pools of workers for the scheduler, and the processes of this machine."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ Message = tuple[Any, ...]
 
 
 class WorkerHandle(ABC):
-    """One worker; one that replaces another has its number."""
+    """Handle of one worker; a worker that replaces another has the same number."""
 
     def __init__(self, number: int) -> None:
         self.number = number  # from 1 on
-        self.job: Job | None = None  # its current one
-        self.is_ready = False  # whether it has reported that it can work
-        self.heard_s: float | None = None  # time of its last message, if any
-        self.moved_s = 0.0  # when its job began, or reported progress last
+        self.job: Job | None = None  # the current one
+        self.is_ready = False  # True after its message "ready"
+        self.last_message_s: float | None = None
+        self.last_progress_s = 0.0  # time of its job's start or last event
 
     def begin(self, job: Job) -> None:
-        """Give it a job."""
-        self.job, self.moved_s = job, time.monotonic()
+        """Send a job to the worker."""
+        self.job, self.last_progress_s = job, time.monotonic()
         self.send("job", job.payload)
 
     def cancel(self, why: str) -> None:
-        """Stop its job at the next event; the job fails with `Cancelled`, whose text is `why`."""
+        """Stop its job at the next event; the job fails with `Cancelled(why)`."""
         self.send("cancel", why)
 
     @abstractmethod
     def send(self, kind: str, content: Any) -> None:
-        """Send a message of `process`; `listen` notices a worker that is gone."""
+        """Send a message of `process`; errors are left to `listen`, which reports a lost worker."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask it to save its state and leave."""
+        """Ask the worker to save its state and exit."""
 
     @abstractmethod
     def end(self, grace_s: float = 0.0) -> None:
-        """Kill it, after some time to leave by itself."""
+        """Kill the worker, after `grace_s` seconds to exit by itself."""
 
 
 class WorkerPool(ABC):
-    """All workers of one kind: `workers`, once they are started."""
+    """All workers of one kind, in `workers` after `start`."""
 
     def __init__(self, count: int) -> None:
         self.workers: list[Any] = []
@@ -69,15 +69,15 @@ class WorkerPool(ABC):
 
     @abstractmethod
     def listen(self, seconds: float) -> Sequence[tuple[WorkerHandle, Message]]:
-        """Return workers' messages as soon as one comes; ("lost", why) of one that is gone."""
+        """Return workers' messages, after up to `seconds`; ("lost", why) for a lost worker."""
 
     def replace(self, worker: WorkerHandle) -> None:
-        """Kill a worker and start another one in its place."""
+        """Kill a worker and start another one with its number."""
         worker.end()
         self.workers[worker.number - 1] = self._start_worker(worker.number)
 
     def end(self, grace_s: float = 0.0) -> None:
-        """Kill all workers, after some time to leave by themselves."""
+        """Kill all workers, after `grace_s` seconds to exit by themselves."""
         until = time.monotonic() + grace_s
         for worker in self.workers:
             worker.end(max(0.0, until - time.monotonic()))
@@ -91,8 +91,9 @@ class LocalPool(WorkerPool):
     """Processes of this machine, for pickled work.
 
     Args:
-        threads: of each job; None: as the work sets them.
-        gpus: names in CUDA_VISIBLE_DEVICES, one for each process in turn; empty: all see all.
+        threads: threads of each job; None: as the work sets them.
+        gpus: names in CUDA_VISIBLE_DEVICES, one for each process in turn; empty: every process
+            sees all GPUs.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class LocalPool(WorkerPool):
     def listen(self, seconds: float) -> list[tuple[LocalWorker, Message]]:
         """See `WorkerPool`."""
         waiting = {worker.connection: worker for worker in self.workers}
-        heard: list[tuple[LocalWorker, Message]] = []
+        messages: list[tuple[LocalWorker, Message]] = []
         for connection in wait(list(waiting), seconds):
             assert isinstance(connection, Connection)
             worker = waiting[connection]
@@ -120,12 +121,12 @@ class LocalPool(WorkerPool):
                 message = connection.recv()
             except (EOFError, OSError, pickle.UnpicklingError):
                 message = ("lost", worker.fate())
-            heard.append((worker, message))
-        return heard
+            messages.append((worker, message))
+        return messages
 
 
 class LocalWorker(WorkerHandle):
-    """A process of this machine, with variables of its own; it exits with this one."""
+    """Process of this machine with its own environment; it exits when this one does."""
 
     def __init__(
         self, number: int, work: bytes, threads: int | None, own: Mapping[str, str]
@@ -144,7 +145,7 @@ class LocalWorker(WorkerHandle):
             self.connection.send((work, threads))
 
     def begin(self, job: Job) -> None:
-        """See `WorkerHandle`; only what this job writes to stderr is kept."""
+        """See `WorkerHandle`; stderr of earlier jobs is dropped."""
         os.ftruncate(self._stderr.fileno(), 0)
         os.lseek(self._stderr.fileno(), 0, os.SEEK_SET)
         super().begin(job)
@@ -155,7 +156,7 @@ class LocalWorker(WorkerHandle):
             self.connection.send((kind, content))
 
     def fate(self) -> str:
-        """Return how it ended."""
+        """Return a description of its end, such as "killed by SIGKILL"."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         code = self.process.poll()

@@ -1,16 +1,16 @@
-"""A worker's program: receive jobs, run them, report; `python -m` with a pipe's number.
+"""Program of a worker process: receive jobs, run them, report; its argument is a pipe's number.
 
-Messages to a worker, after the work itself and its number of threads:
-    ("job", payload)        run this; one at a time
-    ("cancel", why)         stop the job at work at its next event
-and from it:
+Messages to a worker, after the pickled work and its number of threads:
+    ("job", payload)        run a job; one at a time
+    ("cancel", why)         stop the running job at its next event
+Messages from it:
     ("beat",)               once a second, so that a hanging worker is noticed
     ("ready",)              the work is unpickled
-    ("tell", event)         an event of the job
+    ("event", event)        an event of the job
     ("log", level, text, trace)
     ("done", result), ("failed", error)     a cancelled job failed with `Cancelled`
 
-A worker whose scheduler is gone exits: first by a signal that lets a journal save its state, then
+A worker that loses its scheduler exits: first by a signal that lets a journal save its state, then
 at once.
 """
 
@@ -37,92 +37,92 @@ from vidgen.pipeline.workers.types import Work, pin_threads
 
 BEAT_S = 1.0
 GRACE_S = 5.0
-Say = Callable[[tuple[Any, ...]], None]
+Send = Callable[[tuple[Any, ...]], None]
 
 
 class LogMessages(logging.Handler):
-    """Sends the root logger's records to the scheduler; its level is WARNING by default."""
+    """Log handler that sends the root logger's records to the scheduler."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, send: Send) -> None:
         super().__init__()
-        self.say = say
+        self.send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one, its traceback separately."""
+        """Send a record, its traceback separately."""
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
-        self.say(("log", record.levelno, record.getMessage(), trace))
+        self.send(("log", record.levelno, record.getMessage(), trace))
 
 
 class Worker:
-    """The worker's side of a process or an actor: runs jobs, one at a time.
+    """Runner of jobs, one at a time, in a process or an actor.
 
-    `say` sends a message to the scheduler; `threads` of None are as many as the process has.
+    `send` sends a message to the scheduler; `threads` None leaves the process's number.
     """
 
-    def __init__(self, say: Say, threads: int | None) -> None:
-        self._say, self._threads = say, threads
+    def __init__(self, send: Send, threads: int | None) -> None:
+        self._send, self._threads = send, threads
         self._jobs: queue.SimpleQueue[tuple[Any] | None] = queue.SimpleQueue()
         self._reason: str | None = None
-        logging.getLogger().addHandler(LogMessages(say))
+        logging.getLogger().addHandler(LogMessages(send))
         warnings.showwarning = self._show_warning
 
     def receive(self, kind: str, content: Any) -> None:
-        """Take a job to `run`, or cancel the one at work."""
+        """Queue a job for `run`, or cancel the running one."""
         if kind == "cancel":
             self._reason = content
         else:
-            self._reason = None  # what came before was for another job
+            self._reason = None  # an earlier cancel was for another job
             self._jobs.put((content,))
 
     def stop(self) -> None:
-        """Cancel the job at work, and let `run` return after it."""
+        """Cancel the running job, and let `run` return after it."""
         self._reason = "stopped"
         self._jobs.put(None)
 
     def run(self, work: Work) -> None:
         """Run jobs as they are received."""
-        self._say(("ready",))
+        self._send(("ready",))
         while (job := self._jobs.get()) is not None:
-            self._say(self._answer(work, *job))
+            self._send(self._answer(work, *job))
 
     def _answer(self, work: Work, payload: Any) -> tuple[Any, ...]:
         try:
             if self._threads is not None:
                 pin_threads(self._threads)
-            return "done", work(payload, self._tell)
+            return "done", work(payload, self._on_event)
         except VidgenError as error:
             return "failed", error
         except Exception as error:
             trace = "".join(traceback.format_exception(error)).strip()
-            text = f"a worker came upon {type(error).__name__}: {error}\n{trace}"
+            text = f"a worker failed with {type(error).__name__}: {error}\n{trace}"
             return "failed", VidgenError(text)
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _on_event(self, event: dict[str, Any]) -> None:
         if self._reason is not None:
             raise Cancelled(self._reason)
-        self._say(("tell", event))
+        self._send(("event", event))
 
     def _show_warning(
         self, message: Warning | str, category: type[Warning], *_: object, **__: object
     ) -> None:
         if issubclass(category, UserWarning):
-            self._say(("log", logging.WARNING, str(message), None))
+            self._send(("log", logging.WARNING, str(message), None))
 
 
 def main() -> int:
-    """Run jobs until the scheduler is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler hears it, and says what to do
+    """Run jobs until the connection to the scheduler ends; return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler gets it too, and decides
     signal.signal(signal.SIGTERM, _stop)
     connection, lock = Connection(int(sys.argv[1])), threading.Lock()
 
-    def say(message: tuple[Any, ...]) -> None:
+    def send(message: tuple[Any, ...]) -> None:
         with lock:
             connection.send(message)
 
-    threading.Thread(target=_beat, args=(connection, say), daemon=True).start()
+    threading.Thread(target=_beat, args=(connection, send), daemon=True).start()
     try:
         content, threads = connection.recv()
-        worker = Worker(say, threads)
+        worker = Worker(send, threads)
         work = pickle.loads(content)
         threading.Thread(target=_receive, args=(connection, worker), daemon=True).start()
         worker.run(work)
@@ -138,11 +138,11 @@ def _receive(connection: Connection, worker: Worker) -> None:
     _leave()
 
 
-def _beat(connection: Connection, say: Say) -> None:
+def _beat(connection: Connection, send: Send) -> None:
     while True:
         try:
-            if select.select([], [connection], [], 0)[1]:  # else nobody reads them now
-                say(("beat",))
+            if select.select([], [connection], [], 0)[1]:  # skip while the pipe is full
+                send(("beat",))
         except OSError:
             _leave()
         time.sleep(BEAT_S)

@@ -1,7 +1,7 @@
 """Workers on a Ray cluster: one actor each, which reports when it is polled.
 
-Every machine needs this version of vidgen and sees the same folders, the command's working folder
-among them.
+Every machine needs this version of vidgen and must share the same folders, including the command's
+working folder.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
     from vidgen.pipeline.workers.types import Staff, Work
 
 LISTEN_S = 1.0
-"""Time an actor waits for a message; its answer is its heartbeat."""
+"""Time that an actor waits for a message before it answers; the answer is its heartbeat."""
 _REACH_S = 20.0
 
 
 class Actor:
-    """The worker's side; Ray creates it on a machine of the cluster."""
+    """A worker in the process that Ray creates on a machine of the cluster."""
 
     def __init__(self, work: bytes, threads: int, folder: str, version: str) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
-        self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._worker = Worker(self._said.put, threads)
+        self._outbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._worker = Worker(self._outbox.put, threads)
         opened = _opened(work, folder, version)
         self._thread = threading.Thread(target=self._worker.run, args=(opened,), daemon=True)
         self._thread.start()
 
     def receive(self, kind: str, content: Any) -> None:
-        """Begin a job, or cancel the one at work."""
+        """Begin a job, or cancel the running one."""
         self._worker.receive(kind, content)
 
     def listen(self) -> list[Message]:
-        """Return the messages since the last call; wait a little for the first."""
+        """Return the messages since the last call; wait up to `LISTEN_S` for the first."""
         messages = []
         with suppress(queue.Empty):
-            messages.append(self._said.get(timeout=LISTEN_S))
+            messages.append(self._outbox.get(timeout=LISTEN_S))
             while True:
-                messages.append(self._said.get_nowait())
+                messages.append(self._outbox.get_nowait())
         return messages
 
     def stop(self, seconds: float) -> None:
@@ -63,12 +63,12 @@ class Actor:
 
 
 def _opened(work: bytes, folder: str, version: str) -> Work:
-    """Unpickle a command's work; with another version or without its folder, refuse each job."""
+    """Unpickle the work; with another version of vidgen or no such folder, refuse each job."""
     machine, problem = os.uname().nodename, ""
     try:
         os.chdir(folder)
     except OSError as error:
-        problem = (f"machine {machine} doesn't see {folder} ({error.strerror}); all machines must "
+        problem = (f"machine {machine} can't open {folder} ({error.strerror}); all machines must "
                    "share the folders of the film and the model")
     if version != __version__:
         problem = (f"machine {machine} has vidgen {__version__}, the command {version}; install "
@@ -77,7 +77,7 @@ def _opened(work: bytes, folder: str, version: str) -> Work:
         opened: Work = pickle.loads(work)
         return opened
 
-    def refuse(_payload: Any, _tell: OnEvent) -> Any:
+    def refuse(_payload: Any, _on_event: OnEvent) -> Any:
         raise InputError(problem)
 
     return refuse
@@ -94,7 +94,7 @@ class RayPool(WorkerPool):
         except ImportError:
             raise InputError("--ray needs Ray; pip install 'vidgen[ray]'") from None
         self._ray: Any = ray
-        self._stdout = redirect_stdout(sys.stderr)  # Ray tells of its troubles on stdout
+        self._stdout = redirect_stdout(sys.stderr)  # Ray reports problems on stdout
         self._is_own = not self._ray.is_initialized()
         if self._is_own:
             _connect(self._ray, staff.ray)
@@ -110,7 +110,7 @@ class RayPool(WorkerPool):
         self._arguments = (work, self._threads, str(Path.cwd()), __version__)
 
     def start(self) -> None:
-        """Request all workers; they come as the cluster has room."""
+        """Request all workers; each starts when the cluster has room."""
         self._stdout.__enter__()
         super().start()
 
@@ -119,25 +119,25 @@ class RayPool(WorkerPool):
 
     def listen(self, seconds: float) -> list[tuple[WorkerHandle, Message]]:
         """See `WorkerPool`."""
-        asked = {worker.answer: worker for worker in self.workers}
-        ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=0)
+        polled = {worker.answer: worker for worker in self.workers}
+        ready, _ = self._ray.wait(list(polled), num_returns=len(polled), timeout=0)
         if not ready:
-            ready, _ = self._ray.wait(list(asked), timeout=seconds)
-        heard: list[tuple[WorkerHandle, Message]] = []
+            ready, _ = self._ray.wait(list(polled), timeout=seconds)
+        messages: list[tuple[WorkerHandle, Message]] = []
         for answered in ready:
-            heard += self._said_by(asked[answered])
-        return heard
+            messages += self._messages_of(polled[answered])
+        return messages
 
-    def _said_by(self, worker: RayWorker) -> list[tuple[WorkerHandle, Message]]:
+    def _messages_of(self, worker: RayWorker) -> list[tuple[WorkerHandle, Message]]:
         try:
             messages = self._ray.get(worker.answer)
         except self._ray.exceptions.RayError as error:
             return [(worker, ("lost", str(error).strip().splitlines()[0]))]
-        worker.ask()
+        worker.poll()
         return [(worker, message) for message in messages or [("beat",)]]
 
     def end(self, grace_s: float = 0.0) -> None:
-        """Kill all workers, and leave the cluster if it was joined here."""
+        """Kill all workers, and leave the cluster if this pool joined it."""
         super().end(grace_s)
         if self._is_own:
             self._ray.shutdown()
@@ -151,9 +151,9 @@ class RayWorker(WorkerHandle):
         super().__init__(number)
         self._ray, self._actor = ray, actor
         self._stopped: Any = None
-        self.ask()
+        self.poll()
 
-    def ask(self) -> None:
+    def poll(self) -> None:
         """Poll the actor; its messages come to `answer`."""
         self.answer = self._actor.listen.remote()
 
@@ -171,7 +171,7 @@ class RayWorker(WorkerHandle):
         if self._stopped is not None and grace_s:
             self._ray.wait([self._stopped], timeout=grace_s)
         self._ray.kill(self._actor)
-        self._ray.wait([self.answer], timeout=5)  # till its process is gone, and its locks
+        self._ray.wait([self.answer], timeout=5)  # until its process ends and frees its locks
 
 
 def _connect(ray: Any, address: str) -> None:

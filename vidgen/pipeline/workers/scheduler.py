@@ -1,12 +1,12 @@
-"""The one scheduler: jobs that depend on each other, run by one or many workers.
+"""Scheduler of jobs that depend on each other, run by one or many workers.
 
-    for outcome in run_jobs(jobs, work, Staff(workers=4), tell): ...
-    for key, result in results_of(function, payloads, 4, tell): ...   # independent ones
+    for outcome in run_jobs(jobs, work, Staff(workers=4), on_event): ...
+    for key, result in results_of(function, payloads, 4, on_event): ...   # independent
 
 Jobs come from an iterator, each after those that it needs, and only a window of them is held, so a
 film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
-several are processes of this machine or actors of a Ray cluster (`pool`, `ray`). One that dies or
-falls silent is replaced, and its job resumes elsewhere from its journal.
+several are processes of this machine or actors of a Ray cluster (`pool`, `ray`). A worker that dies
+or stops responding is replaced, and another one resumes its job from the journal.
 """
 
 from __future__ import annotations
@@ -34,72 +34,72 @@ log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 THREADS = "threads"
 MAX_DEATHS = 3
-"""Workers that one job may kill before it is given up."""
+"""Number of workers that die with one job before the job fails."""
 WINDOW = 32
-"""Jobs held per worker, so that waiting jobs don't leave any idle."""
+"""Jobs held per worker, so that jobs that wait for others leave no worker idle."""
 
 
-def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent) -> Iterator[Outcome]:
-    """Run jobs; yield each one's outcome as it comes.
+def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, on_event: OnEvent) -> Iterator[Outcome]:
+    """Run jobs; yield each one's outcome when it finishes.
 
     A caller that leaves the loop, or is interrupted, stops all workers within seconds; their jobs
-    can be resumed. Jobs, each after those that it needs, are read as they are needed. `tell` gets
-    workers' events, with `worker` added if there are several. Workers that don't start raise
-    VidgenError.
+    can be resumed. Jobs, each after those that it needs, are read from the iterator as workers need
+    them. `on_event` gets workers' events, with `worker` added if several run. Workers that don't
+    start raise VidgenError.
     """
     if staff.is_here:
-        yield from _alone(_Queue(iter(jobs), WINDOW), work, staff.num_threads, tell)
+        yield from _run_here(_Queue(iter(jobs), WINDOW), work, staff.num_threads, on_event)
         return
     with _open_pool(work, staff) as pool:
         queue = _Queue(iter(jobs), WINDOW * len(pool.workers))
-        yield from _Dispatcher(queue, pool, staff, tell).outcomes()
+        yield from _Dispatcher(queue, pool, staff, on_event).outcomes()
 
 
 def results_of(
-    function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: OnEvent
+    function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, on_event: OnEvent
 ) -> Iterator[tuple[Key, Any]]:
     """Yield a function's results for independent, picklable payloads, by key, as they finish.
 
     Args:
-        function: of a module; called in this process if one worker is enough.
-        workers: processes at most.
-        tell: called when a worker is gone.
+        function: a module's function; it runs in this process if one worker is enough.
+        workers: largest number of processes.
+        on_event: called when a worker is lost.
 
     Raises:
-        VidgenError: as the function raises it; or a payload that killed several workers.
+        VidgenError: raised by the function, or for a payload that killed several workers.
     """
     if not payloads:
         return
     keys = list(payloads)
     staff = Staff(min(workers, len(keys)))
     jobs = (Job(str(number), payloads[key], name=str(key)) for number, key in enumerate(keys))
-    for outcome in run_jobs(jobs, partial(_call, function), staff, tell):
+    for outcome in run_jobs(jobs, partial(_call, function), staff, on_event):
         if outcome.error is not None:
             raise outcome.error
         yield keys[int(outcome.job.key)], outcome.result
 
 
-def _call(function: Callable[[Any], Any], payload: Any, _tell: OnEvent) -> Any:
+def _call(function: Callable[[Any], Any], payload: Any, _on_event: OnEvent) -> Any:
     return function(payload)
 
 
-def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREADS) -> Staff:
-    """Return staff with the threads that a folder's clips were begun with on this kind of machine.
+def settle_threads(folder: Path, staff: Staff, on_event: OnEvent, name: str = THREADS) -> Staff:
+    """Return `staff` with the threads that a folder's first clips used on this kind of machine.
 
-    A clip's last bits may depend on their number, so the folder's file `name` records it for
-    whoever makes the rest. A requested number replaces it. `tell` gets a note if the number isn't
-    the default.
+    A clip's last bits may depend on the number of threads, so the folder's file `name` records it
+    for the remaining clips. A requested number replaces the recorded one. `on_event` gets a note if
+    the recorded number isn't the default.
     """
     store, place = Store(folder), "ray" if staff.ray else fingerprint()["cpu"]
     kept = store.data(name)
     begun = kept.get(place)
     if staff.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
         if begun != staff.num_threads:
-            tell({"event": "note", "text": f"each clip takes {begun} threads, as "
-                  f"{folder / name}.json has it from before; --threads N changes that"})
+            on_event({"event": "note", "text": f"each clip uses {begun} threads, as "
+                      f"{folder / name}.json records; --threads N changes the number"})
         return replace(staff, threads=begun)
     if staff.ray and staff.threads is None:
-        return staff  # the cluster's machines tell
+        return staff  # each machine of the cluster decides
     settled = replace(staff, threads=staff.num_threads)
     store.keep(name, kept | {place: settled.threads})
     return settled
@@ -129,7 +129,7 @@ def _open_pool(work: Work, staff: Staff) -> Iterator[WorkerPool]:
         pool.end(staff.patience.grace)
 
 
-def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[Outcome]:
+def _run_here(queue: _Queue, work: Work, threads: int, on_event: OnEvent) -> Iterator[Outcome]:
     import torch
 
     before = torch.get_num_threads()
@@ -137,7 +137,7 @@ def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[O
         while (job := queue.take()) is not None:
             pin_threads(threads)
             try:
-                outcome = Outcome(job, work(job.payload, tell))
+                outcome = Outcome(job, work(job.payload, on_event))
             except VidgenError as error:
                 outcome = Outcome(job, error=error)
             queue.finish(outcome)
@@ -151,7 +151,7 @@ class _Queue:
     def __init__(self, jobs: Iterator[Job], window: int) -> None:
         self._jobs, self._window = jobs, window
         self._ready: list[tuple[int, Job]] = []
-        self._numbers: dict[str, int] = {}  # of jobs that are held
+        self._numbers: dict[str, int] = {}  # order of the held jobs
         self._waiting: dict[str, tuple[Job, set[str]]] = {}
         self._failed: dict[str, str] = {}
         self._count = 0
@@ -168,11 +168,11 @@ class _Queue:
         return heapq.heappop(self._ready)[1] if self._ready else None
 
     def again(self, job: Job) -> None:
-        """Put back a job that wasn't done."""
+        """Put back a job that wasn't finished."""
         heapq.heappush(self._ready, (self._numbers[job.key], job))
 
     def finish(self, outcome: Outcome) -> None:
-        """Note a job's outcome, and release those that waited for it."""
+        """Record a job's outcome, and release the jobs that waited for it."""
         job = outcome.job
         del self._numbers[job.key]
         if outcome.error is not None:
@@ -184,7 +184,7 @@ class _Queue:
                 self.again(other)
 
     def undone(self) -> Iterator[Outcome]:
-        """Yield outcomes of jobs that can't run because one that they need failed."""
+        """Yield failures of the jobs that need a failed one."""
         while True:
             self._fill()
             found = ((job, self._failed[key]) for job, _ in self._waiting.values()
@@ -210,17 +210,18 @@ class _Queue:
 
 
 class _Dispatcher:
-    def __init__(self, queue: _Queue, pool: WorkerPool, staff: Staff, tell: OnEvent) -> None:
-        self.queue, self.pool, self.patience, self.tell = queue, pool, staff.patience, tell
+    def __init__(self, queue: _Queue, pool: WorkerPool, staff: Staff, on_event: OnEvent) -> None:
+        self.queue, self.pool = queue, pool
+        self.patience, self.on_event = staff.patience, on_event
         self._deaths = Counter[str]()
-        self._stillborn = 0
+        self._failed_starts = 0
 
     def outcomes(self) -> Iterator[Outcome]:
         """Yield every job's outcome."""
         while not self.queue.is_over:
             self._hand_out()
-            heard = [self._heard(*said) for said in self.pool.listen(0.5)]
-            for outcome in filter(None, (*heard, *self._missed())):
+            answered = [self._answered(*message) for message in self.pool.listen(0.5)]
+            for outcome in filter(None, (*answered, *self._timed_out())):
                 self.queue.finish(outcome)
                 yield outcome
             yield from self.queue.undone()
@@ -232,16 +233,16 @@ class _Dispatcher:
                     return
                 worker.begin(job)
 
-    def _heard(self, worker: WorkerHandle, message: tuple[Any, ...]) -> Outcome | None:
-        worker.heard_s = now = time.monotonic()
+    def _answered(self, worker: WorkerHandle, message: tuple[Any, ...]) -> Outcome | None:
+        worker.last_message_s = now = time.monotonic()
         kind, job = message[0], worker.job
         if kind == "ready":
-            worker.is_ready, self._stillborn = True, 0
+            worker.is_ready, self._failed_starts = True, 0
         elif kind == "lost":
             return self._lost(worker, message[1])
-        elif kind == "tell" and job is not None:
-            worker.moved_s = now
-            self.tell({**message[1], "worker": worker.number})
+        elif kind == "event" and job is not None:
+            worker.last_progress_s = now
+            self.on_event({**message[1], "worker": worker.number})
         elif kind == "log":
             log.log(message[1], "%s", message[2])
         elif kind in ("done", "failed"):
@@ -251,31 +252,31 @@ class _Dispatcher:
             return Outcome(job, message[1]) if kind == "done" else Outcome(job, error=message[1])
         return None
 
-    def _missed(self) -> Iterator[Outcome | None]:
+    def _timed_out(self) -> Iterator[Outcome | None]:
         for worker in list(self.pool.workers):
-            why, now = "", time.monotonic()
-            if worker.heard_s is not None and now - worker.heard_s > self.patience.silence:
-                why = f"it said nothing for {self.patience.silence:g} s"
-            elif worker.job is not None and now - worker.moved_s > self.patience.stall:
-                why = f"its job didn't move for {self.patience.stall:g} s"
+            why, now, last_s = "", time.monotonic(), worker.last_message_s
+            if last_s is not None and now - last_s > self.patience.silence:
+                why = f"it sent nothing for {self.patience.silence:g} s"
+            elif worker.job is not None and now - worker.last_progress_s > self.patience.stall:
+                why = f"its job made no progress for {self.patience.stall:g} s"
             if why:
                 yield self._lost(worker, why)
 
     def _lost(self, worker: WorkerHandle, why: str) -> Outcome | None:
         job, was_ready = worker.job, worker.is_ready
-        self._stillborn += not was_ready
-        if self._stillborn >= MAX_DEATHS:
+        self._failed_starts += not was_ready
+        if self._failed_starts >= MAX_DEATHS:
             raise VidgenError(f"workers can't be started: {why}")
         self.pool.replace(worker)
         name = "" if job is None else job.name or job.key
-        self.tell({"event": "note", "worker": worker.number,
-                   "text": f"worker {worker.number} is gone ({why})"
-                   + (f"; its job, {name}, is taken from it" if name else "")})
+        self.on_event({"event": "note", "worker": worker.number,
+                   "text": f"worker {worker.number} was lost ({why})"
+                   + (f"; its job, {name}, starts again" if name else "")})
         if job is None:
             return None
         self._deaths[job.key] += 1
         if self._deaths[job.key] >= MAX_DEATHS:
-            text = f"{name} ended {MAX_DEATHS} workers one after the other; the last: {why}"
+            text = f"{name} ended {MAX_DEATHS} workers in a row; the last: {why}"
             return Outcome(job, error=VidgenError(text))
         self.queue.again(job)
         return None

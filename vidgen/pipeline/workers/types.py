@@ -1,4 +1,4 @@
-"""Values that schedulers, workers and their processes pass to each other."""
+"""Jobs, outcomes and settings that the scheduler, workers and processes share."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ MAX_WORKERS = MAX_THREADS = 1024
 
 
 class Work(Protocol):
-    """Runs jobs; pickled to each worker, where it keeps what it has opened."""
+    """Function that runs jobs; it is pickled to each worker, where it keeps what it opens."""
 
-    def __call__(self, payload: Any, tell: OnEvent, /) -> Any:
+    def __call__(self, payload: Any, on_event: OnEvent, /) -> Any:
         """Run one job and report events; the result must be picklable."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work."""
+    """A piece of work for one worker."""
 
     key: str  # unique, for other jobs' needs
     payload: Any  # picklable, the argument of `Work`
-    needs: tuple[str, ...] = ()  # keys of jobs that come before it; an unknown one counts as done
-    name: str = ""  # for people
+    needs: tuple[str, ...] = ()  # keys of jobs that run before it; an unknown one counts as done
+    name: str = ""  # shown in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Time limits in seconds."""
+    """Time limits of workers, in seconds."""
 
-    silence: float = 60.0  # for a worker's heartbeat, which comes every second
-    stall: float = 3600.0  # for progress in a job, whatever the heartbeat says
-    grace: float = 5.0  # for workers that are to stop, before they are killed
+    silence: float = 60.0  # between messages; the heartbeat comes every second
+    stall: float = 3600.0  # between events of a job, even with a heartbeat
+    grace: float = 5.0  # for workers to stop before they are killed
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Staff:
 
     @property
     def is_here(self) -> bool:
-        """True if this process itself works."""
+        """True if this process runs the jobs itself."""
         return self.ray is None and self.workers in (None, 1)
 
     @property
     def num_threads(self) -> int:
-        """Threads of a job: as given, as in OMP_NUM_THREADS, or a worker's share of torch's."""
+        """Threads of a job: as given, or OMP_NUM_THREADS, or a worker's share of torch's."""
         if self.threads is not None:
             return self.threads
         import torch
@@ -84,7 +84,7 @@ class Staff:
         return count if "OMP_NUM_THREADS" in os.environ else max(1, count // (self.workers or 1))
 
     def memory(self, device: torch.device) -> int | None:
-        """Return the bytes that are free for each worker; None: unknown, as on other machines."""
+        """Return the free bytes for each worker; None if unknown, as on a cluster."""
         have = None if self.ray is not None else available_memory(device)
         if have is None or self.workers is None:
             return have
@@ -95,7 +95,7 @@ class Staff:
 
 
 def pin_threads(count: int) -> None:
-    """Make torch compute on `count` threads, whatever a resumed journal set before."""
-    torch = sys.modules.get("torch")  # else the process was started with OMP_NUM_THREADS
+    """Make torch compute on `count` threads, even if a resumed journal set another number."""
+    torch = sys.modules.get("torch")  # not loaded yet: OMP_NUM_THREADS is set
     if torch is not None and torch.get_num_threads() != count:
         torch.set_num_threads(count)
