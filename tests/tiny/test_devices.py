@@ -202,7 +202,7 @@ def test_a_replay_takes_as_many_devices_if_they_are_here(
     assert loading_from_recipe(recipe, changes={"devices": 1})["devices"] == 1
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert loading_from_recipe(recipe)["devices"] == 1
-    assert "made on 2 devices, here are 1" in caplog.text
+    assert "made on 2 devices, this machine has 1" in caplog.text
     with pytest.raises(InputError, match="10000 devices"):
         loading_from_recipe({**recipe, "devices": {"count": 10000}})
 
@@ -226,7 +226,7 @@ def test_four_devices_share_guidance_tokens_and_weights(
     tiny_model: Path, one: Engine, two: Devices, runs: list
 ) -> None:
     two.close()  # a process belongs to one group at a time
-    with pytest.raises(DeviceError, match="gone"):
+    with pytest.raises(DeviceError, match="have stopped"):
         two.order("end")
     engine = load(str(tiny_model), device="cpu", dtype="fp32", devices=4, shard=True)
     options = {"seed": 3, "guidance_interval": (0.0, 0.8), "steps": 3}
@@ -259,7 +259,7 @@ def test_four_devices_share_guidance_tokens_and_weights(
 @pytest.mark.parametrize(("options", "message"), [
     ({"shard": True}, "--devices 2 or more"), ({"devices": 0}, "from 1 to 1024"),
     ({"devices": 2, "shard": True, "quantize": "int8"}, "neither int8"),
-    ({"devices": 2, "shard": True, "offload": "block"}, "block by block"),
+    ({"devices": 2, "shard": True, "offload": "block"}, "offloaded by block"),
 ], ids=str)  # fmt: skip
 def test_what_does_not_go_together_is_refused(
     tiny_model: Path, options: dict, message: str

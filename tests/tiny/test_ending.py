@@ -136,7 +136,7 @@ def test_latents_that_reach_on_are_shown_without_another_window(
     words = ["extend", str(path), "--seconds", str(2 / 12), "--model", model, "--dtype", "fp32"]
     with caplog.at_level(logging.WARNING):
         assert main(words) == 0
-    assert "its latents stand for 3 frames more than it shows" in caplog.text
+    assert "its latents hold 3 frames after its end" in caplog.text
     with VideoReader(tmp_path / "a-longer.mp4") as reader:
         assert len([*reader]) == 16
     still = np.zeros((32, 32, 3), np.uint8)

@@ -318,7 +318,7 @@ def test_a_segment_in_another_ones_place_is_refused(engine, out):
     with pytest.raises(KeyboardInterrupt):
         go(engine, out, False).save(out, on_frames=interrupt_behind(32))
     shutil.copy(job_folder(out) / part_name(SEGMENTS, 0), job_folder(out) / part_name(SEGMENTS, 1))
-    with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
+    with pytest.raises(InputError, match=r"00001\..* is damaged \(it is a copy of 00000\."):
         go(engine, out)
 
 

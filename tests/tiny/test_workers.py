@@ -228,7 +228,7 @@ def test_a_folders_clips_keep_to_the_threads_they_were_begun_with(tmp_path, monk
     folder, told = tmp_path / "film.shots", []
     assert settle_threads(folder, Staff(2, threads=3), told.append).threads == 3
     assert settle_threads(folder, Staff(1024), told.append).threads == 3
-    assert "each clip takes 3 threads" in told[-1]["text"]
+    assert "each clip uses 3 threads" in told[-1]["text"]
     assert settle_threads(folder, Staff(threads=5), told.append).threads == 5
     assert settle_threads(folder, Staff(), told.append).threads == 5
     (folder / "threads.json").write_text("{broken")
