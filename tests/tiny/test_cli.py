@@ -164,7 +164,7 @@ def test_a_folder_of_pictures_is_inspected_and_checked_any_other_is_refused(cli)
     max(Path("shots").glob("*.png")).unlink()
     code, out, _ = cli("check", "shots")
     assert code == 1
-    assert "8 frames are there where 9 were asked for" in out
+    assert "the clip has 8 frames instead of 9" in out
     Path("empty").mkdir()
     for verb in ("inspect", "check"):
         code, _, err = cli(verb, "empty")
@@ -196,7 +196,7 @@ BAD = {
     "two prompts": (["generate", "a", "cat"], "put text with spaces in quotes"),
     "misspelt option": (["generate", "a", "--sede", "3"], "--sede; did you mean '--seed'"),
     "another program's option": (["generate", "a", "--num-frames", "9"], "did you mean '--frames'"),
-    "address": (["generate", "a", "--image", "https://a.example/b.png"], "is an address; download"),
+    "address": (["generate", "a", "--image", "https://a.example/b.png"], "is a URL; download"),
     "no number": (["generate", "a", "--seed", "x"], "invalid int value: 'x'"),
     "nan": (["generate", "a", "--guidance", "nan"], "guidance is nan"),
     "no steps": (["generate", "a", "--steps", "0"], "steps is 0"),
@@ -210,7 +210,7 @@ BAD = {
     "video": (["generate", "a", "--video", "none.mp4"], "none.mp4 does not exist"),
     "suffix": (["generate", "a", "-o", "x.mp5"], "unknown suffix '.mp5'; did you mean '.mp4'"),
     "still": (["generate", "a", "-o", "x.png"], "add --frames 1"),
-    "quick gif": (["generate", "a", "-o", "x.gif", "--fps", "60"], "50 frames a second at most"),
+    "quick gif": (["generate", "a", "-o", "x.gif", "--fps", "60"], "limited to 50 fps"),
     "folder": (["generate", "a", "-o", "none/x.mp4"], "the folder none does not exist"),
     "file as folder": (["generate", "a", "-o", "/dev/null/x.mp4"], "/dev/null is not a folder"),
     "dash": (["generate", "a", "--negative", "-rain"], "begins with - as --negative=TEXT"),

@@ -155,7 +155,7 @@ def test_the_environment_names_the_certificate(tmp_path, signing, trust, monkeyp
     ("certificate", "key", "message"),
     [
         ("C", None, "without the other"), (None, "K", "without the other"),
-        ("none", "K", "can't be read"), ("text", "K", "no PEM"), ("C", "C", "no open PKCS #8 key"),
+        ("none", "K", "can't be read"), ("text", "K", "not a PEM"), ("C", "C", "not an unencrypted PKCS #8 key"),
     ],
 )
 def test_a_certificate_that_cannot_be_used_is_refused(
@@ -196,7 +196,7 @@ def test_the_key_tells_the_algorithm(tmp_path, signing, monkeypatch, kind, algor
     (tmp_path / "key.pem").write_bytes(new_key(kind))
     Signing(signing.certificates, tmp_path / "key.pem").environment(monkeypatch)
     if algorithm is None:
-        with pytest.raises(InputError, match="a kind that C2PA doesn't know"):
+        with pytest.raises(InputError, match="a key type that C2PA doesn't support"):
             signer_info()
     else:
         assert signer_info().alg == algorithm.encode()
@@ -204,8 +204,8 @@ def test_the_key_tells_the_algorithm(tmp_path, signing, monkeypatch, kind, algor
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "can't be read"), (b"hello", "no PEM"),
-     (b"-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n", "no good cert")],
+    [(None, "can't be read"), (b"hello", "not a PEM"),
+     (b"-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n", "no valid cert")],
 )
 def test_a_bad_list_of_trusted_certificates_is_no_tampering(tmp_path, signing, content, message):
     path = write_signed(signing, tmp_path / "a.mp4")

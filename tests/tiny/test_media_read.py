@@ -112,7 +112,7 @@ def test_large_numbers_are_read_by_their_size_or_refused(tmp_path):
     for name, values in (("float.tif", levels.astype(np.float32) / 255),
                          ("huge.tif", (levels * 1000).astype(np.int32))):  # fmt: skip
         Image.fromarray(values).save(tmp_path / name)
-        with pytest.raises(InputError, match="of which white can't be told; save it with 8 or 16"):
+        with pytest.raises(InputError, match="so white is unknown; save it with 8 or 16"):
             load_image(tmp_path / name)
 
 
@@ -204,8 +204,8 @@ def png_bytes(size=(64, 64)):
     ("name", "content", "message"),
     [
         ("none.png", None, "does not exist"),
-        ("text.png", b"this is no picture", "no picture in a known format"),
-        ("empty.png", b"", "no picture in a known format"),
+        ("text.png", b"this is no picture", "not a picture in a known format"),
+        ("empty.png", b"", "not a picture in a known format"),
         ("half.png", png_bytes()[:1500], "is damaged: .*; save it again"),
         ("one.png", bomb(1, 1), "is 1x1; each side must have at least 16 pixels"),
         ("huge.png", bomb(20000, 20000), "more than 64000000 pixels; scale it down"),
@@ -287,7 +287,7 @@ def test_untagged_small_video_is_read_as_bt601(tmp_path):
         ("text.mp4", b"not a video" * 50, "can't be read"),
         ("text.txt", b"not a video\n" * 50, "can't be read"),
         ("empty.mp4", b"", "can't be read"),
-        ("half.gif", b"GIF89a", "no picture in a known format"),
+        ("half.gif", b"GIF89a", "not a picture in a known format"),
     ],
 )
 def test_what_is_no_video_is_refused(tmp_path, name, content, message):

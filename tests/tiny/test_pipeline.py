@@ -466,7 +466,7 @@ def test_a_mask_that_moves_may_be_an_animation(
         read_mask(str(tmp_path / "m.gif"), plan)
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_mask(str(tmp_path / "clear.png"), plan).min() == 1
-    assert "clear.png: transparent parts laid over white" in caplog.text
+    assert "clear.png: transparent parts composited over white" in caplog.text
 
 
 @pytest.mark.parametrize(("options", "message"), [

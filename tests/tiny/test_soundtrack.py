@@ -118,7 +118,7 @@ def test_an_output_that_holds_no_sound_is_refused(tmp_path, bed, tiny_model, cap
     out = tmp_path / name
     assert run("generate", PROMPT, "--model", tiny_model, "--frames", 1, "--audio", bed, "-o",
                out) == 2
-    assert "holds no sound; give one of .mp4" in capsys.readouterr().err
+    assert "can't hold sound; give one of .mp4" in capsys.readouterr().err
     assert not out.exists()
 
 

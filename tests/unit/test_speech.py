@@ -73,7 +73,7 @@ def test_what_is_too_long_is_refused_with_by_how_much():
 
 @with_espeak
 def test_two_texts_at_once_are_refused_and_any_order_is_taken():
-    with pytest.raises(InputError, match="before the text before it ends; place it at"):
+    with pytest.raises(InputError, match="before the previous text ends; place it at"):
         speak([(0.0, "A rather long sentence."), (0.5, "Another.")], None, 8 * RATE)
     turned = speak([(4.0, "Last."), (0.0, "First.")], None, 8 * RATE)
     assert [each.text for each in turned.sentences] == ["First.", "Last."]
@@ -81,7 +81,7 @@ def test_two_texts_at_once_are_refused_and_any_order_is_taken():
 
 @with_espeak
 @pytest.mark.parametrize(("voice", "near"), [
-    ("en-uk", "near it: .*en-gb"), ("german2", "near it: .*german"), ("qqqq", "espeak-ng --voices"),
+    ("en-uk", "similar: .*en-gb"), ("german2", "similar: .*german"), ("qqqq", "espeak-ng --voices"),
     ("en+nobody", "unknown variant 'nobody'"),
 ])  # fmt: skip
 def test_unknown_voices_are_refused_with_those_near_them(voice, near):

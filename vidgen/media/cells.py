@@ -1,6 +1,6 @@
-"""A frame reduced for checks: colour means of about 256 square cells, and a few figures.
+"""Frames reduced for checks: mean colours of about 256 square cells, and a few statistics.
 
-Axes: H W rows and columns of pixels, h w of the pixels looked at, y x of cells.
+Axes: H W rows and columns of pixels, h w of sampled pixels, y x of cells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # BT.709
 _NUM_CELLS = 256
-_NUM_PIXELS = 6_000  # looked at: enough to see a small sprite's edge move by half a pixel
+_NUM_PIXELS = 6_000  # sampled: enough to detect half a pixel's motion of a small sprite's edge
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Look:
 
     Attributes:
         color: [y, x, 3] mean colour of each cell, 0 to 255.
-        luma: [y, x] the same in grey.
-        moved: [y, x] mean absolute change of each cell's pixels since the frame before, in levels;
-            None for the first frame.
+        luma: [y, x] mean luma of each cell, 0 to 255.
+        moved: [y, x] mean absolute change of each cell's pixels since the previous frame, in
+            levels; None for the first frame.
         spread: standard deviation of the pixels' green in levels; if that is below 1, of the
             channel that varies most.
         dark: share of pixels below 10% of the range.
-        bright: share of pixels above 90% of it.
+        bright: share of pixels above 90% of the range.
         roughness: variance between neighbouring pixels over that of all: 0 smooth, 1 white noise.
     """
 
@@ -46,9 +46,9 @@ class Look:
 
 
 class Looker:
-    """Reduces frames of one size in order, at a cost that hardly grows with the size.
+    """A reducer of frames of one size, fed in order, whose cost hardly grows with the size.
 
-    `before` is [h, w] grey of the frame before; None at the first.
+    `before` is the previous frame's luma [h, w]; None before the first frame.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -60,10 +60,10 @@ class Looker:
         self.before: Array | None = None
 
     def look(self, frame: Frames) -> Look:
-        """Reduce a frame, uint8 [H, W, 3]."""
+        """Return a frame uint8 [H, W, 3] reduced."""
         step = self.stride
         height, width = (-(-size // step) for size in frame.shape[:2])
-        planes = np.empty((4, height, width), dtype=np.float32)  # the colours, what moved
+        planes = np.empty((4, height, width), dtype=np.float32)  # three colours and the change
         pixels = planes[:3]
         pixels[...] = frame[::step, ::step].transpose(2, 0, 1)
         grey: Array = np.dot(LUMA, pixels.reshape(3, -1)).reshape(height, width)
@@ -100,13 +100,13 @@ def _means(count: int, size: int) -> Array:
 
 
 def psnr(frame: Frames, reference: Frames) -> float:
-    """Return 10 log10(peak^2 / MSE) in dB of pictures uint8 [H, W, 3]; 100 if they are equal."""
+    """Return 10 log10(peak^2 / MSE) in dB of pictures uint8 [H, W, 3], 100 at most."""
     error = np.subtract(frame, reference, dtype=np.float32)
     return psnr_of(float(np.square(error).mean()))
 
 
 def psnr_of(error: float) -> float:
-    """Return the same for a mean squared error in levels of 0 to 255."""
+    """Return the signal-to-noise ratio in dB of a mean squared error in levels, 100 at most."""
     return min(100.0, 10 * math.log10(255**2 / max(error, 1e-12)))
 
 

@@ -1,7 +1,7 @@
-"""Checks of a clip while its frames stream past, or of a file.
+"""Checks of a clip while its frames are written, or of a file.
 
-`ClipChecker` holds as much after an hour as after a second and costs well under a millisecond a
-frame. Every limit stands here with its reason; docs/reference/metrics.md repeats them for users.
+`ClipChecker` uses constant memory and well under a millisecond per frame. Every limit is defined
+here with its reason; docs/reference/metrics.md repeats them for users.
 
 Axes: t frames, H W rows and columns, N samples of sound.
 """
@@ -33,42 +33,42 @@ if TYPE_CHECKING:
     from vidgen.core.values import Fit, Picture
 
 FLASHES = 3.0
-"""Flashes in any second; more can bring on seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""
+"""Flashes in any second; more can cause seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""
 SPIKE, SPIKE_FAULT = 0.03, 0.1
-"""Jump of half the picture and back, of the range. Clean renders stay below 0.003, a decoder's own
-flicker below 0.005; from a tenth on it counts as a flash."""
+"""Jump of half the picture and back, as a share of the range. Clean renders stay below
+0.003, a decoder's own flicker below 0.005; from a tenth on it counts as a flash."""
 FLAT = 0.98
 """Share of pixels that are black (below 10% of the range) or white (above 90%)."""
 BLANK = 1.0
-"""Spread of the pixels in levels, below which a frame is one colour: NaN decodes to that."""
+"""Standard deviation of pixels in levels, below which a frame is one colour, as NaNs decode."""
 NOISE, NOISE_SPREAD = 0.6, 12.0
-"""Share of the variance that lies between neighbouring pixels, where pixels spread at all.
+"""Least share of the variance between neighbouring pixels, and least deviation in levels, of noise.
 Pictures stay below 0.3; white noise has 1."""
 FROZEN_S, FROZEN_FRAMES = 0.4, 4
-"""Repeats of a frame that was on the move. Shorter ones are drawn on twos or lost in a blink."""
+"""Shortest freeze within a movement; animation on twos repeats frames for less."""
 STILL, STILL_S = 1.5, 1.0
-"""Levels within which all cells' means stay at their first values, for at least so many seconds."""
+"""A still clip: all cells' means stay within so many levels, for at least so many seconds."""
 FADE_S = 1.0
-"""A black or white start or end up to this long may be a fade that was meant."""
+"""Longest black or white start or end that may be an intended fade."""
 PSNR, SSIM = 20.0, 0.6
-"""First frame against the picture given: another picture has 7 to 15 dB, a small VAE's round trip
-25 to 35 dB and a similarity above 0.8."""
+"""Likeness of the first frame to the given picture: another picture has 7 to 15 dB, a small VAE's
+round trip 25 to 35 dB and a similarity above 0.8."""
 DRIFT, DRIFT_FAULT = 0.08, 0.15
-"""Change of colour, saturation or contrast over a shot, of the range; clean renders with moving
-cameras stay below 0.05, and a step of 0.08 between two stills is plain to see."""
+"""Change of colour, saturation or contrast over a shot, as a share of the range; clean renders with
+moving cameras stay below 0.05, and a step of 0.08 between two stills is clearly visible."""
 LENGTH = 0.02
-"""Share by which a duration may differ: animations count in hundredths of a second."""
+"""Relative difference of frame rates to allow: animations count in hundredths of a second."""
 SOUND_S = 0.1
-"""Difference of the lengths of sound and picture; ITU-R BT.1359 finds 0.09 s still acceptable."""
+"""Largest difference in length of sound and picture; ITU-R BT.1359 accepts 0.09 s."""
 SILENCE_DB = -60.0
-"""Level of the loudest tenth of a second: room noise is louder."""
+"""Level of the loudest tenth of a second below which sound is silent: room noise is louder."""
 CLIPPING, CLIPPING_FAULT = 0.001, 0.01
-"""Share of samples that stand at full scale, three or more in a row."""
+"""Share of samples at full scale, three or more in a row."""
 
 _OTHER_SEED = "take another seed or --dtype fp32"
 _FLASHES = (FLASHES, "{value:g} flashes in a second between {start:g} and {end:g} s can bring on "
             "seizures; don't show it, take another seed or lower --guidance")
-_OF_SPANS: dict[str, tuple[float, str]] = {  # limit and text of findings with a time, by kind
+_OF_SPANS: dict[str, tuple[float, str]] = {  # limits and texts of findings with a time
     "black": (FLAT, "the picture is black from {start:g} to {end:g} s; {advice}"),
     "white": (FLAT, "the picture is blown out to white from {start:g} to {end:g} s; {advice}"),
     "blank": (BLANK, "the picture is one colour, as values that are no numbers decode from "
@@ -87,15 +87,15 @@ Verdict: TypeAlias = Literal["clean", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault, or a possible one.
+    """A fault or possible fault of a clip.
 
     Attributes:
         kind: one word, such as "flash"; docs/reference/metrics.md lists them.
-        severity: "fault" fails `--strict`; a "warning" may be meant.
+        severity: "fault" fails `--strict`; a "warning" may be intended.
         time_s: (start, end) in seconds; None for the whole clip.
         value: the measurement, in the unit of the limit.
-        limit: which it must not exceed, or fall below.
-        text: a sentence for people, with the remedy.
+        limit: bound that `value` violates.
+        text: message, with the remedy.
     """
 
     kind: str
@@ -107,7 +107,7 @@ class Finding:
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:
-    """Return the worst severity, or "clean"."""
+    """Return the worst severity of findings, or "clean" without any."""
     severities = {finding.severity for finding in findings}
     return "fault" if "fault" in severities else "warning" if severities else "clean"
 
@@ -119,7 +119,7 @@ def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
 
 
 def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
-    """Return the findings in a recipe; None where it has none, or something else."""
+    """Return the findings in a recipe; None if it has no valid ones."""
     try:
         known = (recipe or {})["checks"]["findings"]
         found = [Finding(**{**each, "time_s": each["time_s"] and tuple(each["time_s"])})
@@ -131,11 +131,11 @@ def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
 
 
 class ClipChecker:
-    """Checks of frames as they come, on their way into a file whose recipe gets the findings.
+    """Checks of a clip, fed frame by frame, whose findings go into its recipe.
 
     Args:
-        info: the clip's rate, size, sound and length; 0 frames if that isn't known.
-        first_frame: uint8 [H, W, 3], with which the clip should begin; brought to its size.
+        info: the clip's rate, size, sound and length; 0 frames if unknown.
+        first_frame: expected first frame, uint8 [H, W, 3] of any size.
     """
 
     def __init__(self, info: ClipInfo, first_frame: Frames | None = None) -> None:
@@ -153,23 +153,23 @@ class ClipChecker:
         self._freezes = Freezes(fps, max(FROZEN_FRAMES, round(FROZEN_S * fps)))
         self._drifts = Drifts(fps)
         self._likeness: tuple[float, float] | None = None
-        self._began: Array | None = None  # the first frame's cells, and how far they were left
-        self._left = 0.0
+        self._began: Array | None = None  # the first frame's cells
+        self._largest_change = 0.0  # of a cell since the first frame
         self._ended: Array | None = None  # the last frame's cells
         self._kept: list[Look] | None = None  # since the last `take_looks`
 
     @cached_property
     def findings(self) -> list[Finding]:
-        """Results of `finish`; read them once the last frame has passed."""
+        """Findings of `finish`, computed once; read them after the last frame."""
         return self.finish()
 
     def report(self) -> dict[str, Any]:
-        """Return the recipe's entries."""
+        """Return the recipe's entries: findings and the last frame's cells."""
         found = {"checks": as_data(self.findings)}
         return found if self._ended is None else found | {ENDING: ending_text(self._ended)}
 
     def take_looks(self) -> Looks:
-        """Return what was seen since the last call; the first call begins to keep it."""
+        """Return the reduced frames since the last call; the first call starts to record them."""
         looks, self._kept = self._kept or [], []
         if not looks or self._looker.before is None:
             return {}
@@ -183,7 +183,7 @@ class ClipChecker:
         return arrays if self._likeness is None else arrays | {"first": np.array(self._likeness)}
 
     def restore(self, looks: Looks) -> None:
-        """See the frames of `take_looks` again; raise InputError if they are damaged."""
+        """Feed the reduced frames of `take_looks`; raise InputError if they are damaged."""
         try:
             rows = (looks[name] for name in ("color", "luma", "moved", "figures"))
             for color, luma, moved, figures in zip(*rows, strict=True):
@@ -193,8 +193,8 @@ class ClipChecker:
             if "first" in looks:
                 self._likeness = looks["first"][0].item(), looks["first"][1].item()
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"what the checks had seen is damaged ({type(error).__name__}: "
-                             f"{error}); start anew with --overwrite") from None
+            raise InputError(f"the saved state of the checks is damaged ({type(error).__name__}: "
+                             f"{error}); start again with --overwrite") from None
 
     def feed(self, chunk: Frames) -> None:
         """Check frames, uint8 [t, H, W, 3]."""
@@ -218,13 +218,14 @@ class ClipChecker:
         if not flaws:
             self._drifts.feed(index, look.color)
         self._began = look.luma if self._began is None else self._began
-        self._left = max(self._left, float(np.abs(look.luma - self._began).max()))
+        change = float(np.abs(look.luma - self._began).max())
+        self._largest_change = max(self._largest_change, change)
         self._ended = look.color
         if look.moved is not None:
             self._freezes.feed(index, look.moved)
 
     def finish(self) -> list[Finding]:
-        """Return all findings; call it once, after the last frame."""
+        """Return all findings; call this once, after the last frame."""
         for runs in self._flat.values():
             runs.finish()
         self._freezes.finish()
@@ -237,15 +238,15 @@ class ClipChecker:
         return found
 
     def check_ending(self, recipe: Mapping[str, Any]) -> list[Finding]:
-        """Compare the last frame with the one in a recipe."""
+        """Return a finding if the last frame differs from the one in a recipe."""
         off = 0.0 if self._ended is None else ending_distance(recipe, self._ended)
         if off <= LIMIT:
             return []
         last = self.num_frames - 1
         return [Finding(
             "ending", "warning", self._time(Span(last, last, 0)), round(off, 1), LIMIT,
-            "the last frame isn't the one that the recipe tells of, so the clip was edited; vidgen "
-            "replay makes it as it was",
+            "the last frame differs from the one in the recipe, so the clip was edited; vidgen "
+            "replay restores the original",
         )]
 
     def _time(self, span: Span) -> tuple[float, float]:
@@ -271,9 +272,9 @@ class ClipChecker:
 
     def _picture_findings(self) -> Iterator[Finding]:
         is_flat = any(runs.spans.found for runs in self._flat.values())
-        if self._left < STILL and not is_flat and self.num_frames / self._fps >= STILL_S:
+        if self._largest_change < STILL and not is_flat and self.num_frames / self._fps >= STILL_S:
             yield Finding(
-                "still", "warning", None, self._left, STILL,
+                "still", "warning", None, self._largest_change, STILL,
                 "nothing moves from start to end; if something should, name its motion in the "
                 "prompt",
             )
@@ -297,13 +298,13 @@ class ClipChecker:
 
 
 def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> list[Finding]:
-    """Check a video, an animation or a folder of PNGs, against its recipe where it has one.
+    """Check a video, an animation or a folder of PNGs, also against its recipe if it has one.
 
-    `image` is the picture with which it is to begin, fitted as the recipe says, or else the way
-    that comes nearest.
+    `image` is the expected first frame, fitted as the recipe says, or else by the mode that gives
+    the closest match.
 
     Raises:
-        InputError: a file that is missing or damaged.
+        InputError: missing or damaged.
     """
     given = None if image is None else load_image(image)[0]
     recipe = read_recipe(path) or {}
@@ -312,7 +313,7 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     is_film = not (Path(path).is_dir() or Path(path).suffix.lower() in PICTURE_SUFFIXES)
     sound = read_sound(path) if is_film else None
     fps = wanted or Fraction(25)
-    if not Path(path).is_dir():  # which has no rate of its own
+    if not Path(path).is_dir():  # a folder has no frame rate
         with VideoReader(path) as reader:
             fps = reader.fps
     frames = read_frames(path)
@@ -324,14 +325,14 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     count = max(count - left_out, 0) if is_count else 0
     if given is not None:
         modes: tuple[Fit, ...] = ("crop", "pad")
-        asked = [mode for mode in modes if mode == plan.get("fit")]
-        ways = [fit(given, height, width, mode) for mode in asked or modes]
-        given = max(ways, key=lambda fitted: psnr(first, fitted))
+        planned = [mode for mode in modes if mode == plan.get("fit")]
+        candidates = [fit(given, height, width, mode) for mode in planned or modes]
+        given = max(candidates, key=lambda fitted: psnr(first, fitted))
     checker = ClipChecker(ClipInfo(fps, (width, height), count, samples, rate), given)
     for frame in chain([first], frames):
         checker.feed(frame[None])
     count = checker.num_frames
-    if count == 1 and not is_film:  # a picture has no rate
+    if count == 1 and not is_film:  # a picture has no frame rate
         wanted = None
     found = [*checker.finish(), *check_length(count, fps, count, wanted)]
     return found + checker.check_ending(recipe)
@@ -340,24 +341,27 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
 def check_length(
     num_frames: int, fps: Fraction, wanted_frames: int, wanted_fps: Fraction | None = None
 ) -> list[Finding]:
-    """Compare the number of frames and the rate with those wanted."""
+    """Return findings if the number of frames or the frame rate differs from those wanted."""
     found, wanted_fps = [], wanted_fps or fps
     if num_frames != wanted_frames:
         found.append(Finding(
             "length", "fault", None, num_frames, wanted_frames,
-            f"{num_frames} frames are there where {wanted_frames} were asked for; make it again",
+            f"the clip has {num_frames} frames instead of {wanted_frames}; generate it again",
         ))
     if abs(fps / wanted_fps - 1) > LENGTH:
         found.append(Finding(
             "fps", "fault", None, float(fps), float(wanted_fps),
-            f"it runs at {float(fps):g} frames a second instead of {float(wanted_fps):g}; write it "
-            "again, as .mp4 if the format can't count so finely",
+            f"the clip runs at {float(fps):g} fps instead of {float(wanted_fps):g}; write it "
+            "again, as .mp4 if the format's timing is too coarse",
         ))
     return found
 
 
 def check_sound(sound: Samples, rate: int, seconds: float) -> list[Finding]:
-    """Check length, level, clipping and garbage of sound [N, channels] to `seconds` of picture."""
+    """Return findings on length, level, clipping and non-finite samples of sound [N, channels].
+
+    `seconds` is the picture's duration.
+    """
     found = []
     off = len(sound) / rate - seconds
     if abs(off) > SOUND_S:
@@ -397,7 +401,7 @@ def check_sound(sound: Samples, rate: int, seconds: float) -> list[Finding]:
 
 
 def _flaws(look: Look) -> dict[str, float]:
-    """Return the flaws of a single frame, each with the value that shows it."""
+    """Return {kind: value} of a single frame's flaws."""
     if look.dark >= FLAT:
         return {"black": look.dark}
     if look.bright >= FLAT:

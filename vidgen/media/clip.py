@@ -1,4 +1,4 @@
-"""A clip: frames that are made or read when asked for, with sound, rate and recipe."""
+"""A clip: frames generated or read on demand, with sound, frame rate and recipe."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _CHUNK = 8
 
 
 class Clip:
-    """A lazy clip: `save()` and `chunks()` stream it, only `frames` holds all pixels.
+    """A lazy clip: `save()` and `chunks()` stream it; only `frames` holds all pixels.
 
     Args:
-        source: makes a new iterator of chunks uint8 [t, H, W, 3] each time it is called; where
-            `journal` is given, its argument is the frame to begin with.
-        latents: [1, C, F, h, w] the clip was decoded from, if it was.
-        journal: the clip's own, by which saving to its output goes on where it was.
+        source: returns a new iterator of chunks uint8 [t, H, W, 3] at each call; with a `journal`
+            it takes the index of the first frame.
+        latents: [1, C, F, h, w] from which the clip was decoded, or None.
+        journal: finished segments, from which saving to the journal's output resumes.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Clip:
     ) -> None:
         self._source, self.info, self.latents = source, info, latents
         self.journal = journal
-        self.first_frame: Frames | None = None  # the picture it was to begin with, for the checks
-        self.findings: list[Finding] | None = None  # what they found when it was saved
+        self.first_frame: Frames | None = None  # expected first frame, for the checks
+        self.findings: list[Finding] | None = None  # of the checks, after `save`
 
     def __repr__(self) -> str:
         info, (width, height) = self.info, self.info.size
@@ -52,9 +52,9 @@ class Clip:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
-        """Open a video file; its frames are counted by decoding it once, and read when needed.
+        """Open a video file or a folder of PNGs; count its frames by decoding, read them on demand.
 
-        A folder of pictures has the rate in its recipe.
+        A folder has the frame rate of its recipe, or 25.
 
         Raises:
             InputError: missing, no video, or damaged.
@@ -112,7 +112,7 @@ class Clip:
 
     @property
     def sound(self) -> Samples | None:
-        """float32 [N, channels] at `sound_rate`, or None."""
+        """Sound, float32 [N, channels] at `sound_rate`, or None."""
         return self.info.sound
 
     @property
@@ -129,11 +129,11 @@ class Clip:
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """All that shaped the clip, or None if it isn't known."""
+        """JSON data that reproduces the clip, or None if unknown."""
         return self.info.recipe
 
     def chunks(self) -> Iterator[Frames]:
-        """Stream the frames: uint8 [t, H, W, 3] each, t as it comes."""
+        """Yield the frames in chunks uint8 [t, H, W, 3] of any t."""
         return self._source()
 
     @cached_property
@@ -146,7 +146,7 @@ class Clip:
         label: Literal["none", "visible"] = "none", aigc: str | None = None,
         on_frames: Callable[[int], None] | None = None,
     ) -> Path:
-        """Stream the clip into a file of the format its suffix names; see `write_clip`.
+        """Write the clip to a file in the format of its suffix, as `write_clip` does.
 
         `findings` then lists possible faults.
 
@@ -156,7 +156,7 @@ class Clip:
 
         Raises:
             InputError: unknown suffix, too many frames for it, or marks other than its journal's.
-            OutputError: it exists, can't be written, or the disk is full.
+            OutputError: the file exists, can't be written, or the disk is full.
         """
         name, store = os.fspath(path), self.journal
         marks: Mapping[str, str] = Saving(label=label, aigc=aigc).marks
@@ -189,7 +189,7 @@ class Clip:
     def marked(
         self, marks: Mapping[str, str], start: int = 0
     ) -> tuple[Iterator[Frames], ClipInfo]:
-        """Return the chunks from frame `start` on and the description of a file with marks."""
+        """Return the chunks from frame `start` on and the description, with marks applied."""
         from vidgen.media.label import labelled
 
         if "frames" in self.__dict__:
@@ -205,7 +205,7 @@ class Clip:
         return replace(self.info, recipe=recipe)
 
     def _gets_label(self, marks: Mapping[str, str]) -> bool:
-        """Return whether a label is burnt in; not where the opening has one or isn't shown."""
+        """Return whether to burn in a label: not if the opening has one already or is left out."""
         recipe = self.recipe or {}
         is_opening = "head_frames" not in recipe
         return marks.get("label") == "visible" != recipe.get("label") and is_opening

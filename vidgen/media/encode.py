@@ -1,8 +1,8 @@
-"""Pictures into packets, in segments.
+"""Video encoding in independent segments.
 
 Each segment gets a fresh encoder with a closed group of pictures and a pinned number of threads, so
 its packets depend on its own frames alone: a clip that was streamed, resumed or joined from parts
-holds the same bytes as one written straight through.
+holds the same bytes as one written in a single pass.
 
 Axes: t frames, H W rows and columns.
 """
@@ -51,7 +51,7 @@ def configure(
 
 
 def to_picture(frame: Frames, pix_fmt: str, reformatter: VideoReformatter) -> av.VideoFrame:
-    """Return a frame [H, W, 3] in a pixel format, by BT.709 limited range where it is YUV."""
+    """Convert a frame uint8 [H, W, 3] to a pixel format; YUV is BT.709 in limited range."""
     source = av.VideoFrame.from_ndarray(frame, format="rgb24")
     if not pix_fmt.startswith("yuv"):
         return reformatter.reformat(source, format=pix_fmt)
@@ -61,7 +61,7 @@ def to_picture(frame: Frames, pix_fmt: str, reformatter: VideoReformatter) -> av
 
 
 def checked(chunks: Iterable[Frames], checker: ClipChecker | None) -> Iterator[Frames]:
-    """Yield the frames [H, W, 3] of chunks one by one, each shown to the checker first."""
+    """Yield the frames [H, W, 3] of chunks one by one, after feeding each to the checker."""
     for chunk in chunks:
         for frame in chunk:
             if checker:
@@ -76,10 +76,10 @@ def encode_picture(
 ) -> Iterator[Encoded]:
     """Encode frames uint8 [H, W, 3] in segments; yield the packets in decoding order.
 
-    They are timed in units of 1 / fps from the clip's start. The store's finished segments come
-    first, `frames` begin after them, and new segments are kept there. The first has `first_segment`
-    frames, fewer than the others by what the first latent frame lacks; further ones have `segment`,
-    a fixed number of latent frames. `checker` sees `frames`, after those of the finished
+    Packet times count in units of 1 / fps from the clip's start. Packets of the store's finished
+    segments come first, `frames` begin after them, and new segments are added to the store. The
+    first segment has `first_segment` frames, since the first latent frame covers fewer; further
+    ones have `segment`, a fixed number of latent frames. `checker` is restored from the finished
     segments.
     """
     assert min(first_segment, segment) >= 8, "a segment must outlast the encoder's reordering"
@@ -94,7 +94,7 @@ def encode_picture(
         if checker and finished.seen:
             checker.restore(finished.seen)
     if checker and store:
-        checker.take_looks()  # from now on
+        checker.take_looks()  # start to record
     length = segment if start else first_segment
     for head in frames:
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
@@ -122,9 +122,9 @@ def encode_picture(
 
 
 class Spool:
-    """Encoded packets until the file is begun: its head holds what only the last frame shows.
+    """A buffer of encoded packets: the file's header needs results of the last frame.
 
-    Up to `IN_MEMORY` bytes lie in memory, more in an unnamed file in `folder`.
+    Up to `IN_MEMORY` bytes stay in memory, more go to an unnamed file in `folder`.
     """
 
     IN_MEMORY = 8_000_000
@@ -133,7 +133,7 @@ class Spool:
         self._file = SpooledTemporaryFile(max_size=self.IN_MEMORY, dir=str(folder))  # noqa: SIM115
 
     def close(self) -> None:
-        """Drop the packets."""
+        """Discard the packets."""
         self._file.close()
 
     def add(self, packet: Encoded) -> None:
@@ -141,7 +141,7 @@ class Spool:
         pickle.dump(packet, self._file)
 
     def packets(self, time_base: Fraction) -> Iterator[Packet[VideoStream]]:
-        """Yield the packets, their times in units of `time_base`."""
+        """Yield the packets, with times in units of `time_base`."""
         end = self._file.tell()
         self._file.seek(0)
         while self._file.tell() < end:

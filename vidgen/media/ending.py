@@ -1,7 +1,7 @@
-"""The end of a film, compared with the one in its recipe.
+"""Comparison of a film's last frame with the one in its recipe.
 
-Programs that cut, mirror or colour a film often carry its metadata along, and with it latents that
-no longer show what the file does.
+Programs that cut, mirror or colour a film often keep its metadata, with latents that no longer
+match the picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vidgen.media.read import existing_file
 from vidgen.media.video_reader import VideoReader
 
 ENDING = "ending"
-"""The recipe's entry: the last frame's cells, in base64."""
+"""Key in the recipe of the last frame's cells, in base64."""
 LIMIT = 8.0
 """Difference of the last frame's cells from the recipe's, as a root mean square in levels. Of 24
 renders other encoders change it by 3 to 5 (H.264 at CRF 35, VP9 at 50), by 7 at worst (MPEG-4);
@@ -32,14 +32,14 @@ mirrored ones differ by 9 and more, a hue turned by 20 degrees by 10, another mo
 
 @dataclass(frozen=True)
 class Ending:
-    """A film and its end.
+    """Description of a film and its last frame.
 
     Attributes:
         fps: exact average rate.
         size: (width, height) as shown.
-        num_frames: its frames, or as many as an evenly shown film would have.
-        is_plain: whether its frames are evenly shown, in square pixels.
-        recipe: the file's, not to be changed, or None.
+        num_frames: number of frames at a constant frame rate.
+        is_plain: whether the frame rate is constant and pixels are square.
+        recipe: read-only, or None.
         cells: [y, x, 3] mean colours of the last frame, by `Looker`.
     """
 
@@ -51,19 +51,19 @@ class Ending:
     cells: Array
 
     def frames_at(self, fps: Fraction) -> int:
-        """Return its number of frames at a rate, as `video_frames` picks them."""
+        """Return the number of frames after conversion to a frame rate by `video_frames`."""
         return max(1, round(self.num_frames * fps / self.fps))
 
     @property
     def matches_recipe(self) -> bool:
-        """Whether the last frame is the recipe's; True where no recipe has one."""
+        """Whether the last frame matches the recipe's; True if the recipe has none."""
         return self.recipe is None or ending_distance(self.recipe, self.cells) <= LIMIT
 
 
 def ending_distance(recipe: Mapping[str, Any], cells: Array) -> float:
-    """Return the distance of a last frame's cells from a recipe's, as `LIMIT` counts.
+    """Return the root mean square distance of last frame's cells from a recipe's, in levels.
 
-    It is 0 where the recipe has none, 255 where they have different shapes.
+    It is 0 if the recipe has none, 255 if its entry is damaged or of another shape.
     """
     known = recipe.get(ENDING)
     if known is None:
@@ -78,12 +78,12 @@ def ending_distance(recipe: Mapping[str, Any], cells: Array) -> float:
 
 
 def ending_text(cells: Array) -> str:
-    """Encode the last frame's cells [y, x, 3], 0 to 255, for a recipe's entry."""
+    """Return the last frame's cells [y, x, 3], 0 to 255, in base64 for a recipe."""
     return base64.b64encode(cells.round().clip(0, 255).astype(np.uint8).tobytes()).decode()
 
 
 def read_ending(path: str | os.PathLike[str]) -> Ending:
-    """Read the end of a film, animation or picture; decodes all of it, once while it is unchanged.
+    """Return the end of a film, animation or picture; decode it once, until the file changes.
 
     Raises:
         InputError: missing, no video, or damaged.

@@ -1,4 +1,4 @@
-"""Many as one, each with its label: clips side by side in a grid, pictures on a contact sheet."""
+"""Labelled grids of clips and contact sheets of pictures."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vidgen.media.types import ClipInfo, Frames
 from vidgen.media.video_reader import VideoReader
 
 MAX_SIDE = 3840
-"""Pixels a side that the clips may take; H.264 at its common levels ends soon above."""
+"""Largest total side of the clips in pixels, near the limit of H.264's common levels."""
 _GAP, _LABEL, _MAX_LABEL = 4, 14, 200
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Clips of any sizes, rates and lengths in rows; a shorter one holds its last frame.
+    """A grid of labelled clips of any sizes, frame rates and lengths, `columns` per row.
 
-    A row has `columns` clips. A label that is too wide is cut.
+    A shorter clip holds its last frame; a label that is too wide is cut.
     """
 
     paths: Sequence[Path]
@@ -36,14 +36,14 @@ class Grid:
 
     @cached_property
     def info(self) -> ClipInfo:
-        """Size in even pixels, the highest of the rates, the longest of the lengths."""
+        """Description of the grid: even size, highest frame rate and longest duration."""
         fps = max(fps for fps, _, _ in self._facts)
         seconds = max(seconds for _, _, seconds in self._facts)
         height, width = self._layout[0].shape[:2]
         return ClipInfo(fps, (width, height), max(1, round(seconds * fps)))
 
     def frames(self) -> Iterator[Frames]:
-        """Stream the grid, uint8 [1, H, W, 3] each."""
+        """Yield the grid's frames, uint8 [1, H, W, 3] each."""
         background, corners, (width, height) = self._layout
         shown = [self._resampled(path, width, height) for path in self.paths]
         for pictures in zip(*shown, strict=True):
@@ -59,7 +59,7 @@ class Grid:
 
     @cached_property
     def _facts(self) -> list[tuple[Fraction, tuple[int, int], Fraction]]:
-        """Each clip's rate, (width, height) and seconds."""
+        """Frame rate, (width, height) and duration in seconds of each clip."""
         facts = []
         for path in self.paths:
             with VideoReader(path) as reader:
@@ -68,7 +68,7 @@ class Grid:
 
     @cached_property
     def _layout(self) -> tuple[Frames, list[tuple[int, int]], tuple[int, int]]:
-        """The sheet with its labels; each clip's corner (x, y) on it; their (width, height)."""
+        """Background with labels, corner (x, y) of each clip on it, (width, height) of a clip."""
         rows = math.ceil(len(self.paths) / self.columns)
         width, height = (max(size[side] for _, size, _ in self._facts) for side in (0, 1))
         scale = min(1.0, MAX_SIDE / (self.columns * width), MAX_SIDE / (rows * height))
@@ -106,10 +106,10 @@ class Grid:
 def contact_sheet(
     frames: Sequence[Frames], path: str | Path, *, columns: int, labels: Sequence[str] = ()
 ) -> Path:
-    """Write pictures uint8 [H, W, 3] of any size in rows as a PNG; return its path.
+    """Write pictures uint8 [H, W, 3] of any size in rows to a PNG; return its path.
 
-    `labels` are a line under each picture, or for fewer of them. A label may run over empty ones
-    after it in its row.
+    `labels` are drawn under the first pictures, one line each. A label may extend over empty ones
+    that follow it in its row.
     """
     width = max(frame.shape[1] for frame in frames)
     height = max(frame.shape[0] for frame in frames)

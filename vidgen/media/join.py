@@ -1,7 +1,7 @@
-"""Files joined by copying packets: no frame of a file is ever encoded a second time.
+"""Concatenation of film files by copying packets, without encoding a frame again.
 
-Our films are rows of closed groups of pictures, each from an encoder of pinned settings, so files
-of the same settings can follow each other in one. Sound is encoded for the whole.
+Films by vidgen consist of closed groups of pictures from encoders of pinned settings, so files of
+equal settings can be concatenated. Sound is encoded for the whole.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MS = Fraction(1, 1000)
 
 @dataclass(frozen=True)
 class Stretch:
-    """Frames of a film file from `first` up to `last`, both at key frames or the file's ends."""
+    """Frames `first` to `last` (exclusive) of a film file, bounded by key frames or its ends."""
 
     path: Path
     first: int
@@ -66,16 +66,16 @@ class Chapter:
 
 
 def write_sample(folder: Path, suffix: str, info: ClipInfo) -> Path:
-    """Write a black frame as a clip's picture would be written; return its file."""
+    """Write one black frame with the settings of a clip's picture; return the file's path."""
     width, height = info.size
     one = replace(info, num_frames=1, sound=None, recipe=None)
     return write_clip(folder / f"sample{suffix}", [np.zeros((1, height, width, 3), np.uint8)], one)
 
 
 def parting_places(path: Path, sample: Path) -> list[int] | str:
-    """Return the frames at which a film file's packets can be parted: key frames and the end.
+    """Return the frames at which a film file can be split: key frames and the end.
 
-    Where they can't be copied into a file like the sample, return the reason.
+    If its packets can't be copied into a file like the sample, return the reason.
     """
     facts = []
     for file in (path, sample):
@@ -86,7 +86,7 @@ def parting_places(path: Path, sample: Path) -> list[int] | str:
                 stream = container.streams.video[0]
                 facts.append(_facts(container.format.name, stream))
                 if not stream.average_rate:
-                    return f"{file} has frames at uneven times"
+                    return f"{file} has a variable frame rate"
         except av.FFmpegError as error:
             return f"{file} can't be read: {error.strerror}"
     for name, value in facts[0].items():
@@ -96,12 +96,12 @@ def parting_places(path: Path, sample: Path) -> list[int] | str:
             return f"the {name} differs: {value}, {facts[1][name]}"
     found = sorted((place, packet.is_keyframe) for place, packet in _packets(path))
     if [place for place, _ in found] != list(range(len(found))):
-        return f"{path} has frames at uneven times"
+        return f"{path} has a variable frame rate"
     return [*(place for place, is_key in found if is_key), len(found)]
 
 
 def _facts(container: str, stream: VideoStream) -> dict[str, Any]:
-    """Return what two files' pictures must share for one to follow the other."""
+    """Return the properties of a picture stream that concatenated files must share."""
     context = stream.codec_context
     extra = context.extradata
     return {"container": container, "codec": context.name, "size": (context.width, context.height),
@@ -114,13 +114,13 @@ def join_files(
     sound: SoundTrack | None = None, texts: TextTrack | None = None,
     chapters: Sequence[Chapter] = (),
 ) -> None:
-    """Write stretches of files one after the other into one, without the files' own sound.
+    """Concatenate stretches of files into one, without the files' own sound.
 
-    The file appears, or is replaced, when it is whole. For all files `parting_places` gives lists
-    with the same sample. Each of `chapters` begins where the one before ends.
+    The output is written atomically. `parting_places` must give lists for all files with the same
+    sample. Each of `chapters` begins at the end of the previous one.
 
     Raises:
-        OutputError: it can't be written or the disk is full.
+        OutputError: the output can't be written or the disk is full.
     """
     tracks: list[SoundTrack | TextTrack] = [each for each in (sound, texts) if each is not None]
     recipe = None if recipe is None else stamped(recipe)
@@ -139,7 +139,7 @@ def join_files(
 
 
 def _packets(path: Path) -> Iterator[tuple[int, Packet[VideoStream]]]:
-    """Yield a film file's picture packets in decoding order, each with its frame's number."""
+    """Yield a film file's picture packets in decoding order, each with its frame's index."""
     with av.open(str(path)) as source:
         stream = source.streams.video[0]
         for packet in source.demux(stream):
@@ -149,9 +149,9 @@ def _packets(path: Path) -> Iterator[tuple[int, Packet[VideoStream]]]:
 
 
 def _moved(stretches: Sequence[Stretch], unit: Fraction) -> Iterator[Packet[VideoStream]]:
-    """Yield the packets of stretches, each after the one before, timed in a unit of one frame.
+    """Yield the packets of consecutive stretches, timed in units of one frame.
 
-    One file is open at a time: there may be more than the system allows.
+    One file is open at a time, since the system limits open files.
     """
     delay, number, start = 0, 0, 0  # frames by which packets are decoded ahead
     for path in {each.path for each in stretches}:
@@ -167,12 +167,12 @@ def _moved(stretches: Sequence[Stretch], unit: Fraction) -> Iterator[Packet[Vide
 
 
 class ContinuedClip(Clip):
-    """A clip that begins with a file's frames; where formats agree its packets are copied.
+    """A clip that begins with a file's frames, whose packets are copied if the formats agree.
 
     Args:
-        added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
-            given one of their frames on.
-        journal: the clip's own, by which saving to its output resumes.
+        added: returns a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
+            given index of their frames on.
+        journal: finished segments, from which saving to the journal's output resumes.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class ContinuedClip(Clip):
         self.head, self.head_frames, self._added = head, head_frames, added
 
     def added(self) -> Clip:
-        """Return the part after the file as a clip; its recipe has the frames left out."""
+        """Return the part after the file as a clip; its recipe counts the frames left out."""
         recipe = None if self.recipe is None else {**self.recipe, "head_frames": self.head_frames}
         begin = round(self.head_frames / self.info.fps * self.sound_rate)
         info = replace(self.info, num_frames=self.num_frames - self.head_frames, recipe=recipe,
@@ -204,7 +204,7 @@ class ContinuedClip(Clip):
         suffix = check_format(name, self.num_frames, self.info.fps)
         reason = self._why_not_copied(suffix, marks)
         if reason is not None:
-            log.warning("%s: its frames are encoded once more, since %s", self.head, reason)
+            log.warning("%s: its frames are encoded again: %s", self.head, reason)
             return super()._write(name, overwrite, on_frames, store, marks)
         check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
         checker, target, done = self._checker(), Path(name), store.num_frames if store else 0
@@ -213,7 +213,7 @@ class ContinuedClip(Clip):
                 checker.feed(frame[None])
         info = replace(self._with_marks(marks), sound=None,
                        num_frames=self.num_frames - self.head_frames)
-        # named like what `atomic_path` makes, so that what a kill leaves is swept like that
+        # named as by `atomic_path`, so that the same sweep removes it after a kill
         folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
         folder.mkdir()
         try:
@@ -236,7 +236,7 @@ class ContinuedClip(Clip):
         if self._gets_label(marks):
             return "a label is burnt into the opening"
         if suffix not in CONTAINERS:
-            return f"{'a folder' if suffix == '/' else suffix} holds no packets of films"
+            return f"{'a folder' if suffix == '/' else suffix} can't hold copied packets"
         with TemporaryDirectory() as folder:
             try:
                 sample = write_sample(Path(folder), suffix, self.info)

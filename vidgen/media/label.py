@@ -1,6 +1,6 @@
-"""A label burnt into frames, for people to see: white on a dark plate, on any background.
+"""A visible label burnt into frames: white text on a dark plate.
 
-GB 45438-2025 wants it on the opening of a clip for 2 seconds at least, in letters of 5% of the
+GB 45438-2025 requires it on the opening of a clip for 2 seconds at least, in letters of 5% of the
 short side at least; the font is the one that comes with Pillow.
 
 Axes: t frames, H W rows and columns.
@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from vidgen.media.types import Frames
 
 TEXTS = ("AI generated", "AI")
-"""The label, and what stands for it where the picture is too narrow."""
+"""The label, and its short form for narrow pictures."""
 SECONDS = 2
-_SHARE = 0.055  # of the short side, a little over 5% for what rounding takes
+_SHARE = 0.055  # of the short side, a little over 5% against rounding
 _LEAST = 8  # pixels; smaller capitals can't be read
 _DARK, _LIGHT = 16.0, 255.0
-_COVER = 0.8  # how much of the background the plate hides: over 9:1 is left even on white
+_COVER = 0.8  # opacity of the plate: contrast stays over 9:1 even on white
 
 
 def labelled(
@@ -31,8 +31,7 @@ def labelled(
 ) -> Iterator[Frames]:
     """Yield chunks uint8 [t, H, W, 3] with a label burnt into the first 2 seconds, as copies.
 
-    Chunks after the label's end pass untouched. `start` is the number of the first frame that
-    comes.
+    Chunks after the label's end pass unchanged. `start` is the index of the first frame.
     """
     end = label_end(fps)
     patch = _draw(size) if start < end else None
@@ -48,7 +47,7 @@ def labelled(
 
 
 def label_end(fps: Fraction) -> int:
-    """Return the number of frames that bear the label."""
+    """Return the number of frames that show the label."""
     return math.ceil(SECONDS * fps)
 
 
@@ -69,7 +68,7 @@ def _blend(frames: Frames, patch: tuple[np.ndarray, np.ndarray], size: tuple[int
 
 
 def _draw(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return float [h, w] each: the cover of a plate with the text, and the light it adds."""
+    """Return float [h, w] each: the opacity of a plate with text, and its premultiplied luma."""
     font = _font(letter_height(size))
     text = next((text for text in TEXTS if _plate(font, text)[0] <= size[0]), TEXTS[-1])
     width, height = _plate(font, text)

@@ -1,11 +1,11 @@
-"""Signed manifests by C2PA's specification 2.x, through the extra `c2pa`.
+"""Signed manifests by C2PA's specification 2.x, with the extra `c2pa`.
 
-A manifest binds the marks to every byte of the file, so it is written last; any change to the file
-shows. The environment names the certificate that signs:
+A manifest binds the marks to every byte of the file, so it is written last; any later change is
+detected. The environment names the certificate that signs:
 
-    VIDGEN_C2PA_CERTIFICATE  PEM file, the signer's certificate first, then those it descends from
+    VIDGEN_C2PA_CERTIFICATE  PEM file, the signer's certificate first, then its issuers
     VIDGEN_C2PA_KEY          PEM file of its private key (PKCS #8)
-    VIDGEN_C2PA_TIME_STAMP   address of a time-stamping authority (RFC 3161), if one is wanted
+    VIDGEN_C2PA_TIME_STAMP   URL of a time-stamping authority (RFC 3161), optional
     VIDGEN_C2PA_TRUST        PEM file of certificates whose signatures `read_marks` trusts
 """
 
@@ -52,7 +52,7 @@ def signer_info() -> Any:
     """Return the signer that the environment names, as c2pa's `C2paSignerInfo`, or None.
 
     Raises:
-        InputError: a file that is missing or no PEM, a key without certificate, or no extra.
+        InputError: a file is missing or not PEM, only one of both is set, or c2pa isn't installed.
     """
     place, key = (os.environ.get(f"VIDGEN_C2PA_{n}") for n in ("CERTIFICATE", "KEY"))
     if not place and not key:
@@ -81,7 +81,7 @@ def _read(path: str | os.PathLike[str], name: str) -> bytes:
     except OSError as error:
         raise InputError(f"{name} is {path}, which can't be read: {error.strerror}") from None
     if b"-----BEGIN" not in data:
-        raise InputError(f"{name} is {path}, which is no PEM file")
+        raise InputError(f"{name} is {path}, which is not a PEM file")
     return data
 
 
@@ -92,27 +92,27 @@ def _algorithm(key: bytes, path: str) -> str:
     try:
         private = load_pem_private_key(key, None)
     except (ValueError, TypeError) as error:
-        raise InputError(f"VIDGEN_C2PA_KEY is {path}, no open PKCS #8 key: {error}") from None
+        raise InputError(f"VIDGEN_C2PA_KEY is {path}, not an unencrypted PKCS #8 key: "
+                         f"{error}") from None
     if isinstance(private, ec.EllipticCurvePrivateKey) and private.curve.name in _CURVES:
         return _CURVES[private.curve.name]
     if isinstance(private, rsa.RSAPrivateKey):
         return "ps256"
     if isinstance(private, ed25519.Ed25519PrivateKey):
         return "ed25519"
-    raise InputError(f"VIDGEN_C2PA_KEY is {path}, a key of a kind that C2PA doesn't know; make one "
-                     "on the curve P-256")
+    raise InputError(f"VIDGEN_C2PA_KEY is {path}, a key type that C2PA doesn't support; create "
+                     "one on the curve P-256")
 
 
 def seal(path: Path, suffix: str, recipe: dict[str, Any]) -> None:
-    """Finish a file before it gets its name: XMP where a muxer has none, and the signature if the
-    environment names a signer.
+    """Add XMP to MP4 and MOV, and sign the file if the environment names a signer.
 
-    The file is appended to, or rewritten where it is signed; `suffix` is its format. The inputs of
-    a stamped `recipe` become ingredients, with their own manifests.
+    XMP is appended; signing rewrites the file. `suffix` is its format. The inputs of a stamped
+    `recipe` become ingredients, with their own manifests.
 
     Raises:
-        InputError: a signer that can't be used, see `signer_info`.
-        OutputError: the certificate isn't fit for it, or the authority of time didn't answer.
+        InputError: the signer can't be used, see `signer_info`.
+        OutputError: the certificate can't sign it, or the time-stamping authority didn't answer.
     """
     if suffix in (".mp4", ".mov"):
         append_xmp(path, xmp(marks_of(recipe)))
@@ -122,7 +122,7 @@ def seal(path: Path, suffix: str, recipe: dict[str, Any]) -> None:
     if suffix in _MEDIA_TYPES:
         _sign(path, _MEDIA_TYPES[suffix], recipe, info)
     else:
-        log.warning("%s can't carry a signed manifest and stays unsigned; .mp4 can", suffix)
+        log.warning("%s can't hold a signed manifest and stays unsigned; use .mp4 to sign", suffix)
 
 
 def _sign(path: Path, kind: str, recipe: dict[str, Any], info: Any) -> None:
@@ -143,8 +143,8 @@ def _sign(path: Path, kind: str, recipe: dict[str, Any], info: Any) -> None:
             with path.open("rb") as source, signed.open("w+b") as target:
                 builder.sign(signer, kind, source, target)
     except c2pa.C2paError as error:
-        raise OutputError(f"the output can't be signed: {error}; look at what "
-                          "VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY name") from error
+        raise OutputError(f"the output can't be signed: {error}; check "
+                          "VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY") from error
 
 
 def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> list[str]:
@@ -169,13 +169,13 @@ def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> 
 
 def _content(record: dict[str, Any]) -> tuple[str, BinaryIO] | None:
     """Return the media type and bytes of an input file, if it is unchanged."""
-    if not {"path", "sha256"} <= set(record):  # made in memory
+    if not {"path", "sha256"} <= set(record):  # an array in memory
         return None
     file: BinaryIO
     if "content" in record:
         file = io.BytesIO(base64.b64decode(record["content"]))
     elif Path(record["path"]).is_file() and sha256_file(record["path"]) == record["sha256"]:
-        file = Path(record["path"]).open("rb")  # noqa: SIM115 - closed by who reads it
+        file = Path(record["path"]).open("rb")  # noqa: SIM115 - the caller closes it
     else:
         return None
     kind = media_type(file.read(16))
@@ -184,13 +184,13 @@ def _content(record: dict[str, Any]) -> tuple[str, BinaryIO] | None:
 
 
 def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | None = None) -> Marks:
-    """Read a file's marks, ours and others', and verify its signed manifest.
+    """Return a file's marks, by vidgen or other programs, and verify its signed manifest.
 
-    A folder of pictures has the first one's. `trust` is a PEM file of the certificates whose
+    A folder has the marks of its first picture. `trust` is a PEM file of the certificates whose
     signatures are trusted; None: the one that VIDGEN_C2PA_TRUST names.
 
     Raises:
-        InputError: missing, not to be read, or a bad file of certificates.
+        InputError: the file is missing or unreadable, or `trust` is invalid.
     """
     found, kind, marks = read_plain_marks(path)
     if kind not in _MEDIA_TYPES.values() or not _has_store(found):
@@ -224,7 +224,7 @@ def _context(c2pa: ModuleType, trust: str | os.PathLike[str] | None) -> Any:
         settings = _OFFLINE | {"trust": {"trust_anchors": roots}}
         return c2pa.Context(c2pa.Settings.from_dict(settings))
     except c2pa.C2paError as error:
-        raise InputError(f"VIDGEN_C2PA_TRUST is {anchors}, which holds no good "
+        raise InputError(f"VIDGEN_C2PA_TRUST is {anchors}, which holds no valid "
                          f"certificates: {error}") from None
 
 
@@ -234,7 +234,7 @@ def _has_store(path: Path) -> bool:
 
 
 def _judge(results: dict[str, Any] | None) -> tuple[str, tuple[str, ...]]:
-    """Return state and codes; problems of the credential alone leave the content as signed."""
+    """Return state and failure codes; an invalid credential alone makes it "untrusted"."""
     active = (results or {}).get("activeManifest") or {}
     codes = tuple(dict.fromkeys(failure["code"] for failure in active.get("failure", ())))
     if any(not code.startswith("signingCredential.") for code in codes):
@@ -254,7 +254,7 @@ def _signed_ingredient(entry: dict[str, Any], known: dict[Any, dict[str, Any]]) 
 
 
 def _filled(marks: Marks, manifest: dict[str, Any]) -> Marks:
-    """Complete the marks from the manifest's actions: files of others often have both."""
+    """Fill in missing marks from the manifest."""
     generator = (manifest.get("claim_generator_info") or [{}])[0]
     words = filter(None, (generator.get("name"), generator.get("version")))
     known: dict[str, Any] = {"generator": " ".join(words)}

@@ -1,8 +1,8 @@
-"""Loudness of a clip's sound, measured and brought to a level block by block while it is muxed.
+"""Loudness of a clip's sound: measured, and normalised block by block during muxing.
 
 Sources: ITU-R BS.1770-4 (gated loudness in LUFS, annex 2: true peaks by oversampling four times);
 EBU Tech 3343. libavfilter's `ebur128` measures the loudness; the limiter is ours, since FFmpeg's
-`alimiter` sees samples, not what lies between them.
+`alimiter` ignores peaks between samples.
 
 Axes: N samples, n samples of a block, c channels.
 """
@@ -31,17 +31,17 @@ Signal: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 TARGET_LUFS = -16.0
 """Level of a finished clip, as web players and podcasts have it (AES TD1008)."""
 MAX_GAIN_DB = 12.0
-"""Most by which a quiet sound is raised; more would raise its noise."""
+"""Largest gain of a quiet sound; more would raise its noise."""
 CEILING_DB = -1.0
-"""True peak; a lossy codec needs that much room (EBU R 128 s1)."""
+"""Largest true peak; a lossy codec needs that much headroom (EBU R 128 s1)."""
 RELEASE_DB_PER_S = 60.0
-"""Speed at which the limiter lets go."""
+"""Release speed of the limiter."""
 _ATTACK_S = 0.005
-_TAPS = 16  # of the interpolation on either side; finds peaks up to 20 kHz to 0.05 dB
-_SILENT_LUFS = -70.0  # the absolute gate: `ebur128` reports it where nothing is louder
+_TAPS = 16  # of the interpolation on either side; detects peaks up to 20 kHz to 0.05 dB
+_SILENT_LUFS = -70.0  # the absolute gate: `ebur128` reports it for quieter sound
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 _BITS = {"aac": 128_000, "libopus": 96_000}
-"""Bits a second of each channel."""
+"""Bits per second and channel, by encoder."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Loudness:
 
 @dataclass(frozen=True)
 class Mastering:
-    """Gain of a sound, and whether peaks that would exceed the ceiling are held."""
+    """Gain of a sound, and whether peaks above the ceiling are limited."""
 
     gain_db: float = 0.0
     limited: bool = False
 
 
 def measure(samples: Samples, rate: int) -> Loudness:
-    """Measure float32 [N, c] of one or two channels, at constant memory."""
+    """Return the loudness of sound float32 [N, c], of one or two channels, in constant memory."""
     graph = av.filter.Graph()
     layout = "mono" if samples.shape[1] == 1 else "stereo"
     source = graph.add_abuffer(format="flt", sample_rate=rate, layout=layout,
@@ -99,17 +99,17 @@ def _drained(graph: av.filter.Graph, loudness: float) -> float:
 
 
 def master(loudness: Loudness, target_lufs: float = TARGET_LUFS) -> Mastering:
-    """Return the mastering that brings a sound to the target, its peaks below the ceiling."""
+    """Return the mastering that brings a sound to the target, with peaks below the ceiling."""
     gain = 0.0 if loudness.lufs is None else min(target_lufs - loudness.lufs, MAX_GAIN_DB)
     return Mastering(round(gain, 3), loudness.peak_db + gain > CEILING_DB)
 
 
 def mastered(samples: Samples, rate: int, made: Mastering, num_samples: int) -> Iterator[Samples]:
-    """Yield `num_samples` of a sound in blocks [n, c] of a second; silence follows its end.
+    """Yield `num_samples` of a mastered sound in blocks [n, c] of a second, padded with silence.
 
     The limiter looks 5 ms ahead: the gain that each true peak needs is held over the look-ahead,
-    let go at 60 dB/s and averaged over the look-ahead once more, so that it is down when the peak
-    comes (Giannoulis et al. 2012, section 3, with an exact instead of a recursive attack).
+    released at 60 dB/s and averaged over the look-ahead once more, so that it is low enough when
+    the peak comes (Giannoulis et al. 2012, section 3, with an exact instead of a recursive attack).
     """
     gain = 10 ** (made.gain_db / 20)
     ahead = 1 << max(1, round(math.log2(_ATTACK_S * rate)))
@@ -137,13 +137,13 @@ def mastered(samples: Samples, rate: int, made: Mastering, num_samples: int) -> 
 
 
 def hold_peaks(samples: Samples, rate: int) -> None:
-    """Limit a sound [N, c] that goes beyond full scale, in place; any other stays as it is."""
+    """Limit a sound [N, c] that exceeds full scale, in place; leave any other unchanged."""
     peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))
     if not 1 < peak < math.inf:
         return
     position, before = 0, None
     for block in mastered(samples, rate, Mastering(limited=True), len(samples)):
-        if before is not None:  # samples before it are no longer needed
+        if before is not None:  # the limiter needs earlier samples no longer
             samples[position : position + len(before)] = before
             position += len(before)
         before = block
@@ -151,21 +151,21 @@ def hold_peaks(samples: Samples, rate: int) -> None:
 
 
 def window(samples: Samples, start: int, stop: int, at_least: int) -> Samples:
-    """Return samples [start, stop) as [n, c], those that are no numbers silent.
+    """Return samples [start, stop) as [n, c], with 0 for non-finite ones.
 
-    Silence lies beyond the ends: in front always, at the end up to `at_least` samples.
+    Silence pads the front always, the end up to `at_least` samples.
     """
-    there = np.asarray(samples[max(0, start) : max(0, min(stop, len(samples)))], np.float32)
-    there = np.nan_to_num(there, nan=0.0, posinf=0.0, neginf=0.0)
+    inside = np.asarray(samples[max(0, start) : max(0, min(stop, len(samples)))], np.float32)
+    inside = np.nan_to_num(inside, nan=0.0, posinf=0.0, neginf=0.0)
     before = max(0, -start)
-    after = max(0, min(stop - start, at_least) - before - len(there))
-    return np.pad(there, ((before, after), (0, 0))) if before or after else there
+    after = max(0, min(stop - start, at_least) - before - len(inside))
+    return np.pad(inside, ((before, after), (0, 0))) if before or after else inside
 
 
 def _peaks(samples: Samples, start: int, stop: int) -> Signal:
-    """Return the highest of each sample in [start, stop) and of three values after it, [n].
+    """Return the largest magnitude of each sample in [start, stop) and three values after it, [n].
 
-    All channels count; values between samples are interpolated by a windowed sinc.
+    All channels count; the values between samples are interpolated by a windowed sinc.
     """
     count = stop - start
     span = window(samples, start - _TAPS + 1, stop + _TAPS, count + 2 * _TAPS - 1)
@@ -193,7 +193,7 @@ def _phases() -> list[Signal]:
 
 
 class SoundTrack:
-    """A clip's sound in a container, exactly as long as its picture: cut, or followed by silence.
+    """A container's sound track, exactly as long as its picture: cut, or padded with silence.
 
     The clip of `info` has sound; `codec` is libav's name of the encoder.
     """
@@ -216,12 +216,12 @@ class SoundTrack:
             }
 
     def facts(self) -> dict[str, Any]:
-        """Return the encoding, for the recipe."""
+        """Return the encoder's settings and the mastering, for the recipe."""
         return {"codec": self.codec, "rate": self.target, "channels": self.samples.shape[1],
                 "bits_per_s": self._bits, **self._facts}
 
     def begin(self, container: OutputContainer) -> None:
-        """Declare the stream, before anything is muxed."""
+        """Add the stream to a container, before anything is muxed."""
         layout = "mono" if self.samples.shape[1] == 1 else "stereo"
         stream = container.add_stream(self.codec, rate=self.target, layout=layout)
         self._container, self._stream = container, cast("AudioStream", stream)
@@ -242,6 +242,6 @@ class SoundTrack:
             self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
-        """Encode the rest."""
+        """Encode the remaining sound."""
         self.advance(float("inf"))
         self._container.mux(self._stream.encode(None))

@@ -1,4 +1,4 @@
-"""Sound brought to a clip's length, and speech laid over it.
+"""Sound fitted to a clip's length, and speech mixed over it.
 
 Axes: N samples, c channels.
 """
@@ -17,17 +17,17 @@ from vidgen.media.sound import RATE, SoundReader, gather, resampled, room
 from vidgen.media.types import Samples
 
 FADE_S = 0.25
-"""Fade-out of a sound that is cut, a quarter of it at most."""
+"""Fade-out of a sound that is cut, at most a quarter of its length."""
 SEAM_S = 0.005
-"""Fade where a sound meets silence or itself, against a click."""
+"""Fade where a sound borders on silence or repeats, against a click."""
 SLACK_S = 0.05
-"""Difference of lengths that counts as none: codecs pad what they encode."""
+"""Difference of lengths to ignore, since codecs pad."""
 DUCK_DB, DUCK_DOWN_S, DUCK_UP_S = 12.0, 0.15, 0.4
-"""Drop of a bed under speech, over a time before it begins and after it ends."""
+"""Ducking of background sound under speech: depth, time before a start, time after an end."""
 MIX_LUFS = -23.0
-"""Level of mixed sounds (EBU R 128's); no peak of a sum comes near full scale there."""
+"""Level of mixed sounds (EBU R 128), at which no peak of a sum comes near full scale."""
 TELEPHONE_RATE = 16_000
-"""A lower rate holds nothing above 8 kHz, which people hear."""
+"""Lowest sample rate without a note; a lower one loses everything above 8 kHz."""
 _STEP = 1 << 18
 
 
@@ -35,16 +35,16 @@ def fit_sound(
     path: str | os.PathLike[str], num_samples: int, *, loop: bool = False,
     repeating: str = "--audio-loop",
 ) -> tuple[Samples, list[str]]:
-    """Read a file's sound at `RATE` to the length of a clip, and no further.
+    """Read a file's sound at `RATE`, fitted to the length of a clip.
 
-    A longer one is cut and faded out over `FADE_S`; a shorter one is repeated with `loop`, else
-    followed by silence. Notes name the option for that, `repeating`.
+    Longer sound is cut and faded out over `FADE_S`; shorter sound is repeated with `loop`, else
+    followed by silence. A note then names the option `repeating`.
 
     Returns:
         (float32 [num_samples, c] of one or two channels, notes for the user).
 
     Raises:
-        InputError: no sound in it, cut off, or samples that are no numbers.
+        InputError: no sound, cut off, or non-finite samples.
     """
     reader = SoundReader(path, RATE)
     samples, slack = room(num_samples, reader.channels), round(SLACK_S * RATE)
@@ -52,8 +52,8 @@ def fit_sound(
     for block in reader:
         bad = len(block) - np.count_nonzero(np.isfinite(block).all(axis=1))
         if bad:
-            raise InputError(f"sound {path} holds samples that are no numbers, the first near "
-                             f"{total / RATE:.2f} s; save it again without them")
+            raise InputError(f"sound {path} has non-finite samples (NaN or infinity), the first "
+                             f"near {total / RATE:.2f} s; save it again without them")
         part = block[: max(0, num_samples - total)]
         samples[total : total + len(part)] = part
         total += len(block)
@@ -63,27 +63,27 @@ def fit_sound(
         if total == 0:
             raise InputError(f"sound {path} is empty: it has no samples; give another file")
         if reader.lacks(total):
-            raise InputError(f"sound {path} is cut off: {total / RATE:.2f} s of the "
-                             f"{reader.seconds:.2f} s that it tells of are there; copy it again")
+            raise InputError(f"sound {path} is cut off: it has {total / RATE:.2f} s of the "
+                             f"{reader.seconds:.2f} s that its header states; copy it again")
     notes = []
     if reader.source_rate < TELEPHONE_RATE:
-        notes.append(f"{path} has {reader.source_rate} samples a second, which sounds dull")
+        notes.append(f"{path} has a sample rate of {reader.source_rate} Hz, which sounds dull")
     seconds = num_samples / RATE
     if total > num_samples + slack:
         fade(samples, num_samples - min(round(FADE_S * RATE), num_samples // 4), num_samples)
-        notes.append(f"{path} is longer than the clip; its first {seconds:g} s are heard")
+        notes.append(f"{path} is longer than the clip; only its first {seconds:g} s are used")
     elif total < num_samples - slack:
         fade(samples, total - min(round(SEAM_S * RATE), total // 4), total)
         if loop:
             _repeat(samples, total)
         else:
             notes.append(f"{path} lasts {total / RATE:.2f} s of the clip's {seconds:g} s; silence "
-                         f"follows, {repeating} repeats it")
+                         f"follows; {repeating} repeats it")
     return samples, notes
 
 
 def _repeat(samples: Samples, period: int) -> None:
-    """Fill samples with their first `period`, which begins softly from the second time on."""
+    """Fill samples with repeats of their first `period`, which fade in and out."""
     length = min(round(SEAM_S * RATE), period // 4)
     ramp = _ramp(length)[::-1, None]
     for start in range(period, len(samples), period):
@@ -96,19 +96,19 @@ def _repeat(samples: Samples, period: int) -> None:
 
 
 def fade(samples: Samples, start: int, stop: int) -> None:
-    """Let samples [N, c] go to zero from `start` to `stop`, in place, along half a cosine."""
+    """Fade samples [N, c] out from `start` to `stop`, in place, along half a cosine."""
     samples[start:stop] *= _ramp(stop - start)[:, None]
 
 
 def rise(samples: Samples, start: int, stop: int) -> None:
-    """The inverse of `fade`: samples [N, c] come up from zero."""
+    """Fade samples [N, c] in from `start` to `stop`, in place, along half a cosine."""
     samples[start:stop] *= _ramp(stop - start)[::-1, None]
 
 
 def bring_forward(samples: Samples, count: int) -> None:
-    """Let samples [N, c] begin `count` earlier, or later below 0, in place.
+    """Shift samples [N, c] `count` earlier, or later if negative, in place.
 
-    The gap at one end, at most half of all, is filled by its neighbours, mirrored.
+    The gap at one end, at most half of the samples, is filled with its neighbours, mirrored.
     """
     view, count = samples if count > 0 else samples[::-1], min(abs(count), len(samples) // 2)
     if not count:
@@ -126,7 +126,7 @@ def _ramp(length: int) -> Samples:
 
 
 def at_length(samples: Samples, rate: int, num_samples: int, *, loop: bool = False) -> Samples:
-    """Bring samples [N, c] of another rate to `RATE` and [num_samples, c].
+    """Return samples [N, c] resampled to `RATE` and fitted to [num_samples, c].
 
     Longer ones are cut; shorter ones fade over `SEAM_S` and are repeated with `loop`, else followed
     by silence.
@@ -146,10 +146,10 @@ def at_length(samples: Samples, rate: int, num_samples: int, *, loop: bool = Fal
 
 
 def lay_over(bed: Samples | None, speech: Samples, spans: Sequence[tuple[float, float]]) -> Samples:
-    """Lay speech [N, 1] over the middle of a bed [N, c] that goes down under it, both at `RATE`.
+    """Mix speech [N, 1] over the centre of background sound [N, c], ducked, both at `RATE`.
 
-    Both are brought to `MIX_LUFS` first, as far as the mastering may raise them; no bed is silence.
-    `spans` are (start, end) of speech, in seconds and in order.
+    Both are first brought to `MIX_LUFS`, within the mastering's largest gain. Without a `bed` the
+    background is silence. `spans` are (start, end) of speech, in seconds and in order.
     """
     voice_gain = 10 ** (master(measure(speech, RATE), MIX_LUFS).gain_db / 20)
     mixed = room(len(speech), 1 if bed is None else bed.shape[1])
@@ -167,9 +167,9 @@ def lay_over(bed: Samples | None, speech: Samples, spans: Sequence[tuple[float, 
 
 
 def duck_points(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return times in seconds and levels in dB between which a bed's level is linear.
+    """Return times in seconds and gains in dB of the background, linear in between.
 
-    It stays down between two spans that are too close for it to come up and go down again.
+    The gain stays low between two spans that are too close for a release and an attack.
     """
     joined: list[list[float]] = []
     for start, end in spans:

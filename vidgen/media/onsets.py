@@ -1,4 +1,4 @@
-"""Onsets of sounds by spectral flux, to a fraction of its frames of 2 ms.
+"""Onset detection by spectral flux, more precise than its frames of 2 ms.
 
 Axes: B clips, N samples, T frames, H frequencies.
 """
@@ -17,17 +17,17 @@ Times = NDArray[np.float64]
 
 HOP_S, WINDOW_S, LAG = 0.002, 0.012, 4  # LAG: frames over which a rise counts
 _GAIN = 200.0  # of magnitudes before their logarithm: a full-scale sine is about 1
-_APART_S, _AROUND_S = 0.04, 0.15  # least distance of onsets; reach of the running median
-_RISE = 0.08  # mean rise of log magnitude above the usual that is needed
-#: A step's flux is highest so long after the step; measured on the world's own cues.
+_MIN_GAP_S, _MEDIAN_S = 0.04, 0.15  # least distance of onsets; reach of the running median
+_RISE = 0.08  # least mean rise of log magnitude above the median
+#: Delay of the flux's peak after a step, measured on the cues of the training world.
 _DELAY_S = 0.0019
 
 
 def flux(sound: Tensor, rate: int) -> Tensor:
     """Return the mean rise of log magnitude over `LAG` frames, [B, T], of sound [B, N].
 
-    The T frames lie `HOP_S` apart. Energy that was a bin away doesn't count, so a gliding tone is
-    no onset (Boeck & Widmer 2013, eq. 5).
+    The T frames lie `HOP_S` apart. Energy that moves by one bin doesn't count, so a gliding tone
+    is no onset (Boeck & Widmer 2013, eq. 5).
     """
     hop, window = round(HOP_S * rate), 2 * round(WINDOW_S * rate / 2)
     taper = torch.hann_window(window, device=sound.device)
@@ -40,12 +40,12 @@ def flux(sound: Tensor, rate: int) -> Tensor:
 
 
 def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
-    """Return the onsets, in seconds and rising, of each of B clips of sound [B, N] or [N].
+    """Return the onsets of each clip of sound [B, N] or [N], in seconds, ascending.
 
-    An onset counts from a `share` of the clip's strongest one.
+    An onset needs at least a `share` of the strength of the clip's strongest one.
 
     Raises:
-        InputError: no sound of that kind.
+        InputError: another shape, no samples, or a rate below 1.
     """
     if sound.dim() not in (1, 2) or not sound.shape[-1] or rate <= 0:
         raise InputError(
@@ -53,22 +53,22 @@ def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
             f"at {rate} Hz"
         )
     curves = flux(sound.float().reshape(-1, sound.shape[-1]), rate).cpu()
-    around = 2 * round(_AROUND_S / HOP_S) + 1
+    around = 2 * round(_MEDIAN_S / HOP_S) + 1
     padded = F.pad(curves[:, None], (around // 2, around // 2), mode="replicate")[:, 0]
-    usual = padded.unfold(1, around, 1).median(2).values
-    width = 2 * round(_APART_S / HOP_S) + 1
+    median = padded.unfold(1, around, 1).median(2).values
+    width = 2 * round(_MIN_GAP_S / HOP_S) + 1
     highest = F.max_pool1d(curves[:, None], width, 1, width // 2)[:, 0]
-    above = curves - usual
+    above = curves - median
     needed = (share * above.amax(1, keepdim=True)).clamp(min=_RISE)
     peaks = (curves == highest) & (above >= needed)
     return [_fit(curve, row) for curve, row in zip(curves.numpy(), peaks.numpy(), strict=True)]
 
 
 def pair_times(times: Times, others: Times, early_s: float, late_s: float) -> list[tuple[int, int]]:
-    """Pair rising times one to one: as many pairs as there can be, and of these the closest.
+    """Return the closest of the largest one-to-one pairings of two ascending lists of times.
 
-    The second of a pair comes at most `early_s` before the first, or `late_s` after it. Return
-    pairs of indices (of times, of others), rising.
+    The second of a pair comes at most `early_s` before the first, or `late_s` after it. Pairs are
+    indices (of times, of others), ascending.
     """
     # for each number of others: minus the number of pairs, their sum of |dt|, the pairs
     best: list[tuple[int, float, list[tuple[int, int]]]] = [(0, 0.0, [])] * (len(others) + 1)

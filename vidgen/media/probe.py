@@ -1,4 +1,4 @@
-"""A file's own facts: its streams, and the recipe that vidgen put into it."""
+"""Metadata of media files: streams, tags, and vidgen's recipe."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MATRICES = {0: "rgb", 1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020nc", 
 
 
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a media file's format, bytes, duration, bit rate, streams with their colour, tags.
+    """Return a media file's format, size, duration, bit rate, streams and tags as JSON data.
 
     Raises:
-        InputError: missing, or no media file.
+        InputError: missing, or not a media file.
     """
     found = existing_file(path, "file")
     facts: dict[str, Any] = {"path": str(found), "bytes": found.stat().st_size}
@@ -55,9 +55,9 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
 @contextmanager
 def open_container(
     path: Path, what: str = "", remedy: str = "give a video or sound file",
-    problem: str = "is no media file",
+    problem: str = "is not a media file",
 ) -> Iterator[av.container.InputContainer]:
-    """Open a media file by libav, whatever its texts' encoding; the words are `decoding`'s."""
+    """Open a media file with libav, with tags of any encoding; raise errors as `decoding` does."""
     with (decoding(what or str(path), remedy, problem),
           av.open(str(path), metadata_errors="replace") as container):
         yield container
@@ -80,10 +80,10 @@ def _describe(stream: Any) -> dict[str, Any]:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the recipe that vidgen put into a file or a folder of pictures, or None.
+    """Return the recipe that vidgen wrote into a file or a folder of pictures, or None.
 
     Raises:
-        InputError: missing, no media file, or a recipe that is no JSON.
+        InputError: missing, not a media file, or a recipe that is not JSON.
     """
     if Path(path).is_dir():
         file = Path(path, RECIPE_FILE)
@@ -113,14 +113,14 @@ def _picture_recipe(path: Path) -> str | None:
                 text = b"".join(parts).decode()
             else:
                 text = image.info.get("comment", b"").decode()
-    except Exception:  # no picture, which is no mistake here; Pillow raises anything
+    except Exception:  # not a picture, which is no error here; Pillow raises anything
         return None
-    # Other programs comment, too.
+    # other programs write comments, too
     return text if isinstance(text, str) and text.startswith("{") else None
 
 
 def recipe_rate(recipe: Mapping[str, Any] | None) -> Fraction | None:
-    """Return the frame rate in a recipe; None where it has none that a clip can have."""
+    """Return the frame rate in a recipe; None if it has no valid one."""
     plan = (recipe or {}).get("plan")
     try:
         rate = Fraction(plan["fps"])  # type: ignore[index]

@@ -1,7 +1,7 @@
-"""Marks of a file's origin: written by default, read from any file.
+"""Marks of a file's origin, written by default and read from any file.
 
-They are an XMP packet (PNG, JPEG, WebP, GIF, MP4, MOV) and plain tags (MP4, MOV, WebM, MKV).
-`manifest` adds a signed manifest.
+Marks are stored in an XMP packet (PNG, JPEG, WebP, GIF, MP4, MOV) and in plain tags (MP4, MOV,
+WebM, MKV). `manifest` adds a signed manifest.
 
 Sources: IPTC NewsCodes digitalsourcetype; IPTC Photo Metadata 2025.1 (AISystemUsed); XMP
 specification part 3 (places in files); GB 45438-2025 and TC260-PG-20258A (the AIGC field).
@@ -31,7 +31,7 @@ GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 XMP_BOX = uuid.UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
 _MAX_PACKET, _PACKET_END = 4_000_000, b"</x:xmpmeta>"
 _GIF_HEAD = b"!\xff\x0bXMP DataXMP"
-_GIF_TAIL = bytes([1, *range(255, -1, -1), 0])  # leads a reader of blocks to the end
+_GIF_TAIL = bytes([1, *range(255, -1, -1), 0])  # lets a reader of blocks skip to the end
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _NAMESPACES = {
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
@@ -57,7 +57,7 @@ _REFERENCE = {  # of an ingredient, in XMP
 
 @dataclass(frozen=True)
 class Marks:
-    """A file's origin by its own account; None where it says nothing.
+    """Origin of a file as stated in it; None for what it doesn't state.
 
     Attributes:
         digital_source_type: IPTC's URI; `GENERATED` for a model's output.
@@ -65,9 +65,9 @@ class Marks:
         time: of creation, ISO 8601 in UTC.
         id: unique, a URN.
         aigc: fields of the Chinese labelling rule, by their names there.
-        c2pa: the signed manifest is "absent", "valid", "untrusted" (whole, but its signer isn't on
-            the list of trusted ones), "tampered", or "unverified" for want of the extra.
-        signer: name on the certificate.
+        c2pa: the signed manifest is "absent", "valid", "untrusted" (intact, but its signer
+            isn't trusted), "tampered", or "unverified" without the extra c2pa.
+        signer: name in the certificate.
         problems: codes of problems in the manifest.
         ingredients: inputs: title, and id, digital_source_type and c2pa where known.
     """
@@ -90,14 +90,14 @@ class Marks:
 
 
 def stamped(recipe: dict[str, Any], earlier: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Add `created`, the time in UTC, and `id` to a recipe; one that has them stays as it is.
+    """Add `created`, the time in UTC, and `id` to a recipe; return one that has them unchanged.
 
-    An extended clip keeps the stamp of its beginning, which the `earlier` recipe holds. With
-    SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that, and the id
-    follows from the recipe, so that the same request gives the same file, bit for bit.
+    An extended clip keeps the stamp of its beginning, from the `earlier` recipe. With
+    SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that value, and
+    the id is derived from the recipe, so that the same request gives the same file, bit for bit.
 
     Raises:
-        InputError: SOURCE_DATE_EPOCH is no time.
+        InputError: SOURCE_DATE_EPOCH is not a time.
     """
     known = {
         name: text for source in (earlier or {}, recipe) for name in ("created", "id")
@@ -133,7 +133,7 @@ def marks_of(recipe: dict[str, Any]) -> Marks:
 
 
 def ingredient(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's record of an input in the words of `Marks.ingredients`."""
+    """Return a recipe's record of an input as an entry of `Marks.ingredients`."""
     marks = record.get("marks", {})
     title = Path(record["path"]).name if "path" in record else str(record.get("option"))
     content = f"sha256:{record['sha256']}" if "sha256" in record else None
@@ -177,7 +177,7 @@ def _element(name: str, text: str) -> str:
 
 
 def append_xmp(path: Path, packet: str) -> None:
-    """Append a packet to an MP4 or MOV file, as a box that moves no other."""
+    """Append a packet to an MP4 or MOV file as its last box, which shifts no offsets."""
     data = XMP_BOX + packet.encode()
     with path.open("ab") as file:
         file.write((8 + len(data)).to_bytes(4, "big") + b"uuid" + data)
@@ -189,7 +189,7 @@ def gif_xmp(packet: str) -> bytes:
 
 
 def media_type(head: bytes) -> str | None:
-    """Return the media type of a file by its first 16 bytes, of those that carry marks, or None."""
+    """Return the media type of a file that can hold marks by its first 16 bytes, else None."""
     if head[4:8] == b"ftyp":
         return "video/quicktime" if head[8:12] == b"qt  " else "video/mp4"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -200,13 +200,13 @@ def media_type(head: bytes) -> str | None:
 
 
 def read_plain_marks(path: str | os.PathLike[str]) -> tuple[Path, str | None, Marks]:
-    """Read the marks in a file's XMP packet and tags, without its signed manifest.
+    """Return the marks in a file's XMP packet and tags, without its signed manifest.
 
     Returns:
-        (the file; of a folder, its first picture, media type as `media_type` names it, marks).
+        (path of the file or of a folder's first picture, its `media_type`, its marks).
 
     Raises:
-        InputError: missing, or not to be read.
+        InputError: missing or unreadable.
     """
     found = Path(path)
     try:
@@ -235,7 +235,7 @@ def _read_tags(path: Path) -> dict[str, Any]:
 
 
 def _typed(texts: dict[str, str]) -> dict[str, Any]:
-    """Parse the AIGC field, drop a broken one, and drop empty fractions of the time."""
+    """Parse the AIGC field, drop it if damaged, and drop zero fractions of the time."""
     found: dict[str, Any] = dict(texts)
     if "time" in found:
         found["time"] = re.sub(r"\.0+Z$", "Z", found["time"])
@@ -270,7 +270,7 @@ def _parse(packet: bytes) -> dict[str, Any]:
     """Read fields of `Marks` from an XMP packet; a damaged one has none."""
     start, end = packet.find(b"<x:xmpmeta"), packet.rfind(_PACKET_END)
     packet = packet[max(start, 0) : end + len(_PACKET_END) if end >= 0 else len(packet)]
-    if not packet or len(packet) > _MAX_PACKET or b"<!" in packet:  # no entities from strangers
+    if not packet or len(packet) > _MAX_PACKET or b"<!" in packet:  # refuse entity declarations
         return {}
     try:
         root = ElementTree.fromstring(packet)

@@ -1,4 +1,4 @@
-"""Pictures out of files, exactly; what can't be honoured is refused.
+"""Reading of picture files; unsupported ones are refused.
 
 Axes: H W rows and columns.
 """
@@ -27,14 +27,14 @@ PICTURE_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".bmp", "
 
 @contextmanager
 def decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[None]:
-    """Turn whatever Pillow and libav raise on damaged bytes into one error."""
+    """Convert errors of Pillow and libav on damaged bytes to InputError."""
     try:
         yield
     except InputError:
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{what} is no picture in a known format; give PNG, JPEG or WebP"
+            f"{what} is not a picture in a known format; give PNG, JPEG or WebP"
         ) from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{what} has more than {MAX_PIXELS} pixels; scale it down") from error
@@ -44,14 +44,14 @@ def decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[No
 
 
 def load_image(picture: Picture) -> tuple[Frames, list[str]]:
-    """Read a picture, a file or uint8 [H, W, 3], as people see it.
+    """Return a picture, given as a file or uint8 [H, W, 3], in its displayed orientation.
 
     Returns:
-        uint8 [H, W, 3] sRGB, and a note for each thing that had to be interpreted: orientation,
-        transparency, CMYK, 16 bits, an animation's other frames.
+        uint8 [H, W, 3] sRGB, and a note for each conversion: orientation, transparency, CMYK, 16
+        bits, an animation's other frames.
 
     Raises:
-        InputError: missing, a folder, damaged, no picture, too small or too large.
+        InputError: missing, a folder, damaged, not a picture, too small or too large.
     """
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
@@ -75,14 +75,14 @@ def is_clip(path: str | os.PathLike[str]) -> bool:
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for a file that by its header can't be a first frame; decode nothing."""
+    """Raise InputError if a file's header shows that it can't be a first frame."""
     with _opened(path):
         pass
 
 
 @contextmanager
 def _opened(picture: str | os.PathLike[str]) -> Iterator[ImageFile.ImageFile]:
-    """Open a picture's file, and check its size by its header before anything is decoded."""
+    """Open a picture's file and check the size in its header, without decoding."""
     path = existing_file(picture, "image")
     with decoding(f"image {path}", "save it again"), Image.open(path) as image:
         _check_size(f"image {path}", image.size)
@@ -99,12 +99,12 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
     """Return a file that can be read.
 
     Raises:
-        InputError: missing, a folder, or not permitted; names `what` it should be.
+        InputError: missing, a folder, or not readable; the message begins with `what`.
     """
     found = Path(path)
     if not found.exists():
         if "://" in os.fspath(path):
-            raise InputError(f"{what} {path} is an address; download it and give the file")
+            raise InputError(f"{what} {path} is a URL; download it and give the file")
         raise InputError(f"{what} {found} does not exist")
     if found.is_dir():
         raise InputError(f"{what} {found} is a folder; give a file")
@@ -132,31 +132,31 @@ def check_area(what: str, size: tuple[int, int]) -> None:
 def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
     notes = []
     if getattr(image, "n_frames", 1) > 1:
-        notes.append(f"of {getattr(image, 'n_frames', 0)} frames the first is taken")
+        notes.append(f"only the first of {getattr(image, 'n_frames', 0)} frames is used")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        notes.append("turned as its EXIF orientation says")
+        notes.append("rotated by its EXIF orientation")
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image, is_deep = _of_eight_bits(image, is_deep)
     if is_deep:
-        notes.append("16 bits a channel reduced to 8")
+        notes.append("16 bits per channel reduced to 8")
     if image.mode == "CMYK":
-        notes.append("CMYK turned into RGB without a colour profile")
+        notes.append("CMYK converted to RGB without a colour profile")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         if layer.getchannel("A").getextrema() != (255, 255):
-            notes.append("transparent parts laid over white")
+            notes.append("transparent parts composited over white")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return np.array(image.convert("RGB")), notes
 
 
 def _of_eight_bits(image: Image.Image, is_deep: bool) -> tuple[Image.Image, bool]:
-    """Return a picture of large numbers in 8 bits, and whether they were 16; Pillow would clip."""
+    """Return a picture of large values in 8 bits, and whether they had 16; Pillow would clip."""
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" or not 0 <= low <= high <= 65535:
-        raise InputError(f"its values are from {low:g} to {high:g}, of which white can't be told; "
-                         "save it with 8 or 16 bits a channel")
+        raise InputError(f"its values range from {low:g} to {high:g}, so white is unknown; save it "
+                         "with 8 or 16 bits per channel")
     is_deep = is_deep or image.mode != "I" or image.format == "PNG" or high > 255
     values *= 255 / 65535 if is_deep else 1
     return Image.fromarray(values.round().astype(np.uint8)), is_deep
@@ -165,10 +165,10 @@ def _of_eight_bits(image: Image.Image, is_deep: bool) -> tuple[Image.Image, bool
 def fit(
     picture: Frames, height: int, width: int, mode: Fit = "crop", border: int = 0
 ) -> Frames:
-    """Bring a picture uint8 [H, W, 3] to a size without stretching it, Lanczos resampled.
+    """Resize a picture uint8 [H, W, 3] without stretching, by Lanczos resampling.
 
     "crop" fills the size and keeps the middle; "pad" keeps all, within a `border` of a grey value,
-    0 to 255. A picture of this size is returned itself.
+    0 to 255. A picture of this size is returned as is.
     """
     if picture.shape[:2] == (height, width):
         return picture

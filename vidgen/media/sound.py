@@ -1,4 +1,4 @@
-"""Sound out of files: decoded block by block, down-mixed, at any rate; memory for hours of it.
+"""Sound of files, decoded block by block, down-mixed and resampled; buffers for hours of it.
 
 Axes: N samples, n samples of a block, c channels.
 """
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 RATE = 48_000
-"""Samples a second of a clip's sound; the usual rate of video, and of Opus."""
+"""Samples per second of a clip's sound; the usual rate of video, and of Opus."""
 IN_MEMORY = 16_000_000
-"""Bytes of sound that stay in memory; more lie in an unnamed file, mapped."""
+"""Bytes of sound to keep in memory; more go to an unnamed file, memory-mapped."""
 _LATE_S = 0.002
 _LACK_S = 0.1
 """Seconds that may be missing at a file's end before it counts as cut off."""
 
 
 def room(num_samples: int, channels: int) -> Samples:
-    """Return silence float32 [num_samples, channels], in an unnamed file where it is long.
+    """Return silence float32 [num_samples, channels], in an unnamed file if it is long.
 
     Raises:
-        OutputError: no space for it.
+        OutputError: no disk space.
     """
     num_bytes = 4 * num_samples * channels
     if num_bytes <= IN_MEMORY:
         return np.zeros((num_samples, channels), np.float32)
     try:
         with tempfile.TemporaryFile(prefix="vidgen-") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, not as a fault when written
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # fail now, not when written
             return np.memmap(file, np.float32, "r+", shape=(num_samples, channels))
     except OSError as error:
         raise write_error(Path(tempfile.gettempdir(), "sound"), error) from error
 
 
 def gather(blocks: Iterable[Samples], channels: int) -> Samples:
-    """Join blocks [n, c] to float32 [N, c], in an unnamed file where they are long."""
+    """Join blocks [n, c] to float32 [N, c], in an unnamed file if they are long."""
     with tempfile.SpooledTemporaryFile(IN_MEMORY, prefix="vidgen-") as file:
         for block in blocks:
             file.write(block.tobytes())
@@ -66,19 +66,19 @@ def gather(blocks: Iterable[Samples], channels: int) -> Samples:
 
 
 class SoundReader:
-    """The first sound track of a file, block by block at constant memory.
+    """A reader of a file's first sound track, block by block in constant memory.
 
-    One channel stays one. More become two by libswresample's matrix: centre and surrounds at -3 dB
-    on the side where they are, or on both; the low-frequency channel is left out. Blocks have
-    `rate` samples a second; None: the file's own.
+    Mono stays mono. More channels become two by libswresample's matrix: centre on both sides and
+    surrounds on their own, at -3 dB, without the low-frequency channel. Blocks have `rate` samples
+    per second; None: the file's own.
 
     Attributes:
-        source_rate: the file's samples a second.
+        source_rate: samples per second of the file.
         channels: 1 or 2.
-        seconds: the track's length by the file's head, or None.
+        seconds: the track's length in the file's header, or None.
 
     Raises:
-        InputError: missing, no media file, or without sound.
+        InputError: missing, not a media file, or without sound.
     """
 
     def __init__(self, path: str | os.PathLike[str], rate: int | None = None) -> None:
@@ -86,7 +86,7 @@ class SoundReader:
         self._what = f"sound {self.path}"
         with self._open("give a sound file") as container:
             if not container.streams.audio:
-                kind = "a video without sound" if container.streams.video else "no sound file"
+                kind = "a video without sound" if container.streams.video else "not a sound file"
                 is_text = container.format.name == "tty"
                 raise InputError(f"{self._what} is {'text' if is_text else kind}; give a file that "
                                  "has a sound track")
@@ -106,7 +106,7 @@ class SoundReader:
     def __iter__(self) -> Iterator[Samples]:
         """Yield blocks float32 [n, channels], from the file's start to the track's end."""
         layout, limit = "mono" if self.channels == 1 else "stereo", self._limit
-        # opened again: a seek to 0 would skip packets that a codec needs before
+        # opened again: a seek to 0 would skip packets that the codec needs first
         with self._open("save it again, as WAV or FLAC") as container:
             resampler = av.AudioResampler(format="flt", layout=layout, rate=self.rate)
             done, first = 0, True
@@ -123,7 +123,7 @@ class SoundReader:
                 done += len(part)
 
     def lacks(self, num_samples: int) -> float:
-        """Return the seconds that `num_samples` lack to the stated length; 0 for a whole file."""
+        """Return the seconds missing from the stated length after `num_samples`; 0 if complete."""
         lack = (self.seconds or 0.0) - num_samples / self.rate
         return lack if lack > _LACK_S else 0.0
 
@@ -131,7 +131,7 @@ class SoundReader:
         return open_container(self.path, self._what, remedy, "can't be read")
 
     def _late(self, container: InputContainer, frame: AudioFrame) -> int:
-        """Return the samples of silence before a track that starts later than its picture."""
+        """Return the number of silent samples before a track that starts after its picture."""
         if not container.streams.video or frame.time is None:
             return 0
         late = frame.time - (container.start_time or 0) / av.time_base
@@ -139,12 +139,12 @@ class SoundReader:
 
 
 def read_sound(path: str | os.PathLike[str]) -> tuple[Samples, int] | None:
-    """Read the first sound track as float32 [N, channels], with its rate; None without one.
+    """Return the first sound track as float32 [N, channels] and its rate; None without one.
 
-    Long ones lie in an unnamed file; see `SoundReader` for channels.
+    Long sound is mapped from an unnamed file; see `SoundReader` for channels.
 
     Raises:
-        InputError: missing, or no media file.
+        InputError: missing, or not a media file.
     """
     found = existing_file(path, "sound")
     with open_container(found, f"sound {path}", "save it again", "can't be read") as container:
@@ -157,7 +157,7 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Samples, int] | None:
 def resampled(
     blocks: Iterable[Samples], channels: int, rate: int, wanted: int
 ) -> Iterator[Samples]:
-    """Resample blocks float32 [n, channels] by libswresample; the start stays."""
+    """Yield blocks float32 [n, channels] resampled by libswresample, without a delay."""
     if rate == wanted:
         yield from blocks
         return
@@ -179,7 +179,7 @@ def _blocks(
 
 
 def sound_frame(block: Samples, rate: int, position: int) -> AudioFrame:
-    """Wrap a block [n, c] of one or two channels, `position` samples from the start, for libav."""
+    """Return a block [n, c] of one or two channels as libav's frame at sample `position`."""
     layout = "mono" if block.shape[1] == 1 else "stereo"
     flat = np.ascontiguousarray(block, np.float32).reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(flat, format="flt", layout=layout)

@@ -1,6 +1,4 @@
-"""Speech: sentences spoken by espeak-ng or recorded in a file, each at its time.
-
-Nothing here copies somebody's voice.
+"""Speech of espeak-ng or from sound files, placed in time. No person's voice is cloned.
 
 Axes: N samples at `RATE`.
 """
@@ -26,7 +24,7 @@ from vidgen.media.sound import RATE, SoundReader, gather, room
 from vidgen.media.types import Samples
 
 PAUSE_S = 0.25
-"""Between two sentences, and between texts of which the second has no time of its own."""
+"""Pause between two sentences, and before a text without a time of its own."""
 DEFAULT_VOICE = "en-us"
 _SILENCE = 10 ** (-50 / 20)
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|$)", re.DOTALL)
@@ -34,7 +32,7 @@ _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|$)"
 
 @dataclass(frozen=True)
 class Sentence:
-    """A spoken sentence from a start to an end, in seconds of the clip; without text for a file."""
+    """A spoken sentence with start and end in seconds of the clip; `text` is None for a file."""
 
     text: str | None
     start_s: float
@@ -47,7 +45,7 @@ class Speech:
 
     Attributes:
         samples: float32 [N, 1] at `RATE`, as long as the clip.
-        voice: facts of the voice, for the recipe.
+        voice: engine and name of the voice, for the recipe.
     """
 
     samples: Samples
@@ -62,16 +60,15 @@ class Voice:
     `+f3`; None is English.
 
     Raises:
-        InputError: no espeak-ng here, or no such voice; names those near it.
+        InputError: espeak-ng isn't installed, or the voice is unknown; names similar ones.
     """
 
     def __init__(self, name: str | None) -> None:
         name = name or DEFAULT_VOICE
         program = shutil.which("espeak-ng")
         if program is None:
-            raise InputError("speech needs espeak-ng, which is not here; apt install espeak-ng "
-                             "(brew, dnf and winget have it, too), or give --say a file of your "
-                             "own: --say 1=@FILE")
+            raise InputError("speech needs espeak-ng, which is not installed; install it with "
+                             "apt, brew, dnf or winget, or give a sound file: --say 1=@FILE")
         self._program, self.name = program, name
         base, _, variant = name.partition("+")
         known = {word.lower(): word for word in self._listed("--voices")}
@@ -95,38 +92,38 @@ class Voice:
         if made.returncode:
             why = made.stderr.decode("utf-8", "replace").strip()
             raise InputError(f"espeak-ng can't speak with the voice {self.name!r}: {why}; choose "
-                             "another one with --voice")
+                             "another with --voice")
         return made.stdout
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Program, version and voice."""
+        """Engine with version, and voice, for the recipe."""
         found = re.search(r"\d+(?:\.\d+)+", self._run("--version").decode("utf-8", "replace"))
         return {"engine": f"espeak-ng {found[0] if found else ''}".strip(), "voice": self.name}
 
     def say(self, text: str) -> Samples:
-        """Return a sentence's sound, float32 [N, 1] at `RATE`."""
+        """Return the sound of a sentence, float32 [N, 1] at `RATE`."""
         with TemporaryDirectory() as folder:
             file = Path(folder, "said.wav")
             self._run("-v", self.name, "-b", "1", "--stdin", "-w", str(file), text=text)
-            if not file.is_file():  # nothing to say
+            if not file.is_file():  # no speakable text
                 return np.zeros((0, 1), np.float32)
             return gather(SoundReader(file, RATE), 1)
 
 
 def sentences_of(text: str) -> list[str]:
-    """Split a text into sentences, by their closing marks."""
+    """Split a text into sentences at their closing punctuation."""
     return [part.strip() for part in _SENTENCE.findall(text) if part.strip()]
 
 
 def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_samples: int) -> Speech:
-    """Speak texts, each at its time, for a clip of `num_samples` at `RATE`.
+    """Return the speech of texts for a clip of `num_samples` at `RATE`.
 
-    `said` are (seconds, text) pairs; None: after the one before. `@FILE` is speech in a file.
-    `voice` names a `Voice`.
+    `said` are (start in seconds, text) pairs; None: after the previous one. `@FILE` is speech in a
+    file. `voice` names a `Voice`.
 
     Raises:
-        InputError: a text that doesn't fit, with by how much; an unusable voice or file.
+        InputError: a text doesn't fit in time, or a voice or file is unusable.
     """
     speaker = None if all(_is_file(text) for _, text in said) else Voice(voice)
     samples, sentences, free = room(num_samples, 1), list[Sentence](), 0.0
@@ -137,7 +134,7 @@ def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_sampl
         if sentences and begin < sentences[-1].end_s - 1e-9:
             raise InputError(
                 f"say {text!r} at {begin:g} s begins {sentences[-1].end_s - begin:.2f} s before "
-                f"the text before it ends; place it at {sentences[-1].end_s:.2f} s or later"
+                f"the previous text ends; place it at {sentences[-1].end_s:.2f} s or later"
             )
         for words, wave in spoken(text, speaker):
             first = round(begin * RATE)
@@ -149,7 +146,7 @@ def speak(said: Sequence[tuple[float | None, str]], voice: str | None, num_sampl
     seconds, end = num_samples / RATE, max(sentence.end_s for sentence in sentences)
     if end > seconds + 0.001:
         raise InputError(
-            f"what is said ends {end - seconds:.2f} s after the clip, which has {seconds:.2f} s; "
+            f"the speech ends {end - seconds:.2f} s after the clip, which has {seconds:.2f} s; "
             f"shorten the text, place it earlier, or give --seconds {end:.2f}"
         )
     return Speech(samples, tuple(sentences), speaker.facts if speaker else {"engine": "file"})
@@ -170,14 +167,14 @@ def spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples
     `@FILE` needs no voice; it yields the file's sound as it is, in one channel, without a text.
 
     Raises:
-        InputError: no words, or a file that can't be used.
+        InputError: no words, or an unusable file.
     """
     if _is_file(text):
         reader = SoundReader(text.removeprefix(OWN_FILE), RATE)
         wave = gather((block.mean(axis=1, keepdims=True) for block in reader), 1)
         if not len(wave) or not np.isfinite(wave).all():
-            raise InputError(f"say {text}: the file is empty or holds samples that are no numbers; "
-                             "give another one")
+            raise InputError(f"say {text}: the file is empty or has non-finite samples; give "
+                             "another one")
         yield None, wave
         return
     assert voice is not None
@@ -201,9 +198,9 @@ def _trimmed(wave: Samples) -> Samples:
 
 
 def _near(name: str, known: Sequence[str] | set[str] | dict[str, str]) -> str:
-    """Name voices of the same language, or spelt like the name."""
+    """Return a hint with voices of the same language or similar spelling."""
     language = name.lower().partition("-")[0]
     same = [word for word in sorted(known) if word.partition("-")[0] == language]
     near = [*same, *get_close_matches(name.lower(), sorted(known), n=5, cutoff=0.5)]
     listed = list(dict.fromkeys(near))[:8]
-    return f"near it: {', '.join(listed)}" if listed else "espeak-ng --voices lists all"
+    return f"similar: {', '.join(listed)}" if listed else "espeak-ng --voices lists all"

@@ -1,4 +1,4 @@
-"""Formats that Pillow writes: animations without sound, single pictures, a folder of PNGs."""
+"""Output formats written by Pillow: animations without sound, single pictures, a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CODECS: dict[str, tuple[str, dict[str, int]]] = {
 
 
 def still_encoder(suffix: str, quality: int | None = None) -> dict[str, Any]:
-    """Return the encoder of a suffix, with a quality of 1 to 100 where it has one."""
+    """Return the encoder of a suffix, with a quality of 1 to 100 if it has one."""
     codec, options = _CODECS.get(suffix, ("png", {}))
     if quality is not None and "quality" in options:
         options = options | {"quality": quality}
@@ -44,8 +44,8 @@ def write_stills(
 ) -> None:
     """Write frames uint8 [H, W, 3] as an animation, picture or folder of pictures, atomically.
 
-    The rate of `info` is kept on average where the format counts in 1/100 s. `recipe` returns text
-    for the metadata, once the last frame has come; `options` are those of `still_encoder`.
+    The frame rate is kept on average if the format counts in 1/100 s. `recipe` returns text for the
+    metadata, after the last frame; `options` are those of `still_encoder`.
     """
     pictures = map(Image.fromarray, frames)
     marks = "" if info.recipe is None else xmp(marks_of(info.recipe))
@@ -84,7 +84,7 @@ def _animation(
     saved: dict[str, Any] = {}
     if suffix == ".gif":
         pictures = (picture.quantize(options["colors"]) for picture in pictures)
-    first, *others = pictures  # Pillow goes through them twice
+    first, *others = pictures  # in memory, since Pillow iterates twice
     text = recipe()
     unit = 10 if suffix == ".gif" else 1  # milliseconds a format can count in
     ends = [round(i * 1000 / info.fps / unit) * unit for i in range(info.num_frames + 1)]

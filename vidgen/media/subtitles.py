@@ -1,4 +1,4 @@
-"""Texts with times: as SubRip and WebVTT files, and as a track in a film's file.
+"""Subtitles as SubRip and WebVTT files, and as text tracks of film files.
 
 Sources: 3GPP TS 26.245 (timed text in MP4, `mov_text`); W3C WebVTT; SubRip as Matroska describes
 it (S_TEXT/UTF8).
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TRACKS = {".mp4": "mov_text", ".mov": "mov_text", ".webm": "webvtt", ".mkv": "subrip"}
 """The codec of a text track, by a file's suffix."""
 _MS = Fraction(1, 1000)
-_HEADER = (  # libav's encoders read texts as ASS and want its head
+_HEADER = (  # libav's encoders read texts as ASS and need its header
     b"[Script Info]\r\nScriptType: v4.00+\r\nPlayResX: 384\r\nPlayResY: 288\r\n\r\n[V4+ Styles]\r\n"
     b"Format: Name, Fontname, Fontsize, PrimaryColour, SecondaryColour, OutlineColour, BackColour, "
     b"Bold, Italic, Underline, StrikeOut, ScaleX, ScaleY, Spacing, Angle, BorderStyle, Outline, "
@@ -35,7 +35,7 @@ _HEADER = (  # libav's encoders read texts as ASS and want its head
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """A text from a start to an end, in seconds, and its speaker, if it is said."""
+    """A subtitle with start and end in seconds, and its speaker if it is spoken."""
 
     text: str
     start_s: float
@@ -44,7 +44,7 @@ class Cue:
 
 
 def one_at_a_time(cues: Sequence[Cue]) -> list[Cue]:
-    """Return cues of which none overlap: simultaneous ones become one of several lines."""
+    """Return cues without overlap: simultaneous ones become one of several lines."""
     times = sorted({time for cue in cues for time in (cue.start_s, cue.end_s)})
     ordered = sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
     made, active, ahead = list[Cue](), list[Cue](), 0
@@ -62,14 +62,14 @@ def one_at_a_time(cues: Sequence[Cue]) -> list[Cue]:
 
 
 def as_srt(cues: Sequence[Cue]) -> str:
-    """Format cues as a SubRip file."""
+    """Return cues in the format of a SubRip file."""
     parts = (f"{n}\n{_clock(cue.start_s, ',')} --> {_clock(cue.end_s, ',')}\n{_lines(cue.text)}\n"
              for n, cue in enumerate(cues, 1))
     return "\n".join(parts)
 
 
 def as_webvtt(cues: Sequence[Cue]) -> str:
-    """Format cues as a WebVTT file, with the names of speakers."""
+    """Return cues in the format of a WebVTT file, with the names of speakers."""
     parts = ["WEBVTT\n"]
     for cue in cues:
         text = escape(_lines(cue.text), quote=False)
@@ -79,9 +79,9 @@ def as_webvtt(cues: Sequence[Cue]) -> str:
 
 
 class TextTrack:
-    """A track of cues in a container, written as its picture advances.
+    """A container's text track, written as its picture advances.
 
-    The cues are in order and don't overlap, see `one_at_a_time`; `suffix` is one of `TRACKS`.
+    Cues are in order and don't overlap, as from `one_at_a_time`; `suffix` is one of `TRACKS`.
     """
 
     def __init__(self, cues: Sequence[Cue], suffix: str) -> None:
@@ -89,7 +89,7 @@ class TextTrack:
         self._next: Cue | None = next(self._left, None)
 
     def begin(self, container: OutputContainer) -> None:
-        """Declare the stream, before anything is muxed."""
+        """Add the stream to a container, before anything is muxed."""
         self._container = container
         self._stream = cast("SubtitleStream", container.add_stream(self.codec))
         self._stream.time_base = _MS
@@ -110,18 +110,18 @@ class TextTrack:
             self._container.mux(packet)
 
     def finish(self) -> None:
-        """Write the rest."""
+        """Write the remaining cues."""
         self.advance(float("inf"))
 
 
 def _as_ass(text: str) -> bytes:
-    # braces and backslashes would be commands; look-alikes are read the same
+    # braces and backslashes would be commands; replace them by look-alikes
     plain = text.replace("\\", "\u29f5").replace("{", "\u2774").replace("}", "\u2775")
     return ("0,0,Default,,0,0,0,," + _lines(plain).replace("\n", "\\N")).encode()
 
 
 def _lines(text: str) -> str:
-    """Leave out empty lines, which would end a cue."""
+    """Remove empty lines, which would end a cue."""
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -1,6 +1,6 @@
-"""Faults over time: flashes, spikes, stretches that stand still, colours that drift.
+"""Detectors of faults over time: flashes, spikes, freezes, colour drift.
 
-Each tracker is fed one look after another and holds as much after an hour as after a second.
+Each tracker takes reduced frames in order and uses constant memory.
 
 Axes: y x of cells, k colour channels and saturation.
 """
@@ -21,12 +21,12 @@ FLASH_STEP, FLASH_DARKER, FLASH_AREA = 0.1, 0.8, 0.25  # of relative luminance, 
 _JOIN_S = 0.5
 STILL, MOVES = 2.5, 5.0  # levels, of the cell that changes most; H.264 moves a still one by 2
 _SAME_SHOT = 0.5  # correlation of neighbouring frames' cells
-IN_PLACE = 0.9  # correlation of cells from which on two pictures show the same thing in place
+IN_PLACE = 0.9  # least correlation of cells of two pictures that show the same in the same place
 
 
 @dataclass
 class Span:
-    """Frames `first` to `last`, both included, and the worst value among them."""
+    """Frames `first` to `last`, both included, with their worst value."""
 
     first: int
     last: int
@@ -35,9 +35,9 @@ class Span:
 
 @dataclass
 class Spans:
-    """Marked frames as spans; those less than half a second from each other are one.
+    """Marked frames as spans, merged if they are at most half a second apart.
 
-    At most `longest` are kept; a hopeless film's further ones lengthen the last.
+    At most `longest` spans are kept; further marks extend the last one.
     """
 
     fps: float
@@ -45,7 +45,7 @@ class Spans:
     found: list[Span] = field(default_factory=list)
 
     def mark(self, first: int, last: int, value: float) -> None:
-        """Mark frames; they must not begin before those marked already."""
+        """Mark frames, which must not begin before those marked earlier."""
         if self.found:
             span = self.found[-1]
             if first - span.last <= _JOIN_S * self.fps or len(self.found) == self.longest:
@@ -55,7 +55,7 @@ class Spans:
 
 
 class Flashes:
-    """Finds more flashes in a second than people can bear (ITU-R BT.1702-3; WCAG 2.2, 2.3.1).
+    """Detector of more flashes in a second than are safe (ITU-R BT.1702-3; WCAG 2.2, 2.3.1).
 
     A flash is a pair of opposite changes of at least a tenth of the highest relative luminance, the
     darker side below 0.8 of it, over at least a quarter of the picture at once. `red` follows
@@ -76,7 +76,7 @@ class Flashes:
         if self._red:
             level = linear[..., 0] - linear[..., 1] - linear[..., 2]
             if self._low is None and float(level.max()) < self._step:
-                return  # most clips never show it
+                return  # most clips have no saturated red
             level = np.maximum(level, 0)
         else:
             level = linear @ LUMA
@@ -85,7 +85,7 @@ class Flashes:
             self._when = np.full(level.shape, -self._second)
         high, low = np.maximum(self._high, level), np.minimum(self._low, level)
         if float((high - low).max()) < self._step and index >= self._turned + self._together:
-            self._high, self._low = high, low  # nothing turns: the usual case, made quick
+            self._high, self._low = high, low  # no change: fast path of the usual case
             return
         dark = 1.0 if self._red else FLASH_DARKER
         falls = (self._way >= 0) & (high - level >= self._step) & (level < dark)
@@ -112,10 +112,10 @@ class Flashes:
 
 
 class Spikes:
-    """Finds one to three frames in which at least half the picture jumps and then comes back.
+    """Detector of one to three frames in which at least half the picture jumps and comes back.
 
     The value is the cells' median distance from both neighbours to the same side, as a share of the
-    range: what moves is less than half the picture, and a cut does not come back.
+    range: moving objects cover less than half the picture, and a cut does not come back.
     """
 
     def __init__(self, fps: float, limit: float) -> None:
@@ -139,14 +139,14 @@ class Spikes:
 
 
 class Runs:
-    """Finds runs of at least `shortest` frames that share a flaw."""
+    """Detector of runs of at least `shortest` frames that share a flaw."""
 
     def __init__(self, fps: float, shortest: int = 1) -> None:
         self.spans, self._shortest = Spans(fps), shortest
         self._run: Span | None = None
 
     def feed(self, index: int, has_flaw: bool, value: float) -> None:
-        """Take a frame."""
+        """Take a frame, with the value that shows its flaw."""
         if has_flaw:
             self._run = self._run or Span(index, index, value)
             self._run.last, self._run.value = index, max(self._run.value, value)
@@ -161,18 +161,18 @@ class Runs:
 
 
 class Freezes:
-    """Finds frames that repeat in the middle of a movement.
+    """Detector of frames that repeat in the middle of a movement.
 
-    A clip may be still on purpose, come to rest, or be left by its subject. It froze where two
-    changes of at least `MOVES` in a row border on at least `shortest` of less than `STILL`, and the
-    nearer of the two wasn't at an edge of the picture, by leaving or entering.
+    A clip may be still, come to rest, or lose its subject intentionally. A freeze is a run of at
+    least `shortest` changes below `STILL`, next to two consecutive changes of at least `MOVES`, the
+    nearer of which isn't at an edge of the picture, as by a subject that leaves or enters.
     """
 
     def __init__(self, fps: float, shortest: int) -> None:
         self.spans, self._shortest = Spans(fps), shortest
-        self._run: Span | None = None  # of frames that repeat the one before
+        self._run: Span | None = None  # of frames that repeat the previous one
         self._broke_off = False
-        self._edges: deque[bool] = deque(maxlen=2)  # of changes in a row: were they at an edge?
+        self._edges: deque[bool] = deque(maxlen=2)  # of consecutive changes: whether at an edge
 
     def feed(self, index: int, moved: Array) -> None:
         """Take a frame's change of each cell [y, x], in levels."""
@@ -204,7 +204,7 @@ class Freezes:
 
 
 def _at_edge(changed: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
-    """Return whether all that changed [y, x] lies in the outer fifth at one side."""
+    """Return whether all changed cells [y, x] lie in the outer fifth at one side."""
     for where, count in zip(np.nonzero(changed), changed.shape, strict=True):
         if where.max() < 0.2 * count or where.min() >= 0.8 * count:
             return True
@@ -213,12 +213,12 @@ def _at_edge(changed: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
 
 @dataclass(frozen=True)
 class Drift:
-    """A shot's change of colour from its start to its end, as shares of the range.
+    """Change of colour from a shot's start to its end, as shares of the range.
 
     Attributes:
         color: [3] red, green, blue.
         saturation: most minus least of the three.
-        contrast: standard deviation of the luma; None where the view changed too much.
+        contrast: standard deviation of the luma; None if the view changed too much.
         slack: factor by which the sum over a long shot may be off, 1 for up to 4 s.
     """
 
@@ -238,7 +238,7 @@ class Drift:
         return max(map(abs, changes)) / self.slack
 
     def text(self) -> str:
-        """Return the changes in words, the largest first."""
+        """Return the three largest changes as text, such as "red +9%", the largest first."""
         changes = dict(zip(("red", "green", "blue"), map(float, self.color), strict=True))
         changes |= {"saturation": self.saturation, "contrast": self.contrast or 0.0}
         ranked = sorted(changes.items(), key=lambda item: -abs(item[1]))
@@ -246,12 +246,12 @@ class Drift:
 
 
 class Drifts:
-    """Measures how colours change while the picture stays, whatever moves in it.
+    """Meter of a shot's change of colour, robust to motion.
 
     Between looks an eighth of a second apart each channel's change is fitted by an offset, a gain,
     a shift and a zoom (the generalised dynamic image model of Negahdaripour, PAMI 1998), robustly;
-    the offsets add up to the drift. A start and an end that show the same in place are compared
-    directly. A cut ends a shot and begins the next.
+    the offsets add up to the drift. A start and an end that show the same in the same place are
+    compared directly. A cut ends a shot and begins the next.
     """
 
     def __init__(self, fps: float) -> None:
@@ -262,7 +262,7 @@ class Drifts:
 
     def feed(self, index: int, color: Array) -> None:
         """Take a frame's cells [y, x, 3], 0 to 255."""
-        if index % self._hop or min(color.shape[:2]) < 2:  # a line has no gradient across it
+        if index % self._hop or min(color.shape[:2]) < 2:  # a single row or column has no gradient
             return
         saturation = color.max(axis=-1) - color.min(axis=-1)
         channels = np.concatenate([color.transpose(2, 0, 1), saturation[None]])
@@ -274,7 +274,7 @@ class Drifts:
         self._last, self._index = channels, index
 
     def finish(self) -> None:
-        """End the shot; those under half a second don't count."""
+        """End the shot; ignore one under half a second."""
         if self._start is None or self._index - self._first < self._fps / 2:
             return
         offsets, gain = self._sum, None
@@ -302,7 +302,7 @@ def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[
     ys, xs, ridge = _grid(height, width)
     middle = (one + other).astype(np.float64) / 2
     down, across = np.gradient(middle, axis=(1, 2))
-    # the terms of the fit, and last the change that they fit
+    # the terms of the fit, then the change to fit
     rows = np.empty((count, 6, height, width))
     rows[:, 0] = 1
     rows[:, 1] = (middle - middle.mean(axis=(1, 2), keepdims=True)) / 64
@@ -312,7 +312,7 @@ def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[
     rows = rows.reshape(count, 6, -1)
     terms, change, half = rows[:, :5], rows[:, 5], height * width // 2
     weighted, columns = terms, rows.transpose(0, 2, 1)
-    for last in (False, False, True):  # what moves by itself loses its say
+    for last in (False, False, True):  # reweighted: moving objects count less
         sums = weighted @ columns
         solved = np.linalg.solve(sums[..., :5] + ridge, sums[..., 5:])
         if last:
@@ -325,7 +325,7 @@ def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[
 
 @lru_cache(maxsize=4)
 def _grid(height: int, width: int) -> tuple[np.ndarray[Any, Any], ...]:
-    """Return distances of rows and columns from the middle, and a small ridge for flat pictures."""
+    """Return distances of rows and columns from the middle, and a ridge for flat pictures."""
     ys = np.linspace(-1, 1, height)[:, None] * height / 2
     xs = np.linspace(-1, 1, width) * width / 2
     return ys, xs, np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width

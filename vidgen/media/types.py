@@ -1,4 +1,4 @@
-"""Types that the room's files share: frames, samples, a clip's description, encoded segments.
+"""Shared types: frames, samples, a clip's description, encoded segments.
 
 Axes: t frames, H W rows and columns, N samples.
 """
@@ -20,12 +20,12 @@ Encoded: TypeAlias = tuple[bytes, int, int, bool]
 """A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
 
 Looks: TypeAlias = dict[str, np.ndarray[Any, Any]]
-"""Reduced frames as a `ClipChecker` has seen them, as arrays by name."""
+"""Reduced frames of a `ClipChecker`, as arrays by name."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An encoded segment: packets in decoding order, and its frames as the checks saw them."""
+    """An encoded segment: packets in decoding order, and reduced frames for the checks."""
 
     num_frames: int
     packets: tuple[Encoded, ...]
@@ -33,33 +33,33 @@ class Segment:
 
 
 class SegmentStore(Protocol):
-    """Finished segments of one output, of `num_frames` in all, after which its encoding resumes."""
+    """A store of an output's finished segments, `num_frames` in all, to resume encoding."""
 
     num_frames: int
     output: Path | None
-    marks: Mapping[str, str]  # with which they are written; see `Clip.save`
+    marks: Mapping[str, str]  # of the output; see `Clip.save`
 
     def segments(self) -> Iterable[Segment]:
         """Return the finished segments, from the clip's start."""
 
     def keep(self, segment: Segment) -> None:
-        """Keep the next segment."""
+        """Store the next segment."""
 
     def pause(self) -> None:
-        """Note that the writing stopped."""
+        """Record that writing stopped."""
 
     def close(self) -> None:
-        """Note that the output is complete."""
+        """Record that the output is complete."""
 
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """Settings of an encoder; all of them are recorded in the recipe.
+    """Settings of a video encoder, recorded in the recipe.
 
     Args:
         codec: libav's name of the encoder.
-        pix_fmt: pixel format handed to it.
-        threads: pinned, since the bits depend on it.
+        pix_fmt: pixel format of its input.
+        threads: pinned, since the output bytes depend on it.
     """
 
     codec: str
@@ -68,7 +68,7 @@ class PictureSettings:
     threads: int = 4
 
     def fitting(self, size: tuple[int, int]) -> PictureSettings:
-        """Adapt them to a (width, height): an odd size has chroma at full size."""
+        """Return the settings for (width, height): an odd size needs full-resolution chroma."""
         if self.pix_fmt == "yuv420p" and (size[0] % 2 or size[1] % 2):
             return replace(self, pix_fmt="yuv444p")
         return self
@@ -80,13 +80,13 @@ class ClipInfo:
 
     Args:
         size: (width, height).
-        sound: float32 [N, channels] of one or two channels, or None. It may lie in a mapped file.
+        sound: float32 [N, channels] of one or two channels, or None; may be memory-mapped.
         sound_rate: samples per second.
-        recipe: JSON data that goes into the file's metadata, or None.
-        stride_t: frames per latent frame, by which segments are cut.
-        loudness: level in LUFS that the written sound is brought to; None leaves it as it is.
-        picture: how frames are encoded in a film's file; None: as its suffix has it.
-        quality: of WebP and JPEG, 1 to 100; None: as the suffix has it.
+        recipe: JSON data for the file's metadata, or None.
+        stride_t: frames per latent frame; segments hold whole latent frames.
+        loudness: level of the written sound in LUFS; None leaves it unchanged.
+        picture: encoder settings of a film file; None: the suffix's defaults.
+        quality: of WebP and JPEG, 1 to 100; None: the suffix's default.
     """
 
     fps: Fraction

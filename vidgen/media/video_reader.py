@@ -1,4 +1,4 @@
-"""Films, animations and pictures out of files, frame by frame.
+"""Frame-by-frame reading of films, animations and pictures.
 
 Axes: H W rows and columns.
 """
@@ -38,15 +38,15 @@ _SMALL_PIXELS = 6_000  # of `VideoReader.small`
 
 @dataclass
 class TimedFrame:
-    """One decoded frame, for the reader that it is from.
+    """One decoded frame of a `VideoReader`.
 
     Attributes:
         source: as libav or Pillow decoded it.
-        ticks: time at which it is shown, in `tick_s` of the reader, from the first frame on.
-        length: duration in the same unit, as the file says; 0 where it doesn't.
-        is_damaged: whether the decoder had to conceal a part of it.
-        is_interlaced: whether it holds two moments, line by line.
-        rotation: degrees by which it is turned for showing.
+        ticks: presentation time after the first frame, in `tick_s` of the reader.
+        length: duration in the file, in the same unit; 0 if unknown.
+        is_damaged: whether the decoder concealed a part of it.
+        is_interlaced: whether its lines alternate between two fields.
+        rotation: degrees by which to turn it for display.
     """
 
     source: Image.Image | av.VideoFrame
@@ -58,20 +58,20 @@ class TimedFrame:
 
 
 class VideoReader:
-    """A film, animation or picture, frame by frame at constant memory; iterations start over.
+    """A reader of a film, animation or picture, in constant memory; each iteration starts over.
 
     Args:
-        square: whether pixels that are wider or higher than that are scaled.
+        square: whether to scale frames to square pixels.
 
     Attributes:
         fps: exact average rate; 25 for a single picture.
-        size: (width, height) as shown, after any rotation.
-        stated_frames: number by the file's head, or None; a truncated file has fewer, and libav
-            may not object.
-        header_frames: the exact number in the file's head, or None.
-        header_s: duration in the file's head, or None.
-        tick_s: seconds that a tick of `timed` lasts, exact.
-        pixel_aspect: width of a pixel over its height, 1 where the file doesn't say.
+        size: (width, height) as displayed, after any rotation.
+        stated_frames: number of frames by the file's header, or None; a truncated file has fewer,
+            often without an error by libav.
+        header_frames: exact number of frames in the header, or None.
+        header_s: duration in the header, in seconds, or None.
+        tick_s: exact length of a tick of `timed` in seconds.
+        pixel_aspect: width of a pixel over its height, 1 if unknown.
 
     Raises:
         InputError: missing, no video, or damaged.
@@ -108,26 +108,26 @@ class VideoReader:
             yield self.picture(frame)
 
     def timed(self) -> Iterator[TimedFrame]:
-        """Yield frames from the first to the last, times rising by a tick at least."""
+        """Yield frames from the first to the last, with times at least a tick apart."""
         with decoding(self._what, "save it again"):
             yield from self._decode()
 
     def picture(self, frame: TimedFrame) -> Frames:
-        """Return a frame as shown, uint8 [H, W, 3] of the reader's size."""
-        width, height = self.size  # where the size changes midway, the first one stays
+        """Return a frame as displayed, uint8 [H, W, 3] of the reader's size."""
+        width, height = self.size  # of the first frame, if the size changes midway
         return fit(self._shown(frame.source), height, width, "pad")
 
     @property
     def small_shape(self) -> tuple[int, int]:
-        """(h, w) of small pictures, of the aspect in which they are shown."""
+        """(h, w) of `small` pictures, at the displayed aspect."""
         width, height = self.size
         scale = min(1.0, math.sqrt(_SMALL_PIXELS / (width * height)))
         return max(2, round(height * scale)), max(2, round(width * scale))
 
     def small(self, frame: TimedFrame) -> Frames:
-        """Return a frame at about 6,000 pixels, uint8 [h, w, 3], by means over areas."""
+        """Return a frame reduced by area to about 6,000 pixels, uint8 [h, w, 3]."""
         height, width = self.small_shape
-        size = (height, width) if frame.rotation % 180 else (width, height)  # before it is turned
+        size = (height, width) if frame.rotation % 180 else (width, height)  # before rotation
         if isinstance(frame.source, Image.Image):
             small = np.array(frame.source.resize(size, Image.Resampling.BOX))
         else:
@@ -145,7 +145,7 @@ class VideoReader:
             av.open(str(self.path), metadata_errors="replace")
         )
         streams = [stream for stream in self._container.streams.video
-                   if not stream.disposition & Disposition.attached_pic]  # a cover is no film
+                   if not stream.disposition & Disposition.attached_pic]  # skip cover art
         if not streams:
             raise ValueError("it has no picture")
         if self._container.format.name == "tty":  # libav would draw any text file as pictures
@@ -193,12 +193,12 @@ class VideoReader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its frames are evenly shown, in square pixels."""
+        """Whether the frame rate is constant and pixels are square."""
         return self.pixel_aspect == 1 and self.places is None
 
     @cached_property
     def places(self) -> list[int] | None:
-        """Times of frames in steps of `1 / fps`; None if they are evenly shown."""
+        """Times of frames in steps of `1 / fps`; None for a constant frame rate."""
         with decoding(self._what, "save it again"):
             at = self._times()
         places = [round((time - at[0]) * self.fps) for time in at]
@@ -206,7 +206,7 @@ class VideoReader:
         return places if uneven else None
 
     def length(self) -> int:
-        """Count the frames, or as many as an evenly shown film would have; decodes them all."""
+        """Return the number of frames at a constant frame rate; decode all of them."""
         return self.ending()[0]
 
     def ending(self) -> tuple[int, Frames]:
@@ -214,11 +214,11 @@ class VideoReader:
         count, last = 0, None
         for frame in self:
             count, last = count + 1, frame
-        assert last is not None  # a reader has one frame at least
+        assert last is not None  # the constructor decoded one
         return (count if self.places is None else self.places[-1] + 1), last
 
     def _times(self) -> list[Fraction]:
-        """Return the seconds at which frames are shown, in order; empty if the file has none."""
+        """Return the frames' presentation times in seconds, in order; empty if unknown."""
         if self._image is not None:
             lengths = [Fraction(round(ms), 1000) for ms in _durations_ms(self._image)]
             return [sum(lengths[:n], Fraction()) for n in range(len(lengths))]
@@ -230,7 +230,7 @@ class VideoReader:
 
 
 def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | None:
-    """Return the size in which pixels of an aspect are square, by widening; None for aspect 1."""
+    """Return the (width, height) enlarged to square pixels; None for aspect 1."""
     if aspect == 1:
         return None
     return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
@@ -251,9 +251,9 @@ def _durations_ms(image: Image.Image) -> Iterator[float]:
 def _to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None
 ) -> Frames:
-    """Return a decoded frame as people see it: uint8 [H, W, 3], turned by its rotation.
+    """Return a decoded frame as displayed, uint8 [H, W, 3], turned by its rotation.
 
-    It is scaled to a (width, height) before that, to smaller ones by means over areas.
+    It is first scaled to (width, height), by area if that is smaller.
     """
     exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     is_yuv = frame.format.name.startswith("yuv")

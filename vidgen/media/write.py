@@ -1,4 +1,4 @@
-"""Clips into files or pipes: streamed by an encoder thread, atomic, with the recipe inside."""
+"""Writing of clips: streamed through an encoder thread, atomic, with the recipe embedded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SEGMENT = 64
 
 @dataclass(frozen=True)
 class Container:
-    """A kind of film file: libav's muxer and its options, how pictures and sound are stored."""
+    """A film format: libav's muxer with options, video settings and sound encoder."""
 
     muxer: str
     picture: PictureSettings
@@ -51,9 +51,9 @@ class Container:
     options: Mapping[str, str]
 
 
-# x264's macroblock tree gives other bits in each run at some sizes (96x160, not 128x128).
+# x264's macroblock tree is not deterministic at some sizes (96x160, not 128x128).
 _X264 = PictureSettings("libx264", "yuv420p", {"crf": "16", "preset": "medium", "mbtree": "0"})
-# Tracks end on the movie's clock, of which milliseconds would cut samples; this has whole frames.
+# A timescale of milliseconds would cut samples at a track's end; this one has whole frames.
 _MP4 = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact",
         "movie_timescale": "240000"}
 _MKV = {"fflags": "+bitexact"}
@@ -68,23 +68,23 @@ CONTAINERS = {
 }
 
 GIF_FPS = 50
-"""Of a GIF at most: delays are counted in 1/100 s, and viewers take one below 2 for 10."""
+"""Highest rate of a GIF: delays count in 1/100 s, and viewers replace one below 2 by 10."""
 PIXELS_PER_BYTE = 4
-"""Of a written picture, by H.264 at its worst, about."""
+"""Pixels per written byte, about, by H.264 in the worst case."""
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
-    """Return a recipe as ASCII JSON, which every container's metadata can carry."""
+    """Return a recipe as ASCII JSON, which every container's metadata can hold."""
     return json.dumps(recipe, allow_nan=False)
 
 
 def check_format(
     path: str | Path, num_frames: int | None = None, fps: Fraction | float | None = None
 ) -> str:
-    """Return the suffix of an output that can be written, "/" for a folder of pictures.
+    """Return the suffix of an output, "/" for a folder of pictures.
 
     Raises:
-        InputError: an unknown suffix, or one that can't hold so many frames, or so many a second.
+        InputError: the suffix is unknown, or can't hold so many frames or such a frame rate.
     """
     suffix = "/" if str(path).endswith("/") else Path(path).suffix.lower()
     known = [*CONTAINERS, *STILL_SUFFIXES]
@@ -98,17 +98,17 @@ def check_format(
         )
     if suffix == ".gif" and num_frames != 1 and (fps or 0) > GIF_FPS:
         raise InputError(
-            f"output {path} shows {GIF_FPS} frames a second at most, since viewers slow a GIF down "
-            f"that is quicker, but the clip has {float(fps or 0):g}; use .webp, .apng or .mp4, or "
+            f"output {path} is limited to {GIF_FPS} fps, since viewers slow down a faster GIF, but "
+            f"the clip has {float(fps or 0):g}; use .webp, .apng or .mp4, or "
             f"--fps {GIF_FPS}"
         )
     return suffix
 
 
 def require_sound(path: str | Path, suffix: str) -> None:
-    """Raise InputError for an output of a suffix that holds no sound, naming those that do."""
+    """Raise InputError for an output whose suffix can't hold sound."""
     if suffix not in CONTAINERS:
-        raise InputError(f"output {path} holds no sound; give one of {', '.join(CONTAINERS)}, or "
+        raise InputError(f"output {path} can't hold sound; give one of {', '.join(CONTAINERS)}, or "
                          "leave the sound out")
 
 
@@ -117,34 +117,34 @@ def write_clip(
     on_frames: Callable[[int], None] | None = None, store: SegmentStore | None = None,
     checker: ClipChecker | None = None,
 ) -> Path:
-    """Stream a clip into a file or a folder of PNGs that appears when it is whole; return its path.
+    """Write a clip atomically to a file or a folder of PNGs; return its path.
 
     Args:
-        path: its suffix chooses the format: .mp4 and .mov H.264 with AAC, .webm VP9 with Opus, .mkv
+        path: the suffix selects the format: .mp4 and .mov H.264 with AAC, .webm VP9 with Opus, .mkv
             lossless FFV1 with Opus, .gif, .webp, .apng, .png and .jpg for one frame.
         chunks: uint8 [t, H, W, 3] each, of any t.
         info: the clip's rate, size, sound and recipe.
-        overwrite: whether an existing file may be replaced.
-        on_frames: called with the number of frames handed over so far.
-        store: holds encoded segments of an earlier try, after which `chunks` begin, and keeps
-            further ones; formats without segments use none.
-        checker: sees every frame; the recipe holds what it then reports.
+        overwrite: whether to replace an existing file.
+        on_frames: called with the number of frames passed to the encoder so far.
+        store: encoded segments of an earlier run, after which `chunks` begin; receives further
+            ones. Unused by formats without segments.
+        checker: receives every frame; its report goes into the recipe.
 
     Raises:
         InputError: unknown suffix, or too many frames for it.
-        OutputError: it exists, can't be written, or the disk is full.
+        OutputError: the file exists, can't be written, or the disk is full.
     """
     suffix = check_format(path, info.num_frames, info.fps)
     pixels = info.size[0] * info.size[1] * info.num_frames
     check_output(path, overwrite=overwrite, num_bytes=pixels // PIXELS_PER_BYTE)
-    if info.recipe is not None:  # a clip that a model made is marked
+    if info.recipe is not None:  # generated clips are marked
         info = replace(info, recipe=stamped(info.recipe))
-        signer_info()  # refuse one that can't sign before the work
+        signer_info()  # refuse an unusable signer before the work
     if suffix in CONTAINERS:
         encode = partial(_write_container, Path(path), suffix, info, store, checker)
     else:
         if info.sound is not None:
-            log.warning("%s holds no sound; the clip's sound is left out", path)
+            log.warning("%s can't hold sound; the clip's sound is left out", path)
         encode = partial(_write_stills, Path(path), suffix, info, checker)
     _encode_in_thread(encode, _counted(chunks, info, on_frames, store.num_frames if store else 0))
     return Path(path)
@@ -168,11 +168,11 @@ def _counted(
 
 
 class _Abandoned(Exception):
-    """The frames' source failed: nothing may be written."""
+    """Signal that the source of frames failed, so nothing is written."""
 
 
 def _encode_in_thread(encode: Callable[[Iterator[Frames]], None], chunks: Iterator[Frames]) -> None:
-    """Run `encode` while chunks are made, which waits as long as one chunk lies in the slot."""
+    """Run `encode` in a thread, with at most one chunk waiting for it."""
     slot: Queue[Frames | _Abandoned | None] = Queue(maxsize=1)
 
     def arriving() -> Iterator[Frames]:
@@ -205,7 +205,7 @@ def _encode_in_thread(encode: Callable[[Iterator[Frames]], None], chunks: Iterat
 def _completed(
     info: ClipInfo, encoder: dict[str, Any], checker: ClipChecker | None
 ) -> dict[str, Any] | None:
-    """Return the recipe; call it once the last frame has passed."""
+    """Return the completed recipe; call this after the last frame."""
     found = checker.report() if checker else {}
     return None if info.recipe is None else {**info.recipe, "encoder": encoder, **found}
 
@@ -231,7 +231,7 @@ def _write_container(
     wanted = info.picture or kind.picture
     picture = wanted.fitting(info.size)
     if picture != wanted:
-        log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
+        log.warning("%s: the odd size is stored in 4:4:4, which few players support", path)
     first_segment = SEGMENT - (info.stride_t - 1)
     with film_path(path) as temporary, closing(Spool(path.parent)) as spool:
         for packet in encode_picture(checked(chunks, checker), picture, info.size, info.fps,
@@ -245,7 +245,7 @@ def _write_container(
             encoder["sound"] = sound.facts()
         recipe = _completed(info, encoder, checker)
         with film_container(temporary, suffix, recipe) as container:
-            # the stream's own encoder sees no frame: it gives the header, segments the packets
+            # the stream's own encoder gives only the header; packets come from the segments
             stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
             configure(stream.codec_context, picture, info.size, info.fps)
             stream.time_base = 1 / info.fps
@@ -254,7 +254,7 @@ def _write_container(
 
 @contextmanager
 def film_path(path: Path) -> Iterator[Path]:
-    """Give a film's temporary path; raise OutputError for what libav can't write."""
+    """Yield a film's temporary path; convert libav's errors to OutputError."""
     with atomic_path(path) as temporary:
         try:
             yield temporary
@@ -266,7 +266,7 @@ def film_path(path: Path) -> Iterator[Path]:
 def film_container(
     temporary: Path, suffix: str, recipe: dict[str, Any] | None
 ) -> Iterator[OutputContainer]:
-    """Open a film's container for writing, with its marks and recipe; seal it at the end."""
+    """Open a film's container for writing, with marks and recipe; sign it at the end."""
     kind = CONTAINERS[suffix]
     options = dict(kind.options)
     with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
