@@ -155,7 +155,8 @@ def test_the_environment_names_the_certificate(tmp_path, signing, trust, monkeyp
     ("certificate", "key", "message"),
     [
         ("C", None, "without the other"), (None, "K", "without the other"),
-        ("none", "K", "can't be read"), ("text", "K", "not a PEM"), ("C", "C", "not an unencrypted PKCS #8 key"),
+        ("none", "K", "can't be read"), ("text", "K", "not a PEM"),
+        ("C", "C", "not an unencrypted PKCS #8 key"),
     ],
 )
 def test_a_certificate_that_cannot_be_used_is_refused(

@@ -135,9 +135,9 @@ def test_bad_files_are_named_and_the_others_go_on(
     assert "broken-0.mp4" in said
     assert "single frame" in said
     assert "mixes fps 12, 24" in said
-    assert "left alone: 1 clips in subfolders, 1 .txt; give --videos a subfolder" in said
+    assert "ignored: 1 clips in subfolders, 1 .txt; give --videos a subfolder" in said
     assert "without --network dino=PATH, the folder of facebook/dino-vitb16" in said
-    assert "there is no subject_consistency; in their place: proxy_*" in said
+    assert "subject_consistency can't be measured; proxy_* replace them" in said
 
 
 def test_a_folder_of_damaged_files_has_its_results_and_page(tmp_path: Path) -> None:

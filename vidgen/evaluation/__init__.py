@@ -1,1 +1,1 @@
-"""Scores with stated ceilings, floors and intervals."""
+"""Scores of clips with confidence intervals."""

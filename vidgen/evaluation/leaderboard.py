@@ -1,8 +1,8 @@
-"""Results of many models on one page.
+"""A leaderboard page of the results of many models.
 
 Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version.
-Only results that share all of these are ranked in one table, and each model is compared with the
-first of its table, clip by clip.
+Only results that share all of these are ranked in one table. Each model is compared clip by clip
+with the first of its table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One model's results on one suite."""
+    """Results of one model on one suite."""
 
     file: str  # path of the results
     folder: Mapping[str, Any]  # one of the results' `folders`
@@ -39,12 +39,12 @@ class Entry:
 
     @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
-        """Scores by the clip's name."""
+        """Scores by clip name."""
         return by_name(self.folder)
 
     @property
     def headline(self) -> float:
-        """The figure by which entries are ordered."""
+        """Value of the measure that orders entries."""
         return float(self.folder["figures"].get(HEADLINE, {}).get("value", 0.0))
 
     @property
@@ -66,24 +66,24 @@ class Entry:
 
     @property
     def settings(self) -> str:
-        """Settings of the generation, as far as known: runs of one model may differ in them."""
+        """Known settings of the generation, in which runs of one model may differ."""
         made = self.result.get("generation", {})
         known = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
         return ", ".join(f"{name} {value}" for name, value in known.items())
 
     @property
     def model(self) -> str:
-        """Names of the models that made the clips, with the beginning of their hashes."""
+        """Names of the models that generated the clips, with the first digits of their hashes."""
         known = [(each["model"], each["model_sha256"]) for each in self.folder["models"]]
         texts = dict.fromkeys(f"{name} {(sha or '')[:12]}".strip() for name, sha in known)
         return ", ".join(texts) or "unknown"
 
 
 def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
-    """Return the entries of results files, after a page could be made of each.
+    """Return the entries of results files, checked by rendering a page of each.
 
     Raises:
-        InputError: no files, or one that can't be read or holds no such results.
+        InputError: no files, or one that is unreadable or holds no results.
     """
     if not paths:
         raise InputError("no results; give --results FILE, as vidgen eval wrote it")
@@ -94,7 +94,7 @@ def _read(path: str | Path) -> list[Entry]:
     try:
         result = json.loads(Path(path).read_text("utf-8"))
         entries = [Entry(str(path), folder, result) for folder in result["folders"]]
-        page([*entries, *entries])  # all that will be asked of them
+        page([*entries, *entries])  # validate them by rendering
         return entries
     except OSError as error:
         raise InputError(f"results {path} can't be read: {error.strerror}") from None
@@ -105,12 +105,12 @@ def _read(path: str | Path) -> list[Entry]:
 
 
 def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return the tables of entries that may be ranked together, the best first.
+    """Return tables of the entries that share their conditions, the best first.
 
     Returns:
-        `conditions` and `rows` of each table; a row has `name`, `model`, `settings`, `file`,
-        `clips`, `dynamic`, `figures`, the subtotals, `failed`, `machine`, and in `verdict` the
-        comparison with the first.
+        `conditions` and `rows` of each table. A row has `name`, `model`, `settings`, `file`,
+        `clips`, `dynamic`, `figures`, the subtotals, `failed`, `machine`, and the `verdict` of
+        the comparison with the first.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -138,7 +138,7 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
 
 
 def page(entries: Sequence[Entry]) -> str:
-    """Return the page of all tables."""
+    """Return the HTML page of all tables."""
     intro = ("Ordered by steadiness, which is 0 for clips that don't move. An order means "
              "something only where the verdict names a winner: each model is compared with the "
              "first of its table, clip by clip. Figures have their 95% interval.")

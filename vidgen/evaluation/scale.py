@@ -1,10 +1,12 @@
-"""`vidgen eval SUITE`: a model makes clips of a list of prompts, which are then measured in time.
+"""`vidgen eval SUITE`: generation of clips for a list of prompts, and their temporal measures.
+
+Folders next to the results:
 
     RESULTS.clips/
-        made/   a store of clips, addressed by all that shapes them
-        named/  the same files, PROMPT-NUMBER.mp4 as VBench names them
+        made/   a store of clips, addressed by request, model and dtype
+        named/  links to the last run's clips, as PROMPT-NUMBER.mp4 like VBench's
 
-`named` holds the clips of the last run alone.
+Clips of earlier runs stay in `made`.
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ MAX_SEEDS = 1000
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What to make and measure.
+    """Settings of an evaluation of a prompt suite.
 
     Raises:
-        InputError: a number out of its range.
+        InputError: `seeds` is out of range.
     """
 
     suite: str  # file of the prompts
     model: str = "toybox"  # name, folder or hub id
     seeds: int = 1  # clips of each prompt, of consecutive seeds
     seed: int = 0
-    # fields of `Request` that all clips share
+    # fields of `Request`, the same for all clips
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None  # of the computation; None: the device's best
     networks: Sequence[str] = ()  # as in `TemporalRun`
@@ -59,21 +61,21 @@ class SuiteRun:
 
 
 def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
-    """Make a suite's clips, next to the results' file `output`, and measure them.
+    """Generate the clips of a suite, next to the results' file `output`, and measure them.
 
     Returns:
-        The results of `run_temporal`, with `generation`: model, seeds, settings, threads. A clip
-        that could not be made is among the folder's `failed`.
+        Results of `run_temporal`, with `generation`: model, seeds, dtype, settings, threads and
+        number of clips. The folder's `failed` also names clips that couldn't be generated.
 
     Raises:
-        InputError: no prompts, or a request that the model can't meet.
+        InputError: no prompts, or a request that the model doesn't support.
     """
     suite = PromptSuite.read(run.suite)
     folder = open_model(run.model)
     run = replace(run, dtype=run.dtype or best_dtype(choose_device()))
     place = Path(output).with_suffix(".clips")
     if place.exists() and not (place / "made").is_dir():
-        raise InputError(f"{place} is there and holds no clips of an evaluation; move it away, or "
+        raise InputError(f"{place} exists and holds no clips of an evaluation; move it away, or "
                          "give -o another name")
     pictures = _first_pictures(run.images, suite, on_event)
     requests = dict(_requests(run, suite, pictures))
@@ -84,17 +86,17 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     paths = {name: store.path(identity(request, model=folder.content_hash, dtype=run.dtype))
              for name, request in requests.items()}
     failed = _make(run, folder, requests, paths, staff, on_event)
-    there = {name: path for name, path in paths.items() if name not in failed}
-    if not there:
-        raise InputError(f"no clip could be made: {next(iter(failed.values()))}")
-    _lay_out(place / "named", there)
+    clips = {name: path for name, path in paths.items() if name not in failed}
+    if not clips:
+        raise InputError(f"no clip could be generated: {next(iter(failed.values()))}")
+    _link_clips(place / "named", clips)
     measuring = TemporalRun((str(place / "named"),), run.networks, run.images, run.suite,
                             staff.workers, staff.ray)
     result = run_temporal(measuring, output, on_event)
     (measured,) = result["folders"]
     measured["name"] = folder.name
     measured["failed"] |= {f"{name}.mp4": why for name, why in failed.items()}
-    settings = {**run.settings, **run.settings.get("settings", {})}  # the model's own, too
+    settings = {**run.settings, **run.settings.get("settings", {})}  # with the model's own
     settings.pop("settings", None)
     result["generation"] = {
         "model": {"name": folder.name, "sha256": folder.content_hash},
@@ -108,7 +110,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
 def _check_settings(
     run: SuiteRun, folder: ModelFolder | DiffusersFolder, pictures: Mapping[str, Path]
 ) -> None:
-    """Refuse settings that no clip of the model can have; prompts are checked one by one."""
+    """Raise InputError for settings that the model doesn't support, whatever the prompt."""
     if isinstance(folder, ModelFolder):
         image = next(iter(pictures.values()), None)
         given = {} if image is None else {"image": str(image)}
@@ -128,17 +130,19 @@ def _requests(
             yield f"{stem}-{number}", Request.of(prompt, options)
 
 
-def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> dict[str, Path]:
+def _first_pictures(images: str | None, suite: PromptSuite, on_event: OnEvent) -> dict[str, Path]:
     if images is None:
         return {}
-    there = pictures_in(images)
-    found = {p: path for p in suite.prompts if (path := picture_of(p, there, suite)) is not None}
+    pictures = pictures_in(images)
+    found = {prompt: path for prompt in suite.prompts
+             if (path := picture_of(prompt, pictures, suite)) is not None}
     if not found:
         raise InputError(f"no picture of {images} is named like a prompt of {suite.name}; name "
                          "them 'PROMPT.png'")
     if bare := len(suite.prompts) - len(found):
-        tell({"event": "note", "text": f"{bare} of {len(suite.prompts)} prompts of {suite.name} "
-              f"have no picture in {images}; their clips begin without one"})
+        text = (f"{bare} of {len(suite.prompts)} prompts of {suite.name} have no picture in "
+                f"{images}; their clips start without one")
+        on_event({"event": "note", "text": text})
     return found
 
 
@@ -150,29 +154,29 @@ def _stem(prompt: str, taken: dict[str, int]) -> str:
 
 def _make(
     run: SuiteRun, folder: ModelFolder | DiffusersFolder, requests: Mapping[str, Request],
-    paths: Mapping[str, Path], staff: Staff, tell: OnEvent,
+    paths: Mapping[str, Path], staff: Staff, on_event: OnEvent,
 ) -> dict[str, str]:
-    """Make the clips that don't exist; return the reason of each that failed, by name."""
+    """Generate the missing clips; return {name: error} of those that failed."""
     missing = [name for name, path in paths.items() if not path.is_file()]
     total, failed = len(paths), dict[str, str]()
     done = total - len(missing)
-    tell({"event": "progress", "stage": "clips", "done": done, "total": total})
+    on_event({"event": "progress", "stage": "clips", "done": done, "total": total})
     jobs = (Job(name, (requests[name], paths[name], {"name": name}), name=name)
             for name in missing)
     work = ClipWork(partial(load, run.model, dtype=run.dtype), folder.content_hash)
     try:
-        for outcome in run_jobs(jobs, work, staff, tell):
+        for outcome in run_jobs(jobs, work, staff, on_event):
             if outcome.error is not None:
                 failed[outcome.job.key] = str(outcome.error)
-                tell({"event": "note", "text": f"{outcome.job.name}: {outcome.error}"})
+                on_event({"event": "note", "text": f"{outcome.job.name}: {outcome.error}"})
             done += 1
-            tell({"event": "progress", "stage": "clips", "done": done, "total": total})
+            on_event({"event": "progress", "stage": "clips", "done": done, "total": total})
     finally:
         work.close()
     return failed
 
 
-def _lay_out(place: Path, files: dict[str, Path]) -> None:
+def _link_clips(place: Path, files: dict[str, Path]) -> None:
     place.mkdir(exist_ok=True)
     for path in place.glob("*.mp4"):
         if path.stem not in files:

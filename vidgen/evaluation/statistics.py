@@ -1,4 +1,4 @@
-"""Intervals of rates, means and differences."""
+"""Confidence intervals of rates, means and differences."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 """Coverage of all intervals, two-sided."""
 DRAWS = 2000
-"""Resamples of a bootstrap."""
+"""Number of resamples of a bootstrap."""
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
 def wilson_interval(correct: float, total: float) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927, p. 212; Brown et al. 2001, eq. 4).
 
-    Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1. Without
-    trials it is all of [0, 1]. `total` may be the number of independent trials that they are worth.
+    Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1. It is
+    [0, 1] without trials. `total` may be an effective number of independent trials.
     """
     if total == 0:
         return 0.0, 1.0
@@ -35,11 +35,11 @@ def wilson_interval(correct: float, total: float) -> tuple[float, float]:
 
 
 def rate_interval(outcomes: Sequence[bool], groups: Sequence[Hashable]) -> tuple[float, float]:
-    """Return Wilson's interval of a share whose outcomes come in groups of similar ones.
+    """Return Wilson's interval of a rate whose outcomes are correlated within groups.
 
-    Outcomes are worth as many independent ones as have their deviation, p (1 - p) / s^2, at most
-    all of them (Korn and Graubard 1998); where all agree, the number of groups. These
-    are such as the prompts of clips; a single one counts as none.
+    A group is, for instance, the clips of one prompt. The effective number of trials is
+    p (1 - p) / s^2, at most the number of outcomes (Korn and Graubard 1998); if all outcomes agree,
+    it is the number of groups. A single group counts as none.
     """
     total, known = len(outcomes), len(set(groups))
     share = sum(outcomes) / total
@@ -55,11 +55,11 @@ def mean_interval(
     values: Sequence[float], *, groups: Sequence[Hashable] | None = None,
     weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
-    """Return the interval mean +- z s / sqrt(n) of a mean of dozens of values or more.
+    """Return the interval mean +- z s / sqrt(n) of a mean, valid from dozens of values on.
 
-    The deviation is that of the sums of the groups, such as the prompt of a clip (Liang and Zeger
-    1986, eq. 2.3, for a mean), times G / (G - 1); without groups none belong together. Without
-    weights all are equal.
+    The variance is that of the sums of the G groups, such as the clips of one prompt (Liang and
+    Zeger 1986, eq. 2.3, for a mean), times G / (G - 1). Without `groups` values are independent;
+    without `weights` they count equally.
     """
     mean = fmean(values, weights)
     half = _Z * _mean_error(values, groups or range(len(values)), weights)
@@ -88,9 +88,9 @@ def paired_interval(
     """Return the interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979).
 
     Pairs, of the same prompts in the same order, are drawn together, so the difficulty of a prompt
-    cancels out, and groups as a whole, so that many clips of one prompt don't count as many
-    prompts. Each resample has as many groups as there are; without groups none belong together.
-    `weights` are of each value, and of each other value, in the two means.
+    cancels out. Groups are drawn as a whole, so that many clips of one prompt don't count as many
+    prompts. Without `groups` pairs are independent. `weights` are those of the values and of the
+    others in the two means.
     """
     changes = np.subtract(values, others)
     names = {name: i for i, name in enumerate(dict.fromkeys(groups or range(len(changes))))}

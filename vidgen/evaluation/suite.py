@@ -1,4 +1,4 @@
-"""Clips and the prompts that they belong to, by names as VBench writes them, recipes and lists."""
+"""Prompt suites, and the prompts of clips by file names like VBench's or recipes."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ CLIP_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NUMBERED = re.compile(r"^(?P<prompt>.+)-(?P<index>\d+)$")
 _LONGEST_NAME = 180
-"""Bytes of a prompt in a file's name; the recipe has all of it."""
+"""Largest number of bytes of a prompt in a file's name; the recipe has all of it."""
 _CAMERA = re.compile(r", camera [a-z ]+$")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip of a folder."""
+    """A clip of a folder, with its prompt and origin."""
 
     path: Path
     name: str  # without its suffix; clips of the same name in several folders are pairs
     prompt: str  # from its recipe, else from its name
-    # `model`, `model_sha256`, `seed` and `vidgen` of its recipe, or None without one
+    # `model`, `model_sha256`, `seed` and `vidgen` of its recipe; None without a recipe
     origin: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class PromptSuite:
-    """A list of prompts."""
+    """A list of prompts, with their dimensions and first pictures."""
 
     name: str  # of its file
     sha256: str  # of its content
     prompts: tuple[str, ...]
     # VBench's dimensions for which each prompt was written; {}: all count for all
     dimensions: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    # {prompt: name of its first picture} where the list says so
+    # {prompt: name of its first picture}, as far as the list has one
     pictures: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> PromptSuite:
-        """Read a text file of one prompt a line, or a JSON list in VBench's form.
+        """Read a text file of one prompt per line, or a JSON list in VBench's format.
 
         Raises:
             InputError: the file is missing, damaged, or has no prompts.
@@ -58,10 +58,10 @@ class PromptSuite:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"prompt suite {file} can't be read ({type(error).__name__}: {error}); give a "
-                "prompt a line, or a JSON list of prompts or of objects with prompt_en"
+                "prompt per line, or a JSON list of prompts or of objects with prompt_en"
             ) from None
         if not entries:
-            raise InputError(f"prompt suite {file} holds no prompt; give one a line")
+            raise InputError(f"prompt suite {file} holds no prompt; give one per line")
         dimensions, pictures = dict[str, frozenset[str]](), dict[str, str]()
         for prompt, own, picture in entries:
             dimensions[prompt] = dimensions.get(prompt, frozenset()) | own
@@ -82,7 +82,7 @@ class PromptSuite:
         """
         known = {file_stem(prompt): prompt for prompt in self.prompts}
         known |= {prompt: prompt for prompt in self.prompts}
-        # a reworded prompt stands in the recipe, that of the suite in the name
+        # the recipe may have a reworded prompt, the name has the suite's
         matched = [(item, known.get(item.prompt) or known.get(prompt_of(item.name)))
                    for item in items]
         inside = [replace(item, prompt=prompt) for item, prompt in matched if prompt is not None]
@@ -101,7 +101,7 @@ def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
         return [(line.strip(), frozenset(), None) for line in text.splitlines() if line.strip()]
     rows = json.loads(text)
     if not isinstance(rows, list):
-        raise TypeError("it is no list")
+        raise TypeError("it is not a list")
     entries = []
     for row in rows:
         entry = {"prompt_en": row} if isinstance(row, str) else row
@@ -109,7 +109,7 @@ def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
         picture = entry.get("image_name")
         if not (isinstance(prompt, str) and isinstance(own, list)
                 and isinstance(picture, str | None)):
-            raise TypeError(f"of {quoted(entry)} prompt_en and image_name should be text, "
+            raise TypeError(f"in {quoted(entry)} prompt_en and image_name must be text, and "
                             "dimension a list")
         entries.append((prompt, frozenset(map(str, own)), picture))
     return entries
@@ -122,17 +122,17 @@ def prompt_of(name: str) -> str:
 
 
 def find_items(folder: str | Path) -> list[Item]:
-    """Return the clips of a folder, by name.
+    """Return the clips of a folder, sorted by name.
 
     Raises:
-        InputError: no folder, no clip in it, or two of one name.
+        InputError: not a folder, no clip in it, or two clips of one name.
     """
     place = Path(folder)
     if not place.is_dir():
-        raise InputError(f"{place} is no folder; give one that holds the clips")
+        raise InputError(f"{place} is not a folder; give one that holds the clips")
     paths = sorted(p for p in place.iterdir() if p.suffix.lower() in CLIP_SUFFIXES and p.is_file())
     if not paths:
-        raise InputError(f"{place} holds no clip; known: {', '.join(CLIP_SUFFIXES)}")
+        raise InputError(f"{place} holds no clip; supported formats: {', '.join(CLIP_SUFFIXES)}")
     names = [path.stem for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -143,7 +143,7 @@ def find_items(folder: str | Path) -> list[Item]:
 def _item(path: Path) -> Item:
     try:
         recipe = read_recipe(path) or {}
-    except InputError:  # damaged; the error comes when it is measured
+    except InputError:  # damaged; measuring it reports the error
         recipe = {}
     plan, model = recipe.get("plan"), recipe.get("model")
     if not isinstance(plan, dict) or not isinstance(model, dict):
@@ -155,7 +155,7 @@ def _item(path: Path) -> Item:
 
 
 def file_stem(prompt: str) -> str:
-    """Return a prompt as it stands in a file's name, before the number."""
+    """Return a prompt as part of a file's name, before the number."""
     text = prompt.replace("/", "_").replace("\0", "_")
     return text.encode()[:_LONGEST_NAME].decode(errors="ignore").strip()
 
@@ -164,22 +164,22 @@ def pictures_in(folder: str | Path) -> dict[str, Path]:
     """Return the pictures of a folder by their names without suffix.
 
     Raises:
-        InputError: no such folder.
+        InputError: not a folder.
     """
     place = Path(folder)
     if not place.is_dir():
-        raise InputError(f"{place} is no folder; give one of first pictures named like the prompts")
+        raise InputError(f"{place} is not a folder; give one of pictures named like the prompts")
     return {p.stem: p for p in sorted(place.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
 
 
 def picture_of(prompt: str, pictures: Mapping[str, Path], suite: PromptSuite | None) -> Path | None:
-    """Return a prompt's first picture, or None.
+    """Return the first picture of a prompt, or None.
 
-    It is the one that the suite names, else that of the prompt's name, else that of the prompt
-    before ", camera pans left" and the like, for all of which VBench-I2V has one.
+    It is the one named in the suite, else the one named like the prompt, else the one named like
+    the prompt without ", camera pans left" and the like, since VBench-I2V shares it among these.
     """
-    said = None if suite is None else suite.pictures.get(prompt)
-    names = [] if said is None else [Path(said).stem]
+    listed = None if suite is None else suite.pictures.get(prompt)
+    names = [] if listed is None else [Path(listed).stem]
     names += [prompt, file_stem(prompt), file_stem(_CAMERA.sub("", prompt))]
     return next((pictures[name] for name in names if name in pictures), None)
 
@@ -187,10 +187,10 @@ def picture_of(prompt: str, pictures: Mapping[str, Path], suite: PromptSuite | N
 def find_images(
     folder: str | Path, items: Iterable[Item], suite: PromptSuite | None = None
 ) -> dict[str, Path]:
-    """Return {clip's name: first picture} for clips that have one by their name or prompt.
+    """Return {clip's name: first picture} of clips that have one by name or prompt.
 
     Raises:
-        InputError: no folder, or no picture for any clip.
+        InputError: not a folder, or no picture for any clip.
     """
     pictures, found = pictures_in(folder), dict[str, Path]()
     for item in items:

@@ -1,1 +1,1 @@
-"""Measures of single clips: VBench's temporal dimensions, their stand-ins, and weight-free ones."""
+"""Measures of single clips: VBench's temporal dimensions, stand-ins for them, and others."""

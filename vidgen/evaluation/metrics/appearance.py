@@ -1,4 +1,4 @@
-"""Features of a frame's appearance without weights.
+"""Features of a frame's appearance that need no network.
 
 Axes: H W rows and columns, y x of cells, D values of a feature.
 """
@@ -16,16 +16,16 @@ from vidgen.media.types import Frames
 
 _CELLS, _ANGLES = 8, 8
 _LEVELS = 6
-_FLAT = 0.01  # levels a pixel, below what a step of one level leaves when it is made smaller
+_FLAT = 0.01  # levels per pixel, below what a step of one level leaves after downscaling
 DISTANCES = (1, 2, 4, 8, 16)
 
 
 def gradient_feature(frame: Frames) -> NDArray[np.float64]:
-    """Return DINO's stand-in [512]: gradient angles in 8x8 cells (Dalal and Triggs 2005).
+    """Return a stand-in for DINO's feature, [512]: gradient angles in 8x8 cells.
 
-    Each cell's histogram is weighted by the gradients' lengths; roots are taken, so that one strong
-    edge doesn't hide the rest. A picture of a single colour, where only rounding makes gradients,
-    gives zeros.
+    Each cell's histogram is weighted by gradient lengths (Dalal and Triggs 2005); square roots keep
+    one strong edge from hiding the rest. A picture of a single colour, whose gradients are rounding
+    errors, gives zeros.
     """
     cv2 = opencv()
     luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -42,9 +42,9 @@ def gradient_feature(frame: Frames) -> NDArray[np.float64]:
 
 
 def color_feature(frame: Frames) -> NDArray[np.float64]:
-    """Return the histogram of colours with 6 levels a channel, [216]; CLIP's stand-in.
+    """Return a stand-in for CLIP's feature, [216]: a colour histogram of 6 levels per channel.
 
-    Each pixel is shared out to its nearest levels, so that a change of one level isn't a new
+    Each pixel is distributed among its nearest levels, so that a change of one level isn't a new
     colour.
     """
     cv2 = opencv()
@@ -68,7 +68,7 @@ def sharpness(frame: Frames) -> float:
 
 
 class IdentityDrift:
-    """Change of a clip's colours over 1, 2, 4, 8 and 16 frames, wherever they are seen."""
+    """Meter of a clip's change of colours over 1 to 16 frames, regardless of place."""
 
     def __init__(self) -> None:
         self._features: deque[NDArray[np.float64]] = deque(maxlen=max(DISTANCES) + 1)

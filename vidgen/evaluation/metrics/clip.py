@@ -1,4 +1,4 @@
-"""All measures of one clip, in one pass over its frames and at constant memory.
+"""All measures of one clip, in one pass over its frames and in constant memory.
 
 Axes: T frames, H W rows and columns.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
 MEASURES_VERSION = 3
-#: dimension -> the network's feature; those of an image also take a picture that is given
+#: dimension -> name of the feature; those of an image: (network, feature), with a given picture
 _FEATURES = {"subject_consistency": "dino", "background_consistency": "clip"}
 _IMAGE_FEATURES = {"i2v_subject": ("dino", "dino_i2v"), "i2v_background": ("dreamsim", "dreamsim")}
 _STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
@@ -37,16 +37,16 @@ _STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
 class Measured:
     """Measures of one clip."""
 
-    figures: motion.Figures  # by measure; None where one couldn't be taken
+    figures: motion.Figures  # by measure; None for one that doesn't apply
     num_frames: int
     dynamic: bool  # whether the clip moves
-    # of `i3d` [K, D] of segments of 16 frames, where that network is given
+    # of `i3d`, [K, D] of K segments of 16 frames, if that network is given
     features: list[list[float]] = field(default_factory=list)
     flat: bool = False  # whether each frame is of a single colour, without a subject
 
 
 class _Plain:
-    """Measures that need neither flow nor network."""
+    """Meter of measures that need neither optical flow nor a network."""
 
     def __init__(self, fps: float, height: int, width: int) -> None:
         self._looker, self._drifts = Looker(height, width), Drifts(fps)
@@ -77,7 +77,7 @@ class _Plain:
 
 
 class _Originals:
-    """VBench's dimensions by its own networks, as far as these are given."""
+    """Meter of VBench's dimensions by its own networks, as far as these are given."""
 
     def __init__(self, networks: Networks, fps: float, image: Frames | None) -> None:
         self._networks = networks
@@ -136,13 +136,13 @@ def measure_clip(
     frames: Iterable[Frames], fps: Fraction, *, image: Frames | None = None,
     networks: Networks | None = None,
 ) -> Measured:
-    """Take all measures of a clip of frames uint8 [H, W, 3]; none of a single frame.
+    """Return all measures of a clip of frames uint8 [H, W, 3]; none of a single frame.
 
-    The stand-ins see `image` [H, W, 3], the first frame that was asked for, at the clip's size, the
-    networks as it is.
+    `image` [H, W, 3] is the requested first frame. Stand-ins use it at the clip's size, networks at
+    its own.
 
     Raises:
-        InputError: no OpenCV, or a side under 16 pixels.
+        InputError: OpenCV isn't installed, or a side is under 16 pixels.
     """
     rest, flows, rate = iter(frames), FlowEstimator(), float(fps)
     first = next(rest, None)

@@ -1,4 +1,4 @@
-"""Optical flow without weights (OpenCV's DIS), warping, occlusion, warp error.
+"""Optical flow by OpenCV's DIS, warping, occlusion, warp error.
 
 Axes: N points, H W rows and columns. Flows are [H, W, 2] in pixels (x, y).
 """
@@ -22,29 +22,29 @@ _SMALLEST_SIDE = 16
 
 
 def opencv() -> ModuleType:
-    """Return OpenCV on one thread, so that numbers don't depend on the number of workers.
+    """Return OpenCV set to one thread, so that results don't depend on the number of workers.
 
     Raises:
-        InputError: it isn't installed.
+        InputError: OpenCV isn't installed.
     """
     try:
         import cv2
     except ImportError:
-        raise InputError("optical flow needs OpenCV, which isn't installed; pip install "
+        raise InputError("optical flow needs OpenCV, which isn't installed; run pip install "
                          "'vidgen[eval]'") from None
     cv2.setNumThreads(1)
     return cv2
 
 
 class FlowEstimator:
-    """Dense inverse search (Kroeger et al. 2016) on the luma of two frames."""
+    """Optical flow between two frames' luma by dense inverse search (Kroeger et al. 2016)."""
 
     def __init__(self) -> None:
         self._cv2 = opencv()
         self._search: Any = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def working(self, frame: Frames) -> Frames:
-        """Return a frame [H, W, 3] averaged down to a short side of 256 pixels at most."""
+        """Return a frame [H, W, 3] reduced by area to a short side of 256 pixels at most."""
         height, width = frame.shape[:2]
         scale = WORKING_SIDE / min(height, width)
         if scale >= 1:
@@ -61,12 +61,12 @@ class FlowEstimator:
         return np.asarray(self._search.calc(one, other, None))
 
     def widened(self, mask: Mask) -> Mask:
-        """Return a mask [H, W] with the neighbours of its pixels."""
+        """Return a mask [H, W] dilated by one pixel."""
         neighbours = np.ones((3, 3), dtype=np.uint8)
         return np.asarray(self._cv2.dilate(mask.astype(np.uint8), neighbours).astype(bool))
 
     def warp(self, picture: NDArray[Any], flow: Flow) -> NDArray[Any]:
-        """Fetch a picture [H, W(, C)] along a flow: out(x) = picture(x + flow(x)), bilinear."""
+        """Return a picture [H, W(, C)] warped by a flow, bilinear: picture(x + flow(x))."""
         height, width = flow.shape[:2]
         x = flow[..., 0] + np.arange(width, dtype=np.float32)
         y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
@@ -95,10 +95,10 @@ def sample_flow(flow: Flow, points: Points) -> Points:
 
 
 def occluded(flow: Flow, back_here: Flow) -> Mask:
-    """Return the pixels [H, W] of a frame that the other one hides, or where the flow breaks.
+    """Return a mask [H, W] of occluded pixels and of motion boundaries.
 
-    Ruder et al. 2016, eq. 5 and 6, as EvalCrafter uses them. `flow` leads from this frame to the
-    other; `back_here` is the flow from the other to this one, fetched along `flow`.
+    The criteria are those of Ruder et al. 2016, eq. 5 and 6, as in EvalCrafter. `flow` leads from
+    this frame to the other; `back_here` is the backward flow, warped by `flow`.
     """
     lengths = np.square(flow).sum(-1)
     returned = np.square(flow + back_here).sum(-1)
@@ -114,9 +114,10 @@ def occluded(flow: Flow, back_here: Flow) -> Mask:
 
 
 def warp_error(one: Frames, fetched: NDArray[Any], hidden: Mask) -> float | None:
-    """Return the mean squared error in [0, 1] of pixels that both frames show; None without any.
+    """Return the mean squared error in [0, 1] of pixels visible in both frames; None without any.
 
-    `one` is uint8 [H, W, 3], `fetched` the other frame warped to it; `hidden` [H, W] is ignored.
+    `one` is uint8 [H, W, 3], `fetched` the other frame warped to it; pixels of `hidden` [H, W] are
+    ignored.
     """
     seen = ~hidden
     if not seen.any():

@@ -1,4 +1,4 @@
-"""Meters of changes from frame to frame; each is fed all frames of a clip in order.
+"""Meters of changes between frames; each takes all frames of a clip in order.
 
 Axes: T frames, H W rows and columns of the working picture (short side 256 at most), N points.
 """
@@ -28,12 +28,12 @@ GRID = 20
 SEGMENT = 16
 UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01
 MOVING_SIDES, LOOKS_PER_S = 0.02, 2
-"""Short sides per second of the fastest twentieth of a moving clip, 5 pixels of 256, seen twice a
-second: a tremble gets nowhere in half a second."""
+"""Least speed of a moving clip's fastest twentieth, in short sides per second (5 pixels of 256),
+sampled twice a second, since a tremble covers no distance in half a second."""
 
 
 class Tracks:
-    """A grid of 20x20 points that follow the flow; lost ones restart from their first place."""
+    """A grid of 20x20 points that follow the flow; lost points restart at their first place."""
 
     def __init__(self, height: int, width: int) -> None:
         self._size, self._short = (width, height), min(height, width)
@@ -45,7 +45,7 @@ class Tracks:
         self._jerks: list[float] = []
 
     def advance(self, flow: Flow, hidden: Mask) -> None:
-        """Follow a flow [H, W, 2] in pixels to the next frame, without `hidden` pixels [H, W]."""
+        """Move the points by a flow [H, W, 2] in pixels; restart those in `hidden` [H, W]."""
         before = self._places[-1]
         place = before + sample_flow(flow, before)
         limit = np.array(self._size) - 1
@@ -66,7 +66,7 @@ class Tracks:
 
 
 class MotionMeter:
-    """Neighbouring frames: warp error, flicker where nothing moves, tracks, jumps, speed."""
+    """Meter of neighbouring frames: warp error, flicker of unmoved pixels, jerk, jumps, speed."""
 
     def __init__(self, estimator: FlowEstimator, fps: float) -> None:
         self._flows, self._fps, self._index = estimator, fps, 0
@@ -144,13 +144,13 @@ class MotionMeter:
         return vbench.is_static(self._static_speeds, ends, min(self._grey.shape))
 
     def finish(self) -> None:
-        """End the clip; one that is shorter than the time between looks is looked at now."""
+        """End the clip; measure the speed now if it is shorter than the sampling interval."""
         if not self._speeds and self._index > 1:
             self._index -= 1
             self._speeds.append(self._speed_since_look())
 
     def figures(self) -> Figures:
-        """Return all measures; None for those that the clip is too short or too restless for."""
+        """Return all measures; None for those that a short or restless clip doesn't have."""
         usual = float(np.median(self._residues))
         rest = self._residues[1:]
         return {
@@ -165,7 +165,7 @@ class MotionMeter:
 
 
 class SampledMotion:
-    """Motion between frames at about 8 a second.
+    """Meter of motion between frames sampled about 8 times a second.
 
     `speed_between` returns the speed from one frame [H, W, 3] to another: `top_speed` of a flow.
     """
@@ -192,7 +192,7 @@ class SampledMotion:
 
 
 class Smoothness:
-    """Likeness of odd frames to those that `between` makes of the even ones around them."""
+    """Meter of the likeness of odd frames to `between(even, next even)`."""
 
     def __init__(self, between: Any) -> None:
         self._between, self._index = between, 0
@@ -217,7 +217,7 @@ class Smoothness:
 
 
 def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
-    """Return the frame [H, W, 3] between two: both moved half the way along the flow, and mixed."""
+    """Return the frame [H, W, 3] between two: the mean of both, warped by half of the flow."""
     grey, grey_other = estimator.grey(one), estimator.grey(other)
     flow, back = estimator.flow(grey, grey_other), estimator.flow(grey_other, grey)
     halves = [

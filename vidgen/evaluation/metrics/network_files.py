@@ -21,7 +21,7 @@ from vidgen.core.runtime import sha256_file
 
 
 class Network(NamedTuple):
-    """Measures of a network, and the files that it needs."""
+    """Measures that use a network, and the description of its files."""
 
     measures: tuple[str, ...]
     given: str = "a TorchScript file"
@@ -40,10 +40,10 @@ SCRIPT_SUFFIXES = (".pt", ".pth", ".jit", ".ts", ".torchscript")
 
 
 def parse_networks(given: list[str]) -> dict[str, Path]:
-    """Return the paths of NAME=PATH; a TorchScript may be given by its folder.
+    """Return {name: path} of texts NAME=PATH; a folder may stand for the TorchScript in it.
 
     Raises:
-        InputError: an unknown network, one given twice, or nothing at its path.
+        InputError: the network is unknown or given twice, or its files are missing.
     """
     found = {}
     for text in given:
@@ -55,7 +55,7 @@ def parse_networks(given: list[str]) -> dict[str, Path]:
             raise InputError(f"network {name} is given twice; give one path")
         if name in FOLDERS and not (path / "config.json").is_file():
             raise InputError(
-                f"{name} is to be a folder of transformers; {path}/config.json is missing")
+                f"{name} must be a folder of transformers; {path}/config.json is missing")
         found[name] = path if name in FOLDERS else _script(name, path)
     return found
 
@@ -66,7 +66,7 @@ def _script(name: str, path: Path) -> Path:
     scripts = sorted(p for p in path.glob("*") if p.suffix in SCRIPT_SUFFIXES and p.is_file())
     if len(scripts) != 1:
         raise InputError(
-            f"{name} is to be a TorchScript file, or a folder that holds one; {path} "
+            f"{name} must be a TorchScript file, or a folder that holds one; {path} "
             + (f"holds {len(scripts)}: name one" if scripts else "is none and holds none"))
     return scripts[0]
 

@@ -30,7 +30,7 @@ class Networks:
     """The given networks, loaded on the CPU in float32.
 
     Raises:
-        ModelError: one that can't be loaded.
+        ModelError: a network can't be loaded.
     """
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
@@ -38,7 +38,7 @@ class Networks:
         for name, path in paths.items():
             try:
                 self._loaded[name] = _load(name, path)
-            except Exception as error:  # whatever damaged weights lead to
+            except Exception as error:  # damaged weights raise anything
                 reason = str(error)[:200]
                 raise ModelError(f"{name} can't be loaded from {path}: {reason}") from error
 
@@ -50,9 +50,9 @@ class Networks:
         return self._class_token(normalised(resized(frame, _SIDE, "bilinear"), *_IMAGENET))
 
     def dino_i2v(self, frame: Frames, *, given: bool = False) -> NDArray[np.float32]:
-        """Return the same as VBench-I2V does: short side 256, smoothed, centre crop of 224.
+        """Return the class token [D] as in VBench-I2V: short side 256, antialiased, crop of 224.
 
-        A `given` frame [H, W, 3], the first that was asked for, is resized in bytes.
+        A `given` frame [H, W, 3], the requested first one, is resized by Pillow in uint8.
         """
         picture = centre(smoothed(frame, _short_side(frame, _I2V_SIDE), given), _SIDE)
         return self._class_token(normalised(picture, *_IMAGENET))
@@ -68,12 +68,15 @@ class Networks:
         return self._feature("dreamsim", lambda net: net(picture))
 
     def raft(self, one: Frames, other: Frames) -> NDArray[np.float32]:
-        """Return the flow [H, W, 2] between frames, with edges that fill up sides to 8."""
+        """Return the flow [H, W, 2] between frames, for a network that needs sides divisible by 8.
+
+        The flow covers the frames padded by their edges, as in VBench.
+        """
         found, _ = self._between("raft", one, other, 8, 1.0, channels=2)
         return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
 
     def amt(self, one: Frames, other: Frames) -> Frames:
-        """Return the frame [H, W, 3] between two; fractions are cut off, as in VBench."""
+        """Return the frame [H, W, 3] between two; levels are truncated, as in VBench."""
         found, inside = self._between("amt", one, other, 16, 1 / 255, channels=3)
         levels = (found[0].permute(1, 2, 0)[inside] * 255).clamp(0, 255)
         return levels.to(torch.uint8).numpy()
@@ -119,7 +122,7 @@ class Networks:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1][:200]
             raise ModelError(
-                f"{name} failed; its interface stands in docs/reference/metrics.md: {reason}"
+                f"{name} failed; its interface is described in docs/reference/metrics.md: {reason}"
             ) from error
 
 
@@ -138,9 +141,9 @@ def _load(name: str, path: Path) -> Any:
 
 
 def _positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
-    """Return position embeddings [1, 1 + h w, D], stretched to other sizes as DINO's own code does.
+    """Return position embeddings [1, 1 + h w, D], interpolated as in DINO's own code.
 
-    It asks for a tenth of a patch too much, against rounding; transformers does not.
+    That code adds a tenth of a patch against rounding; transformers does not.
     """
     known: Tensor = embeddings.position_embeddings
     side = math.isqrt(known.shape[1] - 1)
@@ -160,12 +163,12 @@ def tensor(frame: Frames) -> Tensor:
 
 
 def resized(frame: Frames, side: int, mode: str) -> Tensor:
-    """Return a frame [H, W, 3] as [1, 3, h, w] whose short side is `side`, without smoothing."""
+    """Return a frame [H, W, 3] as [1, 3, h, w] whose short side is `side`, without antialiasing."""
     return F.interpolate(tensor(frame), _short_side(frame, side), mode=mode, align_corners=False)
 
 
 def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:
-    """Return a frame [H, W, 3] as [1, 3, *size], bicubic with smoothing; `given` ones in bytes."""
+    """Return a frame [H, W, 3] as [1, 3, *size], bicubic and antialiased; if `given`, in uint8."""
     if given:
         from PIL import Image
 
@@ -181,13 +184,13 @@ def _short_side(frame: Frames, side: int) -> tuple[int, int]:
 
 
 def centre(picture: Tensor, side: int) -> Tensor:
-    """Return the middle `side` x `side` of [1, 3, H, W]."""
+    """Return the central `side` x `side` crop of [1, 3, H, W]."""
     height, width = picture.shape[-2:]
     top, left = round((height - side) / 2), round((width - side) / 2)
     return picture[..., top : top + side, left : left + side]
 
 
 def normalised(picture: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
-    """Return [1, 3, H, W], 0 to 255, at the scale that the network learned."""
+    """Return [1, 3, H, W], 0 to 255, scaled to [0, 1] and normalised by mean and deviation."""
     shape = (1, 3, 1, 1)
     return (picture / 255 - torch.tensor(mean).view(shape)) / torch.tensor(deviation).view(shape)

@@ -1,4 +1,4 @@
-"""The measures: meaning, unit, and the better direction."""
+"""Registry of the measures: meaning, unit, better direction."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PROXY = "proxy_"
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure."""
+    """Description of a measure."""
 
     better: Better  # direction; "neither" gets no verdict
     unit: str
-    about: str  # meaning, for people
-    possible: tuple[float, float] = (-math.inf, math.inf)  # least and most that a clip can have
-    yes_no: bool = False  # whether a clip has 0 or 1, and a folder the share of ones
+    about: str  # meaning, one line
+    possible: tuple[float, float] = (-math.inf, math.inf)  # range of a clip's values
+    yes_no: bool = False  # whether a clip's value is 0 or 1
 
 
 _SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)

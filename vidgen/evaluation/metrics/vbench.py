@@ -39,7 +39,7 @@ STATIC_TOP, STATIC_PIXELS = 0.02, 3.0
 
 
 def likeness(one: Feature, other: Feature) -> float:
-    """Return the cosine of two features [D], at least 0; 0 where one of them is all zeros."""
+    """Return the cosine of two features [D], at least 0; 0 if one of them is all zeros."""
     a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return max(0.0, float(a @ b) / scale) if scale else 0.0
@@ -47,16 +47,16 @@ def likeness(one: Feature, other: Feature) -> float:
 
 @dataclass
 class Consistency:
-    """Likeness of a clip's features, fed in order, to the first and to the previous one."""
+    """Meter of the likeness of a clip's features to the first and to the previous one."""
 
-    image: Feature | None = None  # feature of the first frame that was asked for, or None
+    image: Feature | None = None  # feature of the requested first frame, or None
     _first: Feature | None = None
     _before: Feature | None = None
     _sums: list[float] = field(default_factory=list)
     _neighbours: list[float] = field(default_factory=list)
     _nearest: float = 0.0
     is_blank: bool = field(default=True, init=False)
-    """Whether every frame's feature was all zeros, with nothing to compare."""
+    """Whether all features are zeros, so that likeness is undefined."""
 
     def feed(self, feature: Feature) -> None:
         """Take the feature [D] of the next frame."""
@@ -80,7 +80,7 @@ class Consistency:
     def image_score(self) -> float | None:
         """0.4 best likeness to the image + 0.3 mean + 0.3 least of neighbours (VBench-I2V).
 
-        None for one frame, and where the image is blank.
+        None for one frame, or if the image is blank.
         """
         if self.image is None or not self.image.any() or not self._neighbours:
             return None
@@ -91,7 +91,8 @@ class Consistency:
 def stillness(differences: Iterable[float]) -> float | None:
     """Return (255 - mean) / 255 of mean absolute differences in levels; None without any.
 
-    It is temporal flickering for neighbours, motion smoothness for interpolated and real frames.
+    This is temporal flickering for neighbouring frames, and motion smoothness for interpolated and
+    real ones.
     """
     known = list(differences)
     return (255.0 - float(np.mean(known))) / 255.0 if known else None
@@ -107,18 +108,18 @@ def top_speed(flow: NDArray[np.float32], share: float) -> float:
 
 
 def sampling_step(fps: float) -> int:
-    """Return the distance of the frames that dynamic degree looks at, about 8 a second."""
+    """Return the distance of frames sampled for dynamic degree, about 8 a second."""
     return max(1, round(fps / DYNAMIC_FPS))
 
 
 def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
     """Return whether a clip moves: enough pairs exceed 6 pixels of 256.
 
-    `speeds` are `top_speed(flow, DYNAMIC_TOP)` of each pair of the frames looked at; `short_side`
+    `speeds` are `top_speed(flow, DYNAMIC_TOP)` of each pair of sampled frames; `short_side`
     is that of the flow's picture, in pixels.
     """
     limit = DYNAMIC_PIXELS * short_side / 256
-    # one pair has to move even where the count is rounded to none
+    # at least one pair must move, even if the count rounds to 0
     return sum(speed > limit for speed in speeds) >= max(1, round(4 * (len(speeds) + 1) / 16))
 
 
@@ -135,7 +136,7 @@ def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -
 
 
 def normalise(dimension: str, value: float) -> float:
-    """Scale a score by its dimension's least and most; not clipped, as in VBench."""
+    """Return a score normalised by its dimension's range; not clipped, as in VBench."""
     least, most, _ = DIMENSIONS[dimension]
     return (value - least) / (most - least)
 
@@ -143,7 +144,7 @@ def normalise(dimension: str, value: float) -> float:
 def temporal_subtotal(scores: Mapping[str, float | None]) -> float | None:
     """Return the weighted mean of the five normalised temporal dimensions; None if one is missing.
 
-    It is no VBench total, which includes picture quality and meaning.
+    It is not VBench's total, which includes picture quality and meaning.
     """
     total = 0.0
     for name, weight in WEIGHTS.items():

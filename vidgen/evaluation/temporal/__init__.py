@@ -1,1 +1,1 @@
-"""Measures of how steady clips are in time."""
+"""Temporal measures of clips, and comparisons of folders."""

@@ -1,6 +1,6 @@
-"""Figures of a folder of clips, and comparisons of two folders.
+"""Summaries of a folder of clips, and comparisons of two folders.
 
-Intervals are taken over prompts, not clips, and verdicts state doubt.
+Intervals are over prompts, not clips; verdicts say if a difference isn't significant.
 
 Axes: K features of a set, D values of a feature.
 """
@@ -22,21 +22,21 @@ from vidgen.evaluation.statistics import CONFIDENCE, mean_interval, paired_inter
 Rows = Mapping[str, Mapping[str, Any]]
 Features = Sequence[Sequence[float]]
 FEWEST_PAIRS = 6
-"""Clips, or prompts where several clips share one."""
+"""Fewest pairs of clips, or prompts if several clips share one, for a verdict."""
 HEADLINE = "steadiness"
-#: Whose values a still clip is allowed to bring into a comparison.
+#: Measures whose comparison includes clips that don't move.
 _UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "motion_speed",
             "dynamic_degree", PROXY + "dynamic_degree")
 _BY_FRAMES = ("subject_consistency", "background_consistency")  # over frames, as in VBench
 
 
 def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarise the scores of a folder's clips.
+    """Return a summary of the scores of a folder's clips.
 
     Returns:
-        `figures`: {measure: value, low, high, total, normalised where VBench has a range};
-        `temporal_subtotal` and `proxy_temporal_subtotal`, None where one of their five dimensions
-        is missing.
+        `figures`: {measure: value, low, high, total, normalised if VBench has a range};
+        `temporal_subtotal` and `proxy_temporal_subtotal`, None if one of their five
+        dimensions is missing.
     """
     found: dict[str, dict[str, Any]] = {}
     for measure in MEASURES:
@@ -88,19 +88,19 @@ def by_name(folder: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def prompts_of(clips: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the prompt of each clip; where all share one, the clip's name."""
+    """Return the prompt of each clip, or its name if all share one prompt."""
     prompts = [clip["prompt"] for clip in clips]
     return prompts if len(set(prompts)) > 1 else [clip["name"] for clip in clips]
 
 
 def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, Any]:
-    """Compare two folders, {clip's name: its scores}; clips of the same name are pairs.
+    """Return the comparison of two folders, {clip's name: its scores}, paired by clip name.
 
     Measures that stillness flatters count only pairs of two moving clips. `steadiness`, the
     headline, is 0 for a clip that doesn't move, so a still clip never wins.
 
     Returns:
-        `folders`, `pairs`, `unpaired`, `both_dynamic`, `unlike` (pairs of two sizes or rates);
+        `folders`, `pairs`, `unpaired`, `both_dynamic`, `unlike` (pairs of unequal size or rate);
         `measures` with `difference` (first less second), `low`, `high`, `pairs`, `prompts`,
         `verdict`; distances of all clips, paired or not, `fvd`, `kvd` with
         `fvd_segments` and `fvd_width`; the `verdict`.
@@ -141,10 +141,10 @@ def _compared(
     mine, theirs = (weights_of(measure, side) for side in (rows, other_rows))
     weights = None if mine is None or theirs is None else (mine, theirs)
     low, high = paired_interval(ones, others, groups=prompts, weights=weights)
-    apart = len(set(prompts))
-    if apart < FEWEST_PAIRS:
-        what = "pairs" if apart == len(ones) else "prompts"
-        verdict = f"too few {what} ({apart} of {FEWEST_PAIRS})"
+    num_prompts = len(set(prompts))
+    if num_prompts < FEWEST_PAIRS:
+        unit = "pairs" if num_prompts == len(ones) else "prompts"
+        verdict = f"too few {unit} ({num_prompts} of {FEWEST_PAIRS})"
     elif low <= 0 <= high:
         verdict = "no significant difference"
     elif better == "neither":
@@ -152,7 +152,7 @@ def _compared(
     else:
         verdict = f"{name if (low > 0) == (better == 'more') else other} is better"
     return {"difference": fmean(ones, mine) - fmean(others, theirs), "low": low, "high": high,
-            "pairs": len(ones), "prompts": apart, "verdict": verdict}  # fmt: skip
+            "pairs": len(ones), "prompts": num_prompts, "verdict": verdict}  # fmt: skip
 
 
 def _headline(steadiness: Mapping[str, Any] | None, shared: int, moving: int, unlike: int) -> str:

@@ -1,4 +1,4 @@
-"""The results of `vidgen eval temporal` for people: tables, and a page with charts."""
+"""Tables and an HTML page with charts of the results of `vidgen eval temporal`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SUBTOTALS = ("temporal_subtotal", PROXY + "temporal_subtotal")
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """Return the page of the results of `run_temporal`."""
+    """Return the HTML page of the results of `run_temporal`."""
     folders, comparisons = result["folders"], result["comparisons"]
     shaped = {k: result[k] for k in ("prompt_suite", "networks", "machine")}
     shaped["models"] = {folder["name"]: folder["models"] for folder in folders}
     return pages.page(
         "temporal", title="Clips in time", overview=_overview(folders), charts=_charts(folders),
         verdicts=[(" and ".join(each["folders"]), each["verdict"]) for each in comparisons],
-        comparisons=[{"title": " less ".join(each["folders"]), "table": _comparison(each),
+        comparisons=[{"title": pair_title(each["folders"]), "table": _comparison(each),
                       "facts": pairs_text(each) + _distances(each)} for each in comparisons],
         folders=[{**folder, "facts": _facts(folder), "table": _clips(folder)}
                  for folder in folders],
@@ -33,12 +33,17 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[rich.table.Table]:
-    """Yield the figures of all folders, then each comparison, for a terminal."""
+    """Yield the table of all folders, then that of each comparison, for a terminal."""
     yield _for_terminal(_overview(result["folders"]), "Clips in time")
     for compared in result["comparisons"]:
-        title = f"{' less '.join(compared['folders'])}: {compared['verdict']}"
+        title = f"{pair_title(compared['folders'])}: {compared['verdict']}"
         caption = pairs_text(compared) + _distances(compared)
         yield _for_terminal(_comparison(compared), title, caption)
+
+
+def pair_title(folders: Sequence[str]) -> str:
+    """Return the title of a comparison of two folders, such as "a vs. b (a - b)"."""
+    return f"{' vs. '.join(folders)} ({' - '.join(folders)})"
 
 
 def _for_terminal(table: Table, title: str, caption: str | None = None) -> rich.table.Table:
@@ -74,7 +79,7 @@ def _overview(folders: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def figure_cell(figure: Mapping[str, Any] | None) -> Cell:
-    """Return a measure's value with its interval, and normalised where VBench has a range."""
+    """Return a measure's value with its interval, and normalised if VBench has a range."""
     if figure is None:
         return Cell("")
     text = f"{figure['value']:.4g}"
@@ -84,7 +89,7 @@ def figure_cell(figure: Mapping[str, Any] | None) -> Cell:
 
 
 def subtotal_cell(value: float | None) -> str:
-    """Return VBench's temporal subtotal, or nothing where one of its measures is missing."""
+    """Return VBench's temporal subtotal as text, empty if it is None."""
     return "" if value is None else f"{value:.4f}"
 
 
@@ -114,7 +119,7 @@ def _comparison(compared: Mapping[str, Any]) -> Table:
 
 
 def pairs_text(compared: Mapping[str, Any]) -> str:
-    """Return how many pairs a comparison has, and how many clips have no part in one."""
+    """Return the number of pairs of a comparison and of unpaired clips, as text."""
     text = f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move"
     unpaired = dict(zip(compared["folders"], compared["unpaired"], strict=True))
     alone = [f"{count} of {name}" for name, count in unpaired.items() if count]

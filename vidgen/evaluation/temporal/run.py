@@ -1,8 +1,8 @@
-"""`vidgen eval temporal`: measures of clips in time, and comparisons of folders.
+"""`vidgen eval temporal`: temporal measures of clips, and comparisons of folders.
 
-Each clip's scores are a line of `<output>.jsonl`, addressed by the file's content and all else that
-shaped them, so a run that was killed resumes there. A clip is measured alone, on one thread, so the
-same files give the same numbers on any number of workers.
+Each clip's scores are a line of `<output>.jsonl`, addressed by the file's content and the
+conditions of the measurement, so an interrupted run resumes there. A clip is measured alone, on one
+thread, so the same files give the same numbers on any number of workers.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
 WHOLE = 0.9
-"""Share of the frames that a file states, below which it was cut off; rates may be rounded."""
+"""Least share of the frames that a file states, below which it is cut off."""
 
 
 @dataclass(frozen=True)
 class TemporalRun:
-    """What to measure.
+    """Settings of a measurement of folders.
 
     Raises:
-        InputError: no folder, a folder given twice, or a number of workers out of range.
+        InputError: no folder, a repeated folder, or a number of workers out of range.
     """
 
     videos: Sequence[str]  # folders of clips; each two are compared
     networks: Sequence[str] = ()  # NAME=PATH of VBench's networks; see `metrics.network_files`
     images: str | None = None  # folder of the clips' first pictures
-    # file of the prompts; None: the prompts of the clips that are there
+    # file of the prompts; None: the prompts of the clips found
     prompt_suite: str | None = None
     workers: int | None = None  # processes that measure in parallel; None: this one
     ray: str | None = None  # address of a Ray cluster that measures, as in `Staff`
@@ -67,14 +67,14 @@ class TemporalRun:
 
     @property
     def staff(self) -> Staff:
-        """The workers: one thread for each clip, so that all get the same numbers."""
+        """Workers of one thread each, so that their number doesn't change results."""
         patience = Patience(stall=math.inf)  # measures report no progress
         return Staff(self.workers, self.ray, threads=1, patience=patience)
 
 
 @dataclass
 class Folder:
-    """A folder while it is measured: its clips, those that failed, and scores by name."""
+    """State of a folder during measurement: its clips, failures, and scores by name."""
 
     name: str
     path: str
@@ -101,7 +101,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
         `machine`.
 
     Raises:
-        InputError: clips, networks or pictures that don't exist.
+        InputError: clips, networks or pictures are missing.
     """
     def note(texts: Iterable[str]) -> None:
         for text in texts:
@@ -112,7 +112,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     hashes = {name: network_hash(path) for name, path in paths.items()}
     versions = {"opencv": opencv().__version__, "numpy": np.__version__, **fingerprint()}
     folders = [_open(path, suite, run.images) for path in run.videos]
-    _tell_names_apart(folders, has_extractor="i3d" in paths)
+    _disambiguate(folders, has_extractor="i3d" in paths)
     note(_skipped(paths, bool(run.images), len(folders) > 1))
     for folder in folders:
         note(_left_out(folder, bool(run.images)))
@@ -148,10 +148,10 @@ def _open(path: str, suite: PromptSuite | None, images: str | None) -> Folder:
     return folder
 
 
-def _tell_names_apart(folders: Sequence[Folder], *, has_extractor: bool) -> None:
-    """Name folders of the same name by their paths; refuse two without a pair of clips.
+def _disambiguate(folders: Sequence[Folder], *, has_extractor: bool) -> None:
+    """Name folders of equal names by their paths; refuse two without a pair of clips.
 
-    Distances of whole sets, by an extractor, need no pairs.
+    With an extractor of features the sets have a distance without pairs.
     """
     names = [folder.name for folder in folders]
     for folder in folders:
@@ -168,7 +168,7 @@ def _tell_names_apart(folders: Sequence[Folder], *, has_extractor: bool) -> None
 
 def _measure(
     folders: Sequence[Folder], networks: tuple[tuple[str, str], ...], identity: list[Any],
-    log: ScoreLog, staff: Staff, tell: OnEvent,
+    log: ScoreLog, staff: Staff, on_event: OnEvent,
 ) -> None:  # fmt: skip
     wanted: dict[str, tuple[_Job, list[tuple[Folder, Item]]]] = {}
     for folder in folders:
@@ -183,9 +183,9 @@ def _measure(
                 wanted.setdefault(key, (job, []))[1].append((folder, item))
     total = sum(len(folder.items) for folder in folders)
     done = total - sum(len(users) for _, users in wanted.values())
-    tell({"event": "progress", "stage": "measure", "done": done, "total": total})
+    on_event({"event": "progress", "stage": "measure", "done": done, "total": total})
     jobs = (Job(key, job, name=job.path) for key, (job, _) in wanted.items())
-    for outcome in run_jobs(jobs, measure, staff, tell):
+    for outcome in run_jobs(jobs, measure, staff, on_event):
         key, scores = outcome.job.key, str(outcome.error) if outcome.error else outcome.result
         for folder, item in wanted[key][1]:
             if isinstance(scores, str):
@@ -195,14 +195,14 @@ def _measure(
             done += 1
         if not isinstance(scores, str):
             log.add([(key, scores)])
-        tell({"event": "progress", "stage": "measure", "done": done, "total": total})
-    for folder in folders:  # in the order of names
-        folder.scores = {item.name: _asked(folder.scores[item.name], item, folder.suite)
+        on_event({"event": "progress", "stage": "measure", "done": done, "total": total})
+    for folder in folders:  # sorted by name
+        folder.scores = {item.name: _relevant(folder.scores[item.name], item, folder.suite)
                          for item in folder.items if item.name in folder.scores}  # fmt: skip
         folder.failed = dict(sorted(folder.failed.items()))
 
 
-def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[str, Any]:
+def _relevant(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[str, Any]:
     """Return a clip's scores without the dimensions for which its prompt wasn't written."""
     if suite is None:
         return row
@@ -216,7 +216,7 @@ def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[s
 _networks: dict[tuple[tuple[str, str], ...], Networks] = {}
 
 
-def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
+def measure(job: _Job, _on_event: OnEvent) -> dict[str, Any]:
     """Return the scores of one clip.
 
     Raises:
@@ -235,7 +235,7 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
         found = measure_clip(
             video, video.fps, image=image, networks=_networks.get(job.networks))
         if found.num_frames < 2:
-            raise InputError("it has a single frame, and measures in time need two; give a longer "
+            raise InputError("it has a single frame, but temporal measures need two; give a longer "
                              "clip")
         if found.num_frames < WHOLE * (video.stated_frames or 0):
             raise InputError(f"it ends after {found.num_frames} of {video.stated_frames} frames; "
@@ -274,9 +274,9 @@ def _skipped(paths: Mapping[str, Path], has_images: bool, compares: bool) -> Ite
     for name, network in NETWORKS.items():
         wanted = [kind for kind in network.measures if has_images or not kind.startswith("i2v")]
         if name not in paths and wanted and (compares or name != "i3d"):
-            stand_in = "" if name == "i3d" else "; in their place: proxy_*"
+            stand_in = "" if name == "i3d" else "; proxy_* replace them"
             yield (f"without --network {name}=PATH, {network.given} (docs/reference/metrics.md), "
-                   f"there is no {' and no '.join(wanted)}{stand_in}")
+                   f"{' and '.join(wanted)} can't be measured{stand_in}")
 
 
 def _left_out(folder: Folder, has_images: bool) -> Iterator[str]:
@@ -297,7 +297,7 @@ def _left_out(folder: Folder, has_images: bool) -> Iterator[str]:
     if kinds:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
         remedy = "; give --videos a subfolder to measure it" * ("clips in subfolders" in kinds)
-        yield f"files of {folder.name} were left alone: {found}{remedy}"
+        yield f"files of {folder.name} were ignored: {found}{remedy}"
 
 
 def _doubts(folder: Folder) -> Iterator[str]:
@@ -307,14 +307,13 @@ def _doubts(folder: Folder) -> Iterator[str]:
             yield f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
     flat = sum(row["flat"] for row in folder.scores.values())
     if flat:
-        yield (f"{flat} of {len(folder.scores)} clips of {folder.name} are of a single colour in "
-               "each frame: without an edge proxy_subject_consistency isn't measurable, and leaves "
-               "them out")
+        yield (f"{flat} of {len(folder.scores)} clips of {folder.name} have a single colour per "
+               "frame and no edges; proxy_subject_consistency leaves them out")
 
 
 def _few_segments(compared: Mapping[str, Any]) -> Iterator[str]:
     few, width = min(compared["fvd_segments"]), compared["fvd_width"]
     if compared["fvd"] is not None and few <= width:
-        yield (f"of {' and '.join(compared['folders'])} one has only {few} segments of 16 frames, "
-               f"and a feature has {width} values; so few make FVD too low: compare it only with "
-               "FVD of as many, or give more clips")
+        yield (f"{' or '.join(compared['folders'])} has only {few} segments of 16 frames for "
+               f"features of {width} values, which makes FVD too low: compare it only with FVD of "
+               "as many segments, or give more clips")
