@@ -137,7 +137,7 @@ def test_a_format_without_manifests_stays_unsigned_with_a_warning(
 ):
     marks = read_marks(write_signed(signing, tmp_path / f"a{suffix}"))
     assert (marks.c2pa, marks.digital_source_type) == ("absent", GENERATED)
-    assert f"{suffix} can't carry a signed manifest" in caplog.text
+    assert f"{suffix} can't hold a signed manifest" in caplog.text
 
 
 def test_the_environment_names_the_certificate(tmp_path, signing, trust, monkeypatch):

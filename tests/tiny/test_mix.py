@@ -127,7 +127,7 @@ def test_telephone_sound_is_taken_with_a_word(tmp_path):
     path = save(tmp_path / "a.wav", tone(1, rate=8_000), 8_000, "pcm_s16le")
     samples, notes = fit_sound(path, RATE)
     assert np.abs(np.fft.rfft(samples[:, 0])).argmax() == 440
-    assert "8000 samples a second" in notes[0]
+    assert "8000 Hz" in notes[0]
 
 
 def test_of_three_hours_only_the_beginning_is_read(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def bad_file(folder, kind):
 @pytest.mark.parametrize(("kind", "message"), [
     ("missing", "does not exist"),
     ("a folder", "is a folder"),
-    ("cut off", r"is cut off: 1\.00 s of the 2\.00 s"),
+    ("cut off", r"is cut off: it has 1\.00 s of the 2\.00 s"),
     ("cut off in a packet", "can't be read"),
     ("empty", "empty|can't be read"),
     ("no bytes", "can't be read"),

@@ -97,7 +97,7 @@ def test_a_text_without_words_is_refused():
 
 def test_without_espeak_the_way_to_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="apt install espeak-ng"):
+    with pytest.raises(InputError, match="install it with apt"):
         Voice("en")
 
 
