@@ -218,10 +218,11 @@ def test_narration_is_spoken_by_its_speakers_and_becomes_text(make):
 
 @pytest.mark.parametrize(("keys", "message"), [
     (["narration: ['@said.wav', {text: '@said.wav', at: 1}]", ""],
-     r"shot 's0': narration '@said\.wav' begins 0\.50 s before the one before it ends; place it at "
+     r"shot 's0': narration '@said\.wav' begins 0\.50 s before the previous one ends; place it at "
      r"1\.50 s"),
     (["", "narration: {text: '@said.wav', at: 1}"], r"shot 's1': narration '@said\.wav' ends 0\.5"),
-    (["transition: cut", "transition: {type: dissolve, duration: 9}"], "is longer than the shot"),
+    (["transition: cut", "transition: {type: dissolve, duration: 9}"],
+     "is longer than the previous shot"),
     (["caption: {text: x, at: 3}", ""], "begins at 3 s, but the shot lasts"),
     (["sound: {file: film.yaml}", ""], "shot 's0': sound .*film.yaml"),
 ])
@@ -351,7 +352,7 @@ def test_a_shot_that_is_missing_or_was_changed_is_told_and_nothing_is_written(ma
     with pytest.raises(InputError, match=r"shot 's1': .*s1\.mp4 was changed since it was rendered"):
         assemble(made.edit, made.shots)
     path.unlink()
-    with pytest.raises(InputError, match=r"shot 's1': .*s1\.mp4 is not there any more"):
+    with pytest.raises(InputError, match=r"shot 's1': .*s1\.mp4 is missing"):
         assemble(made.edit, made.shots)
     assert made.output.read_bytes() == before
     assert not list(tmp_path.glob(".*.tmp"))

@@ -356,7 +356,7 @@ def test_files_beside_a_film_that_is_done_stay_as_they_are(film, tiny_model, cap
     written[1].unlink()
     vidgen(*command)
     told = capsys.readouterr().err
-    assert [f"{path} is there, differs" in told for path in written] == [True, False, True, False]
+    assert [f"{path} exists and differs" in told for path in written] == [True, False, True, False]
     assert [path.read_text() for path in written[::2]] == ["by hand"] * 2
     assert [path.read_bytes() for path in written[1::2]] == before[1::2]
     vidgen(*command, "--overwrite")
@@ -372,7 +372,7 @@ def test_texts_of_an_earlier_version_go_with_it(film, tiny_model, capsys):
                "--overwrite"]
     (film / "film.yaml").write_text(FILM.replace(", caption: hello", ""))
     vidgen(*command)
-    assert "film.srt is removed; the film has no texts any more" in capsys.readouterr().err
+    assert "film.srt was removed; the film has no texts any more" in capsys.readouterr().err
     assert not [*film.glob("film.srt"), *film.glob("film.vtt")]
     (film / "film.srt").write_text("somebody's own")
     (film / "film.yaml").write_text(FILM.replace(", caption: hello", ", transition: dissolve"))

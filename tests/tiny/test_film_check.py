@@ -39,7 +39,7 @@ def limited(model: Path, folder: Path, *tasks: str) -> Path:
     (f"prompt: {'a red car ' * 300}", "this model reads"),
     ("prompt: x, duration: 3600", None),
     ("prompt: x, duration: 3000}\n  - {id: b, prompt: x, duration: 700, continue_from: a",
-     "line 3: shot 'b': it lasts 3700 s with the shot that it goes on from"),
+     "line 3: shot 'b': it lasts 3700 s with the shot that it continues"),
 ])
 def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, shot, message):
     prompt = "" if "prompt" in shot else "prompt: x, "
@@ -55,7 +55,7 @@ def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, sh
 @pytest.mark.parametrize(("text", "message"), [
     ("shots: [{id: a, prompt: x, duration: 2}]", "the nearest is a duration of 1.417 s"),
     ("shots: [{id: a, prompt: x}, {id: b, prompt: x, continue_from: a}]",
-     "continue_from: model 'tiny' can't go on from latents; give first_frame: {shot: ID}"),
+     "continue_from: model 'tiny' can't continue latents; give first_frame: {shot: ID}"),
     ("shots: [{id: a, prompt: [x, {at: 0.5, prompt: y}]}]", "several prompts: model 'tiny'"),
     ("shots: [{id: a, prompt: x}, {id: b, prompt: x, first_frame: {shot: a}}]",
      "doesn't support image"),

@@ -112,7 +112,7 @@ def test_the_films_default_transition_counts_where_a_shot_has_none():
 
 @pytest.mark.parametrize(("shots", "lengths", "message"), [
     ([shot("a"), shot("b", ("dissolve", 2))], [12, 48],
-     "shot 'b': dissolve of 2 s is longer than the shot before, which lasts 1 s"),
+     "shot 'b': dissolve of 2 s is longer than the previous shot, which lasts 1 s"),
     ([shot("a"), shot("b", ("dissolve", 1)), shot("c", ("dissolve", 1))], [24, 18, 24],
      r"shot 'b' has 18 frames, fewer than the transitions at its beginning \(12\) and end \(12\)"),
     ([shot("a", ("fade-black", 3))], [12], "shot 'a' has 12 frames, fewer than"),

@@ -72,7 +72,7 @@ THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
 SPRITES, COLUMNS = 16, 4
 PROGRESS_PAUSE_S = 0.1
 """Between two messages on a stage's progress; steps of the sampler are always reported."""
-_REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: of \d+ takes .*)")
+_REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: kept take seed .*)")
 """Notes that repeat progress and shots."""
 
 

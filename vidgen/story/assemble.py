@@ -2,7 +2,7 @@
 
 Shots are copied where they can be; the rest is encoded in pieces of closed groups of pictures,
 which lie next to the output until all are joined. So memory is bounded, the same shots give the
-same file, and a film that was killed is begun again.
+same file, and a film whose writing was killed is written again from the start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vidgen.story.store import RenderedShot, check_shots
 
 TEXT_SUFFIXES = (".srt", ".vtt")
 Tell = Callable[[int, int], None]
-"""Called with the number of frames encoded so far, and of all that are encoded."""
+"""Called with the number of frames encoded so far, and the total."""
 
 
 @dataclass(frozen=True)

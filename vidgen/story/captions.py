@@ -35,7 +35,7 @@ _REMEDIES = {"caption": "give captions: track", "title": "leave titles out"}
 _OUTLINE = 1 / 10  # of a line's height
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
                  "Arial.ttf")
-"""Tried where Pillow's own font, which has little beyond ASCII, lacks a sign."""
+"""Tried if Pillow's own font, mostly ASCII, lacks a character."""
 
 Mask = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -218,9 +218,9 @@ class Burner:
 
 def _shot_at(first: int, text: str, timeline: Timeline) -> Shot:
     """Return the shot whose text begins at a frame of the film; a transition shows two."""
-    there = [each.shot for each in timeline.shots if each.start <= first <= each.end]
-    own = (shot for shot in there if text in [each.text for each in shot.caption])
-    return next(own, there[-1])
+    shown = [each.shot for each in timeline.shots if each.start <= first <= each.end]
+    own = (shot for shot in shown if text in [each.text for each in shot.caption])
+    return next(own, shown[-1])
 
 
 def _opened(font: Path | None, points: int) -> ImageFont.FreeTypeFont:

@@ -1,6 +1,6 @@
-"""A film's edit: all that is decided before its shots are put together.
+"""A film's edit: everything decided before its shots are joined.
 
-It needs only the shots' lengths, so what can't be done is refused before anything is rendered.
+It needs only the shots' lengths, so errors are found before anything is rendered.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Edit:
 
     @property
     def chapters(self) -> list[Chapter]:
-        """One for each run of a scene's shots, or for each shot without a scene."""
+        """Chapters: one for each run of a scene's shots, and for each shot without a scene."""
         made, scene = list[Chapter](), None
         for placed in self.timeline.shots:
             name = placed.shot.scene

@@ -1,4 +1,4 @@
-"""The parts of a script, as a person writes them.
+"""The elements of a script: camera, prompts, sounds, captions, scenes, settings.
 
 The published JSON Schema describes each key by the text of its annotation.
 """

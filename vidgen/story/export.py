@@ -35,10 +35,10 @@ _LONG_SIDE = 240  # of a thumbnail, in pixels
 def check_export(
     edit: Edit, store: ShotStore, wanted: Sequence[str] = (), *, overwrite: bool = False
 ) -> bool:
-    """Return whether the very film exists already; `wanted` as in `export_film`.
+    """Return whether this film exists already; `wanted` as in `export_film`.
 
     Raises:
-        OutputError: a file in the way of the film, or of a file next to it.
+        OutputError: the film, or a file next to it, exists or can't be written.
     """
     plans = edit.film.in_film
     is_done = (
@@ -52,10 +52,10 @@ def check_export(
 
 
 def export_film(
-    edit: Edit, shots: Sequence[RenderedShot], wanted: Sequence[str], tell: OnEvent, *,
+    edit: Edit, shots: Sequence[RenderedShot], wanted: Sequence[str], on_event: OnEvent, *,
     is_done: bool = False, overwrite: bool = False,
 ) -> list[Path]:
-    """Put a film of all rendered shots together; write and return the files next to it.
+    """Join all rendered shots to a film; write and return the files next to it.
 
     Args:
         wanted: suffixes of further files: ".html", a storyboard, and ".otio", the film's edit.
@@ -66,10 +66,10 @@ def export_film(
     shown = [by_id[placed.shot.id] for placed in edit.timeline.shots]
     files: dict[Path, Iterable[str]] = {}
     if is_done:
-        tell({"event": "note", "text": f"{edit.output} is done already"})
+        on_event({"event": "note", "text": f"{edit.output} is done already"})
         files |= {path: [text] for path, text in text_files(edit).items()}
     else:
-        _assemble(edit, shown, tell)
+        _assemble(edit, shown, on_event)
     for path in map(edit.output.with_suffix, wanted):
         if path.suffix == ".otio":
             from vidgen.story.otio import otio_text  # an optional package
@@ -80,30 +80,30 @@ def export_film(
     for path, parts in files.items():
         if not is_done or overwrite or not path.exists():
             atomic_write(path, partial(_put, parts))
-            tell({"event": "written", "path": str(path)})
+            on_event({"event": "written", "path": str(path)})
         elif not _holds(path, parts):
-            tell({"event": "note", "text": f"{path} is there, differs from the film's own and "
-                  "stays; --overwrite replaces it"})
+            on_event({"event": "note", "text": f"{path} exists and differs from "
+                  "the film's; --overwrite replaces it"})
     return [*dict.fromkeys((*text_files(edit), *files))]
 
 
-def _assemble(edit: Edit, shown: Sequence[RenderedShot], tell: OnEvent) -> None:
+def _assemble(edit: Edit, shown: Sequence[RenderedShot], on_event: OnEvent) -> None:
     outdated = list[Path]()
     shots = _film_facts(edit.output).get("script", {}).get("shots", ())
     if not edit.cues and any(shot["caption"] or shot["narration"] for shot in shots):
         texts = map(edit.output.with_suffix, TEXT_SUFFIXES)
         outdated = [path for path in texts if path.is_file()]
     if edit.described:
-        make_sounds(edit.described, tell)
-    made = assemble(edit, shown, lambda done, total: tell(
+        make_sounds(edit.described, on_event)
+    made = assemble(edit, shown, lambda done, total: on_event(
         {"event": "progress", "stage": "assemble", "done": done, "total": total}))
     for text in made.notes:
-        tell({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
     for path in (edit.output, *made.files):
-        tell({"event": "written", "path": str(path)})
+        on_event({"event": "written", "path": str(path)})
     for path in outdated:
         path.unlink(missing_ok=True)
-        tell({"event": "note", "text": f"{path} is removed; the film has no texts any more"})
+        on_event({"event": "note", "text": f"{path} was removed; the film has no texts any more"})
 
 
 def _put(parts: Iterable[str], file: BinaryIO) -> None:
@@ -169,7 +169,7 @@ def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
     if shot.negative:
         yield "without", shot.negative
     if shot.continue_from:
-        yield "goes on from", shot.continue_from
+        yield "continues", shot.continue_from
     for term, frame in (("begins with", shot.first_frame), ("ends with", shot.last_frame)):
         if frame is not None:
             if isinstance(frame, ShotFrame):

@@ -1,4 +1,4 @@
-"""A planned film: shots with nothing left to choose, and the requests that make them."""
+"""A planned film: shots ready to render, and the requests that make them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DRAFT_STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a shot under one prompt: its address, and the frames that it adds."""
+    """A stretch of a shot with one prompt: its address, and the number of frames it adds."""
 
     key: str
     prompt: str
@@ -32,20 +32,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """One version of a shot; the last part's file holds all of it."""
+    """One version of a shot; the file of the last part holds the whole take."""
 
     seed: int
     parts: tuple[Part, ...]
 
     @property
     def key(self) -> str:
-        """The address of the whole."""
+        """Address of the whole take."""
         return self.parts[-1].key
 
 
 @dataclass(frozen=True, slots=True)
 class ShotPlan:
-    """One shot with nothing left to choose; `key` is the address of the chosen take."""
+    """A shot ready to render; `key` is the address of its single take, or of all its takes."""
 
     shot: Shot
     key: str
@@ -55,7 +55,7 @@ class ShotPlan:
 
 @dataclass(frozen=True)
 class FilmPlan:
-    """All shots of a film."""
+    """All planned shots of a film, with their common size, rate and model."""
 
     script: Script
     folder: ModelFolder
@@ -89,15 +89,15 @@ class FilmPlan:
                 ahead += self.shots[name].shot.needs
         return [plan for name, plan in self.shots.items() if not names or name in wanted]
 
-    def is_heard(self, shot: Shot) -> bool:
+    def makes_sound(self, shot: Shot) -> bool:
         """Return whether the model makes a shot's sound with its picture."""
         return SOUND in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
 
     def words(self, shot: Shot, index: int) -> str:
-        """Return one of a shot's prompts as the model gets it, with the sound that it makes."""
+        """Return a shot's prompt as the model gets it, with the sound effects that it makes."""
         text = self.script.words(shot, shot.prompt[index].prompt)
-        heard = shot.sound.effects if shot.sound is not None and self.is_heard(shot) else None
-        return text if heard is None else f"{text}, with the sound of {heard}"
+        effects = shot.sound.effects if shot.sound is not None and self.makes_sound(shot) else None
+        return text if effects is None else f"{text}, with the sound of {effects}"
 
     def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
         """Return the request for the part of a shot that adds `num_frames` under prompt `index`.
@@ -125,7 +125,7 @@ class FilmPlan:
         return Request(
             prompt=self.words(shot, index), seed=seed, size=self.size, fps=self.fps,
             seconds=float(num_frames / self.fps),
-            audio=OWN_AUDIO if self.is_heard(shot) else NO_AUDIO,
+            audio=OWN_AUDIO if self.makes_sound(shot) else NO_AUDIO,
             lora=tuple(_lora(script, each) for each in loras(script, shot)), **option)
 
 

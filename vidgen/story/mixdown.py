@@ -64,10 +64,10 @@ def _files_of(script: Script, shot: Shot) -> list[Path]:
 
 
 def check_sounds(timeline: Timeline) -> None:
-    """Open every file that is heard, once.
+    """Open every sound file once, to check it.
 
     Raises:
-        InputError: the first that can't be used, with its shot.
+        InputError: a file that can't be used, with its shot.
     """
     script, opened = timeline.script, set[Path]()
     for placed in timeline.shots:
@@ -80,23 +80,23 @@ def check_sounds(timeline: Timeline) -> None:
 
 
 def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
-    """Return notes on sound that is described in words, where no model makes it."""
+    """Return notes on described sounds that no model makes."""
     notes = []
     for key, words in (("sound", "effects"), ("music", "prompt")):
         names = [each.shot.id for each in timeline.shots
                  if getattr(getattr(each.shot, key), words, None) is not None
-                 and not (key == "sound" and film.is_heard(each.shot))]
+                 and not (key == "sound" and film.makes_sound(each.shot))]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            notes.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, which "
-                        "make no sound; give files, or --audio-model FOLDER")
+            notes.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, and "
+                        "this model makes no sound; give files, or --audio-model FOLDER")
     return notes
 
 
 def narrate(timeline: Timeline) -> Narrated | None:
-    """Return a film's speech, or None.
+    """Return a film's speech, None for a film without narration.
 
-    Without a time a text begins with its shot, or after the previous one.
+    A text without a time begins with its shot, or after the previous text.
 
     Raises:
         InputError: texts that overlap or outlast the film, voices that can't be used.
@@ -135,7 +135,7 @@ def _begin(timeline: Timeline, placed: Placed, said: Narration, free: float | No
     begin = start + said.at
     if free is not None and begin < free - 1e-9:
         raise InputError(f"{timeline.script.where(placed.shot)}: narration {said.text!r} begins "
-                         f"{free - begin:.2f} s before the one before it ends; place it at "
+                         f"{free - begin:.2f} s before the previous one ends; place it at "
                          f"{free - start:.2f} s or later")
     return begin
 
@@ -154,7 +154,7 @@ def _voiced(script: Script, said: Narration, voices: dict[str, Voice]) -> tuple[
 def mixed(
     timeline: Timeline, paths: Sequence[Path], narrated: Narrated | None
 ) -> tuple[Samples | None, list[str]]:
-    """Mix the sound of a film; the shots' own is heard where the script names no file.
+    """Mix a film's sound; a shot's own sound is used where the script names no file.
 
     Returns:
         (float32 [N, 2] at `RATE`, or None for a silent film; notes for people).
@@ -257,7 +257,7 @@ def _equal_power(length: int) -> Samples:
 
 
 def file_facts(timeline: Timeline) -> list[dict[str, str]]:
-    """Return path and hash of every file that is heard, for the recipe."""
+    """Return name and SHA-256 of every sound file, for the recipe."""
     files = dict.fromkeys(file for placed in timeline.shots
                           for file in _files_of(timeline.script, placed.shot))
     return [{"path": path.name, "sha256": sha256_file(path)} for path in files]

@@ -137,7 +137,7 @@ def film_facts(
 ) -> dict[str, Any]:
     """Return a film's plan as JSON data: its whole, its shots, what each takes, and notes.
 
-    A shot that is there already is counted as if it weren't, for the memory that it took.
+    A finished shot counts with the memory that it took.
 
     Raises:
         ModelError: as of `estimates`.
@@ -205,8 +205,8 @@ class _Planner:
         before = self.film.shots[shot.continue_from].num_frames if shot.continue_from else 0
         seconds = float((before + total) / self.film.fps)
         if seconds > LONGEST_S:
-            raise InputError(f"it lasts {seconds:g} s with the shot that it goes on from; make it "
-                             f"shorter, of {LONGEST_S} s at most for both")
+            raise InputError(f"it lasts {seconds:g} s with the shot that it continues; make both "
+                             f"together {LONGEST_S} s at most")
         first_seed = self._seed(shot)
         count = 1 if self.film.draft else self.film.script.option(shot, "takes") or 1
         takes = [self._take(shot, first_seed + n, lengths) for n in range(count)]
@@ -241,7 +241,7 @@ class _Planner:
         goes_on = len(shot.prompt) > 1 or shot.continue_from is not None
         if goes_on and "extend" not in self.folder.tasks:
             key = "continue_from" if shot.continue_from is not None else "several prompts"
-            raise InputError(f"{key}: model {self.folder.name!r} can't go on from latents; give "
+            raise InputError(f"{key}: model {self.folder.name!r} can't continue latents; give "
                              "first_frame: {shot: ID} instead, or take one of "
                              f"{', '.join(models_with('extend'))}")
         starts = [math.floor(each.at * self.film.fps + Fraction(1, 2)) for each in shot.prompt]
@@ -251,7 +251,7 @@ class _Planner:
                 latest = float((total - 1) / self.film.fps)
                 raise InputError(f"the prompt at {each.at:g} s has no frame of its own; the shot "
                                  f"lasts {float(total / self.film.fps):.4g} s, so give times up "
-                                 f"to {latest:.4g}, a frame apart at least")
+                                 f"to {latest:.4g}, at least a frame from each other")
         return [end - start for start, end in zip(starts, ends, strict=True)]
 
     def _seed(self, shot: Shot) -> int:

@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 def render_film(
-    work: ShotWork, plans: Sequence[ShotPlan], tell: OnEvent, *, overwrite: bool = False,
+    work: ShotWork, plans: Sequence[ShotPlan], on_event: OnEvent, *, overwrite: bool = False,
     staff: Staff | None = None,
 ) -> Iterator[RenderedShot]:
-    """Render missing shots; yield each shot in this order, as soon as it exists.
+    """Render missing shots; yield each shot in this order as soon as it is complete.
 
     Args:
-        tell: called with progress, notes and files, as events; `clip` counts the parts.
-        overwrite: begin stopped shots again, instead of resuming them.
+        on_event: called with progress, notes and files, as events; `clip` counts the parts.
+        overwrite: restart stopped shots instead of resuming them.
         staff: the workers; a single one is this process.
 
     Raises:
@@ -57,15 +57,15 @@ def render_film(
     open_keys = set[str]()
     try:
         for outcome in run_jobs(_jobs(store, plans, ahead, open_keys, overwrite=overwrite), work,
-                                staff or Staff(), tell):
+                                staff or Staff(), on_event):
             if outcome.error is not None:
                 raise _named(outcome.error, outcome.job.name)
             open_keys.discard(outcome.job.key)
             while ahead and open_keys.isdisjoint(_keys_of(ahead[0][0])):
-                made.append(_rendered(store, *ahead.popleft(), tell))
+                made.append(_rendered(store, *ahead.popleft(), on_event))
                 yield made[-1]
         for plan, is_new in ahead:
-            made.append(_rendered(store, plan, is_new, tell))
+            made.append(_rendered(store, plan, is_new, on_event))
             yield made[-1]
     finally:
         remember(made)
@@ -108,20 +108,21 @@ def _forget(path: Path) -> None:
         raise OutputError(f"{path} is being made by another process; wait for it") from None
 
 
-def _rendered(store: ShotStore, plan: ShotPlan, is_new: bool, tell: OnEvent) -> RenderedShot:
+def _rendered(store: ShotStore, plan: ShotPlan, is_new: bool, on_event: OnEvent) -> RenderedShot:
     film, take, choice, name = store.film, store.take(plan), store.choice(plan), plan.shot.id
     path = store.path(take.key)
-    if job_folder(path).is_dir():  # a kill came after the file, before the end of its job
+    if job_folder(path).is_dir():  # a kill left the job of a complete file
         with suppress(OSError):
             remove_job(job_folder(path))
     findings = tuple(findings_of(path))
     notes = [finding.text for finding in findings]
     if choice is not None:
         best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
-        notes = [f"of {len(plan.takes)} takes that of seed {choice['seed']} is kept: "
+        index = [each.seed for each in plan.takes].index(choice["seed"])
+        notes = [f"kept take seed {choice['seed']} ({index + 1} of {len(plan.takes)}): "
                  f"{'; '.join(best['reasons'])}"]
     for text in notes if is_new else ():
-        tell({"event": "note", "text": f"shot {name}: {text}", "shot": name})
+        on_event({"event": "note", "text": f"shot {name}: {text}", "shot": name})
     shot = replace(plan.shot, transition=film.script.option(plan.shot, "transition"))
     return RenderedShot(shot, path, plan.num_frames, film.fps, film.size, take.seed, findings,
                         choice, is_new)
@@ -167,12 +168,12 @@ class ShotWork(EngineWork):
         super().__init__(open_engine, store.film.folder.content_hash)
         self.store, self.film, self.on_preview = store, store.film, on_preview
 
-    def __call__(self, payload: PartJob, tell: OnEvent) -> None:
-        """Do one job; raise InputError for a part that can't be made."""
+    def __call__(self, payload: PartJob, on_event: OnEvent) -> None:
+        """Render one part; raise InputError if it can't be made."""
         plan = self.film.shots[payload.shot]
         if payload.is_first:
             text = f"shot {payload.shot}, {payload.number} of {payload.num_shots}"
-            tell({"event": "note", "text": text, "shot": payload.shot})
+            on_event({"event": "note", "text": text, "shot": payload.shot})
         take = plan.takes[payload.take]
         request, head = self._request(plan, take, payload.index)
         facts = {"clip": payload.clip, "shot": payload.shot, "shot_number": payload.number,
@@ -180,7 +181,7 @@ class ShotWork(EngineWork):
                  "num_takes": len(plan.takes), "seed": take.seed}
         cut = partial(_without_head, head=head) if head and not payload.index else None
         path = self.store.path(take.parts[payload.index].key)
-        write_request(self.engine, request, path, tell, facts, cut=cut,
+        write_request(self.engine, request, path, on_event, facts, cut=cut,
                       on_preview=self.on_preview)
         if payload.is_compared:
             engine = self.engine
@@ -189,7 +190,7 @@ class ShotWork(EngineWork):
             self.store.keep(take.key, asdict(score_take(take.seed, path, verified)))
 
     def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
-        """Return the request for a part, and how many of its first frames another file holds."""
+        """Return the request for a part, and the number of its first frames in another file."""
         film, shot = self.film, plan.shot
         num_frames, last = take.parts[index].num_frames, len(take.parts) - 1
         request = film.request(shot, take.seed, index, num_frames)

@@ -82,7 +82,7 @@ class Shot(Defaults):
         times = [each.at for each in self.prompt]
         if times[0] != 0 or any(a >= b for a, b in pairwise(times)):
             raise InputError(f"the prompts begin at {', '.join(f'{t:g}' for t in times)} s; the "
-                             "first must begin at 0 and each later than the one before")
+                             "first must begin at 0, and each other one after the previous")
         if self.duration is not None and self.frames is not None:
             raise InputError("duration and frames are both given; give one of them")
         if self.continue_from is not None and self.first_frame is not None:
@@ -106,7 +106,7 @@ class Script:
         "seconds": "duration", "image": "first_frame", "last_image": "last_frame",
         "audio": "sound", "say": "narration",
     }
-    """Options of a request, and a script's words for them."""
+    """A script's keys for options of a request."""
 
     shots: Annotated[tuple[Shot, ...], "one after the other"]
     version: Annotated[int, "of the format"] = VERSION
@@ -119,7 +119,7 @@ class Script:
 
     def __post_init__(self) -> None:
         if not self.shots:
-            raise InputError("there are no shots; add one, such as {prompt: a cat walks}")
+            raise InputError("the script has no shots; add one, such as {prompt: a cat walks}")
 
     @classmethod
     def read(cls, path: str | Path) -> Script:
@@ -165,7 +165,7 @@ class Script:
         """
         for found in _BRACES.finditer(text):
             if found[0] in ("{", "}"):
-                raise InputError(f"a single {found[0]} stands in the prompt {text!r}; write "
+                raise InputError(f"the prompt {text!r} has a single {found[0]}; write "
                                  f"{{name}}, or {found[0] * 2} for the sign itself")
             if found[1] is not None:
                 yield found[1]
@@ -213,7 +213,7 @@ class Script:
                     del way[now.id]
                 elif wanted in way:
                     names = [*way][[*way].index(wanted) :]
-                    raise InputError(f"{self.where(now)} goes round in a circle: "
+                    raise InputError(f"{self.where(now)} is in a circle of shots: "
                                      f"{' needs '.join([*names, wanted])}; leave one of them out")
                 elif wanted not in known:
                     raise InputError(f"{self.where(now)} needs the unknown shot {wanted!r}; "
@@ -262,7 +262,7 @@ def _prompts(text: str) -> Iterator[Located]:
     for number, line in enumerate(text.splitlines(), 1):
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
-            # braces in a plain list are signs like any other: there is nobody to refer to
+            # a plain list has no names, so braces are text
             words = prompt.replace("{", "{{").replace("}", "}}")
             yield Located({"prompt": words}, {"prompt": number})
 
@@ -274,7 +274,7 @@ def _finished(script: Script, path: Path, mapping: Located) -> Script:
     for shot, raw in zip(script.shots, mapping["shots"], strict=True):
         line = min(raw.lines.values(), default=0) if isinstance(raw, Located) else 0
         if shot.id in lines:
-            raise InputError(f"{path}, line {line}: shot {shot.id!r} is there already, in line "
+            raise InputError(f"{path}, line {line}: shot {shot.id!r} exists already, in line "
                              f"{lines[shot.id]}; give each its own id")
         if not shot.id:
             stem = slug(shot.prompt[0].prompt)

@@ -1,6 +1,6 @@
 """Sound and music that a script describes in words, made by a text-to-audio model, each once.
 
-They are kept as WAV in the shots' store, and are heard like files that the script names.
+They are stored as WAV with the shots, and used like files that the script names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class DescribedSound:
-    """A sound that a shot describes in words."""
+    """Sound or music that a shot describes in words, to be made by a model."""
 
     shot: str  # its id
     key: str  # "sound" or "music"
@@ -50,7 +50,7 @@ class DescribedSound:
 def describe_sounds(
     film: FilmPlan, timeline: Timeline, model: str, folder: Path, offload: str = "none"
 ) -> tuple[list[DescribedSound], Timeline]:
-    """Plan a film's sound and music in words, of their shots' seeds; make nothing yet.
+    """Plan the described sound and music of a film, with the seeds of the shots; make nothing yet.
 
     `model` is the folder of a text-to-audio model of diffusers, `folder` that of the film's shots.
 
@@ -76,8 +76,8 @@ def describe_sounds(
     return found, replace(timeline, shots=shots)
 
 
-def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
-    """Make missing sounds by one model, which is loaded once.
+def make_sounds(sounds: Sequence[DescribedSound], on_event: OnEvent) -> None:
+    """Make missing sounds with one model, which is loaded once.
 
     Raises:
         InputError: words that the model refuses.
@@ -90,7 +90,7 @@ def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
         event = {"event": "progress", "stage": f"{each.key} of {each.shot}"}
 
         def report(done: int, total: int, facts: dict[str, str] = event) -> None:
-            tell({**facts, "done": done, "total": total})
+            on_event({**facts, "done": done, "total": total})
 
         samples, rate = each.model.make(each.seed, report, place)
         _write(path, samples, rate)

@@ -35,7 +35,7 @@ SUMS = "sums"
 
 @dataclass(frozen=True)
 class RenderedShot:
-    """A shot whose file exists."""
+    """A rendered shot and the facts of its file."""
 
     shot: Shot  # the shot as it is written, with the film's transition where it has none of its own
     path: Path  # its file, with sound where the model makes it
@@ -59,10 +59,9 @@ class RenderedShot:
 
 @dataclass(frozen=True, slots=True)
 class TakeScore:
-    """The quality of a take.
+    """Score of a take, from the checks of its file and the model's verifier, if it has one.
 
-    The best has the fewest faults in its file's checks; then the model's verifier decides, if it
-    has one. Among equals the first take is kept.
+    The best take has the fewest faults, then the best verifier scores, then the lowest seed.
     """
 
     seed: int
@@ -82,7 +81,7 @@ class TakeScore:
 
 
 def best_take(scores: Sequence[TakeScore]) -> dict[str, Any]:
-    """Return the choice among takes as JSON data: the seed, why, and every take's score."""
+    """Return the best take as JSON data: its seed, the reasons, and all scores."""
     ranked = sorted(scores, key=lambda score: score.rank)
     best = ranked[0]
     why = "; ".join(best.reasons)
@@ -99,21 +98,21 @@ class ShotStore(Store):
         self.film = film
 
     def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
-        """Return (take, index) of parts to be rendered; an existing one stands for those before.
+        """Return (take, index) of each part to render; a part's file includes the earlier ones.
 
-        A take of several that has no score yet lacks its last part.
+        The last part of a take that needs a score and has none is rendered again.
         """
         left = []
         for take in plan.takes:
-            there = [n for n, part in enumerate(take.parts) if self.has(part.key)]
-            begin = there[-1] + 1 if there else 0
+            found = [n for n, part in enumerate(take.parts) if self.has(part.key)]
+            begin = found[-1] + 1 if found else 0
             if begin == len(take.parts) and len(plan.takes) > 1 and self._score(take) is None:
                 begin -= 1
             left += [(take, index) for index in range(begin, len(take.parts))]
         return left
 
     def left(self, plans: Sequence[ShotPlan]) -> list[tuple[ShotPlan, Take, int]]:
-        """Return each part of several shots that is to be rendered, once."""
+        """Return each part of several shots that is to be rendered; equal parts come once."""
         return [*{take.parts[index].key: (plan, take, index) for plan in plans
                   for take, index in self.missing(plan)}.values()]
 
@@ -134,7 +133,7 @@ class ShotStore(Store):
         return self.path(self.take(plan).key)
 
     def is_done(self, plan: ShotPlan) -> bool:
-        """Return whether nothing is left to do for a shot."""
+        """Return whether all takes of a shot are rendered."""
         return not self.missing(plan)
 
     def _score(self, take: Take) -> TakeScore | None:
@@ -151,7 +150,7 @@ def findings_of(path: Path) -> Sequence[Finding]:
 
 
 def remember(shots: Sequence[RenderedShot]) -> None:
-    """Keep the hashes of shots of one film that were rendered now."""
+    """Store the hashes of shots of one film that this run rendered."""
     made = {each.path.name: sha256_file(each.path) for each in shots if each.made}
     if made:
         store = Store(shots[0].path.parent)
@@ -159,7 +158,7 @@ def remember(shots: Sequence[RenderedShot]) -> None:
 
 
 def check_shots(shots: Sequence[RenderedShot]) -> None:
-    """Compare shots of one film with their hashes, and keep the hashes of those that have none.
+    """Compare shots of one film with their stored hashes; store those that are missing.
 
     Raises:
         InputError: a file that is missing or was changed.
@@ -168,8 +167,8 @@ def check_shots(shots: Sequence[RenderedShot]) -> None:
     sums = store.data(SUMS)
     for each in shots:
         if not each.path.is_file():
-            raise InputError(f"shot {each.shot.id!r}: {each.path} is not there any more; the same "
-                             "command renders it again")
+            raise InputError(f"shot {each.shot.id!r}: {each.path} is missing; the same command "
+                             "renders it again")
         found = sha256_file(each.path)
         if sums.setdefault(each.path.name, found) != found:
             raise InputError(f"shot {each.shot.id!r}: {each.path} was changed since it was "

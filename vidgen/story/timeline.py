@@ -29,7 +29,7 @@ Measured: TypeAlias = ShotPlan | RenderedShot
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A shot in the film."""
+    """A shot and its place in the film."""
 
     shot: Shot
     start: int  # frame of the film that first shows it, in a transition or not
@@ -39,7 +39,7 @@ class Placed:
 
     @property
     def end(self) -> int:
-        """The frame after its last."""
+        """The frame after the shot's last frame in the film."""
         return self.start + self.num_frames
 
 
@@ -119,7 +119,7 @@ def lay_out(script: Script, shots: Sequence[Measured], fps: Fraction) -> Timelin
         if placed and start < begin:
             raise InputError(
                 f"{script.where(each.shot)}: {how.type} of {how.duration:g} s is longer than the "
-                f"shot before, which lasts {float((end - begin) / fps):g} s; shorten it")
+                f"previous shot, which lasts {float((end - begin) / fps):g} s; shorten it")
         first = _nearest(start)
         overlap = placed[-1].end - first if placed else 0
         placed.append(Placed(each.shot, first, each.num_frames, overlap, how))
@@ -133,7 +133,7 @@ def lay_out(script: Script, shots: Sequence[Measured], fps: Fraction) -> Timelin
 
 
 def _transition(script: Script, shot: Shot, *, is_first: bool) -> Transition:
-    """Return how a shot follows the previous one; the first can only fade in from a colour."""
+    """Return the transition to a shot; the first shot can only fade in from a colour."""
     how = script.option(shot, "transition") or CUT
     return CUT if is_first and how.type not in ("fade-black", "fade-white") else how
 
