@@ -258,9 +258,9 @@ def test_a_verifier_stays_as_it_is_in_every_layout(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("changed", "told"), [
-    ({"dim": 9}, "doesn't fit its config.json"),
-    ({"labels": [["cat"], []]}, "describes no network: label 1 has no name"),
-    ({"latent_channels": 5}, "the verifier reads latents of 5 channels, the VAE makes 4"),
+    ({"dim": 9}, "doesn't match its config.json"),
+    ({"labels": [["cat"], []]}, "is not a valid config: label 1 has no name"),
+    ({"latent_channels": 5}, "the verifier reads latents of 5 channels, but the VAE's have 4"),
 ])
 def test_a_verifier_of_another_model_is_told_of(
     folder: Path, tmp_path: Path, changed: dict[str, Any], told: str

@@ -138,7 +138,7 @@ def test_measures_of_other_weights_stay_behind(tmp_path: Path, caplog) -> None:
     changed = {"transformer": {name: lazy.get() + 1}}
     convert(ours, tmp_path / "new", "vidgen", changed=changed)
     assert not (tmp_path / "new" / "magnitudes.json").exists()
-    assert "magnitudes.json of tiny is of other weights" in caplog.text
+    assert "magnitudes.json of tiny belongs to the old weights" in caplog.text
 
 
 def test_sound_keeps_its_names_and_comes_back(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_true_sizes_are_recognised(name: str) -> None:
 
 def test_what_no_variant_has_is_refused_by_name() -> None:
     odd = replace(DIT_PRESETS["wan-14b"], in_channels=52)
-    with pytest.raises(ModelError, match=r"52 channels in and 16 out.*t2v-1\.3b"):
+    with pytest.raises(ModelError, match=r"52 input and 16 output channels.*t2v-1\.3b"):
         recognise(odd, num_experts=1, name="folder")
 
 
@@ -350,7 +350,7 @@ def test_what_is_missing_or_damaged_is_named(
 def test_a_pickle_that_holds_code_is_refused(tmp_path: Path) -> None:
     path = build_original(tmp_path / "model", "t2v")
     torch.save({"conv1.weight": Path("/")}, path / "Wan2.1_VAE.pth")
-    with pytest.raises(ModelError, match=r"Wan2\.1_VAE\.pth holds more than tensors"):
+    with pytest.raises(ModelError, match=r"Wan2\.1_VAE\.pth contains more than tensors"):
         open_model(str(path))
 
 

@@ -66,7 +66,7 @@ def test_tokens_lie_in_files_of_every_dialect(dialect, row, tmp_path, caplog):
 def test_a_damaged_embedding_is_refused(row, tmp_path):
     adapter = Adapter("a", {}, tokens={TOKEN: row * torch.nan})
     write_lora(adapter, tmp_path / "lora.safetensors", "vidgen")
-    with pytest.raises(ModelError, match="embeddings of <subject_3> are no finite vectors"):
+    with pytest.raises(ModelError, match="embeddings of <subject_3> aren't finite vectors"):
         read_lora(tmp_path / "lora.safetensors", TINY)
 
 

@@ -200,9 +200,9 @@ Q = "transformer.blocks.0.attn1.to_q.lora_{}.weight"
     [
         ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 24),
           "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(24, 2)},
-         r"2 of 2 tensors have no place in it \(transformer.single_transformer_blocks.0"),
+         r"2 of 2 tensors match no layer \(transformer.single_transformer_blocks.0"),
         ({"diffusion_model.blocks.2.self_attn.q.lora_A.weight": torch.ones(2, 24)},
-         r"model of 2 blocks, 24 wide: 1 of 1 tensors have no place"),
+         r"model \(2 blocks of width 24\): 1 of 1 tensors match no layer"),
         ({Q.format("A"): torch.ones(2, 48), Q.format("B"): torch.ones(48, 2)},
          r"1 of 2 don't fit \(blocks.0.self_attn.q: 48x48 for 24x24\)"),
         ({Q.format("A"): torch.ones(2, 24), Q.format("B"): torch.ones(24, 3)}, "ranks of"),
@@ -212,13 +212,14 @@ Q = "transformer.blocks.0.attn1.to_q.lora_{}.weight"
         ({Q.format("A"): torch.ones(2, 24), Q.format("B"): torch.full((24, 2), torch.nan)},
          r"1 of 2 tensors are not finite \(.*lora_B"),
         ({Q.format("A"): torch.ones(2, 24), Q.format("B"): torch.ones(24, 2),
-          "blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)}, "1 of 3 tensors come twice"),
+          "blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)},
+         "1 of 3 tensors are duplicates"),
         ({"transformer.blocks.0.norm2.diff": torch.ones(25)}, r"weight: \[25\] for \[24\]"),
-        ({"blocks.0.attn1.to_q.weight": torch.ones(24, 24)}, "no place"),
+        ({"blocks.0.attn1.to_q.weight": torch.ones(24, 24)}, "match no layer"),
         ({Q.format("A"): torch.ones(2, 24), "transformer.blocks.0.attn1.to_q.dora_scale":
-          torch.ones(24)}, "is a DoRA, and only LoRA"),
+          torch.ones(24)}, "is a DoRA; vidgen reads only LoRA"),
         ({"lora_unet_blocks_0_self_attn_q.lokr_w1": torch.ones(2, 2)}, "is a LoKr"),
-        ({"lora_te_encoder_block_0.lora_down.weight": torch.ones(2, 2)}, "holds no LoRA tensors"),
+        ({"lora_te_encoder_block_0.lora_down.weight": torch.ones(2, 2)}, "has no LoRA tensors"),
     ],
 )  # fmt: skip
 def test_what_has_no_place_is_refused_with_a_list(tensors, message, tmp_path):
@@ -233,7 +234,7 @@ def test_another_size_is_refused_with_numbers(tmp_path):
     with pytest.raises(ModelError) as refused:
         read_lora(tmp_path / "big.safetensors", TINY)
     text = str(refused.value)
-    assert re.search(r"20 of \d+ tensors have no place .*blocks\.2\.", text)
+    assert re.search(r"20 of \d+ tensors match no layer .*blocks\.2\.", text)
     assert re.search(r"\d+ of \d+ don't fit \(.*48x\d+ for 24x\d+.*, and \d+ more\)", text)
 
 
@@ -241,7 +242,7 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
     with pytest.raises(InputError, match=r"doesn't exist; --lora takes PATH"):
         read_lora(tmp_path / "no.safetensors", TINY)
     (tmp_path / "film.yaml").write_text("a: 1")
-    with pytest.raises(InputError, match=r"no LoRA but a text; --lora takes PATH.*safetensors"):
+    with pytest.raises(InputError, match=r"text file, not a LoRA; --lora takes PATH.*safetensors"):
         read_lora(tmp_path / "film.yaml", TINY)
     (tmp_path / "half.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(ModelError, match="copy it again"):
@@ -251,7 +252,7 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
     folder = make_folder(tmp_path / "two")
     for name in "ab":
         save(folder / f"{name}.safetensors", [Q])
-    with pytest.raises(ModelError, match=r"a.safetensors, b.safetensors; name one"):
+    with pytest.raises(ModelError, match=r"a.safetensors, b.safetensors; give the path of one"):
         read_lora(folder, TINY)
 
 
@@ -269,7 +270,7 @@ def test_zero_deltas_and_text_encoders_are_reported(tmp_path, caplog):
     })  # fmt: skip
     read_lora(file, TINY)
     first, second = (record.getMessage() for record in caplog.records)
-    assert "2 tensors for a text encoder are left out" in first
+    assert "2 tensors for a text encoder are ignored" in first
     assert "1 of its 2 deltas are zero (blocks.0.norm_cross.weight)" in second
     caplog.clear()
     save_file({Q.format("A"): torch.ones(2, 24), Q.format("B"): torch.zeros(24, 2)},
@@ -388,8 +389,8 @@ def test_a_folder_with_one_file_for_each_expert_is_both(tmp_path):
     for side, weight in (("high", 1.0), ("low", 2.0)):
         [(adapter, _)] = read_choices([LoraChoice(tmp_path)], TINY, side)
         assert adapter.low_rank["blocks.0.self_attn.q"].up.unique().item() == weight
-    with pytest.raises(ModelError, match=r"holds mine-high.*, mine-low.*; name one file"):
+    with pytest.raises(ModelError, match=r"has mine-high.*, mine-low.*; give the path of one file"):
         read_choices([LoraChoice(tmp_path)], TINY)
     save(tmp_path / "third.safetensors", [Q])
-    with pytest.raises(ModelError, match="name one file"):
+    with pytest.raises(ModelError, match="give the path of one file"):
         read_choices([LoraChoice(tmp_path)], TINY, "low")

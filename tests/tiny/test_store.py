@@ -197,7 +197,7 @@ def test_a_file_that_left_is_named(tmp_path):
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     files = single(tmp_path), single(tmp_path, "again.safetensors")
-    with pytest.raises(ModelError, match=r"lies in model\.safetensors and in again\.safetensors"):
+    with pytest.raises(ModelError, match=r"is in model\.safetensors and in again\.safetensors"):
         open_tensors(files)
 
 
@@ -214,7 +214,7 @@ class Payload:
 def test_a_pth_is_only_ever_read_as_tensors(tmp_path):
     mark, path = tmp_path / "mark", tmp_path / "weights.pth"
     for content, reason in (
-        ({"a": Payload(mark)}, "more than tensors"),
+        ({"a": Payload(mark)}, "contains more than tensors"),
         ({"a": 1}, "plain state dict"),
         (torch.ones(2), "plain state dict"),
     ):

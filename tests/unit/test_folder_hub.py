@@ -50,7 +50,7 @@ def test_offline_the_folder_to_provide_is_named() -> None:
     with pytest.raises(ModelError) as caught:
         open_model(ID)
     message = str(caught.value)
-    assert "'someone/tiny-model' is no folder here" in message
+    assert "'someone/tiny-model' is not a local folder" in message
     assert "hf download someone/tiny-model --local-dir tiny-model" in message
     assert "give its path" in message
 

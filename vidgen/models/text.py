@@ -142,7 +142,7 @@ class _Stack(nn.Module):
 class UMT5Encoder(nn.Module):
     """UMT5's encoder, initialised as T5 is (Mesh TensorFlow's rule)."""
 
-    fp32_beside_fp16 = (".wo.",)  # XXL's sums leave float16's range; transformers has it so, too
+    fp32_in_fp16 = (".wo.",)  # XXL's sums exceed float16's range; transformers does the same
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

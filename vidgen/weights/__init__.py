@@ -1,1 +1,1 @@
-"""Model folders: reading, checking, naming and converting weights."""
+"""Model folders: open, check, rename and convert weights."""

@@ -1,4 +1,4 @@
-"""Components of a model: an architecture each, with the files' tensors under our names."""
+"""Components of a model: each has an architecture and its files' tensors under vidgen's names."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from vidgen.weights.load import check_fit, load_module
 from vidgen.weights.store import Tensors, Weights
 
 ExpertRole = Literal["transformer", "transformer_2"]
-"""Transformers: a single one, or two that share the noise levels."""
+"""A model's only transformer, or one of two experts for high and low noise."""
 OwnRole = Literal["sound_vae", "verifier", "onset_detector"]
-"""Components that no other program has; they have vidgen's layout in every folder."""
+"""Components that only vidgen has; stored in vidgen's layout in every folder."""
 Role = Literal["vae", "transformer", "transformer_2", "text_encoder", "image_encoder", OwnRole]
 OWN_ROLES: tuple[OwnRole, ...] = get_args(OwnRole)
 Config = (VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig | VerifierConfig
@@ -54,14 +54,14 @@ _EXTRA: dict[str, Spelling] = {
     "visual.head": "wan", "textual.": "wan", "log_scale": "wan",
     "visual_projection.": "diffusers", "encoder.embed_tokens.": "diffusers",
 }
-"""Beginnings of names of encoders' tensors that our modules don't have, and the layout with them.
+"""Name prefixes of encoder tensors that vidgen's modules don't have, and the layout that has them.
 
 transformers may save a tied embedding twice, the second time as `encoder.embed_tokens`.
 """
 _PREFIX = "vision_model."
-"""Before the names of CLIP's vision tower, as transformers up to version 4 wrote them."""
+"""Name prefix of CLIP's vision tower in files written by transformers up to version 4."""
 _ANY_SIZE = 1 << 20
-"""Largest number in a config that is accepted with any size of files."""
+"""Numbers in a config up to this one are accepted whatever the size of the files."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Component(Generic[Config_co]):
     """A component of a model, opened but not loaded.
 
     Attributes:
-        tensors: by our names; unknown ones keep theirs, so that loading refuses them.
-        extra: tensors that our module doesn't have, by their names in the files: CLIP's text tower.
+        tensors: by vidgen's names; unknown ones keep the file's name, so that loading refuses them.
+        extra: tensors that vidgen's module doesn't have (CLIP's text tower), by the file's names.
     """
 
     role: Role
@@ -81,40 +81,43 @@ class Component(Generic[Config_co]):
     def load(
         self, dtype: torch.dtype, device: torch.device | str, quantize: Any = None, **options: Any
     ) -> nn.Module:
-        """Build the module and load its weights; options and errors are `load_module`'s."""
+        """Build the module and load its weights; see `load_module` for options and errors."""
         return load_module(
             self.build, self.tensors, dtype, device, fp32_parts(self.role, dtype), quantize,
             **options,
         )
 
     def build(self) -> nn.Module:
-        """Build the module without its weights."""
+        """Build the module with untrained weights."""
         return CLASSES[self.role](self.config)
 
     def check_sizes(self) -> None:
-        """Raise ModelError for a config with a size that no network of these files can have."""
+        """Raise ModelError if the config has a size that is too large for the files' tensors.
+
+        Checked before the module is built, since a damaged config could ask for terabytes.
+        """
         count = len(self.tensors)
-        held = sum(lazy.likeness.numel() for lazy in self.tensors.values())
+        num_weights = sum(lazy.likeness.numel() for lazy in self.tensors.values())
         for name, value in vars(self.config).items():
             sizes = value if isinstance(value, tuple) else (value,)
             largest = max((size for size in sizes if isinstance(size, int)), default=0)
             is_depth = name in ("num_layers", "num_blocks")
-            if largest > (count if is_depth else max(held, _ANY_SIZE)):
-                files = f"{count} tensors" if is_depth else f"{held} numbers"
+            if largest > (count if is_depth else max(num_weights, _ANY_SIZE)):
+                files = f"{count} tensors" if is_depth else f"{num_weights} numbers"
                 raise ModelError(
                     f"the {self.role}'s config has {name} {str(largest)[:40]}, but its files hold "
                     f"{files}; the two must come from the same model"
                 )
 
     def require_complete(self) -> None:
-        """Raise ModelError for missing, surplus or misshapen tensors, without reading them."""
+        """Raise ModelError for missing, unexpected or misshapen tensors, without reading them."""
         with torch.device("meta"):
             module = self.build()
         check_fit(module, Weights(self.tensors, torch.float32))
 
 
 class Components(dict[Role, Component[Config]]):
-    """A model's components by their roles, each with its role's type of config."""
+    """A model's components by role; the role determines the config's type."""
 
     @overload
     def __getitem__(self, role: Literal["vae"], /) -> Component[VAEConfig]: ...
@@ -138,14 +141,14 @@ class Components(dict[Role, Component[Config]]):
 
 
 def fp32_parts(role: Role, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return parts of the names of weights that stay float32 where others are `dtype`."""
+    """Return name parts of the weights that stay float32 when the others are cast to `dtype`."""
     always = getattr(CLASSES[role], "fp32_weights", ())
-    beside = getattr(CLASSES[role], "fp32_beside_fp16", ()) if dtype == torch.float16 else ()
-    return (*always, *beside)
+    in_fp16 = getattr(CLASSES[role], "fp32_in_fp16", ()) if dtype == torch.float16 else ()
+    return (*always, *in_fp16)
 
 
 def table_of(role: Role, config: Config) -> tuple[Names, ...]:
-    """Return the names of a component's tensors in all spellings."""
+    """Return the table of a component's tensor names in all spellings."""
     if isinstance(config, VAEConfig):
         return vae_keys(config)
     if role in OWN_ROLES:
@@ -156,12 +159,12 @@ def table_of(role: Role, config: Config) -> tuple[Names, ...]:
 
 
 def extra_in(name: str) -> Spelling | None:
-    """Return the layout of a tensor that our modules don't have; None for all others."""
+    """Return the layout of a tensor that vidgen's modules don't have; None for all others."""
     return next((layout for start, layout in _EXTRA.items() if name.startswith(start)), None)
 
 
 def assemble(role: Role, config: Config, stored: Tensors, spelling: Spelling) -> Component[Config]:
-    """Assemble a component from its files' tensors; raise ModelError if two have one name."""
+    """Assemble a component from its files' tensors; raise ModelError for duplicate names."""
     table, component = table_of(role, config), Component(role, config, Tensors())
     for name, lazy in stored.items():
         if extra_in(name):
@@ -170,7 +173,7 @@ def assemble(role: Role, config: Config, stored: Tensors, spelling: Spelling) ->
         bare = name.removeprefix(_PREFIX)
         ours = bare if spelling == "vidgen" else rename(bare, table, spelling, "vidgen") or bare
         if ours in component.tensors:
-            raise ModelError(f"{lazy.files[0].path.parent} has two tensors for {ours}; leave only "
+            raise ModelError(f"{lazy.files[0].path.parent} has two tensors for {ours}; keep only "
                              "one model in the folder")
         component.tensors[ours] = lazy
     component.check_sizes()

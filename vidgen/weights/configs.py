@@ -1,4 +1,4 @@
-"""Architectures, read from `config.json` in three layouts or inferred from tensors' shapes."""
+"""Read architectures from `config.json` in three layouts, or infer them from tensor shapes."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _IMAGE_NAMES = {
 }
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_DIM = 128
-"""Of all published Wan transformers."""
+"""Head width of all published Wan transformers."""
 CLIP_HEADS = 16
-"""Of the published CLIP's vision tower, ViT-H/14."""
+"""Attention heads of Wan's CLIP vision tower, ViT-H/14."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; raise ModelError if it can't be read."""
+    """Read a JSON object from a file; raise ModelError if it can't be read."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -83,29 +83,33 @@ def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str)
     try:
         return build(config_type, dict(settings), where)
     except ValueError as error:  # values that don't go together
-        raise ModelError(f"{where} describes no network: {error}; copy it again") from error
+        raise ModelError(f"{where} is not a valid config: {error}; copy it again") from error
 
 
 def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of `DiTConfig` from diffusers' `config.json`.
+    """Return the fields of `DiTConfig` from diffusers' `config.json`.
 
     Raises:
-        ModelError: another transformer, or a setting that ours doesn't have.
+        ModelError: another transformer class, or an unsupported setting.
     """
     name = settings.get("_class_name")
     if name not in TRANSFORMER_CLASSES:
         raise ModelError(
-            f"the transformer is a {name}; vidgen has {' and '.join(TRANSFORMER_CLASSES)}"
+            f"the transformer is a {name}; vidgen supports {' and '.join(TRANSFORMER_CLASSES)}"
         )
     for key, allowed in (("qk_norm", "rms_norm_across_heads"), ("cross_attn_norm", True)):
         if settings.get(key, allowed) != allowed:
-            raise ModelError(f"the transformer has {key} {settings[key]!r}, not {allowed!r}")
+            raise ModelError(
+                f"the transformer has {key} {settings[key]!r}; vidgen supports {allowed!r}"
+            )
     fields = {ours: settings[theirs] for ours, theirs in _DIT_NAMES.items() if theirs in settings}
     if fields.get("image_positions", 0) is None:
         del fields["image_positions"]  # older folders have the tensor but not the setting
     time, *patch = settings.get("patch_size", (1, 2, 2))
     if time != 1 or len(set(patch)) != 1:
-        raise ModelError(f"the transformer has patches of {settings['patch_size']}, not [1, p, p]")
+        raise ModelError(
+            f"the transformer has patch_size {settings['patch_size']}; vidgen supports [1, p, p]"
+        )
     fields["patch_size"] = patch[0]
     if "vace_layers" in settings:
         fields["control_layers"] = tuple(settings["vace_layers"])
@@ -114,7 +118,7 @@ def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """Return diffusers' `config.json`."""
+    """Return diffusers' `config.json` of a transformer."""
     settings = {
         "_class_name": TRANSFORMER_CLASSES[bool(config.control_layers)],
         "patch_size": [1, config.patch_size, config.patch_size],
@@ -129,7 +133,7 @@ def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 
 
 def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of `DiTConfig` from Wan's own `config.json`."""
+    """Return the fields of `DiTConfig` from Wan's own `config.json`."""
     fields = {
         ours: settings[theirs] for ours, theirs in _WAN_DIT_NAMES.items() if theirs in settings
     }
@@ -139,7 +143,7 @@ def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_wan(config: DiTConfig, model_type: str) -> dict[str, Any]:
-    """Return Wan's own `config.json`; `model_type` is t2v, i2v, flf2v, vace or ti2v."""
+    """Return Wan's own `config.json`; `model_type` is "t2v", "i2v", "flf2v", "vace" or "ti2v"."""
     settings = {
         "_class_name": "VaceWanModel" if config.control_layers else "WanModel",
         "model_type": model_type, "dim": config.hidden_dim,
@@ -156,13 +160,13 @@ def vae_from_diffusers(settings: Mapping[str, Any]) -> VAEConfig:
     """Return the config from `config.json` of diffusers' `AutoencoderKLWan`.
 
     Raises:
-        ModelError: another VAE, or a setting that ours doesn't have.
+        ModelError: another VAE class, or an unsupported setting.
     """
     name = settings.get("_class_name")
     if name != "AutoencoderKLWan":
-        raise ModelError(f"the VAE is a {name}; vidgen has AutoencoderKLWan")
+        raise ModelError(f"the VAE is a {name}; vidgen supports AutoencoderKLWan")
     if settings.get("attn_scales"):
-        raise ModelError(f"the VAE has attention at {settings['attn_scales']}; ours has none there")
+        raise ModelError(f"the VAE has attn_scales {settings['attn_scales']}; vidgen supports []")
     try:
         fields: dict[str, Any] = {
             ours: tuple(value) if isinstance(value, list) else value
@@ -197,7 +201,7 @@ def text_from_transformers(settings: Mapping[str, Any]) -> TextConfig:
     """Return the config from `config.json` of transformers' UMT5.
 
     Raises:
-        ModelError: another architecture, or a setting is missing.
+        ModelError: another architecture, or a missing setting.
     """
     model_type = settings.get("model_type")
     activation = settings.get("feed_forward_proj", "gated-gelu")
@@ -216,11 +220,11 @@ def image_from_transformers(
     """Return the config from `config.json` of transformers' `CLIPVisionModel`.
 
     Args:
-        processor: the `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's own.
+        processor: `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's defaults.
 
     Raises:
-        ModelError: another architecture, a missing setting, or a processor other than
-            `prepare_image`.
+        ModelError: another architecture, a missing setting, or a processor that `prepare_image`
+            doesn't reproduce.
     """
     model_type = settings.get("model_type")
     if model_type != "clip_vision_model" or settings.get("num_channels", 3) != 3:
@@ -249,16 +253,16 @@ def _required(settings: Mapping[str, Any], names: Mapping[str, str], what: str) 
 
 
 def _require_clip_processor(processor: Mapping[str, Any], size: int) -> None:
-    """Raise ModelError for settings of an image processor that `prepare_image` doesn't follow."""
+    """Raise ModelError for processor settings that `prepare_image` doesn't reproduce."""
     square = {"height": size, "width": size}
-    followed: dict[str, tuple[Any, ...]] = {
+    supported: dict[str, tuple[Any, ...]] = {
         "size": ({"shortest_edge": size}, size),
         "crop_size": (square, size),
         "resample": (3,),  # bicubic
         "rescale_factor": (1 / 255,),
         **{f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")},
     }
-    for key, allowed in followed.items():
+    for key, allowed in supported.items():
         if key in processor and processor[key] not in allowed:
             raise ModelError(
                 f"the image processor's {key} is {processor[key]!r}; only {allowed[0]!r} is "
@@ -282,13 +286,13 @@ def encoder_to_transformers(config: TextConfig | ImageConfig) -> dict[str, Any]:
 
 
 def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
-    """Infer the architecture of a transformer from its tensors' shapes, by our names.
+    """Infer the architecture of a transformer from its tensors' shapes, by vidgen's names.
 
-    `known` are fields of a config file. Heads and control layers don't follow from shapes, and are
-    those of the published models.
+    `known` fields, from a config file, take precedence. Shapes don't determine the numbers of heads
+    and control layers; without a config file the published models' values are assumed.
 
     Raises:
-        ModelError: tensors that no transformer of ours has.
+        ModelError: the tensors match no supported transformer.
     """
     with _reading("transformer"):
         width, channels, _, patch, _ = shapes["patch_embed.weight"]
@@ -313,14 +317,14 @@ def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
             fields["head_dim"] = width // fields["num_heads"]
         if fields["num_heads"] * fields["head_dim"] != width:
             raise ModelError(
-                f"a transformer {width} wide has no heads of {HEAD_DIM}; its config.json, which "
-                "says how many it has, is missing: copy it again"
+                f"a transformer of width {width} can't have heads of {HEAD_DIM}, and its "
+                "config.json with the number of heads is missing; copy it again"
             )
         return build(DiTConfig, fields, "the transformer's config.json")
 
 
 def infer_text(shapes: Shapes) -> TextConfig:
-    """Infer the architecture of a UMT5 encoder from shapes by our names."""
+    """Infer the architecture of a UMT5 encoder from its tensors' shapes, by vidgen's names."""
     with _reading("text encoder"):
         attention = "encoder.block.0.layer.0.SelfAttention"
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
@@ -334,7 +338,7 @@ def infer_text(shapes: Shapes) -> TextConfig:
 
 
 def infer_image(shapes: Shapes) -> ImageConfig:
-    """Infer the architecture of CLIP's vision tower from shapes by our names."""
+    """Infer the architecture of CLIP's vision tower from tensor shapes, by vidgen's names."""
     with _reading("image encoder"):
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         tokens = shapes["embeddings.position_embedding.weight"][0]
@@ -346,10 +350,10 @@ def infer_image(shapes: Shapes) -> ImageConfig:
 
 
 def infer_vae(shapes: Shapes) -> VAEConfig:
-    """Infer the architecture of a VAE from shapes by Wan's names.
+    """Infer the architecture of a VAE from its tensors' shapes, by Wan's names.
 
-    The statistics of its latents are in no file: they are those of the published VAE with as many
-    channels, if any.
+    Wan's files don't contain the latents' mean and standard deviation; a VAE with as many latent
+    channels as the published one gets that one's.
     """
     with _reading("VAE"):
         stages = _vae_stages(shapes)
@@ -372,12 +376,12 @@ def infer_vae(shapes: Shapes) -> VAEConfig:
 
 
 def _is_nested(shapes: Shapes) -> bool:
-    """Return whether the encoder's layers are counted by stage, as in Wan 2.2."""
+    """Return True if the encoder's layers are numbered within each stage, as in Wan 2.2."""
     return any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in shapes)
 
 
 def _vae_stages(shapes: Shapes) -> list[tuple[int, int, bool]]:
-    """Return (blocks, width, whether frames are halved) of each stage of the encoder."""
+    """Return (num_blocks, width, halves_frames) of each stage of the encoder."""
     layers = r"encoder\.downsamples\.(\d+)" + (
         r"\.downsamples\.(\d+)" if _is_nested(shapes) else r"()"
     )
@@ -398,7 +402,7 @@ def _vae_stages(shapes: Shapes) -> list[tuple[int, int, bool]]:
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:
-    """Return the number of modules in a list: one more than the highest index."""
+    """Return the length of a module list: one more than its highest index."""
     found = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
     return max(found, default=-1) + 1
 
@@ -410,8 +414,8 @@ def _reading(what: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ModelError(
-            f"the {what} lacks the tensor {error}, so its architecture can't be told; "
+            f"the {what} lacks the tensor {error}, so its architecture can't be inferred; "
             "copy its files again"
         ) from None
     except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise ModelError(f"the {what}'s tensors fit no architecture of ours: {error}") from error
+        raise ModelError(f"the {what}'s tensors match no supported model: {error}") from error

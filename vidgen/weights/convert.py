@@ -1,8 +1,9 @@
 """Convert a model folder to another layout, bit for bit and reversibly.
 
-Data without a place in the other layout is kept for the way back: the facts of `model.json` and our
-configs in `vidgen.json`, tensors under their own names. Unknown tensors are errors. Wan's layout
-has its VAE and encoders pickled, as Wan's own programs read them; all else is safetensors.
+Data that the target layout can't express is kept for converting back: the contents of `model.json`
+and vidgen's configs go into `vidgen.json`, and tensors keep vidgen's names. Unknown tensors are
+errors. In Wan's layout the VAE and encoders are pickles, as Wan's programs read them; all other
+weights are safetensors.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 
 _MAGNITUDES = "magnitudes.json"
 _KEPT = ("preview", CLIP_TOKENIZER, "*.md", "LICENSE*")
-"""Files and folders that fit any weights of a model in any layout."""
+"""Files and folders that are copied whatever the layout and the weights."""
 _AS_IS: Mapping[str, Mapping[str, Tensor]] = {}
 
 
@@ -61,35 +62,36 @@ def convert(
     source: ModelFolder | DiffusersFolder, target: Path, to: Spelling, *,
     max_shard_bytes: int = MAX_SHARD_BYTES, changed: Mapping[str, Mapping[str, Tensor]] = _AS_IS,
 ) -> list[str]:
-    """Write a model in another layout; the target appears when it is complete.
+    """Write a model in another layout; the target folder appears only when it is complete.
 
     Args:
         to: "diffusers": for `from_pretrained` of diffusers' Wan pipelines. "wan": for Wan's own
-            programs. "vidgen": ours, with hashes.
-        changed: tensors that replace the files', in their dtype, by role and our names; only with
-            `to` "vidgen". The model's students and magnitudes, which don't fit them, are left out.
+            programs. "vidgen": vidgen's layout, with hashes.
+        changed: tensors, by role and vidgen's name, that replace the files' and are cast to their
+            dtype; only with `to` "vidgen". The model's student and magnitudes are not copied then,
+            since they belong to the old weights.
 
     Returns:
-        Names of the tensors for which the layout has no name.
+        Tensors for which the target layout has no name, sorted.
 
     Raises:
-        ModelError: the target exists, a tensor is unknown or missing, or the model has what the
-            layout can't express.
-        InputError: the source is in this layout already.
-        OutputError: no place to write it.
+        ModelError: the target exists, a tensor is unknown or missing, or the source is of another
+            family.
+        InputError: the source has this layout already.
+        OutputError: the target can't be written.
     """
     if isinstance(source, DiffusersFolder):
         raise ModelError(
-            f"{source.path} is a {source.class_name}; only models of the Wan family are converted"
+            f"{source.path} is a {source.class_name}; only Wan and toybox models can be converted"
         )
     assert to == "vidgen" or not changed
     if source.layout == to and not changed:
-        raise InputError(f"{source.path} is in the layout {to!r} already")
+        raise InputError(f"{source.path} has the layout {to!r} already")
     if target.exists():
-        raise ModelError(f"{target} exists; name a new folder")
+        raise ModelError(f"{target} exists already; give the path of a new folder")
     check_output(target, num_bytes=source.num_bytes)
     if source.layout == "vidgen":
-        assert source.content_hash  # refuses files that are not those recorded
+        assert source.content_hash  # raises ModelError if a file's hash isn't the recorded one
     unnamed: list[str] = []
     with atomic_path(target) as folder:
         folder.mkdir()
@@ -104,13 +106,14 @@ def convert(
             else:
                 _write_part(folder, component, tensors, to, max_shard_bytes)
             component.tensors.release()
-        kept = _KEPT if changed else (*_KEPT, STUDENT, _MAGNITUDES)  # these are of these weights
+        # the student and magnitudes belong to the source's weights
+        kept = _KEPT if changed else (*_KEPT, STUDENT, _MAGNITUDES)
         for path in (path for name in kept for path in source.path.glob(name)):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
         if changed and (source.path / _MAGNITUDES).is_file():
-            log.warning("%s of %s is of other weights and stays behind; vidgen models --measure "
-                        "measures those of the new ones", _MAGNITUDES, source.name)
+            log.warning("%s of %s belongs to the old weights and is not copied; run vidgen models "
+                        "--measure to measure the new ones", _MAGNITUDES, source.name)
         tokenizer = WAN_TOKENIZER if to == "wan" else "tokenizer"
         shutil.copytree(source.tokenizer, folder / tokenizer)
         if to == "vidgen":
@@ -137,7 +140,7 @@ def convert(
 def _renamed(
     component: Component[Config], to: Spelling, unnamed: list[str], changed: Mapping[str, Tensor]
 ) -> dict[str, Lazy]:
-    """Return a component's tensors by the names of a layout; those without one keep theirs."""
+    """Return a component's tensors by a layout's names, and add the others to `unnamed`."""
     tensors, table = dict[str, Lazy](), table_of(component.role, component.config)
     for name, lazy in component.tensors.items():
         new = name if to == "vidgen" else rename(name, table, "vidgen", to)
@@ -157,7 +160,7 @@ def _write_part(
 ) -> None:
     """Write a component's folder in vidgen's or diffusers' layout."""
     config: dict[str, Any]
-    if isinstance(part.config, TextConfig | ImageConfig):  # as transformers has them in both
+    if isinstance(part.config, TextConfig | ImageConfig):  # both layouts use transformers' config
         config = encoder_to_transformers(part.config)
     elif to == "diffusers" and isinstance(part.config, VAEConfig):
         config = vae_to_diffusers(part.config)
@@ -190,7 +193,7 @@ def _write_wan(
 
 
 def _model_type(dit: DiTConfig) -> str:
-    """Return Wan's word for a kind of transformer."""
+    """Return `model_type` of Wan's `config.json`."""
     if dit.control_layers:
         return "vace"
     if dit.in_channels > dit.out_channels:
@@ -239,13 +242,13 @@ def _warn_of_clip(source: ModelFolder) -> None:
     part = source.components.get("image_encoder")
     if part is not None and not any(name.startswith("textual.") for name in part.extra):
         log.warning(
-            "%s has no text tower of CLIP: vidgen needs none, but for Wan's own programs take "
-            "%s.pth and %s/ from the release", source.name, CLIP_FILE, CLIP_TOKENIZER,
+            "%s has no text tower of CLIP: vidgen doesn't need it, but Wan's own programs do; for "
+            "those, copy %s.pth and %s/ from the release", source.name, CLIP_FILE, CLIP_TOKENIZER,
         )
 
 
 def _write_processor(folder: Path, source: ModelFolder) -> bool:
-    """Copy the image processor's settings, or write CLIP's own; return whether one exists."""
+    """Copy the image processor's settings, or write CLIP's; return False for models without one."""
     if "image_encoder" not in source.components:
         return False
     if source.image_processor is not None:

@@ -1,7 +1,7 @@
 """Variants of the Wan family and their defaults.
 
-Figures are of the published programs (Wan-Video/Wan2.1 and Wan2.2, `generate.py` and
-`wan/configs`); negative prompts are those of the releases.
+The values come from the published programs (`generate.py` and `wan/configs` of Wan-Video/Wan2.1 and
+Wan2.2); the negative prompts from the releases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Task = Literal[
     "text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "control",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
-"""Inputs of a clip; "text" is for models that need no other."""
+"""Inputs from which a model can generate; "text" means that a prompt alone is enough."""
 
 Conditioning = Literal["tokens", "channels", "control", "none"]
 
@@ -35,17 +35,18 @@ _LARGE = ((1280, 720), (720, 1280), *_SMALL)
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """A model's defaults for settings of a generation.
+    """Default generation settings of a model.
 
     Args:
-        guidance_scale: of a model with two experts, the high-noise one's.
+        guidance_scale: in a model with two experts, the high-noise expert's.
         guidance_scale_2: the low-noise expert's; None: the same.
         guidance_interval: (lowest, highest) sigma at which guidance applies.
-        settings: of the features that this model has, by name; see `vidgen.pipeline.settings`.
-        boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
-        sizes: (width, height) of its training clips; others cause a warning.
-        max_frames: of its longest training clips.
-        history_noise: noise level of earlier windows of a long clip, in models trained with it.
+        settings: settings of the model's optional features, by name; see
+            `vidgen.pipeline.settings`.
+        boundary: sigma; `transformer` runs at and above it, `transformer_2` below it.
+        sizes: (width, height) of the training clips; other sizes cause a warning.
+        max_frames: length of the longest training clips.
+        history_noise: noise level of the earlier windows of a long clip, in models trained with it.
     """
 
     num_steps: int
@@ -68,7 +69,7 @@ class ModelDefaults:
 
 @dataclass(frozen=True)
 class Variant:
-    """A published model of the family."""
+    """A published Wan model: its tasks and defaults."""
 
     name: str
     family: str
@@ -128,15 +129,15 @@ VARIANTS: dict[str, Variant] = {
 def recognise(
     dit: DiTConfig, *, num_experts: int, name: str, expand_timesteps: bool = False
 ) -> Variant:
-    """Return the variant of a transformer.
+    """Return the variant to which a transformer belongs.
 
     Args:
         num_experts: transformers of the model, 1 or 2.
-        name: of the folder; only this distinguishes 480p and 720p in Wan 2.1's image-to-video.
-        expand_timesteps: whether known tokens have time 0, from diffusers' TI2V folders.
+        name: the folder's name, which alone distinguishes Wan 2.1's 480p and 720p image-to-video.
+        expand_timesteps: True if known tokens have time 0; set in diffusers' TI2V folders.
 
     Raises:
-        ModelError: channels that no published variant has.
+        ModelError: no published variant has these numbers of channels.
     """
     large = dit.hidden_dim > 2048
     size = "14b" if large else "1.3b"
@@ -150,20 +151,20 @@ def recognise(
         return VARIANTS[f"t2v-{size}"]
     if dit.in_channels != 2 * dit.out_channels + 4:
         raise ModelError(
-            f"{name} has a transformer of {dit.in_channels} channels in and {dit.out_channels} "
-            f"out; vidgen knows {', '.join(VARIANTS)}"
+            f"{name} has a transformer with {dit.in_channels} input and {dit.out_channels} output "
+            f"channels; vidgen supports {', '.join(VARIANTS)}"
         )
     if dit.image_positions:
         return VARIANTS["flf2v-14b"]
     if dit.image_dim:
         return VARIANTS["i2v-14b-720p" if re.search(r"720", name) else "i2v-14b-480p"]
     variant = VARIANTS["i2v-a14b"]
-    if num_experts == 1:  # one of its experts
+    if num_experts == 1:  # a folder with one of the variant's two experts
         alone = replace(variant.defaults, boundary=None, guidance_scale_2=None)
         return replace(variant, defaults=alone)
     return variant
 
 
 def models_with(task: str) -> list[str]:
-    """List the variants that can do a task."""
+    """List the variants that support a task."""
     return [name for name, variant in VARIANTS.items() if task in variant.tasks]

@@ -1,10 +1,10 @@
 """Models on disk, opened but not loaded: types of folders, their files and hashes.
 
-vidgen's layout is `model.json`, `tokenizer/` and a folder for each component: `vae/`,
+vidgen's layout has `model.json`, `tokenizer/` and a folder for each component: `vae/`,
 `transformer/`, `text_encoder/` and optionally `transformer_2/`, `image_encoder/`, `sound_vae/`,
-`verifier/` and `onset_detector/`. Each has `config.json` and `model.safetensors`, or shards with an
-index. `config.json` is the component's frozen dataclass, or for encoders transformers' config.
-`layouts` opens these folders, and those of diffusers and Wan.
+`verifier/` and `onset_detector/`. Each contains `config.json` (the component's config dataclass, or
+transformers' config for the encoders) and `model.safetensors`, or shards with an index. `layouts`
+opens folders in this layout, in diffusers' and in Wan's.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 HASHES = "hashes.json"
 MIN_BYTES = 1_000_000
-"""Smaller files are hashed each time."""
+"""Smaller files are hashed each time instead of cached."""
 STUDENT = "student"
 """Folder of a model's few-step adapter (student)."""
 STUDENT_WEIGHTS: dict[ExpertRole, str] = {
     "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
 }
-"""Files of a student's deltas, by transformer; the second is optional."""
-_SETTLED_S = 2.0  # a file changed more recently may change again with the same time stamp
+"""Files of a student's weight deltas, by transformer; the second is optional."""
+_SETTLED_S = 2.0  # a file changed more recently may change again within its time stamp's precision
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Sampling of a few-step adapter (student), with guidance distilled into it (Meng et al. 2023).
+    """Sampling settings of a few-step adapter (student) with distilled guidance (Meng et al. 2023).
 
     Args:
-        sampler: of its training, one of `SAMPLERS`.
+        sampler: sampler of its training, one of `SAMPLERS`.
         sigmas: noise levels of its training, from 1 down to 0.
-        guidance_scale: of its teacher, distilled into it.
-        boundary: sigma below which the model's low-noise expert denoises, with its delta if there
-            is one; None: nowhere.
+        guidance_scale: the teacher's, distilled into the adapter.
+        boundary: sigma below which the model's low-noise expert denoises, with its delta if one
+            exists; None: that expert isn't used.
 
     Raises:
-        ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
+        ValueError: an unknown sampler, or sigmas that don't fall from 1 to 0.
     """
 
     sampler: str
@@ -63,23 +63,23 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
+            raise ValueError(f"sampler is {self.sampler!r}; give one of {', '.join(SAMPLERS)}")
         falls = all(low < high for high, low in zip(self.sigmas, self.sigmas[1:], strict=False))
         if len(self.sigmas) < 2 or not falls or self.sigmas[0] != 1 or self.sigmas[-1] != 0:
             raise ValueError(f"sigmas are {list(self.sigmas)}; they must fall from 1 to 0")
 
     @property
     def num_steps(self) -> int:
-        """Steps of a clip."""
+        """Denoising steps of a clip."""
         return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
 class Files:
-    """A folder's files.
+    """A model folder and its files.
 
     Attributes:
-        files: name -> recorded SHA-256, or "".
+        files: recorded SHA-256 of each file, by its path in the folder; "" where none is recorded.
     """
 
     path: Path
@@ -87,10 +87,10 @@ class Files:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over the names and hashes of all files but cards (`.md`).
+        """SHA-256 over the names and hashes of all files except model cards (`.md`).
 
         Raises:
-            ModelError: a file's hash isn't the recorded one.
+            ModelError: a file's hash differs from the recorded one.
         """
         names = sorted(name for name in self.files if not name.endswith(".md"))
         hashes = hash_files(self.path / name for name in names)
@@ -100,14 +100,14 @@ class Files:
             if self.files[name] not in ("", now):
                 raise ModelError(
                     f"{self.path / name} is damaged or was changed: its SHA-256 is {now[:12]}..., "
-                    f"recorded is {self.files[name][:12]}...; copy it again"
+                    f"model.json records {self.files[name][:12]}...; copy it again"
                 )
             digest.update(f"{name} {now}\n".encode())
         return digest.hexdigest()
 
     @property
     def num_bytes(self) -> int:
-        """Total size of the files."""
+        """Total size of the files, in bytes."""
         return sum((self.path / name).stat().st_size for name in self.files)
 
 
@@ -117,12 +117,12 @@ class ModelFolder(Files):
 
     Attributes:
         family: "toybox", "wan2.1" or "wan2.2".
-        tasks: see `TASKS`; without "text" a clip needs one of the others.
+        tasks: see `TASKS`; without "text", a prompt alone is not enough.
         tokenizer: the folder with `tokenizer.json`.
         image_processor: the folder of the image encoder's processor, or None.
-        variant: of the family, by its name in `family.VARIANTS`.
-        given: another name of the model: the argument of `open_model`.
-        student: few-step adapter, or None.
+        variant: a key of `family.VARIANTS`, or None.
+        given: the model's name as the user gave it, if it isn't the folder's.
+        student: settings of the model's few-step adapter, or None.
     """
 
     name: str
@@ -140,10 +140,10 @@ class ModelFolder(Files):
 
     @property
     def conditioning(self) -> Conditioning:
-        """Input of known frames to the transformer.
+        """The way in which known frames enter the transformer.
 
-        "tokens": in place, their tokens at time 0. "channels": in channels after the noisy latents,
-        with a mask. "control": through VACE's control blocks. "none": not at all.
+        "tokens": in place of noisy ones, their tokens at time 0. "channels": in channels after the
+        noisy latents, with a mask. "control": through VACE's control blocks. "none": not at all.
         """
         dit = self.components["transformer"].config
         if dit.control_layers:
@@ -155,23 +155,23 @@ class ModelFolder(Files):
 
 @dataclass(frozen=True)
 class DiffusersFolder(Files):
-    """A diffusers folder of another family's pipeline."""
+    """A folder of a diffusers pipeline of another model family."""
 
     class_name: str
     given: str | None = None
 
     @property
     def name(self) -> str:
-        """Hub id, or the folder's name."""
+        """The hub id, or the folder's name."""
         return self.given or self.path.name
 
 
 def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the SHA-256 of each file, cached by path, size and time of change.
+    """Return the SHA-256 of each file, cached by path, size and modification time.
 
     A cache that can't be read or written is ignored.
     """
-    known, hashes, learned = read_cache(HASHES), {}, {}
+    known, hashes, computed = read_cache(HASHES), {}, {}
     for path in paths:
         facts = path.stat()
         key = str(path.resolve())
@@ -182,26 +182,27 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
                 continue
         hashes[path] = sha256_file(path)
         if facts.st_size >= MIN_BYTES and time.time() - facts.st_mtime > _SETTLED_S:
-            learned[key] = [*stamp, hashes[path]]
-    if learned:
+            computed[key] = [*stamp, hashes[path]]
+    if computed:
+        # read again: another process may have written the cache in the meantime
         kept = {key: each for key, each in read_cache(HASHES).items() if Path(key).is_file()}
-        write_cache(HASHES, kept | learned)
+        write_cache(HASHES, kept | computed)
     return hashes
 
 
 def student_parts(model: Path) -> tuple[ExpertRole, ...]:
-    """Return the transformers for which a model's student has deltas."""
+    """Return the transformers for which a model's student has weight deltas."""
     return tuple(part for part, file in STUDENT_WEIGHTS.items()
                  if (model / STUDENT / file).is_file())
 
 
 def embedded_folder(name: str) -> Path:
-    """Return the folder of a model shipped inside the package."""
+    """Return the folder of a model that is part of the package."""
     return Path(str(files("vidgen") / "assets" / name))
 
 
 def list_embedded() -> list[str]:
-    """List the models shipped inside the package."""
+    """List the models that are part of the package."""
     root = Path(str(files("vidgen") / "assets"))
     return sorted(p.parent.name for p in root.glob("*/model.json"))
 
@@ -210,7 +211,7 @@ def write_model_info(
     path: Path, *, name: str, family: str, license_name: str, tasks: tuple[str, ...],
     defaults: ModelDefaults, variant: str | None = None,
 ) -> None:
-    """Write `model.json` for the component files in `path`."""
+    """Write `model.json` for the files in `path`, with their hashes."""
     names = sorted(
         str(file.relative_to(path))
         for file in path.rglob("*")
@@ -225,7 +226,7 @@ def write_model_info(
 
 
 def write_info(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Write `info` to `model.json`, with the hashes of these files added to those in it."""
+    """Write `info` to `model.json`, after updating its hashes of the files `names`."""
     files = {**info.get("files", {}), **{name: sha256_file(path / name) for name in names}}
     whole = {**info, "files": dict(sorted(files.items()))}
     atomic_write(path / "model.json", (json.dumps(whole, indent=1) + "\n").encode())

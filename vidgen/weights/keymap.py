@@ -1,8 +1,8 @@
-"""Names of tensors in three spellings: ours, diffusers' and the original Wan checkpoints'.
+"""Names of tensors in three spellings: vidgen's, diffusers' and the original Wan checkpoints'.
 
-Each table row is a module or parameter path in all three, `{i}` for a number; the rest of a name
-(`.weight`, `.lora_A.weight`) is kept. None: the tensor has no name there, and keeps ours. A key
-without a row is unknown, and an error.
+Each table row gives a module or parameter path in all three, with `{i}` for a number; the rest of a
+name (`.weight`, `.lora_A.weight`) is kept. None means that the spelling has no name for the tensor.
+Names that match no row are unknown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Spelling = Literal["vidgen", "diffusers", "wan"]
 
 
 class Names(NamedTuple):
-    """One path in the three spellings."""
+    """One module or parameter path in the three spellings."""
 
     vidgen: str
     diffusers: str | None
@@ -30,7 +30,7 @@ class Names(NamedTuple):
 
 
 def rename(key: str, table: tuple[Names, ...], source: Spelling, target: Spelling) -> str | None:
-    """Return a key of `source` in the spelling `target`; None if it has none."""
+    """Translate a tensor's name from one spelling to another; None if it has no name there."""
     for pattern, template in _rules(table, source, target):
         match = pattern.fullmatch(key)
         if match:
@@ -41,7 +41,7 @@ def rename(key: str, table: tuple[Names, ...], source: Spelling, target: Spellin
 def renamed(
     keys: Iterable[str], table: tuple[Names, ...], source: Spelling, target: Spelling
 ) -> dict[str, str]:
-    """Map each key to its new spelling; keys without one are left out."""
+    """Map each name to its name in `target`, without those that have none."""
     pairs = ((key, rename(key, table, source, target)) for key in keys)
     return {key: name for key, name in pairs if name is not None}
 
@@ -97,7 +97,7 @@ _IMAGE_EMBED: tuple[Names, ...] = (
 
 
 def _under(path: Names, parts: tuple[Names, ...]) -> list[Names]:
-    """Return rows of a module's parts."""
+    """Prefix the rows of a module's parts with the module's path."""
     return [
         Names(f"{path.vidgen}.{part.vidgen}",
               part.diffusers and f"{path.diffusers}.{part.diffusers}",
@@ -124,7 +124,7 @@ DIT_KEYS: tuple[Names, ...] = (
     Names("audio_embed", None, None),
     Names("head.audio_proj", None, None),
 )
-"""`SpacetimeDiT`; its audio parts have no counterpart."""
+"""Names of `SpacetimeDiT`; its audio parts exist only in vidgen."""
 
 _TEXT_BLOCK: tuple[Names, ...] = (
     *(Names(f"layer.0.SelfAttention.{n}", f"layer.0.SelfAttention.{n}", f"attn.{n}")
@@ -147,7 +147,7 @@ TEXT_KEYS: tuple[Names, ...] = (
     *_under(Names("encoder.block.{i}", "encoder.block.{i}", "blocks.{i}"), _TEXT_BLOCK),
     Names("encoder.final_layer_norm", "encoder.final_layer_norm", "norm"),
 )
-"""`UMT5Encoder`."""
+"""Names of `UMT5Encoder`."""
 
 _IMAGE_LAYER: tuple[Names, ...] = tuple(
     Names(path, path, wan)
@@ -178,19 +178,19 @@ IMAGE_KEYS: tuple[Names, ...] = (
         Names("encoder.layers.{i}", "encoder.layers.{i}", "visual.transformer.{i}"), _IMAGE_LAYER
     ),
 )
-"""`ImageEncoder`; Wan's fused `to_qkv` counts as three, see `split_clip`."""
+"""Names of `ImageEncoder`; `split_clip` first splits Wan's fused `to_qkv` into these three."""
 
 
 _FUSED = ".attn.to_qkv."
 _SPLIT = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.")
 _CLASS, _POSITIONS = "visual.cls_embedding", "visual.pos_embedding"
-"""Names in Wan's CLIP, which fuses projections."""
+"""Names in Wan's CLIP of tensors with more axes than in transformers'."""
 
 
 def split_clip(stored: Tensors) -> Tensors:
     """Split the fused projections of Wan's CLIP, and reshape its embeddings as in transformers.
 
-    Any other tensors are returned as they are.
+    Tensors that aren't Wan's CLIP are returned unchanged.
     """
     if _CLASS not in stored:
         return stored
@@ -208,7 +208,7 @@ def split_clip(stored: Tensors) -> Tensors:
 
 
 def fuse_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Undo `split_clip`."""
+    """Fuse and reshape tensors as in Wan's CLIP; the inverse of `split_clip`."""
     made: dict[str, Lazy] = {}
     for name, lazy in tensors.items():
         if name == _CLASS:
@@ -243,10 +243,10 @@ _VAE_RESAMPLE: tuple[Names, ...] = (
 
 @lru_cache(maxsize=8)
 def vae_keys(config: VAEConfig) -> tuple[Names, ...]:
-    """Return the table of `CausalVAE(config)`.
+    """Return the names of `CausalVAE(config)`.
 
-    With stage shortcuts (Wan 2.2) blocks are counted by stage. Without (Wan 2.1), Wan counts the
-    blocks and resamplers of all stages in one list, and so does diffusers in the encoder.
+    With stage shortcuts (Wan 2.2) blocks are numbered within each stage. Without (Wan 2.1), Wan
+    numbers the blocks and resamplers of all stages in one list, as diffusers does in the encoder.
     """
     rows = [
         Names("encoder.to_moments", "quant_conv", "conv1"),

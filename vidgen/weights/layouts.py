@@ -1,7 +1,7 @@
 """Open a model by its name, hub id or folder, in vidgen's, diffusers' or Wan's own layout.
 
-A conversion keeps the facts of `model.json` and our configs in `vidgen.json`, where a layout has no
-place for them.
+Folders that vidgen converted to another layout have a `vidgen.json` with the contents of
+`model.json` and vidgen's configs, which take precedence over the layout's own.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def open_model(model: str) -> ModelFolder | DiffusersFolder:
             an id on the Hugging Face hub, which is downloaded if necessary.
 
     Returns:
-        The model, or a `DiffusersFolder` for diffusers' own pipelines.
+        The model; for pipelines of other families a `DiffusersFolder`.
 
     Raises:
-        ModelError: no such model, or files missing, damaged or unknown; says what to do.
+        ModelError: no such model, or files that are missing, damaged or unknown.
     """
     known = list_embedded()
     if model in known:
@@ -102,8 +102,8 @@ def open_model(model: str) -> ModelFolder | DiffusersFolder:
     if not Path(model).is_dir():
         raise ModelError(
             f"model {model!r} is neither an embedded model ({', '.join(known) or 'none'}) "
-            "nor a folder; give one of these names, the path of a model folder, or an id on the "
-            "Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            "nor a folder; give an embedded model's name, the path of a model folder, or an id on "
+            "the Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     return open_folder(Path(model))
 
@@ -118,11 +118,11 @@ def _reduced(folder: ModelFolder) -> tuple[Any, ...]:
     return _reopened, (place, folder.given)
 
 
-copyreg.pickle(ModelFolder, _reduced)  # another process opens the files where they are
+copyreg.pickle(ModelFolder, _reduced)  # mapped files can't be pickled: another process opens them
 
 
 def _open_from_hub(hub_id: str) -> ModelFolder | DiffusersFolder:
-    """Open an earlier download; if it is incomplete, download the rest."""
+    """Open an earlier download; download missing files if it can't be opened."""
     cached = cached_model(hub_id)
     if cached is None:
         return open_folder(fetch_model(hub_id), hub_id)
@@ -137,7 +137,7 @@ def _open_from_hub(hub_id: str) -> ModelFolder | DiffusersFolder:
 
 
 def layout_of(path: Path) -> Spelling | None:
-    """Return a folder's layout; None if it is no model."""
+    """Return a folder's layout; None if it isn't a model folder."""
     if (path / "model.json").is_file():
         return "vidgen"
     if (path / "model_index.json").is_file():
@@ -150,17 +150,17 @@ def layout_of(path: Path) -> Spelling | None:
 
 
 def open_folder(path: Path, given: str | None = None) -> ModelFolder | DiffusersFolder:
-    """Open a model folder in any layout; `given` is the user's name for it, if another.
+    """Open a model folder in any layout; `given` is its name as the user gave it, such as a hub id.
 
     Raises:
-        ModelError: no model, or one that is incomplete, damaged or of an unknown kind.
+        ModelError: not a model, or an incomplete, damaged or unsupported one.
     """
     try:
         layout = layout_of(path)
         if layout is None:
             raise ModelError(
-                f"{path} has no model.json, so it is no vidgen model folder; nor has it diffusers' "
-                "model_index.json or the files of a Wan release (Wan2.1_VAE.pth, ...)"
+                f"{path} is not a model folder: it has no model.json (vidgen's layout), no "
+                "model_index.json (diffusers') and no files of a Wan release (Wan2.1_VAE.pth, ...)"
             )
         index = read_json(path / "model_index.json") if layout == "diffusers" else {}
         class_name = str(index.get("_class_name"))
@@ -173,7 +173,7 @@ def open_folder(path: Path, given: str | None = None) -> ModelFolder | Diffusers
         return _open(path, layout, index, given)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError,
             RecursionError) as error:
-        raise ModelError(  # valid JSON, but of another shape
+        raise ModelError(  # valid JSON with other contents than expected
             f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); copy the whole "
             "folder again"
         ) from error
@@ -182,17 +182,17 @@ def open_folder(path: Path, given: str | None = None) -> ModelFolder | Diffusers
 def _open(
     path: Path, layout: Spelling, index: Mapping[str, Any], given: str | None
 ) -> ModelFolder:
-    """Open a folder of ours, of Wan's, or of diffusers with this index of its parts."""
+    """Open a Wan or toybox model; `index` is diffusers' `model_index.json`, else empty."""
     where = path / ("model.json" if layout == "vidgen" else NOTE)
     info = read_json(where) if where.is_file() else {}
     if layout == "vidgen":
         _check_info(path, info)
     parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
-    gone = [name for name in parts if not (path / name).is_dir()]
-    if gone:
+    missing = [name for name in parts if not (path / name).is_dir()]
+    if missing:
         raise ModelError(
-            f"{path} is incomplete: its model_index.json names {', '.join(gone)}, which "
-            f"{'is' if len(gone) == 1 else 'are'} not there; copy the whole folder again"
+            f"{path} is incomplete: its model_index.json lists {', '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} missing; copy the whole folder again"
         )
     components = Components()
     for role, folder, stored in _files(path, layout, parts, components):
@@ -232,13 +232,13 @@ def _open(
 
 
 def open_student(model: Path) -> StudentConfig | None:
-    """Return the config of a model's student, if it has one; raise ModelError if damaged."""
+    """Return the config of a model's student, or None; raise ModelError if it is damaged."""
     folder = model / STUDENT
     return config_of(StudentConfig, folder) if (folder / "config.json").is_file() else None
 
 
 def _check_info(path: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a `model.json` of another format, or with files that aren't there."""
+    """Raise ModelError for a `model.json` of another format version, or for missing files."""
     if info.get("format_version") != FORMAT_VERSION:
         raise ModelError(
             f"{path} is of format version {info.get('format_version')!r}; "
@@ -246,7 +246,7 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
         )
     hashes = info.get("files")
     if not (isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())):
-        raise ModelError(f"{path / 'model.json'} gives no hashes of its files; copy it again")
+        raise ModelError(f"{path / 'model.json'} has no hashes of its files; copy it again")
     missing = [name for name in hashes if not (path / name).is_file()]
     if missing:
         raise ModelError(
@@ -259,13 +259,14 @@ def _files(
 ) -> Iterator[tuple[Role, Path, Tensors]]:
     """Yield each component's role, the folder of its config, and its tensors as stored.
 
-    `components` are those that the caller has assembled so far.
+    The caller adds each to `components` before it asks for the next: in Wan's layout the files of
+    the VAE and encoders depend on the transformer's config.
     """
     if layout == "wan":
         folders = _expert_folders(path)
-        gone = [folder.name for folder in folders.values() if not folder.is_dir()]
-        if gone:
-            raise ModelError(f"{path} is incomplete: {gone[0]} is missing; copy it again")
+        missing = [folder.name for folder in folders.values() if not folder.is_dir()]
+        if missing:
+            raise ModelError(f"{path} is incomplete: {missing[0]} is missing; copy it again")
         for role, folder in folders.items():
             yield role, folder, _shards(folder)
         dit = components["transformer"].config
@@ -283,7 +284,7 @@ def _files(
 
 
 def _expert_folders(path: Path) -> dict[Role, Path]:
-    """Return the folders of the transformers of a Wan release."""
+    """Return the folder of each transformer of a Wan release."""
     if any((path / name).is_dir() for name in EXPERTS.values()):
         return {role: path / name for role, name in EXPERTS.items()}
     return {"transformer": path}
@@ -316,7 +317,7 @@ def _config(
 
 
 def _shards(folder: Path) -> Tensors:
-    """Open the tensors of a component's folder, which must match its index."""
+    """Open the tensors of a component's folder; raise ModelError if its index lists others."""
     paths = find_files(folder)
     stored = open_tensors(paths)
     if len(paths) == 1:
@@ -328,19 +329,19 @@ def _shards(folder: Path) -> Tensors:
             if wrong:
                 files = sorted({weight_map.get(name, "an unnamed shard") for name in wrong})
                 raise ModelError(
-                    f"{folder}: {len(wrong)} tensors differ between {index.name} and the shards "
+                    f"{folder}: {index.name} and the shards disagree on {len(wrong)} tensors "
                     f"({', '.join(wrong[:3])}; in {', '.join(files[:3])}); copy these files again"
                 )
     return stored
 
 
-def _published(path: Path, pattern: str, what: str, usual: str | None = None) -> Tensors:
-    """Open a component that Wan publishes as one file, pickled or safetensors."""
+def _published(path: Path, pattern: str, what: str, usual_name: str | None = None) -> Tensors:
+    """Open a component that Wan publishes as one file, a pickle or safetensors."""
     found = [p for suffix in (".pth", ".safetensors") for p in sorted(path.glob(pattern + suffix))]
     if not found:
         raise ModelError(
-            f"{path} is incomplete: {usual or pattern}.pth, {what}, is missing; copy it from the "
-            "release"
+            f"{path} is incomplete: {usual_name or pattern}.pth, {what}, is missing; copy it from "
+            "the release"
         )
     return open_tensors(found[:1])
 
@@ -360,20 +361,20 @@ def _require(path: Path, components: Components) -> None:
 
 
 def _check_readers(path: Path, components: Components) -> None:
-    """Refuse components for other latents than the VAE's."""
+    """Raise ModelError if a verifier or onset detector reads other latents than the VAE's."""
     if "vae" not in components:
         return
-    ours = components["vae"].config.latent_channels
+    expected = components["vae"].config.latent_channels
     for role, part in components.items():
         if not isinstance(part.config, VerifierConfig | OnsetDetectorConfig):
             continue
-        if (theirs := part.config.latent_channels) != ours:
-            raise ModelError(f"{path}: the {role} reads latents of {theirs} channels, the VAE "
-                             f"makes {ours}; the two must come from the same model")
+        if (channels := part.config.latent_channels) != expected:
+            raise ModelError(f"{path}: the {role} reads latents of {channels} channels, but the "
+                             f"VAE's have {expected}; the two must come from the same model")
 
 
 def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return fields of a `ModelFolder` from `model.json` or a conversion's note."""
+    """Return fields of a `ModelFolder` from `model.json` or `vidgen.json`."""
     try:
         return {
             "name": info["name"], "family": info["family"], "license": info["license"],
@@ -387,7 +388,7 @@ def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def _recognised(
     path: Path, given: str | None, components: Components, index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return fields of a `ModelFolder` from its transformer, and diffusers' index if it has one."""
+    """Infer fields of a `ModelFolder` from its transformer and diffusers' index, if any."""
     dit = components["transformer"].config
     name = given or path.resolve().name
     experts = 2 if "transformer_2" in components else 1
@@ -403,7 +404,7 @@ def _recognised(
 
 
 def card_license(path: Path) -> str | None:
-    """Return the licence in a folder's model card, or None."""
+    """Return the licence that a folder's model card (`README.md`) gives, or None."""
     card = path / "README.md"
     text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -413,7 +414,7 @@ def card_license(path: Path) -> str | None:
 
 
 def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults in a diffusers folder's scheduler and index."""
+    """Return the defaults that a diffusers folder's scheduler and index give."""
     config = path / "scheduler" / "scheduler_config.json"
     settings = read_json(config) if config.is_file() else {}
     found = {
@@ -427,7 +428,7 @@ def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 def _unhashed(
     path: Path, small: Iterable[Path], components: Components | None = None
 ) -> dict[str, str]:
-    """List a folder's files, without recorded hashes."""
+    """Return `Files.files` of a folder without recorded hashes: its small files and weights."""
     weights = [
         file for part in (components or {}).values()
         for file in (*part.tensors.files, *part.extra.files)

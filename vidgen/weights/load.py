@@ -30,7 +30,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Map all tensors of a safetensors file; raise ModelError if it can't be read."""
+    """Read all tensors of a safetensors file, by name; raise ModelError if it can't be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
@@ -40,7 +40,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Skips `normal_`, which does nothing on the meta device but imports 800 modules."""
+    """Skip `normal_`, which does nothing on the meta device but imports 800 modules."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -57,20 +57,25 @@ def load_module(
     stream: bool = False, packed: bool = False, mesh: DeviceMesh | None = None,
     each: Callable[[nn.Parameter], None] | None = None,
 ) -> Module:
-    """Build a module without memory, then load the files' tensors, one at a time.
+    """Build a module on the meta device, then load its weights from files, one tensor at a time.
 
     Args:
         make: builds the module; called on the meta device.
-        dtype: of floating-point weights.
-        keep_fp32: parts of names of weights that stay float32.
+        source: a folder with safetensors files, or tensors by the module's names.
+        dtype: dtype of floating-point weights.
+        keep_fp32: name parts of the weights that stay float32.
         stream: leave the blocks' weights in the files until they are used.
-        packed: pack linear layers for this CPU where it can; see `ops.linear`.
+        packed: pack linear layers for this CPU if possible; see `ops.linear`.
         mesh: devices over which the blocks' weights are sharded.
-        each: called with every parameter as soon as it is read.
+        each: called with every parameter as soon as it is loaded.
+
+    Returns:
+        The module in evaluation mode; no parameter requires gradients.
 
     Raises:
-        ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
-        InputError: `quantize` isn't possible, or together with `stream`.
+        ModelError: missing or unexpected tensors, wrong shapes (the message names them), or an
+            unreadable file.
+        InputError: `quantize` isn't possible, or is combined with `stream`.
     """
     tensors = open_tensors(find_files(source)) if isinstance(source, Path) else source
     weights, device = Weights(tensors, dtype, keep_fp32), torch.device(device)
@@ -80,7 +85,7 @@ def load_module(
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ModelError(
-            f"the config.json of {weights.place} describes no network: {reason}; copy it again"
+            f"the config.json of {weights.place} is not a valid config: {reason}; copy it again"
         ) from error
     check_fit(module, weights)
     if quantize and stream:
@@ -106,8 +111,8 @@ def _shard_blocks(
 ) -> None:
     """Shard a module's blocks over devices by FSDP2 (Zhao et al. 2023), for inference.
 
-    Each device reads and holds a share of every block, and gets the rest when the block runs; none
-    ever holds the whole. The module must run on all devices together.
+    Each device reads and holds its share of every block, and receives the other shares while the
+    block runs. The module must run on all devices at the same time.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -126,7 +131,7 @@ def _shard_blocks(
             share = shares[name]
             assert isinstance(share, DTensor)
             own = share.to_local()
-            mapped = weights.tensors[name].get()  # so that only this share is read
+            mapped = weights.tensors[name].get()  # mapped, so only this device's share is read
             parts = mapped.chunk(mesh.size())
             if own.numel():
                 own.copy_(parts[mesh.get_local_rank()])
@@ -141,7 +146,7 @@ def _fill(
 ) -> None:
     """Load a module's weights except those `left` in the files, and `change` its `layers`.
 
-    Each layer is changed as soon as it is read, so that only one is in memory in both forms.
+    Each layer is changed as soon as it is loaded, so that at most one is in memory in both forms.
     """
     mapped = weights.stay_mapped and device.type == "cpu" and not layers
     parameters = {name for name, _ in module.named_parameters()}
@@ -158,7 +163,7 @@ def _fill(
             change(layer)
         if each is not None and name in parameters:
             each(module.get_parameter(name))
-        if read > often and not mapped:  # so that copied weights aren't in memory twice
+        if read > often and not mapped:  # free the mapped pages of weights that were copied
             weights.tensors.release()
             trim_memory()
             read = 0
@@ -168,11 +173,14 @@ def _fill(
         name for name, value in chain(module.named_parameters(), module.named_buffers())
         if value.is_meta and name not in left
     ]
-    assert not empty, f"not in any file, and made without memory: {empty}"
+    assert not empty, f"on the meta device, but not in any file: {empty}"
 
 
 def check_fit(module: nn.Module, weights: Weights) -> None:
-    """Raise ModelError for weights of another module, without reading them."""
+    """Raise ModelError if names, shapes or dtypes of weights differ from a module's.
+
+    The weights themselves are not read.
+    """
     state = module.state_dict()
     expected = {name: tuple(value.shape) for name, value in state.items()}
     given = {name: weights.shape(name) for name in weights.tensors}
@@ -195,16 +203,16 @@ def check_fit(module: nn.Module, weights: Weights) -> None:
     ]
     if problems:
         raise ModelError(
-            f"{weights.place} doesn't fit its config.json: tensors {'; '.join(problems)}; "
+            f"{weights.place} doesn't match its config.json: tensors {'; '.join(problems)}; "
             "the two must come from the same model"
         )
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system.
+    """Return freed memory to the system (glibc only).
 
-    Before glibc 2.38 aligned allocations rarely fit into holes left by others, so loading and
-    quantising layers of a few megabytes could leave several times the weights in holes.
+    Before glibc 2.38 aligned allocations rarely fit into freed gaps, so that loading and quantising
+    layers of a few megabytes could leave several times the weights' size in unused gaps.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library

@@ -1,4 +1,4 @@
-"""Read and write LoRA files of any dialect."""
+"""Read and write LoRA files in the dialects of several training programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vidgen.weights.lora_dialects import (
     config_in_header,
     flat,
     is_of_text_encoder,
-    layer_places,
+    layer_paths,
     other_method,
     parse_name,
 )
@@ -50,22 +50,22 @@ EXPERT_HEADER = "vidgen.expert"
 """Key of the expert in a file's header."""
 _TEXTS = (".yaml", ".yml", ".json", ".txt", ".md")
 MAX_WEIGHT = 100
-"""Largest weight of a LoRA, of either sign; with more only noise is left."""
+"""Largest absolute weight of a LoRA; a larger one yields only noise."""
 _GRAMMAR = "--lora takes PATH[:WEIGHT][@high|@low]"
 
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A LoRA of a request.
+    """A LoRA that a request uses.
 
     Args:
-        path: file, or folder with `adapter_config.json`.
-        weight: factor of all its changes, of any sign.
-        expert: the one of two that takes it; None: the one that its file names, else both, or the
-            only transformer.
+        path: a file, or a folder with `adapter_config.json`.
+        weight: factor of all its changes, of either sign.
+        expert: the expert of a model with two that uses it; None: the one that its file names, or
+            else all transformers.
 
     Raises:
-        InputError: a weight beyond `MAX_WEIGHT`.
+        InputError: `weight` exceeds `MAX_WEIGHT`.
     """
 
     path: Path
@@ -79,10 +79,10 @@ class LoraChoice:
 
 
 def parse_option(text: str) -> LoraChoice:
-    """Read `PATH[:WEIGHT][@high|@low]`; a colon that no number follows belongs to the path.
+    """Parse `PATH[:WEIGHT][@high|@low]`; a colon without a number after it belongs to the path.
 
     Raises:
-        InputError: no path.
+        InputError: the path is missing.
     """
     match = _OPTION.fullmatch(text)
     if match is None:
@@ -95,13 +95,13 @@ def parse_option(text: str) -> LoraChoice:
 def read_choices(
     choices: Sequence[LoraChoice], config: DiTConfig, expert: Expert | None = None
 ) -> list[tuple[Adapter, float]]:
-    """Read the adapters for one transformer, with their weights, for `attached`.
+    """Read one transformer's adapters, each with its weight, for `attached`.
 
     Args:
-        expert: which of a model's two it is; None: the only one.
+        expert: the transformer's role in a model with two experts; None: the only transformer.
 
     Raises:
-        InputError: a choice for one expert of a model that has no two.
+        InputError: a choice names an expert, but the model has only one transformer.
         ModelError: see `read_lora`.
     """
     adapters = []
@@ -109,15 +109,15 @@ def read_choices(
         if choice.expert is not None and expert is None:
             raise InputError(
                 f"{choice.path}@{choice.expert}: this model has one transformer, not a high-noise "
-                f"and a low-noise one; leave @{choice.expert} out"
+                f"and a low-noise one; remove @{choice.expert}"
             )
         own = None if expert is None else expert_of(choice.path)
         wanted = choice.expert or own
         if wanted not in (None, expert):
             continue
         if own != wanted and own is not None:
-            log.warning("%s was learned for the %s-noise expert and goes to the other one, as "
-                        "@%s says", choice.path, own, wanted)
+            log.warning("%s was trained for the %s-noise expert, but @%s applies it to the other",
+                        choice.path, own, wanted)
         adapter = read_lora(choice.path, config, expert)
         if adapter.low_rank or adapter.deltas or adapter.tokens:
             adapters.append((adapter, choice.weight))
@@ -125,20 +125,20 @@ def read_choices(
 
 
 def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None) -> Adapter:
-    """Read a LoRA of any dialect by our names, mapped from the file in its dtype.
+    """Read a LoRA in any dialect; its tensors are mapped from the file, in the file's dtype.
 
-    Tensors of text encoders are left out with a warning; parts that change nothing are reported.
+    Tensors of text encoders are ignored with a warning. A warning also names deltas that are zero.
 
     Args:
-        path: a safetensors file or a pickle of plain tensors, or a folder with one such file, or
+        path: a safetensors file or a pickle of plain tensors; or a folder with one such file, or
             one for each expert, and optionally PEFT's `adapter_config.json`.
-        expert: which of a model's two it is: from a file with tensors for both it takes
-            `transformer.` (high) or `transformer_2.` (low), maybe none; None: the only one.
+        expert: the transformer's role in a model with two experts: of a file for both, "high" reads
+            the tensors `transformer.*` and "low" `transformer_2.*`. None: the only transformer.
 
     Raises:
         InputError: no such file.
-        ModelError: unreadable, another method than LoRA, or tensors without a place, of wrong
-            rank or shape, or not finite: their number and the first names.
+        ModelError: an unreadable file, another method than LoRA, or tensors that match no layer,
+            have a wrong rank or shape, or aren't finite; the message counts and names them.
     """
     source = Path(path)
     file, peft = _locate(source, expert)
@@ -146,34 +146,34 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     method = other_method(stored)
     if method is not None:
         raise ModelError(
-            f"{source} is a {method}, and only LoRA and plain differences are read; have the tool "
-            "that trained it extract a LoRA"
+            f"{source} is a {method}; vidgen reads only LoRA and plain weight differences: extract "
+            "a LoRA with the program that trained it"
         )
     texts = {name for name in stored if is_of_text_encoder(name)}
     tokens = {name.removeprefix(TOKEN): stored[name].get()
               for name in texts if name.startswith(TOKEN)}
     if len(texts) > len(tokens):
         log.warning(
-            "%s: %d tensors for a text encoder are left out", source, len(texts) - len(tokens)
+            "%s: %d tensors for a text encoder are ignored", source, len(texts) - len(tokens)
         )
     names = {name: parse_name(name) for name in stored if name not in texts}
     if any(parsed is not None and parsed.low_noise for parsed in names.values()):
         if expert is None:
             raise ModelError(
-                f"{source} holds transformer_2 tensors, for a model with two experts; this one has "
-                "one transformer"
+                f"{source} has transformer_2 tensors for a model with two experts, but this model "
+                "has one transformer"
             )
         wanted = expert == "low"
         names = {n: p for n, p in names.items() if p is None or p.low_noise == wanted}
     elif not names and not tokens:
-        raise ModelError(f"{source} holds no LoRA tensors for a transformer")
+        raise ModelError(f"{source} has no LoRA tensors for a transformer")
     settings = peft or config_in_header(_header(file), low_noise=expert == "low")
     scaling = Scaling(settings, str(source))
     adapter, problems = _assemble(source, stored, names, config, scaling)
     if problems:
         raise ModelError(
-            f"{source} doesn't fit this model of {config.num_layers} blocks, {config.hidden_dim} "
-            f"wide: {'; '.join(problems)}; use a LoRA made for this model"
+            f"{source} doesn't fit this model ({config.num_layers} blocks of width "
+            f"{config.hidden_dim}): {'; '.join(problems)}; use a LoRA trained for this model"
         )
     _check_tokens(source, tokens)
     adapter = replace(adapter, tokens=tokens)
@@ -182,27 +182,27 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
 
 
 def read_student(model: Path, config: DiTConfig, part: ExpertRole = "transformer") -> Adapter:
-    """Read a student's delta of a transformer with this config, in a model's folder.
+    """Read the student's weight deltas for one transformer from a model's folder.
 
     Raises:
-        ModelError: missing, damaged, or of another transformer.
+        ModelError: the file is missing, damaged, or made for another transformer.
     """
     return read_lora(model / STUDENT / STUDENT_WEIGHTS[part], config)
 
 
 def expert_of(path: Path) -> Expert | None:
-    """Return the expert that a LoRA's file names, or None."""
+    """Return the expert that the header of a LoRA's file names, or None."""
     named = _header(path).get(EXPERT_HEADER) if path.is_file() else None
     return next((each for each in EXPERTS if each == named), None)
 
 
 def _locate(source: Path, expert: Expert | None) -> tuple[Path, dict[str, Any]]:
-    """Return the file of tensors for an expert, and PEFT's config in its folder, or {}."""
+    """Return the file of an expert's tensors, and the folder's PEFT config, or {}."""
     if not source.exists():
         raise InputError(f"LoRA {source} doesn't exist; {_GRAMMAR}")
     if source.suffix.lower() in _TEXTS:
-        raise InputError(f"{source} is no LoRA but a text; {_GRAMMAR}, where PATH is a safetensors "
-                         "file or a folder with one")
+        raise InputError(f"{source} is a text file, not a LoRA; {_GRAMMAR}, where PATH is a "
+                         "safetensors file or a folder with one")
     if not source.is_dir():
         return source, {}
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
@@ -211,7 +211,7 @@ def _locate(source: Path, expert: Expert | None) -> tuple[Path, dict[str, Any]]:
         files = [own[expert]]
     if len(files) != 1:
         found = name_some([file.name for file in files]) or "no *.safetensors"
-        raise ModelError(f"LoRA folder {source} holds {found}; name one file")
+        raise ModelError(f"LoRA folder {source} has {found}; give the path of one file")
     try:
         config = source / "adapter_config.json"
         return files[0], dict(json.loads(config.read_text("utf-8"))) if config.is_file() else {}
@@ -230,7 +230,7 @@ def _header(file: Path) -> dict[str, str]:
 
 
 class _Layer(NamedTuple):
-    """Tensors of one layer by their kind, and its name in the file."""
+    """One layer's tensors by kind, and its name in the file's spelling."""
 
     spelled: str
     tensors: dict[Kind, Tensor]
@@ -241,30 +241,30 @@ def _assemble(
     scaling: Scaling,
 ) -> tuple[Adapter, list[str]]:
     """Return the adapter, and descriptions of the file's problems."""
-    module, places = layer_places(config)
+    module, paths = layer_paths(config)
     layers: dict[str, _Layer] = {}
-    unplaced, twice, infinite = [], [], []
+    unmatched, duplicates, infinite = [], [], []
     for name, parsed in names.items():
-        path = None if parsed is None else places.get(flat(parsed.layer))
+        path = None if parsed is None else paths.get(flat(parsed.layer))
         if path is None or parsed is None:
-            unplaced.append(name)
+            unmatched.append(name)
             continue
         tensor = stored[name].get()
-        if tensor.is_floating_point() and tensor.itemsize == 1:  # 8-bit floats know no arithmetic
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # torch can't compute in float8
             tensor = tensor.to(torch.bfloat16)
         tensors = layers.setdefault(path, _Layer(parsed.layer, {})).tensors
         if parsed.kind in tensors:
-            twice.append(name)
+            duplicates.append(name)
         if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             infinite.append(name)
         tensors[parsed.kind] = tensor
-    adapter, halves = _combine(source.stem, layers, scaling, dict(module.named_parameters()))
+    adapter, incomplete = _combine(source.stem, layers, scaling, dict(module.named_parameters()))
     problems = [
         f"{len(found)} of {len(names)} {what} ({name_some(found)})"
         for found, what in (
-            (unplaced, "tensors have no place in it"), (twice, "tensors come twice"),
+            (unmatched, "tensors match no layer"), (duplicates, "tensors are duplicates"),
             (infinite, "tensors are not finite"),
-            (halves, "lack lora_A, lora_B, a single alpha or a single bias"),
+            (incomplete, "lack lora_A, lora_B, a single alpha or a single bias"),
             (find_misfits(adapter, module), "don't fit"),
         )
         if found
@@ -275,10 +275,10 @@ def _assemble(
 def _combine(
     name: str, layers: Mapping[str, _Layer], scaling: Scaling, parameters: Mapping[str, Any]
 ) -> tuple[Adapter, list[str]]:
-    """Return the adapter of all layers, and the names of layers that lack a part."""
+    """Return the adapter of all layers, and the names of layers with missing or duplicate parts."""
     low_rank: dict[str, LowRank] = {}
     deltas: dict[str, Tensor] = {}
-    halves = []
+    incomplete = []
     for path, (spelled, tensors) in layers.items():
         down, up, alpha = (tensors.get(kind) for kind in ("down", "up", "alpha"))
         scale = 1.0
@@ -287,17 +287,17 @@ def _combine(
             scale = scaling(spelled, rank) if alpha is None else float(alpha.item()) / rank
             low_rank[path] = LowRank(down, up.flatten(1) if up.ndim > 2 else up, scale)
         elif not (down is up is alpha is None):
-            halves.append(spelled)
+            incomplete.append(spelled)
         bias, up_bias = tensors.get("diff_b"), tensors.get("up_bias")
         if bias is not None and up_bias is not None:
-            halves.append(spelled)
-        elif up_bias is not None and up_bias.any():  # PEFT fills up with zeros
+            incomplete.append(spelled)
+        elif up_bias is not None and up_bias.any():  # PEFT writes zeros for layers without a bias
             bias = up_bias * scale
         if bias is not None:
             deltas[f"{path}.bias"] = bias
         if "diff" in tensors:
             deltas[path if path in parameters else f"{path}.weight"] = tensors["diff"]
-    return Adapter(name, low_rank, deltas), halves
+    return Adapter(name, low_rank, deltas), incomplete
 
 
 def _check_tokens(source: Path, tokens: Mapping[str, Tensor]) -> None:
@@ -305,7 +305,7 @@ def _check_tokens(source: Path, tokens: Mapping[str, Tensor]) -> None:
            if row.ndim != 1 or not row.is_floating_point() or not torch.isfinite(row).all()]
     if bad:
         raise ModelError(
-            f"{source}: the embeddings of {name_some(bad)} are no finite vectors; copy it again"
+            f"{source}: the embeddings of {name_some(bad)} aren't finite vectors; copy it again"
         )
 
 
@@ -326,18 +326,17 @@ def write_lora(
 ) -> None:
     """Write an adapter as a safetensors file.
 
-    In dialects without alpha, scales are multiplied into the second factor, as float32 where its
-    own dtype can't hold the product.
+    Tensors keep their dtype. In dialects without alpha, scales are multiplied into the second
+    factor, which becomes float32 if its own dtype can't hold the product exactly.
 
     Args:
-        adapter: its tensors keep their dtype.
         dialect: one of `DIALECTS`.
-        expert: of two, for the file's header, or None.
+        expert: the expert that the file's header names, or None.
 
     Raises:
         InputError: unknown dialect.
-        ModelError: parts without a name in the dialect: number and first names.
-        OutputError: it can't be written.
+        ModelError: parts that have no name in the dialect; the message counts and names them.
+        OutputError: the file can't be written.
     """
     tensors = spelled(adapter, dialect)
     header = {"format": "pt"} | ({} if expert is None else {EXPERT_HEADER: expert})
@@ -348,8 +347,8 @@ def write_lora(
 def spelled(adapter: Adapter, dialect: Spelling) -> dict[str, Tensor]:
     """Return an adapter's tensors by a dialect's names; see `write_lora` for errors.
 
-    Only ours has alphas, and diffusers' has no differences. Embeddings of tokens have our names in
-    all of them.
+    Only vidgen's dialect has alphas; diffusers' has no full differences. Embeddings of tokens have
+    vidgen's names in all dialects.
     """
     if dialect not in DIALECTS:
         raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")

@@ -1,7 +1,8 @@
-"""Dialects of LoRA files: names of tensors, and scales of products.
+"""Dialects of LoRA files: names of tensors, and scales of the low-rank products.
 
-A name is a prefix, a layer's path in one of the keymap's spellings, with dots or underscores, and
-the tensor's kind: `lora_A` or `lora_down`, `lora_B` or `lora_up`, `alpha`, or a difference.
+A name consists of a prefix, a layer's path in one of `keymap`'s spellings (with dots or
+underscores), and the tensor's kind: `lora_A` or `lora_down`, `lora_B` or `lora_up`, `alpha`, or
+`diff` for a full difference.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _KINDS: Mapping[str, Kind] = {
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
 }
 TOKEN = "text_encoder.token."
-"""Prefix of a token in the name of its embedding."""
+"""Prefix of the name of a token's embedding; the rest is the token as written in prompts."""
 _OTHER_METHODS = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoKr": (".lokr_",),
@@ -48,11 +49,11 @@ _OTHER_METHODS = {
 
 
 DIALECTS = {"vidgen": "", "diffusers": "transformer.", "wan": "diffusion_model."}
-"""Spellings of layers that `write_lora` can write, each with the prefix of all names."""
+"""Dialects that `write_lora` can write, each with the prefix of all names."""
 
 
 class TensorName(NamedTuple):
-    """Parts of a LoRA tensor's name: the layer in the file's spelling, kind and transformer."""
+    """Parts of a LoRA tensor's name: its layer in the file's spelling, kind and expert."""
 
     layer: str
     kind: Kind
@@ -60,7 +61,7 @@ class TensorName(NamedTuple):
 
 
 def parse_name(name: str) -> TensorName | None:
-    """Split a name into its parts; None if it is of no LoRA tensor."""
+    """Split a tensor's name into its parts; return None if it isn't a LoRA tensor's."""
     prefix = _PREFIX.match(name)
     low_noise = prefix is not None and prefix["low"] is not None
     match = _TENSOR.fullmatch(name, 0 if prefix is None else prefix.end())
@@ -76,12 +77,12 @@ def parse_name(name: str) -> TensorName | None:
 
 
 def is_of_text_encoder(name: str) -> bool:
-    """Return whether a tensor is for a text encoder, not the DiT."""
+    """Return True for a tensor of a text encoder, False for one of the DiT."""
     return _TEXT_ENCODER.match(name) is not None
 
 
 def other_method(names: Collection[str]) -> str | None:
-    """Return the method of the tensors if it isn't LoRA, else None."""
+    """Return the name of the method that made the tensors, or None for LoRA."""
     for method, marks in _OTHER_METHODS.items():
         if any(mark in name for name in names for mark in marks):
             return method
@@ -89,34 +90,38 @@ def other_method(names: Collection[str]) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def layer_places(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
-    """Return a model on the meta device, and our paths of its layers by `flat` spellings."""
+def layer_paths(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
+    """Return a model on the meta device, and its layers' paths by `flat` path in any spelling.
+
+    Underscores are ambiguous (`a_b.c`, `a.b_c`), so that kohya's names must be looked up.
+    """
     with torch.device("meta"):
         module = SpacetimeDiT(config)
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name, _ in module.named_parameters():
         path = re.sub(r"\.(weight|bias)$", "", name)
         spellings = (rename(path, DIT_KEYS, "vidgen", other) for other in get_args(Spelling))
         for spelled in (path, *spellings):
             if spelled is not None:
-                clash = places.setdefault(flat(spelled), path)
-                assert clash == path, f"{spelled} is {clash} and {path}"
-    return module, places
+                known = paths.setdefault(flat(spelled), path)
+                assert known == path, f"{spelled} is {known} and {path}"
+    return module, paths
 
 
 def flat(path: str) -> str:
-    """Replace the dots of a path by underscores, as kohya's trainers do."""
+    """Replace the dots of a path by underscores, as kohya's training scripts do."""
     return path.replace(".", "_")
 
 
 class Scaling:
-    """Scales of products without an alpha in the file: from PEFT's config, or 1.
+    """Scales of layers that have no alpha in the file: from PEFT's config, or 1 without one.
 
     Args:
-        config: of PEFT, from `adapter_config.json` or a safetensors header, or empty.
+        config: PEFT's, from `adapter_config.json` or a safetensors header; may be empty.
+        source: name of the LoRA, for messages.
 
     Raises:
-        ModelError: the config is of no plain LoRA.
+        ModelError: the config isn't that of a plain LoRA.
     """
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
@@ -125,7 +130,9 @@ class Scaling:
         refused = [key for key in ("use_dora", "modules_to_save", "use_qalora") if config.get(key)]
         if kind != "LORA" or refused:
             what = kind if kind != "LORA" else ", ".join(refused)
-            raise ModelError(f"{source} is no plain LoRA ({what}); merge it where it was trained")
+            raise ModelError(
+                f"{source} is not a plain LoRA ({what}); merge it with the program that trained it"
+            )
         try:
             self.alpha = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
             self.alphas = [
@@ -136,7 +143,7 @@ class Scaling:
             raise ModelError(f"{source} has an unreadable lora_alpha: {error}") from error
 
     def __call__(self, layer: str, rank: int) -> float:
-        """Return the scale of a layer, by its path in the file's spelling."""
+        """Return the scale of a layer of this rank; `layer` is its path in the file's spelling."""
         if self.alpha is None:
             return 1.0
         alpha = next((a for pattern, a in self.alphas if pattern.fullmatch(layer)), self.alpha)

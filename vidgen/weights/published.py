@@ -1,4 +1,4 @@
-"""Published models: on the Hugging Face hub, and the Wan family by name, for planning."""
+"""Published models: downloads from the Hugging Face hub, and Wan models by name for planning."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _DITS = {
 
 
 def is_hub_id(model: str) -> bool:
-    """Return whether a text has the form OWNER/NAME."""
+    """Return True if a text has the form OWNER/NAME."""
     return _ID.fullmatch(model) is not None
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """Return the folder of an earlier download, perhaps incomplete, without network."""
+    """Return the folder of an earlier, perhaps incomplete download, without network access."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -48,24 +48,24 @@ def fetch_model(hub_id: str) -> Path:
     """Download a model, or its missing files, and return its folder.
 
     Raises:
-        ModelError: it can't be downloaded; says how to provide it.
+        ModelError: the download failed; the message explains how to copy the model by hand.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, ignore_patterns=_NOT_THE_MODEL))
-    except Exception as error:  # network, rights, names: each client version has its own
+    except Exception as error:  # versions of the client differ in the errors that they raise
         reason = re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
         name = hub_id.split("/")[1]
         raise ModelError(
-            f"model {hub_id!r} is no folder here, and can't be fetched from the Hugging Face hub "
-            f"({reason}); where there is a network, run `hf download {hub_id} --local-dir {name}`, "
-            "bring that folder here, and give its path as the model"
+            f"model {hub_id!r} is not a local folder and can't be downloaded from the Hugging Face "
+            f"hub ({reason}); on a machine with network access run `hf download {hub_id} "
+            f"--local-dir {name}`, copy that folder to this machine, and give its path as the model"
         ) from error
 
 
 def list_cached() -> list[tuple[str, Path]]:
-    """List hub ids and folders of the models in the hub's cache."""
+    """List the models in the hub's local cache: (hub id, folder)."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -82,16 +82,16 @@ def list_cached() -> list[tuple[str, Path]]:
 
 
 def is_here(model: str) -> bool:
-    """Return whether `open_model` needs no download."""
+    """Return True if `open_model` can open the model without a download."""
     if model in list_embedded() or Path(model).is_dir():
         return True
     return is_hub_id(model) and cached_model(model) is not None
 
 
 def published(model: str) -> ModelFolder | None:
-    """Return a published model for planning by a name that contains its own; else None.
+    """Return the published Wan model whose name a text contains, for planning; else None.
 
-    It can't be loaded: its components have architectures only, and `files` is empty.
+    Its components have architectures but no weights, so it can't be loaded; `files` is empty.
     """
     found = _NAME.search(model.lower())
     name = f"{found['kind']}-{found['size']}" if found else ""
@@ -118,7 +118,7 @@ def published(model: str) -> ModelFolder | None:
 
 
 def _component(role: Role, config: Config) -> Component[Config]:
-    # text encoders are published in bfloat16, all else in float32
+    # text encoders are published in bfloat16, all other components in float32
     dtype = torch.bfloat16 if role == "text_encoder" else torch.float32
     with torch.device("meta"):
         state = CLASSES[role](config).to(dtype).state_dict()
@@ -127,4 +127,4 @@ def _component(role: Role, config: Config) -> Component[Config]:
 
 
 def _refuse(name: str) -> Tensor:
-    raise ModelError(f"{name} isn't here; fetch the model's folder")
+    raise ModelError(f"the tensor {name} is not on this machine; download the model first")

@@ -1,7 +1,7 @@
-"""Quantise weights to int8, one scale a row, by torchao: half the memory of bfloat16.
+"""Quantise weights to int8 with torchao, one scale per row: half the memory of bfloat16.
 
-Only the linear layers inside blocks change, which are nearly all of a large transformer. Products
-run in the weights' own dtype: a layer's weight is converted while it is used.
+Only linear layers inside blocks are quantised; they have nearly all weights of a large transformer.
+Matrix products run in the original dtype: a layer's weight is converted while it is used.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ Quantization = Literal["int8"]
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers to quantise, by path: those inside blocks."""
+    """Return the linear layers inside blocks, by path."""
     found = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     return {name: part for name, part in found.items() if block_of(f"{name}.weight")}
 
 
 def quantize_layer(layer: nn.Linear, kind: Quantization = "int8") -> None:
-    """Quantise one layer's weight in place; errors are `require_torchao`'s."""
+    """Quantise one layer's weight in place; see `require_torchao` for errors."""
     if kind != "int8":
-        raise InputError(f"quantize is {kind!r}; the only kind is 'int8'")
+        raise InputError(f"quantize is {kind!r}; give 'int8'")
     transform, config = require_torchao(layer.weight.dtype)
     try:
         transform(layer, config)
-    except Exception as error:  # whatever a mismatch of versions raises
+    except Exception as error:  # mismatched versions of torch and torchao raise various errors
         raise InputError(f"{_versions()} can't quantise here ({error}); {_REMEDY}") from error
 
 
-_REMEDY = "pip install 'vidgen[quant]' brings one that can, or go without int8"
+_REMEDY = "run pip install 'vidgen[quant]' for a version that works, or don't use int8"
 
 
 def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None], Any]:
-    """Return torchao's transform and its settings: symmetric, one scale an output row.
+    """Return torchao's transform and its settings: symmetric, one scale per output row.
 
     Raises:
-        InputError: torchao is missing or doesn't work here, or the weights are float16.
+        InputError: torchao is missing or can't be imported, or the weights are float16.
     """
     if dtype == torch.float16:
-        # torchao sums the unscaled products, which leave float16's range
+        # torchao sums products before it scales them, which exceeds float16's range
         raise InputError("int8 weights overflow in fp16 products; give --dtype bf16 or fp32")
     try:
         with quiet_torchao():
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        # its settings for torch.compile are process-wide
+        # set_inductor_config would change torch.compile's settings for the whole process
         return quantize_, Int8WeightOnlyConfig(set_inductor_config=False)
     except ModuleNotFoundError as error:
         if error.name != "torchao":
@@ -65,9 +65,9 @@ def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None
 
 @contextmanager
 def quiet_torchao() -> Iterator[None]:
-    """Silence messages of torchao's import about other machines and torch's deprecations.
+    """Silence messages about unsupported hardware and deprecations while torchao is imported.
 
-    diffusers imports it, too, wherever it is installed.
+    Importing diffusers also imports torchao, if it is installed.
     """
     names = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
     loggers = [logging.getLogger(name) for name in names]

@@ -1,6 +1,6 @@
 """Tensors in files, read on demand: one safetensors file, shards with an index, or a `.pth`.
 
-Files are mapped: the operating system reads pages when they are used, and may drop them again.
+Files are memory-mapped: the operating system reads pages on first use, and may drop them again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vidgen.core.errors import ModelError
 WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
 """Stems of transformers' and diffusers' weight files."""
 SCALE = "_scale"
-"""Suffix of the name of an int8 matrix's scales, as in compressed-tensors."""
+"""Suffix, after an int8 matrix's name, of its scales' name, as in compressed-tensors."""
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a component folder: one, or all that its index names.
+    """Return the safetensors files of a component folder: one, or all that its index lists.
 
     Raises:
-        ModelError: none, several without an index, or shards that are missing.
+        ModelError: no file, several files without an index, or missing shards.
     """
     singles = sorted(folder.glob("*.safetensors"))
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -46,8 +46,8 @@ def find_files(folder: Path) -> tuple[Path, ...]:
         raise ModelError(f"{folder} has no weights (*.safetensors); copy the whole folder again")
     names = ", ".join(path.name for path in (indices or singles)[:5])
     raise ModelError(
-        f"{folder} has {names} and no one index that joins them; copy its *.safetensors.index.json "
-        "again, or leave only one model in the folder"
+        f"{folder} has {names}, but not exactly one index of shards; copy its "
+        "*.safetensors.index.json again, or keep only one model in the folder"
     )
 
 
@@ -68,14 +68,14 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 class TensorFile:
-    """A file of tensors, mapped from its first use until it is closed; `read` opens it again.
+    """A file of tensors, mapped from its first use until `close`; the next use maps it again.
 
     Args:
-        path: a safetensors file, or a `.pth` of a plain state dict, which is read as tensors only,
-            never as code.
+        path: a safetensors file, or a `.pth` with a plain state dict. Pickles are read with
+            `weights_only`, so they can't run code.
 
     Raises:
-        ModelError: on use: it is missing, truncated or not of its format.
+        ModelError: on use, if the file is missing, truncated or of another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +92,7 @@ class TensorFile:
         return self._open()[1](name)
 
     def close(self) -> None:
-        """Close it, so that pages without a tensor leave memory."""
+        """Unmap the file, so that pages without a live tensor are freed."""
         self._opened = None
 
     def _open(self) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
@@ -103,13 +103,13 @@ class TensorFile:
 
 @dataclass(frozen=True, eq=False)
 class Lazy:
-    """A tensor that is made on demand.
+    """A tensor that is read or computed on demand.
 
     Attributes:
-        likeness: an empty tensor of its shape and dtype on the meta device.
-        get: returns it, on the CPU.
-        files: from which `get` reads.
-        is_mapped: whether `get` returns a tensor in a mapped file.
+        likeness: an empty tensor of the same shape and dtype on the meta device.
+        get: return the tensor, on the CPU.
+        files: files from which `get` reads.
+        is_mapped: True if `get` returns a view of a mapped file.
     """
 
     likeness: Tensor
@@ -119,9 +119,9 @@ class Lazy:
 
 
 def derived(make: Callable[..., Tensor], *parts: Lazy) -> Lazy:
-    """Return a tensor made of others: a part of one, a reshaped one, or several joined.
+    """Return a tensor computed from others on demand: a part, a reshaped one, or several joined.
 
-    A view of a mapped tensor counts as mapped.
+    The result of a single mapped tensor counts as mapped, so `make` should return a view of it.
     """
     return Lazy(
         make(*(part.likeness for part in parts)), lambda: make(*(part.get() for part in parts)),
@@ -131,27 +131,27 @@ def derived(make: Callable[..., Tensor], *parts: Lazy) -> Lazy:
 
 
 def held(value: Tensor, dtype: torch.dtype | None = None) -> Lazy:
-    """Return a tensor that is in memory, in its own dtype or another."""
+    """Wrap a tensor that is in memory; `get` returns it on the CPU, cast to `dtype` if given."""
     dtype = dtype or value.dtype
     like = torch.empty(value.shape, dtype=dtype, device="meta")
     return Lazy(like, lambda: value.detach().to("cpu", dtype))
 
 
 class Tensors(dict[str, Lazy]):
-    """Tensors by name."""
+    """Tensors on demand, by name."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files from which they are read."""
+        """Paths of the files with the tensors."""
         return tuple(file.path for file in self._files())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors, in bytes."""
         return sum(lazy.likeness.nbytes for lazy in self.values())
 
     def release(self) -> None:
-        """Close the files until a tensor is read again."""
+        """Unmap the files until a tensor is read again."""
         for file in self._files():
             file.close()
 
@@ -160,20 +160,20 @@ class Tensors(dict[str, Lazy]):
 
 
 def open_tensors(paths: Iterable[Path]) -> Tensors:
-    """Open the tensors of one component, which may lie in several files.
+    """Open the tensors of one component, from one or several files.
 
-    A matrix or kernel [n, ...] stored in int8 with scales [n, 1] appears as bfloat16.
+    A matrix or kernel [n, ...] stored in int8 with scales [n, 1] is read as bfloat16.
 
     Raises:
-        ModelError: see `TensorFile`; or two files hold the same tensor.
+        ModelError: an unreadable file, see `TensorFile`, or a tensor that is in two files.
     """
     tensors = Tensors()
     for file in map(TensorFile, paths):
         for name in file.names:
             if name in tensors:
                 raise ModelError(
-                    f"tensor {name} lies in {tensors[name].files[0].path.name} and in "
-                    f"{file.path.name} of {file.path.parent}; leave only one model in the folder"
+                    f"tensor {name} is in {tensors[name].files[0].path.name} and in "
+                    f"{file.path.name} of {file.path.parent}; keep only one model in the folder"
                 )
             tensors[name] = Lazy(file.read(name).to("meta"), partial(file.read, name), (file,),
                                  is_mapped=True)
@@ -182,24 +182,26 @@ def open_tensors(paths: Iterable[Path]) -> Tensors:
         if like.dtype != torch.int8 or like.ndim < 2 or scales is None:
             continue
         if scales.likeness.shape == (len(like), 1):
-            tensors[name] = _widened(lazy, tensors.pop(name + SCALE))
+            tensors[name] = _dequantized(lazy, tensors.pop(name + SCALE))
     return tensors
 
 
-def _widened(rows: Lazy, scales: Lazy) -> Lazy:
+def _dequantized(rows: Lazy, scales: Lazy) -> Lazy:
     like = torch.empty(rows.likeness.shape, dtype=torch.bfloat16, device="meta")
 
-    def widen() -> Tensor:
+    def dequantize() -> Tensor:
         return (rows.get().flatten(1) * scales.get()).bfloat16().view(like.shape)
 
-    return Lazy(like, widen, tuple(dict.fromkeys(rows.files + scales.files)))
+    return Lazy(like, dequantize, tuple(dict.fromkeys(rows.files + scales.files)))
 
 
 class Weights:
-    """Tensors as weights of a module, by its names and in its dtype.
+    """Tensors as a module's weights, and the dtypes to which the module casts them.
 
     Args:
-        keep_fp32: parts of names of weights that stay float32.
+        tensors: by the module's names.
+        dtype: dtype of floating-point weights in the module.
+        keep_fp32: name parts of the weights that stay float32.
     """
 
     def __init__(
@@ -209,7 +211,7 @@ class Weights:
 
     @property
     def place(self) -> Path:
-        """The file, or the folder of shards."""
+        """Path of the only file, or the folder of several."""
         files = self.tensors.files
         return files[0] if len(files) == 1 else files[0].parent
 
@@ -218,20 +220,20 @@ class Weights:
         return tuple(self.tensors[name].likeness.shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a weight in the module."""
+        """Return the dtype that a weight has in the module."""
         stored = self.tensors[name].likeness.dtype
         if not stored.is_floating_point:
             return stored
         return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
 
     def num_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Return the bytes of all weights, or of the named ones, in the module."""
+        """Return the size in the module, in bytes, of all weights or of those in `names`."""
         chosen = self.tensors if names is None else names
         return sum(self.dtype(name).itemsize * math.prod(self.shape(name)) for name in chosen)
 
     @cached_property
     def stay_mapped(self) -> bool:
-        """Whether nearly all tensors are stored in the module's dtype, so that they stay mapped.
+        """True if nearly all tensors are stored in the module's dtype, so that they stay mapped.
 
         Otherwise all are copied, since one mapped tensor keeps its whole file's pages resident.
         """
@@ -241,7 +243,7 @@ class Weights:
 
 
 def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
-    """Return the names in a file, and a function that maps one of them."""
+    """Return the names of a file's tensors, and a function that reads one by its name."""
     if not path.is_file():
         raise ModelError(f"{path} is missing; copy it again")
     try:
@@ -251,14 +253,14 @@ def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path} holds more than tensors, or is damaged; vidgen reads only plain state dicts: "
-            "copy it again from where it was published"
+            f"{path} contains more than tensors, or is damaged; vidgen reads only plain state "
+            "dicts: download it again"
         ) from error
-    except Exception as error:  # damaged pickles lead torch's unpickler to any
+    except Exception as error:  # torch's unpickler raises any error for a damaged file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(
             f"{path} can't be read ({reason}); it may be truncated: copy it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelError(f"{path} is no plain state dict of tensors; give the published weights")
+        raise ModelError(f"{path} is not a plain state dict of tensors; use the published weights")
     return tuple(state), state.__getitem__

@@ -1,8 +1,8 @@
 """Stream the weights of blocks from files, one block ahead of use.
 
 A forward pass runs its blocks one after another, so memory for two is enough: while one computes, a
-thread reads the next from the mapped file and casts it. On a GPU the copy runs on a stream of its
-own from pinned memory. The results are those of a module in memory, bit for bit.
+thread reads the next from the mapped file and casts it. On a GPU, weights are copied from pinned
+memory on a separate CUDA stream. Results equal those of a module in memory, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"(\D+\.\d+)\..+")
 _ALIGN = 256
-"""Bytes; the alignment of CUDA's allocator, and more than that of any CPU's vectors."""
+"""Alignment of each weight, in bytes: CUDA's allocator's, and more than CPU vectors need."""
 
 
 def block_of(name: str) -> str | None:
-    """Return the path of a weight's block, `blocks.3` for `blocks.3.ffn.up.weight`."""
+    """Return the path of a weight's block, or None: `blocks.3` for `blocks.3.ffn.up.weight`."""
     match = _BLOCK.fullmatch(name)
     return match[1] if match else None
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group names of weights by their block; others are left out."""
+    """Group names of weights by their block's path, without weights outside of blocks."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         block = block_of(name)
@@ -40,7 +40,7 @@ def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer by a tensor."""
+    """Replace the module's parameter or buffer `name` by a tensor."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -51,6 +51,8 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class _Place(NamedTuple):
+    """A weight's place in its block's memory; `offset` is in bytes."""
+
     name: str
     offset: int
     shape: tuple[int, ...]
@@ -62,7 +64,10 @@ class _Place(NamedTuple):
 
 
 class _Slot:
-    """Memory for one block, and pinned memory for a GPU's copies."""
+    """Memory for one block's weights, and on a GPU pinned memory to copy them from.
+
+    `arrived` and `left` mark the end of the last copy into the memory and of its last use.
+    """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -71,10 +76,10 @@ class _Slot:
         if self.on_gpu:
             self.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
             self.arrived, self.left = torch.cuda.Event(), torch.cuda.Event()
-            self.leave()  # after whatever used this memory before
+            self.leave()  # the allocator may have given memory that earlier work still uses
 
     def send(self, side: torch.cuda.Stream | None) -> None:
-        """Copy the staged weights, after the last computation with this memory."""
+        """Copy the staged weights on the stream `side`, after the last use of the memory."""
         if side is not None:
             side.wait_event(self.left)
             with torch.cuda.stream(side):
@@ -96,10 +101,11 @@ class _Slot:
 
 
 class BlockStream:
-    """Assigns each block's weights before its forward pass and removes them after it.
+    """Assign each block's weights before its forward pass, and remove them after it.
 
     Args:
-        module: with blocks on the meta device; it runs one at a time, in any order that repeats.
+        module: its blocks are on the meta device. They run one at a time; the next block is
+            fetched ahead if their order is that of the previous pass.
     """
 
     def __init__(self, module: nn.Module, weights: Weights, device: torch.device) -> None:
@@ -142,8 +148,8 @@ class BlockStream:
         ]
 
     def _enter(self, index: int) -> None:
-        """Assign a block's weights and fetch the next block's."""
-        if self._inside is not None:  # Ctrl-C skips the hook that leaves a block
+        """Assign a block's weights and start to fetch the next block's."""
+        if self._inside is not None:  # KeyboardInterrupt skips the hook after a block
             self._leave(self._inside)
         if self._ahead is None or self._ahead[0] != index:
             if self._ahead is not None:
@@ -171,26 +177,27 @@ class BlockStream:
         return index, self._thread.submit(self._load, index, self._next)
 
     def _load(self, index: int, slot: _Slot) -> None:
-        """Read and cast a block's weights, in the thread."""
+        """Read and cast a block's weights; runs in the thread."""
         slot.wait_staging()
         for place in self._places[index]:
             place.view(slot.staging).copy_(self._weights.tensors[place.name].get())
-        self._weights.tensors.release()  # or the file's pages stay in memory
+        self._weights.tensors.release()  # otherwise the file's pages stay in memory
         slot.send(self._side)
 
 
 def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> BlockStream:
-    """Stream a module's blocks, which are on the meta device; return the stream, to be closed.
+    """Stream the weights of a module's blocks, which are on the meta device.
 
-    It is also the module's attribute `block_stream`. The forward pass raises ModelError if a file
-    can't be read any more.
+    The caller closes the stream, which is also the module's attribute `block_stream`. A forward
+    pass raises ModelError if a file can no longer be read.
     """
     stream = BlockStream(module, weights, device)
-    module.__dict__["block_stream"] = stream  # not a submodule
+    module.__dict__["block_stream"] = stream  # not registered as a submodule
     return stream
 
 
 def _end(places: list[_Place]) -> int:
+    """Return the aligned end, in bytes, of the last place."""
     if not places:
         return 0
     last = places[-1]

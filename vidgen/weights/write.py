@@ -1,7 +1,7 @@
 """Write files of tensors with one tensor in memory at a time.
 
-A safetensors file is the header's length in eight bytes, the header as JSON (dtype, shape and
-offsets of each tensor), and the data.
+A safetensors file consists of the header's length (8 bytes, little-endian), the header as JSON
+(dtype, shape and offsets of each tensor), and the data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHUNK = 1 << 26
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write one file and sync it to disk."""
+    """Write a safetensors file and sync it to disk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, lazy in tensors.items():
@@ -36,7 +36,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
         }
         end += like.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for lazy in tensors.values():
@@ -52,7 +52,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
 def write_shards(
     folder: Path, stem: str, tensors: Mapping[str, Lazy], max_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `STEM.safetensors`, or shards of at most `max_bytes` (or one tensor) with an index."""
+    """Write `STEM.safetensors`, or several shards with an index if it would exceed `max_bytes`.
+
+    A shard exceeds `max_bytes` only if it consists of a single tensor.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Lazy]] = [{}]
     size = total = 0
@@ -76,7 +79,10 @@ def write_shards(
 
 
 def write_pth(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write a plain state dict for `torch.load(weights_only=True)`; mapped tensors stay mapped."""
+    """Write a plain state dict for `torch.load(weights_only=True)`, and sync it to disk.
+
+    Mapped tensors stay mapped while they are written.
+    """
     with path.open("wb") as file:
         torch.save({name: lazy.get().contiguous() for name, lazy in tensors.items()}, file)
         file.flush()
@@ -84,6 +90,6 @@ def write_pth(path: Path, tensors: Mapping[str, Lazy]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write an indented JSON file."""
+    """Write an indented JSON file, and create its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
