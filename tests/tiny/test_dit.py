@@ -138,7 +138,7 @@ def test_what_cannot_be_recorded_is_refused():
     with pytest.raises(InputError, match="empty one to a model with the audio modality"):
         make_model()(latents, timestep, context, cache=KVCache())
     hidden = make_stills([[5.0], [5.0]], torch.tensor([[True], [False]]))
-    with pytest.raises(InputError, match="are all valid"):
+    with pytest.raises(InputError, match="can't record stills"):
         model(latents, timestep, context, extra=hidden, cache=KVCache())
 
 

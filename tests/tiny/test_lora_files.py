@@ -376,7 +376,7 @@ def test_a_file_says_which_expert_it_was_learned_for(dialect, tmp_path, caplog):
         assert read_choices([LoraChoice(files[other])], TINY, side) == []
         assert not caplog.messages
         assert read_choices([LoraChoice(files[other], expert=side)], TINY, side)
-        assert f"learned for the {other}-noise expert and goes to the other" in caplog.text
+        assert f"trained for the {other}-noise expert, but @{side} applies it" in caplog.text
         caplog.clear()
     assert len(read_choices([LoraChoice(files["low"])], TINY)) == 1, "the only transformer"
 

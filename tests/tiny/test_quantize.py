@@ -186,5 +186,5 @@ def test_another_kind_and_streaming_are_refused(tmp_path):
     make = lambda: SpacetimeDiT(DIT)  # noqa: E731
     with pytest.raises(InputError, match="one of the two"):
         load_module(make, tmp_path, torch.float32, "cpu", quantize="int8", stream=True)
-    with pytest.raises(InputError, match="only kind is 'int8'"):
+    with pytest.raises(InputError, match="quantize is 'int3'; give 'int8'"):
         load_module(make, tmp_path, torch.float32, "cpu", quantize="int3")

@@ -1,1 +1,1 @@
-"""Networks, each with its frozen config: the video VAE, the spacetime DiT, the text encoder."""
+"""Networks, each with a frozen config: VAEs of video and sound, the DiT, encoders, verifiers."""

@@ -1,14 +1,15 @@
 """A causal VAE for sound: encode short spectra to latents, decode to oscillators and noise.
 
-Frame t covers `window` samples from `hop * t` on, and `frames_per_token` frames make a latent. So
-latent k depends on samples before `samples_per_token * (k + 1) + lookahead` only, its own samples
-depend on latents up to k, and sound of any length streams through in constant memory.
+Frame t covers `window` samples from `hop * t` on, and each latent covers `frames_per_token` frames.
+Latent k therefore depends only on samples before `samples_per_token * (k + 1) + lookahead`, and the
+decoded samples of latent k only on latents up to k: sound of any length is processed as a stream,
+in constant memory.
 
-ConvNeXt blocks at the frames' rate and an inverse STFT are Vocos' (Siuzdak 2024, fig. 1);
-`audio_spectra` has the spectra that the networks read and write.
+ConvNeXt blocks at the frame rate and the inverse STFT follow Vocos (Siuzdak 2024, fig. 1).
+`audio_spectra` computes the spectra that the networks read and write.
 
-Axes: B batch, N samples (mono), T frames, K latents, C latent channels, D width. With a cache,
-input follows that of earlier calls.
+Axes: B batch, N samples (mono), T frames, K latents, C latent channels, D width. Methods with a
+`cache` argument continue the stream of earlier calls with the same cache.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from vidgen.models.audio_spectra import AudioVAEConfig, Controls, to_sound, to_s
 from vidgen.ops.conv import StreamCache
 from vidgen.ops.latents import NormalizedLatents
 
-_FAINT, _TINY = 1e-4, 1e-9  # magnitudes taken for silence, and for zero
+_FAINT, _TINY = 1e-4, 1e-9  # magnitudes of silence, and against division by zero
 _LOUDEST = 6.0  # log of a spectrum's largest magnitude
 _QUIET = -2.0  # log of an untrained decoder's magnitudes
-_STEEPEST = 3.0  # log of the largest gain; minus that of the least
+_STEEPEST = 3.0  # log of the largest gain; the smallest is its inverse
 
 
 class CausalConv1d(nn.Conv1d):
-    """Depthwise convolution over [B, T, D] whose output frame t sees input frames up to t."""
+    """Depthwise convolution over time; output frame t depends on input frames up to t."""
 
     cache_key: str = ""
 
@@ -51,7 +52,7 @@ class CausalConv1d(nn.Conv1d):
 
 
 class ConvNeXtBlock(nn.Module):
-    """A depthwise convolution, a scaled feed-forward and a shortcut (Liu et al. 2022, fig. 4)."""
+    """Depthwise convolution, scaled feed-forward and shortcut (Liu et al. 2022, fig. 4)."""
 
     def __init__(self, dim: int, kernel_size: int, expansion: int, scale: float) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class _Stack(nn.ModuleList):
 
 
 class AudioEncoder(nn.Module):
-    """Map spectra to moments of latents."""
+    """Network from spectra to the mean and log-variance of latents."""
 
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
@@ -94,14 +95,14 @@ class AudioEncoder(nn.Module):
         self.to_moments = nn.Linear(dim, 2 * config.latent_channels)
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """Map [B, T, 3 * bins] to [B, K, 2 * C], mean and log-variance."""
+        """Map spectra [B, T, 3 * bins] to [B, K, 2 * C], mean and log-variance."""
         x = self.frames(self.embed(x), cache)
         x = self.gather(x.unflatten(1, (-1, per_token)).flatten(2))
         return self.to_moments(self.norm(self.tokens(x, cache)))
 
 
 class AudioDecoder(nn.Module):
-    """Map latents to spectra."""
+    """Network from latents to the parameters of `Controls`."""
 
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
@@ -118,10 +119,10 @@ class AudioDecoder(nn.Module):
             self.head.bias[bins : 3 * bins] = _QUIET
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """Map [B, K, C] to [B, T, 3 * bins + 2 * gains], float32.
+        """Map latents [B, K, C] to [B, T, 3 * bins + 2 * gains], float32.
 
-        They are the advance of the phase, and the logs of tone, noise and the gains of both. The
-        head computes in float32, since errors of phases add up.
+        The last axis has the advance of the phase, and the logs of tone, noise and their gains.
+        The head computes in float32, since errors of phases add up over time.
         """
         x = self.spread(self.tokens(self.from_latents(x), cache))
         x = self.frames(x.unflatten(2, (per_token, -1)).flatten(1, 2), cache)
@@ -131,7 +132,7 @@ class AudioDecoder(nn.Module):
 
 
 class AudioVAE(NormalizedLatents, nn.Module):
-    """Encode mono sound [B, N] in [-1, 1] to latents [B, C, K], and decode it."""
+    """A VAE that encodes mono sound [B, N] in [-1, 1] to latents [B, C, K], and decodes them."""
 
     config: AudioVAEConfig
 
@@ -147,10 +148,10 @@ class AudioVAE(NormalizedLatents, nn.Module):
     def encode_moments(self, sound: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, C, K] of the latents, not normalised.
 
-        `sound` is [B, N], of any length; silence follows it. K is `config.num_tokens(N)`.
+        `sound` [B, N] may have any length and is padded with silence; K is `config.num_tokens(N)`.
 
         Raises:
-            InputError: sound that is not [B, N] or is empty.
+            InputError: `sound` is not [B, N] or is empty.
         """
         _check_sound(sound)
         return self._encode(self._fill(F.pad(sound, (self.config.history, 0))), None)
@@ -160,11 +161,11 @@ class AudioVAE(NormalizedLatents, nn.Module):
         return to_sound(self.config, self.controls(latents))[:, :num_samples]
 
     def controls(self, latents: Tensor, cache: StreamCache | None = None) -> Controls:
-        """Decode latents [B, C, K], not normalised, to controls, T = K * frames_per_token."""
+        """Decode latents [B, C, K], not normalised, to controls of T = K * frames_per_token."""
         x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
-        said = self.decoder(x, self.config.frames_per_token, cache)
+        output = self.decoder(x, self.config.frames_per_token, cache)
         bins, gains = self.config.num_bins, self.config.gains_per_frame
-        advance, tone, noise, attack = said.split([bins, bins, bins, 2 * gains], dim=2)
+        advance, tone, noise, attack = output.split([bins, bins, bins, 2 * gains], dim=2)
         tone, noise = (logs.clamp(max=_LOUDEST).exp() for logs in (tone, noise))
         attack = _STEEPEST * (attack / _STEEPEST).tanh().unflatten(2, (2, gains)) if gains else None
         return Controls(self.config.reach * advance.tanh(), tone, noise, attack)
@@ -184,9 +185,9 @@ class AudioVAE(NormalizedLatents, nn.Module):
 
     @torch.no_grad()
     def stream_encode(self, sound: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the normalised latents [B, C, k] of a sound, `lookahead` samples late.
+        """Yield the normalised latents [B, C, k] of a sound in chunks [B, n] of any lengths.
 
-        The sound comes in chunks [B, n] of any lengths; silence follows it.
+        A latent follows `config.lookahead` samples after its own; the end is padded with silence.
         """
         cache, size, before = StreamCache(), self.config.samples_per_token, self.config.history
         held: Tensor | None = None
@@ -205,9 +206,9 @@ class AudioVAE(NormalizedLatents, nn.Module):
     def stream_decode(
         self, latents: Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
-        """Yield the sound [B, samples_per_token * k] of pieces of normalised latents [B, C, k].
+        """Yield the sound [B, samples_per_token * k] of each piece of normalised latents [B, C, k].
 
-        `cache` continues an earlier stream, and is updated; None: a new sound.
+        `cache` continues an earlier stream, and is updated; None: start a new sound.
         """
         cache = StreamCache() if cache is None else cache
         for piece in latents:
@@ -216,7 +217,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
             yield sound
 
     def _fill(self, sound: Tensor) -> Tensor:
-        """Append silence to sound [B, history + N] to fill the last latent and its lookahead."""
+        """Pad sound [B, history + N] with silence to fill the last latent and its lookahead."""
         config = self.config
         size = config.num_tokens(sound.shape[1] - config.history) * config.samples_per_token
         return F.pad(sound, (0, config.history + size + config.lookahead - sound.shape[1]))
@@ -225,8 +226,8 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """Return moments of sound [B, history + K * samples_per_token + lookahead]."""
         magnitudes, tones = to_spectra(self.config, sound)
         sizes = tones.abs()
-        ways = tones * ((sizes + _FAINT) ** self.config.compression / (sizes + _TINY))
-        x = torch.cat([(magnitudes + _FAINT) ** self.config.compression, ways.real, ways.imag], 2)
+        tones = tones * ((sizes + _FAINT) ** self.config.compression / (sizes + _TINY))
+        x = torch.cat([(magnitudes + _FAINT) ** self.config.compression, tones.real, tones.imag], 2)
         x = x.to(self.encoder.embed.weight.dtype)
         moments = self.encoder(x, self.config.frames_per_token, cache).transpose(1, 2)
         mean, logvar = moments.chunk(2, dim=1)
@@ -236,6 +237,6 @@ class AudioVAE(NormalizedLatents, nn.Module):
 def _check_sound(sound: Tensor) -> None:
     if sound.dim() != 2 or not sound.shape[1]:
         raise InputError(
-            f"sound is {list(sound.shape)}; the audio VAE takes mono sound [batch, samples], "
-            "at least one sample; mix channels down first"
+            f"sound has shape {list(sound.shape)}; the audio VAE takes mono sound [batch, samples] "
+            "of at least one sample: mix channels down first"
         )

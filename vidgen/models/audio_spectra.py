@@ -1,8 +1,9 @@
-"""Convert sound to the spectra of the audio VAE's encoder, and its decoder's output to sound.
+"""Convert sound to the audio VAE's input spectra, and the decoder's output to sound.
 
-Phases are relative: the encoder reads the advance of each frequency's phase since the last frame,
-the decoder predicts it and sums, so a steady tone is a constant. All that is no tone is noise
-(harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so decoding is a function.
+Phases are relative: the encoder reads the advance of each frequency's phase since the last frame;
+the decoder predicts the advance and sums it, so that a steady tone is constant over time. The rest
+of the sound is filtered noise (harmonics plus noise, Engel et al. 2020, sec. 3) from a fixed table,
+so that decoding is deterministic.
 
 Axes: B batch, N samples (mono), T frames.
 """
@@ -21,9 +22,9 @@ from vidgen.ops.conv import StreamCache
 from vidgen.ops.latents import check_positive, check_statistics
 
 NOISE_FRAMES = 4096
-"""Frames, 16 s, after which the noise repeats."""
+"""Frames after which the noise repeats, 16 s at the default sizes."""
 _FRAMES, _PHASES, _GAINS = "frames", "phases", "gains"  # in a stream's cache
-_ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
+_ONSET = 0.1  # least share of the full overlap by which the first samples are divided
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,26 @@ class AudioVAEConfig:
 
     Args:
         latent_channels: C.
-        encoder_layers: blocks at the frames' rate, then at the latents'.
-        decoder_layers: blocks at the latents' rate, then at the frames'.
-        expansion: hidden width of a block, in widths.
+        encoder_layers: blocks at the frame rate, then at the latents' rate.
+        decoder_layers: blocks at the latents' rate, then at the frame rate.
+        expansion: hidden width of a block as a multiple of its width.
         kernel_size: frames that a block's convolution sees.
-        sample_rate: samples a second.
-        hop: samples from a frame to the next.
-        window: samples of a frame, three whole hops at least.
-        pitch_window: samples, whole windows, that end with a frame and over which the encoder
-            follows phases: within a window, tones near each other beat and have no pitch. 0: the
-            window.
+        sample_rate: samples per second.
+        hop: samples from one frame to the next.
+        window: samples in a frame; a multiple of the hop, at least three.
+        pitch_window: samples that end with a frame, over which the encoder measures phases; a
+            multiple of the window, or 0 for the window. In a short window, tones that are close to
+            each other beat instead of having separate pitches.
         frames_per_token: frames in a latent.
-        gains_per_frame: the decoder's gains of each frame for tones, and as many for noise; attacks
-            are then as sharp as `hop / gains_per_frame` samples, which windows would blur. 0: none.
-        compression: power that the encoder raises magnitudes to.
+        gains_per_frame: gains per frame that the decoder predicts for tones, and as many for noise.
+            They make attacks as sharp as `hop / gains_per_frame` samples, which windows would blur.
+            0: no gains.
+        compression: exponent that the encoder applies to magnitudes.
         latents_mean: [C], subtracted from latents to normalise them; None: zeros.
-        latents_std: [C], by which they are then divided; None: ones.
+        latents_std: [C], divides them after that; None: ones.
 
     Raises:
-        ValueError: values that no network can have.
+        ValueError: invalid or inconsistent values.
     """
 
     latent_channels: int
@@ -75,52 +77,53 @@ class AudioVAEConfig:
                        "kernel_size", "sample_rate", "hop", "frames_per_token")
         if self.window % self.hop or self.window < 3 * self.hop or self.window % 2:
             raise ValueError(
-                f"window {self.window} must be even and at least three whole hops of {self.hop}, "
-                "or frames don't add up evenly"
+                f"window {self.window} must be even and a multiple of the hop {self.hop}, at least "
+                "three, or overlapping frames don't add up evenly"
             )
         object.__setattr__(self, "pitch_window", self.pitch_window or self.window)
         if self.pitch_window < self.window or self.pitch_window % self.window:
             raise ValueError(
-                f"pitch_window {self.pitch_window} must be one or more whole windows of "
-                f"{self.window}, so that both have the same frequencies"
+                f"pitch_window {self.pitch_window} must be a multiple of the window {self.window}, "
+                "so that both have the same frequencies"
             )
         if self.gains_per_frame < 0 or (self.gains_per_frame and self.hop % self.gains_per_frame):
             raise ValueError(
-                f"gains_per_frame {self.gains_per_frame} must be 0 or divide the hop of {self.hop}"
+                f"gains_per_frame {self.gains_per_frame} must be 0 or divide the hop {self.hop}"
             )
         check_statistics(self)
 
     @property
     def samples_per_token(self) -> int:
-        """Samples in a latent."""
+        """Samples per latent."""
         return self.hop * self.frames_per_token
 
     @property
     def tokens_per_s(self) -> float:
-        """Latents a second."""
+        """Latents per second."""
         return self.sample_rate / self.samples_per_token
 
     @property
     def lookahead(self) -> int:
-        """Samples after its own that a latent depends on."""
+        """Samples after a latent's own on which it depends."""
         return self.window - self.hop
 
     @property
     def history(self) -> int:
-        """Samples before a sound's first that its spectra depend on."""
+        """Samples before the first frame on which its spectra depend."""
         return self.hop + self.pitch_window - self.window
 
     @property
     def reach(self) -> float:
-        """Largest advance of an oscillator, in radians a frame: a little over half-way to the next.
+        """Largest advance of an oscillator over its bin's own, in radians per frame.
 
-        With more, several would follow one tone and beat with each other.
+        It reaches a little over half-way to the next bin. With more reach, several oscillators
+        would follow one tone and beat with each other.
         """
         return 1.1 * math.pi * self.hop / self.window
 
     @property
     def num_bins(self) -> int:
-        """Frequencies of a frame's spectrum."""
+        """Number of frequencies in a frame's spectrum."""
         return self.window // 2 + 1
 
     def num_tokens(self, num_samples: int) -> int:
@@ -132,12 +135,12 @@ class Controls(NamedTuple):
     """The decoder's output for each frame.
 
     Attributes:
-        advance: [B, T, bins], of a frequency's phase over its bin's own since the last frame, in
-            radians.
+        advance: [B, T, bins], advance of each oscillator's phase since the last frame, less that of
+            its bin's own frequency, in radians.
         tone: [B, T, bins], magnitude of the oscillator.
         noise: [B, T, bins], standard deviation of the noise.
-        attack: [B, T, 2, gains], logs of the gains of tones and noise at the end of each of a
-            frame's equal parts, linear between them; or None.
+        attack: [B, T, 2, gains], log gains of tones and of noise at the end of each of a frame's
+            equal parts; gains are interpolated linearly between them. None: no gains.
     """
 
     advance: Tensor
@@ -147,11 +150,12 @@ class Controls(NamedTuple):
 
 
 def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the spectra of sound [B, history + T * hop + lookahead], history first.
+    """Return the spectra of sound [B, history + T * hop + lookahead], which begins with history.
 
     Returns:
-        Magnitudes [B, T, bins], and tones: complex numbers [B, T, bins] of the magnitude over
-        `pitch_window` and the phase's advance since the last frame, less the bin's own.
+        Magnitudes [B, T, bins], and tones, complex [B, T, bins]: their absolute value is the
+        magnitude over `pitch_window`, their angle the phase's advance since the last frame, less
+        that of the bin's own frequency.
     """
     sound = sound.float()
     magnitudes = _spectra(config, sound[:, config.history :], config.window).abs()
@@ -164,9 +168,9 @@ def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spectra(config: AudioVAEConfig, sound: Tensor, length: int) -> Tensor:
-    """Return spectra [B, T, bins] of frames of `length`, whole windows, at the window's bins.
+    """Return spectra [B, T, bins], at the window's frequencies, of frames of one or more windows.
 
-    A frame folded to a window's length has the same spectrum at these bins.
+    A longer frame is folded to a window's length, which leaves its spectrum at these frequencies.
     """
     frames = sound.unfold(1, length, config.hop) * torch.hann_window(length, device=sound.device)
     return torch.fft.rfft(frames.unflatten(2, (-1, config.window)).sum(2))
@@ -178,8 +182,8 @@ def to_sound(
 ) -> Tensor:
     """Render a decoder's frames to sound [B, T * hop].
 
-    The position of a stream's cache sets the first frame of the noise; without one `first_noise`
-    does, which training varies.
+    `first_noise` is the first frame of the noise table, which training varies; with a cache it
+    follows from the stream's position.
     """
     bins, count = config.num_bins, controls.tone.shape[1]
     own = math.tau * config.hop / config.window * torch.arange(bins)
@@ -200,13 +204,13 @@ def to_sound(
 
 
 def _play(config: AudioVAEConfig, spectra: Tensor, cache: StreamCache | None) -> Tensor:
-    """Return the sound [B, T * hop] of the spectra of frames [B, T, bins]."""
+    """Return the sound [B, T * hop] of spectra [B, T, bins]."""
     frames = torch.fft.irfft(spectra, config.window)
     return overlap_add(config, frames * _window(config, frames.device), cache)
 
 
 def _gains(config: AudioVAEConfig, attack: Tensor, cache: StreamCache | None) -> Tensor:
-    """Interpolate gains of samples [B, 2, T * hop] from their logs at some [B, T, 2, gains]."""
+    """Interpolate log gains [B, T, 2, gains] to gains of samples, [B, 2, T * hop]."""
     points = attack.transpose(1, 2).flatten(2).exp()
     before = None if cache is None else cache.tensors.get(_GAINS)
     if before is None:
@@ -220,9 +224,10 @@ def _gains(config: AudioVAEConfig, attack: Tensor, cache: StreamCache | None) ->
 
 
 def overlap_add(config: AudioVAEConfig, frames: Tensor, cache: StreamCache | None = None) -> Tensor:
-    """Add frames [B, T, window] where they overlap, [B, T * hop].
+    """Overlap and add frames [B, T, window] to sound [B, T * hop].
 
-    Full overlap has an even sum of squared windows; the first samples have less of it.
+    Samples are divided by the sum of squared windows: a constant, except for the first samples of a
+    sound, which fewer frames cover.
     """
     parts = config.window // config.hop
     before = None if cache is None else cache.tensors.get(_FRAMES)
@@ -249,6 +254,6 @@ def _window(config: AudioVAEConfig, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _noise_frames(bins: int) -> Tensor:
-    """Return fixed complex normal numbers [`NOISE_FRAMES`, bins]."""
+    """Return fixed complex Gaussian noise [`NOISE_FRAMES`, bins]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(NOISE_FRAMES, bins, dtype=torch.complex64, generator=generator)

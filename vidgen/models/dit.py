@@ -2,7 +2,7 @@
 
 Each patch of latents is a token with rotary positions in time, rows and columns. Blocks of
 self-attention, cross-attention to text and feed-forward, modulated by each token's timestep, map
-noisy tokens to velocities. Stills and sound join as further tokens of the same sequence.
+noisy tokens to velocities. Stills and sound are additional tokens of the same sequence.
 
 Axes: B batch, C channels, F latent frames, K stills, h w latent rows and columns, S text tokens,
 N audio tokens, L tokens, D width.
@@ -62,10 +62,10 @@ class AudioVideo(NamedTuple):
 
 
 class SpacetimeDiT(nn.Module):
-    """The network that predicts `velocity = noise - clean`; a new one has arbitrary weights."""
+    """Transformer that predicts `velocity = noise - clean`; a new one has uninitialised weights."""
 
     fp32_weights = ("modulation", "time_embed", "norm")
-    """Parts of the names of parameters that stay float32 when the others are cast."""
+    """Name parts of the parameters that stay float32 when the others are cast."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -123,27 +123,28 @@ class SpacetimeDiT(nn.Module):
         Args:
             latents: [B, C, F, h, w] with h and w multiples of the patch size.
             timestep: 1000 * sigma, as [B], [B, F], or [B, F, h/p, w/p] where times differ within
-                a frame; known tokens have 0.
+                a frame; 0 for known tokens.
             context: text features [B, S, text_dim].
-            context_lengths: valid rows of each text; the rest counts as Wan's zero rows, up to
-                `text_len`. None: all S rows are valid.
-            image_context: CLIP features [B, _, image_dim], for models that take them.
-            extra: known stills, seen by all frames; they have no output.
+            context_lengths: valid rows of each text; the other rows up to `text_len` count as the
+                zero rows with which Wan pads. None: all S rows are valid.
+            image_context: CLIP features [B, _, image_dim], for models with `image_dim`.
+            extra: known stills that all frames attend to; the output doesn't contain them.
             positions: [F] or [B, F] time positions of the frames; None: 0, 1, ...
-            audio: sound to denoise with the video, for models with the modality.
-            cache: an empty one, which records this pass for `listen`.
-            control: [B, control_channels, F, h, w], for models with `control_layers`; None: their
-                blocks don't run.
-            control_scale: strength of the control.
-            step_cache: may skip blocks at this step; doesn't go with `cache`.
-            ranks: processes that call this together with the same arguments, each for its stretch
-                of the tokens. A step cache must decide alike on all of them.
+            audio: sound to denoise together with the video, for models with the audio modality.
+            cache: an empty cache that records this pass for `listen`.
+            control: [B, control_channels, F, h, w], for models with `control_layers`; None: the
+                control blocks don't run.
+            control_scale: factor of the control blocks' output.
+            step_cache: may skip blocks at this step; can't be combined with `cache`.
+            ranks: processes that make this call together with equal arguments, each for its share
+                of the tokens. A step cache must make the same decision on all of them.
 
         Returns:
-            Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio` both.
+            Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio`, an
+            `AudioVideo`.
 
         Raises:
-            InputError: shapes and options that this model can't take.
+            InputError: shapes or options that this model doesn't support.
         """
         check_inputs(
             self.config, latents, timestep, image_context, extra, audio, cache, step_cache
@@ -183,12 +184,12 @@ class SpacetimeDiT(nn.Module):
         self, audio: AudioTokens, context: Tensor, *,
         context_lengths: Sequence[int] | Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
-        """Predict the velocity [B, C, N] of sound, alone or for a picture that doesn't see it.
+        """Predict the velocity [B, C, N] of sound, alone or for video that doesn't attend to it.
 
-        The result is `forward`'s for the same picture with `is_seen` off. The picture's tokens
-        don't depend on the sound, so they pass once and are recorded in `cache`; None: the sound
-        sees only itself. Several sounds of one picture follow each other. The context is as in
-        `forward`.
+        The result equals `forward`'s for the same video with `audio.is_seen` False. The video's
+        tokens don't depend on the sound then, so one pass of `forward` records them in `cache` for
+        any number of sounds; None: the sound attends only to itself. Sounds of the same video are
+        consecutive in the batch. The context is as in `forward`.
 
         Raises:
             InputError: a model without the audio modality.
@@ -207,7 +208,7 @@ class SpacetimeDiT(nn.Module):
     def _hints(
         self, control: Tensor | None, video: Stream, rope: Tensor, layout: Layout, text: Context
     ) -> Iterator[Tensor]:
-        """Yield the addition of each control block, [B, L, D], one at a time."""
+        """Yield each control block's output [B, L, D], which is added to the video's tokens."""
         if control is None:
             return
         with torch.autocast(control.device.type, enabled=False):
@@ -227,7 +228,7 @@ class SpacetimeDiT(nn.Module):
         self, latents: Tensor, timestep: Tensor, extra: KeyTokens | None, positions: Tensor | None,
         audio: AudioTokens | None, h: int, w: int,
     ) -> tuple[list[Stream], Tensor]:
-        """Return the stream of each modality, and the rotations [B or 1, L, d/2] of all tokens."""
+        """Return each modality's stream, and the rotations [B or 1, L, d/2] of all tokens."""
         batch, _, frames = latents.shape[:3]
         if positions is None:
             positions = torch.arange(frames, device=latents.device)

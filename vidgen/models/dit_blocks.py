@@ -1,7 +1,7 @@
 """Modules of a `SpacetimeDiT`: embeddings, attention, one block, and the head.
 
-Norms, modulation, residual gates and time embedding are computed in float32 whatever the weights'
-dtype; matrix products run in the autocast dtype or the weights'.
+Norms, modulation, residual gates and time embedding are computed in float32 for any dtype of the
+weights; matrix products run in the autocast dtype or the weights'.
 
 Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, H heads, d head
 width.
@@ -31,7 +31,7 @@ from vidgen.ops.rope import normed_heads
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of products with `weight`: autocast's where it is on, else its own."""
+    """Return the dtype of matrix products with `weight`: autocast's if enabled, else its own."""
     device = weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -39,7 +39,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up(x))), with the tanh form of GELU as in Wan unless `exact`."""
+    """Feed-forward down(gelu(up(x))); GELU in its tanh form as in Wan, unless `exact`."""
 
     def __init__(
         self, width: int, hidden: int, out: int | None = None, *, exact: bool = False
@@ -50,12 +50,12 @@ class FeedForward(nn.Module):
         self.approximate = "none" if exact else "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D]."""
+        """Map [..., width] to [..., out]."""
         return feed_forward(self.up, self.down, x, self.approximate)
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of patches; its weight has the shape of Wan's convolution, [D, C, 1, p, p]."""
+    """Linear map of patches; its weight has the shape of Wan's convolution, [D, C, 1, p, p]."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -78,7 +78,10 @@ class TimeEmbedding(nn.Module):
         self.proj = nn.Linear(width, 6 * width)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed timesteps [...] for the head [..., D] and for the blocks [..., 6, D], float32."""
+        """Return embeddings of timesteps [...] for the head [..., D] and the blocks [..., 6, D].
+
+        Both are float32.
+        """
         half = self.freq_dim // 2
         steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
         angles = timestep.float()[..., None] * torch.exp(-math.log(1e4) / half * steps)
@@ -90,7 +93,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Embedding of CLIP image features, with learned positions for models of two images."""
+    """Embedding of CLIP image features, with learned positions in models that take two images."""
 
     def __init__(self, image_dim: int, width: int, num_positions: int | None) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ class ImageEmbedding(nn.Module):
 
 
 class HeadsNorm(nn.Module):
-    """RMS norm over the full width, all heads together, with a gain."""
+    """RMSNorm with a gain over the full width, all heads together."""
 
     def __init__(self, width: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class HeadsNorm(nn.Module):
         self.num_heads, self.eps = num_heads, eps
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Normalise [B, L, H * d]; return heads [B, H, L, d], rotated by rope [B or 1, L, d/2]."""
+        """Normalise [B, L, H * d] to heads [B, H, L, d], rotated by `rope` [B or 1, L, d/2]."""
         return normed_heads(x, self.weight, rope, self.num_heads, self.eps)
 
 
@@ -141,7 +144,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: Tensor, layout: Layout, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]."""
+        """Attend among tokens x [B, L, D], with rotations `rope` [B or 1, L, d/2]; same shape."""
         q, k = self.norm_q(self.q(x), rope), self.norm_k(self.k(x), rope)
         v = _heads(self.v(x), self.num_heads)
 
@@ -149,18 +152,19 @@ class SelfAttention(nn.Module):
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
             bias = layout.bias
-            separate = max(layout.num_alone, layout.num_unseen)
-            if not separate:
+            num_sound = max(layout.num_alone, layout.num_unseen)
+            if not num_sound:
                 return attention(q, k, v, bias=bias)
-            rest = q.shape[2] - separate
+            start = q.shape[2] - num_sound
 
-            def among(looking: slice, seen: slice) -> Tensor:
-                hidden = None if bias is None else bias[..., seen]
-                return attention(q[:, :, looking], k[:, :, seen], v[:, :, seen], bias=hidden)
+            def attend_to(queries: slice, keys: slice) -> Tensor:
+                part = None if bias is None else bias[..., keys]
+                return attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], bias=part)
 
-            others = among(slice(rest), slice(rest if layout.num_unseen else None))
-            alone = slice(rest if layout.num_alone else 0, None)
-            return torch.cat([others, among(slice(rest, None), alone)], dim=2)
+            # two attentions instead of a mask over the sound, which fast kernels don't support
+            video = attend_to(slice(start), slice(start if layout.num_unseen else None))
+            keys = slice(start if layout.num_alone else 0, None)
+            return torch.cat([video, attend_to(slice(start, None), keys)], dim=2)
 
         if layout.spread is None:
             mixed = attend(q, k, v)
@@ -182,7 +186,7 @@ class CrossAttention(nn.Module):
             self.norm_k_image = HeadsNorm(width, num_heads, eps)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Mix the context into tokens x [B, L, D]."""
+        """Attend from tokens x [B, L, D] to the context; return the same shape."""
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(context.text))
         v = _heads(self.v(context.text), self.num_heads)
         mixed = attention(q, k, v, bias=context.bias)
@@ -196,7 +200,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by time.
 
-    Modalities share all but the feed-forward: `ffn` for video, `audio_ffn` for audio.
+    Video and audio share all weights except the feed-forward's: `ffn` and `audio_ffn`.
     """
 
     def __init__(
@@ -217,7 +221,7 @@ class Block(nn.Module):
         self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
         cache: KVCache | None, layer: int,
     ) -> list[Stream]:
-        """Update the streams: video, then audio, or one of them alone."""
+        """Return the updated streams: video, then audio, or only one of them."""
         dtype = compute_dtype(self.ffn.up.weight)
         tables = [s.time.modulate(self.modulation, s.time.block) for s in streams]
         normed = [
@@ -257,10 +261,10 @@ class ControlBlock(Block):
     def forward(  # type: ignore[override]
         self, control: Tensor, video: Stream, rope: Tensor, layout: Layout, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """Return the addition to the video and the next control tokens, both [B, L, D].
+        """Return what is added to the video's tokens, and the next control tokens: both [B, L, D].
 
-        `control` are the tokens of the control block before, to which the first one adds those of
-        the `video` before all blocks.
+        `control` has the previous control block's tokens; `video` the video's tokens before all
+        blocks, which the first control block adds.
         """
         if self.proj_in is not None:
             control = video.tokens + self.proj_in(control).to(video.tokens.dtype)
@@ -280,7 +284,7 @@ class Head(nn.Module):
             self.audio_proj = LastLinear(width, audio_channels)
 
     def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
-        """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
+        """Map a stream's tokens [B, L, D] by `proj` to [B, L, channels], in the weights' dtype."""
         shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
         dtype = proj.weight.dtype
         return proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))

@@ -20,14 +20,14 @@ from vidgen.ops.parallel import Ranks, Spread
 
 
 def join_tokens(streams: Sequence[Stream]) -> Tensor:
-    """Return the tokens of all streams, [B, L, D]."""
+    """Concatenate the tokens of all streams to [B, L, D]."""
     if len(streams) == 1:
         return streams[0].tokens
     return torch.cat([stream.tokens for stream in streams], dim=1)
 
 
 def with_tokens(streams: Sequence[Stream], tokens: Tensor) -> list[Stream]:
-    """Return the streams with other tokens, joined as by `join_tokens`."""
+    """Replace the tokens of all streams by `tokens` [B, L, D]; the inverse of `join_tokens`."""
     parts = tokens.split([stream.tokens.shape[1] for stream in streams], dim=1)
     return [stream._replace(tokens=part) for stream, part in zip(streams, parts, strict=True)]
 
@@ -37,16 +37,16 @@ def check_inputs(
     extra: KeyTokens | None, audio: AudioTokens | None, cache: KVCache | None,
     step_cache: StepCache | None,
 ) -> None:
-    """Raise InputError for shapes and options that the model can't take."""
+    """Raise InputError for shapes or options that the model doesn't support."""
     p = config.patch_size
     batch, channels, frames, h, w = latents.shape
     if channels != config.in_channels:
         raise InputError(f"latents have {channels} channels, not {config.in_channels}")
     if h % p or w % p:
-        raise InputError(f"latents of {h}x{w} don't divide into patches of {p}x{p}")
+        raise InputError(f"latents of {h}x{w} can't be divided into patches of {p}x{p}")
     allowed = [(batch,), (batch, frames), (batch, frames, h // p, w // p)]
     if tuple(timestep.shape) not in allowed:
-        raise InputError(f"timestep has shape {tuple(timestep.shape)}; it may have {allowed}")
+        raise InputError(f"timestep has shape {tuple(timestep.shape)}, not one of {allowed}")
     if (image_context is None) != (config.image_dim is None):
         raise InputError(
             "this model needs image_context"
@@ -56,27 +56,28 @@ def check_inputs(
     rows = None if image_context is None else image_context.shape[1]
     if config.image_positions not in (None, rows):
         raise InputError(
-            f"image_context has {rows} rows; this model takes {config.image_positions}, those "
-            "of the first picture and then of the last"
+            f"image_context has {rows} rows; this model takes {config.image_positions}: the first "
+            "picture's, then the last picture's"
         )
     if audio is not None and config.audio is None:
         raise InputError("audio was given to a model without the audio modality")
     if cache is None:
         return
     if config.audio is None or not cache.is_empty:
-        raise InputError("a KVCache records one pass for sound that sees the picture; give an "
-                         "empty one to a model with the audio modality")
+        raise InputError("a KVCache records one pass for sound that attends to the video; pass an "
+                         "empty one, to a model with the audio modality")
     if step_cache is not None:
-        raise InputError("a step cache leaves blocks out, whose keys and values a KVCache needs; "
-                         "give one of them")
+        raise InputError("a step cache skips blocks, whose keys and values a KVCache needs; pass "
+                         "only one of them")
     if extra is not None and extra.valid is not None:
-        raise InputError("stills of a pass that a KVCache records are all valid")
+        raise InputError("a KVCache can't record stills of which some are not valid; pass "
+                         "extra.valid=None")
 
 
 def runs_of_time(times: Tensor, num_frames: int, num_stills: int) -> Tensor:
-    """Reduce timesteps [B], [B, F] or [B, F, h, w] to as few equal runs of tokens as they allow.
+    """Reduce timesteps [B], [B, F] or [B, F, h, w] to the fewest runs of equal length and time.
 
-    K stills are appended at time 0. The result is [B, G] with G = 1, F + K, or all tokens.
+    K stills are appended at time 0. Return [B, G] with G = 1, F + K, or the number of tokens.
     """
     times = times.float()
     if times.ndim == 4:
@@ -96,7 +97,7 @@ def runs_of_time(times: Tensor, num_frames: int, num_stills: int) -> Tensor:
 def embed_times(
     embed: Callable[[Tensor], tuple[Tensor, Tensor]], times: Tensor, max_runs: int
 ) -> TimeVectors:
-    """Embed times [B, G], each value once; more than `max_runs` runs share rows by an index."""
+    """Embed times [B, G], each distinct value once; above `max_runs` runs, rows have an index."""
     if times.shape[1] == 1:
         return TimeVectors(*embed(times), None)
     values, index = times.unique(return_inverse=True)
@@ -109,7 +110,7 @@ def embed_times(
 def lay_out(
     num_frames: int, extra: KeyTokens | None, audio: AudioTokens | None, frame_tokens: int
 ) -> Layout:
-    """Return the layout of tokens, with the bias that hides stills that aren't valid."""
+    """Return the layout of tokens, with a bias that masks stills that aren't valid."""
     sound = 0 if audio is None else audio.latents.shape[2]
     alone = 0 if audio is None or audio.sees_video else sound
     unseen = 0 if audio is None or audio.is_seen else sound
@@ -125,7 +126,7 @@ def lay_out(
 def spread_tokens(
     streams: Sequence[Stream], rope: Tensor, layout: Layout, ranks: Ranks | None
 ) -> tuple[list[Stream], Tensor, Layout]:
-    """Return this rank's stretches of all streams, their rotations, and the layout for them."""
+    """Return this rank's share of all streams and rotations, and the layout for them."""
     if ranks is None:
         return [*streams], rope, layout
     spread = Spread(ranks, [stream.tokens.shape[1] for stream in streams])
@@ -141,16 +142,18 @@ def spread_tokens(
 def collapse_padding(
     context: Tensor, lengths: Sequence[int] | Tensor, text_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Replace the zero rows up to `text_len`, with which Wan pads text [B, S, text_dim], by one.
+    """Replace the zero rows with which Wan pads text [B, S, text_dim] to `text_len` by one row.
 
-    Equal keys add up in the softmax: n of them are one with log n added to its score. `lengths` are
-    the valid rows of each text.
+    n equal keys have the same effect in the softmax as one with log n added to its score.
+
+    Args:
+        lengths: valid rows of each text.
 
     Returns:
         Text [B, longest + 1, text_dim] and the bias of its keys [B, 1, 1, longest + 1].
 
     Raises:
-        InputError: lengths that don't fit.
+        InputError: lengths that don't match the context or exceed `text_len`.
     """
     count = torch.as_tensor(lengths, device="cpu")
     batch, rows, text_dim = context.shape
@@ -171,12 +174,12 @@ def collapse_padding(
 def check_control(
     config: DiTConfig, latents: Tensor, extra: KeyTokens | None, control: Tensor
 ) -> None:
-    """Raise InputError for a control that the model can't take."""
+    """Raise InputError for a control input that the model doesn't support."""
     if not config.control_layers:
         raise InputError("control was given to a model without control_layers")
     if extra is not None:
         raise InputError(
-            "stills can't join a pass with control; put them before the frames of latents and "
+            "stills can't be combined with control; put them before the frames of latents and "
             "control instead"
         )
     batch, _, *size = latents.shape

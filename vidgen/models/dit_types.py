@@ -19,7 +19,7 @@ from vidgen.ops.parallel import Spread
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """The audio modality of a DiT; `ffn_dim` is the width of each block's audio feed-forward."""
+    """Audio modality of a DiT; `ffn_dim` is the hidden width of the blocks' audio feed-forward."""
 
     channels: int
     ffn_dim: int
@@ -31,21 +31,22 @@ class DiTConfig:
     """Architecture of a `SpacetimeDiT`.
 
     Args:
-        in_channels: C of the input; more than `out_channels` where a condition is stacked on it.
+        in_channels: C of the input; more than `out_channels` if it includes a condition.
         out_channels: C of the velocity.
-        head_dim: width of a head, even and at least 6.
+        head_dim: width of an attention head, even and at least 6.
         text_dim: width of the text encoder's output.
-        text_len: text tokens that Wan pads to, with zero rows that attention sees.
+        text_len: tokens to which Wan pads texts, with zero rows that take part in attention.
         patch_size: rows and columns of latents in a token.
         freq_dim: sinusoids of the time embedding.
-        eps: of all norms.
+        eps: epsilon of all norms.
         image_dim: width of CLIP features (Wan 2.1 I2V), or None.
         image_positions: learned positions of CLIP features (FLF2V: 514), or None.
-        control_layers: blocks whose output a control block adds to (VACE), rising from 0.
+        control_layers: indices of the blocks to whose output a control block's is added (VACE), in
+            rising order from 0.
         control_channels: C of the control, or None without `control_layers`.
 
     Raises:
-        ValueError: values that no network can have.
+        ValueError: invalid or inconsistent values.
     """
 
     in_channels: int
@@ -83,7 +84,7 @@ class DiTConfig:
                 f"control_layers must rise from 0 to at most {self.num_layers - 1}, not {layers}"
             )
         if layers and self.audio is not None:
-            raise ValueError("control goes with no audio; leave audio or control_layers out")
+            raise ValueError("control can't be combined with audio; omit audio or control_layers")
 
     @property
     def hidden_dim(self) -> int:
@@ -93,16 +94,16 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class AudioTokens:
-    """Sound that is denoised, or known, together with the video.
+    """Noisy or known sound that joins the video's tokens.
 
     Attributes:
         latents: [B, C, N].
-        timestep: [B], or [B, N] where some tokens are known and have 0; in 0..1000.
-        frames_per_s: latent frames of the video a second (fps / stride_t), which place audio tokens
+        timestep: [B], or [B, N] with 0 for known tokens; in 0..1000.
+        frames_per_s: latent frames of the video per second (fps / stride_t), to place audio tokens
             on the video's time axis.
         start_s: start of the first audio token, in seconds after the video's first frame.
-        sees_video: whether audio tokens attend to those of the video.
-        is_seen: whether video tokens attend to those of audio.
+        sees_video: True if audio tokens attend to video tokens.
+        is_seen: True if video tokens attend to audio tokens.
     """
 
     latents: Tensor
@@ -118,9 +119,9 @@ class TimeVectors:
     """Embedded timesteps of one stream's tokens.
 
     Attributes:
-        head: [B, G, D] float32, for the output norm; [U, D] with `index`.
-        block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
-        index: [B, L] int32, each token's row, where times differ within a latent frame; else None.
+        head: [B, G, D] float32, for the output norm; with `index` [U, D].
+        block: [B, G, 6, D] float32, for the blocks' norms and gates; with `index` [U, 6, D].
+        index: [B, L] int32, each token's row, if times differ within a latent frame; else None.
     """
 
     head: Tensor
@@ -128,11 +129,11 @@ class TimeVectors:
     index: Tensor | None
 
     def modulate(self, table: Tensor, rows: Tensor) -> list[TokenVectors]:
-        """Add a table [1, k, D] to `rows` [..., k, D]; return the k vectors of each token."""
+        """Add a learned table [1, k, D] to `rows` [..., k, D]; return each token's k vectors."""
         return [TokenVectors(part, self.index) for part in (table.float() + rows).unbind(-2)]
 
     def of_rank(self, spread: Spread, run: int) -> TimeVectors:
-        """Return the vectors of a run's tokens on this rank, each with its own row."""
+        """Return the vectors of a run's tokens that this rank computes, indexed by token."""
         if self.index is not None:
             return TimeVectors(self.head, self.block, spread.split(self.index))
         batch, groups = self.head.shape[:2]
@@ -146,7 +147,7 @@ class TimeVectors:
 
 
 class Stream(NamedTuple):
-    """Tokens [B, L, D] of one modality and their time vectors."""
+    """Tokens [B, L, D] of one modality, and their embedded timesteps."""
 
     tokens: Tensor
     time: TimeVectors
@@ -154,7 +155,7 @@ class Stream(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Input of cross-attention: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
+    """Cross-attention's input: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
 
     text: Tensor
     bias: Tensor | None
@@ -162,10 +163,11 @@ class Context(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Layout of the tokens in self-attention, and the bias to add.
+    """Layout of the tokens in self-attention, and the bias of their scores.
 
-    With `spread` they lie over several ranks, which exchange in self-attention only. The last
-    `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
+    With `spread` the tokens are distributed over several ranks, which communicate in self-attention
+    only. The last `num_alone` tokens attend only to each other; no other token attends to the last
+    `num_unseen`.
     """
 
     bias: Tensor | None
@@ -174,36 +176,36 @@ class Layout(NamedTuple):
     num_unseen: int = 0
 
     def own(self, x: Tensor) -> Tensor:
-        """Return this rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
+        """Return this rank's share [B, l, ...] of a run of tokens [B, L, ...]."""
         return x if self.spread is None else self.spread.split(x)
 
     def whole(self, x: Tensor, run: int) -> Tensor:
-        """Join a run's tokens [B, L, ...] of the ranks' stretches [B, l, ...]."""
+        """Gather a run's tokens [B, L, ...] from the ranks' shares [B, l, ...]."""
         return x if self.spread is None else self.spread.gather(x, run)
 
 
 class KVCache:
-    """Keys and values of one pass over a picture, for sound that sees it: `SpacetimeDiT.listen`."""
+    """Keys and values of one pass over a video, for sound that attends to it; see `listen`."""
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def is_empty(self) -> bool:
-        """Whether no pass was recorded."""
+        """True if no pass was recorded."""
         return not self._layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepend a layer's recorded tokens to k, v [B, H, L, d]; without any, record these.
+        """Prepend a layer's recorded tokens to k, v [B, H, L, d]; if it has none, record these.
 
-        Where fewer clips are recorded, each serves an equal number of consecutive ones.
+        If fewer than B clips are recorded, each is used for equally many consecutive clips.
         """
         old_k, old_v = self._layers.setdefault(layer, (k, v))
         return (k, v) if old_k is k else (_prepend(old_k, k), _prepend(old_v, v))
 
 
 def _prepend(old: Tensor, new: Tensor) -> Tensor:
-    """Prepend tokens [b, H, M, d] to [B, H, L, d], of B / b consecutive clips each."""
-    turns = new.unflatten(0, (len(old), -1))
-    shared = old[:, None].expand(-1, turns.shape[1], -1, -1, -1)
-    return torch.cat([shared, turns], dim=3).flatten(0, 1)
+    """Prepend tokens [b, H, M, d] to [B, H, L, d], each to B / b consecutive clips."""
+    groups = new.unflatten(0, (len(old), -1))
+    shared = old[:, None].expand(-1, groups.shape[1], -1, -1, -1)
+    return torch.cat([shared, groups], dim=3).flatten(0, 1)
