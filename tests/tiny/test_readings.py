@@ -171,7 +171,7 @@ def test_a_word_met_too_seldom_is_told_when_read_and_known_when_not(taught: Path
 def test_a_damaged_table_of_synonyms_is_refused(taught: Path, tmp_path: Path, text: str) -> None:
     folder = shutil.copytree(taught, tmp_path / "tokenizer")
     (folder / "synonyms.json").write_text(text)
-    with pytest.raises(ModelError, match="is no table of synonyms"):
+    with pytest.raises(ModelError, match="is not a table of synonyms"):
         PromptTokenizer(folder)
 
 

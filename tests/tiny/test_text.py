@@ -177,7 +177,7 @@ def test_config_travels_through_json():
         ({"model_type": "t5"}, "'t5'"),
         ({"feed_forward_proj": "relu"}, "'relu'"),
         ({"d_model": None}, "d_model"),
-        ({"relative_attention_num_buckets": 30}, "30 position buckets"),
+        ({"relative_attention_num_buckets": 30}, "num_buckets 30"),
     ],
 )
 def test_config_that_is_not_umt5_is_refused(change, message):

@@ -1,9 +1,9 @@
 """The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower.
 
 It is a vision transformer (Dosovitskiy et al. 2021) trained as CLIP (Radford et al. 2021). Modules
-have the names of transformers' `CLIPVisionModel`, so its weights load key by key. The diffusion
-transformer takes the states before the last layer: that layer and the norm after it never run, but
-are kept, so that a folder loads and saves whole.
+have the names of transformers' `CLIPVisionModel`, so that its weights load without renaming. The
+DiT uses the states before the last layer; that layer and the norm after it never run, but keep
+their weights so that a model folder is loaded and saved completely.
 
 Axes: B batch, S side of the square input in pixels, P patches, D width.
 """
@@ -42,7 +42,7 @@ class ImageConfig:
         for name in ("patch_size", "hidden_dim", "ffn_dim", "num_heads"):
             value = getattr(self, name)
             if value < 1:
-                raise ModelError(f"an image encoder's {name} is 1 or more, not {value}")
+                raise ModelError(f"the image encoder's {name} must be 1 or more, not {value}")
         if self.image_size < self.patch_size or self.hidden_dim % self.num_heads:
             raise ModelError(
                 f"an image encoder of {self.image_size} pixels in patches of {self.patch_size}, "
@@ -135,7 +135,7 @@ class ImageEncoder(nn.Module):
         They are `hidden_states[-2]` of transformers' model, in the weights' dtype.
 
         Raises:
-            InputError: another size than the encoder's.
+            InputError: the images don't have the encoder's size.
         """
         size = self.config.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
@@ -152,10 +152,10 @@ class ImageEncoder(nn.Module):
 
 
 def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """Prepare a picture, uint8 [H, W, 3], as [1, 3, S, S] float32 on the CPU.
+    """Convert a picture, uint8 [H, W, 3], to the encoder's input, float32 [1, 3, S, S] on the CPU.
 
-    As transformers' `CLIPImageProcessor`: the shorter side is resized to S, bicubic, the middle
-    square is cut out, and channels are normalised.
+    As in transformers' `CLIPImageProcessor`, the shorter side is resized to S (bicubic), the centre
+    square is cropped, and channels are normalised.
     """
     import numpy as np
     from PIL import Image

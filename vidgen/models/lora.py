@@ -1,8 +1,8 @@
-"""LoRA adapters, attached to a module for a while without changing its weights (Hu et al. 2021).
+"""LoRA adapters, attached to a module temporarily without changing its weights (Hu et al. 2021).
 
-W + scale * up @ down is never formed: a layer adds `scale * up(down(x))` to its output, and a
-parameter with a full delta is read as their sum. While adapters are attached, layers are instances
-of subclasses that compute this; parameters keep their tensors and names, so that streamed,
+W + scale * up @ down is never computed: a layer adds `scale * up(down(x))` to its output, and
+reading a parameter with a full delta returns their sum. While adapters are attached, layers are
+instances of subclasses that do this; parameters keep their tensors and names, so that streamed,
 quantised and compiled weights keep working.
 
 Axes: r rank, L tokens.
@@ -27,9 +27,9 @@ from vidgen.ops.linear import plain
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A layer's delta of low rank, scale * up @ down (Hu et al. 2021, eq. 3; scale is alpha / r).
+    """Low-rank delta of a layer, scale * up @ down (Hu et al. 2021, eq. 3; scale is alpha / r).
 
-    `up` is [out, r], `down` [r, in]; that of a patch embedding may have the shape of its
+    `up` is [out, r] and `down` [r, in]; a patch embedding's `down` may have the shape of its
     convolution, [r, C, 1, p, p].
     """
 
@@ -40,13 +40,13 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The changes of one LoRA to a module.
+    """The changes that one LoRA makes to a module.
 
     Args:
-        low_rank: deltas of layers, by the path of the layer.
-        deltas: full deltas of parameters, by the parameter's name.
-        tokens: learned embeddings [D] of tokens, by the token as written in prompts; for the text
-            encoder, so nothing is attached for them.
+        low_rank: low-rank deltas, by the layer's path.
+        deltas: full deltas, by the parameter's name.
+        tokens: learned embeddings [D] of tokens, by the token as written in prompts; they are for
+            the text encoder, and `attached` ignores them.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Adapter:
 
 
 def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
-    """List parts of an adapter without a place in a module, or of another shape."""
+    """List the parts of an adapter that match no layer or parameter of a module, or its shape."""
     layers, parameters = dict(module.named_modules()), dict(module.named_parameters())
     found = []
     for path, part in adapter.low_rank.items():
@@ -81,16 +81,15 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
 
 @contextmanager
 def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
-    """Attach adapters, each with its weight, to a module inside the `with` block.
+    """Attach adapters, each with its weight, to a module within a `with` block.
 
-    Blocks may be nested: inner adapters add to the outer ones. Weights have any sign; an adapter of
-    weight 0 changes no bit. A low-rank part that requires gradients gets them. Compiled blocks are
-    compiled again for their first adapters; later ones of the same kind reuse that. No other thread
-    may run the module meanwhile.
+    `with` blocks may be nested: inner adapters add to the outer ones. Weights may be negative; an
+    adapter of weight 0 changes nothing. Low-rank parts that require gradients get them. Compiled
+    blocks are compiled again for their first adapters, and reuse that for later ones with deltas of
+    the same parameters. No other thread may run the module at the same time.
 
     Raises:
-        ModelError: an adapter that doesn't fit the module, or one with a full delta of a
-            quantised weight.
+        ModelError: an adapter doesn't fit the module, or has a full delta of a quantised weight.
     """
     active = [(adapter, weight) for adapter, weight in adapters if weight]
     for adapter, _ in active:
@@ -98,7 +97,7 @@ def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> It
         if misfits:
             raise ModelError(
                 f"LoRA {adapter.name!r} doesn't fit these weights: {name_some(misfits)}; "
-                "use one that was made for this model"
+                "use one that was trained for this model"
             )
     parts = _gather(module, active)
     before = [(layer, type(layer), layer.__dict__.get("_parts")) for layer in parts]
@@ -118,7 +117,7 @@ def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> It
 
 
 def name_some(items: Sequence[str]) -> str:
-    """Join the first five of several names, and the number of the others."""
+    """Join the first five of several names, followed by the number of the others."""
     more = f", and {len(items) - 5} more" if len(items) > 5 else ""
     return ", ".join(items[:5]) + more
 
@@ -142,7 +141,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _stored(layer: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a layer without attached deltas, which its attribute would add."""
+    """Return a layer's parameter as stored; the attribute would add attached deltas."""
     return dict(layer.named_parameters(recurse=False))[name]
 
 
@@ -162,7 +161,7 @@ def _gather(
     def placed(tensor: Tensor, like: Tensor) -> Tensor:
         if tensor.requires_grad:  # a copy would keep its graph from one step to the next
             return tensor
-        streamed = like.is_meta  # such weights come later, to the others' device
+        streamed = like.is_meta  # streamed weights are loaded later, to the others' device
         return tensor.to(resident if streamed else like.device, like.dtype)
 
     for adapter, weight in adapters:
@@ -187,9 +186,9 @@ def _gather(
 
 @lru_cache(maxsize=64)
 def _adapted(base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool) -> type[nn.Module]:
-    """Return a subclass that reads some parameters with their deltas and adds low-rank products.
+    """Return a subclass that adds deltas to some parameters and low-rank products to the output.
 
-    All layers alike share the class, so that torch.compile recognises them.
+    Equal layers share the class, so that torch.compile compiles them once.
     """
     body: dict[str, Any] = {name: _summed(name) for name in deltas}
     body["adapted_base"] = base

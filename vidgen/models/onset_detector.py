@@ -1,8 +1,8 @@
-"""An onset detector: find the moments at which something meets the ground in a clip's latents.
+"""An onset detector: find the times at which something hits the ground in a clip's latents.
 
-A far smaller network than a generator, it finds which of several generated sounds goes with the
-picture (onset detectors that a Foley model's sound follows: Comunità et al. 2024, "SyncFusion"). It
-reads latents, so nothing is decoded.
+It is far smaller than a generator and serves to choose the one of several generated sounds that
+matches the video (after the onset detector in Comunità et al. 2024, "SyncFusion"). It reads
+latents, so that nothing must be decoded.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, M attention maps of
 a frame, V values of a map, D width, P parts of a latent frame.
@@ -19,29 +19,29 @@ from torch import Tensor, nn
 from vidgen.ops.conv import Residual, conv_block
 
 _RARE = -4.0
-"""Log-odds of an onset in any part of a latent frame, of an untrained detector."""
+"""Log-odds of an onset in a part of a latent frame that an untrained detector predicts."""
 _GROUPS = 8
 _DROPPED = 0.1
-"""Dropout of pooled features, in training."""
+"""Dropout rate of pooled features in training."""
 SMEARS = 0.0, 0.25, 0.5
-"""Smears of a clip over time whose predictions are averaged: generated clips are smeared, too."""
+"""Amounts of blur over time whose predictions are averaged, since generated clips are blurred."""
 
 
 @dataclass(frozen=True)
 class OnsetDetectorConfig:
-    """Sizes of an onset detector.
+    """Architecture of an `OnsetDetector`, and the agreement that it requires.
 
     Args:
         latent_channels: C.
         dim: width of the network over single frames.
-        num_blocks: its blocks of two convolutions.
+        num_blocks: blocks of two convolutions of the network over single frames.
         num_looks: M.
-        num_values: V, besides the position.
+        num_values: V, without the position's two.
         time_dim: D, width of the network over time.
-        num_time_blocks: its blocks of two convolutions, which see 2 * num_time_blocks latent frames
-            each way.
+        num_time_blocks: blocks of two convolutions of the network over time, which see
+            2 * num_time_blocks latent frames in each direction.
         num_parts: P.
-        enough: least agreement of a sound with the picture at which no other is drawn.
+        enough: agreement of a sound with the video from which no other sound is generated.
     """
 
     latent_channels: int = 16
@@ -71,7 +71,7 @@ class _TimeBlock(nn.Module):
 
 
 class OnsetDetector(nn.Module):
-    """Attention pooling of each latent frame, then convolutions over time."""
+    """Network with attention pooling of each latent frame, then convolutions over time."""
 
     def __init__(self, config: OnsetDetectorConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class OnsetDetector(nn.Module):
         nn.init.constant_(self.onsets.bias, _RARE)  # type: ignore[arg-type]
 
     def follow(self, latents: Tensor) -> Tensor:
-        """Return features [B, D, F] of latents [B, C, F, h, w] of any size and length."""
+        """Return features [B, D, F] of latents [B, C, F, h, w] with any F, h and w."""
         B, _, frames, high, wide = latents.shape
         x = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self.body(self.stem(x))
@@ -105,32 +105,32 @@ class OnsetDetector(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Return log-odds [B, F, P], float32, of an onset in each part of a latent frame.
 
-        Those of a clip's first latent frame, a single picture without parts, mean nothing.
+        Ignore those of a clip's first latent frame, which is a single picture without parts.
         """
         return self.odds(self.follow(latents))
 
     def odds(self, features: Tensor) -> Tensor:
-        """Return `forward`'s result for features of `follow`."""
+        """Return the log-odds [B, F, P] for features [B, D, F] from `follow`."""
         logits: Tensor = self.onsets(features)
         return logits.transpose(1, 2).float()
 
     @torch.no_grad()
     def expected(self, latents: Tensor) -> Tensor:
-        """Return the expected number of onsets in each part of a frame: [B, F, P]."""
+        """Return the expected number of onsets [B, F, P] in each part of a latent frame."""
         seen = latents.to(self.places.weight.dtype)
         return torch.stack([self(smeared(seen, share)).sigmoid() for share in SMEARS]).mean(0)
 
 
 def smeared(latents: Tensor, share: Tensor | float) -> Tensor:
-    """Move latent frames of [B, C, F, h, w] by a share towards the mean of their neighbours."""
+    """Blur latents [B, C, F, h, w] over time: mix frames with their neighbours' mean by `share`."""
     padded = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
     return latents + share * ((padded[:, :, :-2] + padded[:, :, 2:]) / 2 - latents)
 
 
 def part_times(first: int, count: int, num_parts: int, stride_t: int, fps: float) -> Tensor:
-    """Return the middles [F, P], in seconds, of the parts of `count` latent frames from `first` on.
+    """Return the centres [F, P], in seconds, of the parts of `count` latent frames from `first` on.
 
-    `fps` is of pictures, of which a latent frame after the clip's first holds `stride_t`.
+    Latent frames after the clip's first have `stride_t` video frames each, at `fps` per second.
     """
     frames = torch.arange(first - 1, first - 1 + count)[:, None]
     parts = (torch.arange(num_parts) + 0.5) / num_parts

@@ -1,6 +1,6 @@
-"""Architectures by name, as Python literals.
+"""Architectures by name.
 
-"tiny" is for tests; "wan..." are the published ones, whose weights are loaded, not trained here.
+"tiny" is for tests; "toybox" is the embedded model's; "wan..." are those of the published models.
 """
 
 from __future__ import annotations

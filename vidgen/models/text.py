@@ -1,9 +1,8 @@
 """The text encoder UMT5, from a million weights to UMT5-XXL.
 
 UMT5 is T5 v1.1 (Raffel et al. 2020; Shazeer 2020, gated GELU) with a relative position bias in
-every layer (Chung et al. 2023). Modules have transformers' names, so folders of its
-`UMT5EncoderModel` load key by key, and ours load there; transformers isn't imported, since that
-takes two seconds.
+every layer (Chung et al. 2023). Modules have the names of transformers' `UMT5EncoderModel`, so that
+both load each other's folders. transformers itself isn't imported, since that takes two seconds.
 
 Axes: B batch, S text tokens, D width, H heads.
 """
@@ -45,12 +44,13 @@ class TextConfig:
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ModelError(
-                    f"the text encoder's {name} is {getattr(self, name)}, not 1 or more"
+                    f"the text encoder's {name} must be 1 or more, not {getattr(self, name)}"
                 )
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:
             raise ModelError(
-                f"{self.num_buckets} position buckets up to distance {self.max_distance}: the "
-                "count must be a multiple of 4 and the distance over a quarter of it"
+                f"the text encoder has num_buckets {self.num_buckets} and max_distance "
+                f"{self.max_distance}: num_buckets must be a multiple of 4, and max_distance "
+                "more than a quarter of it"
             )
 
 
@@ -140,7 +140,7 @@ class _Stack(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """UMT5's encoder, initialised as T5 is (Mesh TensorFlow's rule)."""
+    """UMT5's encoder; a new one is initialised like T5 (Mesh TensorFlow's rule)."""
 
     fp32_in_fp16 = (".wo.",)  # XXL's sums exceed float16's range; transformers does the same
 
@@ -153,10 +153,11 @@ class UMT5Encoder(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor | None = None, learned: Mapping[int, Tensor] = NOTHING
     ) -> Tensor:
-        """Encode tokens [B, S] to features [B, S, D]; rows of padding are undefined.
+        """Encode token ids [B, S] to features [B, S, D]; rows of padding are undefined.
 
-        `mask` [B, S] is False where padded; padding isn't attended to. `learned` are embeddings [D]
-        of tokens, by id, that replace the encoder's; they get gradients.
+        Args:
+            mask: [B, S], False for padding, to which no token attends.
+            learned: embeddings [D], by token id, that replace the encoder's; they get gradients.
         """
         buckets = position_buckets(ids.shape[1], self.config, ids.device)
         embedded = self.shared(ids)
@@ -168,8 +169,9 @@ class UMT5Encoder(nn.Module):
 def position_buckets(length: int, config: TextConfig, device: torch.device | str) -> Tensor:
     """Return the bias bucket of each (query, key) pair, [S, S] int64 (Raffel et al. 2020, 2.1).
 
-    Half of the buckets are for later keys. Of each half, the first half are single positions, the
-    rest grow logarithmically up to `max_distance`; greater distances share the last.
+    Half of the buckets are for keys after the query. In each half, the first half are single
+    distances; the others grow logarithmically up to `max_distance`, and larger distances share the
+    last one.
     """
     position = torch.arange(length, device=device)
     offset = position[None, :] - position[:, None]
@@ -182,12 +184,12 @@ def position_buckets(length: int, config: TextConfig, device: torch.device | str
 
 
 class TextEncoder:
-    """A tokenizer and its encoder, which map prompts to context."""
+    """A tokenizer and a UMT5 encoder, which together map prompts to context."""
 
     def __init__(self, encoder: UMT5Encoder, tokenizer: PromptTokenizer) -> None:
         if tokenizer.vocab_size > encoder.config.vocab_size:
             raise ModelError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder only "
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but the text encoder only "
                 f"{encoder.config.vocab_size}; the two must come from the same model"
             )
         self.encoder = encoder
@@ -199,11 +201,11 @@ class TextEncoder:
     ) -> tuple[Tensor, Tensor]:
         """Return (context [B, S, D], lengths [B] int64) of prompts.
 
-        Rows after a prompt's length are zero, as Wan's transformer expects them. `learned` are
-        embeddings [D] of tokens, by the token as written.
+        Rows after a prompt's length are zero, as Wan's transformer expects them. `learned` has
+        embeddings [D] that replace the encoder's, by the token as written in prompts.
 
         Raises:
-            ModelError: a learned token that this model doesn't have, or of another width.
+            ModelError: this model has no such token, or its embeddings have another width.
         """
         ids, mask = self.tokenizer.encode(prompts)
         device = self.encoder.shared.weight.device
@@ -211,8 +213,8 @@ class TextEncoder:
         for token, row in learned.items():
             if row.shape != (width,):
                 raise ModelError(
-                    f"the embedding of {token} is {list(row.shape)}, this text encoder's are "
-                    f"[{width}]; it was learned for another model"
+                    f"the embedding of {token} has shape {list(row.shape)}, but this text encoder "
+                    f"needs [{width}]; it was trained for another model"
                 )
         rows = {self.tokenizer.token_id(token): row for token, row in learned.items()}
         return encode_tokens(self.encoder, ids.to(device), mask.to(device), rows), mask.sum(1)
@@ -221,5 +223,5 @@ class TextEncoder:
 def encode_tokens(
     encoder: UMT5Encoder, ids: Tensor, mask: Tensor, learned: Mapping[int, Tensor] = NOTHING
 ) -> Tensor:
-    """Return the context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
+    """Return the context [B, S, D] of token ids and mask, both [B, S]; padding has zero rows."""
     return encoder(ids, mask, learned) * mask[..., None]

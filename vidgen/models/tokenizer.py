@@ -1,4 +1,4 @@
-"""The tokenizer of prompts, and normalisation of words that a model doesn't know.
+"""The tokenizer of prompts, with normalisation of words that a model doesn't know.
 
 Axes: B batch, S text tokens.
 """
@@ -24,7 +24,7 @@ EOS, PAD = "</s>", "<pad>"
 
 
 def clean_prompt(prompt: str) -> str:
-    """Repair Unicode, resolve HTML entities (twice) and collapse white space, as Wan does."""
+    """Repair Unicode, unescape HTML entities (twice) and collapse white space, as Wan does."""
     if prompt.isascii() and prompt.isprintable() and "&" not in prompt:  # nothing to repair
         return re.sub(" +", " ", prompt).strip()
     import ftfy
@@ -34,15 +34,16 @@ def clean_prompt(prompt: str) -> str:
 
 
 class PromptTokenizer:
-    """Map prompts to token ids, as transformers' AutoTokenizer of the same folder.
+    """Tokenizer of prompts, equivalent to transformers' AutoTokenizer of the same folder.
 
     Args:
-        folder: with `tokenizer.json` and optionally `words.txt`, the words a model was taught, and
-            `synonyms.json`, those of them that were too rare, with commoner ones.
-        max_length: most tokens of a prompt, the end mark included.
+        folder: contains `tokenizer.json` and optionally `words.txt` (the words in the model's
+            training captions) and `synonyms.json` (words that were rare in them, each with a more
+            common one).
+        max_length: largest number of tokens of a prompt, including the end token.
 
     Raises:
-        ModelError: no usable `tokenizer.json`, or another file is damaged.
+        ModelError: `tokenizer.json` is missing, or a file is damaged.
     """
 
     def __init__(self, folder: Path | str, max_length: int = 512) -> None:
@@ -53,10 +54,12 @@ class PromptTokenizer:
             raise ModelError(f"{path} is missing; copy the whole model folder again")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except BaseException as error:  # the package raises bare Exception, or panics
+        except BaseException as error:  # the package raises bare Exception, or a Rust panic
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise ModelError(f"{path} is no tokenizer that can be read: {error}") from error
+            raise ModelError(
+                f"{path} can't be read as a tokenizer: {error}; copy it again"
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.max_length = max_length
@@ -72,23 +75,23 @@ class PromptTokenizer:
         self.rare_words = read_synonyms(rare) if rare.is_file() else {}
 
     def token_id(self, token: str) -> int:
-        """Return the id of a token as written in prompts; raise ModelError if it has none."""
+        """Return the id of a token as written in prompts; raise ModelError for an unknown one."""
         found = self._tokenizer.token_to_id(token)
         if found is None:
             raise ModelError(
-                f"this model's tokenizer has no token {token!r}; what was learned for it belongs "
-                "to another model"
+                f"this model's tokenizer has no token {token!r}; its embedding was trained for "
+                "another model"
             )
         return int(found)
 
     def count(self, prompt: str) -> int:
-        """Return the number of tokens of a prompt, uncut, the end mark included."""
+        """Return the number of tokens of a prompt before truncation, including the end token."""
         return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return ids [B, S] int64 of prompts, and their mask [B, S] bool, True for tokens.
+        """Return token ids [B, S] int64 of prompts, and their mask [B, S] bool, False for padding.
 
-        Prompts are cut at `max_length`, with a warning, and padded to the longest.
+        Prompts are padded to the longest, and truncated to `max_length` with a warning.
         """
         rows = [row.ids for row in self._tokenizer.encode_batch([clean_prompt(p) for p in prompts])]
         for i, row in enumerate(rows):
@@ -102,18 +105,18 @@ class PromptTokenizer:
         return ids, torch.arange(longest) < lengths[:, None]
 
     def unknown_words(self, prompt: str) -> list[tuple[str, list[str]]]:
-        """Return words the model was never taught, each with likely corrections, best first.
+        """Return words that the model doesn't know, each with likely corrections, best first.
 
-        Without a list of words in the folder the model knows all of language.
+        Without `words.txt`, every word counts as known.
         """
         unknown = (word for word in self._ill_known(prompt) if word not in self.words)
         return [(word, self._reader.near(word)) for word in unknown]
 
     def readings(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return words of a prompt with their replacements for the model.
+        """Return replacements for words of a prompt, by the word.
 
-        These are as `asked`; None: for each word that the model was never taught, or too seldom,
-        the known one that is meant, if it is clear; see `words.WordReader`.
+        They are taken from `asked`; None: for each unknown or rare word, the known word that is
+        most likely meant, if it is clear; see `words.WordReader`.
         """
         if asked is not None:
             words = split_words(clean_prompt(prompt))
@@ -122,7 +125,7 @@ class PromptTokenizer:
         return {word: known for word, known in read.items() if known is not None}
 
     def remarks(self, prompt: str, readings: Mapping[str, str]) -> list[str]:
-        """Return remarks on a prompt's unknown and rare words, given their replacements."""
+        """Return notes on a prompt's unknown and rare words, given their replacements."""
         said = [f"reads {word!r} as {readings[word]!r}" if word in readings
                 else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
                 for word in self._ill_known(prompt)
@@ -130,7 +133,7 @@ class PromptTokenizer:
         return [f"the model {remark}" for remark in said]
 
     def _ill_known(self, prompt: str) -> list[str]:
-        """Return words that the model was never taught, or too seldom."""
+        """Return words that the training captions contained never or too rarely."""
         if not self.words:
             return []
         found = dict.fromkeys(split_words(clean_prompt(prompt)))
@@ -141,12 +144,12 @@ class PromptTokenizer:
         return WordReader(self.words, self._rarity, self.rare_words)
 
     def _rarity(self, word: str) -> float:
-        """Return the rarity of a word in the captions, 0 to 1: common words are one token."""
+        """Estimate a word's rarity in the captions, 0 to 1: common words are a single token."""
         return min(1, (len(self._tokenizer.encode(word, add_special_tokens=False)) - 1) / 2)
 
 
 def read_as(prompt: str, readings: Mapping[str, str]) -> str:
-    """Return the prompt for a model, with words replaced."""
+    """Replace words of a prompt by their readings for the model."""
     return replace_words(clean_prompt(prompt), readings) if readings else prompt
 
 

@@ -1,8 +1,8 @@
 """A causal 3D video VAE: one class for Wan 2.1, Wan 2.2 and the toybox model.
 
-The first frame is a latent frame of its own, each later latent frame adds `strides.t` frames, and
-nothing depends on later frames. So a still is a clip of one frame, and clips of any length are
-encoded and decoded in a stream, in constant memory.
+The first latent frame is a single video frame, each later one has `strides.t` frames, and no frame
+depends on later ones. A still is therefore a clip of one frame, and clips of any length are encoded
+and decoded as a stream, in constant memory.
 
 Axes: B batch, C latent channels, T frames, H rows, W columns, F latent frames, h w latent rows and
 columns.
@@ -41,18 +41,19 @@ class VAEConfig:
     Args:
         latent_channels: C.
         encoder_dim: width that `channel_mults` multiply in the encoder.
-        decoder_dim: the same in the decoder.
-        channel_mults: one a stage, from pixels to latents; all but the last stage halve rows and
-            columns.
-        num_blocks: residual blocks a stage of the encoder; the decoder's have one more.
-        temporal_downsample: stages that halve frames, too, from pixels to latents.
-        patch_size: side of the squares of pixels that are moved into channels first.
-        stage_shortcuts: parameter-free shortcuts around whole stages (Wan 2.2).
+        decoder_dim: width that `channel_mults` multiply in the decoder.
+        channel_mults: one per stage, from pixels to latents; all stages except the last halve rows
+            and columns.
+        num_blocks: residual blocks per stage of the encoder; the decoder's stages have one more.
+        temporal_downsample: for each stage except the last, from pixels to latents, True if it also
+            halves the number of frames.
+        patch_size: side of the squares of pixels that are first moved into channels.
+        stage_shortcuts: True for parameter-free shortcuts around whole stages (Wan 2.2).
         latents_mean: [C], subtracted from latents to normalise them; None: zeros.
-        latents_std: [C], by which they are then divided; None: ones.
+        latents_std: [C], divides them after that; None: ones.
 
     Raises:
-        ValueError: values that no network can have.
+        ValueError: invalid or inconsistent values.
     """
 
     latent_channels: int
@@ -74,7 +75,7 @@ class VAEConfig:
         if len(self.temporal_downsample) != len(self.channel_mults) - 1:
             raise ValueError(
                 f"temporal_downsample has {len(self.temporal_downsample)} entries, "
-                f"but {len(self.channel_mults)} stages have {len(self.channel_mults) - 1} between"
+                f"but {len(self.channel_mults)} stages need {len(self.channel_mults) - 1}"
             )
         check_statistics(self)
         if self.latents_std is not None and min(self.latents_std) <= 0:
@@ -89,7 +90,7 @@ class VAEConfig:
             )
 
     def _check_shortcuts(self) -> None:
-        """Refuse widths that don't divide: a shortcut averages or repeats whole channels."""
+        """Raise ValueError for indivisible widths: shortcuts average or repeat whole channels."""
         mults, factors = self.channel_mults, {None: 1, "spatial": 4, "spacetime": 8}
         down = zip((1, *mults), mults, self.resamples, strict=False)
         up = zip((mults[-1], *mults[:0:-1]), mults[:0:-1], self.resamples[-2::-1], strict=False)
@@ -108,15 +109,17 @@ class VAEConfig:
 
     @property
     def strides(self) -> Strides:
-        """Frames and pixels per latent frame and latent pixel."""
+        """Video frames per latent frame, and pixels per latent pixel."""
         return Strides(t=2 ** sum(self.temporal_downsample),
                        hw=self.patch_size * 2 ** (self.num_stages - 1))
 
     def steady_stages(self, rate: int) -> tuple[bool, ...]:
-        """Return which stages, from pixels to latents, keep the number of frames; see `at_rate`.
+        """Return True for each stage, from pixels to latents, that keeps the number of frames.
+
+        `rate` is `at_rate`'s.
 
         Raises:
-            InputError: a rate that this architecture doesn't have.
+            InputError: this architecture doesn't support the rate.
         """
         if rate == 1:
             return (False,) * self.num_stages
@@ -140,7 +143,7 @@ class VAEConfig:
 
 
 class Encoder(nn.Module):
-    """Map patches of pixels to moments of latents."""
+    """Network from patches of pixels to the mean and log-variance of latents."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -170,7 +173,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Map latents to patches of pixels."""
+    """Network from latents to patches of pixels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -202,19 +205,19 @@ class Decoder(nn.Module):
 
 
 def by_decoder(steady: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Reorder flags of the encoder's stages for the decoder's stages that undo them."""
+    """Reorder flags of the encoder's stages for the decoder's stages that invert them."""
     return *steady[-2::-1], False
 
 
 def _view(module: Module) -> Module:
-    """Copy a module and those inside it; parameters, buffers and hooks are shared."""
+    """Copy a module and its submodules, but share parameters, buffers and hooks."""
     view = copy(module)
     view._modules = {name: _view(child) for name, child in module.named_children()}
     return view
 
 
 class CausalVAE(NormalizedLatents, nn.Module):
-    """Encode video [B, 3, T, H, W] in [-1, 1] to latents [B, C, F, h, w], and decode it."""
+    """A VAE between video [B, 3, T, H, W] in [-1, 1] and latents [B, C, F, h, w]."""
 
     config: VAEConfig
     rate: int = 1
@@ -234,13 +237,13 @@ class CausalVAE(NormalizedLatents, nn.Module):
         return self.config.strides.at_rate(self.rate)
 
     def at_rate(self, rate: int) -> CausalVAE:
-        """Return a view of this VAE with latent frames closer in time, and the same weights.
+        """Return a view of this VAE, with the same weights, whose latent frames are closer in time.
 
-        Stages next to the pixels then keep the number of frames, so that no more are computed.
-        `rate` is a power of two up to strides.t; a latent frame then holds strides.t / rate frames.
+        A latent frame of the view has strides.t / rate video frames; `rate` is a power of two up to
+        strides.t. The stages next to the pixels keep the number of frames.
 
         Raises:
-            InputError: a rate that this VAE doesn't have.
+            InputError: this VAE doesn't support the rate.
         """
         steady = self.config.steady_stages(rate)
         if rate == self.rate:
@@ -260,7 +263,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
         `video` is [B, 3, T, H, W] in [-1, 1], T = 1 mod strides.t, H and W multiples of strides.hw.
 
         Raises:
-            InputError: the strides don't divide the clip.
+            InputError: the clip's size or length doesn't match the strides.
         """
         B, _, T, H, W = video.shape
         latent_shape(T, H, W, self.strides, self.config.latent_channels, batch=B)
@@ -295,10 +298,10 @@ class CausalVAE(NormalizedLatents, nn.Module):
 
         Args:
             frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
-            cache: continues an earlier stream, and is updated; None: a new clip.
+            cache: continues an earlier stream, and is updated; None: start a new clip.
 
         Raises:
-            InputError: frames left over at the end that don't fill a latent frame.
+            InputError: the last frames don't fill a latent frame.
         """
         cache = StreamCache() if cache is None else cache
         for chunk in self.groups(frames, cache.position):
@@ -307,9 +310,9 @@ class CausalVAE(NormalizedLatents, nn.Module):
             yield self.normalize(moments.chunk(2, dim=1)[0])
 
     def groups(self, frames: Iterable[Tensor], position: int = 0) -> Iterator[Tensor]:
-        """Yield chunks of frames regrouped by latent frame, [B, 3, n, H, W] each.
+        """Regroup chunks of frames by latent frame; yield [B, 3, n, H, W] for each.
 
-        `position` latent frames came before. Raises as `stream_encode` does.
+        `position` is the number of earlier latent frames. See `stream_encode` for errors.
         """
         held: list[Tensor] = []
         each = self.strides.t
@@ -321,16 +324,20 @@ class CausalVAE(NormalizedLatents, nn.Module):
                 position += 1
                 yield group
         if held:
-            raise InputError(f"{len(held)} frames left over: a clip has 1 mod {each} frames")
+            raise InputError(f"{len(held)} frames are left over at the end: a clip needs 1 frame "
+                             f"plus a multiple of {each}")
 
     @torch.no_grad()
     def stream_decode(
         self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None
     ) -> Iterator[Tensor]:
-        """Yield video [B, 3, t, H, W], not clamped, a latent frame at a time, in constant memory.
+        """Yield the video [B, 3, t, H, W] of each latent frame, not clamped, in constant memory.
 
-        One frame comes first, then `strides.t` at a time. `latents` are normalised, [B, C, F, h, w]
-        whole or in pieces. `cache` continues an earlier stream, and is updated; None: a new clip.
+        The first latent frame gives one frame, each later one `strides.t`.
+
+        Args:
+            latents: normalised, [B, C, F, h, w], as a whole or in pieces.
+            cache: continues an earlier stream, and is updated; None: start a new clip.
         """
         cache = StreamCache() if cache is None else cache
         for piece in (latents,) if isinstance(latents, Tensor) else latents:
@@ -340,10 +347,10 @@ class CausalVAE(NormalizedLatents, nn.Module):
                 yield video
 
     def receptive_frames(self) -> int:
-        """Return the number of latent frames that a latent frame's pixels depend on, with itself.
+        """Return the number of latent frames on which one's pixels depend, including itself.
 
-        Walks from a pixel frame far from the start back through the decoder to its earliest latent
-        frame; frames of one latent frame reach differently far, so all are tried.
+        Trace a frame far from the clip's start back through the decoder to the earliest latent
+        frame that it depends on; the result is the largest over all frames of a latent frame.
         """
         t, far = self.strides.t, 10_000
         earliest = min(self._earliest_latent(far * t - phase) for phase in range(t))

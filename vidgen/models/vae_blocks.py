@@ -2,7 +2,7 @@
 
 Axes: B batch, C channels, T frames, H rows, W columns. Every `forward(x, cache)` maps
 [B, C, T, H, W]; without a cache x is a whole clip, with one it is the next chunk of a stream.
-Activations stay channels-last in memory, so frames fold into the batch without copies.
+Activations stay channels-last in memory, so that frames fold into the batch without copies.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Single-head self-attention over the pixels of each frame, and a shortcut."""
+    """Single-head self-attention over the pixels of each frame, with a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FrameAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention within frames, residual block."""
+    """Residual block, attention within each frame, residual block."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve rows and columns by a strided convolution, and frames if `temporal`.
+    """Convolutions that halve rows and columns and, if `temporal`, frames.
 
-    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k. With `keeps_frames`
-    their number stays: the mean of two neighbours stands for the frame between them.
+    The clip's first frame is kept separately: 1 + 2k frames become 1 + k. With `keeps_frames` the
+    number of frames stays, and the mean of two neighbours replaces the frame between them.
     """
 
     cache_key: str = ""
@@ -116,7 +116,7 @@ class Downsample(nn.Module):
 
 
 def _with_middles(x: Tensor) -> Tensor:
-    """Insert the mean between each two frames: [B, C, 1 + k, H, W] to [B, C, 1 + 2k, H, W]."""
+    """Insert the mean of two neighbours between them, from 1 + k frames to 1 + 2k."""
     first, rest = split_first(x)
     frames = x.permute(0, 2, 3, 4, 1)
     middles = (frames[:, :-1] + frames[:, 1:]) / 2
@@ -125,10 +125,10 @@ def _with_middles(x: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Double rows and columns (nearest, then a 3x3 convolution), and frames first if `temporal`.
+    """Double frames if `temporal`, then rows and columns (nearest, then a 3x3 convolution).
 
-    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k. With `keeps_frames`
-    their number stays: only the later of each two is computed.
+    The clip's first frame is kept separately: 1 + k frames become 1 + 2k. With `keeps_frames` the
+    number of frames stays, and only the later one of each pair is computed.
     """
 
     keeps_frames: bool = False
@@ -150,7 +150,7 @@ class Upsample(nn.Module):
         return clip_of(self._double_pixels(frames_of(x)), x.shape[0])
 
     def _double_frames(self, x: Tensor, cache: StreamCache | None) -> Tensor:
-        """Make two frames of each, one in either half of the channels of `time_conv`."""
+        """Map each frame to two, one from each half of the channels of `time_conv`."""
         assert self.time_conv is not None
         y = self.time_conv(x, cache).permute(0, 2, 3, 4, 1)
         if self.keeps_frames:
@@ -163,7 +163,7 @@ class Upsample(nn.Module):
 
         A 3x3 kernel on pixels repeated 2x2 reads only 2x2 different ones, so each of the four
         output phases is a 2x2 convolution of the small image with summed taps: 16 products
-        instead of 36, and no repeated image in memory. The four run as one convolution.
+        instead of 36, and no enlarged image in memory. All four run as one convolution.
         """
         weight = _fold(_fold(self.conv.weight))  # [row phase, column phase, O, C, 2, 2]
         bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
@@ -175,7 +175,7 @@ class Upsample(nn.Module):
 
 
 def _fold(weight: Tensor) -> Tensor:
-    """Fold axis 3's three taps on repeated pixels into two on the pixels, by phase (axis 0)."""
+    """Sum axis 3's three taps on repeated pixels to two on the pixels, for each phase (axis 0)."""
     a, b, c = weight.unbind(3)
     return torch.stack([torch.stack([a, b + c], 3), torch.stack([a + b, c], 3)])
 

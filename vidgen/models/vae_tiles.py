@@ -1,11 +1,12 @@
-"""Encode and decode tile by tile pictures whose activations don't fit the memory.
+"""Encode and decode videos tile by tile if the activations of whole frames don't fit in memory.
 
-Tiles aren't blended but exact. Only the middle block attends over whole frames; it is small, and
-runs on the whole. All else are convolutions, so a tile that also reads their margin gives the same
-values as the whole picture; what no later stage needs of the margin is cut off between stages.
+Tiles are exact, not blended. Only the middle block attends over whole frames; it is small, and runs
+on whole frames. All other layers are convolutions, so that a tile which also reads their margin has
+the same values as the whole frame. Between stages, the part of the margin that no later stage needs
+is cut off.
 
-Each tile has a stream of its own: a few latent frames pass through one tile, then through the next,
-and a tile's cache of earlier frames is put aside meanwhile.
+Each tile has its own stream: a few latent frames pass through one tile, then through the next. In
+between, a tile's cache of earlier frames is stored in a buffer.
 
 Axes: B batch, C channels, D width, T frames, H W rows and columns of patches, F latent frames, h w
 latent rows and columns.
@@ -26,19 +27,19 @@ from vidgen.ops.conv import StreamCache, channels_last
 from vidgen.ops.latents import patchify_pixels, unpatchify_pixels
 
 AT_ONCE = 4
-"""Latent frames that pass through a tile before the next one's turn."""
+"""Latent frames that pass through a tile before the next tile is computed."""
 SMALLEST = 8
-"""Least latents a side of a tile: a smaller one reads far more margin than area."""
+"""Smallest side of a tile, in latents; a smaller tile would read far more margin than area."""
 MOST = 99
-"""Most rows, or columns, of a grid."""
+"""Largest number of rows or columns in a grid of tiles."""
 
 Span = tuple[int, int]
 Room = Callable[[int], Tensor]
-"""Allocates that many bytes: uint8 on the CPU."""
+"""Function that allocates a number of bytes: a uint8 tensor on the CPU."""
 
 
 class Tile(NamedTuple):
-    """Spans of rows and of columns at the input of each layer that is cut, and of the output."""
+    """A tile's (first, end) rows and columns at the input of each cut layer, and in the output."""
 
     rows: list[Span]
     columns: list[Span]
@@ -47,10 +48,11 @@ class Tile(NamedTuple):
 def cut_tiles(
     config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
 ) -> list[Tile]:
-    """Return the tiles of latents of rows x columns.
+    """Return the tiles for latents of rows x columns.
 
-    Spans are those of the decoder's stages, its last convolution and the pixels; or those of the
-    encoder's first convolution, its stages and the latents.
+    To decode, spans are of the inputs of the decoder's stages and last convolution, and of the
+    patches; to encode, of the inputs of the encoder's first convolution and stages, and of the
+    latents.
     """
     sides = _sides(config, rows, columns, tiles, decode=decode)
     return [Tile(*each) for each in product(*sides)]
@@ -59,7 +61,7 @@ def cut_tiles(
 def tile_areas(
     config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
 ) -> tuple[list[int], list[int]]:
-    """Return the patches in each of a `Tile`'s spans: of the largest tile, and of all together."""
+    """Return the area at each of a `Tile`'s spans: of the largest tile, and of all tiles."""
     sides = _sides(config, rows, columns, tiles, decode=decode)
     high, wide = (
         [[end - first for first, end in spans] for spans in zip(*side, strict=True)]
@@ -70,7 +72,7 @@ def tile_areas(
 
 
 def grids(rows: int, columns: int) -> Iterator[Tiles]:
-    """Yield grids for latents of rows x columns with ever smaller tiles, about square."""
+    """Yield grids for latents of rows x columns, with ever smaller, roughly square tiles."""
     longest = max(rows, columns)
     for count in range(2, min(longest // SMALLEST, MOST) + 1):
         side = longest / count
@@ -81,10 +83,12 @@ def grids(rows: int, columns: int) -> Iterator[Tiles]:
 def decode_in_tiles(
     vae: CausalVAE, latents: Iterable[Tensor], tiles: Tiles, room: Room
 ) -> Iterator[Tensor]:
-    """Yield `vae.stream_decode`'s video [B, 3, t, H, W], up to rounding.
+    """Yield the video [B, 3, t, H, W] of `vae.stream_decode`, up to rounding errors.
 
-    `latents` are normalised, [B, C, F, h, w] in pieces, with no fewer rows or columns than the
-    grid. `room` allocates memory for caches that are put aside.
+    Args:
+        latents: pieces of normalised latents, [B, C, F, h, w], with at least as many rows and
+            columns as the grid of tiles.
+        room: allocates buffers for the caches of tiles that aren't being computed.
     """
     decoder, config, begun = vae.decoder, vae.config, StreamCache()
     frames = (frame for piece in latents for frame in piece.split(1, dim=2))
@@ -112,9 +116,9 @@ def decode_in_tiles(
 def encode_in_tiles(
     vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles, room: Room
 ) -> Iterator[Tensor]:
-    """Yield `vae.stream_encode`'s latents [B, C, 1, h, w], up to rounding.
+    """Yield the latents [B, C, 1, h, w] of `vae.stream_encode`, up to rounding errors.
 
-    `frames` and errors are as there, other arguments as in `decode_in_tiles`.
+    See `stream_encode` for `frames` and errors, and `decode_in_tiles` for the other arguments.
     """
     encoder, config, ended = vae.encoder, vae.config, StreamCache()
     scale = 2 ** (config.num_stages - 1)
@@ -156,7 +160,7 @@ def _decoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
     spans = [_widened(made, 1, length), made]
     for resample in (None, *config.resamples[:-1]):
         first, end = spans[0]
-        if resample:  # a pixel reads its neighbours, of pixels that were doubled
+        if resample:  # a pixel reads its neighbours in the doubled image
             first, end, length = (first - 1) // 2, (end + 2) // 2, length // 2
         spans.insert(0, _widened((first, end), 2 * (config.num_blocks + 1), length))
     return spans
@@ -167,10 +171,10 @@ def _encoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
     spans = [own]
     for resample in config.resamples[::-1]:
         first, end = spans[0]
-        if resample:  # a pixel reads three, of which it stands for the first two
+        if resample:  # a pixel reads three; a stride of two makes it replace the first two
             first, end, length = 2 * first, 2 * end + 1, 2 * length
         first, end = _widened((first, end), 2 * config.num_blocks, length)
-        if resample:  # pairs stay together
+        if resample:  # start and end at even pixels, so that strides stay aligned
             first, end = first - first % 2, end + end % 2
         spans.insert(0, (first, end))
     return [_widened(spans[0], 1, length), *spans]
@@ -181,7 +185,7 @@ def _widened(span: Span, reach: int, length: int) -> Span:
 
 
 def _part(x: Tensor, corner: tuple[int, int], rows: Span, columns: Span) -> Tensor:
-    """Cut rows and columns of a picture out of x [B, C, T, H, W], which begins at `corner`."""
+    """Crop x [B, C, T, H, W], whose first row and column are `corner`, to rows and columns."""
     (top, bottom), (left, right) = rows, columns
     shown = x[..., top - corner[0] : bottom - corner[0], left - corner[1] : right - corner[1]]
     return shown if shown.shape == x.shape else channels_last(shown)
@@ -191,10 +195,10 @@ def _stream(
     chunks: Iterator[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
     cut: Callable[[int, int], list[Tile]], room: Room,
 ) -> Iterator[Tensor]:
-    """Yield the result of each chunk [B, C, T, H, W] of one latent frame, joined from its tiles.
+    """Yield the result for each chunk [B, C, T, H, W] of one latent frame, joined from its tiles.
 
-    `compute` maps a chunk to the result's tile, in the stream of that tile; `cut` returns the tiles
-    of chunks of H x W.
+    `compute` maps a chunk to one tile of the result and updates the tile's cache; `cut` returns the
+    tiles for chunks of H x W.
     """
     streams: list[tuple[Tile, _Kept]] = []
     position = 0
@@ -212,7 +216,7 @@ def _pass(
     chunks: Sequence[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
     streams: Sequence[tuple[Tile, _Kept]], position: int,
 ) -> list[Tensor]:
-    """Pass chunks through one tile after the other; results lie channels-last."""
+    """Compute chunks one tile after the other; results are channels-last in memory."""
     wholes: list[Tensor] = []
     (bottom, right) = (spans[-1][1] for spans in streams[-1][0])
     for tile, kept in streams:
@@ -230,7 +234,7 @@ def _pass(
 
 
 class _Kept:
-    """A tile's cache between its turns, in one buffer of bytes."""
+    """Buffer of bytes for a tile's cache while other tiles are computed."""
 
     def __init__(self, room: Room) -> None:
         self._room_for = room
@@ -247,7 +251,7 @@ class _Kept:
             place.copy_(each.contiguous().view(-1).view(torch.uint8))
 
     def take(self, device: torch.device) -> StreamCache:
-        """Return the cache, each tensor with memory of its own; an empty one at first."""
+        """Return the cache, copied out of the buffer; at first an empty one."""
         cache = StreamCache()
         for (name, shape, dtype), (_, place) in zip(self._facts, self._places(), strict=True):
             each = torch.empty(shape, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
-"""A verifier: find the things of its vocabulary that a clip's latents show, with scores.
+"""A verifier: score which things of its vocabulary a clip's latents show.
 
-It is far smaller than a generator and decides when another candidate is needed (verifiers of search
-over a diffusion model's noise: Ma et al. 2025, "Inference-time scaling for diffusion models beyond
-scaling denoising steps"). It reads latents, so nothing is decoded before a candidate is accepted.
+It is far smaller than a generator and decides whether another candidate is needed (as in Ma et al.
+2025, "Inference-time scaling for diffusion models beyond scaling denoising steps"). It reads
+latents, so that no candidate is decoded before it is accepted.
 
 Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels, T tints.
 """
@@ -23,31 +23,31 @@ from vidgen.models.words import SPECIAL, WORD, split_words
 from vidgen.ops.conv import Residual, conv_block
 
 SMALL = 2.0
-"""Number of a thing's latents at which the doubt that it exists is 1 / e."""
+"""Expected number of a thing's latents at which the probability of its absence is 1 / e."""
 MOST = 0.75
-"""Share of the frames that count: things may enter late or leave early."""
+"""Share of the frames, the best ones, that count: things may enter late or leave early."""
 _ABSENT = re.compile(r"\b(?:like|as if|without)\b[^,.;:!?]*", re.IGNORECASE)
 """Comparisons and exclusions: "bounces like a ball"."""
 _ARTICLE = r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
 _BEFORE = re.compile(rf"{_ARTICLE}(?:[ \t]+(?!{_ARTICLE})[\w'-]+){{0,4}}[ \t]+$", re.IGNORECASE)
 """Beginning of a name's phrase: "the little blue " of "the little blue car"."""
 ANY = -1
-"""Stands for a tint where any will do."""
+"""Tint of a `Want` that any tint satisfies."""
 TINT_DIM = 64
 """Width of the features for tints."""
 LIKELY = 0.3
-"""Share of a thing's latents in a tint from which the whole thing has it."""
+"""Share of a thing's latents in a tint from which the thing counts as having it."""
 
 
 class Want(NamedTuple):
-    """A thing that a clip should show: the numbers of its label and of its tint, or `ANY`."""
+    """A thing that a clip should show: indices of its label and its tint, or `ANY` tint."""
 
     label: int
     tint: int = ANY
 
 
 class Mention(NamedTuple):
-    """A thing in a prompt: the numbers of its label and tint, and the place of its phrase."""
+    """A thing in a prompt: indices of its label and tint, and its phrase's first and end letter."""
 
     label: int
     start: int
@@ -59,8 +59,8 @@ class Answers(NamedTuple):
     """Logits of N latent frames, float32.
 
     Attributes:
-        names: [N, K + 1, h, w], of no thing last.
-        tints: [N, T + 1, h, w], of a thing's own colours last; or None.
+        names: [N, K + 1, h, w]; the last is "no thing".
+        tints: [N, T + 1, h, w]; the last is "natural colours". None: the verifier has no tints.
     """
 
     names: Tensor
@@ -73,17 +73,18 @@ class VerifierConfig:
 
     Args:
         labels: K things, each with all its names in prompts, in lower case.
-        tints: T colours, each with all its words; a thing of that natural colour has it, too.
+        tints: T colours, each with all its words; they include natural colours of things.
             Empty: tints aren't judged.
         latent_channels: C.
-        num_blocks: of two convolutions; the receptive field is 2 * num_blocks + 1 latents each way.
+        num_blocks: blocks of two convolutions; the receptive field is 2 * num_blocks + 1 latents in
+            each direction.
         enough: least score of an accepted clip.
-        legible: the noise level below which a guess of the clip shows where things are.
-        looks: noise levels between which looks are settled: regional prompts name looks there,
-            actions elsewhere.
+        legible: sigma below which the denoised estimate shows the positions of things.
+        looks: (low, high) sigma between which things get their looks: regional prompts describe
+            looks there, and actions elsewhere.
 
     Raises:
-        ValueError: a label without a name.
+        ValueError: a label or tint without a name.
     """
 
     labels: tuple[tuple[str, ...], ...] = ()
@@ -111,12 +112,12 @@ class VerifierConfig:
 
     @cached_property
     def _tinted(self) -> re.Pattern[str]:
-        """Beginning of a phrase without an article: "red " of "red car"."""
+        """Pattern of the beginning of a phrase without an article: "red " of "red car"."""
         words = "|".join(map(re.escape, self._tints_by_word)) or r"(?!)"
         return re.compile(rf"\b(?:(?:{words})[ \t]+)+$", re.IGNORECASE)
 
     def labels_in(self, prompt: str) -> frozenset[int]:
-        """Return the labels that a prompt names; of names within names the longest."""
+        """Return the labels that a prompt names; a longer name takes precedence over its parts."""
         return frozenset(mention.label for mention in self.mentions(prompt))
 
     def wants_in(self, prompt: str) -> frozenset[Want]:
@@ -144,15 +145,15 @@ class VerifierConfig:
         return found
 
     def _tint_in(self, before: str) -> int:
-        """Return the tint in the words before a name; `ANY` for none or several."""
+        """Return the tint in the words before a name; `ANY` if they contain none or several."""
         words = (word[0].lower() for word in WORD.finditer(before))
         tints = {self._tints_by_word[word] for word in words if word in self._tints_by_word}
         return tints.pop() if len(tints) == 1 else ANY
 
     def prompts_of_each(self, prompt: str) -> dict[int, str]:
-        """Return for each label the prompt with all its things replaced by that one.
+        """Return, for each label, the prompt with all things replaced by that label's.
 
-        "a red cat passes the dog" is "a red cat passes a red cat" and "the dog passes the dog".
+        "a red cat passes the dog" gives "a red cat passes a red cat" and "the dog passes the dog".
         """
         mentions, texts = self.mentions(prompt), dict[int, str]()
         for label, phrase in self._phrases(prompt).items():
@@ -164,7 +165,7 @@ class VerifierConfig:
         return texts
 
     def looks_of_each(self, prompt: str) -> dict[int, str]:
-        """Return for each label a prompt of its looks alone: "a red cat and a red cat"."""
+        """Return, for each label, a prompt of only its looks: "a red cat and a red cat"."""
         return {label: f"{phrase} and {phrase}" for label, phrase in self._phrases(prompt).items()}
 
     def _phrases(self, prompt: str) -> dict[int, str]:
@@ -175,7 +176,7 @@ class VerifierConfig:
         return phrases
 
     def names(self, wants: Collection[Want]) -> str:
-        """Describe things in words."""
+        """Return a phrase that names things: "red cat and dog"."""
         return " and ".join(
             " ".join([*([] if tint == ANY else self.tints[tint][:1]), self.labels[label][0]])
             for label, tint in sorted(wants)
@@ -183,7 +184,7 @@ class VerifierConfig:
 
 
 class Verifier(nn.Module):
-    """A convolutional network that classifies the latents of each frame by itself."""
+    """Convolutional network that classifies each latent pixel, in each frame separately."""
 
     def __init__(self, config: VerifierConfig) -> None:
         super().__init__()
@@ -208,7 +209,10 @@ class Verifier(nn.Module):
 
     @torch.no_grad()
     def where(self, latents: Tensor) -> Tensor:
-        """Return probabilities [B, K + 1, F, h, w] of labels, none last, of [B, C, F, h, w]."""
+        """Return each latent's label probabilities, [B, K + 1, F, h, w], of [B, C, F, h, w].
+
+        The last is the probability of no thing.
+        """
         names = self.names(self._features(self._frames(latents))).float()
         return self._shares(names, len(latents))
 
@@ -217,7 +221,7 @@ class Verifier(nn.Module):
         """Return the probability that each frame of latents [B, C, F, h, w] shows each label.
 
         Returns:
-            [B, F, K, T + 1]: in each of the tints, and in any.
+            [B, F, K, T + 1]: in each of the tints, then in any; T is 0 without tints.
         """
         answers = self(self._frames(latents))
         names = self._shares(answers.names, len(latents))[:, :-1].flatten(3)
@@ -240,14 +244,14 @@ class Verifier(nn.Module):
 
 
 def _blank(found: re.Match[str]) -> str:
-    """Return as many spaces, so that positions don't change."""
+    """Return equally many spaces, so that positions don't change."""
     return " " * len(found[0])
 
 
 def score(shown: Tensor, wants: Collection[Want]) -> float:
-    """Return the probability that a clip shows one or more things together in `MOST` frames.
+    """Return the mean probability, over the best `MOST` of frames, that a clip shows all things.
 
-    `shown` [F, K, T + 1] is `Verifier.shown`'s of the clip.
+    `shown` [F, K, T + 1] is the clip's entry in the result of `Verifier.shown`.
     """
     together = torch.stack([shown[:, label, tint] for label, tint in wants]).amin(0)
     return float(together.topk(math.ceil(MOST * len(together))).values.mean())

@@ -1,7 +1,7 @@
-"""Word normalisation: find the known word that is meant by one that a model wasn't taught.
+"""Word normalisation: replace a word that a model doesn't know by the known one that is meant.
 
-It may be a synonym, another form of the word, or a typing error. English words, names and synonyms
-are in `assets/english`; they belong to the language, not to a model.
+The word may be a synonym, another form of a known word, or a typing error. English words, names and
+synonyms are in `assets/english`; all models share them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LINKS = frozenset(["a", "an", "and", "at", "by", "from", "in", "into", "is", "i
                     "over", "the", "through", "to", "under", "up", "with"])  # fmt: skip
 _SHORT_STEM = re.compile(r"[^aeiou]+[aeiou][^aeiouwxy]")  # doubles its last letter: hop, hopping
 _VOWELS = frozenset("aeiou")
-_LONG = 7  # letters of a word in which two slips are corrected
+_LONG = 7  # least letters of a word in which two slips are corrected
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of a keyboard
 _FIRST = 0.01  # added cost of a slip in the first letter, which is rare
 
@@ -44,12 +44,12 @@ NEIGHBOURS = _neighbours()
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a prompt or caption, lowercase, without numbers and `<tokens>`."""
+    """Return the lowercase words of a prompt or caption, without numbers and `<tokens>`."""
     return WORD.findall(SPECIAL.sub(" ", text).lower())
 
 
 def replace_words(text: str, readings: Mapping[str, str]) -> str:
-    """Replace words of a text, ignoring case; `<tokens>` stay."""
+    """Replace words of a text, ignoring case; `<tokens>` stay unchanged."""
     return _SPECIAL_OR_WORD.sub(lambda found: readings.get(found[0].lower(), found[0]), text)
 
 
@@ -58,9 +58,9 @@ def near_words(
 ) -> list[str]:
     """Return at most three known words that may be meant by a mistyped `word`, best first.
 
-    A slip is a missing, surplus or wrong letter, or two that changed places: at most one in words
-    of three to five letters, two in longer ones. All words are in lower case; `rank` is the rarity
-    of a known one, from 0 to 1.
+    A slip is a missing, extra or wrong letter, or two swapped letters. Words of three to five
+    letters may have one slip, longer ones two. All words are in lower case; `rank` returns a known
+    word's rarity, from 0 to 1.
     """
     most = 0 if len(word) < 3 else 1 if len(word) < 6 else 2
     near, letters = [], _letters(word)
@@ -82,12 +82,12 @@ def _letters(word: str) -> frozenset[str]:
 
 
 def slip_count(word: str, other: str) -> int:
-    """Return the slips between two words: optimal string alignment (after Damerau 1964)."""
+    """Return the number of slips between two words (optimal string alignment, Damerau 1964)."""
     return int(_slips(word, other))
 
 
 def _slips(typed: str, meant: str) -> float:
-    """Return the number of slips, plus a fraction that grows with how unlikely they are."""
+    """Return the number of slips, plus a fraction that is larger for less likely slips."""
     before, row = list[float](), [sum(_missing(meant, k) for k in range(j))
                                   for j in range(len(meant) + 1)]  # fmt: skip
     for i, letter in enumerate(typed):
@@ -123,12 +123,12 @@ def _other(letter: str, its: str, *, is_first: bool) -> float:
 
 
 class WordReader:
-    """Replace words that a model wasn't taught, or too seldom, by words that it knows.
+    """Find known words to replace those that a model doesn't know, or that were too rare.
 
     Args:
         known: the model's words, in lower case.
-        rank: rarity of each of them, from 0 to 1, to choose among corrections.
-        rare: known words that were too rare in training, each with the commoner one that is meant.
+        rank: returns a known word's rarity, from 0 to 1, to choose among corrections.
+        rare: known words that were too rare in training, each with a more common replacement.
     """
 
     def __init__(
@@ -137,11 +137,10 @@ class WordReader:
         self.known, self._rank, self._rare = known, rank, rare
 
     def read(self, word: str) -> str | None:
-        """Return the known word, or words, that are meant by a lower-case one; None: unclear.
+        """Return the known word or words that a lowercase word most likely means; None if unclear.
 
-        An English word may be a synonym, a more special word or another form of a known one, but
-        no slip, so that "goat" isn't read as "boat", nor "Mary" as "mare". Any other word may be a
-        slip.
+        An English word or name is replaced by a synonym, a more general word or another form, but
+        never counts as a typing error: "goat" isn't read as "boat", nor "Mary" as "mare".
         """
         meant = word if word in self._rare else self._unknown(word)
         return meant and replace_words(meant, self._rare)
@@ -158,8 +157,8 @@ class WordReader:
             return near
         if (joined := self._joined(word)) is not None:
             return joined
-        # two slips: the first letter is seldom wrong (Kukich 1992, section 1.2), nor is a third of
-        # a word; another word, such as a name, is likelier then
+        # two slips: the first letter is rarely wrong (Kukich 1992, section 1.2), nor is a third of
+        # the letters; another word, such as a name, is more likely in these cases
         return near if near is not None and len(word) >= _LONG and word[0] == near[0] else None
 
     def near(self, word: str) -> list[str]:
@@ -171,7 +170,7 @@ class WordReader:
         return meant if meant and all(part in self.known for part in meant.split()) else None
 
     def _joined(self, word: str) -> str | None:
-        """Return two known words whose space is missing, one of them a linking word."""
+        """Split a word into two known ones, at least one of them a linking word such as "on"."""
         for at in range(1, len(word)):
             parts = word[:at], word[at:]
             if all(part in self.known for part in parts) and not _LINKS.isdisjoint(parts) and (
@@ -182,7 +181,7 @@ class WordReader:
 
 
 def _singulars(word: str) -> Iterator[str]:
-    """Yield words of which a word may be the plural or the genitive."""
+    """Yield possible singulars of a plural or genitive."""
     if word.endswith("'s"):
         yield word[:-2]
     elif word.endswith("s") and not word.endswith("ss") and len(word) > 3:
@@ -194,7 +193,7 @@ def _singulars(word: str) -> Iterator[str]:
 
 
 def _other_forms(word: str) -> Iterator[str]:
-    """Yield forms of the same noun or verb: the other number, "does" for "did" and "doing"."""
+    """Yield forms of the same noun or verb: singular and plural, "jumps" for "jumped"."""
     yield from _singulars(word)
     yield f"{word}s"
     if word.endswith("ied"):
@@ -212,7 +211,7 @@ def _other_forms(word: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def synonyms() -> dict[str, str]:
-    """Return English words with synonyms that are as special or less."""
+    """Return a table from English words to synonyms or more general words."""
     return read_synonyms(ENGLISH / "synonyms.json")
 
 
@@ -222,13 +221,13 @@ def read_synonyms(path: Path) -> dict[str, str]:
         table = json.loads(path.read_text("utf-8"))
         meant = {word: known for known, words in table.items() for word in words}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} is no table of synonyms: {error}; copy it again") from error
+        raise ModelError(f"{path} is not a table of synonyms: {error}; copy it again") from error
     return meant
 
 
 @lru_cache(maxsize=1)
 def english_words() -> frozenset[str]:
-    """Return common English words and given names, lowercase, of three letters or more."""
+    """Return common English words and given names of three letters or more, in lower case."""
     packed = (ENGLISH / "words.txt.gz").read_bytes()
     names = (ENGLISH / "names.txt").read_text("utf-8")
     return frozenset(gzip.decompress(packed).decode().split()) | frozenset(names.split())
