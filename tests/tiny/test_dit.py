@@ -135,7 +135,7 @@ def test_every_frame_reaches_every_other():
 
 def test_what_cannot_be_recorded_is_refused():
     model, (latents, timestep, context) = make_model(WITH_AUDIO), make_inputs()
-    with pytest.raises(InputError, match="empty one to a model with the audio modality"):
+    with pytest.raises(InputError, match="empty one, to a model with the audio modality"):
         make_model()(latents, timestep, context, cache=KVCache())
     hidden = make_stills([[5.0], [5.0]], torch.tensor([[True], [False]]))
     with pytest.raises(InputError, match="can't record stills"):
@@ -147,7 +147,7 @@ def test_shapes_and_options_that_do_not_fit_are_refused():
     latents, timestep, context = make_inputs()
     bad = [
         ((latents[:, :3], timestep, context), {}, "3 channels, not 4"),
-        ((latents[..., :5], timestep, context), {}, "4x5 don't divide"),
+        ((latents[..., :5], timestep, context), {}, "4x5 can't be divided"),
         ((latents, timestep[:1], context), {}, "timestep has shape"),
         ((latents, timestep, context), {"context_lengths": [5, 6]}, r"in 0\.\.5"),
         ((latents, timestep, context), {"context_lengths": [5]}, "must be 2 values"),
@@ -227,7 +227,7 @@ def test_the_video_can_be_kept_from_seeing_audio_which_is_then_made_behind_it():
     assert (deaf.audio - both.audio).abs().max() > 1e-4
     with pytest.raises(InputError, match="without the audio modality"):
         make_model().listen(behind, context)
-    with pytest.raises(InputError, match="give an empty one"):
+    with pytest.raises(InputError, match="pass an empty one"):
         model(latents, timestep, context, cache=cache)
 
 

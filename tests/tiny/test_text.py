@@ -191,7 +191,7 @@ def test_tokenizer_folder_without_a_usable_file_is_refused(tmp_path):
     with pytest.raises(ModelError, match="missing"):
         PromptTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
-    with pytest.raises(ModelError, match="can be read"):
+    with pytest.raises(ModelError, match="be read as a tokenizer"):
         PromptTokenizer(tmp_path)
 
 
