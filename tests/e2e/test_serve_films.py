@@ -79,10 +79,10 @@ def test_a_film_cancelled_and_taken_over(served):
 
 @pytest.mark.parametrize(("script", "told"), [
     ("shots: []", "no shots"),
-    ("shots: [{prompt: x, first_frame: /etc/passwd}]", "send it along"),
-    ("shots: [{prompt: x, first_frame: ../../jobs.sqlite3}]", "send it along"),
-    ("shots: [{prompt: x, narration: [{text: '@/etc/passwd', at: 0}]}]", "send it along"),
-    ("shots: [{prompt: x, lora: [/tmp/a.safetensors]}]", "send it along"),
+    ("shots: [{prompt: x, first_frame: /etc/passwd}]", "upload it and give"),
+    ("shots: [{prompt: x, first_frame: ../../jobs.sqlite3}]", "upload it and give"),
+    ("shots: [{prompt: x, narration: [{text: '@/etc/passwd', at: 0}]}]", "upload it and give"),
+    ("shots: [{prompt: x, lora: [/tmp/a.safetensors]}]", "upload it and give"),
     ("project: {model: /models/other}\nshots: [{prompt: x}]", "leave it"),
     ("shots: [{prompt: x, sead: 1}]", "sead"),
     ("[", "YAML"),

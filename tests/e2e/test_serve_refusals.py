@@ -112,7 +112,7 @@ def test_files_of_another_kind(served):
     told = refused(served, 400, "invalid_request", data={"prompt": "x"},
                    files={"input_reference": ("a.png", bomb)})
     assert "30,000,000 pixels of image" in told
-    assert "takes 16,777,216: send it smaller" in told
+    assert "allows 16,777,216; send a smaller file" in told
     assert not any((served.data / "uploads").iterdir())
 
 

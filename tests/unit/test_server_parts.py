@@ -47,13 +47,13 @@ def test_keys_are_kept_as_hashes(tmp_path):
     assert keys.owner(second) == "bob"
     other.revoke("ann")
     assert keys.owner(key) is None
-    with pytest.raises(InputError, match="known: bob"):
+    with pytest.raises(InputError, match="known keys: bob"):
         keys.revoke("ann")
     assert keys.are_used
     keys.revoke("bob")
     assert keys.are_used, "the last key gone, nobody is let in"
     for name in ("", "a b", "local", "x" * 65):
-        with pytest.raises(InputError, match="no name"):
+        with pytest.raises(InputError, match="a valid key name"):
             keys.draw(name)
     keys.path.write_text("{}")
     with pytest.raises(InputError, match="damaged"):
@@ -134,8 +134,8 @@ def test_what_is_fetched_and_what_is_not(site, monkeypatch):
         return address == "127.0.0.1"
 
     assert fetch(f"{site}/a.png", 1000, allowed=here) == b"x" * 1000
-    for path, told in (("/a.png", "larger than 999"), ("/none", "404"), ("/round", "leads on"),
-                       ("/moved", "doesn't answer|doesn't look in")):
+    for path, told in (("/a.png", "larger than 999"), ("/none", "404"), ("/round", "redirects"),
+                       ("/moved", "doesn't answer|doesn't access")):
         with pytest.raises(InputError, match=told):
             fetch(site + path, 999, allowed=here)
     with pytest.raises(InputError, match="can't be read"):
@@ -143,7 +143,7 @@ def test_what_is_fetched_and_what_is_not(site, monkeypatch):
     monkeypatch.setattr("vidgen.server.requests.WHOLE_S", 0.5)
     with pytest.raises(InputError, match=r"more than 0\.5 s"):
         fetch(f"{site}/slow", 1000, allowed=here)
-    with pytest.raises(InputError, match="doesn't look in"):
+    with pytest.raises(InputError, match="doesn't access"):
         fetch(f"{site}/a.png", 1000)
     for url in ("file:///etc/passwd", "ftp://example.org/", "http://", "http://[", "gopher://x",
                 "http://user:key@example.org/", "http://127.1:80/a", "http://0x7f000001/",
@@ -271,7 +271,7 @@ def test_fields_are_options_of_a_request(tmp_path):
     ({"width": 64}, "width", "width and height go together"),
     ({"size": "64x64", "width": 64, "height": 64}, "size", "size and width are both given"),
     ({"voice": "@x"}, "voice", "voice is '@x'"),
-    ({"say": ["@x"]}, "say", "say holds '@x'"),
+    ({"say": ["@x"]}, "say", "say has '@x'"),
     ({"generate_sound": False, "audio_reference": "data:,"}, "audio_reference", "both given"),
     ({"generate_sound": True, "audio_reference": "data:,"}, "audio_reference", "both given"),
 ])
@@ -391,7 +391,7 @@ def test_names_in_brackets_say_where_fields_belong():
         ([("say[][]", "0"), ("say[][]", "hello")], "as JSON"),
         ([("a", "1"), ("a", "2")], "twice"), ([("a", "1"), ("a[]", "2")], "twice"),
         ([("a[b]", "1"), ("a[b]", "2")], "twice"), ([("a[]", "1"), ("a[b]", "2")], "twice"),
-        ([("a[]", "1"), ("a", "2")], "twice"), ([("[]", "1")], "no field's name"),
+        ([("a[]", "1"), ("a", "2")], "twice"), ([("[]", "1")], "isn't a field's name"),
     ):
         with pytest.raises(ApiError, match=told):
             _nested(wrong)

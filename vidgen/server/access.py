@@ -1,4 +1,4 @@
-"""Dependencies of routes: the owner of a request, its job, its fields, and whether it may pass."""
+"""Dependencies of routes: the owner, job and fields of a request, authentication, rate limits."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ RETRY_COUNT = "x-stainless-retry-count"
 
 
 def service_of(request: Request) -> Service:
-    """Return the application's one service."""
+    """Return the application's service."""
     service: Service = request.app.state.service
     return service
 
 
 def owner_of(request: Request) -> str | None:
-    """Return the owner of a request; None if it has no known key."""
+    """Return the owner of a request's key; None without a valid key."""
     service = service_of(request)
     if not key_required(service):
         return LOCAL
@@ -44,19 +44,19 @@ def key_required(service: Service) -> bool:
 
 
 def authenticate(request: Request) -> str:
-    """Return the owner, counted in the service's crowd until the guard sees the request's end.
+    """Return the owner, and count the request as active until the guard sees its end.
 
     Raises:
-        ApiError: no key, or too many requests of the owner are under way.
+        ApiError: the key is missing or invalid, or the owner has too many active requests.
     """
     owner = owner_of(request)
     if owner is None:
-        raise ApiError(401, "invalid_api_key", "no key was given, or one that isn't known; send "
+        raise ApiError(401, "invalid_api_key", "the API key is missing or invalid; send "
                        "Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
     if not service_of(request).crowd.enter(owner):
         most = service_of(request).settings.at_once
-        raise ApiError(429, "too_many_requests", f"{most} requests of this key are under way; end "
-                       "one, such as a stream of events, or wait", headers={"Retry-After": "1"})
+        raise ApiError(429, "too_many_requests", f"this key has {most} active requests; close one, "
+                       "such as a stream of events, or wait", headers={"Retry-After": "1"})
     request.state.owner = owner
     return owner
 
@@ -68,20 +68,20 @@ def begin(
     request: Request, owner: Owner,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Call:
-    """Accept a request that may make a job, before its body comes in.
+    """Accept a request that may create a job, before its body is read.
 
     Raises:
-        ApiError: the service stops, or the owner asks too often.
+        ApiError: the service is stopping, or the owner exceeds the rate limit.
         OutputError: the disk is nearly full.
     """
     service = service_of(request)
     if service.scheduler.state in ("draining", "stopped"):
-        raise ApiError(503, "stopping", "the service stops; ask again in a moment",
+        raise ApiError(503, "stopping", "the service is stopping; retry in a moment",
                        headers={"Retry-After": "5"})
     early_s = service.pace.take(owner)
     if early_s > 0:
-        raise ApiError(429, "rate_limit_exceeded", f"{service.settings.per_minute} requests a "
-                       f"minute may begin jobs; ask again in {early_s:.1f} s",
+        raise ApiError(429, "rate_limit_exceeded", f"{service.settings.per_minute} requests per "
+                       f"minute may start jobs; retry in {early_s:.1f} s",
                        headers={"Retry-After": str(math.ceil(early_s))})
     service.check_room()
     tries = request.headers.get(RETRY_COUNT, "0")
@@ -92,7 +92,7 @@ Caller = Annotated[Call, Depends(begin)]
 
 
 async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG001
-    """Yield the body's fields; files that nobody took are removed afterwards."""
+    """Yield the body's fields; remove unused uploads afterwards."""
     uploads = service_of(request).settings.uploads / request.state.request_id
     try:
         uploads.mkdir()
@@ -108,11 +108,11 @@ Fields = Annotated[dict[str, Any], Depends(read_fields)]
 
 
 def _any(kind: Kind) -> Any:
-    """Depend on the job of a kind that a path names."""
+    """Return the dependency that finds the job in a path; a job of another kind is not found."""
     def find(request: Request, owner: Owner, job_id: str = Path(alias=f"{kind}_id")) -> QueuedJob:
         job = service_of(request).jobs.get(job_id, owner)
         if job is None or job.kind != kind:
-            raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
+            raise ApiError(404, "not_found", f"{kind} {job_id[:80]!r} doesn't exist", f"{kind}_id")
         return job
 
     return Depends(find)

@@ -1,7 +1,7 @@
-"""The service as a process: bound, started, drained, ended; and the application that it serves.
+"""The service as a process, from its start to its end, and the application that it serves.
 
-The application puts the routes together, answers errors in the client's envelope, and serves the
-page at `/`. Logs are JSON lines: time, level, text, and the job that they are about.
+The application combines the routes, returns errors in the API's envelope, and serves the studio at
+`/`. Logs are JSON lines with time, level, text and job.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from vidgen.server.types import ApiError, from_vidgen
 STUDIO = Path(__file__).parent / "studio"
 _CODES = {404: "not_found", 405: "method_not_allowed", 416: "range_not_satisfiable"}
 SPARE_CONNECTIONS = 100
-"""Beyond those of requests that are answered: idle ones, and those that are refused."""
+"""Connections in addition to active requests: idle ones, and those to be refused."""
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName",
                                                      "color_message"}
 log = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
-    """Serve until a signal ends it: the first drains, the second doesn't wait.
+    """Serve until a signal: the first one lets the running job finish, the second one doesn't wait.
 
-    `on_ready` is called with the address when requests are answered.
+    `on_ready` is called with the address once requests are answered.
 
     Raises:
-        InputError: the address can't be had, or is open to others while there are no keys; or all
-            keys are revoked.
+        InputError: the address can't be bound, or needs a key and none exists; or all keys are
+            revoked.
         ModelError: the model can't be opened.
-        OutputError: another service works in the folder, or it can't be written.
+        OutputError: another service uses the folder, or it can't be written.
     """
     log_as_json()
     _require_keys(settings)
@@ -77,15 +77,15 @@ def _require_keys(settings: Settings) -> None:
     if keys.all():
         return
     if not settings.is_loopback:
-        raise InputError(f"host {settings.host} can be reached by others, and there are no keys; "
-                         "draw one with --new-key NAME, or leave --host out")
+        raise InputError(f"host {settings.host} is open to others and needs an API key; create one "
+                         "with --new-key NAME, or leave --host out")
     if keys.are_used:
-        raise InputError(f"all keys in {keys.path} are revoked; draw one with --new-key NAME, or "
-                         "remove the file to let everybody on this machine in")
+        raise InputError(f"all keys in {keys.path} are revoked; create one with --new-key NAME, or "
+                         "remove the file to serve this machine without keys")
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn whose first signal lets the running job finish, or pauses it, before it closes."""
+    """Uvicorn that finishes or pauses the running job on the first signal before it closes."""
 
     def __init__(self, service: Service, url: str, on_ready: Callable[[str], None]) -> None:
         super().__init__(uvicorn.Config(
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
             self.is_hurried = self.should_exit = True
             return
         self.is_draining = True
-        log.info("stopping: the running job is finished or saved")
+        log.info("stopping: waiting for the running job, which is saved if it takes too long")
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
@@ -116,12 +116,12 @@ class _Server(uvicorn.Server):
 
 
 def _hold(data: Path) -> AbstractContextManager[object]:
-    """Keep other services out of a folder as long as the block lasts."""
+    """Lock a folder against other services inside the block."""
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         return lock_file(data / "lock") or nullcontext()
     except BlockingIOError:
-        raise OutputError(f"another service works in {data}; stop it, or give another folder "
+        raise OutputError(f"another service uses {data}; stop it, or give another folder "
                           "with --data") from None
     except OSError as error:
         raise OutputError(f"{data} can't be written: {error.strerror}") from error
@@ -134,19 +134,19 @@ def _bound(settings: Settings) -> Iterator[socket.socket]:
             settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
     except OSError as error:
-        raise InputError(f"host {settings.host!r} is no address: {error.strerror}") from None
+        raise InputError(f"host {settings.host!r} isn't an address: {error.strerror}") from None
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
-            raise InputError(f"{settings.host}:{settings.port} can't be listened at: "
+            raise InputError(f"can't listen on {settings.host}:{settings.port}: "
                              f"{error.strerror}; give another --port") from None
         yield listener
 
 
 def make_app(service: Service) -> ASGIApp:
-    """Return the whole application around a service."""
+    """Return the ASGI application of a service."""
     app = _App(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     for kind in (VidgenError, RequestValidationError, HTTPException):
@@ -163,7 +163,7 @@ def make_app(service: Service) -> ASGIApp:
 
 
 class _App(FastAPI):
-    """An application whose document also has what bodies refer to, and how keys are sent."""
+    """An application whose OpenAPI document has the bodies' schemas and the key's scheme."""
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
@@ -194,10 +194,10 @@ def _answer(request: Request, error: Exception) -> Response:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record; what was given as `extra` becomes a field."""
+    """Formats a log record as a JSON object, with a field for each `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as a line."""
+        """Return a record as one line of JSON."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03}Z",
@@ -211,7 +211,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(level: int = logging.INFO) -> None:
-    """Send all logs of this process to stderr as JSON lines."""
+    """Write all logs of this process to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()

@@ -1,6 +1,6 @@
-"""Bodies of requests: multipart and JSON, read in a stream, files straight to the disk.
+"""Read bodies of requests, multipart or JSON, as a stream, with files written to disk.
 
-A body that is cut off, too large, no UTF-8 or gives a field twice is refused; nothing is guessed.
+A body that is incomplete, too large, not UTF-8, or has a field twice is refused.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from vidgen.server.types import ApiError, Upload
 
 MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
 PATIENCE_S = 60.0
-"""Time to wait for the next bytes of a body."""
+"""Time to wait for the next bytes of a body, in seconds."""
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
 
 
 async def read_body(request: Request, uploads: Path) -> dict[str, Any]:
-    """Return a request's fields by name; files are `Upload`s in a folder that the caller removes.
+    """Return a request's fields by name; files are `Upload`s in `uploads`.
 
     Raises:
-        ApiError: a body that can't be read.
+        ApiError: the body is invalid.
         OutputError: the disk is full.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
@@ -61,8 +61,8 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
         try:
             chunk = await asyncio.wait_for(anext(stream, None), PATIENCE_S)
         except TimeoutError:
-            raise ApiError(408, "timeout", f"nothing came for {PATIENCE_S:g} s; send the body "
-                                           "without pauses") from None
+            raise ApiError(408, "timeout", f"no data arrived for {PATIENCE_S:g} s; send the "
+                                           "body without pauses") from None
         except ClientDisconnect:
             raise ApiError(400, "client_gone", "the client left before the body's end") from None
         if chunk is None:
@@ -80,14 +80,14 @@ async def _read_json(request: Request) -> dict[str, Any]:
         return found
 
     def number(text: str) -> float:
-        raise ValueError(f"{text} is no number of JSON")
+        raise ValueError(f"{text} isn't a JSON number")
 
     try:
         value = json.loads(content.decode("utf-8") or "{}", object_pairs_hook=once,
                            parse_constant=number)
-        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "malformed_body", f"the body is no JSON: {error or 'nested too deep'}"
+        raise ApiError(400, "malformed_body", f"the body isn't JSON: {error or 'nested too deep'}"
                        ) from None
     if not isinstance(value, dict):
         raise ApiError(400, "malformed_body", "the body must be a JSON object")
@@ -106,9 +106,9 @@ class _Part:
 
 
 class _Form:
-    """A multipart body, parsed piece by piece.
+    """A multipart body, parsed in chunks.
 
-    Starlette's own parser neither notices a body that is cut off nor text that is no UTF-8.
+    Starlette's own parser accepts incomplete bodies and text that isn't UTF-8.
     """
 
     def __init__(self, boundary: bytes, uploads: Path) -> None:
@@ -135,7 +135,7 @@ class _Form:
     def finish(self) -> dict[str, Any]:
         if not self._is_whole:
             raise ApiError(400, "malformed_body", "the multipart body ends before its last "
-                                                  "boundary; send all of it")
+                                                  "boundary; send it completely")
         return _nested(self._fields)
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ def _text(content: bytes, what: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ApiError(400, "malformed_body", f"{what} is no UTF-8 text") from None
+        raise ApiError(400, "malformed_body", f"{what} isn't UTF-8 text") from None
 
 
 def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -206,24 +206,24 @@ def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         match = _BRACKETS.fullmatch(name)
         if match is None:
-            raise ApiError(400, "malformed_body", f"{name[:80]!r} is no field's name; send what is "
-                           "nested deeper as JSON in the text of one field", name[:80])
+            raise ApiError(400, "malformed_body", f"{name[:80]!r} isn't a field's name; send "
+                           "deeper nesting as JSON in the text of one field", name[:80])
         if not _place(fields, match[1], bool(match[2]) or match[1] == "files", match[3], value):
             raise ApiError(400, "malformed_body", f"the field {name!r} is given twice", name)
     for name, rows in fields.items():
         kinds = {frozenset(each) for each in rows if isinstance(each, dict)} if isinstance(
             rows, list) else ()
-        if len(kinds) > 1:  # so it isn't known which belongs to which
+        if len(kinds) > 1:  # ambiguous: which value is of which object?
             raise ApiError(400, "malformed_body", f"{name} lists objects with different fields; "
                            "give all of them the same, or send JSON in the field's text", name)
     return fields
 
 
 def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, value: Any) -> bool:
-    """Put a value in its place; False if the place is taken.
+    """Set a value in nested fields; return False if it is already set.
 
-    A list's objects come field by field, of all of them at a time or one by one: `lora[][name]`
-    belongs to the first that has no name yet.
+    The objects of a list come as single fields, grouped by object or by field: `lora[][name]`
+    belongs to the first object that has no name yet.
     """
     inner: Any = fields
     if is_list:
@@ -246,7 +246,11 @@ def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, va
 
 
 def write_upload(content: bytes, uploads: Path) -> Upload:
-    """Write content that came in another way as an upload without a name."""
+    """Write content to a file and return it as an upload without a name.
+
+    Raises:
+        OutputError: the disk is full.
+    """
     path = uploads / secrets.token_hex(8)
     try:
         path.write_bytes(content)

@@ -1,6 +1,6 @@
-"""Requests checked before they are queued: their files decoded, their plans made.
+"""Check requests before they are queued: decode their files and make their plans.
 
-It holds no weights. Files are read in a process of their own first; see `probe.py`.
+No weights are loaded. Files are decoded in a separate process first; see `probe.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Estimate
 
 _POLICY = "content_policy_violation"
-_SHORTER = "ask for fewer frames, or a higher fps"
+_SHORTER = "give fewer frames, or a higher fps"
 _PICTURES = ("image", "last_image", "mask")
 log = logging.getLogger(__name__)
 
 
 class Checker:
-    """Checks requests for one model, within limits, from any thread.
+    """Checks requests for one model against limits; safe to use from any thread.
 
     Raises:
-        ModelError: it can't be opened, or runs through diffusers.
+        ModelError: the model can't be opened.
+        InputError: diffusers runs the model.
     """
 
     def __init__(self, model: str, limits: Limits) -> None:
@@ -47,7 +48,7 @@ class Checker:
         self._planning = threading.Lock()
 
     def model(self) -> dict[str, Any]:
-        """Return the model's abilities."""
+        """Return the model's tasks, license and defaults."""
         from vidgen.pipeline.settings import SOUND
 
         known = self.folder.defaults
@@ -65,10 +66,10 @@ class Checker:
         }
 
     def clip(self, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
-        """Return a clip's plan by the names of its answer, and `expected_s`.
+        """Return a clip's plan, under the names of its answer, and `expected_s`.
 
         Raises:
-            ApiError: a request that can't be made, a bad file, or more than the limits.
+            ApiError: the request is invalid or exceeds the limits, or a file is damaged.
             VidgenError: the check itself failed.
         """
         with refusing():
@@ -113,7 +114,7 @@ class Checker:
         """Return a film's plan: shots, width, height, fps, seconds, expected_s, script, notes.
 
         Raises:
-            ApiError: a film that can't be made, a bad file, or more than the limits.
+            ApiError: the script is invalid or exceeds the limits, or a file is damaged.
             VidgenError: the check itself failed.
         """
         with refusing():
@@ -128,7 +129,7 @@ class Checker:
 
         film = plan_confined(path, self.folder, draft=draft, dtype=self.dtype)
         shots, limits = list(film.shots.values()), self.limits
-        at_most("shots, takes counted,", sum(len(plan.takes) for plan in shots), limits.shots)
+        at_most("shots (takes counted)", sum(len(plan.takes) for plan in shots), limits.shots)
         at_most("pixels", film.size[0] * film.size[1], limits.pixels)
         parts = [(plan, take, index) for plan in shots for take in plan.takes
                  for index in range(len(take.parts))]
@@ -151,13 +152,13 @@ class Checker:
 
 
 def _without_loading(made: Iterable[Estimate]) -> float:
-    """Return the estimated seconds of a job whose model is open."""
+    """Return the estimated seconds of a job without loading, as the model is open."""
     return sum(stage.seconds for one in made for stage in one.stages if stage.name != "load")
 
 
 @contextmanager
 def refusing(code: str = "invalid_request") -> Iterator[None]:
-    """Turn errors inside the block into refusals, and those that aren't a request's into ours."""
+    """Raise a request's errors inside the block as ApiError, others as VidgenError."""
     try:
         yield
     except ApiError:
@@ -165,12 +166,12 @@ def refusing(code: str = "invalid_request") -> Iterator[None]:
     except VidgenError as error:
         raise refusal(error, code) from None
     except Exception:
-        log.exception("a request could not be checked")
+        log.exception("checking a request failed")
         raise VidgenError("the checks failed") from None
 
 
 def _files_with(script: Path) -> list[NamedFile]:
-    """Return a script and the files that came with it."""
+    """Return a script and the files uploaded with it."""
     files: list[NamedFile] = [("script", "script", str(script))]
     for path in sorted(script.parent.iterdir()):
         if path.stem == script.stem:

@@ -1,4 +1,4 @@
-"""An ASGI layer around the whole application: checks of origin and size, headers, logs, counts."""
+"""ASGI middleware of the whole application: origin and size checks, headers, logs, metrics."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 _CACHED = {"/v1/": "no-store", "/studio/": "no-cache"}
 _PROBES = ("/health", "/ready", "/metrics")
 MAX_REQUESTS = 500
-"""Under way at a time; more are refused. Probes are always answered."""
+"""Largest number of active requests; more are refused, except probes."""
 log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Wraps an application; the service's settings count."""
+    """Wraps an application with checks by the service's settings, headers, logs and metrics."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -52,7 +52,6 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def take() -> Message:
-            """Pass on the body's next piece, as long as the body isn't too large."""
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
@@ -81,31 +80,31 @@ class Guard:
         except ApiError as error:
             await refuse(error)
         except Exception:
-            log.exception("a request could not be answered", extra={"request": request_id})
+            log.exception("answering a request failed", extra={"request": request_id})
             await refuse(ApiError(500, "server_error",
-                                  "the service failed for a reason of its own"))
+                                  "the service failed; see its log"))
         finally:
             self._num_inside -= 1
             self._end(scope, status, request_id, time.monotonic() - start_s)
 
     def _check(self, scope: Scope) -> None:
-        """Refuse requests of other pages or to other names, and those that announce too much."""
+        """Refuse requests from other sites, to other hosts, or with too large a content length."""
         if self._num_inside > MAX_REQUESTS and scope["path"] not in _PROBES:
-            raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are under way; ask again "
-                           "in a moment", headers={"Retry-After": "1"})
+            raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are active; retry in a "
+                           "moment", headers={"Retry-After": "1"})
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self._service.settings.is_loopback and _name_of(host) not in LOOPBACK:
-            raise ApiError(403, "wrong_host", "this service answers to localhost alone")
+            raise ApiError(403, "wrong_host", "this service answers only to localhost")
         if scope["method"] not in _SAFE:
             origin = headers.get("origin")
             is_foreign = bool(origin) and urlsplit(origin).netloc != host
             if is_foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-                raise ApiError(403, "wrong_origin", "another site's page may not ask this")
+                raise ApiError(403, "wrong_origin", "requests from other sites' pages are refused")
         try:
             self._check_size(int(headers.get("content-length", "0")))
         except ValueError:
-            raise ApiError(400, "malformed_body", "the content length is no number") from None
+            raise ApiError(400, "malformed_body", "the content length isn't a number") from None
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self._service.settings.upload_bytes):
@@ -121,7 +120,7 @@ class Guard:
                 headers.setdefault("cache-control", value)
 
     def _end(self, scope: Scope, status: int, request_id: str, elapsed_s: float) -> None:
-        """Let its owner's next request in; count and log this one."""
+        """End a request: release its owner's slot, count it and log it."""
         method, owner, route = scope["method"], scope["state"].get("owner"), _route(scope)
         if owner is not None:
             self._service.crowd.leave(owner)
@@ -134,7 +133,7 @@ class Guard:
 
 
 def _route(scope: Scope) -> str:
-    """Return the route's pattern, so that ids don't make a series each."""
+    """Return the route's pattern; paths with ids would make one metric per job."""
     return getattr(scope.get("route"), "path", "none")
 
 

@@ -1,4 +1,4 @@
-"""Events of jobs, from any thread to the streams of the event loop; and the counters."""
+"""Publish events of jobs from any thread to streams of the event loop; and all metrics."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from prometheus_client.registry import Collector
 from vidgen.server.types import QueuedJob, Status
 
 MAX_WAITING = 200
-"""Events that may wait for a slow listener; above that, passing ones are left out."""
+"""Events that may wait for a slow listener; above that, transient ones are dropped."""
 PASSING = ("queue", "progress", "preview")
-"""Events that the next one of their kind replaces."""
+"""Transient events: the next one of their kind replaces them."""
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _JOBS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 
 
 @dataclass(frozen=True)
 class Event:
-    """An event of a job: status, queue, progress, preview or deleted."""
+    """An event of a job, named status, queue, progress, preview or deleted."""
 
     name: str
     job: str
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(eq=False)
 class Listener:
-    """One stream of events, of an owner's jobs or one of them."""
+    """One stream of events, of all jobs of an owner or of one job."""
 
     owner: str
     job: str | None
@@ -52,7 +52,7 @@ class Listener:
 
     def offer(self, event: Event | None) -> None:
         """Queue an event, from any thread; None ends the stream."""
-        with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._put, event)
 
     def _put(self, event: Event | None) -> None:
@@ -61,7 +61,7 @@ class Listener:
             self._events.put_nowait(event)
 
     async def stream(self) -> AsyncIterator[Event]:
-        """Yield events as they come, up to the last."""
+        """Yield events up to the last one."""
         while (event := await self._events.get()) is not None:
             yield event
             if event.is_last and self.job is not None:
@@ -69,7 +69,7 @@ class Listener:
 
 
 class Hub:
-    """Passes events to their listeners."""
+    """Distributes events to listeners."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -78,18 +78,18 @@ class Hub:
 
     @property
     def has_listeners(self) -> bool:
-        """Whether anyone listens."""
+        """Whether a stream is open."""
         return bool(self._listeners)
 
     def publish(self, event: Event) -> None:
-        """Pass an event to its listeners, from any thread."""
+        """Send an event to its listeners, from any thread."""
         with self._lock:
             for each in self._listeners:
                 if each.owner == event.owner and each.job in (None, event.job):
                     each.offer(event)
 
     def close(self) -> None:
-        """End all streams, now and from here on."""
+        """End all streams; streams opened later end at once."""
         with self._lock:
             self._is_closed = True
             for each in self._listeners:
@@ -97,7 +97,7 @@ class Hub:
 
     @contextmanager
     def listen(self, owner: str, job: str | None) -> Iterator[Listener]:
-        """Collect the events of an owner's jobs, or of one of them, inside the block."""
+        """Yield a listener to the events of an owner's jobs, or of one job."""
         listener = Listener(owner, job)
         with self._lock:
             self._listeners.add(listener)
@@ -111,14 +111,14 @@ class Hub:
 
 
 class Metrics:
-    """All counters of one service, in a registry of its own."""
+    """All Prometheus metrics of one service, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         kept: dict[str, Any] = {"namespace": "vidgen", "registry": self.registry}
         self.requests = Counter("http_requests", "Requests answered", ["method", "route", "status"],
                                 **kept)
-        self.latency = Histogram("http_request_seconds", "Until the head of the answer was sent",
+        self.latency = Histogram("http_request_seconds", "Time until response headers were sent",
                                  ["route"], buckets=(0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0),
                                  **kept)
         self.wait = Histogram("queue_wait_seconds", "From a job's acceptance to its first start",
@@ -133,11 +133,12 @@ class Metrics:
         self.refused = Counter("requests_refused", "Requests that were refused, by code", ["code"],
                                **kept)
         self.restarts = Counter("runner_exits", "Worker processes that ended", **kept)
-        self.memory = Gauge("job_peak_memory_bytes", "Of the last completed job", **kept)
-        ProcessCollector(registry=self.registry)  # of the one that answers
+        self.memory = Gauge("job_peak_memory_bytes", "Peak memory of the last completed job",
+                            **kept)
+        ProcessCollector(registry=self.registry)  # of the web process
 
     def count_end(self, job: QueuedJob, error: tuple[str, str] | None, now: float) -> None:
-        """Count the end of a job at `now`."""
+        """Count the end of a job at time `now`; `error` is (code, message) if it failed."""
         if error is None:
             self.completed.labels(job.kind).inc()
             self.took.labels(job.kind).observe(max(0.0, now - (job.started_at or now)))
@@ -145,16 +146,16 @@ class Metrics:
             self.failures.labels(error[0]).inc()
 
     def watch_queue(self, counts: Callable[[], dict[str, int]]) -> None:
-        """Count the queue at each scrape."""
+        """Call `counts`, the number of jobs by status, at each scrape."""
         self.registry.register(_Queue(counts))
 
     def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus text format."""
         return generate_latest(self.registry)
 
 
 class _Queue(Collector):
-    """Numbers of jobs by status, read at once."""
+    """Numbers of jobs by status."""
 
     def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
         self._counts = counts

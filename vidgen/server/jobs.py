@@ -2,11 +2,11 @@
 
 A job is `queued` until a process works on it, then `in_progress`, then `completed` or `failed`.
 Each change is one transaction of SQLite in WAL mode with full syncs, together with its line in the
-audit log, so a kill at any moment leaves the state before or after it. A start that finds a job
-`in_progress` puts it back to `queued`: it goes on from its journal. What is finished can't be
-finished again, as a result counts for the attempt that it belongs to alone.
+audit log, so a kill at any moment leaves the state before or after it. When the service starts, a
+job `in_progress` is `queued` again and continues from its journal. A result counts only for the
+attempt that it belongs to, so a job can't be finished twice.
 
-The file knows nothing of models or processes.
+This module is independent of models and processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vidgen.server.types import ApiError, Kind, NewJob, QueuedJob, new_id
 
 SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
-"""Time in which a client's retry is recognised."""
+"""Time in seconds during which a client's retry is recognised."""
 _DELETED = "deleted"
 
 _SCHEMA = """
@@ -55,22 +55,22 @@ _JSON = ("request", "spec", "result")
 
 
 class ServiceClock:
-    """Unix seconds that neither jump nor run back, after `not_before`, an earlier run's last."""
+    """Monotonic Unix time in seconds, not before `not_before`, the last time of an earlier run."""
 
     def __init__(self, not_before: float = 0.0) -> None:
         self._start_s, self._began = max(time.time(), not_before), time.monotonic()
 
     def __call__(self) -> float:
-        """Return the time now."""
+        """Return the current time."""
         return self._start_s + time.monotonic() - self._began
 
 
 class Jobs:
-    """The queue in its file, which is made if it doesn't exist; for several threads.
+    """The queue in an SQLite file, created if it doesn't exist; safe to use from any thread.
 
     Raises:
-        InputError: it is no queue of this version.
-        OutputError: it can't be written.
+        InputError: the file isn't a queue of this version.
+        OutputError: the file can't be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,9 +100,9 @@ class Jobs:
     def add(
         self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None
     ) -> tuple[QueuedJob, bool]:
-        """Queue a job, unless the client asked for it before; return it, and whether it is new.
+        """Queue a job unless it is a retry; return the new or existing job, and whether it is new.
 
-        No more than `most` jobs may be unfinished, `most_of_owner` of one key.
+        Up to `most` jobs may be unfinished, up to `most_of_owner` of one key.
 
         Raises:
             ApiError: the idempotency key belongs to another request, or too many jobs are
@@ -116,8 +116,8 @@ class Jobs:
                 "SELECT owner FROM jobs WHERE status IN ('queued', 'in_progress')")]
             for limit, count in ((most, len(owners)), (most_of_owner, owners.count(new.owner))):
                 if limit is not None and count >= limit:
-                    raise ApiError(429, "queue_full", f"{count} jobs are not finished yet, {limit} "
-                                   "may be at once; wait for one, or cancel one",
+                    raise ApiError(429, "queue_full", f"{count} jobs are unfinished, at most "
+                                   f"{limit} may be; wait for one, or cancel one",
                                    headers={"Retry-After": "10"})
             job_id, now = new.id or new_id(new.kind), self.clock()
             row = vars(new) | {"id": job_id, "status": "queued", "created_at": now,
@@ -129,7 +129,7 @@ class Jobs:
             return self._get(job_id), True
 
     def get(self, job_id: str, owner: str | None = None) -> QueuedJob | None:
-        """Return a job by its id; None if there is none, or it is another key's."""
+        """Return a job by its id; None if it doesn't exist or belongs to another owner."""
         rows = self._all("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
         return next((job for job in map(_job_of, rows) if owner in (None, job.owner)), None)
 
@@ -137,10 +137,10 @@ class Jobs:
         self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
         newest_first: bool = True,
     ) -> tuple[list[QueuedJob], bool]:
-        """Return some of a key's jobs in order, and whether more follow.
+        """Return a page of an owner's jobs in order, and whether more follow.
 
         Raises:
-            InputError: `after` is none of them.
+            InputError: `after` isn't the id of one of the jobs.
         """
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
         where = ""
@@ -148,8 +148,8 @@ class Jobs:
             found = self._all("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
                               after, owner, kind)
             if not found:
-                raise OptionError(f"after is {after!r}, no {kind} of yours; give the last id of "
-                                  "the page before", "after")
+                raise OptionError(f"after is {after!r}, not one of your {kind}s; give the last "
+                                  "id of the previous page", "after")
             where = f"AND number {sign} {int(found[0][0])}"
         rows = self._all(
             f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
@@ -167,7 +167,7 @@ class Jobs:
         return {status: count for status, count in rows if status != _DELETED}
 
     def claim(self) -> QueuedJob | None:
-        """Begin the job that waits longest; None if none does."""
+        """Start the job that waits longest and return it; None if none waits."""
         with self._transaction():
             row = self._one("SELECT id, owner, attempt FROM jobs WHERE status = 'queued' "
                             "ORDER BY number LIMIT 1")
@@ -179,13 +179,13 @@ class Jobs:
             return self._get(row["id"])
 
     def put_back(self, job: QueuedJob, *, died: bool = False) -> None:
-        """Queue a job of `claim` again, in its old place; `died` counts a crash of its process."""
+        """Queue a claimed job again, at its old position; `died` counts a crash of its process."""
         with self._transaction():
             self._run("UPDATE jobs SET status = 'queued', deaths = deaths + ? WHERE id = ? AND "
                       "attempt = ? AND status = 'in_progress'", int(died), job.id, job.attempt)
 
     def recover(self) -> list[str]:
-        """Queue jobs of an earlier process again; return ids of deleted jobs with files left."""
+        """Queue interrupted jobs again; return ids of deleted jobs whose files still exist."""
         with self._transaction():
             self._run("UPDATE jobs SET status = 'queued' WHERE status = 'in_progress'")
             return [job_id for (job_id,) in self._run(
@@ -197,7 +197,7 @@ class Jobs:
     ) -> bool:
         """Finish a job, with (code, message) as `error` if it failed; keep it for `keep_s`.
 
-        Return False if the job was finished, deleted or begun again meanwhile.
+        Return False if the job was finished, deleted or started again meanwhile.
         """
         now = self.clock()
         code, message = error or (None, None)
@@ -215,7 +215,7 @@ class Jobs:
             return done
 
     def delete(self, job: QueuedJob, reason: str = "deleted") -> bool:
-        """Hide a job; `purge` follows once its files are removed."""
+        """Mark a job as deleted; call `purge` once its files are removed."""
         with self._transaction():
             done = self._run("UPDATE jobs SET status = ?, idempotency_key = NULL WHERE id = ? AND "
                              "status != ?", _DELETED, job.id, _DELETED).rowcount == 1
@@ -224,24 +224,24 @@ class Jobs:
             return done
 
     def purge(self, job_id: str) -> None:
-        """Forget a deleted job."""
+        """Remove a deleted job from the file."""
         with self._transaction():
             self._run("DELETE FROM jobs WHERE id = ? AND status = ?", job_id, _DELETED)
 
     def outdated(self, quota_bytes: int, key_quota_bytes: int | None = None) -> list[str]:
-        """Return ids of finished jobs past their time, or the oldest above a quota of bytes."""
+        """Return ids of finished jobs that have expired, or are the oldest above a quota."""
         rows = self._all("SELECT id, owner, expires_at, num_bytes FROM jobs WHERE status IN "
                          "('completed', 'failed') ORDER BY number DESC")
         most_of_key = quota_bytes if key_quota_bytes is None else key_quota_bytes
-        kept, of_key, gone, now = 0, Counter[str](), [], self.clock()
+        kept, of_key, expired, now = 0, Counter[str](), [], self.clock()
         for job_id, owner, expires_at, num_bytes in rows:
             if (expires_at < now or kept + num_bytes > quota_bytes
                     or of_key[owner] + num_bytes > most_of_key):
-                gone.append(job_id)
+                expired.append(job_id)
             else:
                 kept += num_bytes
                 of_key[owner] += num_bytes
-        return gone
+        return expired
 
     def audit(self, owner: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
         """Return lines of the audit log, the newest first: time, owner, action, job, detail."""
@@ -256,10 +256,10 @@ class Jobs:
                             new.owner, new.idempotency_key)
             if row is not None and row["fingerprint"] != new.fingerprint:
                 raise ApiError(422, "idempotency_conflict", f"the idempotency key "
-                               f"{new.idempotency_key!r} belongs to another request; draw a new "
-                               "key for each")
+                               f"{new.idempotency_key!r} belongs to another request; use a new "
+                               "key for each request")
             return None if row is None else _job_of(row)
-        # A retry asks for what its first try may have begun, or the first try comes in after it.
+        # A retry may follow its first try, or overtake it on the way here.
         row = self._one(
             "SELECT * FROM jobs WHERE owner = ? AND fingerprint = ? AND status != ? AND "
             "created_at > ? AND (? OR (is_retry AND created_at > ?)) ORDER BY number DESC LIMIT 1",
@@ -294,7 +294,7 @@ class Jobs:
                 self._run("COMMIT")
             except sqlite3.Error as error:
                 what = "no space is left" if "full" in str(error) else str(error)
-                raise OutputError(f"the queue can't be written: {what}; make room on its "
+                raise OutputError(f"the queue can't be written: {what}; free space on its "
                                   "disk") from error
             finally:
                 if self._database.in_transaction:

@@ -1,6 +1,6 @@
-"""API keys, kept as hashes, and limits of each owner's requests.
+"""API keys, stored as hashes, and rate limits of each owner's requests.
 
-A key is 256 random bits, so one round of SHA-256 keeps it as safe as any slow hash would.
+A key has 256 random bits, so one round of SHA-256 is as safe as a slow hash.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from vidgen.core.runtime import atomic_write
 
 PREFIX = "vg-"
 LOCAL = "local"
-"""The owner of everything where no keys exist."""
+"""Owner of all jobs of a service without keys."""
 _NAME = re.compile(r"[\w-]{1,64}")
 
 
 class Keys:
-    """The keys in their file, which may be changed while the service runs."""
+    """API keys in a file, which may change while the service runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def are_used(self) -> bool:
-        """Whether keys were ever made: revoking the last one must not admit everyone."""
+        """Whether keys were ever created: revoking the last one must not admit everyone."""
         return self.path.exists()
 
     def all(self) -> list[dict[str, Any]]:
-        """Return each key's name, hash and time.
+        """Return each key's name, hash and creation time.
 
         Raises:
             InputError: the file is damaged.
@@ -49,21 +49,21 @@ class Keys:
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path} is damaged ({error}); restore it, or remove it and draw "
-                             "new keys with --new-key") from None
+            raise InputError(f"{self.path} is damaged ({error}); restore it, or remove it and "
+                             "create new keys with --new-key") from None
 
     def draw(self, name: str) -> str:
-        """Make a key under a name, and return it; it can't be read again.
+        """Create a key with a name and return it; only its hash is stored.
 
         Raises:
-            InputError: the name is taken, or not allowed.
+            InputError: the name exists already, or isn't allowed.
         """
         if not _NAME.fullmatch(name) or name == LOCAL:
-            raise InputError(f"{name!r} is no name for a key; give up to 64 letters, digits, _ and "
-                             f"-, and not {LOCAL}")
+            raise InputError(f"{name!r} isn't a valid key name; give up to 64 letters, digits, _ "
+                             f"and -, but not {LOCAL}")
         known = self.all()
         if any(key["name"] == name for key in known):
-            raise InputError(f"there is a key {name!r} already; choose another name, or revoke it")
+            raise InputError(f"key {name!r} exists already; choose another name, or revoke it")
         key = PREFIX + secrets.token_urlsafe(32)
         self._write([*known, {"name": name, "sha256": _hash(key), "created": int(time.time())}])
         return key
@@ -72,19 +72,19 @@ class Keys:
         """Remove a key.
 
         Raises:
-            InputError: an unknown name.
+            InputError: the key doesn't exist.
         """
         known = self.all()
         left = [key for key in known if key["name"] != name]
         if len(left) == len(known):
-            raise InputError(f"there is no key {name!r}; known: "
+            raise InputError(f"key {name!r} doesn't exist; known keys: "
                              f"{', '.join(key['name'] for key in known) or 'none'}")
         self._write(left)
 
     def owner(self, key: str) -> str | None:
-        """Return the name of a key; None if it is unknown."""
+        """Return the name of a key; None if it is invalid."""
         digest, found = _hash(key), None
-        for known in self.all():  # all of them, so that the time tells nothing
+        for known in self.all():  # compares all, so that timing reveals nothing
             if hmac.compare_digest(known["sha256"], digest):
                 found = known["name"]
         return found
@@ -96,7 +96,7 @@ class Keys:
 
 
 class Pace:
-    """Each owner's rate limit: a token bucket of `per_minute` requests, which may come at once."""
+    """Rate limit of each owner: a token bucket that holds up to `per_minute` requests."""
 
     def __init__(self, per_minute: int, now: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._now = per_minute, now
@@ -104,7 +104,7 @@ class Pace:
         self._left: dict[str, tuple[float, float]] = {}
 
     def take(self, owner: str) -> float:
-        """Count a request; return the seconds that it comes too early, 0 if it may pass."""
+        """Count a request; return the seconds to wait if it is too early, 0 if it may pass."""
         with self._lock:
             now = self._now()
             left, since = self._left.get(owner, (float(self._per_minute), now))
@@ -117,14 +117,14 @@ class Pace:
 
 
 class Crowd:
-    """Each owner's requests under way, `most` at a time."""
+    """Concurrency limit of each owner: up to `most` active requests."""
 
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.Lock()
         self._inside: Counter[str] = Counter()
 
     def enter(self, owner: str) -> bool:
-        """Count a request if there is room for it; a counted one must `leave`."""
+        """Count a request and return True if the owner is below the limit; pair with `leave`."""
         with self._lock:
             has_room = self._inside[owner] < self._most
             self._inside[owner] += has_room

@@ -1,15 +1,15 @@
-"""A job's folder: its files, inputs that are put there, and media known by their first bytes.
+"""A job's folder: its inputs and outputs, and detection of media by their first bytes.
 
     videos/ID/ and films/ID/
-        inputs/             what came with the request; of a film its script, too
-        video.mp4, film.mp4 what was made; it appears when it is whole
+        inputs/             files of the request; a film's script, too
+        video.mp4, film.mp4 the result; it appears once it is complete
         thumbnail.webp, spritesheet.jpg, recipe.json
         film.html, film.srt, film.vtt, film.shots/
-        shots/ID.mp4, shots/ID.webp, shots/ID.SEED.mp4 of each take where there are several
+        shots/ID.mp4, shots/ID.webp; shots/ID.SEED.mp4 of each of several takes
 
-Playlists and other formats by which a reader could be led to further files aren't let in.
+Playlists and other formats that could lead a reader to further files are refused.
 
-Imported by all processes of the service, so it needs neither torch nor libav.
+All processes of the service import this module, so it must not import torch or libav.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
     rb"ID3|\xff[\xe2\xe3\xea\xeb\xf2\xf3\xfa\xfb]": ("sound", ".mp3"),
     rb"\x00\x01\x00\x00|OTTO|true": ("font", ".ttf"),
 }
-"""Media and suffixes by the first bytes of files; the first pattern that fits counts."""
+"""Media and suffixes by patterns of a file's first bytes; the first match counts."""
 _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
     "video": {"video": (VIDEO, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
               "spritesheet": (SPRITESHEET, "image/jpeg"), "recipe": (RECIPE, "application/json")},
@@ -56,17 +56,14 @@ _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
              "storyboard": (STORYBOARD, "text/html"), "vtt": ("film.vtt", "text/vtt"),
              "srt": ("film.srt", "application/x-subrip")},
 }
-"""Files of each kind of job and their types, by variant."""
+"""(file, media type) of each kind of job, by variant."""
 
 
 def lay_down(body: FilmRequest, folder: Path) -> Path:
-    """Put a film's script and the files that it names into its job's folder.
-
-    Returns:
-        The script.
+    """Move a film's script and its files to the job's folder; return the script's path.
 
     Raises:
-        InputError: a bad name, or a file of a kind that isn't taken.
+        InputError: a file has an invalid name or an unsupported type.
     """
     inputs = folder / INPUTS
     for upload in body.files or ():
@@ -74,8 +71,8 @@ def lay_down(body: FilmRequest, folder: Path) -> Path:
             raise OptionError("files must be files, in multipart/form-data", "files")
         name = upload.name
         if not _FILE.fullmatch(name) or Path(name).stem == "script":
-            raise InputError(f"a file is called {name[:100]!r}; give letters, digits, spaces, . _ "
-                             "and -, and not script")
+            raise InputError(f"a file has the name {name[:100]!r}; use letters, digits, spaces, . "
+                             "_ and -, but not script")
         sniff(upload.path, f"file {name!r}", "picture", "video", "sound", "font")
         upload.path.replace(inputs / name)
     kind: str = body.format
@@ -93,36 +90,36 @@ def lay_down(body: FilmRequest, folder: Path) -> Path:
 
 
 def files_of(folder: Path, options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the paths of the files that a clip's options name, by option."""
+    """Return the paths of the input files in a clip's options, by option."""
     return {name: str(folder / options[name]) for name in _FILES
             if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO)}
 
 
 def take_over(before: Path, folder: Path) -> None:
-    """Link an earlier film's shots and files into a new film's folder, but for those it has."""
+    """Link an earlier film's shots and inputs into a new film's folder, except existing ones."""
     for name in (INPUTS, FILM_SHOTS):
         (folder / name).mkdir(exist_ok=True)
         for path in (before / name).glob("*"):
             target = folder / name / path.name
             is_script = name == INPUTS and path.stem == "script"
             if path.is_file() and not is_script and not target.exists():
-                with suppress(FileNotFoundError):  # the earlier film may be at work
+                with suppress(FileNotFoundError):  # the earlier film may be running
                     link(path, target)
 
 
 def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
-    """Return the file of a film's shot, or of the take of a seed."""
+    """Return the file of a film's shot, or of its take with a seed."""
     return folder / SHOTS / (f"{shot}.mp4" if seed is None else f"{shot}.{seed}.mp4")
 
 
 def content_of(folder: Path, kind: Kind, variant: str) -> tuple[Path, str]:
-    """Return the file of a variant and its type."""
+    """Return the file of a variant and its media type."""
     name, media = _CONTENTS[kind][variant]
     return folder / name, media
 
 
 def without_folders(text: str, data: Path) -> str:
-    """Return a message for clients, without the folders of the service."""
+    """Return a message for clients, with the service's folders removed from paths."""
     return re.sub(rf"{re.escape(str(data))}/(?:(?:videos|films)/\w+/(?:{INPUTS}/)?)?", "", text)
 
 
@@ -139,6 +136,6 @@ def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
     if found is not None and found[0] == "video" and "video" not in media and "sound" in media:
         found = "sound", found[1]
     if found is None or found[0] not in media:
-        what = "of another kind" + (f" ({found[1]})" if found else "") if head else "empty"
+        what = "of another type" + (f" ({found[1]})" if found else "") if head else "empty"
         raise InputError(f"{option} is {what}; give {'; '.join(_TAKEN[each] for each in media)}")
     return found

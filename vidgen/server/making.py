@@ -1,7 +1,7 @@
-"""One clip or film of the queue: from what was asked to its files, with an engine at hand.
+"""Generate the files of one queued clip or film with an engine.
 
-A job that is begun once more finds what exists and goes on. A script names files in its own folder
-alone. `layout.py` says where files lie.
+A job that is started again continues from the files that exist. A script may only name files in
+its own folder. See `layout.py` for the folder's files.
 """
 
 from __future__ import annotations
@@ -71,51 +71,51 @@ if TYPE_CHECKING:
 THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
 SPRITES, COLUMNS = 16, 4
 PROGRESS_PAUSE_S = 0.1
-"""Between two messages on a stage's progress; steps of the sampler are always reported."""
+"""Least time between two progress events of writing, in seconds; other stages report all."""
 _REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: kept take seed .*)")
-"""Notes that repeat progress and shots."""
+"""Pattern of notes that repeat progress and shots."""
 
 
 class Reporter:
-    """Passes on a job's events, those that are news to clients, and measures its stages.
+    """Forwards a job's events for clients to `on_event`, and measures its stages.
 
-    Progress gets its fraction and the time left once `clock` is set; `tell` raises `Cancelled` to
-    stop the job.
+    Once `clock` is set, progress also has its fraction and the time left. `on_event` raises
+    `Cancelled` to stop the job.
     """
 
-    def __init__(self, tell: OnEvent) -> None:
+    def __init__(self, on_event: OnEvent) -> None:
         self.clock: Clock | None = None
-        self._tell, self._told_s = tell, 0.0
+        self._on_event, self._last_event_s = on_event, 0.0
         self._stage, self._durations = "", defaultdict[str, float](float)
         self._start_s = self._since_s = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, where it can be
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, if allowed
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Pass on an event; those that come by the frame not too often."""
+        """Forward an event, but not every frame's progress."""
         if event["event"] == "progress":
             stage, done, total = event["stage"], event["done"], event["total"]
             self._enter(stage)
             if self.clock is not None and stage not in ("assemble", "finish"):
                 event = event | self.clock(stage, done, total, event.get("clip", 1))
-            too_early = time.monotonic() - self._told_s < PROGRESS_PAUSE_S
+            too_early = time.monotonic() - self._last_event_s < PROGRESS_PAUSE_S
             if stage in ("write", "assemble") and too_early and done < total:
                 return
         elif event["event"] not in ("note", "shot") or _REPORTED.fullmatch(event.get("text", "")):
             return
-        self._told_s = time.monotonic()
-        self._tell(event)
+        self._last_event_s = time.monotonic()
+        self._on_event(event)
 
     def preview(self, shown: Preview) -> None:
-        """Pass on small frames of the forming clip."""
+        """Send a preview of the forming clip."""
         image = base64.b64encode(as_webp(shown)).decode()
-        self._tell({"event": "preview", "step": shown.step, "fps": float(shown.fps),
-                    "image": f"data:image/webp;base64,{image}"})
+        self._on_event({"event": "preview", "step": shown.step, "fps": float(shown.fps),
+                        "image": f"data:image/webp;base64,{image}"})
 
     def facts(self) -> dict[str, Any]:
-        """Return seconds by stage and in all, and the most memory in use since the beginning."""
+        """Return the seconds of each stage and of the job, and its peak memory."""
         self._enter("")
         return {
             "stage_durations": {name: round(s, 3) for name, s in self._durations.items() if name},
@@ -131,7 +131,7 @@ class Reporter:
 
 
 def _peak_memory() -> int:
-    """Return the most bytes in use since the last reset, or since the process began."""
+    """Return the peak memory in bytes since the last reset, or since the process began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with suppress(OSError, TypeError):
@@ -144,14 +144,14 @@ def _peak_memory() -> int:
 def make_clip(
     engine: Engine, folder: Path, spec: dict[str, Any], report: Reporter
 ) -> dict[str, Any]:
-    """Make a clip, or go on with it, and return its facts.
+    """Generate a clip, or continue an interrupted one, and return its facts.
 
-    `spec` has `options`, fields of `Request` and `Saving` with paths from the job's folder, and
-    `added_s` to extend the clip in `prefix`.
+    `spec` has `options`, fields of `Request` and `Saving` with paths relative to the job's folder,
+    and `added_s` if it extends the clip in `prefix`.
 
     Raises:
-        InputError: a request that can't be made.
-        Cancelled: by `report`.
+        InputError: the request is invalid.
+        Cancelled: `report` raised it.
     """
     output = folder / VIDEO
     request = request_of(folder, spec, engine.folder)
@@ -174,19 +174,19 @@ def make_clip(
 def _written(
     engine: Engine, request: Request, marks: Mapping[str, str], output: Path, report: Reporter
 ) -> Clip:
-    """Generate and write; the journal of another version is dropped."""
+    """Generate and write the clip; start again if the journal is of another version."""
     def on_estimate(made: Estimate) -> None:
         report.clock = Clock(made)
 
     write = partial(write_request, engine, request, output, report, {}, on_estimate=on_estimate,
                     on_preview=report.preview, marks=marks)
-    went_on = Journal(output, resume=True).unfinished
+    continued = Journal(output, resume=True).unfinished
     try:
         return write()
     except InputError as error:
-        if not went_on:
+        if not continued:
             raise
-        report({"event": "note", "text": f"it starts again: {error}"})
+        report({"event": "note", "text": f"the job starts again: {error}"})
         remove_job(job_folder(output))
         return write()
 
@@ -194,14 +194,14 @@ def _written(
 def make_film(
     engine: Engine, folder: Path, spec: dict[str, Any], report: Reporter
 ) -> dict[str, Any]:
-    """Make a film, or go on with it, and return its facts.
+    """Generate a film, or continue an interrupted one, and return its facts.
 
-    `spec` has `script`, its path from the job's folder, and `draft`. `report` gets each finished
-    shot, too.
+    `spec` has `script`, its path relative to the job's folder, and `draft`. `report` also receives
+    each finished shot.
 
     Raises:
-        InputError: a film that can't be made.
-        Cancelled: by `report`.
+        InputError: the script is invalid.
+        Cancelled: `report` raised it.
     """
     film = plan_confined(folder / spec["script"], engine.folder, draft=spec["draft"],
                          dtype=engine.dtype)
@@ -232,7 +232,7 @@ def _clock(engine: Engine, store: ShotStore) -> Clock | None:
 
 
 def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: Reporter) -> RenderedShot:
-    """Link a shot, and each of several takes, under names that clients know, with thumbnails."""
+    """Link a shot, and each of several takes, to its name for clients; add a thumbnail."""
     takes = store.film.shots[each.shot.id].takes
     paths = {shot_file(folder, each.shot.id): each.path}
     if len(takes) > 1:
@@ -249,25 +249,25 @@ def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: Reporter)
 
 
 def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | None) -> FilmPlan:
-    """Plan a film by a script that names no file outside its own folder, and no other model.
+    """Plan a film whose script names no file outside its own folder, and no other model.
 
     Raises:
-        InputError: it names one, or has a shot that can't be made, with its line.
+        InputError: the script names one, or has an invalid shot; with its line.
     """
     raw = load_yaml(path, "script")
     project, place = raw.get("project"), path.parent.resolve()
-    asked = project.get("model") if isinstance(project, dict) else None
-    if asked not in (None, folder.name):
-        raise InputError(f"project: model is {asked!r}; this service has {folder.name!r}: leave "
-                         "it out")
-    for file in _named_files(build(Script, raw, "script")):  # before they are looked for
+    model = project.get("model") if isinstance(project, dict) else None
+    if model not in (None, folder.name):
+        raise InputError(f"project: model is {model!r}, but this service has {folder.name!r}; "
+                         "leave it out")
+    for file in _named_files(build(Script, raw, "script")):  # before any is opened
         inside = (place / file).resolve().is_relative_to(place)
         if file.is_absolute() or not inside or str(file) in ("", "."):
-            raise InputError(f"the script names the file {str(file)!r}; send it along and give "
-                             "its name alone")
+            raise InputError(f"the script names the file {str(file)!r}; upload it and give only "
+                             "its name")
     film = plan_film(Script.read(path), folder, draft=draft, dtype=dtype)
     if not film.in_film:
-        raise InputError("every shot has in_film: false; a film needs one")
+        raise InputError("every shot has in_film: false; a film needs at least one shot")
     make_edit(film, film.in_film, path.with_name(FILM))
     return film
 
@@ -294,22 +294,22 @@ def _named_files(value: Any) -> Iterator[Path]:
 
 
 def script_data(script: Script) -> dict[str, Any]:
-    """Return a script as it was written, as JSON data that makes the same film."""
+    """Return a script as JSON data, without defaults filled in."""
     data = json.dumps(load_yaml(script.path, "script"))
     return dict(json.loads(data, parse_constant=str))
 
 
 def marks_of(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the marks that a spec asks for."""
-    asked = {name: value for name, value in spec["options"].items() if name in Saving.model_fields}
-    return Saving(**asked).marks
+    """Return the marks of origin that a spec requests."""
+    marks = {name: value for name, value in spec["options"].items() if name in Saving.model_fields}
+    return Saving(**marks).marks
 
 
 def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Request:
-    """Return the request of a spec, its files in the job's folder.
+    """Return the request of a spec, with its files in the job's folder.
 
     Raises:
-        InputError: invalid values, or a clip that can't go on.
+        InputError: a value is invalid, or the clip in `prefix` can't be continued.
     """
     options = spec["options"] | files_of(folder, spec["options"])
     options = {name: value for name, value in options.items() if name not in Saving.model_fields}
@@ -318,13 +318,13 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
         return Request.of(options.pop("prompt"), options)
     clip = options.pop("prefix")
     request = lengthened(clip, read_ending(clip), options, added_s, model)
-    return request.replace(lora=options.get("lora", ()))  # a recipe from outside names no files
+    return request.replace(lora=options.get("lora", ()))  # an uploaded recipe may name no files
 
 
 def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: int) -> None:
-    """Write the frame at a third of a clip as WebP and up to 16 in rows as JPEG to a `sheet`.
+    """Write a clip's thumbnail (WebP) and, to `sheet`, up to 16 frames in rows (JPEG).
 
-    One frame of the clip is in memory at a time.
+    The thumbnail is the frame at a third of the clip. One frame is in memory at a time.
     """
     count = 0 if sheet is None else min(SPRITES, num_frames)
     wanted = {round(index * (num_frames - 1) / max(count - 1, 1)) for index in range(count)}
@@ -364,7 +364,7 @@ def shot_facts(each: RenderedShot) -> dict[str, Any]:
 
 
 def planned_shots(film: FilmPlan) -> list[dict[str, Any]]:
-    """Return the facts of a film's shots before they are made."""
+    """Return the facts of a film's planned shots."""
     return [
         {"id": plan.shot.id, "prompt": [dump(each) for each in plan.shot.prompt],
          "num_frames": plan.num_frames, "seconds": float(plan.num_frames / film.fps),

@@ -1,8 +1,8 @@
-"""Uploads decoded in a process of their own, with limits on time and memory, before they are used.
+"""Decode uploads in a separate process, with limits on time and memory, before they are used.
 
-A crash, a hang or a file that unpacks to gigabytes ends that process alone. `python -m` with an
-order as JSON on stdin; it answers with an object on stdout: empty, or why it refuses: `text`, and
-`option`, the name of the file.
+A crash, a hang or a file that unpacks to gigabytes ends only that process. Run it by `python -m`
+with an order as JSON on stdin; it writes a JSON object to stdout, empty if all files are valid, or
+else with `text`, the reason, and `option`, the file's name.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ from vidgen.server.settings import Limits, at_most
 NamedFile = tuple[str, str, str]
 """A file's name in messages, its medium or "script", and its path."""
 PATIENCE_S = 120
-"""For all files of a request."""
+"""Time limit for all files of a request, in seconds."""
 MEMORY = 4 << 30
-"""Bytes of address space for reading them."""
+"""Limit of address space, in bytes."""
 MAX_DEATHS = 2
-"""Processes that die over a request's files before it is refused; one may have other reasons."""
-_SMALLER = "send it smaller"
+"""Crashes after which a request is refused; a single one may have another cause."""
+_SMALLER = "send a smaller file"
 _AT_ONCE = threading.BoundedSemaphore(4)
 log = logging.getLogger(__name__)
 
 
 def check_uploads(files: Sequence[NamedFile], limits: Limits) -> None:
-    """Decode files in a process of their own.
+    """Decode files in a separate process.
 
     Raises:
-        OptionError: one is damaged, larger than the limits, can't be read in time, or crashes its
-            reader.
-        RuntimeError: the process failed for a reason of its own.
+        OptionError: a file is damaged, exceeds the limits, takes too long, or crashes its reader.
+        RuntimeError: the process itself failed.
     """
     if not files:
         return
@@ -54,7 +53,7 @@ def check_uploads(files: Sequence[NamedFile], limits: Limits) -> None:
 
 
 def _answer(order: bytes) -> dict[str, str]:
-    late = OptionError("what was sent can't be read in time; send it in a usual format")
+    late = OptionError("reading the file takes too long; send it in a common format")
     for _ in range(MAX_DEATHS):
         try:
             ended = subprocess.run(
@@ -72,12 +71,11 @@ def _answer(order: bytes) -> dict[str, str]:
         log.error("a reader of uploads was killed by %s", died_by.name)
         if died_by in (signal.SIGALRM, signal.SIGXCPU):
             raise late
-    raise OptionError("what was sent brings the reader of such files down; send it in another "
-                      "format")
+    raise OptionError("the file crashes its reader; send it in another format")
 
 
 def main() -> None:
-    """Decode the files of an order."""
+    """Decode the files of the order on stdin; write the answer to stdout."""
     order = json.load(sys.stdin.buffer)
     _limit()
     answer = {}
@@ -88,16 +86,16 @@ def main() -> None:
     except InputError as error:
         answer["text"] = str(error)
     except MemoryError:
-        answer["text"] = f"what was sent takes more than {MEMORY >> 30} GiB to read; {_SMALLER}"
+        answer["text"] = f"reading the file takes more than {MEMORY >> 30} GiB; {_SMALLER}"
     json.dump(answer if "text" in answer else {}, sys.stdout)
 
 
 def _limit() -> None:
-    """Limit this process, so that it ends even if its parent doesn't wait for it any more."""
+    """Limit this process, so that it ends even after its parent has died."""
     signal.alarm(PATIENCE_S)
     for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, 4 * PATIENCE_S),
                         (resource.RLIMIT_CORE, 0)):
-        with suppress(OSError, ValueError):  # a system without it, or with a lower one
+        with suppress(OSError, ValueError):  # not supported, or a lower limit exists
             resource.setrlimit(kind, (limit, limit))
 
 
@@ -121,7 +119,7 @@ def _check_streams(name: str, path: Path, limits: dict[str, Any]) -> None:
         area = stream.get("width", 0) * stream.get("height", 0)
         at_most(f"pixels of {name}", area, limits["pixels"], _SMALLER)
     at_most(f"seconds of {name}", facts.get("duration_s") or 0.0, limits["seconds"],
-            "send less of it")
+            "send a shorter file")
     with _damage_allowed(), VideoReader(path) as reader:
         for _ in reader:
             pass
@@ -132,7 +130,7 @@ def _check_streams(name: str, path: Path, limits: dict[str, Any]) -> None:
 
 @contextmanager
 def _damage_allowed() -> Iterator[None]:
-    """Suppress errors that the plan reports if they matter there, but not a lack of memory."""
+    """Suppress errors except lack of memory: the plan reports damage where it matters."""
     try:
         yield
     except InputError as error:

@@ -1,8 +1,8 @@
-"""From a checked body to options of `Request`, with its files in the job's folder.
+"""Translate a checked body to options of `Request`, and put its files into the job's folder.
 
-Inputs come from addresses only if the service allows it, and never from inside the network: a name
-is resolved once, every address that it has is checked, and the connection goes to one that was
-checked; redirects are followed in the same way.
+Inputs are fetched from URLs only if the service allows it, and never from private networks: a host
+is resolved once, all its IP addresses are checked, and the connection goes to one of them.
+Redirects are checked in the same way.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MOVED, _PORTS = (301, 302, 303, 307, 308), {"http": 80, "https": 443}
 
 @dataclass
 class Draft:
-    """A new job's id and folder, which is removed unless the job is queued: `is_kept`."""
+    """Id and folder of a new job; the folder is removed unless the job is queued (`is_kept`)."""
 
     id: str
     kind: Kind
@@ -51,12 +51,18 @@ class Draft:
 
     @property
     def inputs(self) -> Path:
-        """Folder of the files that came in."""
+        """Folder of the job's input files."""
         return self.folder / INPUTS
 
 
 class Translator:
-    """Translates bodies to options; clips of `jobs` may be inputs, `model` is the served one."""
+    """Translates bodies to options of `Request`.
+
+    Args:
+        settings: settings of the service.
+        jobs: queue, whose finished clips may be inputs.
+        model: name of the served model.
+    """
 
     def __init__(self, settings: Settings, jobs: Jobs, model: str) -> None:
         self.settings, self.jobs, self.model = settings, jobs, model
@@ -70,7 +76,7 @@ class Translator:
         return sorted(path.stem for path in folder.glob("*.safetensors"))
 
     def options(self, body: Any) -> dict[str, Any]:
-        """Return the fields of `Request` that need no files."""
+        """Return a body's fields of `Request`, except files."""
         self.check_model(body.model)
         options: dict[str, Any] = body.model_dump(by_alias=True, exclude_none=True)
         options |= options.pop("extra_params", {})
@@ -84,7 +90,7 @@ class Translator:
         return options
 
     def inputs(self, body: Any, draft: Draft) -> dict[str, Any]:
-        """Put files into the job's folder; return the fields of `Request` that name them."""
+        """Put a body's files into the job's folder; return the fields of `Request` with paths."""
         options: dict[str, Any] = {}
         wanted: tuple[tuple[str, str, tuple[Medium, ...]], ...] = (
             ("input_reference", "image", ("picture", "video")),
@@ -102,7 +108,7 @@ class Translator:
             if name == "input_reference" and path.endswith((".mp4", ".webm", ".mkv")):
                 option = "video"  # noqa: PLW2901
             if option in options:
-                raise ApiError(400, "invalid_request", f"{name} and another field both give the "
+                raise ApiError(400, "invalid_request", f"{name} and another field both set the "
                                f"{option}; give one of them", name)
             options[option] = path
         return options
@@ -110,14 +116,19 @@ class Translator:
     def lay_down(
         self, reference: Upload | str | dict[str, str], name: str, draft: Draft, *media: Medium
     ) -> str:
-        """Put an input into the job's folder; return its path from there."""
+        """Put an input into the job's folder; return its path relative to the folder.
+
+        Raises:
+            ApiError: the input is of another medium, can't be fetched, or isn't a completed video.
+            OutputError: the disk is full.
+        """
         if isinstance(reference, dict):
             source = self.jobs.get(reference["id"], draft.call.owner)
             if source is None or source.kind != "video":
-                raise ApiError(404, "not_found", f"there is no video {reference['id']!r}", name)
+                raise ApiError(404, "not_found", f"video {reference['id']!r} doesn't exist", name)
             if source.status != "completed":
-                raise ApiError(409, "not_completed", f"the video {source.id} {source.stands}; "
-                               "give one that is completed", name)
+                raise ApiError(409, "not_completed", f"video {source.id} {source.stands}; "
+                               "give a completed one", name)
             if "video" not in media:
                 raise ApiError(400, "invalid_request", f"{name} is a video; give a picture", name)
             target = draft.inputs / f"{name}.mp4"
@@ -141,10 +152,10 @@ class Translator:
             try:
                 content = base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError):
-                raise ApiError(400, "invalid_value", f"{name} is no base64", name) from None
+                raise ApiError(400, "invalid_value", f"{name} isn't base64", name) from None
         elif not self.settings.fetch:
-            raise ApiError(400, "urls_disabled", f"{name} is an address, which this service "
-                           "doesn't look at; send the file, or a data: URL", name)
+            raise ApiError(400, "urls_disabled", f"{name} is a URL, which this service doesn't "
+                           "fetch; send the file, or a data: URL", name)
         else:
             try:
                 content = fetch(url, self.settings.upload_bytes)
@@ -156,32 +167,32 @@ class Translator:
         if isinstance(given, str):
             name, _, scale = given.partition(":")
             weight = {"scale": scale} if scale else {}
-            asked: LoraChoice = parse(LoraChoice, {"name": name, **weight})
+            choice: LoraChoice = parse(LoraChoice, {"name": name, **weight})
         else:
-            asked = given
-        if asked.name not in self.loras:
-            raise ApiError(400, "invalid_value", f"unknown lora {asked.name!r}; "
-                           f"{nearest(asked.name, self.loras)}", "lora")
+            choice = given
+        if choice.name not in self.loras:
+            raise ApiError(400, "invalid_value", f"unknown lora {choice.name!r}; "
+                           f"{nearest(choice.name, self.loras)}", "lora")
         assert self.settings.loras is not None
-        path = self.settings.loras.resolve() / f"{asked.name}.safetensors"
-        return f"{path}:{asked.scale:g}"
+        path = self.settings.loras.resolve() / f"{choice.name}.safetensors"
+        return f"{path}:{choice.scale:g}"
 
-    def check_model(self, asked: str | None) -> None:
-        """Refuse any model but the served one.
+    def check_model(self, name: str | None) -> None:
+        """Check that a body names the served model, or none.
 
         Raises:
-            ApiError: another model.
+            ApiError: it names another model.
         """
-        if asked not in (None, self.model):
-            raise ApiError(404, "model_not_found", f"there is no model {asked!r}; this service has "
-                           f"{self.model!r}", "model")
+        if name not in (None, self.model):
+            raise ApiError(404, "model_not_found", f"model {name!r} doesn't exist; this service "
+                           f"has {self.model!r}", "model")
 
 
 def parse(body: type[Body], fields: dict[str, Any]) -> Any:
-    """Check a body's fields.
+    """Return a checked body.
 
     Raises:
-        ApiError: names the first invalid field.
+        ApiError: a field is invalid; names the first one.
     """
     try:
         return body(**fields)
@@ -191,7 +202,7 @@ def parse(body: type[Body], fields: dict[str, Any]) -> Any:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the open internet."""
+    """Return whether an IP address is public."""
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
@@ -203,10 +214,10 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
-    """Return the content at an address, up to `max_bytes`; `allowed` checks IP addresses.
+    """Return the content at a URL, up to `max_bytes`; `allowed` checks IP addresses.
 
     Raises:
-        InputError: it can't be read, is too large, or isn't allowed.
+        InputError: the content can't be read or is too large, or the host isn't allowed.
     """
     until_s = time.monotonic() + WHOLE_S
     for _ in range(MAX_REDIRECTS + 1):
@@ -221,52 +232,52 @@ def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
                 return _content(answer, max_bytes, until_s)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() > until_s:
-                raise InputError(f"the address took more than {WHOLE_S:g} s; send the file"
+                raise InputError(f"reading the URL took more than {WHOLE_S:g} s; send the file"
                                  ) from None
-            raise InputError(f"the address can't be read: {type(error).__name__}") from None
+            raise InputError(f"the URL can't be read: {type(error).__name__}") from None
         finally:
             watchdog.cancel()
             connection.close()
         url = urljoin(url, target)
-    raise InputError(f"the address leads on more than {MAX_REDIRECTS} times; give the last one")
+    raise InputError(f"the URL has more than {MAX_REDIRECTS} redirects; give the final one")
 
 
 def _content(answer: http.client.HTTPResponse, max_bytes: int, until_s: float) -> bytes:
     if answer.status != 200:
-        raise InputError(f"the address answers with {answer.status}; give one that can be read")
+        raise InputError(f"the URL returns status {answer.status}; give one that can be read")
     content = bytearray()
     while piece := answer.read1(_CHUNK):
         content += piece
         if len(content) > max_bytes:
-            raise InputError(f"what lies at the address is larger than {max_bytes} bytes")
+            raise InputError(f"the content at the URL is larger than {max_bytes} bytes")
     if answer.length or time.monotonic() > until_s:
         raise ConnectionError
     return bytes(content)
 
 
 def _cut(raw: socket.socket) -> None:
-    """End a connection whose other end keeps sending a little."""
+    """End a connection that sends too slowly."""
     with suppress(OSError):
         raw.shutdown(socket.SHUT_RDWR)
 
 
 def _connect(url: str, allowed: Allowed) -> tuple[http.client.HTTPConnection, str]:
-    """Connect to an IP address that is allowed, under the host's own name; return the path, too."""
+    """Connect to an allowed IP address of a URL's host; return the connection and the path."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
     except (ValueError, KeyError):
         host = None
     if not host or parts.username is not None:
-        raise InputError("the address can't be read, or is not one of http or https without a "
-                         "user; give one such as https://host/name.png")
+        raise InputError("the URL is invalid, or isn't http or https, or has a user name; give "
+                         "one such as https://host/name.png")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         raise InputError(f"the host {host!r} is unknown") from None
     addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
     if not addresses or not all(allowed(each) for each in addresses):
-        raise InputError(f"the host {host!r} lies in a network that this service doesn't look in")
+        raise InputError(f"the host {host!r} is in a network that this service doesn't access")
     try:
         raw = socket.create_connection((addresses[0], port), PATIENCE_S)
         if parts.scheme == "https":

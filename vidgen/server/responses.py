@@ -1,6 +1,6 @@
-"""Answers of the service: models for its OpenAPI document, and jobs as clients see them.
+"""Responses of the service: models for its OpenAPI document, and the view of a job.
 
-Jobs have the OpenAI shape, with our own fields added.
+Jobs have the fields of OpenAI's API, and some of vidgen's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Answer(BaseModel):
 
 
 class JobError(_Answer):
-    """The reason for a failure."""
+    """Code and message of a failed job."""
 
     code: str
     message: str
@@ -57,7 +57,7 @@ class _JobAnswer(_Answer):
 
 
 class Video(_JobAnswer):
-    """A clip."""
+    """Clip, at any state of its job."""
 
     object: Literal["video"]
     prompt: str
@@ -73,7 +73,7 @@ class Video(_JobAnswer):
 
 
 class Film(_JobAnswer):
-    """A film and its shots."""
+    """Film and its shots, at any state of its job."""
 
     object: Literal["film"]
     title: str | None
@@ -87,14 +87,14 @@ class Film(_JobAnswer):
 
 
 class Listing(_Answer, Generic[Item]):
-    """All of a kind."""
+    """Complete list of items."""
 
     object: Literal["list"] = "list"
     data: list[Item]
 
 
 class Page(Listing[Item]):
-    """Some of a kind."""
+    """Page of a list."""
 
     has_more: bool
     first_id: str | None
@@ -102,7 +102,7 @@ class Page(Listing[Item]):
 
 
 class FilmCheck(_Answer):
-    """The film that a script would make."""
+    """Plan of the film that a script describes."""
 
     object: Literal["film.check"] = "film.check"
     title: str | None
@@ -116,7 +116,7 @@ class FilmCheck(_Answer):
 
 
 class Deleted(_Answer):
-    """A deleted job."""
+    """Confirmation of a deleted job."""
 
     id: str
     object: Literal["video.deleted", "film.deleted"]
@@ -124,7 +124,7 @@ class Deleted(_Answer):
 
 
 class ErrorBody(_Answer):
-    """An error."""
+    """Message, type, field and code of an error."""
 
     message: str
     type: str
@@ -133,13 +133,13 @@ class ErrorBody(_Answer):
 
 
 class ErrorAnswer(_Answer):
-    """The envelope of every error."""
+    """Envelope of every error."""
 
     error: ErrorBody
 
 
 class Model(_Answer):
-    """A model that is served."""
+    """Served model, with its limits."""
 
     id: str
     object: Literal["model"] = "model"
@@ -154,7 +154,7 @@ class Model(_Answer):
 
 
 class Session(_Answer):
-    """The caller."""
+    """Authentication of the caller."""
 
     object: Literal["session"] = "session"
     key_required: bool
@@ -163,13 +163,13 @@ class Session(_Answer):
 
 
 class Health(_Answer):
-    """A process that answers."""
+    """Liveness of the service."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(_Answer):
-    """The state of the service."""
+    """Readiness of the service to run jobs."""
 
     ready: bool
     runner: str
@@ -178,21 +178,22 @@ class Readiness(_Answer):
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in {
-        400: "the request can't be honoured", 401: "no key, or a wrong one",
+        400: "the request is invalid", 401: "the key is missing or invalid",
         403: "another host or origin", 404: "not found", 408: "the body took too long",
-        409: "not in this state", 413: "too large", 415: "no body of a known kind",
-        422: "an idempotency key used twice", 429: "too many, or too often",
-        500: "the service failed", 503: "the service stops", 507: "the disk is full",
+        409: "not possible in the job's state", 413: "too large",
+        415: "unsupported type of body", 422: "the idempotency key belongs to another request",
+        429: "too many requests or jobs", 500: "the service failed",
+        503: "the service is stopping or overloaded", 507: "the disk is full",
     }.items()
 }
 
 
 @dataclass
 class Live:
-    """The state of a job at work, which isn't written to the queue.
+    """State of the running job, which isn't stored in the queue.
 
     Attributes:
-        facts: fields of its answer and of its progress events; `shot` is the film's at work.
+        facts: fields of its response and of its progress events; `shot` is the film's current one.
         shots: the film's finished shots, by id.
     """
 
@@ -206,7 +207,7 @@ class Live:
     def update(self, event: dict[str, Any]) -> None:
         """Apply a progress event."""
         if self.facts["shot"] != (shot := event.get("shot")):
-            self.preview = None  # it is of another shot
+            self.preview = None  # it belongs to another shot
         self.facts = self.facts | {
             "stage": event["stage"], "step": None, "num_steps": None, "eta_s": event.get("eta_s"),
             "shot": shot}
@@ -216,26 +217,26 @@ class Live:
             self.facts["progress"] = min(99, int(100 * fraction))
 
     def warn(self, text: str) -> None:
-        """Keep a note, once."""
+        """Add a warning, once."""
         if text not in self.warnings and len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(text)
 
     def kept(self) -> dict[str, Any]:
-        """Return the result that is kept of a job that isn't completed."""
+        """Return the result to store of a job that didn't complete."""
         shots = {"shots": list(self.shots.values())} if self.shots else {}
         return {"warnings": self.warnings, **shots}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A job's `position` in the queue, 1 the next, None at work or done; and seconds to its end."""
+    """Position in the queue (1 is next; None: running or finished), and seconds to the end."""
 
     position: int | None = None
     eta_s: float | None = None
 
 
 def view(job: QueuedJob, live: Live | None, place: Place) -> dict[str, Any]:
-    """Return a job as JSON data: the fields of its answer, from what is known of it."""
+    """Return the JSON data of a job's response."""
     live = live if job.status == "in_progress" else None
     known = job.request | job.result
     state: dict[str, Any] = {
@@ -262,9 +263,9 @@ def _shots(job: QueuedJob, live: Live | None) -> list[dict[str, Any]]:
     shots = []
     for planned in job.request["shots"]:
         made = known.get(planned["id"], {})
-        at_work = live is not None and live.facts["shot"] == planned["id"]
+        is_running = live is not None and live.facts["shot"] == planned["id"]
         waits = "failed" if job.is_finished else "queued"
-        status = "completed" if made else "in_progress" if at_work else waits
+        status = "completed" if made else "in_progress" if is_running else waits
         facts = {name: made.get(name) for name in ("made", "checks", "choice")}
         shots.append({**planned, **facts, "status": status,
                       "seed": made.get("seed", planned["seed"])})

@@ -1,4 +1,4 @@
-"""Routes: clips, in OpenAI's shape, and films, with their files and events; then all others."""
+"""HTTP routes of clips (as in OpenAI's API), films, their files and events, and the service."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ Answer = TypeVar("Answer")
 MAX_PAGE = 100
 POLL_MS = 1000
 RETRY_MS = 1000
-"""Time before a browser connects again."""
+"""Time before a browser reconnects to a stream, in milliseconds."""
 _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
-    206: {"description": "a range of it"}, 304: {"description": "it is as the client has it"},
-    416: {"description": "no such range"}}
+    206: {"description": "a range of the file"}, 304: {"description": "the file hasn't changed"},
+    416: {"description": "the range is outside the file"}}
 _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?|-[0-9]{1,18}")
 _SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
 videos = APIRouter(prefix="/v1/videos", tags=["videos"], responses=responses.ERRORS)
@@ -63,15 +63,15 @@ _STARTED_S = int(time.time())
 
 
 class EventStream(EventSourceResponse):
-    """A stream of events; `media_type` would be that of its errors in the document, too."""
+    """Stream of events; errors would get its `media_type` in the OpenAPI document, too."""
 
     media_type: Any = None
 
 
 class JobFile(FileResponse):
-    """An existing file or ranges of it, or nothing where the client's copy is the same (RFC 9110).
+    """Response with a file or ranges of it, or 304 if the client's copy is current (RFC 9110).
 
-    A browser shows it, or keeps it under `name` if it is a `download`.
+    A browser shows the file, or with `download` saves it as `name`.
     """
 
     def __init__(self, path: Path, media_type: str, name: str, *, download: bool = False) -> None:
@@ -79,10 +79,10 @@ class JobFile(FileResponse):
                          content_disposition_type="attachment" if download else "inline")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it.
+        """Send the response.
 
         Raises:
-            ApiError: the file has no such range.
+            ApiError: the range is outside the file.
         """
         asked = Headers(scope=scope)
         if StaticFiles().is_not_modified(self.headers, asked):
@@ -93,8 +93,8 @@ class JobFile(FileResponse):
 
         async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                raise ApiError(416, "range_not_satisfiable", "the file has no such range of bytes; "
-                               "leave the header Range out to have all of it", "Range",
+                raise ApiError(416, "range_not_satisfiable", "the range is outside the file; "
+                               "leave out the header Range to get the whole file", "Range",
                                {"Content-Range": f"bytes */{self.headers['content-length']}"})
             await send(message)
 
@@ -102,7 +102,7 @@ class JobFile(FileResponse):
 
 
 def _are_ranges(text: str) -> bool:
-    """Return whether a Range header is a valid one of bytes; others are ignored."""
+    """Return whether a Range header has valid ranges of bytes; others are ignored."""
     unit, _, given = text.partition("=")
     ranges = [_RANGE.fullmatch(each.strip()) for each in given.split(",")]
     return unit.strip().lower() == "bytes" and all(
@@ -110,12 +110,12 @@ def _are_ranges(text: str) -> bool:
 
 
 async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
-    """Run work that checks a request, in threads of its own: other requests go on."""
+    """Run a check of a request in a separate pool of threads, so that other requests don't wait."""
     return await anyio.to_thread.run_sync(work, limiter=service_of(request).checked_at_once)
 
 
 async def queued(request: Request, make: Callable[[], QueuedJob]) -> dict[str, Any]:
-    """Queue a job; return it as clients see it."""
+    """Queue a job and return its response."""
     job = await checked(request, make)
     return await run_in_threadpool(service_of(request).scheduler.view, job)
 
@@ -123,9 +123,9 @@ async def queued(request: Request, make: Callable[[], QueuedJob]) -> dict[str, A
 def add_job_routes(
     router: APIRouter, kind: Kind, found: Any, answer: type[BaseModel], pages: type[BaseModel]
 ) -> None:
-    """Add the routes that list, show, delete, cancel and follow jobs of a kind.
+    """Add the routes that list, retrieve, delete, cancel and stream jobs of a kind.
 
-    `found` depends on the job of a path; clients see a job as `answer`, several as `pages`.
+    `found` is the dependency that finds a path's job; `answer` and `pages` are the response models.
     """
     place = f"/{{{kind}_id}}"
 
@@ -175,16 +175,16 @@ def add_job_routes(
 
 
 def require_completed(job: QueuedJob) -> None:
-    """Refuse a job that isn't completed.
+    """Check that a job is completed.
 
     Raises:
-        ApiError: with its status.
+        ApiError: it isn't; the message has its status.
     """
     if job.status == "completed":
         return
     remedy = "wait until it is completed"
     if job.status == "failed":
-        remedy = f"ask for another one ({job.error_message})"
+        remedy = f"create another one ({job.error_message})"
     raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
 
 
@@ -192,7 +192,7 @@ def content(request: Request, job: QueuedJob, variant: str, *, download: bool = 
     """Return a file of a completed job, or ranges of it.
 
     Raises:
-        ApiError: the job isn't finished, or has no such file.
+        ApiError: the job isn't completed, or has no such file.
     """
     require_completed(job)
     path, media = content_of(service_of(request).settings.job_folder(job.id), job.kind, variant)
@@ -205,8 +205,9 @@ def content(request: Request, job: QueuedJob, variant: str, *, download: bool = 
 async def events_of(
     service: Service, owner: str, job: QueuedJob | None
 ) -> AsyncIterator[ServerSentEvent]:
-    """Stream an owner's events or those of one job, beginning with the state of all unfinished."""
-    with service.hub.listen(owner, job.id if job else None) as listener:  # nothing is lost
+    """Stream the events of an owner's jobs or of one job, after the current state of each."""
+    # listen before the state is read, so that no event is lost
+    with service.hub.listen(owner, job.id if job else None) as listener:
         yield ServerSentEvent(retry=RETRY_MS)
         for now in await run_in_threadpool(_now, service, owner, job):
             yield ServerSentEvent(event=now.name, data=now.data)
@@ -239,7 +240,7 @@ async def create_video(request: Request, call: Caller, fields: Fields) -> Any:
 
 @videos.post("/edits", response_model=responses.Video, openapi_extra=body_schema(EditRequest))
 async def edit_video(request: Request, call: Caller, fields: Fields) -> Any:
-    """Create a clip from another one, video to video."""
+    """Create a clip from another clip (video to video)."""
     return await queued(request, partial(service_of(request).clip, "edit", fields, call))
 
 
@@ -253,13 +254,13 @@ async def extend_video(request: Request, call: Caller, fields: Fields) -> Any:
 @videos.post("/{video_id}/remix", response_model=responses.Video,
              openapi_extra=body_schema(RemixRequest))
 async def remix_video(request: Request, call: Caller, source: VideoJob, fields: Fields) -> Any:
-    """Create a clip by the request of another one, with some fields changed."""
+    """Create a clip with another clip's request, some fields changed."""
     return await queued(request, partial(service_of(request).clip, "remix", fields, call, source))
 
 
 @videos.post("/{video_id}/replay", response_model=responses.Video)
 async def replay_video(request: Request, call: Caller, source: VideoJob) -> Any:
-    """Create a clip again; its frames are the same."""
+    """Create a clip again, with identical frames."""
     return await queued(request, partial(service_of(request).clip, "replay", {}, call, source))
 
 
@@ -272,7 +273,7 @@ def download_video(
     request: Request, video: VideoJob,
     variant: Literal["video", "thumbnail", "spritesheet"] = "video", download: bool = False,
 ) -> Response:
-    """Download a clip, or a still of it."""
+    """Download a clip, its thumbnail or its sprite sheet."""
     return content(request, video, variant, download=download)
 
 
@@ -306,9 +307,9 @@ def download_film(
     variant: Literal["video", "thumbnail", "storyboard", "srt", "vtt"] = "video",
     download: bool = False,
 ) -> Response:
-    """Download a film, or one of the files with it."""
+    """Download a film, its thumbnail, storyboard or subtitles."""
     found = content(request, film, variant, download=download)
-    if variant == "storyboard":  # a page of its own, with its style in it
+    if variant == "storyboard":  # a standalone page with inline styles
         found.headers["content-security-policy"] = (
             "default-src 'none'; img-src data:; media-src 'self'; style-src 'unsafe-inline'; "
             "sandbox")
@@ -322,10 +323,10 @@ def download_shot(
     variant: Literal["video", "thumbnail"] = "video",
     take: int | None = Query(None, ge=0, lt=2**63, description="seed of one of several takes"),
 ) -> Response:
-    """Download a finished shot of a film, or a take of it."""
+    """Download a finished shot of a film, or one of its takes."""
     planned = {each["id"]: each for each in film.request["shots"]}.get(shot_id)
     if planned is None:
-        raise ApiError(404, "not_found", f"there is no shot {shot_id[:80]!r}", "shot_id")
+        raise ApiError(404, "not_found", f"shot {shot_id[:80]!r} doesn't exist", "shot_id")
     folder = service_of(request).settings.job_folder(film.id)
     shot = shot_file(folder, shot_id)
     if not shot.is_file():
@@ -333,7 +334,7 @@ def download_shot(
     is_only = planned["takes"] == 1 and take == planned["seed"]
     path = shot if take is None or is_only else shot_file(folder, shot_id, take)
     if not path.is_file():
-        raise ApiError(404, "not_found", f"the shot has no take of the seed {take}", "take")
+        raise ApiError(404, "not_found", f"the shot has no take with seed {take}", "take")
     suffix, media = _SHOT[variant]
     file = path.with_suffix(suffix)
     return JobFile(file, media, file.name)
@@ -350,7 +351,7 @@ def retrieve_served(request: Request, model_id: str, owner: Owner) -> Any:  # no
     """Return the served model."""
     found = _served(service_of(request))
     if model_id != found["id"]:
-        raise ApiError(404, "model_not_found", f"there is no model {model_id[:80]!r}", "model")
+        raise ApiError(404, "model_not_found", f"model {model_id[:80]!r} doesn't exist", "model")
     return found
 
 
@@ -362,26 +363,26 @@ def limits(request: Request, owner: Owner) -> Any:  # noqa: ARG001
 
 @others.get("/v1/audit", response_model=responses.Listing[dict[str, Any]])
 def audit(request: Request, owner: Owner, limit: int = Query(100, ge=1, le=1000)) -> Any:
-    """Return the audit log of this key, the newest line first."""
+    """Return the audit log of the caller's key, newest first."""
     return {"data": service_of(request).jobs.audit(owner, limit)}
 
 
 @others.get("/v1/events", response_class=EventStream)
 async def events(request: Request, owner: Owner) -> AsyncIterator[ServerSentEvent]:
-    """Stream the events of all jobs of this key."""
+    """Stream the events of all jobs of the caller's key."""
     async for event in events_of(service_of(request), owner, None):
         yield event
 
 
 @others.get("/v1/session", response_model=responses.Session)
 def session(request: Request) -> Any:
-    """Return whether a key is needed and given."""
+    """Return whether a key is required, and whether the caller is authenticated."""
     return _session(request, owner_of(request))
 
 
 @others.post("/v1/session", response_model=responses.Session)
 def open_session(request: Request, response: Response, owner: Owner) -> Any:
-    """Keep the key in a cookie of the browser."""
+    """Store the key in a cookie of the browser."""
     key = request.headers.get("authorization", "").partition(" ")[2].strip()
     if key:
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict",
@@ -403,14 +404,14 @@ def _session(request: Request, owner: str | None) -> dict[str, Any]:
 
 @others.get("/health", response_model=responses.Health)
 async def health() -> Any:
-    """Answer without a thread, since all may be busy."""
+    """Return ok as long as the process responds."""
     return {}
 
 
 @others.get("/ready", response_model=responses.Readiness,
             responses={503: {"model": responses.Readiness}})
 def ready(request: Request) -> Any:
-    """Return whether jobs are accepted and made."""
+    """Return whether jobs are accepted and run."""
     state = service_of(request).scheduler.state
     counts = service_of(request).jobs.counts()
     body = {"ready": state in ("ready", "busy"), "runner": state.partition(":")[0],
@@ -420,7 +421,7 @@ def ready(request: Request) -> Any:
 
 @others.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
-    """Return the metrics for Prometheus."""
+    """Return the metrics in Prometheus text format."""
     return Response(service_of(request).metrics.text(),
                     media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -1,11 +1,11 @@
-"""The work of the process that makes clips and films: it opens the model once, then job by job.
+"""The worker process that generates clips and films: it opens the model once, then runs jobs.
 
-It runs as a worker of `vidgen.pipeline.workers`. A payload is a dict: `kind`, "open", "video" or
-"film"; of the last two also `folder`, the job's, and `spec`. A job's result is a dict of facts; one
-that was cancelled fails with `Cancelled`. Events of a job, each a dict:
-    progress    stage, done, total and, where known, fraction, eta_s, shot
+It is a worker of `vidgen.pipeline.workers`. A payload is a dict with `kind`: "open", "video" or
+"film"; the last two also have `folder`, the job's folder, and `spec`. The result of a job is a dict
+of facts; a cancelled job fails with `Cancelled`. Events of a job, each a dict:
+    progress    stage, done, total and, if known, fraction, eta_s, shot
     preview     step, fps, image: an animation as a data URL
-    shot        shot: one of a film is finished
+    shot        shot: facts of a finished shot of a film
     note        text
 """
 
@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 
 class MemoryFull(VidgenError):
-    """A job that needs more memory than there is."""
+    """A job ran out of memory."""
 
 
 class Runner:
-    """Makes clips and films of one model; see `vidgen.pipeline.workers.types.Work`."""
+    """Generates clips and films with one model; see `vidgen.pipeline.workers.types.Work`."""
 
     _engine: Engine
 
     def __init__(self, model: str) -> None:
         self._model = model
 
-    def __call__(self, payload: dict[str, Any], tell: OnEvent) -> dict[str, Any] | None:
-        """Open the model, or do a job and return its facts.
+    def __call__(self, payload: dict[str, Any], on_event: OnEvent) -> dict[str, Any] | None:
+        """Open the model, or run a job and return its facts.
 
         Raises:
             ModelError: the model can't be opened.
@@ -51,12 +51,12 @@ class Runner:
         from vidgen.server.making import Reporter, make_clip, make_film
 
         make = make_film if payload["kind"] == "film" else make_clip
-        folder, report = Path(payload["folder"]), Reporter(tell)
+        folder, report = Path(payload["folder"]), Reporter(on_event)
         try:
             return make(self._engine, folder, payload["spec"], report) | report.facts()
         except Cancelled as error:
             if str(error) == CANCELLED:
-                _remove_half_made(folder)
+                _remove_journals(folder)
             raise
         except (InputError, ModelError, OutputError):
             raise
@@ -70,20 +70,20 @@ class Runner:
         from vidgen.pipeline.engine import load_own
 
         reuse_freed_memory()
-        self._engine = load_own(self._model, "the service makes clips of its own models alone")
+        self._engine = load_own(self._model, "the service runs only vidgen's own models")
 
 
 def _failure(error: Exception) -> VidgenError:
-    """Return an error of ours, for clients, in place of one that isn't."""
+    """Return the error for clients in place of an internal one."""
     if isinstance(error, MemoryError):
-        return MemoryFull("the memory is full; ask for a smaller or shorter clip")
+        return MemoryFull("out of memory; request a smaller or shorter clip")
     if "out of memory" in str(error).lower():
-        return MemoryFull("the memory of the device is full; ask for a smaller or shorter clip")
-    return VidgenError("the job failed for a reason of the service's own")
+        return MemoryFull("out of device memory; request a smaller or shorter clip")
+    return VidgenError("the job failed; see the service's log")
 
 
-def _remove_half_made(folder: Path) -> None:
-    """Remove the journals that would let a job go on."""
+def _remove_journals(folder: Path) -> None:
+    """Remove the journals from which a job could continue."""
     from vidgen.pipeline.journal.job import SUFFIX, remove_job
 
     for path in folder.rglob(f"*{SUFFIX}"):

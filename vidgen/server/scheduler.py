@@ -1,7 +1,7 @@
-"""The scheduler: passes the queue's jobs to the process that makes them, and keeps both in order.
+"""The scheduler: runs the queue's jobs in a worker process and supervises both.
 
-Its thread starts the process, claims the next job, takes in the process's messages, notices one
-that died or no longer answers, and removes outdated jobs.
+Its thread starts the process, claims the next job, handles the process's messages, restarts it if
+it died or hangs, and removes expired jobs.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from vidgen.server.types import QueuedJob
 _GB = 1 << 30
 LOOK_S, SWEEP_S = 1.0, 10.0
 SILENCE_S = 120.0
-"""A process without a heartbeat for so long hangs."""
+"""Time without a heartbeat after which a process counts as hanging."""
 STOP_PATIENCE_S = 30.0
-"""For a process to let go of a job that was cancelled or deleted; then it is restarted."""
+"""Time for a process to stop a cancelled or deleted job; then it is restarted."""
 PAUSES_S = (0.1, 1.0, 5.0, 15.0, 30.0)
-"""Before a process that died is restarted, by how often it did so in a row."""
+"""Pauses before a crashed process is restarted, by the number of crashes in a row."""
 _CODES = {InputError: "invalid_request", OutputError: "storage_error", ModelError: "model_error",
           MemoryFull: "out_of_memory"}
-"""Codes of failed jobs by their errors."""
+"""Code of a failed job by its error's class."""
 log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Runs the queue; publishes events to the hub and counts them in the metrics."""
+    """Runs queued jobs, publishes their events to the hub, and updates the metrics."""
 
     def __init__(self, settings: Settings, jobs: Jobs, hub: Hub, metrics: Metrics) -> None:
         self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
@@ -54,23 +54,23 @@ class Scheduler:
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
         self._running: QueuedJob | None = None
-        self._stop_asked_s: float | None = None
+        self._stop_sent_s: float | None = None
         self._live = Live()
         self._unwritten: Callable[[], None] | None = None
-        self._heard_s = self._start_s = self._sweep_s = self._step_s = 0.0
+        self._last_message_s = self._start_s = self._sweep_s = self._step_s = 0.0
         self._deaths = 0
         self._pace = 1.0
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Queue the jobs of an earlier run again, and begin."""
+        """Queue interrupted jobs of an earlier run again, and start the thread."""
         for job_id in self.jobs.recover():
             self._remove(job_id)
         self._thread.start()
 
     @property
     def state(self) -> str:
-        """State of the process: starting, ready, busy, broken (and why), draining or stopped."""
+        """State: starting, ready, busy, "broken: REASON", draining or stopped."""
         with self._lock:
             if self._is_draining:
                 return "stopped" if self._is_over else "draining"
@@ -79,33 +79,34 @@ class Scheduler:
             return "busy" if self._running else "ready" if self._is_ready else "starting"
 
     def wake(self) -> None:
-        """Look at the queue, since a job was added."""
+        """Wake the thread after a job was added."""
         self._bell.send_bytes(b"!")
 
     def view(self, job: QueuedJob) -> dict[str, Any]:
-        """Return a job as clients see it."""
+        """Return the JSON data of a job's response."""
         return self.views([job])[0]
 
     def views(self, jobs: list[QueuedJob]) -> list[dict[str, Any]]:
-        """Return jobs as clients see them."""
+        """Return the JSON data of several jobs' responses."""
         places: dict[str, Place] = {}
         if not all(job.is_finished for job in jobs):
             places = {job.id: place for job, place in self._places()}
         return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
 
     def preview(self, job: QueuedJob) -> dict[str, Any] | None:
-        """Return the latest preview event of a running job."""
+        """Return the latest preview event of a job; None if it has none or isn't running."""
         live = self._live_of(job)
         return live.preview if live else None
 
     def cancel(self, job: QueuedJob) -> QueuedJob:
-        """Cancel an unfinished job; the process stops before its next step."""
+        """Cancel an unfinished job and return it; the process stops before its next step."""
         live = self._live_of(job)
         now: QueuedJob | None = job
-        while now is not None and not now.is_finished:  # it may be begun just now
+        while now is not None and not now.is_finished:  # its state may change meanwhile
             size = _size(self.settings.job_folder(job.id))
             if self.jobs.finish(now, result=live.kept() if live else {}, num_bytes=size,
-                                keep_s=self.settings.keep_s, error=(CANCELLED, "it was cancelled")):
+                                keep_s=self.settings.keep_s,
+                                error=(CANCELLED, "the job was cancelled")):
                 self.metrics.failures.labels(CANCELLED).inc()
             now = self.jobs.get(job.id)
         self._stop(job, CANCELLED)
@@ -114,7 +115,7 @@ class Scheduler:
         return now or job
 
     def delete(self, job: QueuedJob, reason: str = "deleted") -> None:
-        """Delete a job, whatever its state."""
+        """Delete a job in any state; `reason` is for the audit log."""
         if self.jobs.delete(job, reason):
             self._publish("deleted", job, {}, is_last=True)
             self._tell_places()
@@ -122,7 +123,7 @@ class Scheduler:
             self._remove(job.id)
 
     def drain(self, patience_s: float) -> None:
-        """Start nothing new; wait for the running job, then pause it, and end the process."""
+        """Start no more jobs; wait for the running one or pause it; then end the process."""
         with self._lock:
             self._is_draining = True
         self._await_end(patience_s)
@@ -149,7 +150,7 @@ class Scheduler:
             for work in (self._look_after_child, self._begin_next, self._sweep, self._listen):
                 try:
                     work()
-                except OutputError as error:  # a full disk; what waits is tried again
+                except OutputError as error:  # a full disk; the write is retried
                     log.error("%s", error)
                 except Exception:
                     log.exception("the scheduler failed")
@@ -162,22 +163,22 @@ class Scheduler:
         now = time.monotonic()
         with self._lock:
             if self._pool is None and now >= self._start_s and not self._is_draining:
-                self._heard_s = now
+                self._last_message_s = now
                 self._pool = LocalPool(self._work, 1, workers.Staff().num_threads)
                 self._pool.start()
-            child, silent = self._child, now - self._heard_s > SILENCE_S
-            asked_s = self._stop_asked_s
-            stuck = asked_s is not None and now - asked_s > STOP_PATIENCE_S
+            child, silent = self._child, now - self._last_message_s > SILENCE_S
+            sent_s = self._stop_sent_s
+            stuck = sent_s is not None and now - sent_s > STOP_PATIENCE_S
             if stuck:
-                self._stop_asked_s = None  # once is enough
+                self._stop_sent_s = None  # kill it once
         if child is not None and (silent or stuck):
-            log.error("the runner %s; it is restarted",
-                      "doesn't answer" if silent else "doesn't stop")
-            self._heard_s = now
+            log.error("the runner %s; restarting it",
+                      "doesn't respond" if silent else "doesn't stop")
+            self._last_message_s = now
             child.process.kill()
 
     def _listen(self) -> None:
-        """Handle the process's messages; return once one comes, or a job is added."""
+        """Handle the process's messages; wait up to a second for one, or for a new job."""
         pool, child = self._pool, self._child
         wait([self._woken, *([child.connection] if child else [])], LOOK_S)
         while self._woken.poll():
@@ -205,11 +206,11 @@ class Scheduler:
         self._tell_status(job)
 
     def _take(self, worker: LocalWorker, message: Message) -> None:
-        self._heard_s, job = time.monotonic(), self._running
+        self._last_message_s, job = time.monotonic(), self._running
         match message:
             case "lost", fate:
                 worker.end()
-                self._gone(fate)
+                self._on_lost(fate)
             case ("ready",):
                 worker.begin(workers.Job(OPEN, {"kind": OPEN}))
             case "log", level, text, trace:
@@ -254,7 +255,7 @@ class Scheduler:
         self._live.warn(without_folders(message["text"], self.settings.data))
 
     def _on_done(self, job: QueuedJob, facts: dict[str, Any]) -> None:
-        if job.expected_s > 0 and job.attempt == 1:  # the last jobs count most
+        if job.expected_s > 0 and job.attempt == 1:  # a moving average
             self._pace += 0.3 * (facts["inference_time_s"] / job.expected_s - self._pace)
         for stage, seconds in facts["stage_durations"].items():
             self.metrics.stage.labels(stage).observe(seconds)
@@ -270,7 +271,7 @@ class Scheduler:
         elif text == PAUSED:
             self._write_down(job, lambda: self.jobs.put_back(job))
         else:
-            self._let_go(job)
+            self._release(job)
 
     def _end(self, job: QueuedJob, result: dict[str, Any], error: tuple[str, str] | None) -> None:
         def write() -> None:
@@ -285,28 +286,28 @@ class Scheduler:
         self._write_down(job, write)
 
     def _write_down(self, job: QueuedJob, write: Callable[[], object]) -> None:
-        """Write a job's new state to the queue; while the disk is full, try again later."""
-        def write_and_let_go() -> None:
+        """Write a job's new state to the queue; while the disk is full, retry later."""
+        def write_and_release() -> None:
             write()
-            self._let_go(job)
+            self._release(job)
 
         try:
-            write_and_let_go()
+            write_and_release()
         except OutputError as problem:
             log.error("%s", problem, extra={"job": job.id})
-            self._unwritten = write_and_let_go
+            self._unwritten = write_and_release
 
-    def _let_go(self, job: QueuedJob) -> None:
+    def _release(self, job: QueuedJob) -> None:
         with self._lock:
-            self._running, self._live, self._stop_asked_s = None, Live(), None
+            self._running, self._live, self._stop_sent_s = None, Live(), None
         now = self.jobs.get(job.id)
         if now is None:
             self._remove(job.id)
         else:
             self._tell_status(now)
 
-    def _gone(self, fate: str) -> None:
-        """Queue the job of a dead process again, unless it has crashed too many."""
+    def _on_lost(self, fate: str) -> None:
+        """Queue the job of a dead process again, unless it has crashed too many processes."""
         with self._lock:
             self._pool, self._is_ready = None, False
             self._start_s = time.monotonic() + PAUSES_S[min(self._deaths, len(PAUSES_S) - 1)]
@@ -317,19 +318,19 @@ class Scheduler:
         if job is None or self._unwritten is not None:
             return
         if job.deaths + 1 >= self.settings.limits.deaths:
-            text = f"it ended {job.deaths + 1} processes in a row, the last {fate}"
+            text = f"the job crashed {job.deaths + 1} processes in a row, the last {fate}"
             self._end(job, self._live.kept(), ("runner_died", text))
         else:
             self._write_down(job, lambda: self.jobs.put_back(job, died=True))
 
     def _stop(self, job: QueuedJob, why: str) -> bool:
-        """Tell the process to stop a job; return whether it works on it."""
+        """Tell the process to stop a job; return whether the job is running."""
         with self._lock:
             is_running = self._running is not None and self._running.id == job.id
             if is_running and self._child is not None:
                 self._child.cancel(why)
-                if why == CANCELLED and self._stop_asked_s is None:
-                    self._stop_asked_s = time.monotonic()
+                if why == CANCELLED and self._stop_sent_s is None:
+                    self._stop_sent_s = time.monotonic()
             return is_running
 
     def _sweep(self) -> None:
@@ -353,7 +354,7 @@ class Scheduler:
             return self._live if self._running and self._running.id == job.id else None
 
     def _places(self) -> Iterator[tuple[QueuedJob, Place]]:
-        """Yield each unfinished job with its place and the time until it is done."""
+        """Yield each unfinished job with its place in the queue."""
         ahead_s, position = 0.0, 0
         for job in self.jobs.waiting():
             live = self._live_of(job)
@@ -374,7 +375,7 @@ class Scheduler:
         return data
 
     def _tell_places(self) -> None:
-        """Publish the places of all waiting jobs, of every owner: the queue may have moved."""
+        """Publish the places of all owners' waiting jobs."""
         for job, place in self._places() if self.hub.has_listeners else ():
             if place.position is not None:
                 self._publish("queue", job, {

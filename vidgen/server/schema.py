@@ -1,6 +1,6 @@
-"""Bodies of requests, made of the fields of `Request` under the names of video APIs.
+"""Bodies of requests, built from the fields of `Request` under the names of common video APIs.
 
-Limits and help are those of the fields. Values may be strings, as multipart sends them.
+Limits and descriptions come from the fields. Values may be strings, as in multipart.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from vidgen.core.values import MAX_SIDE, MIN_SIDE
 from vidgen.server.types import NAMES, Upload
 
 CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shift")
-"""Options of a clip that goes on; what is left out is as the clip's recipe has it."""
+"""Options of an extension; others come from the recipe of the clip to extend."""
 SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")
-"""Options of any other clip, besides files."""
+"""Options of any other clip, except files."""
 _EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "label", "aigc",
           "readings", "settings")
 MAX_SAID, MAX_LORAS, MAX_FILES = 100, 8, 100
@@ -37,7 +37,7 @@ _VOICE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z0-9]+)*(?:\+[a-zA-Z0-9]+)?")
 
 
 class Body(Options):
-    """A body, or an object within one; null leaves a field out."""
+    """Base of bodies and of objects within them; null is the same as a missing field."""
 
     model_config = ConfigDict(strict=False, protected_namespaces=())
 
@@ -58,7 +58,7 @@ class Body(Options):
 
 
 def _from_json(value: Any) -> Any:
-    """Return the value of JSON text; structured values come so in multipart."""
+    """Parse JSON text, the form of structured values in multipart."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -73,7 +73,7 @@ def _listed(value: Any) -> Any:
 
 
 def _reference(value: Any) -> Upload | str | dict[str, str]:
-    """Return a file that came in, a URL, or the id of a finished video."""
+    """Return an upload, a URL, or the id of a finished video as {"id": ...}."""
     if isinstance(value, Upload):
         return value
     value = _from_json(value)
@@ -86,22 +86,22 @@ def _reference(value: Any) -> Upload | str | dict[str, str]:
         if name in ("id", "video_id") and isinstance(inner, str):
             return {"id": inner}
         if name == "file_id":
-            raise ValueError("this service keeps no files: send the file itself")
+            raise ValueError("this service stores no files; send the file itself")
     raise ValueError("give a file, a data: or https: URL, or {\"id\": a video's}")
 
 
 def _spoken(said: tuple[tuple[float | None, str], ...]) -> tuple[tuple[float | None, str], ...]:
-    """Return texts to speak; refuse files of the service's machine, and too many."""
+    """Check texts to speak; refuse too many, and file names on the service's machine."""
     for _, text in said:
         if text.startswith(OWN_FILE):
-            raise InputError(f"say holds {quoted(text)}; give the text that is to be spoken")
+            raise InputError(f"say has {quoted(text)}; give the text to speak")
     if len(said) > MAX_SAID:
-        raise InputError(f"say holds {len(said)} texts; give {MAX_SAID} at most")
+        raise InputError(f"say has {len(said)} texts; give at most {MAX_SAID}")
     return said
 
 
 def _language(voice: str) -> str:
-    """Return a voice; refuse files of the service's machine."""
+    """Check a voice; refuse file names on the service's machine."""
     if not _VOICE.fullmatch(voice):
         raise InputError(f"voice is {quoted(voice)}; give a language such as en-gb")
     return voice
@@ -128,7 +128,7 @@ _SENT: dict[str, tuple[Any, ...]] = {
     "settings": (_any_of({"type": "object", "additionalProperties": {
         "type": ["boolean", "number"]}}, _NULL),),
 }
-"""Checks of the service's own, and schemas of values that have several forms."""
+"""Additional checks of fields, and schemas of values with several forms."""
 Reference = Annotated[Any, PlainValidator(_reference), _any_of(
     {**_FILE, "description": "a file (multipart), or a data: or https: URL"},
     {"type": "object", "properties": {
@@ -139,7 +139,7 @@ def _body(
     name: str, base: type[Body], doc: str, options: tuple[str, ...],
     required: tuple[str, ...] = (),
 ) -> type[Body]:
-    """Return a body with options of clips as fields; `base` has those of the API's own."""
+    """Return a body with `options` of clips as fields, in addition to those of `base`."""
     fields: dict[str, Any] = {}
     for option in options:
         field = (Request.model_fields | Saving.model_fields)[option]
@@ -152,18 +152,19 @@ def _body(
     return create_model(name, __base__=base, __doc__=doc, __module__=__name__, **fields)
 
 
-ExtraParams = _body("ExtraParams", Body, "Options that engines call by their own names.", _EXTRA)
+ExtraParams = _body("ExtraParams", Body, "Options under vidgen's own names.", _EXTRA)
 
 
 class LoraChoice(Body):
-    """An adapter by its name in the service's folder."""
+    """LoRA of the service's folder, by its file name without suffix."""
 
     name: str = Field(max_length=200)
     scale: float = Field(1.0, ge=-10, le=10)
 
 
 class _Continued(Body):
-    model: str | None = Field(None, max_length=200, exclude=True, description="the served one")
+    model: str | None = Field(None, max_length=200, exclude=True,
+                              description="name of the served model")
     last_image_reference: Reference | None = Field(None, exclude=True)
     extra_params: Annotated[ExtraParams | None, BeforeValidator(_from_json)] = None  # type: ignore[valid-type]
 
@@ -205,7 +206,7 @@ class _Extension(_Continued):
 VideoRequest = _body("VideoRequest", _Start, "POST /v1/videos.", SHAPED, ("prompt",))
 RemixRequest = _body(
     "RemixRequest", _Start,
-    "POST /v1/videos/{id}/remix: what is given replaces what the source was asked with.", SHAPED)
+    "POST /v1/videos/{id}/remix; its fields replace those of the source's request.", SHAPED)
 EditRequest = _body("EditRequest", _Edit, "POST /v1/videos/edits.", SHAPED, ("prompt",))
 ExtensionRequest = _body("ExtensionRequest", _Extension, "POST /v1/videos/extensions.", CONTINUED,
                      ("prompt", "seconds"))
@@ -219,16 +220,16 @@ class FilmRequest(Body):
         description="a script as an object, as text, or as a file")]
     format: Literal["yaml", "json"] = "yaml"
     draft: bool = False
-    model: str | None = Field(None, max_length=200, description="the served one")
+    model: str | None = Field(None, max_length=200, description="name of the served model")
     previous_film_id: str | None = Field(None, max_length=100)
     files: Annotated[list[Any] | None, BeforeValidator(_listed), WithJsonSchema({
         "type": "array", "items": _FILE,
-        "description": "what the script names, under those names (multipart)",
+        "description": "files that the script names, under the same names (multipart)",
     })] = Field(None, max_length=MAX_FILES)
 
 
 def body_schema(body: type[Body]) -> dict[str, Any]:
-    """A body's part of the OpenAPI document."""
+    """Return a body's part of the OpenAPI document."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     return {"requestBody": {"required": True, "content": {
@@ -238,7 +239,7 @@ def body_schema(body: type[Body]) -> dict[str, Any]:
 
 
 def _as_text(schema: Any) -> Any:
-    """A schema whose strings are no files, which JSON can't hold."""
+    """Return a schema for JSON, in which strings can't be files."""
     if isinstance(schema, dict):
         return {key: _as_text(value) for key, value in schema.items()
                 if (key, value) != ("format", "binary")}
@@ -246,7 +247,7 @@ def _as_text(schema: Any) -> Any:
 
 
 def shared_schemas() -> dict[str, Any]:
-    """Return the schemas that the bodies' schemas refer to."""
+    """Return the schemas to which the bodies' schemas refer."""
     found: dict[str, Any] = {}
     for body in (VideoRequest, EditRequest, ExtensionRequest, FilmRequest):
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -1,4 +1,4 @@
-"""The service without HTTP: from a body's fields to a job in the queue."""
+"""The service without HTTP: turn a body's fields into a queued job."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from vidgen.server.types import ApiError, Call, Kind, NewJob, QueuedJob, Upload,
 
 EDIT_STRENGTH = 0.7
 CHECKED_AT_ONCE = 16
-"""Requests in threads that are checked or wait for an address; others wait for a thread."""
+"""Number of threads that check requests and fetch their URLs; more requests wait."""
 BODIES = {"create": VideoRequest, "remix": RemixRequest, "edit": EditRequest,
           "extension": ExtensionRequest}
-"""Bodies of the requests for a clip; a replay has none."""
+"""Body of each kind of request for a clip; a replay has none."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 
 class Service:
-    """The parts of one service."""
+    """Queue, scheduler, keys, checks and metrics of one service."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -57,7 +57,7 @@ class Service:
         self.checked_at_once = anyio.CapacityLimiter(CHECKED_AT_ONCE)
 
     def start(self) -> None:
-        """Open the model, clean up after an earlier run, begin.
+        """Open the model, clean up after an earlier run, and start the scheduler.
 
         Raises:
             ModelError: the model can't be opened.
@@ -69,7 +69,7 @@ class Service:
         self.scheduler.start()
 
     def stop(self, patience_s: float) -> None:
-        """Finish or pause the running job, and end."""
+        """Wait up to `patience_s` seconds for the running job, or pause it; then stop."""
         self.scheduler.drain(patience_s)
         self.hub.close()
         self.jobs.close()
@@ -79,10 +79,11 @@ class Service:
     ) -> QueuedJob:
         """Queue a clip.
 
-        Its `kind` is create, edit or extension, or remix or replay of a `source`.
+        `kind` is create, edit or extension, or remix or replay of a `source`.
 
         Raises:
-            ApiError: it can't be made as it is asked for.
+            ApiError: the request is invalid.
+            OutputError: the disk is full.
         """
         body: Any = parse(BODIES[kind], fields) if kind in BODIES else None
         with self._draft("video", call) as draft:
@@ -109,7 +110,12 @@ class Service:
             return self._queue(draft, asked, plan | facts, spec)
 
     def film(self, fields: dict[str, Any], call: Call) -> QueuedJob:
-        """Queue a film."""
+        """Queue a film.
+
+        Raises:
+            ApiError: the request is invalid.
+            OutputError: the disk is full.
+        """
         body = parse(FilmRequest, fields)
         with self._draft("film", call) as draft:
             plan, script = self._film_plan(body, draft)
@@ -119,7 +125,11 @@ class Service:
             return self._queue(draft, fields, plan | facts, spec)
 
     def check_film(self, fields: dict[str, Any], call: Call) -> dict[str, Any]:
-        """Return what a script would make; nothing is kept."""
+        """Return the plan of a script's film without queueing it.
+
+        Raises:
+            ApiError: the request is invalid.
+        """
         body = parse(FilmRequest, fields)
         with self._draft("film", call) as draft:
             plan, _ = self._film_plan(body, draft)
@@ -128,21 +138,21 @@ class Service:
 
     @property
     def limits(self) -> dict[str, float]:
-        """What one request and one key may take."""
+        """Limits of one request and of one key."""
         own = {name: getattr(self.settings, name)
                for name in ("upload_bytes", "pending", "per_minute", "at_once")}
         return asdict(self.settings.limits) | own
 
     def check_room(self) -> None:
-        """Refuse new work while the disk is nearly full.
+        """Check the free disk space.
 
         Raises:
-            OutputError: it is.
+            OutputError: it is below the reserve.
         """
         free_mb = shutil.disk_usage(self.settings.data).free / (1 << 20)
         if free_mb < self.settings.reserve_mb:
             raise OutputError(f"{int(free_mb)} MB are free, {int(self.settings.reserve_mb)} MB "
-                              "stay in reserve; delete clips, or make room on the disk")
+                              "are reserved; delete clips, or free space on the disk")
 
     def _film_plan(self, body: FilmRequest, draft: Draft) -> tuple[dict[str, Any], Path]:
         self.translator.check_model(body.model)
@@ -150,7 +160,7 @@ class Service:
         if body.previous_film_id is not None:
             before = self.jobs.get(body.previous_film_id, draft.call.owner)
             if before is None or before.kind != "film":
-                raise ApiError(404, "not_found", f"there is no film {body.previous_film_id!r}",
+                raise ApiError(404, "not_found", f"film {body.previous_film_id!r} doesn't exist",
                                "previous_film_id")
             take_over(self.settings.job_folder(before.id), draft.folder)
         return self.checker.film(path, body.draft), path
@@ -158,15 +168,15 @@ class Service:
     def _changed(
         self, source: QueuedJob, changes: dict[str, Any], kind: str, draft: Draft
     ) -> dict[str, Any]:
-        """Return another clip's request with some of its options changed, and link its files."""
+        """Return another clip's spec with some options changed; link its input files."""
         options, spec = dict(source.spec["options"]), dict(source.spec)
         before = self.settings.job_folder(source.id) / INPUTS
         for path in before.iterdir() if before.is_dir() else ():
             if not (draft.inputs / path.name).exists():
                 link(path, draft.inputs / path.name)
         if kind == "remix" and not changes:
-            raise ApiError(400, "missing_parameter", "nothing is changed; give a prompt or another "
-                           "field, or ask for a replay", "prompt")
+            raise ApiError(400, "missing_parameter", "no field is changed; give a prompt or "
+                           "another field, or request a replay", "prompt")
         if "added_s" in spec and "seconds" in changes:
             spec["added_s"] = changes["seconds"]
         for pair in _RIVALS:
@@ -176,8 +186,8 @@ class Service:
 
     def _require_whole(self, options: dict[str, Any]) -> None:
         if "video" in options and "strength" not in options:
-            raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
-                           "strength; give 0, which keeps it, to 1, or leave the clip out",
+            raise ApiError(400, "missing_parameter", "a video to start from needs the field "
+                           "strength; give 0, which keeps it, to 1, or leave the video out",
                            "strength")
         if options.get("audio") == OWN_AUDIO and not self.model["makes_sound"]:
             raise ApiError(400, "invalid_request", f"generate_sound is true, but the model "
@@ -206,13 +216,13 @@ class Service:
             draft.inputs.mkdir(parents=True)
             yield draft
         except OSError as error:
-            raise OutputError(f"a job can't be kept: {error.strerror}") from error
+            raise OutputError(f"the job's files can't be written: {error.strerror}") from error
         finally:
             if not draft.is_kept:
                 shutil.rmtree(draft.folder, ignore_errors=True)
 
     def _clear_up(self) -> None:
-        """Remove leftovers of a kill: uploads, and folders of jobs that were never queued."""
+        """Remove files that a kill left: uploads, and folders of jobs that were never queued."""
         for path in self.settings.uploads.iterdir():
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -223,7 +233,7 @@ class Service:
 
 
 def fingerprint(fields: dict[str, Any]) -> str:
-    """Return a hash of a request; files count by their content."""
+    """Return a hash of a request's fields; files count by their content."""
     def content(upload: Upload) -> dict[str, str]:
         return {"sha256": upload.sha256}
 

@@ -13,15 +13,15 @@ from vidgen.core.request import Options, option
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SERVICE, KEEPING, LIMITS = "Service", "Keeping", "Limits"
-"""Headings of help."""
+"""Headings of the command's help."""
 _MOST = 1e9
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of clips, films and inputs that are the same for every service.
+    """Fixed limits of clips, films, inputs and jobs.
 
-    `queued` counts unfinished jobs of all keys; a job may crash the process at work `deaths` times.
+    `queued` is of unfinished jobs of all keys; a job fails after it crashed `deaths` processes.
     """
 
     pixels: int = 1920 * 1088
@@ -36,61 +36,64 @@ class Limits:
 
 
 def at_most(
-    what: str, value: float, limit: float, remedy: str = "ask for less", option: str = ""
+    what: str, value: float, limit: float, remedy: str = "request less", option: str = ""
 ) -> None:
-    """Raise OptionError if a value, perhaps that of an option, is above a limit."""
+    """Raise OptionError if a value, of `option` if given, is above a limit."""
     if value > limit:
-        raise OptionError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}: "
+        raise OptionError(f"{value:,.9g} {what} requested, this service allows {limit:,.9g}; "
                           f"{remedy}", option)
 
 
 class Settings(Options):
-    """One service. Each field's description is the help of its option of `vidgen serve`."""
+    """Settings of one service. Each field's description is the help of its option."""
 
     model_config = ConfigDict(strict=False)
 
     data: Path
-    """The folder of jobs and clips; no other service may work in it."""
+    """Folder of jobs and clips, for one service at a time."""
     limits: Limits = Limits()
     host: str = option(
-        "127.0.0.1", SERVICE, "to listen at, which this machine alone reaches; any other needs a "
-        "key", "ADDRESS", basic=True)
-    port: int = option(8000, SERVICE, "0 takes any", "N", basic=True, ge=0, le=65_535)
-    model: str = option("toybox", SERVICE, "the one that is served", "NAME|FOLDER|HUB_ID",
+        "127.0.0.1", SERVICE, "address to listen on; any but this machine's own needs a key",
+        "ADDRESS", basic=True)
+    port: int = option(8000, SERVICE, "port to listen on; 0 picks a free one", "N",
+                       basic=True, ge=0, le=65_535)
+    model: str = option("toybox", SERVICE, "model to serve", "NAME|FOLDER|HUB_ID",
                         basic=True, max_length=4096)
     loras: Path | None = option(
-        None, SERVICE, "folder of adapters that requests may name", "DIR", basic=True)
+        None, SERVICE, "folder of LoRA files that requests may name", "DIR", basic=True)
     fetch: bool = option(
-        False, SERVICE, "take inputs from http and https addresses outside the own network, too",
+        False, SERVICE, "also accept inputs by http and https URLs outside the own network",
         basic=True)
     drain_seconds: float = option(
-        20, SERVICE, "that a running job has to finish when the service stops; then it is saved "
+        20, SERVICE, "time for a running job to finish when the service stops; then it is saved, "
         "and continues when the service starts again", "S", basic=True, ge=0, le=_MOST)
     keep_hours: float = option(
-        168, KEEPING, "that finished clips are kept", "H", basic=True, gt=0, le=_MOST)
+        168, KEEPING, "hours to keep finished clips", "H", basic=True, gt=0, le=_MOST)
     quota_gb: float = option(
-        20, KEEPING, "that they may take together; the oldest go first", "GB", basic=True,
-        gt=0, le=_MOST)
+        20, KEEPING, "disk space of all finished clips; the oldest are removed first", "GB",
+        basic=True, gt=0, le=_MOST)
     key_quota_gb: float | None = option(
-        None, KEEPING, "that the clips of one key may take; default no less than all", "GB",
+        None, KEEPING, "disk space of one key's finished clips; default: no limit of its own", "GB",
         basic=True, gt=0, le=_MOST)
     reserve_mb: float = option(
-        200, KEEPING, "free space on the disk below which nothing new is taken", "MB", basic=True,
+        200, KEEPING, "free disk space below which new jobs are refused", "MB", basic=True,
         ge=0, le=_MOST)
-    upload_mb: float = option(64, LIMITS, "the largest request", "MB", basic=True, gt=0, le=_MOST)
+    upload_mb: float = option(64, LIMITS, "largest size of a request", "MB", basic=True,
+                             gt=0, le=_MOST)
     per_minute: int = option(
-        120, LIMITS, "requests of one key that may begin jobs", "N", basic=True, ge=1, le=10**9)
+        120, LIMITS, "requests of one key per minute that may start jobs", "N", basic=True,
+        ge=1, le=10**9)
     at_once: int = option(
-        100, LIMITS, "requests of one key under way at a time, streams of events among them", "N",
+        100, LIMITS, "active requests of one key, including streams of events", "N",
         basic=True, ge=1, le=10**9)
     pending: int = option(
-        100, LIMITS, "unfinished jobs of one key", "N", basic=True, ge=1, le=10**9)
+        100, LIMITS, "most unfinished jobs of one key", "N", basic=True, ge=1, le=10**9)
 
     @field_validator("loras")
     @classmethod
     def _is_folder(cls, loras: Path | None) -> Path | None:
         if loras is not None and not loras.is_dir():
-            raise InputError(f"loras {loras} is no folder; give the one that adapters lie in")
+            raise InputError(f"loras {loras} isn't a folder; give the folder of LoRA files")
         return loras
 
     @property
@@ -100,27 +103,27 @@ class Settings(Options):
 
     @property
     def keep_s(self) -> float:
-        """Seconds that finished work is kept."""
+        """Time to keep finished jobs, in seconds."""
         return self.keep_hours * 3600
 
     @property
     def upload_bytes(self) -> int:
-        """The largest request."""
+        """Largest size of a request in bytes."""
         return int(self.upload_mb * (1 << 20))
 
     @property
     def database(self) -> Path:
-        """The queue's file."""
+        """Path of the queue's file."""
         return self.data / "jobs.sqlite3"
 
     @property
     def keys(self) -> Path:
-        """The file of hashed API keys."""
+        """Path of the file of hashed API keys."""
         return self.data / "keys.json"
 
     @property
     def uploads(self) -> Path:
-        """Folder of files that came in, until their job is made."""
+        """Folder of uploads, until their job exists."""
         return self.data / "uploads"
 
     def job_folder(self, job_id: str) -> Path:
@@ -129,6 +132,6 @@ class Settings(Options):
 
 
 def default_data() -> Path:
-    """Return the service's folder: `$XDG_DATA_HOME/vidgen` or `~/.local/share/vidgen`."""
+    """Return the default folder: `$XDG_DATA_HOME/vidgen` or `~/.local/share/vidgen`."""
     root = os.environ.get("XDG_DATA_HOME")
     return (Path(root) if root else Path.home() / ".local" / "share") / "vidgen"

@@ -1,6 +1,6 @@
-"""Values that the parts of the service share: jobs, files that came in, and errors.
+"""Jobs, uploads and errors of the service.
 
-Clients read errors in OpenAI's envelope, with the right status, and never a traceback of ours:
+Clients get errors in OpenAI's envelope with an HTTP status, never a traceback:
 
     {"error": {"message": "...", "type": "...", "param": "seconds", "code": "invalid_request"}}
 """
@@ -23,17 +23,17 @@ NAMES = {
     "guidance": "guidance_scale", "shift": "flow_shift", "image": "image_reference",
     "last_image": "last_image_reference", "video": "video_reference", "audio": "audio_reference",
 }
-"""Names of options of `Request` in bodies; the others keep theirs."""
+"""Names in bodies of options of `Request`; other options keep their names."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """The caller of a request.
+    """Caller of a request.
 
     Attributes:
-        is_retry: whether the client says that it retries.
-        arrived_at: when the request began to come in, by the queue's clock.
+        is_retry: whether the client marks the request as a retry.
+        arrived_at: time of the request's arrival, by the queue's clock.
     """
 
     owner: str
@@ -44,13 +44,13 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob(Call):
-    """A job to be queued, of a call.
+    """Job to be queued for a caller.
 
     Attributes:
-        request: the request, as clients see it.
-        spec: the request, as the process that makes it reads it.
-        fingerprint: a hash of the request, equal for equal requests.
-        id: None draws one.
+        request: request for clients, with the plan's values.
+        spec: request for the worker process.
+        fingerprint: hash of the request, equal for equal requests.
+        id: identifier; None draws one.
     """
 
     kind: Kind
@@ -63,13 +63,13 @@ class NewJob(Call):
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job in the queue; times are Unix seconds. See `NewJob` for the rest.
+    """Job in the queue; times are Unix seconds. See `NewJob` for the other fields.
 
     Attributes:
-        result: facts of the clip, or of its finished parts.
-        attempt: number of starts; above 1 it went on after a stop.
+        result: facts of the clip, or of the film's finished shots.
+        attempt: number of starts; above 1 the job continued after a stop.
         deaths: number of processes that it crashed.
-        num_bytes: on disk, once it is finished.
+        num_bytes: size on disk of a finished job.
     """
 
     id: str
@@ -92,23 +92,23 @@ class QueuedJob:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more happens to it."""
+        """Whether the job has completed or failed."""
         return self.status not in UNFINISHED
 
     @property
     def stands(self) -> str:
-        """Its state in words, to put after its name."""
+        """State in words, for use after the job's name in a message."""
         return "has failed" if self.status == "failed" else f"is {self.status.replace('_', ' ')}"
 
 
 def new_id(kind: Kind) -> str:
-    """Draw an identifier that can't be guessed."""
+    """Draw a random job id."""
     return f"{kind}_{secrets.token_hex(12)}"
 
 
 @dataclass(frozen=True, repr=False)
 class Upload:
-    """A file that came in; clients never see its path, and their `name` is never used as one."""
+    """Uploaded file; `name` is the client's and must not be used as a path."""
 
     path: Path
     name: str
@@ -120,7 +120,7 @@ class Upload:
 
 
 class ApiError(VidgenError):
-    """An answer that is no success: `code` is for programs, `param` the field that caused it."""
+    """Error response; `code` is for programs, `param` is the field that caused it."""
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None,
@@ -131,7 +131,7 @@ class ApiError(VidgenError):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """Return the envelope."""
+        """Return the error in OpenAI's envelope."""
         kind = _TYPES.get(self.status) or (
             "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param,
@@ -139,17 +139,17 @@ class ApiError(VidgenError):
 
 
 def refusal(error: VidgenError, code: str = "invalid_request") -> ApiError:
-    """Return the error of a request that can't be honoured as an answer."""
+    """Return the error of an invalid request as a response."""
     option = error.option if isinstance(error, OptionError) else ""
     return ApiError(400, code, str(error), NAMES.get(option, option) or None)
 
 
 def from_vidgen(error: VidgenError) -> ApiError:
-    """Return an error of ours as an answer."""
+    """Return any error of vidgen as a response."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
         return refusal(error)
     if isinstance(error, OutputError):
         return ApiError(507, "insufficient_storage", str(error))
-    return ApiError(500, "server_error", "the service failed for a reason of its own")
+    return ApiError(500, "server_error", "the service failed; see its log")
