@@ -212,7 +212,7 @@ def test_a_clip_of_a_single_colour_has_no_subject_to_be_measured(
     assert red["figures"]["proxy_subject_consistency"] is None
     assert red["figures"]["proxy_background_consistency"] == pytest.approx(1)
     assert folder["figures"]["proxy_subject_consistency"]["total"] == 1
-    assert [text for text in notes if text.startswith("1 of 2 clips of shown are of a single")]
+    assert [text for text in notes if text.startswith("1 of 2 clips of shown have a single")]
     assert page(told).count("of a single colour</span>") == 1
 
 
@@ -235,7 +235,7 @@ def test_first_pictures_are_compared(folders: tuple[Path, Path], tmp_path: Path)
     ("options", "reason"),
     [
         ([], "give --videos"),
-        (["--videos", "none"], "no folder"),
+        (["--videos", "none"], "is not a folder"),
         (["--videos", "GOOD", "--videos", "GOOD"], "twice"),
         (["--videos", "GOOD", "--workers", "0"], "workers is 0"),
         (["--videos", "GOOD", "--steps", "3"], "unknown option --steps"),

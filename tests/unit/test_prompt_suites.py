@@ -60,10 +60,10 @@ def test_vbenchs_lists_say_dimensions_and_pictures(tmp_path):
     with pytest.raises(InputError, match="dimension a list"):
         PromptSuite.read(suite)
     suite.write_text('[{"prompt_en": "a lake", "image_name": ["lake.jpg"]}]')
-    with pytest.raises(InputError, match="image_name should be text"):
+    with pytest.raises(InputError, match="image_name must be text"):
         PromptSuite.read(suite)
     suite.write_text(json.dumps([{"prompt_en": ["x"] * 5000}]))
-    with pytest.raises(InputError, match="prompt_en and image_name should be text") as caught:
+    with pytest.raises(InputError, match="prompt_en and image_name must be text") as caught:
         PromptSuite.read(suite)
     assert len(str(caught.value)) < 500
 
@@ -82,7 +82,7 @@ def test_clips_are_known_by_the_suites_name_for_them(tmp_path):
 
 
 def test_folders_without_clips_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         find_items(tmp_path / "none")
     with pytest.raises(InputError, match="holds no clip"):
         find_items(tmp_path)
