@@ -47,7 +47,7 @@ def test_a_learned_token_equals_an_encoder_whose_embedding_it_is(encoder, row):
 def test_a_token_of_another_model_is_refused(encoder, row):
     with pytest.raises(ModelError, match="no token '<subject_99>'"):
         encoder.encode([PROMPT], {"<subject_99>": row})
-    with pytest.raises(ModelError, match=r"is \[5\], this text encoder's are \[16\]"):
+    with pytest.raises(ModelError, match=r"has shape \[5\], but this text encoder needs \[16\]"):
         encoder.encode([PROMPT], {TOKEN: row[:5]})
 
 
