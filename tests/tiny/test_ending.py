@@ -155,5 +155,6 @@ def test_a_beginning_that_leaves_nothing_is_told_before_time_is_foreseen(
     engine: Engine, tmp_path: Path
 ) -> None:
     engine.generate("a cat", seed=1, steps=1, frames=17).save(tmp_path / "a.mp4")
-    with pytest.raises(InputError, match="17 frames leaves nothing to generate in a clip of 9"):
+    message = "17 frames, which leaves nothing to generate in a clip of 9"
+    with pytest.raises(InputError, match=message):
         engine.generate(Request.of("a cat", {"prefix": tmp_path / "a.mp4", "frames": 9}))

@@ -98,7 +98,7 @@ def test_sound_that_a_model_cannot_make_is_refused(engine, tiny_model, tmp_path,
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"audio": "no.wav"}, "no.wav does not exist"),
-    ({"audio": 3}, "give none, generate or a file"),
+    ({"audio": 3}, "give none, generate or the path of a file"),
     ({"audio_loop": True}, "audio_loop needs audio or audio_model"),
     ({"voice": "en-gb"}, "voice needs say"),
     ({"audio_prompt": "rain"}, "audio_prompt needs audio_model"),

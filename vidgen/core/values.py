@@ -80,7 +80,8 @@ def parse_file(value: Any, info: ValidationInfo) -> File | None:
 def check_file(name: str, value: Any) -> None:
     """Raise InputError unless `value` is a path or None."""
     if not isinstance(value, str | os.PathLike | None):
-        raise InputError(f"{name} is of type {type(value).__name__}; give the path of a file")
+        wanted = "none, generate or the path" if name == "audio" else "the path"
+        raise InputError(f"{name} is of type {type(value).__name__}; give {wanted} of a file")
 
 
 def _picture(name: str, value: Any) -> Picture:
