@@ -26,7 +26,7 @@ from vidgen.cli.options import add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, check_output
-from vidgen.pipeline.workers.types import Staff
+from vidgen.pipeline.workers.types import WorkerOptions
 
 DESCRIPTION = "Score a model. A killed run goes on where it stopped when called again."
 NOT_OF_BENCHMARK = {"output", "overwrite", "json", "events", "sheet", "workers", "ray", "threads"}
@@ -84,8 +84,8 @@ def run(args: Namespace, report: Report) -> int:
         if path is not None:
             check_output(path, overwrite=args.overwrite)
     bench = Benchmark(**{k: v for k, v in vars(args).items() if k not in NOT_OF_BENCHMARK})
-    staff = Staff(args.workers, args.ray, args.threads)
-    result = run_toybox(bench, args.output, _told(report), args.sheet, staff)
+    workers = WorkerOptions(args.workers, args.ray, args.threads)
+    result = run_toybox(bench, args.output, _told(report), args.sheet, workers)
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
     report({"event": "written", "path": args.output})
     report.result(result, args.output)

@@ -41,7 +41,7 @@ from vidgen.media.clip import Clip
 from vidgen.pipeline.codec import as_video, to_frames
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.workers.scheduler import settle_threads
-from vidgen.pipeline.workers.types import Staff
+from vidgen.pipeline.workers.types import WorkerOptions
 from vidgen.story.plan import plan_film
 from vidgen.story.render import ShotWork, render_film
 from vidgen.story.script import Script
@@ -126,16 +126,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = open_model(options.model)
     film = plan_film(script, model, dtype=options.dtype)
     store = ShotStore(folder / "shots", film)
-    staff = settle_threads(store.folder, Staff(options.workers, threads=options.threads), tell)
+    workers = settle_threads(
+        store.folder, WorkerOptions(options.workers, threads=options.threads), tell)
     engine = partial(load, options.model, dtype=options.dtype)
     judges = embedded_judge()
     judge = judges.load()
     with closing(ShotWork(engine, store)) as work:
         seen = {each.shot.id: sees(judge, each.path)
-                for each in render_film(work, film.needed([]), tell, staff=staff)}
+                for each in render_film(work, film.needed([]), tell, workers=workers)}
     return {
         "model": {"name": model.name, "sha256": model.content_hash}, "judge": judges.sha256,
-        "sprites": sprites, "shots": SHOTS, "steps": options.steps, "threads": staff.threads,
+        "sprites": sprites, "shots": SHOTS, "steps": options.steps, "threads": workers.threads,
         "results": dict(summarise(sprites, seen, ways)), "seen": seen, "machine": fingerprint(),
     }
 

@@ -48,7 +48,7 @@ from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.settings import SETTINGS
 from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
-from vidgen.pipeline.workers.types import Job, Patience, Staff
+from vidgen.pipeline.workers.types import Job, Patience, WorkerOptions
 
 COLOURS = {TRUTH: "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
            "anchored": "#9467bd"}
@@ -72,12 +72,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for seed, (scene, text) in enumerate(endless_prompts(options.scenes, options.seeds))
         for way in ways
     }
-    staff = settle_threads(
-        output.parent, Staff(options.workers, threads=options.threads), tell,
+    workers = settle_threads(
+        output.parent, WorkerOptions(options.workers, threads=options.threads), tell,
         output.name + ".threads",
     )
     log = ScoreLog(output.with_name(output.name + ".jsonl"))
-    pictures = make(jobs, work, replace(staff, patience=Patience(stall=math.inf)), log)
+    pictures = make(jobs, work, replace(workers, patience=Patience(stall=math.inf)), log)
     found = {way: [log.scores[key] for key, job in jobs.items() if job.way == way] for way in ways}
     if options.sheet is not None:
         draw_sheet(jobs, pictures, options.sheet)
@@ -85,19 +85,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                    windows_of(work.engine, work.settings).joins,
                    options.sheet.with_name(f"{options.sheet.stem}-chart.png"))
     return {"settings": settings | {"seeds": options.seeds}, "identity": identity,
-            "threads": staff.threads,
+            "threads": workers.threads,
             "results": {way: summarise(ones) for way, ones in found.items()},
             "machine": fingerprint()}
 
 
 def make(
-    jobs: Mapping[str, ChainJob], work: ChainWork, staff: Staff, log: ScoreLog
+    jobs: Mapping[str, ChainJob], work: ChainWork, workers: WorkerOptions, log: ScoreLog
 ) -> dict[str, list[Any]]:
     """Have the clips made and measured that the log lacks, and those to be shown; their frames."""
     missing = {key: job for key, job in jobs.items() if key not in log.scores or job.shown}
     begun, pictures = time.monotonic(), dict[str, list[Any]]()
     todo = (Job(key, job, name=f"seed {job.seed} {job.way}") for key, job in missing.items())
-    for done, outcome in enumerate(run_jobs(todo, work, staff, tell), start=1):
+    for done, outcome in enumerate(run_jobs(todo, work, workers, tell), start=1):
         if outcome.error is not None:
             raise outcome.error
         figures, pictures[outcome.job.key] = outcome.result

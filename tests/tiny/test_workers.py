@@ -16,7 +16,7 @@ from tests.labour import Labour, Unloadable
 from vidgen.core.errors import Cancelled, InputError, VidgenError
 from vidgen.pipeline.workers.pool import LocalPool
 from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs, settle_threads
-from vidgen.pipeline.workers.types import Job, Outcome, Patience, Staff
+from vidgen.pipeline.workers.types import Job, Outcome, Patience, WorkerOptions
 from vidgen.story.script import Script
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +48,8 @@ def gone(pids, seconds: float = 20.0) -> bool:
 def test_jobs_come_behind_those_they_need(tmp_path, workers):
     jobs = [Job(f"{n}", ("square", n), tuple(f"{m}" for m in range(max(0, n - 2), n)))
             for n in range(6)]
-    staff = Staff(workers, threads=1)
-    outcomes = list(run_jobs(jobs, Labour(tmp_path), staff, quiet))
+    workers = WorkerOptions(workers, threads=1)
+    outcomes = list(run_jobs(jobs, Labour(tmp_path), workers, quiet))
     assert [outcome.job.key for outcome in outcomes] == [str(n) for n in range(6)]
     assert [outcome.result for outcome in outcomes] == [n * n for n in range(6)]
 
@@ -59,7 +59,7 @@ def test_what_fails_takes_its_dependents_with_it_and_no_others(tmp_path):
             Job("c", ("square", 3), ("b",)), Job("d", ("square", 4), ("never given",))]
     jobs += [Job(f"n{n}", ("square", n)) for n in range(WINDOW)]
     jobs += [Job("late", ("square", 5), ("a",))]
-    found = by_key(run_jobs(iter(jobs), Labour(tmp_path), Staff(threads=1), quiet))
+    found = by_key(run_jobs(iter(jobs), Labour(tmp_path), WorkerOptions(threads=1), quiet))
     assert len(found) == len(jobs)
     assert (type(found["a"].error), str(found["a"].error)) == (InputError, "no")
     assert [str(found[key].error) for key in ("b", "c", "late")] == [
@@ -77,7 +77,7 @@ def test_only_a_window_of_jobs_is_held(tmp_path):
             given += 1
             yield Job(f"{number}", ("square", number), (f"{number - 1}",))
 
-    for _ in run_jobs(jobs(), Labour(tmp_path), Staff(threads=1), quiet):
+    for _ in run_jobs(jobs(), Labour(tmp_path), WorkerOptions(threads=1), quiet):
         done += 1
         most = max(most, given - done)
     assert (done, most <= WINDOW) == (10_000, True)
@@ -88,7 +88,7 @@ def test_dead_workers_jobs_are_done_elsewhere(tmp_path, caplog):
             Job("refuses", ("refuse", "no")), Job("fails", ("fail", "gone"))]
     jobs += [Job(f"{n}", ("square", n)) for n in range(8)]
     told: list[dict] = []
-    found = by_key(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), told.append))
+    found = by_key(run_jobs(jobs, Labour(tmp_path), WorkerOptions(2, threads=1), told.append))
     assert [found[f"{n}"].result for n in range(8)] == [n * n for n in range(8)]
     pids = [each["pid"] for each in told if each.get("stage") == "die"]
     assert len(set(pids)) == 2
@@ -105,7 +105,7 @@ def test_dead_workers_jobs_are_done_elsewhere(tmp_path, caplog):
 
 def test_a_job_that_ends_every_worker_is_given_up_with_its_reason(tmp_path):
     jobs = [Job("killer", ("die", 99), name="shot 'killer'"), Job("after", ("square", 3))]
-    found = by_key(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), quiet))
+    found = by_key(run_jobs(jobs, Labour(tmp_path), WorkerOptions(2, threads=1), quiet))
     assert str(found["killer"].error) == (
         "shot 'killer' ended 3 workers in a row; the last: killed by SIGKILL, possibly out of "
         "memory")
@@ -119,8 +119,8 @@ def test_a_job_that_ends_every_worker_is_given_up_with_its_reason(tmp_path):
 ])
 def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
     told: list[dict] = []
-    staff = Staff(2, threads=1, patience=patience)
-    (outcome,) = run_jobs([Job("a", (what, 1))], Labour(tmp_path), staff, told.append)
+    workers = WorkerOptions(2, threads=1, patience=patience)
+    (outcome,) = run_jobs([Job("a", (what, 1))], Labour(tmp_path), workers, told.append)
     first, second = (each["pid"] for each in told if "pid" in each)
     assert outcome.result == second
     assert gone([first])
@@ -161,7 +161,7 @@ def test_an_interrupt_stops_all_and_lets_them_keep_what_they_have(tmp_path):
     jobs = [Job(name, ("wait", name)) for name in ("x", "y")]
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), tell))
+        list(run_jobs(jobs, Labour(tmp_path), WorkerOptions(2, threads=1), tell))
     assert time.monotonic() - start < 60
     assert not any(map(alive, pids))
     assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
@@ -170,10 +170,11 @@ def test_an_interrupt_stops_all_and_lets_them_keep_what_they_have(tmp_path):
 def test_workers_leave_when_their_scheduler_is_killed(tmp_path):
     program = (
         "import sys\nfrom pathlib import Path\nfrom tests.labour import Labour\n"
-        "from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs\n"
+        "from vidgen.pipeline.workers.scheduler import Job, WorkerOptions, run_jobs\n"
         "jobs = [Job('x', ('wait', 'x')), Job('y', ('wait', 'y'))]\n"
         "tell = lambda event: print(event['pid'], flush=True)\n"
-        f"list(run_jobs(jobs, Labour(Path({str(tmp_path)!r})), Staff(2, threads=1), tell))\n"
+        "workers = WorkerOptions(2, threads=1)\n"
+        f"list(run_jobs(jobs, Labour(Path({str(tmp_path)!r})), workers, tell))\n"
     )
     run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     pids = [int(run.stdout.readline()) for _ in range(2)]
@@ -197,18 +198,18 @@ def test_a_functions_results_come_by_their_keys(workers):
 def test_work_that_cannot_be_sent_or_opened_is_told():
     jobs = [Job("a", ("square", 2))]
     with pytest.raises(InputError, match="can't be sent to other processes"):
-        list(run_jobs(jobs, lambda *_: None, Staff(2, threads=1), quiet))
+        list(run_jobs(jobs, lambda *_: None, WorkerOptions(2, threads=1), quiet))
     with pytest.raises(VidgenError, match=r"can't be started: .*this can't be opened here"):
-        list(run_jobs(jobs, Unloadable(), Staff(2, threads=1), quiet))
+        list(run_jobs(jobs, Unloadable(), WorkerOptions(2, threads=1), quiet))
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ({"workers": 0}, "workers is 0; give a whole number from 1 to 1024"),
+    ({"count": 0}, "workers is 0; give a whole number from 1 to 1024"),
     ({"threads": 5000}, "threads is 5000"),
 ])
 def test_staff_out_of_range_is_refused(words, message):
     with pytest.raises(InputError, match=message):
-        Staff(**words)
+        WorkerOptions(**words)
 
 
 def test_threads_are_divided_unless_somebody_said_how_many(monkeypatch):
@@ -216,21 +217,21 @@ def test_threads_are_divided_unless_somebody_said_how_many(monkeypatch):
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert [Staff(n).num_threads for n in (None, 1, 3, 99)] == [8, 8, 2, 1]
-    assert Staff(4, threads=5).num_threads == 5
+    assert [WorkerOptions(n).num_threads for n in (None, 1, 3, 99)] == [8, 8, 2, 1]
+    assert WorkerOptions(4, threads=5).num_threads == 5
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert Staff(4).num_threads == 8
+    assert WorkerOptions(4).num_threads == 8
     assert os.environ["OMP_NUM_THREADS"] == "8"
 
 
 def test_a_folders_clips_keep_to_the_threads_they_were_begun_with(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folder, told = tmp_path / "film.shots", []
-    assert settle_threads(folder, Staff(2, threads=3), told.append).threads == 3
-    assert settle_threads(folder, Staff(1024), told.append).threads == 3
+    assert settle_threads(folder, WorkerOptions(2, threads=3), told.append).threads == 3
+    assert settle_threads(folder, WorkerOptions(1024), told.append).threads == 3
     assert "each clip uses 3 threads" in told[-1]["text"]
-    assert settle_threads(folder, Staff(threads=5), told.append).threads == 5
-    assert settle_threads(folder, Staff(), told.append).threads == 5
+    assert settle_threads(folder, WorkerOptions(threads=5), told.append).threads == 5
+    assert settle_threads(folder, WorkerOptions(), told.append).threads == 5
     (folder / "threads.json").write_text("{broken")
-    assert settle_threads(folder, Staff(1024), told.append).threads == 1
-    assert settle_threads(folder, Staff(ray="auto"), told.append).threads is None
+    assert settle_threads(folder, WorkerOptions(1024), told.append).threads == 1
+    assert settle_threads(folder, WorkerOptions(ray="auto"), told.append).threads is None

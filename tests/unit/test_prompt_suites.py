@@ -7,7 +7,7 @@ import pytest
 from vidgen.core.errors import InputError
 from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
 from vidgen.evaluation.suite import (
-    Item,
+    EvaluatedClip,
     PromptSuite,
     file_stem,
     find_items,
@@ -74,8 +74,10 @@ def test_clips_are_known_by_the_suites_name_for_them(tmp_path):
     cut = file_stem(suite.prompts[2])
     assert len(cut) < len(suite.prompts[2])
     told = {"a cat_dog-0": "a cat_dog", "a fox-1": "a fox, told at length", f"{cut}-0": cut}
-    items = [Item(tmp_path / f"{name}.mp4", name, prompt, None) for name, prompt in told.items()]
-    inside, outside, missing = suite.split([*items, Item(tmp_path / "x.mp4", "x", "x", None)])
+    items = [EvaluatedClip(tmp_path / f"{name}.mp4", name, prompt, None)
+             for name, prompt in told.items()]
+    other = EvaluatedClip(tmp_path / "x.mp4", "x", "x", None)
+    inside, outside, missing = suite.split([*items, other])
     assert [item.prompt for item in inside] == list(suite.prompts)
     assert [item.name for item in outside] == ["x"]
     assert missing == []

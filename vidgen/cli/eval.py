@@ -117,13 +117,13 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
 
 def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
     from vidgen.evaluation.scale import SuiteRun, run_suite
-    from vidgen.pipeline.workers.types import Staff
+    from vidgen.pipeline.workers.types import WorkerOptions
 
     settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
     settings["settings"] = parse_settings(args.settings)
     run_of = SuiteRun(
         args.benchmark, args.model, args.seeds, args.seed, settings, args.dtype,
-        tuple(args.network), args.first_images, Staff(args.workers, args.ray, args.threads))
+        tuple(args.network), args.first_images, WorkerOptions(args.workers, args.ray, args.threads))
     return run_suite(run_of, args.output, report)
 
 

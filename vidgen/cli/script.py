@@ -17,7 +17,7 @@ from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Offload
-    from vidgen.pipeline.workers.types import Staff
+    from vidgen.pipeline.workers.types import WorkerOptions
     from vidgen.story.edit import Edit
     from vidgen.story.film import ShotPlan
     from vidgen.story.script import Script
@@ -68,7 +68,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.write import CONTAINERS, check_format
     from vidgen.pipeline.policy import policy_from_environment
-    from vidgen.pipeline.workers.types import Staff
+    from vidgen.pipeline.workers.types import WorkerOptions
     from vidgen.story.edit import make_edit
     from vidgen.story.export import check_export, export_film
     from vidgen.story.plan import enforce_film, plan_film
@@ -77,7 +77,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.weights.layouts import open_model
 
     _check_exports(args)
-    staff = Staff(args.workers, args.ray, args.threads)
+    workers = WorkerOptions(args.workers, args.ray, args.threads)
     script = Script.read(args.script)
     output = Path(args.output or f"{Path(args.script).stem}{'-draft' if args.draft else ''}.mp4")
     if check_format(output) not in CONTAINERS:
@@ -96,12 +96,12 @@ def run(args: Namespace, report: Report) -> int:
         offload=_offload(args) or "none")
     edit = None if args.only else make_edit(film, film.in_film, output, describe=describe)
     if args.check:
-        return _report_plan(store, plans, staff, args, report, edit)
+        return _report_plan(store, plans, workers, args, report, edit)
     wanted = [".otio"] * args.otio + [".html"] * args.storyboard
     is_done = edit is not None and check_export(edit, store, wanted, overwrite=args.overwrite)
     check_output(output, overwrite=True)  # its folder must exist for the shots, too
     start = time.monotonic()
-    shots = _render(store, plans, staff, args, report)
+    shots = _render(store, plans, workers, args, report)
     made = list[str]()
     if edit is not None:
         report.expect_nothing()
@@ -149,7 +149,8 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
 
 
 def _render(
-    store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
+    store: ShotStore, plans: Sequence[ShotPlan], workers: WorkerOptions, args: Namespace,
+    report: Report,
 ) -> list[RenderedShot]:
     from vidgen.core.runtime import choose_device
     from vidgen.pipeline.engine import load
@@ -159,15 +160,16 @@ def _render(
 
     film, offload, device = store.film, args.offload, choose_device()
     if parts := store.left(plans):
-        staff = settle_threads(store.folder, staff, report)
-        made = [*estimates(film, parts, device, staff.memory(device), _offload(args))]
-        report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not staff.is_here)
-        if not staff.is_here and staff.ray is None:  # a worker can't see the memory of the others
+        workers = settle_threads(store.folder, workers, report)
+        made = [*estimates(film, parts, device, workers.memory(device), _offload(args))]
+        report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not workers.is_here)
+        # a worker can't see the memory of the others
+        if not workers.is_here and workers.ray is None:
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
     engine = partial(load, _model(args.model, film.script), offload=offload, **film.loading)
     try:
         with closing(ShotWork(engine, store)) as work:
-            return [*render_film(work, plans, report, overwrite=args.overwrite, staff=staff)]
+            return [*render_film(work, plans, report, overwrite=args.overwrite, workers=workers)]
     except BaseException as error:
         if not isinstance(error, VidgenError) or error.exit_code != 2:
             report.note(_stopped_text(store, plans))
@@ -192,14 +194,14 @@ def _offload(args: Namespace) -> Offload | None:
 
 
 def _report_plan(
-    store: ShotStore, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report,
-    edit: Edit | None,
+    store: ShotStore, plans: Sequence[ShotPlan], workers: WorkerOptions, args: Namespace,
+    report: Report, edit: Edit | None,
 ) -> int:
     from vidgen.core.runtime import choose_device, size_text
     from vidgen.story.plan import film_facts
 
     device = choose_device()
-    data = film_facts(store, plans, device, have := staff.memory(device), _offload(args))
+    data = film_facts(store, plans, device, have := workers.memory(device), _offload(args))
     whole, (width, height) = data["film"], data["size"]
     if edit is not None:
         whole["duration_s"] = edit.facts()["duration_s"]

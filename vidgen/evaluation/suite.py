@@ -23,7 +23,7 @@ _CAMERA = re.compile(r", camera [a-z ]+$")
 
 
 @dataclass(frozen=True)
-class Item:
+class EvaluatedClip:
     """A clip of a folder, with its prompt and origin."""
 
     path: Path
@@ -74,7 +74,9 @@ class PromptSuite:
         """Return whether clips of a prompt count for one of VBench's dimensions."""
         return not self.dimensions or dimension in self.dimensions[prompt]
 
-    def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item], list[str]]:
+    def split(
+        self, items: Sequence[EvaluatedClip]
+    ) -> tuple[list[EvaluatedClip], list[EvaluatedClip], list[str]]:
         """Return clips of the suite, clips of other prompts, and prompts without a clip.
 
         Raises:
@@ -121,7 +123,7 @@ def prompt_of(name: str) -> str:
     return found["prompt"] if found else name
 
 
-def find_items(folder: str | Path) -> list[Item]:
+def find_items(folder: str | Path) -> list[EvaluatedClip]:
     """Return the clips of a folder, sorted by name.
 
     Raises:
@@ -140,18 +142,18 @@ def find_items(folder: str | Path) -> list[Item]:
     return [_item(path) for path in paths]
 
 
-def _item(path: Path) -> Item:
+def _item(path: Path) -> EvaluatedClip:
     try:
         recipe = read_recipe(path) or {}
     except InputError:  # damaged; measuring it reports the error
         recipe = {}
     plan, model = recipe.get("plan"), recipe.get("model")
     if not isinstance(plan, dict) or not isinstance(model, dict):
-        return Item(path, path.stem, prompt_of(path.stem), None)
+        return EvaluatedClip(path, path.stem, prompt_of(path.stem), None)
     origin = {
         "model": model.get("name"), "model_sha256": model.get("sha256"), "seed": plan.get("seed"),
         "vidgen": recipe.get("vidgen")}
-    return Item(path, path.stem, str(plan.get("prompt") or prompt_of(path.stem)), origin)
+    return EvaluatedClip(path, path.stem, str(plan.get("prompt") or prompt_of(path.stem)), origin)
 
 
 def file_stem(prompt: str) -> str:
@@ -185,7 +187,7 @@ def picture_of(prompt: str, pictures: Mapping[str, Path], suite: PromptSuite | N
 
 
 def find_images(
-    folder: str | Path, items: Iterable[Item], suite: PromptSuite | None = None
+    folder: str | Path, items: Iterable[EvaluatedClip], suite: PromptSuite | None = None
 ) -> dict[str, Path]:
     """Return {clip's name: first picture} of clips that have one by name or prompt.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ConditionEncoder:
     """Encoders and sizes of a model that conditions need."""
 
     # video [1, 3, T, H, W] in [-1, 1] and the keyword `rate` to normalised latents [1, C, F, h, w]
@@ -43,7 +43,7 @@ class Encoder:
 
 
 def write_conditions(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder,
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: ConditionEncoder,
     start_sigma: float, *, settles: bool,
 ) -> LatentState:
     """Write every condition of a request into a state of fresh noise.
@@ -65,7 +65,7 @@ def write_conditions(
 
 
 def _in_place(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: ConditionEncoder
 ) -> LatentState:
     if request.mask is not None:
         state = condition.mask(state, *_kept(state, plan, request, inputs, model))
@@ -83,7 +83,8 @@ def _in_place(
 
 
 def _kept(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder, rate: int = 1,
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: ConditionEncoder,
+    rate: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return the latents to keep [1, C, F, h, w] and a mask of the others, [1, 1, F, h, w]."""
     strides = model.strides.at_rate(rate)
@@ -93,7 +94,7 @@ def _kept(
 
 
 def _stacked(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: ConditionEncoder
 ) -> LatentState:
     pixels, wanted = _known_pixels(plan, request, inputs)
     known = wanted.amax((0, 1, 3, 4)) == 0
@@ -107,7 +108,7 @@ def _stacked(
 
 
 def _controlled(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: ConditionEncoder
 ) -> LatentState:
     pixels, wanted = _known_pixels(plan, request, inputs)
     references = [model.encode(pixels_of([picture], plan.width, plan.height, "pad", border=255))

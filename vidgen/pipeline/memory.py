@@ -258,7 +258,7 @@ def estimate(
 
     A dtype that `rates` lacks has the rates measured earlier, or else a typical machine's.
     """
-    job = _Job(folder, plan, request, setup, rates or {}, count)
+    job = _Counting(folder, plan, request, setup, rates or {}, count)
     job.load()
     job.text()
     job.prepare()
@@ -280,7 +280,7 @@ def estimate(
                     notes=tuple(note for note, holds in notes.items() if holds))
 
 
-class _Job:
+class _Counting:
     def __init__(
         self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
         rates: Mapping[torch.dtype, Rates], count: int,

@@ -212,7 +212,7 @@ class OpenedModel:
         Raises:
             InputError: the request's own noise has another shape.
         """
-        from vidgen.pipeline.conditions import Encoder, write_conditions
+        from vidgen.pipeline.conditions import ConditionEncoder, write_conditions
 
         noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
         if tuple(noise.shape) != plan.latents.dims:
@@ -220,7 +220,7 @@ class OpenedModel:
                              f"{list(plan.latents.dims)}")
         state = new_state(noise.float().to(self.device))
         describe = None if self.dit_config.image_dim is None else self.describe
-        model = Encoder(
+        model = ConditionEncoder(
             partial(self.encode_video, tiles=plan.tiles, passes=plan.encode_passes),
             partial(self.encode_first, num_steps=plan.refine_steps, tiles=plan.tiles,
                     passes=plan.encode_passes),

@@ -76,7 +76,7 @@ _REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: kept take seed .*)")
 """Pattern of notes that repeat progress and shots."""
 
 
-class Reporter:
+class JobReporter:
     """Forwards a job's events for clients to `on_event`, and measures its stages.
 
     Once `clock` is set, progress also has its fraction and the time left. `on_event` raises
@@ -142,7 +142,7 @@ def _peak_memory() -> int:
 
 
 def make_clip(
-    engine: Engine, folder: Path, spec: dict[str, Any], report: Reporter
+    engine: Engine, folder: Path, spec: dict[str, Any], report: JobReporter
 ) -> dict[str, Any]:
     """Generate a clip, or continue an interrupted one, and return its facts.
 
@@ -172,7 +172,7 @@ def make_clip(
 
 
 def _written(
-    engine: Engine, request: Request, marks: Mapping[str, str], output: Path, report: Reporter
+    engine: Engine, request: Request, marks: Mapping[str, str], output: Path, report: JobReporter
 ) -> Clip:
     """Generate and write the clip; start again if the journal is of another version."""
     def on_estimate(made: Estimate) -> None:
@@ -192,7 +192,7 @@ def _written(
 
 
 def make_film(
-    engine: Engine, folder: Path, spec: dict[str, Any], report: Reporter
+    engine: Engine, folder: Path, spec: dict[str, Any], report: JobReporter
 ) -> dict[str, Any]:
     """Generate a film, or continue an interrupted one, and return its facts.
 
@@ -231,7 +231,7 @@ def _clock(engine: Engine, store: ShotStore) -> Clock | None:
     return Clock(made, len(parts), one_by_one=True) if made else None
 
 
-def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: Reporter) -> RenderedShot:
+def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: JobReporter) -> RenderedShot:
     """Link a shot, and each of several takes, to its name for clients; add a thumbnail."""
     takes = store.film.shots[each.shot.id].takes
     paths = {shot_file(folder, each.shot.id): each.path}

@@ -48,10 +48,10 @@ class Runner:
         if payload["kind"] == OPEN:
             self._open()
             return None
-        from vidgen.server.making import Reporter, make_clip, make_film
+        from vidgen.server.making import JobReporter, make_clip, make_film
 
         make = make_film if payload["kind"] == "film" else make_clip
-        folder, report = Path(payload["folder"]), Reporter(on_event)
+        folder, report = Path(payload["folder"]), JobReporter(on_event)
         try:
             return make(self._engine, folder, payload["spec"], report) | report.facts()
         except Cancelled as error:

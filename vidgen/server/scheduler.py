@@ -164,7 +164,7 @@ class Scheduler:
         with self._lock:
             if self._pool is None and now >= self._start_s and not self._is_draining:
                 self._last_message_s = now
-                self._pool = LocalPool(self._work, 1, workers.Staff().num_threads)
+                self._pool = LocalPool(self._work, 1, workers.WorkerOptions().num_threads)
                 self._pool.start()
             child, silent = self._child, now - self._last_message_s > SILENCE_S
             sent_s = self._stop_sent_s

@@ -30,7 +30,7 @@ from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import CONTAINERS, SEGMENT, write_clip
 from vidgen.pipeline.journal.job import SUFFIX, lock_job, sweep
-from vidgen.story.colours import Colours, Source, matching, measured, spread
+from vidgen.story.colours import Colours, ShotFrames, matching, measured, spread
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import file_facts, mixed, not_made
 from vidgen.story.pieces import Piece, Reels, pieces_of
@@ -62,7 +62,7 @@ def assemble(
     check_shots(shots)
     output, notes = edit.output, not_made(edit.film, edit.timeline)
     check_output(output, overwrite=True, num_bytes=sum(each.path.stat().st_size for each in shots))
-    sources = [Source(each.path, each.num_frames) for each in shots]
+    sources = [ShotFrames(each.path, each.num_frames) for each in shots]
     with _workplace(output) as folder:
         sources, scenes = _matched(edit, sources)
         pieces = pieces_of(edit.timeline, _burnt(edit), _parts(edit, shots, sources, folder))
@@ -114,8 +114,8 @@ def text_files(edit: Edit) -> dict[Path, str]:
 
 
 def _matched(
-    edit: Edit, sources: list[Source]
-) -> tuple[list[Source], dict[str, dict[int, Colours]]]:
+    edit: Edit, sources: list[ShotFrames]
+) -> tuple[list[ShotFrames], dict[str, dict[int, Colours]]]:
     """Return sources with their tables, and the earlier colours of each scene's shots."""
     script, scenes = edit.film.script, defaultdict[str, list[int]](list)
     for index, placed in enumerate(edit.timeline.shots):
@@ -136,7 +136,7 @@ def _matched(
 
 
 def _parts(
-    edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[Source], folder: Path
+    edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[ShotFrames], folder: Path
 ) -> list[list[int] | None]:
     """Return the places where each shot can be cut; None where it can't."""
     info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)

@@ -30,7 +30,7 @@ Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Source:
+class ShotFrames:
     """A shot's file."""
 
     path: Path

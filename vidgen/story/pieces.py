@@ -20,7 +20,7 @@ import numpy as np
 
 from vidgen.media.types import Frames
 from vidgen.story.captions import Burner
-from vidgen.story.colours import Colours, Source
+from vidgen.story.colours import Colours, ShotFrames
 from vidgen.story.timeline import Section, Timeline
 
 _COLOURS = {"fade-black": 0.0, "fade-white": 255.0}
@@ -91,7 +91,7 @@ class Reels:
     """
 
     timeline: Timeline  # of the film
-    sources: Sequence[Source]  # the shots' frames
+    sources: Sequence[ShotFrames]  # the shots' frames
     burner: Burner  # burns texts in
     # called with the number of frames made so far
     on_frames: Callable[[int], None] = lambda _: None

@@ -25,7 +25,7 @@ from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.pipeline.workers.scheduler import run_jobs
-from vidgen.pipeline.workers.types import Job, Staff
+from vidgen.pipeline.workers.types import Job, WorkerOptions
 from vidgen.story.elements import ShotFrame
 from vidgen.story.film import Part, ShotPlan, Take
 from vidgen.story.store import RenderedShot, ShotStore, TakeScore, findings_of, remember
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 def render_film(
     work: ShotWork, plans: Sequence[ShotPlan], on_event: OnEvent, *, overwrite: bool = False,
-    staff: Staff | None = None,
+    workers: WorkerOptions | None = None,
 ) -> Iterator[RenderedShot]:
     """Render missing shots; yield each shot in this order as soon as it is complete.
 
     Args:
         on_event: called with progress, notes and files, as events; `clip` counts the parts.
         overwrite: restart stopped shots instead of resuming them.
-        staff: the workers; a single one is this process.
+        workers: the workers; a single one is this process.
 
     Raises:
         InputError: a shot that can't be made, with its place in the script.
@@ -57,7 +57,7 @@ def render_film(
     open_keys = set[str]()
     try:
         for outcome in run_jobs(_jobs(store, plans, ahead, open_keys, overwrite=overwrite), work,
-                                staff or Staff(), on_event):
+                                workers or WorkerOptions(), on_event):
             if outcome.error is not None:
                 raise _named(outcome.error, outcome.job.name)
             open_keys.discard(outcome.job.key)

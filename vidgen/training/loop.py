@@ -35,7 +35,7 @@ from vidgen.core.runtime import (
 from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig, refuse_changes
 from vidgen.training.engines.distributed import Place, current_place
-from vidgen.training.engines.engine import Engine
+from vidgen.training.engines.engine import TrainingEngine
 from vidgen.training.task import Batches, Task
 
 OnRecord = Callable[[dict[str, Any]], None]
@@ -93,9 +93,9 @@ def train(
         return loop.run_from(loop.restore(source))
 
 
-def _open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) -> Engine:
+def _open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) -> TrainingEngine:
     if run.engine.deepspeed is None:
-        return Engine(task, run, place, source)
+        return TrainingEngine(task, run, place, source)
     from vidgen.training.engines.deepspeed import open_deepspeed
 
     return open_deepspeed(task, run, place, source)
@@ -137,7 +137,7 @@ class _State:
 
 
 class _Loop:
-    def __init__(self, task: Task, run: RunConfig, place: Place, engine: Engine,
+    def __init__(self, task: Task, run: RunConfig, place: Place, engine: TrainingEngine,
                  on_record: OnRecord | None) -> None:
         self.task, self.run, self.place, self.engine = task, run, place, engine
         self.folder, self.on_record = Path(run.folder), on_record

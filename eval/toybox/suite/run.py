@@ -36,7 +36,7 @@ from vidgen.core.runtime import fingerprint
 from vidgen.core.store import ScoreLog
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
-from vidgen.pipeline.workers.types import Job, Patience, Staff
+from vidgen.pipeline.workers.types import Job, Patience, WorkerOptions
 
 SHEET_CLIPS = 16
 JUDGE_SEEDS = 1 << 24  # from the end of the judge's range: scenes it never learned from
@@ -49,19 +49,19 @@ class ToyboxRun:
         bench: the settings.
         output: results' file, beside which the scores of single clips go.
         on_event: told of progress, and of what is left out.
-        staff: who works.
+        workers: who works.
         has_sheet: whether frames of the first clips are kept.
     """
 
     def __init__(
-        self, bench: Benchmark, output: Path, on_event: OnEvent, staff: Staff, *,
+        self, bench: Benchmark, output: Path, on_event: OnEvent, workers: WorkerOptions, *,
         has_sheet: bool,
     ) -> None:  # fmt: skip
         self.bench, self.tell = bench, on_event
         self._work = ToyboxWork(bench).settled()
         self.studio = self._work.studio
-        self.staff = replace(
-            settle_threads(output.parent, staff, on_event, output.name + ".threads"),
+        self.workers = replace(
+            settle_threads(output.parent, workers, on_event, output.name + ".threads"),
             patience=Patience(stall=math.inf),  # of a batch no progress is told
         )
         self.log = ScoreLog(output.with_name(output.name + ".jsonl"))
@@ -91,7 +91,7 @@ class ToyboxRun:
                     done[source] += len(names)
             if done[source]:
                 self._tell_progress(source, done[source], 0)
-        for outcome in run_jobs(iter(jobs), self._work, self.staff, self.tell):
+        for outcome in run_jobs(iter(jobs), self._work, self.workers, self.tell):
             if outcome.error is not None:
                 raise outcome.error
             batch, scored = outcome.job.payload, outcome.result
@@ -163,7 +163,7 @@ def _prompts_hash(items: Mapping[str, Sequence[Item]]) -> str:
 
 def run_toybox(
     bench: Benchmark, output: str | Path, on_event: OnEvent, sheet: str | Path | None = None,
-    staff: Staff | None = None,
+    workers: WorkerOptions | None = None,
 ) -> dict[str, Any]:
     """Score a model; see the module's words and `summary.summarise` for what comes back.
 
@@ -171,7 +171,8 @@ def run_toybox(
         ModelError: no such model or judge.
         InputError: a setting that can't be honoured.
     """
-    run = ToyboxRun(bench, Path(output), on_event, staff or Staff(), has_sheet=sheet is not None)
+    run = ToyboxRun(bench, Path(output), on_event, workers or WorkerOptions(),
+                    has_sheet=sheet is not None)
     scores, items = run.score(), run.items
     trust = None
     if bench.suite in ("all", "full", "judge"):
@@ -184,9 +185,8 @@ def run_toybox(
         "suite": "toybox", "part": bench.suite, **run.studio.identity,
         "sound_judge": run.studio.ear_sha256,
         "seeds": [bench.seed, bench.seed + max(map(len, items.values())) - 1],
-        "clips_a_prompt": bench.seeds, "threads": run.staff.threads,
+        "clips_a_prompt": bench.seeds, "threads": run.workers.threads,
         "prompt_suite": {"name": f"toybox, {bench.split}", "sha256": _prompts_hash(items)},
-        "augmentation": "none",
         "machine": {"numpy": np.__version__, **fingerprint()},
         **summarise(
             scores, {name: [i.scene for i in part] for name, part in items.items()}, trust,

@@ -27,12 +27,18 @@ from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
 from vidgen.evaluation.metrics.registry import PROXY
 from vidgen.evaluation.metrics.vbench import DIMENSIONS
-from vidgen.evaluation.suite import CLIP_SUFFIXES, Item, PromptSuite, find_images, find_items
+from vidgen.evaluation.suite import (
+    CLIP_SUFFIXES,
+    EvaluatedClip,
+    PromptSuite,
+    find_images,
+    find_items,
+)
 from vidgen.evaluation.temporal.comparison import by_name, compare, figures
 from vidgen.media.read import load_image
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.workers.scheduler import run_jobs
-from vidgen.pipeline.workers.types import Job, Patience, Staff
+from vidgen.pipeline.workers.types import Job, Patience, WorkerOptions
 
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
@@ -55,21 +61,21 @@ class TemporalRun:
     # file of the prompts; None: the prompts of the clips found
     prompt_suite: str | None = None
     workers: int | None = None  # processes that measure in parallel; None: this one
-    ray: str | None = None  # address of a Ray cluster that measures, as in `Staff`
+    ray: str | None = None  # address of a Ray cluster that measures, as in `WorkerOptions`
 
     def __post_init__(self) -> None:
         if not self.videos:
             raise InputError("no folder of clips; give --videos FOLDER")
-        _ = self.staff
+        _ = self.worker_options
         names = [str(Path(folder).resolve()) for folder in self.videos]
         if len(set(names)) < len(names):
             raise InputError("a folder is given twice to --videos; name each once")
 
     @property
-    def staff(self) -> Staff:
+    def worker_options(self) -> WorkerOptions:
         """Workers of one thread each, so that their number doesn't change results."""
         patience = Patience(stall=math.inf)  # measures report no progress
-        return Staff(self.workers, self.ray, threads=1, patience=patience)
+        return WorkerOptions(self.workers, self.ray, threads=1, patience=patience)
 
 
 @dataclass
@@ -78,7 +84,7 @@ class Folder:
 
     name: str
     path: str
-    items: list[Item]
+    items: list[EvaluatedClip]
     missing_prompts: list[str] = field(default_factory=list)
     suite: PromptSuite | None = None
     images: dict[str, Path] = field(default_factory=dict)
@@ -87,7 +93,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Measuring:
     path: str
     image: str | None
     networks: tuple[tuple[str, str], ...]
@@ -121,7 +127,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     if paths:
         identity.append(versions["torch"])
     given = tuple((name, str(path)) for name, path in paths.items())
-    _measure(folders, given, identity, log, run.staff, on_event)
+    _measure(folders, given, identity, log, run.worker_options, on_event)
     for folder in folders:
         note(_doubts(folder))
     results = [_result(folder) for folder in folders]
@@ -168,13 +174,13 @@ def _disambiguate(folders: Sequence[Folder], *, has_extractor: bool) -> None:
 
 def _measure(
     folders: Sequence[Folder], networks: tuple[tuple[str, str], ...], identity: list[Any],
-    log: ScoreLog, staff: Staff, on_event: OnEvent,
+    log: ScoreLog, workers: WorkerOptions, on_event: OnEvent,
 ) -> None:  # fmt: skip
-    wanted: dict[str, tuple[_Job, list[tuple[Folder, Item]]]] = {}
+    wanted: dict[str, tuple[_Measuring, list[tuple[Folder, EvaluatedClip]]]] = {}
     for folder in folders:
         for item in folder.items:
             image = folder.images.get(item.name)
-            job = _Job(str(item.path), None if image is None else str(image), networks)
+            job = _Measuring(str(item.path), None if image is None else str(image), networks)
             hashes = [None if file is None else sha256_file(file) for file in (job.path, job.image)]
             key = address_of([identity, *hashes])
             if key in log.scores:
@@ -185,7 +191,7 @@ def _measure(
     done = total - sum(len(users) for _, users in wanted.values())
     on_event({"event": "progress", "stage": "measure", "done": done, "total": total})
     jobs = (Job(key, job, name=job.path) for key, (job, _) in wanted.items())
-    for outcome in run_jobs(jobs, measure, staff, on_event):
+    for outcome in run_jobs(jobs, measure, workers, on_event):
         key, scores = outcome.job.key, str(outcome.error) if outcome.error else outcome.result
         for folder, item in wanted[key][1]:
             if isinstance(scores, str):
@@ -202,7 +208,9 @@ def _measure(
         folder.failed = dict(sorted(folder.failed.items()))
 
 
-def _relevant(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[str, Any]:
+def _relevant(
+    row: dict[str, Any], item: EvaluatedClip, suite: PromptSuite | None
+) -> dict[str, Any]:
     """Return a clip's scores without the dimensions for which its prompt wasn't written."""
     if suite is None:
         return row
@@ -216,7 +224,7 @@ def _relevant(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dic
 _networks: dict[tuple[tuple[str, str], ...], Networks] = {}
 
 
-def measure(job: _Job, _on_event: OnEvent) -> dict[str, Any]:
+def measure(job: _Measuring, _on_event: OnEvent) -> dict[str, Any]:
     """Return the scores of one clip.
 
     Raises:

@@ -25,7 +25,7 @@ from vidgen.pipeline.workers.pool import Message, WorkerHandle, WorkerPool
 from vidgen.pipeline.workers.process import Worker
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.workers.types import Staff, Work
+    from vidgen.pipeline.workers.types import Work, WorkerOptions
 
 LISTEN_S = 1.0
 """Time that an actor waits for a message before it answers; the answer is its heartbeat."""
@@ -86,8 +86,8 @@ def _opened(work: bytes, folder: str, version: str) -> Work:
 class RayPool(WorkerPool):
     """Actors of a cluster; raises InputError without Ray, or without such a cluster."""
 
-    def __init__(self, work: bytes, staff: Staff) -> None:
-        assert staff.ray is not None
+    def __init__(self, work: bytes, workers: WorkerOptions) -> None:
+        assert workers.ray is not None
         try:
             import ray
             import ray.exceptions
@@ -97,13 +97,13 @@ class RayPool(WorkerPool):
         self._stdout = redirect_stdout(sys.stderr)  # Ray reports problems on stdout
         self._is_own = not self._ray.is_initialized()
         if self._is_own:
-            _connect(self._ray, staff.ray)
+            _connect(self._ray, workers.ray)
         machines = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
         gpus = int(sum(each.get("GPU", 0) for each in machines))
-        super().__init__(staff.workers or gpus or len(machines))
+        super().__init__(workers.count or gpus or len(machines))
         cpus = int(min(each.get("CPU", 1) for each in machines))
         share = len(machines) * cpus // self._count
-        self._threads = staff.threads or max(1, min(cpus, share))
+        self._threads = workers.threads or max(1, min(cpus, share))
         options = {"num_cpus": min(self._threads, max(cpus, 1)), "num_gpus": int(gpus > 0),
                    "max_restarts": 0, "max_concurrency": 4}
         self._actor = self._ray.remote(**options)(Actor)

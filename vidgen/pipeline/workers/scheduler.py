@@ -1,6 +1,6 @@
 """Scheduler of jobs that depend on each other, run by one or many workers.
 
-    for outcome in run_jobs(jobs, work, Staff(workers=4), on_event): ...
+    for outcome in run_jobs(jobs, work, WorkerOptions(count=4), on_event): ...
     for key, result in results_of(function, payloads, 4, on_event): ...   # independent
 
 Jobs come from an iterator, each after those that it needs, and only a window of them is held, so a
@@ -28,7 +28,14 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.core.store import Store
 from vidgen.pipeline.workers.pool import LocalPool, WorkerHandle, WorkerPool, visible_gpus
-from vidgen.pipeline.workers.types import MAX_THREADS, Job, Outcome, Staff, Work, pin_threads
+from vidgen.pipeline.workers.types import (
+    MAX_THREADS,
+    Job,
+    Outcome,
+    Work,
+    WorkerOptions,
+    pin_threads,
+)
 
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
@@ -39,7 +46,9 @@ WINDOW = 32
 """Jobs held per worker, so that jobs that wait for others leave no worker idle."""
 
 
-def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, on_event: OnEvent) -> Iterator[Outcome]:
+def run_jobs(
+    jobs: Iterable[Job], work: Work, workers: WorkerOptions, on_event: OnEvent
+) -> Iterator[Outcome]:
     """Run jobs; yield each one's outcome when it finishes.
 
     A caller that leaves the loop, or is interrupted, stops all workers within seconds; their jobs
@@ -47,12 +56,12 @@ def run_jobs(jobs: Iterable[Job], work: Work, staff: Staff, on_event: OnEvent) -
     them. `on_event` gets workers' events, with `worker` added if several run. Workers that don't
     start raise VidgenError.
     """
-    if staff.is_here:
-        yield from _run_here(_Queue(iter(jobs), WINDOW), work, staff.num_threads, on_event)
+    if workers.is_here:
+        yield from _run_here(_Queue(iter(jobs), WINDOW), work, workers.num_threads, on_event)
         return
-    with _open_pool(work, staff) as pool:
+    with _open_pool(work, workers) as pool:
         queue = _Queue(iter(jobs), WINDOW * len(pool.workers))
-        yield from _Dispatcher(queue, pool, staff, on_event).outcomes()
+        yield from _Dispatcher(queue, pool, workers, on_event).outcomes()
 
 
 def results_of(
@@ -71,9 +80,9 @@ def results_of(
     if not payloads:
         return
     keys = list(payloads)
-    staff = Staff(min(workers, len(keys)))
+    options = WorkerOptions(min(workers, len(keys)))
     jobs = (Job(str(number), payloads[key], name=str(key)) for number, key in enumerate(keys))
-    for outcome in run_jobs(jobs, partial(_call, function), staff, on_event):
+    for outcome in run_jobs(jobs, partial(_call, function), options, on_event):
         if outcome.error is not None:
             raise outcome.error
         yield keys[int(outcome.job.key)], outcome.result
@@ -83,50 +92,52 @@ def _call(function: Callable[[Any], Any], payload: Any, _on_event: OnEvent) -> A
     return function(payload)
 
 
-def settle_threads(folder: Path, staff: Staff, on_event: OnEvent, name: str = THREADS) -> Staff:
-    """Return `staff` with the threads that a folder's first clips used on this kind of machine.
+def settle_threads(
+    folder: Path, workers: WorkerOptions, on_event: OnEvent, name: str = THREADS
+) -> WorkerOptions:
+    """Return `workers` with the threads that a folder's first clips used on this kind of machine.
 
     A clip's last bits may depend on the number of threads, so the folder's file `name` records it
     for the remaining clips. A requested number replaces the recorded one. `on_event` gets a note if
     the recorded number isn't the default.
     """
-    store, place = Store(folder), "ray" if staff.ray else fingerprint()["cpu"]
+    store, place = Store(folder), "ray" if workers.ray else fingerprint()["cpu"]
     kept = store.data(name)
     begun = kept.get(place)
-    if staff.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
-        if begun != staff.num_threads:
+    if workers.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
+        if begun != workers.num_threads:
             on_event({"event": "note", "text": f"each clip uses {begun} threads, as "
                       f"{folder / name}.json records; --threads N changes the number"})
-        return replace(staff, threads=begun)
-    if staff.ray and staff.threads is None:
-        return staff  # each machine of the cluster decides
-    settled = replace(staff, threads=staff.num_threads)
+        return replace(workers, threads=begun)
+    if workers.ray and workers.threads is None:
+        return workers  # each machine of the cluster decides
+    settled = replace(workers, threads=workers.num_threads)
     store.keep(name, kept | {place: settled.threads})
     return settled
 
 
 @contextmanager
-def _open_pool(work: Work, staff: Staff) -> Iterator[WorkerPool]:
+def _open_pool(work: Work, workers: WorkerOptions) -> Iterator[WorkerPool]:
     try:
         content = pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(f"the work can't be sent to other processes ({error}); give functions of "
                          "modules, or functools.partial of them") from None
     pool: WorkerPool
-    if staff.ray is None:
-        count = staff.workers or 1
-        pool = LocalPool(content, count, staff.num_threads, visible_gpus() if count > 1 else ())
+    if workers.ray is None:
+        count = workers.count or 1
+        pool = LocalPool(content, count, workers.num_threads, visible_gpus() if count > 1 else ())
     else:
         from vidgen.pipeline.workers.ray import RayPool
 
-        pool = RayPool(content, staff)
+        pool = RayPool(content, workers)
     try:
         pool.start()
         yield pool
     finally:
         for worker in pool.workers:
             worker.stop()
-        pool.end(staff.patience.grace)
+        pool.end(workers.patience.grace)
 
 
 def _run_here(queue: _Queue, work: Work, threads: int, on_event: OnEvent) -> Iterator[Outcome]:
@@ -210,9 +221,11 @@ class _Queue:
 
 
 class _Dispatcher:
-    def __init__(self, queue: _Queue, pool: WorkerPool, staff: Staff, on_event: OnEvent) -> None:
+    def __init__(
+        self, queue: _Queue, pool: WorkerPool, workers: WorkerOptions, on_event: OnEvent
+    ) -> None:
         self.queue, self.pool = queue, pool
-        self.patience, self.on_event = staff.patience, on_event
+        self.patience, self.on_event = workers.patience, on_event
         self._deaths = Counter[str]()
         self._failed_starts = 0
 

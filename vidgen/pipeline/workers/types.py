@@ -54,24 +54,24 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Staff:
+class WorkerOptions:
     """Number and kind of workers; raises InputError if a number is out of range."""
 
-    workers: int | None = None  # None: one, or as many as a Ray cluster has GPUs or else machines
+    count: int | None = None  # None: one, or as many as a Ray cluster has GPUs or else machines
     ray: str | None = None  # "auto", "host:port", "ray://host:port", or "local" to start one here
     threads: int | None = None  # of each job; None: this process's share
     patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
-        for name, high in (("workers", MAX_WORKERS), ("threads", MAX_THREADS)):
-            value = getattr(self, name)
+        for name, value, high in (("workers", self.count, MAX_WORKERS),
+                                  ("threads", self.threads, MAX_THREADS)):
             if value is not None and not 1 <= value <= high:
                 raise InputError(f"{name} is {value}; give a whole number from 1 to {high}")
 
     @property
     def is_here(self) -> bool:
         """True if this process runs the jobs itself."""
-        return self.ray is None and self.workers in (None, 1)
+        return self.ray is None and self.count in (None, 1)
 
     @property
     def num_threads(self) -> int:
@@ -81,17 +81,17 @@ class Staff:
         import torch
 
         count = torch.get_num_threads()
-        return count if "OMP_NUM_THREADS" in os.environ else max(1, count // (self.workers or 1))
+        return count if "OMP_NUM_THREADS" in os.environ else max(1, count // (self.count or 1))
 
     def memory(self, device: torch.device) -> int | None:
         """Return the free bytes for each worker; None if unknown, as on a cluster."""
         have = None if self.ray is not None else available_memory(device)
-        if have is None or self.workers is None:
+        if have is None or self.count is None:
             return have
         import torch
 
         devices = torch.cuda.device_count() if device.type == "cuda" else 1
-        return have // -(-self.workers // devices)
+        return have // -(-self.count // devices)
 
 
 def pin_threads(count: int) -> None:

@@ -135,7 +135,7 @@ class LatentCache:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Encoding:
     """Hold the items of one file by their first frame, each with its frames' numbers."""
 
     cache: LatentCache
@@ -167,12 +167,12 @@ def make_cache(
     if not items:
         raise InputError("the data have no usable items; vidgen data check lists the reasons")
     _require_place(cache.folder)
-    jobs = dict[str, _Job]()
+    jobs = dict[str, _Encoding]()
     for fate in known.fates:
         missing = [(item, picks(item, fate.facts, known.geometry)) for item in fate.items
                    if not cache.path("latents", item.key).exists()]
         if missing:
-            jobs[fate.file.path.as_posix()] = _Job(cache, model, device, missing)
+            jobs[fate.file.path.as_posix()] = _Encoding(cache, model, device, missing)
     captions = {"", *(text for item in items for text in item.captions)}
     texts = sorted(text for text in captions if not cache.path("texts", text).exists())
     # in this process, as one text encoder may take most of the memory
@@ -219,7 +219,7 @@ def _encoder(model: str, device: str) -> ItemEncoder:
     return ItemEncoder(open_trainable(model), torch.device(device))
 
 
-def _encode_file(job: _Job) -> str | None:
+def _encode_file(job: _Encoding) -> str | None:
     """Encode a file's items; return the error if the file can't be read any more."""
     encoder = _encoder(job.model, job.device)
     try:

@@ -31,7 +31,7 @@ from vidgen.core.runtime import choose_device
 from vidgen.training import checkpoint
 from vidgen.training.config import RunConfig
 from vidgen.training.engines.distributed import Place
-from vidgen.training.engines.engine import Engine
+from vidgen.training.engines.engine import TrainingEngine
 from vidgen.training.optim import EMA, set_lr
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
@@ -158,8 +158,8 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     return module
 
 
-def open_deepspeed(task: Task, run: RunConfig, place: Place, source: Path | None) -> Engine:
-    """Return DeepSpeed's engine for a run; arguments are those of `Engine`.
+def open_deepspeed(task: Task, run: RunConfig, place: Place, source: Path | None) -> TrainingEngine:
+    """Return DeepSpeed's engine for a run; arguments are those of `TrainingEngine`.
 
     Raises:
         InputError: ZeRO can't shard the task's optimiser, or the task `alternates`.
@@ -167,7 +167,7 @@ def open_deepspeed(task: Task, run: RunConfig, place: Place, source: Path | None
     return _DeepSpeedEngine(task, run, place, source)
 
 
-class _DeepSpeedEngine(Engine):
+class _DeepSpeedEngine(TrainingEngine):
     def _open(self, run: RunConfig, source: Path | None) -> None:
         settings = read_settings(run)
         deepspeed, config = _import_deepspeed(choose_device(run.device)), settings.config

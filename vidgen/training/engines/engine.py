@@ -25,7 +25,7 @@ from vidgen.training.task import Losses, Task
 from vidgen.weights.load import read_tensors
 
 
-class Engine:
+class TrainingEngine:
     """The weights, optimisers and averages of a task, complete on every rank.
 
     DDP averages the gradients of several ranks.
