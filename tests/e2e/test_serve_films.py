@@ -102,7 +102,7 @@ def test_films_keep_to_the_limits_of_clips(served):
     assert "frames of shot one" in told("shots: [{id: one, prompt: x, frames: 1009}]")
     assert "pixels of file a.png" in told(
         "shots: [{prompt: x, frames: 9, first_frame: a.png}]", ("a.png", png(30_000, 1_000)))
-    assert "shots, takes counted" in told(
+    assert "shots (takes counted)" in told(
         "shots: [{prompt: x, takes: 100}, {prompt: y, takes: 100}, {prompt: z}]")
 
 

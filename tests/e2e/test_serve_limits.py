@@ -154,7 +154,7 @@ def test_a_full_disk_is_told_and_gets_over(tiny_model, tmp_path):
     (["--quota-gb", "inf"], "quota_gb is inf"),
     (["--upload-mb", "nan"], "upload_mb is nan"),
     (["--drain-seconds", "-1"], "from 0"),
-    (["--loras", "nowhere"], "no folder"),
+    (["--loras", "nowhere"], "a folder"),
 ])
 def test_wrong_usage_leaves_with_2(tmp_path, options, told):
     done = subprocess.run(

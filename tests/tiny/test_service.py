@@ -237,7 +237,7 @@ def test_uploads_that_hang_or_unpack_to_too_much_are_refused(tmp_path, monkeypat
         check_uploads([("image", "picture", str(tmp_path / "hangs.png"))], Limits())
     monkeypatch.undo()
     (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(OptionError, match=r"image is no picture|image is damaged"):
+    with pytest.raises(OptionError, match=r"image is not a picture|image is damaged"):
         check_uploads([("image", "picture", str(tmp_path / "damaged.png"))], Limits())
     with pytest.raises(OptionError, match="3,072 pixels of image requested"):
         check_uploads(picture(tmp_path), Limits(input_pixels=3000))

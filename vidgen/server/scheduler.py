@@ -222,7 +222,7 @@ class Scheduler:
                 self._broken = str(error)
                 log.error("the model can't be opened: %s", self._broken)
                 worker.stop()
-            case "tell", event if job is not None:
+            case "event", event if job is not None:
                 getattr(self, f"_on_{event['event']}")(job, event)
             case ("done" | "failed") as end, outcome if job is not None:
                 getattr(self, f"_on_{end}")(job, outcome)
