@@ -81,8 +81,8 @@ class Chain:
         self.engine, self.settings, self.scene = engine, settings, scene
         self.windows = windows_of(engine, settings)
         self.request = Request.of(prompt, {
-            "seed": seed, "steps": settings.steps, "overlap": settings.overlap,
-            "frames": self.windows.num_frames,
+            "seed": seed, "steps": settings.steps, "frames": self.windows.num_frames,
+            "settings": {"overlap": settings.overlap},
         })  # fmt: skip
         self.plan = engine.plan(self.request, Inputs())
         self.read = read_prompts(engine, [prompt])
@@ -104,10 +104,12 @@ class Chain:
         if way == "pixels":
             return self._by_pixels()
         hold = 0.0 if way == "latents" else self.settings.hold
-        request = self.request.replace(
-            settings={"colour_hold": hold, "anchor": way == "anchored"})
+        request = self._with(colour_hold=hold, anchor=way == "anchored")
         long = LongClip(self.engine, self.plan, request, Inputs(), no_beginning(self.plan))
         return self._decode(long.sample(self._sample, done=self.first))
+
+    def _with(self, **settings: float) -> Request:
+        return self.request.replace(settings={**self.request.settings, **settings})
 
     def _sample(self, plan: Plan, state: LatentState) -> Tensor:
         return sampled(self.engine, plan, state, self.read, self.contexts)
@@ -115,7 +117,7 @@ class Chain:
     def _by_pixels(self) -> Tensor:
         """Chain as most programs do: the last frames, as a file holds them, are encoded again."""
         video = self._decode(self.first)
-        request = self.request.replace(settings={"colour_hold": 0.0, "anchor": False})
+        request = self._with(colour_hold=0.0, anchor=False)
         size, t = self.windows.size, self.windows.stride_t
         while video.shape[2] < self.plan.num_frames:
             count = 1 + (min(TAIL_FRAMES, size) - 1) * t

@@ -61,7 +61,7 @@ def test_the_command_makes_the_film_and_what_lies_beside_it(made):
     assert {path.name for path in folder.iterdir()} == {
         "film.yaml", "m.wav", "film.shots", "film.mp4", "film.srt", "film.vtt", "film.otio",
         "film.html"}
-    assert [Path(each).name for each in told["beside"]] == [
+    assert [Path(each).name for each in told["files"]] == [
         "film.srt", "film.vtt", "film.otio", "film.html"]
     clip = Clip.from_file(folder / "film.mp4")
     assert (clip.num_frames, clip.fps) == (33, 12)

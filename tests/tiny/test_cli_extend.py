@@ -136,7 +136,7 @@ def test_a_folder_of_pictures_cannot_go_on(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("frames").mkdir()
     assert main(["extend", "frames/", "--seconds", "1"]) == 2
-    assert "vidgen replay frames/ -o frames.mp4 makes one" in capsys.readouterr().err
+    assert "if vidgen wrote it, vidgen replay frames/ -o frames.mp4" in capsys.readouterr().err
 
 
 def test_the_result_and_the_file_tell_what_the_checks_found(short, tmp_path):
@@ -155,14 +155,14 @@ def test_a_label_is_burnt_into_the_opening_once(short, tmp_path, caplog):
     one, two, three = (tmp_path / f"{number}.mkv" for number in (1, 2, 3))
     extend(short, "--seconds", 1, "-o", one)
     extend(short, "--seconds", 1, "-o", two, "--label", "visible")
-    assert "once more, since a label is burnt into the opening" in caplog.text
+    assert "encoded again: a label is burnt into the opening" in caplog.text
     plain, labelled = (np.stack(frames_of(path)) for path in (one, two))
     changed = (plain != labelled).any(axis=(1, 2, 3))
     assert changed[:24].all()  # 2 seconds
     assert not changed[24:].any()
     caplog.clear()
     assert extend(two, "--seconds", 1, "-o", three)["num_frames"] == 43
-    assert "once more" not in caplog.text
+    assert "encoded again" not in caplog.text
     assert read_recipe(three)["label"] == "visible"
     assert all(map(np.array_equal, labelled, frames_of(three)))
 

@@ -302,7 +302,7 @@ def test_given_noise_replaces_the_seeds(engine: Open) -> None:
         ("sdxl", {"frames": 5}, "makes one picture"),
         ("sdxl", {"image": PICTURE}, "image can't be honoured"),
         ("flux", {"size": "40x32"}, "nearest are 32 and 48"),
-        ("ltx", {"dtype": "bf16"}, "give dtype to vidgen.load"),
+        ("ltx", {"dtype": "bf16"}, "pass dtype to vidgen.load"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(

@@ -106,7 +106,7 @@ def test_control_that_does_not_fit_is_refused():
     bad = [
         ({"control": control[:, :4]}, r"shape \(2, 4, 3, 4, 6\), not \(2, 5, 3, 4, 6\)"),
         ({"control": control[:1]}, r"shape \(1, 5, 3, 4, 6\)"),
-        ({"control": control, "extra": stills}, "stills can't join"),
+        ({"control": control, "extra": stills}, "stills can't be combined"),
     ]
     for options, message in bad:
         with pytest.raises(InputError, match=message):
@@ -119,7 +119,8 @@ def test_control_that_does_not_fit_is_refused():
         ({"control_layers": (1, 3)}, r"rise from 0 to at most 3, not \(1, 3\)"),
         ({"control_layers": (0, 3, 2)}, "rise from 0"),
         ({"control_layers": (0, 4)}, "at most 3"),
-        ({"audio": AudioConfig(channels=3, ffn_dim=8, tokens_per_s=20.0)}, "control goes"),
+        ({"audio": AudioConfig(channels=3, ffn_dim=8, tokens_per_s=20.0)},
+         "control can't be combined with audio"),
     ]:
         with pytest.raises(ValueError, match=message):
             replace(WITH_CONTROL, **change)

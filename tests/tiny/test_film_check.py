@@ -162,7 +162,7 @@ def test_thousands_of_shots_are_planned_in_seconds_and_little_memory(tmp_path, t
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ("first_frame: bad.png", "line 2: shot 'a': image bad.png is no picture"),
+    ("first_frame: bad.png", "line 2: shot 'a': image bad.png is not a picture"),
     ("sound: {file: bad.png}", "line 2: shot 'a': sound bad.png is a video without sound"),
     ("music: bad.png", "line 2: shot 'a': sound bad.png is a video without sound"),
     ("narration: {text: hi, voice: nobody}", "line 2: shot 'a': voice 'nobody' is unknown"),

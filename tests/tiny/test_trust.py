@@ -107,11 +107,12 @@ def test_a_policy_comes_with_the_engine_or_from_the_environment(tiny_model, tmp_
 
 
 @pytest.mark.parametrize(("command", "message"), [
-    (["sweep", "a cat", "--over", "prompt:cat=dog,gun", "-o", "s.png"], "the prompt is refused"),
-    (["plan", "a gun"], "the prompt is refused"),
-    (["script", "film.yaml"], "line 3: shot 'b': the prompt is refused"),
-    (["script", "said.yaml"], "line 3: shot 'b': the speech is refused"),
-    (["script", "played.yaml", "--check"], "line 2: shot 'a': the music is refused"),
+    (["sweep", "a cat", "--over", "prompt:cat=dog,gun", "-o", "s.png"],
+     "the policy refuses the prompt"),
+    (["plan", "a gun"], "the policy refuses the prompt"),
+    (["script", "film.yaml"], "line 3: shot 'b': the policy refuses the prompt"),
+    (["script", "said.yaml"], "line 3: shot 'b': the policy refuses the speech"),
+    (["script", "played.yaml", "--check"], "line 2: shot 'a': the policy refuses the music"),
 ])
 def test_all_of_a_command_is_judged_before_any_of_it_is_made(
     tiny_model, tmp_path, monkeypatch, capsys, command, message

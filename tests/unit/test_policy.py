@@ -42,7 +42,8 @@ def test_a_part_of_another_word_is_none(prompt):
 
 
 def test_the_reason_names_the_word_as_the_list_has_it():
-    with pytest.raises(InputError, match=r"policy: the word list refuses 'Straße'; ask"):
+    message = "policy refuses the prompt: the word list refuses 'Straße'; change"
+    with pytest.raises(InputError, match=message):
         enforce(LIST, Request(prompt="die STRASSE"))
 
 
@@ -52,8 +53,8 @@ def test_a_negative_prompt_may_say_what_is_not_to_be_seen():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"audio_model": "m", "audio_prompt": "shots of a gun"}, "the audio prompt is refused"),
-    ({"say": ["all is well", (2.0, "he has a gun")]}, "the speech is refused"),
+    ({"audio_model": "m", "audio_prompt": "shots of a gun"}, "the policy refuses the audio prompt"),
+    ({"say": ["all is well", (2.0, "he has a gun")]}, "the policy refuses the speech"),
     ({"say": "@gun.wav"}, None),
 ])
 def test_what_is_to_be_heard_is_judged_as_well(options, message):
@@ -89,7 +90,7 @@ def test_a_file_holds_a_word_a_line_and_comments(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "can't be read"), (b"# only\n\n...\n", "holds no words"), (b"\xff\xfe\x00", "UTF-8")],
+    [(None, "can't be read"), (b"# only\n\n...\n", "has no words"), (b"\xff\xfe\x00", "UTF-8")],
 )
 def test_a_list_that_cannot_be_used_is_refused(tmp_path: Path, content, message):
     path = tmp_path / "words.txt"

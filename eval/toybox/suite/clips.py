@@ -123,8 +123,9 @@ class Maker:
 
     def _long(self, item: Item) -> Tensor:
         """A clip of several windows, [1, 3, T, H, W]."""
+        settings = {**self.bench.settings.get("settings", {}), "overlap": self.windows.overlap}
         clip = self.engine.generate(Request.of(item.prompt, self.bench.settings | {
-            "seed": item.seed, "frames": self.windows.num_frames, "overlap": self.windows.overlap,
+            "seed": item.seed, "frames": self.windows.num_frames, "settings": settings,
         }))  # fmt: skip
         assert not isinstance(clip, list)
         return as_video(clip.frames)

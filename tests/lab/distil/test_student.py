@@ -355,7 +355,7 @@ def test_bad_settings_and_files_are_refused(
     shutil.copytree(model, tmp_path / "model")
     config = tmp_path / "model" / STUDENT / "config.json"
     for changes, message in (({"sigmas": [1.0, 0.5, 0.6, 0.0]}, "must fall from 1 to 0"),
-                             ({"sampler": "heun"}, "sampler is 'heun'; it is one of euler")):
+                             ({"sampler": "heun"}, "sampler is 'heun'; give one of euler")):
         known = {"sampler": "unipc", "sigmas": [1.0, 0.5, 0.0], "guidance_scale": 3.0}
         config.write_text(json.dumps(known | changes))
         with pytest.raises(ModelError, match=message):
