@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, bytes]:
             if path.is_file() and not path.name.endswith(".tmp")}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_killed_at_any_change_it_goes_on(
     server: ForkServer, data: Path, tiny_model: Path, tmp_path: Path, kills: int
 ) -> None:
