@@ -22,6 +22,7 @@ from vidgen.core import pages
 from vidgen.core.errors import InputError
 from vidgen.core.pages import Cell, Table
 from vidgen.core.runtime import atomic_write, check_output
+from vidgen.evaluation.leaderboard import reading_results
 from vidgen.evaluation.statistics import mean_interval, paired_interval
 from vidgen.evaluation.temporal.comparison import FEWEST_PAIRS
 
@@ -214,16 +215,10 @@ def read_entry(path: str) -> ToyboxEntry:
     Raises:
         InputError: it can't be read, or holds no such results.
     """
-    try:
+    with reading_results(path, "python -m eval.toybox"):
         entry = ToyboxEntry.of(path, json.loads(Path(path).read_text("utf-8")))
-        page([entry, entry])  # all that will be asked of it
+        page([entry, entry])  # validate it by rendering
         return entry
-    except OSError as error:
-        raise InputError(f"results {path} can't be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-            RecursionError) as error:
-        raise InputError(f"{path} holds no results of python -m eval.toybox "
-                         f"({type(error).__name__}: {error}); make it again") from None
 
 
 DESCRIPTION = "Compare results of the Toybox suites on one page."

@@ -71,7 +71,6 @@ def test_results_say_what_was_measured_and_how(results: Path) -> None:
     assert told["settings"]["fps"] == "12"
     assert told["machine"]["torch"] == torch.__version__
     assert told["machine"]["numpy"] == np.__version__
-    assert told["augmentation"] == "none"
     assert told["prompt_suite"]["name"] == "toybox, dev"
     assert len(told["prompt_suite"]["sha256"]) == 64
 

@@ -214,3 +214,16 @@ def test_facts_that_are_known_are_not_found_again(tmp_path):
     assert changed[0].sha256 != facts[0].sha256
     assert look(path) == changed
     assert totals == [1, 0, 1, 1], "it may change again within the grain of its time stamp"
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again(tmp_path):
+    path = film(tmp_path / "a.mp4", moving(9))
+    os.utime(path, (1e9, 1e9))
+    files, kept = [media(path)], tmp_path / "kept"
+    path.rename(tmp_path / "b.mp4")
+    (unread,) = probe_files(files, lambda _: None, folder=kept)
+    assert not unread.sha256
+    (tmp_path / "b.mp4").rename(path)
+    (facts,) = probe_files(files, lambda _: None, folder=kept)
+    assert facts.sha256
+    assert not facts.problem

@@ -256,6 +256,17 @@ def test_four_devices_share_guidance_tokens_and_weights(
         engine.generate(PROMPT, seed=3)
 
 
+def test_frames_of_devices_that_have_stopped_are_never_grey(tiny_model: Path, two: Devices) -> None:
+    two.close()
+    devices = start_devices(2, CPU)
+    engine = open_engine(tiny_model, devices)
+    chunks = engine.decode_video(LONG)
+    next(chunks)
+    devices.close()
+    with pytest.raises(DeviceError, match="have stopped"):
+        list(chunks)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"shard": True}, "--devices 2 or more"), ({"devices": 0}, "from 1 to 1024"),
     ({"devices": 2, "shard": True, "quantize": "int8"}, "neither int8"),

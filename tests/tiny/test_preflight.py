@@ -285,6 +285,17 @@ def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     preflight(engine.loader, engine.plan(*engine.read(smaller)), smaller, asked)
 
 
+def test_memory_is_that_of_the_attention_that_is_asked_for(tiny_model):
+    folder, plan, request = planned(tiny_model, size="256x256", frames=33)
+
+    def made(attention):
+        asked = Loading(attention=attention, offload="none")
+        made = choose(folder, plan, request, asked, CPU, None, dtype="fp32")
+        return {stage.name: stage.bytes for stage in made.stages}
+
+    assert made("blocked")["denoise"] > made("sdpa")["denoise"]
+
+
 def test_the_setup_is_chosen_to_fit(tiny_model):
     folder, plan, request = planned(tiny_model)
     needs = {offload: estimate(folder, plan, request, Setup(CPU, "fp32", offload)).peak_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +153,20 @@ def test_the_branch_that_comes_first_decides() -> None:
                 assert torch.equal(known, now + sign)
     assert taken == [True, True, False, False, True, True, True, True]
     assert caches.taken == [(0.9, True), (0.8, False), (0.7, True), (0.6, True)]
+
+
+def test_values_are_freed_with_the_run_and_not_by_the_collector() -> None:
+    caches = StepCaches(lambda _: FirstBlock(0.5))
+    cache, tokens = caches.at("prompt", 0.9), torch.ones(1, 2, 3)
+    cache.recall(torch.zeros(1, 2, 3), tokens)
+    cache.keep(tokens)
+    kept = weakref.ref(caches.memories["prompt"])
+    gc.disable()
+    try:
+        del caches, cache
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_branch_that_knows_nothing_computes() -> None:

@@ -18,7 +18,7 @@ from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.training import config as training_config
 from vidgen.training import loop
-from vidgen.training.checkpoint import latest_checkpoint, load_averages, lock_run
+from vidgen.training.checkpoint import latest_checkpoint, load_averages, lock_run, read_meta
 from vidgen.training.config import OptimConfig, RunConfig
 from vidgen.training.engines.distributed import Place
 from vidgen.training.finetune.output import read_curve
@@ -159,6 +159,18 @@ def test_schedule_warms_up_holds_and_decays() -> None:
     assert config.scale_at(50) == 1.0
     assert config.scale_at(103) == pytest.approx(1 - math.sqrt(4 / 16))
     assert config.scale_at(115) == 0.0
+
+
+def test_a_checkpoint_has_the_scores_of_its_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=10, checkpoint_minutes=0, best="held_out")
+    train(Regression(run), run)
+    scores = {line["step"]: line["validation"]["held_out"] for line in learned(tmp_path)
+              if "validation" in line}
+    assert [*scores] == [4, 8, 10]
+    meta = read_meta(latest_checkpoint(tmp_path))
+    assert meta["best_step"] == min(scores, key=scores.__getitem__)
+    assert meta["validated"] == 10
+    assert meta["metrics"]["held_out"] == scores[10]
 
 
 def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:

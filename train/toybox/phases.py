@@ -5,6 +5,7 @@ The training loop knows steps alone; `train` gives it a task whose batches are o
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, choose_device
 from vidgen.core.values import check_number
 from vidgen.training import loop
-from vidgen.training.checkpoint import latest_checkpoint
+from vidgen.training.checkpoint import META, latest_checkpoint
 from vidgen.training.config import MAX_RATE, RunConfig
 from vidgen.training.engines.distributed import Place, current_place
 from vidgen.training.task import Task
@@ -212,6 +213,10 @@ class _InProcesses:
             step, micro = step + 1, self._place.data_rank
 
 
+_OF_RUN = {"sums", "count", "best", "best_of", "best_step"}
+"""State of a trunk's curve and best checkpoint, which a branch begins without."""
+
+
 def train(
     task: PhasedTask, run: PhasedRun, *, resume: bool = False, **options: Any
 ) -> loop.TrainResult:
@@ -226,5 +231,8 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / source.name) as copy:
             shutil.copytree(source, copy)
+            meta = json.loads((copy / META).read_text())
+            kept = {name: meta[name] for name in meta.keys() - _OF_RUN}
+            (copy / META).write_text(json.dumps(kept))
     place.barrier()
     return loop.train(InPhases(task, run), run, resume=resume or begins, **options)

@@ -26,9 +26,6 @@ from vidgen.pipeline.recorded import recorded_request
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
-_IGNORED = ("seed",)
-"""Options that may differ between a clip and the command that made it."""
-
 
 class OutputJournal(Journal):
     """Journal of an output that reports whether the clip is finished already, or resumes.
@@ -147,7 +144,7 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
     from vidgen.weights.layouts import open_model
 
     def as_json(facts: dict[str, Any]) -> dict[str, Any]:
-        asked = {name: value for name, value in facts["request"].items() if name not in _IGNORED}
+        asked = {name: value for name, value in facts["request"].items() if name != "seed"}
         plain: dict[str, Any] = json.loads(json.dumps(facts | {"request": asked}))
         return plain
 

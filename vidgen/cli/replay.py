@@ -43,7 +43,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.probe import read_recipe
     from vidgen.media.write import check_format
-    from vidgen.pipeline.recorded import is_of_clips
+    from vidgen.pipeline.recorded import is_of_clips, recorded_marks
 
     recipe = read_recipe(args.file)
     if recipe is not None and is_of_clips(recipe):
@@ -60,9 +60,8 @@ def run(args: Namespace, report: Report) -> int:
     is_length_kept = not {"frames", "seconds", "fps", "prefix"} & changes.keys()
     check_format(output, kept if is_length_kept and isinstance(kept, int) else None)
     check_output(output, overwrite=args.overwrite or args.resume)
-    recorded = {name: recipe[name] for name in ("label", "aigc") if recipe.get(name)}
     asked = {name: changes[name] for name in Saving.model_fields if name in changes}
-    marks = Saving(**recorded | asked).marks
+    marks = Saving(**recorded_marks(recipe) | asked).marks
     (journal,) = journals_of_outputs([output], args, report, marks)
     with resumable([journal], report, attention=str(recipe.get("attention") or "auto")):
         _make(recipe, output, journal, changes, args, report)

@@ -310,7 +310,7 @@ class Request(Options):
         None, LENGTH, "width and height in pixels", "WxH", basic=True)
     fit: Fit = option("crop", LENGTH, "crop or pad pictures of another aspect ratio")
 
-    audio: OneFile | None = option(
+    audio: Annotated[Any, PlainValidator(values.parse_audio, json_schema_input_type=str)] = option(
         None, SOUND, "none, generate (by the model) or an audio file; default: generate if the "
         "model makes sound", "none|generate|FILE", basic=True)
     audio_loop: bool | None = option(

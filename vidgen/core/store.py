@@ -63,7 +63,10 @@ class Store:
         """
         if data == self.data(name):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder, error) from None
         text = json.dumps(data, indent=1, ensure_ascii=False)
         atomic_write(self._data_path(name), text.encode())
 

@@ -77,11 +77,16 @@ def parse_file(value: Any, info: ValidationInfo) -> File | None:
     return value  # type: ignore[no-any-return]
 
 
-def check_file(name: str, value: Any) -> None:
+def parse_audio(value: Any) -> File | None:
+    """Return "none", "generate" or a file's path; raise InputError for other types."""
+    check_file("audio", value, "none, generate or the path of a file")
+    return value  # type: ignore[no-any-return]
+
+
+def check_file(name: str, value: Any, wanted: str = "the path of a file") -> None:
     """Raise InputError unless `value` is a path or None."""
     if not isinstance(value, str | os.PathLike | None):
-        wanted = "none, generate or the path" if name == "audio" else "the path"
-        raise InputError(f"{name} is of type {type(value).__name__}; give {wanted} of a file")
+        raise InputError(f"{name} is of type {type(value).__name__}; give {wanted}")
 
 
 def _picture(name: str, value: Any) -> Picture:
@@ -126,19 +131,20 @@ def _is_array(value: Any) -> bool:
 
 def check_number(
     name: str, value: Any, low: float = 0, high: float = math.inf, *, above: bool = False,
-    whole: bool = False, unit: str = "a number",
+    whole: bool = False, infinite: bool = False, unit: str = "a number",
 ) -> None:
-    """Raise OptionError unless `value` is None or a finite number from `low` to `high`.
+    """Raise OptionError unless `value` is None or a number from `low` to `high`.
 
     Args:
         above: exclude `low` itself.
+        infinite: accept infinity.
         whole: accept only whole numbers.
         unit: noun for the expected value in the message.
     """
     kinds = int if whole else (int, float, Fraction)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if value is None or (is_number and low <= value <= high and value != math.inf
-                         and not (above and value == low)):
+    if value is None or (is_number and low <= value <= high
+                         and (infinite or value != math.inf) and not (above and value == low)):
         return
     least, most = _number_text(low), _number_text(high)
     span = f"above {least}" if above else f"of at least {least}"

@@ -19,6 +19,7 @@ Axes: B batch, L tokens, D width.
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -295,12 +296,15 @@ class StepCaches:
         """Return the cache for a branch's pass at `sigma`; `spread` is its token layout."""
         memory = self._memory(branch)
         is_used = self.branches_at is None or branch in self.branches_at(sigma)
-        memory.begin(sigma, spread, partial(self._spares, branch, memory), is_used=is_used)
+        # without a reference back, so that tensors are freed with the run, not by the collector
+        spares = partial(StepCaches._spares, weakref.proxy(self), branch)
+        memory.begin(sigma, spread, spares, is_used=is_used)
         if memory.numbers and not self._is_one_expert(memory.numbers[0], sigma):
             memory.forget()
         return memory
 
-    def _spares(self, branch: str, memory: Memory) -> bool:
+    def _spares(self, branch: str) -> bool:
+        memory = self.memories[branch]
         sigma = memory.sigma
         if not (self.taken and self.taken[-1][0] == sigma and self._decided_by != branch):
             branches = (branch,) if self.branches_at is None else self.branches_at(sigma)

@@ -1,6 +1,6 @@
 """A leaderboard page of the results of many models.
 
-Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version.
+Scores depend on prompts, frame rate, size, networks and the measures' version.
 Only results that share all of these are ranked in one table. Each model is compared clip by clip
 with the first of its table.
 """
@@ -8,7 +8,8 @@ with the first of its table.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,27 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
 
 
 def _read(path: str | Path) -> list[Entry]:
-    try:
+    with reading_results(path, "vidgen eval SUITE or temporal"):
         result = json.loads(Path(path).read_text("utf-8"))
         entries = [Entry(str(path), folder, result) for folder in result["folders"]]
         page([*entries, *entries])  # validate them by rendering
         return entries
+
+
+@contextmanager
+def reading_results(path: str | Path, program: str) -> Iterator[None]:
+    """Read and validate the results of a program inside the block.
+
+    Raises:
+        InputError: the file can't be read, or holds no such results.
+    """
+    try:
+        yield
     except OSError as error:
         raise InputError(f"results {path} can't be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             RecursionError) as error:
-        raise InputError(f"{path} holds no results of vidgen eval SUITE or temporal "
+        raise InputError(f"{path} holds no results of {program} "
                          f"({type(error).__name__}: {error}); make it again") from None
 
 

@@ -18,6 +18,7 @@ from vidgen.ops.attention import asked_backend, used_backend
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.loader import DTYPES
+from vidgen.pipeline.recorded import recorded_marks
 from vidgen.pipeline.types import NO_LORAS, Loras, Opened, Plan
 from vidgen.weights.folder import DiffusersFolder, ModelFolder, embedded_folder
 from vidgen.weights.layouts import open_model
@@ -60,7 +61,6 @@ def _common(
     engine: Opened, plan: Plan | DiffusersPlan, request: Request, inputs: Inputs, loras: Loras
 ) -> dict[str, Any]:
     folder, scheduler = engine.folder, dict(getattr(request.scheduler, "config", {}))
-    before = (inputs.ending.recipe if inputs.ending else None) or {}
     return {
         "format_version": RECIPE_VERSION, "vidgen": __version__,
         "model": {"name": folder.name, "source": _source(folder), "sha256": folder.content_hash},
@@ -70,7 +70,7 @@ def _common(
         "inputs": inputs.records, "loras": list(loras.records),
         "dtype": engine.dtype, "offload": engine.offload, "device": engine.device.type,
         "machine": fingerprint(),
-        **{name: before[name] for name in ("label", "aigc") if name in before},
+        **recorded_marks(inputs.ending.recipe if inputs.ending else None),
     }
 
 

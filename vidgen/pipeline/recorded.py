@@ -83,6 +83,12 @@ def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
             "loras": [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]]}
 
 
+def recorded_marks(recipe: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the label and the AIGC producer of a recipe's file, where it has them."""
+    known = recipe or {}
+    return {name: value for name in ("label", "aigc") if isinstance(value := known.get(name), str)}
+
+
 def lora_option(path: Any, record: Mapping[str, Any]) -> str:
     """Return the option `lora` of an adapter's file with the weight and expert of its record."""
     return f"{path}:{record['weight']}" + (f"@{record['expert']}" if record["expert"] else "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.runtime import available_memory, best_dtype, size_text
+from vidgen.core.runtime import attention_by, available_memory, best_dtype, size_text
 from vidgen.core.shapes import LatentShape, Tiles, latent_shape
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.loader import DTYPES, ModelLoader
@@ -79,7 +79,8 @@ def choose(
     tiles = _given_tiles(asked.tiles, plan.latents)
 
     def made(setup: Setup) -> Estimate:
-        return estimate(folder, plan, request, setup, rates=rates, count=count)
+        with attention_by(asked.attention):
+            return estimate(folder, plan, request, setup, rates=rates, count=count)
 
     first = None
     for name in _dtypes(asked.dtype, dtype):
@@ -94,8 +95,9 @@ def choose(
                                f"needs {size_text(first.peak_bytes)}, {size_text(have)} are free")
             first = first or found
     assert first is not None
-    fits = [*_other_setups(first.setup, plan, have, made),
-            *_smaller_clips(first.setup, folder, plan, request, have)]
+    with attention_by(asked.attention):
+        fits = [*_other_setups(first.setup, plan, have, made),
+                *_smaller_clips(first.setup, folder, plan, request, have)]
     remedy = (f"these fit: {', or '.join(fits)}" if fits else
               "no other setting fits: free memory or use a smaller model")
     stage = max(first.stages, key=lambda stage: stage.bytes)

@@ -25,7 +25,7 @@ from typing import Any
 from vidgen.core.errors import InputError, OptionError, OutputError
 from vidgen.server.types import ApiError, Kind, NewJob, QueuedJob, new_id
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RETRY_WINDOW_S = 3600.0
 """Time in seconds during which a client's retry is recognised."""
 _DELETED = "deleted"

@@ -150,7 +150,9 @@ def film_facts(
     for plan, left, own in zip(plans, missing, parts, strict=True):
         needed = [*islice(made, len(own))]
         notes |= dict.fromkeys(one.choice for one in needed if one.choice)
-        seconds = sum(s.seconds for one in needed for s in one.stages if s.name != "load")
+        seconds = sum(s.seconds for (_, take, index), one in zip(own, needed, strict=True)
+                      if not store.has(take.parts[index].key)  # else only its score is missing
+                      for s in one.stages if s.name != "load")
         rows.append({
             "id": plan.shot.id, "num_frames": plan.num_frames,
             "duration_s": float(plan.num_frames / film.fps), "takes": len(plan.takes),

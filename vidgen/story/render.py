@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import OutputError, VidgenError
+from vidgen.core.errors import Cancelled, OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.media.join import ContinuedClip
 from vidgen.media.video_reader import VideoReader
@@ -133,6 +133,8 @@ def _keys_of(plan: ShotPlan) -> Iterator[str]:
 
 
 def _named(error: Exception, name: str) -> Exception:
+    if isinstance(error, Cancelled):  # its text is a reason that callers compare
+        return error
     kind = type(error) if isinstance(error, VidgenError) else VidgenError
     named = kind(f"{name}: {error}")
     named.__cause__ = error

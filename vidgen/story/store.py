@@ -100,7 +100,7 @@ class ShotStore(Store):
     def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
         """Return (take, index) of each part to render; a part's file includes the earlier ones.
 
-        The last part of a take that needs a score and has none is rendered again.
+        The last part of a take that needs a score and has none is scored from its file.
         """
         left = []
         for take in plan.takes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +38,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "weight_decay"):
             check_number(f"optim.{name}", getattr(self, name), 0, MAX_RATE)
-        for name in ("warmup_steps", "decay_from", "decay_steps", "grad_clip"):
+        for name in ("warmup_steps", "decay_from", "decay_steps"):
             check_number(f"optim.{name}", getattr(self, name))
+        check_number("optim.grad_clip", self.grad_clip, infinite=True)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optim.betas is {list(self.betas)}; give two numbers in [0, 1)")
         if (self.decay_from is None) != (self.decay_steps == 0):
@@ -103,10 +103,9 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulate", "keep", "log_every", "validate_every"):
             check_number(f"run.{name}", getattr(self, name), 1, whole=True)
         check_number("seed", self.seed, 0, MAX_SEED)
-        check_number("checkpoint_minutes", self.checkpoint_minutes)
-        check_number("minutes", self.minutes, above=True)
-        if self.spike_factor != math.inf:
-            check_number("spike_factor", self.spike_factor, 1, above=True)
+        check_number("checkpoint_minutes", self.checkpoint_minutes, infinite=True)
+        check_number("minutes", self.minutes, above=True, infinite=True)
+        check_number("spike_factor", self.spike_factor, 1, above=True, infinite=True)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay is {self.ema_decay}; give a number in [0, 1)")
         if self.dtype == "auto":

@@ -287,6 +287,7 @@ class _Loop:
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="vidgen-")))
             metrics = self.task.validate(step, folder)
         self.state.metrics, self.state.validated = metrics, step
+        self.saved = -1  # a checkpoint of this step lacks these scores
         self._record({"step": step, "validation": metrics})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         self._say(f"step {step}: {shown}")

@@ -29,7 +29,7 @@ from vidgen.core.request import Request
 from vidgen.media.sound import resampled
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.long.tail import window_size
-from vidgen.pipeline.settings import SETTINGS, SOUND
+from vidgen.pipeline.settings import SOUND, own_value
 
 if TYPE_CHECKING:
     from vidgen.pipeline.engine import Engine
@@ -66,7 +66,7 @@ class Maker:
         self.bench, self.engine, self.plan = bench, engine, plan
         strides = engine.vae_config.strides
         size = window_size(engine.folder, strides)
-        overlap = min(int(SETTINGS["overlap"].off or 0), size - 1)
+        overlap = min(int(own_value("overlap", engine.folder)), size - 1)
         self.windows = Windows(size, overlap, bench.windows, strides.t)
 
     def can_make(self, source: str) -> bool:

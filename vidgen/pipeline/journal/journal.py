@@ -124,7 +124,7 @@ class Journal:
             OutputError: another process works on the job.
         """
         if self.output is not None:
-            self._resume_or_begin({**recipe, **self.marks}, device)
+            self._resume_or_begin(recipe, device)
         try:
             yield
         except BaseException:
@@ -150,7 +150,7 @@ class Journal:
         """Replace the job's recipe by one with the values that were open until now."""
         if self.keeps:
             with self._saving():
-                job.write_job(self.folder, {**recipe, **self.marks}, overwrite=self.overwrite)
+                job.write_job(self.folder, self._marked(recipe), overwrite=self.overwrite)
 
     def keep_window(self, done: Tensor) -> None:
         """Save the newest window of all finished latents `done` [1, C, n, h, w]."""
@@ -234,7 +234,7 @@ class Journal:
     def check(self, recipe: dict[str, Any]) -> None:
         """Raise InputError with the differences if the job or output is of another recipe."""
         old, place = self.recipe, self.folder if self.unfinished else self.output
-        recipe = {**recipe, **self.marks}
+        recipe = self._marked(recipe)
         if old is None:
             if self.finished:
                 raise InputError(f"{place} holds no recipe, so it may be any clip; choose another "
@@ -246,6 +246,9 @@ class Journal:
             raise InputError(f"{place} is another clip's: {'; '.join(differ)}; repeat the options "
                              f"that it was made with{how}, choose another name, or start again "
                              "with --overwrite")
+
+    def _marked(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        return {**recipe, **self.marks}
 
     @property
     def _has_result(self) -> bool:
@@ -270,12 +273,12 @@ class Journal:
         except BlockingIOError:
             raise self._in_use() from None
         except OSError as error:
-            self.give_up(error)
+            self._give_up(error)
         if resumes:
             self._restore(device)
         elif self.keeps:
             with self._saving():
-                job.begin_job(self.folder, recipe, overwrite=self.overwrite)
+                job.begin_job(self.folder, self._marked(recipe), overwrite=self.overwrite)
             self._due_s += PATIENCE * self._cost_s  # the first save waits
 
     def _restore(self, device: torch.device | str) -> None:
@@ -322,11 +325,11 @@ class Journal:
         try:
             yield
         except (OSError, OutputError) as error:
-            self.give_up(error)
+            self._give_up(error)
         self._cost_s = time.monotonic() - start
         self._due_s = max(self._due_s, start) + (PATIENCE + 1) * self._cost_s
 
-    def give_up(self, reason: object) -> None:
+    def _give_up(self, reason: object) -> None:
         """Continue without a journal, with a warning; the output itself may still fit."""
         self.keeps, self._pending = False, {}
         log.warning("progress of %s can't be saved any more, so a stop now loses more: %s",

@@ -161,9 +161,11 @@ class Devices:
                 place = (name, total, num_bytes * (first - mine[1]))
                 self._send(worker, "decode", loader.dtype, loader.offload, place, given,
                            min(first, back), tiles, rate)
-            yield from decode_latents(loader, latents, *mine, tiles, rate)
+            with self._stopping():
+                yield from decode_latents(loader, latents, *mine, tiles, rate)
             if theirs:
                 self._finish()
+                self._require_alive()
                 for chunk in room.split(num_bytes):
                     yield chunk.view(dtype).view(shape)
 
@@ -188,6 +190,17 @@ class Devices:
                 raise DeviceError(reason) from error
             raise
 
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """On a failure inside the block stop the other ranks, whose work nobody waits for."""
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._end()
+            raise
+
     def _require_alive(self) -> None:
         if not self._end.alive:
             raise DeviceError("the other devices have stopped; load the model again")
@@ -206,10 +219,15 @@ class Devices:
         """Wait until all orders are done."""
         with self.together():
             while self._end.alive and self._done != self._sent:
-                self._take_messages(1.0)
+                if self._take_messages(1.0):
+                    raise DeviceError("the devices were disconnected")
 
-    def _take_messages(self, seconds: float = 0.0) -> None:
-        """Take the other ranks' messages; raise DeviceError if one failed."""
+    def _take_messages(self, seconds: float = 0.0) -> bool:
+        """Take the other ranks' messages; return whether one lost its connection.
+
+        Raises:
+            DeviceError: a rank failed.
+        """
         lost = False
         while not lost and (messages := self._pool.listen(seconds)):
             seconds = 0.0
@@ -219,6 +237,7 @@ class Devices:
                 if kind == "event" or (kind == "lost" and worker.process.returncode != LOST):
                     text = details[0] if kind == "lost" else details[0]["text"]
                     raise DeviceError(f"device {worker.number} of {self.size} failed: {text}")
+        return lost
 
     def _failure(self) -> str | None:
         until = time.monotonic() + GRACE_S

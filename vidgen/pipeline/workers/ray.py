@@ -74,8 +74,11 @@ def _opened(work: bytes, folder: str, version: str) -> Work:
         problem = (f"machine {machine} has vidgen {__version__}, the command {version}; install "
                    "the same on all")
     if not problem:
-        opened: Work = pickle.loads(work)
-        return opened
+        try:
+            opened: Work = pickle.loads(work)
+            return opened
+        except Exception as error:  # such as a module that this machine lacks
+            problem = f"machine {machine} can't open the work ({type(error).__name__}: {error})"
 
     def refuse(_payload: Any, _on_event: OnEvent) -> Any:
         raise InputError(problem)

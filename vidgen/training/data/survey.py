@@ -46,7 +46,8 @@ def probe_files(
     found = results_of(probe_file, fresh, workers, on_event)
     for path, each in track(on_event, "look", found, len(fresh)):
         facts[path] = each
-        if time.time() - places[path].mtime_ns / 1e9 > _SETTLED_S:
+        is_settled = time.time() - places[path].mtime_ns / 1e9 > _SETTLED_S
+        if is_settled and each.sha256:  # an unreadable file may be readable later
             store.keep(address[path], dump(each))
     return [facts[file.path] for file in files]
 
