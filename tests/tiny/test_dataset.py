@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,6 +248,15 @@ def test_items_of_one_film_are_encoded_at_the_nearest_frames(tiny_model, tmp_pat
         shown = [item.start + round(n * 5 / 3) for n in range(9)]
         video = pixels_of(list(frames[shown]), *SIZE, "crop")
         assert torch.allclose(made, encode_pixels(parts, video), atol=1e-5)
+
+
+def test_a_disk_too_small_for_a_cache_is_told_before_anything_is_encoded(
+    data, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(OutputError, match=r"may need .* only 100 bytes are free"):
+        cached(config_of(data, cache=str(tmp_path / "cache")), tiny_model)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_damaged_and_missing_entries_are_told(cache, tiny_model, tmp_path):

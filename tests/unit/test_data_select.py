@@ -16,7 +16,7 @@ from vidgen.core.config import build
 from vidgen.core.errors import InputError
 from vidgen.training.data.config import Bucket, DataConfig, FolderConfig, Geometry
 from vidgen.training.data.files import MediaFile
-from vidgen.training.data.probe import SIGNATURE, FileFacts, Flawed
+from vidgen.training.data.probe import SIGNATURE, FileFacts, Flawed, packed
 from vidgen.training.data.select import picks, select
 from vidgen.weights.layouts import open_model
 
@@ -29,7 +29,7 @@ def facts(num_frames=24, fps=12, seed=0, lengths=None, **settings):
     given = lengths or [1000 // fps if 1000 % fps == 0 else 1] * num_frames
     tick = Fraction(1, 1000) if lengths or 1000 % fps == 0 else Fraction(1, fps)
     return FileFacts(**{
-        "num_frames": len(given), "lengths": tuple(given), "tick_s": tick, "fps": Fraction(fps),
+        "num_frames": len(given), "lengths": packed(given), "tick_s": tick, "fps": Fraction(fps),
         "size": (64, 48), "signature": base64.b64encode(pixels.tobytes()).decode(), **settings,
     })
 

@@ -29,7 +29,13 @@ from torch import Tensor
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import atomic_path, atomic_write, best_dtype, write_error
+from vidgen.core.runtime import (
+    atomic_path,
+    atomic_write,
+    best_dtype,
+    check_output,
+    write_error,
+)
 from vidgen.models.tokenizer import clean_prompt
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.workers.scheduler import results_of
@@ -173,6 +179,11 @@ def make_cache(
                    if not cache.path("latents", item.key).exists()]
         if missing:
             jobs[fate.file.path.as_posix()] = _Encoding(cache, model, device, missing)
+    extras, vae = Extras.of(folder), folder.components["vae"].config
+    todo = [item for job in jobs.values() for item, _ in job.items]
+    room = sum(extras.num_values(item.bucket, vae) for item in todo)
+    check_output(cache.folder / "index.json", overwrite=True,
+                 num_bytes=room * DTYPES[config.store_dtype].itemsize)
     captions = {"", *(text for item in items for text in item.captions)}
     texts = sorted(text for text in captions if not cache.path("texts", text).exists())
     # in this process, as one text encoder may take most of the memory

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
+from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.read import fit, load_image
 from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
 from vidgen.models.image import prepare_image
 from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
@@ -62,6 +64,15 @@ class Extras:
         return cls(stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
                    first=stacked, both=stacked and "last-image" in tasks, grey=kind == "control",
                    num_images=images, rate=upsampling_of(folder))
+
+    def num_values(self, bucket: Bucket, vae: VAEConfig) -> int:
+        """Return about how many numbers the latents of an item have."""
+        frames = 1 + (bucket.num_frames - 1) // vae.strides.t
+        count = frames * (1 + self.first + self.both) + 2 * self.stills
+        if self.rate > 1 and frames > 1:
+            count += LatentRate(self.rate).num_upsampled(frames)
+        rows, columns = bucket.height // vae.strides.hw, bucket.width // vae.strides.hw
+        return count * vae.latent_channels * rows * columns
 
 
 def component_hash(folder: ModelFolder, role: Role) -> str | None:

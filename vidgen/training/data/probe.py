@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from vidgen.media.trackers import STILL, Runs, likeness
 from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """Version of `FileFacts`; stored facts of other versions are made again."""
 FROZEN_S = 1.0
 """Seconds without motion from which a stretch counts as frozen."""
@@ -59,7 +60,7 @@ class FileFacts:
     kind: Literal["video", "picture"] = "video"  # a single frame is a picture
     num_frames: int = 0  # decoded ones
     tick_s: Fraction = Fraction(1)  # seconds of a tick, exact
-    lengths: tuple[int, ...] = ()  # duration of each frame in ticks
+    lengths: str = ""  # durations of frames in ticks, packed; see `times`
     fps: Fraction = Fraction(0)  # frames over duration, exact if the file's times are
     is_variable: bool = False  # whether durations of frames vary
     size: tuple[int, int] = (0, 0)  # (width, height) as shown
@@ -90,7 +91,8 @@ class FileFacts:
     @cached_property
     def times(self) -> Ticks:
         """Start of each frame in ticks after the first one's, and the end of the last one."""
-        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        lengths = np.frombuffer(zlib.decompress(base64.b64decode(self.lengths)), "<u4")
+        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def small_pictures(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the signature as uint8 [K, h, w, 3]."""
@@ -137,7 +139,7 @@ def _probe_picture(path: Path) -> FileFacts:
     with Image.open(path) as image:
         codec, mode = str(image.format).lower(), image.mode
     return FileFacts(
-        kind="picture", num_frames=1, lengths=(1,), size=(width, height), codec=codec,
+        kind="picture", num_frames=1, lengths=packed([1]), size=(width, height), codec=codec,
         pix_fmt=mode, flaws=tuple(Flawed(kind, 0, 0) for kind, has in flat.items() if has),
         signature=_signature([pixels]), thumbnails=(_thumbnail(pixels),), notes=tuple(notes))
 
@@ -213,7 +215,7 @@ class _Watcher:
             fps = rate
         return FileFacts(
             kind="video" if count > 1 else "picture", num_frames=count, tick_s=reader.tick_s,
-            lengths=tuple(lengths), fps=fps, is_variable=is_variable, size=reader.size,
+            lengths=packed(lengths), fps=fps, is_variable=is_variable, size=reader.size,
             rotation=self._last.rotation, pixel_aspect=reader.pixel_aspect,
             codec=str(stream.get("codec")), pix_fmt=str(stream.get("pix_fmt")),
             colour={k: stream.get(k) for k in ("range", "primaries", "transfer", "matrix")},
@@ -242,6 +244,11 @@ class _Watcher:
 
 def _flat(look: Look) -> dict[str, bool]:
     return {"black": look.dark >= FLAT, "white": look.bright >= FLAT, "blank": look.spread < BLANK}
+
+
+def packed(lengths: Sequence[int]) -> str:
+    """Pack durations of frames in ticks as `FileFacts.lengths`."""
+    return base64.b64encode(zlib.compress(np.asarray(lengths, "<u4").tobytes())).decode()
 
 
 def _spread(pictures: Sequence[Frames], count: int) -> list[Frames]:
