@@ -25,11 +25,9 @@ from vidgen.media.probe import probe, read_recipe
 from vidgen.media.provenance import GENERATED
 from vidgen.media.sound import read_sound
 from vidgen.pipeline.journal.job import lock_job
-from vidgen.story.assemble import assemble
+from vidgen.story.assemble import assemble, blended
 from vidgen.story.edit import make_edit
 from vidgen.story.export import page_parts
-from vidgen.story.pieces import blended
-from vidgen.story.store import remember
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not here")
 
@@ -300,33 +298,6 @@ def test_a_film_bears_its_label_and_producer(make):
     assert read_marks(made.output).aigc["ContentProducer"] == "ACME"
     with pytest.raises(InputError, match="label is 'big'; known: none, visible"):
         make("project: {finish: {label: big}}\n" + shots, [12, 24, 24])
-
-
-@pytest.mark.parametrize("off", [None, "film", "scene"])
-def test_colours_of_a_scene_are_matched_unless_the_script_says_no(
-    tmp_path, tiny_model, off
-):
-    text = (f"project: {{finish: {{match_colour: {'false' if off == 'film' else 'true'}}}}}\n"
-            f"scenes: {{a: {{match_colour: {'false' if off == 'scene' else 'true'}}}}}\n"
-            + shots_text("scene: a", "scene: a", "", ""))
-    plan = film(tmp_path, tiny_model, text)
-    shots = render(plan, tmp_path / "film.shots", [20, 20, 20, 20])
-    drawn = np.random.default_rng(1).integers(0, 40, (20, 48, 64, 3)) + 100
-    for shot, shift in zip(shots[:2], (0, 12), strict=True):
-        Clip(lambda made=drawn + shift: iter([made.astype(np.uint8)]),
-             Clip.from_file(shot.path).info).save(shot.path, overwrite=True)
-    remember(shots)
-    told = assemble(make_edit(plan, shots, tmp_path / "film.mp4"), shots).recipe["film"]
-    seen = frames(tmp_path / "film.mp4").reshape(4, -1).mean(1)
-    if off is None:
-        (facts,) = told["colours"]
-        assert facts["before"] == pytest.approx(6, abs=0.5)
-        assert facts["after"] < 0.6
-        assert abs(seen[1] - seen[0]) < 1.5
-        assert told["copied_frames"] == 40
-    else:
-        assert (told["colours"], told["copied_frames"]) == ([], 80)
-        assert seen[1] - seen[0] == pytest.approx(12, abs=1)
 
 
 @pytest.mark.parametrize(("name", "codec", "stream"), [

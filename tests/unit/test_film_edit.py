@@ -1,4 +1,4 @@
-"""A film's edit: exact places, transitions in pixels, texts with their times, colours, pieces."""
+"""A film's edit: exact places, transitions in pixels, texts with their times, pieces."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from vidgen.core.errors import InputError
 from vidgen.media.subtitles import Cue, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.write import CONTAINERS
+from vidgen.story.assemble import Piece, blended, faded, pieces_of
 from vidgen.story.captions import Burner, Burnt, as_frames, captions_of, titles_of
-from vidgen.story.colours import MAX_SHIFT, Colours, matching, measured, recoloured, spread
 from vidgen.story.edit import CODECS, picture_settings
 from vidgen.story.elements import Caption, Defaults, Finish, Project, Scene, TimedPrompt, Transition
-from vidgen.story.pieces import Piece, blended, faded, pieces_of
 from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Section, lay_out
 
@@ -304,45 +303,6 @@ def test_a_font_without_a_sign_is_told(tmp_path):
     (tmp_path / "x.ttf").write_bytes(b"no font")
     with pytest.raises(InputError, match=r"x\.ttf can't be read"):
         Burner([Burnt("a", 0, 1)], (64, 48), tmp_path / "x.ttf")
-
-
-def plain(level, deviation, seed, count=4):
-    frames = np.random.default_rng(seed).normal(level, deviation, (count, 32, 32, 3))
-    return frames.round().clip(0, 255).astype(np.uint8)
-
-
-def test_mean_and_deviation_are_numpys():
-    frames = plain((90, 120, 60), 20, 1)
-    colours = measured(frames)
-    assert colours.mean == pytest.approx(frames.mean((0, 1, 2)))
-    assert colours.deviation == pytest.approx(frames.std((0, 1, 2)))
-    assert colours.count == 4
-
-
-def test_shots_of_a_scene_come_near_each_other_and_near_ones_stay():
-    shots = [plain((100, 110, 120), 20, 1), plain((112, 104, 120), 24, 2),
-             plain((106, 107, 120), 22, 3)]
-    before = [measured(each) for each in shots]
-    tables = matching(before)
-    assert tables[2] is None
-    after = [Colours() for _ in shots]
-    for frames, table, colours in zip(shots, tables, after, strict=True):
-        for frame in frames:
-            colours.feed(frame if table is None else recoloured(frame, table))
-    assert spread(before) > 3
-    assert spread(after) < 0.5
-    deviations = [np.mean(each.deviation) for each in after]
-    assert max(deviations) - min(deviations) < 1
-
-
-def test_colours_are_moved_within_limits():
-    shots = [plain(40, 10, 1), plain(200, 10, 2)]
-    before = [measured(each) for each in shots]
-    dark, light = matching(before)
-    moved = [recoloured(each[0], table).mean() - each[0].mean()
-             for each, table in zip(shots, (dark, light), strict=True)]
-    assert moved[0] == pytest.approx(MAX_SHIFT, abs=0.6)
-    assert moved[1] == pytest.approx(-MAX_SHIFT, abs=0.6)
 
 
 def test_codecs_by_name():

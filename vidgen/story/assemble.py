@@ -1,21 +1,27 @@
 """Rendered shots into one film: picture, sound, texts, chapters and recipe, in a stream.
 
-Shots are copied where they can be; the rest is encoded in pieces of closed groups of pictures,
-which lie next to the output until all are joined. So memory is bounded, the same shots give the
-same file, and a film whose writing was killed is written again from the start.
+A shot that is encoded as the film and shown unchanged is copied from key frame to key frame. The
+rest is encoded in pieces of closed groups of pictures, which lie next to the output until all are
+joined. So memory is bounded, the same shots give the same file, and a film whose writing was killed
+is written again from the start.
+
+Axes: H W rows and columns.
 """
 
 from __future__ import annotations
 
 import glob
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
 from typing import Any
+
+import numpy as np
 
 from vidgen import __version__
 from vidgen.core.config import dump
@@ -27,18 +33,30 @@ from vidgen.media.label import label_end, labelled
 from vidgen.media.mastering import SoundTrack
 from vidgen.media.sound import RATE
 from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
-from vidgen.media.types import ClipInfo
+from vidgen.media.types import ClipInfo, Frames
+from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import CONTAINERS, SEGMENT, write_clip
 from vidgen.pipeline.journal.job import SUFFIX, lock_job, sweep
-from vidgen.story.colours import Colours, ShotFrames, matching, measured, spread
+from vidgen.story.captions import Burner
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import file_facts, mixed, not_made
-from vidgen.story.pieces import Piece, Reels, pieces_of
 from vidgen.story.store import RenderedShot, check_shots
+from vidgen.story.timeline import Section, Timeline
 
 TEXT_SUFFIXES = (".srt", ".vtt")
 Tell = Callable[[int, int], None]
 """Called with the number of frames encoded so far, and the total."""
+_COLOURS = {"fade-black": 0.0, "fade-white": 255.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Frames `first` up to `last` of the film."""
+
+    first: int
+    last: int
+    # place in the timeline of the shot whose packets are copied; None: encoded
+    shot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,17 +80,11 @@ def assemble(
     check_shots(shots)
     output, notes = edit.output, not_made(edit.film, edit.timeline)
     check_output(output, overwrite=True, num_bytes=sum(each.path.stat().st_size for each in shots))
-    sources = [ShotFrames(each.path, each.num_frames) for each in shots]
     with _workplace(output) as folder:
-        sources, scenes = _matched(edit, sources)
-        pieces = pieces_of(edit.timeline, _burnt(edit), _parts(edit, shots, sources, folder))
-        total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
-        reels = Reels(edit.timeline, sources, edit.burner, lambda done: on_frames(done, total))
-        stretches = _written(edit, reels, pieces, folder)
+        pieces = pieces_of(edit.timeline, _burnt(edit), _parts(edit, shots, folder))
+        stretches = _written(edit, shots, pieces, folder, on_frames)
         sound, heard = _sound(edit, shots)
-        changed = {index: seen for index, seen in reels.seen.items()
-                   if sources[index].table is not None}
-        recipe = _recipe(edit, shots, pieces, sound, _colour_facts(scenes, changed))
+        recipe = _recipe(edit, shots, pieces, sound)
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
         join_files(stretches, output, recipe, sound, texts, edit.chapters)
@@ -113,37 +125,15 @@ def text_files(edit: Edit) -> dict[Path, str]:
     return {srt: as_srt(edit.cues), vtt: as_webvtt(edit.cues)}
 
 
-def _matched(
-    edit: Edit, sources: list[ShotFrames]
-) -> tuple[list[ShotFrames], dict[str, dict[int, Colours]]]:
-    """Return sources with their tables, and the earlier colours of each scene's shots."""
-    script, scenes = edit.film.script, defaultdict[str, list[int]](list)
-    for index, placed in enumerate(edit.timeline.shots):
-        name = placed.shot.scene
-        if name is not None and script.scenes[name].match_colour:
-            scenes[name].append(index)
-    before: dict[str, dict[int, Colours]] = {}
-    if not script.project.finish.match_colour:
-        return sources, before
-    made = list(sources)
-    for name, together in scenes.items():
-        if len(together) < 2:
-            continue
-        before[name] = {index: measured(sources[index].frames()) for index in together}
-        for index, table in zip(together, matching([*before[name].values()]), strict=True):
-            made[index] = replace(made[index], table=table)
-    return made, before
-
-
 def _parts(
-    edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[ShotFrames], folder: Path
+    edit: Edit, shots: Sequence[RenderedShot], folder: Path
 ) -> list[list[int] | None]:
     """Return the places where each shot can be cut; None where it can't."""
     info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)
     sample = write_sample(folder, edit.output.suffix.lower(), info)
     parts: list[list[int] | None] = []
-    for shot, source in zip(shots, sources, strict=True):
-        places = "" if source.table is not None else parting_places(shot.path, sample)
+    for shot in shots:
+        places = parting_places(shot.path, sample)
         if isinstance(places, str):
             parts.append(None)
             continue
@@ -163,27 +153,153 @@ def _burnt(edit: Edit) -> list[tuple[int, int]]:
     return [(0, end), *later]
 
 
-def _written(edit: Edit, reels: Reels, pieces: Sequence[Piece], folder: Path) -> list[Stretch]:
+def pieces_of(
+    timeline: Timeline, burnt: Sequence[tuple[int, int]], parts: Sequence[Sequence[int] | None]
+) -> list[Piece]:
+    """Cut a film into pieces that are copied and pieces that are encoded.
+
+    `burnt` holds the frames [first, last) that bear texts, in order; `parts` the frames at which
+    each shot's packets can be cut, its end included, or None.
+    """
+    pieces: list[Piece] = []
+
+    def add(piece: Piece) -> None:
+        before = pieces[-1] if pieces else None
+        if piece.first == piece.last:
+            return
+        if before is not None and before.shot is None and piece.shot is None:
+            pieces[-1] = Piece(before.first, piece.last)
+        else:
+            pieces.append(piece)
+
+    for section in timeline.sections():
+        at, index = section.first, section.shots[0]
+        places = parts[index] if section.kind == "cut" else None
+        if places is not None:
+            start = timeline.shots[index].start
+            for first, last in _unmarked(section, burnt):
+                inside = [start + place for place in places if first <= start + place <= last]
+                if len(inside) > 1:
+                    add(Piece(at, inside[0]))
+                    add(Piece(inside[0], inside[-1], index))
+                    at = inside[-1]
+        add(Piece(at, section.last))
+    return pieces
+
+
+def _unmarked(section: Section, burnt: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    at = section.first
+    for first, last in burnt[bisect_right(burnt, at, key=lambda each: each[1]) :]:
+        if first >= section.last:
+            break
+        if first > at:
+            yield at, first
+        at = last
+    if at < section.last:
+        yield at, section.last
+
+
+def _written(
+    edit: Edit, shots: Sequence[RenderedShot], pieces: Sequence[Piece], folder: Path,
+    on_frames: Tell,
+) -> list[Stretch]:
     """Encode the pieces that can't be copied; return the film's stretches of files, in order."""
-    stretches: list[Stretch] = []
-    try:
+    stretches, timeline, suffix = list[Stretch](), edit.timeline, edit.output.suffix.lower()
+    with closing(film_frames(timeline, shots, edit.burner, pieces, on_frames)) as frames:
         for number, piece in enumerate(pieces):
-            count = piece.last - piece.first
             if piece.shot is not None:
-                start = edit.timeline.shots[piece.shot].start
-                stretches.append(Stretch(reels.sources[piece.shot].path, piece.first - start,
-                                         piece.last - start))
-                continue
-            path = folder / f"{number}{edit.output.suffix.lower()}"
-            info = ClipInfo(edit.film.fps, edit.film.size, count, picture=edit.picture)
-            frames = reels.frames(piece.first, piece.last)
-            if edit.film.script.project.finish.label == "visible":
-                frames = labelled(frames, info.size, info.fps, start=piece.first)
-            write_clip(path, frames, info)
-            stretches.append(Stretch(path, 0, count))
-    finally:
-        reels.close()
+                start = timeline.shots[piece.shot].start
+                path, first, last = shots[piece.shot].path, piece.first - start, piece.last - start
+            else:
+                path, first, last = folder / f"{number}{suffix}", 0, piece.last - piece.first
+                info = ClipInfo(edit.film.fps, edit.film.size, last, picture=edit.picture)
+                made: Iterator[Frames] = islice(frames, last)
+                if edit.film.script.project.finish.label == "visible":
+                    made = labelled(made, info.size, info.fps, start=piece.first)
+                write_clip(path, made, info)
+            stretches.append(Stretch(path, first, last))
     return stretches
+
+
+def film_frames(
+    timeline: Timeline, shots: Sequence[RenderedShot], burner: Burner, pieces: Sequence[Piece],
+    on_frames: Tell,
+) -> Generator[Frames]:
+    """Yield the frames of a film's encoded pieces, uint8 [1, H, W, 3] each, with their texts.
+
+    At most two shots are open at a time. At frame n of a transition over N frames the second shot's
+    share is (n + 1) / (N + 1): neither the first nor the last frame is one shot alone, as those are
+    its neighbours.
+
+    Raises:
+        InputError: a shot's file that was changed.
+    """
+    numbers = [n for each in pieces if each.shot is None for n in range(each.first, each.last)]
+    opened: dict[int, Generator[tuple[int, Frames]]] = {}
+    sections = timeline.sections()
+    section = next(sections)
+    try:
+        for done, number in enumerate(numbers, 1):
+            while section.last <= number:
+                section = next(sections)
+            for index in [each for each in opened if each < section.shots[0]]:
+                opened.pop(index).close()
+            shown = []
+            for index in section.shots:
+                if index not in opened:
+                    opened[index] = _shot_frames(shots[index], timeline.shots[index].start)
+                shown.append(next(frame for at, frame in opened[index] if at == number))
+            share = (number - section.first + 1) / (section.last - section.first + 1)
+            kind, _, way = section.kind.rpartition("-")
+            frame = shown[0]
+            if len(shown) == 2:
+                frame = blended(section.kind, shown[0], shown[1], share)
+            elif way in ("in", "out"):
+                frame = faded(kind, frame, share if way == "in" else 1 - share)
+            yield burner.burn(frame, number)[None]
+            on_frames(done, len(numbers))
+    finally:
+        for frames in opened.values():
+            frames.close()
+
+
+def _shot_frames(shot: RenderedShot, start: int) -> Generator[tuple[int, Frames]]:
+    """Yield each frame of a shot after its number in the film, which shows the first at `start`."""
+    with VideoReader(shot.path) as reader:
+        for number, frame in enumerate(reader, start):
+            yield number, frame
+    raise InputError(f"{shot.path} ends after frame {number - start + 1} of {shot.num_frames}: it "
+                     "was changed or damaged; remove it and render it again")
+
+
+def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
+    """Return a frame of a transition between two shots, uint8 [H, W, 3].
+
+    Args:
+        kind: "dissolve", "fade-black" or "fade-white" (through the colour), "wipe-left" or
+            "wipe-right" (the edge moves that way), "slide-left" or "slide-right" (both shots do).
+        first: uint8 [H, W, 3] of the first shot.
+        second: uint8 [H, W, 3] of the second shot.
+        share: of the second, above 0 and below 1.
+    """
+    if kind == "dissolve":
+        return np.asarray(np.rint(first + share * (second.astype(np.float32) - first)), np.uint8)
+    if kind in _COLOURS:
+        return faded(kind, first if share < 0.5 else second, abs(1 - 2 * share))
+    columns = round(share * first.shape[1])  # of the second
+    left = first.shape[1] - columns
+    sides = {
+        "wipe-left": (first[:, :left], second[:, left:]),
+        "wipe-right": (second[:, :columns], first[:, columns:]),
+        "slide-left": (first[:, columns:], second[:, :columns]),
+        "slide-right": (second[:, left:], first[:, :left])}
+    return np.concatenate(sides[kind], axis=1)
+
+
+def faded(kind: str, frame: Frames, share: float) -> Frames:
+    """Return a frame uint8 [H, W, 3] mixed with black or white, of which `share` is left."""
+    mixed = share * frame.astype(np.float32) + (1 - share) * _COLOURS[kind]
+    return np.asarray(np.rint(mixed), np.uint8)
 
 
 def _sound(edit: Edit, shots: Sequence[RenderedShot]) -> tuple[SoundTrack | None, list[str]]:
@@ -196,19 +312,8 @@ def _sound(edit: Edit, shots: Sequence[RenderedShot]) -> tuple[SoundTrack | None
     return SoundTrack(info, CONTAINERS[edit.output.suffix.lower()].sound), notes
 
 
-def _colour_facts(
-    scenes: Mapping[str, Mapping[int, Colours]], changed: Mapping[int, Colours]
-) -> list[dict[str, Any]]:
-    """Return how far each scene's shots differed before and differ now, in levels of 0 to 255."""
-    return [
-        {"scene": name, "before": round(spread([*before.values()]), 3),
-         "after": round(spread([changed.get(i, colours) for i, colours in before.items()]), 3)}
-        for name, before in scenes.items()]
-
-
 def _recipe(
-    edit: Edit, shots: Sequence[RenderedShot], pieces: Sequence[Piece], sound: SoundTrack | None,
-    colours: list[dict[str, Any]],
+    edit: Edit, shots: Sequence[RenderedShot], pieces: Sequence[Piece], sound: SoundTrack | None
 ) -> dict[str, Any]:
     film = edit.film
     copied = sum(piece.last - piece.first for piece in pieces if piece.shot is not None)
@@ -227,7 +332,7 @@ def _recipe(
             "script": dump(film.script),
             "shots": [{"id": each.shot.id, "address": each.path.stem, "seed": each.seed}
                       for each in shots],
-            "timeline": edit.facts(), "copied_frames": copied, "colours": colours,
+            "timeline": edit.facts(), "copied_frames": copied,
             "sounds": file_facts(edit.timeline),
             **({"described": [each.facts() for each in edit.described]} if edit.described else {})},
         "encoder": encoder}

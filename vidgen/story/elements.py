@@ -190,7 +190,6 @@ class Scene:
     place: Annotated[
         str | None, "id of a place, which `{place}` in its shots' prompts stands for"] = None
     style: Annotated[str | None, "added to its shots' prompts, before the film's"] = None
-    match_colour: Annotated[bool, "whether its shots are matched in colour"] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +220,6 @@ class Finish:
 
     codec: Annotated[
         str | None, "h264, h265, vp9, prores or ffv1; default that of the film's suffix"] = None
-    match_colour: Annotated[bool, "whether shots of a scene are matched in colour"] = True
     captions: Annotated[
         Literal["track", "burn", "beside"],
         "as a track of the file, burnt into the picture, or only in files next to it"] = "track"
