@@ -65,13 +65,14 @@ def test_an_interrupted_clip_goes_on(model: Path, cli: Any, stop: str, where: st
     assert where in cli("jobs")[1]
     code, _, err = cli(*command, "-o", name)
     assert (code, where in err) == (2, True)
+    command += ["-o", name]
     code, out, err = cli(*command, "--resume", "--json", "--events", "events.jsonl")
     assert (code, f"{name} resumes: {where}" in err) == (0, True)
     events = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
     sampled = [e for e in events if e.get("stage") == "sample"]
     assert len(sampled) == (2 if stop == "keep_job" else 0)
     (facts,) = json.loads(out)["clips"]
-    assert cli(*command, "--seed", facts["seed"], "-o", "straight.mp4")[0] == 0
+    assert cli(*command[:-1], "straight.mp4", "--seed", facts["seed"])[0] == 0
     resumed, straight = Clip.from_file(name), Clip.from_file("straight.mp4")
     assert np.array_equal(resumed.frames, straight.frames)
     assert "is done already" in cli(*command, "--seed", facts["seed"], "--resume")[2]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -153,40 +154,25 @@ def test_what_another_process_is_at_is_not_said_to_be_resumed(cli, stopped):
     assert "x.mkv resumes" not in err
 
 
-def test_a_finished_clip_is_found_again_by_the_whole_command(cli):
-    Image.new("RGB", (32, 32)).save("a.png")
-    short = ["generate", "a cat", "--frames", 5, "--steps", 2]
-    for command in (short, [*short, "--image", "a.png"], [*short, "--count", 2]):
-        assert cli(*command)[0] == 0
-        there = files()
-        code, _, err = cli(*command, "--resume")
-        assert (code, "is done already" in err, files()) == (0, True, there)
-    assert "clips of this prompt" not in err
-    assert cli(*short, "--resume", "--guidance", 2)[0] == 0
-    assert len(files()) == len(there) + 1
-    cli(*short)
-    code, _, err = cli(*short, "--resume")
-    assert (code, "clips of this prompt have the seeds" in err) == (2, True)
-
-
-def test_a_drawn_seed_is_found_again_by_the_prompt(cli, stopped):
+def test_a_drawn_seed_is_in_the_command_that_continues(cli, stopped):
     code, _, err = stopped("on_step", 1, "generate", "a cat")
     seed = err.split("seed ")[1].split()[0]
     assert (code, files()) == (130, [f"a-cat-{seed}.mp4.vidgen-job"])
-    assert cli("generate", "a cat", "--resume")[0] == 0
+    (command,) = re.findall("is not finished; to continue: vidgen (.*)", err)
+    assert command.endswith(f"--seed {seed} --resume")
+    assert cli("generate", "a cat", "--resume")[0] == 2
+    assert cli(*shlex.split(command))[0] == 0
     assert files() == [f"a-cat-{seed}.mp4"]
+    assert "is done already" in cli("generate", "a cat", "--resume", "-o", files()[0])[2]
+    code, _, err = cli("generate", "a cat", "--resume")
+    assert (code, "give -o or --seed" in err) == (2, True)
+
+
+def test_a_drawn_seed_is_found_again_by_the_output(cli, stopped):
     stopped("on_step", 1, "generate", "a dog", "-o", "dog.mp4")
     drawn = job.read_job(Path("dog.mp4.vidgen-job"))["recipe"]["plan"]["seed"]
     assert cli("generate", "a dog", "-o", "dog.mp4", "--resume")[0] == 0
     assert Clip.from_file("dog.mp4").recipe["plan"]["seed"] == drawn
-
-
-def test_of_two_drawn_seeds_one_must_be_named(cli, stopped):
-    stopped("on_step", 1, "generate", "a cat")
-    stopped("on_step", 1, "generate", "a cat")
-    code, _, err = cli("generate", "a cat", "--resume")
-    assert code == 2
-    assert "choose one with --seed" in err
 
 
 def test_of_several_clips_the_finished_ones_stay(cli, stopped):
@@ -330,11 +316,11 @@ def test_a_clip_whose_seed_was_rolled_again_goes_on(cli, stopped, method, calls,
 
 def test_a_drawn_seed_that_was_rolled_again_is_found(cli, stopped):
     Image.radial_gradient("L").resize((32, 32)).convert("RGB").save("in.png")
-    drawn = [*RETRIED[:2], *RETRIED[4:-2]]
-    assert stopped("on_step", 5, *drawn)[0] == 130
+    code, _, err = stopped("on_step", 5, *RETRIED[:2], *RETRIED[4:-2])
     (folder,) = Path().glob("a-cat-*.vidgen-job")
     seed = int(re.search(r"\d+", folder.name)[0])
-    code, out, _ = cli(*drawn, "--resume", "--json")
+    command = shlex.split(re.findall("to continue: vidgen (.*)", err)[0])
+    code, out, _ = cli(*command, "--json")
     assert (code, json.loads(out)["clips"][0]["seed"]) == (0, seed + 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from argparse import Namespace
 from functools import partial
@@ -43,8 +44,13 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.cli import outputs
 
+    again = "run the same command with --resume to continue"
     if request.seed is None:
-        request = request.replace(seed=outputs.choose_seed(args, request, saving, report))
+        seed = outputs.choose_seed(args, request, saving, report)
+        request = request.replace(seed=seed)
+        words = [word for word in args.words if word != "--resume"]
+        again = "to continue: " + shlex.join(
+            ["vidgen", "generate", *words, "--seed", str(seed), "--resume"])
     paths = outputs.output_names(args.output, request, saving.count)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
         request = request.replace(**silenced(request.settings))  # the files can't hold it
@@ -62,7 +68,7 @@ def run(args: Namespace, report: Report) -> int:
     options.share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
         loading = loading.replace(offload="stage")  # no work is left for a network
-    with outputs.resumable(journals, report):
+    with outputs.resumable(journals, report, again=again):
         engine = load(**loading.model_dump())
 
         def expect(made: Estimate, **how: Any) -> None:

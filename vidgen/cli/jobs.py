@@ -12,7 +12,7 @@ from vidgen.core.errors import InputError
 
 DESCRIPTION = (
     "List unfinished clips with their progress, age and size. To continue one, run its command "
-    "again with --resume."
+    "again with -o and --resume."
 )
 
 

@@ -167,6 +167,7 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb, arguments)
     args = parser.parse(arguments)
+    args.words = arguments
     if verb in ("generate", "extend", "sweep") and given_rank() is not None:
         raise InputError(f"vidgen {verb} starts its processes itself; use --devices N instead of "
                          "torchrun")

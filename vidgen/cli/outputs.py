@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import secrets
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,8 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.core.request import Request, Saving
 from vidgen.core.runtime import ATTENTION_VARIABLE, attention_by, slug
 from vidgen.media.checks import as_data, verdict
-from vidgen.media.probe import read_recipe
-from vidgen.pipeline.journal.job import SUFFIX, job_facts, progress_text
+from vidgen.pipeline.journal.job import job_facts, progress_text
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.recorded import recorded_request
 
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
@@ -92,71 +88,19 @@ def output_names(output: str | None, request: Request, count: int = 1) -> list[s
 
 
 def choose_seed(args: Namespace, request: Request, saving: Saving, report: Report) -> int:
-    """Return the seed that an earlier run of the same command drew, or a new one."""
-    if args.resume:
-        seeds = (_seeds_of(args.output, request, saving.count)
-                 or _seeds_of_finished(args, request, saving.count))
-        if args.output is not None and saving.retry:  # retries have higher seeds
-            seeds = {min(seeds)} if seeds else seeds
-        if len(seeds) > 1:
-            raise InputError(f"clips of this prompt have the seeds {sorted(seeds)}; choose "
-                             "one with --seed")
-        if seeds:
-            return seeds.pop()
+    """Return the first seed of the outputs that --resume continues, or a new one."""
+    if args.resume and args.output is None:
+        raise InputError("--resume needs the output or the seed of the earlier run; give -o or "
+                         "--seed; vidgen jobs lists unfinished clips")
+    names = output_names(args.output, request, saving.count) if args.resume else []
+    plans = [(Journal(name, resume=True).recipe or {}).get("plan") for name in names]
+    seeds = [plan["seed"] - index for index, plan in enumerate(plans)
+             if plan and plan["prompt"] == request.prompt]
+    if seeds:
+        return int(min(seeds))  # those of --retry are higher
     seed = secrets.randbelow(2**31)
     report.note(f"seed {seed}")
     return seed
-
-
-def _seeds_of(output: str | None, request: Request, count: int) -> set[int]:
-    """Return seeds of the first clip, from this command's journals and a named output."""
-    if output is not None:
-        names: list[tuple[str, int, int | None]] = [
-            (path, i, None) for i, path in enumerate(output_names(output, request, count))]
-    else:  # the name has the first clip's seed
-        name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
-        jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
-        names = [(match[0], 0, int(match[1])) for match in map(name.fullmatch, jobs) if match]
-    seeds = set()
-    for path, index, first in names:
-        recipe = Journal(path, resume=True).recipe or {}
-        plan = recipe.get("plan")
-        if plan and plan["prompt"] == request.prompt:
-            seeds.add(plan["seed"] - index if first is None else first)
-    return seeds
-
-
-def _seeds_of_finished(args: Namespace, request: Request, count: int) -> set[int]:
-    if args.output is not None:
-        return set()
-    name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(-\d+)?\.mp4")
-    found = [match for path in Path().iterdir() if (match := name.fullmatch(path.name))
-             and (match[2] is None) == (count == 1)]  # fmt: skip
-    if not found:
-        return set()
-    is_of_command = _recognised(request, args)
-    return {int(match[1]) for match in found if is_of_command(read_recipe(match[0]) or {})}
-
-
-def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a check of whether this very command, with any seed, made a recipe."""
-    from vidgen.pipeline.recipe import request_facts  # torch
-    from vidgen.weights.layouts import open_model
-
-    def as_json(facts: dict[str, Any]) -> dict[str, Any]:
-        asked = {name: value for name, value in facts["request"].items() if name != "seed"}
-        plain: dict[str, Any] = json.loads(json.dumps(facts | {"request": asked}))
-        return plain
-
-    given, model = as_json(request_facts(request)), open_model(args.model).content_hash
-
-    def is_of_command(recipe: Mapping[str, Any]) -> bool:
-        return (
-            bool(recipe.get("plan")) and as_json(recorded_request(recipe)) == given
-            and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
-            and recipe["model"]["sha256"] == model)
-
-    return is_of_command
 
 
 def clip_seeds(
@@ -196,9 +140,10 @@ def journals_of_outputs(
 
 @contextmanager
 def resumable(
-    journals: Sequence[Journal], report: Report, attention: str | None = None
+    journals: Sequence[Journal], report: Report, attention: str | None = None,
+    again: str = "run the same command with --resume to continue",
 ) -> Iterator[None]:
-    """Report the way to continue if the work stops, unless another process does it.
+    """Report the way to continue, `again`, if the work stops, unless another process does it.
 
     Attention uses the given back end, else that of an unfinished clip, unless the command or the
     environment names one.
@@ -216,8 +161,7 @@ def resumable(
             if isinstance(error, OutputError) and job_facts(journal.folder)["running"]:
                 continue
             if journal.unfinished and not isinstance(error, InputError):
-                report.note(f"{journal.output} is not finished; run the same command with "
-                            "--resume to continue")
+                report.note(f"{journal.output} is not finished; {again}")
         raise
 
 
