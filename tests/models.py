@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from train.toybox.initial import init_dit
 from train.toybox.model_files import record_files, save_module
@@ -20,6 +21,7 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
+from vidgen.pipeline.preview import FILE as PREVIEW
 from vidgen.weights.configs import encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
 from vidgen.weights.folder import write_model_info
@@ -50,6 +52,9 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
         heard = AudioVAE(AUDIO_VAE_PRESETS["tiny"])
         save_module(heard.state_dict(), heard.config, folder / "sound_vae", torch.float32)
     train_tokenizer(CAPTIONS, folder / "tokenizer", text.config.vocab_size)
+    (folder / "preview").mkdir()
+    shown = {"weight": torch.randn(48, vae.config.latent_channels, 3, 3), "bias": torch.zeros(48)}
+    save_file(shown, folder / PREVIEW)
     write_model_info(
         folder, name=folder.name, family="toybox", license_name="Apache-2.0",
         tasks=(*TASKS, "sound") if sound else TASKS,

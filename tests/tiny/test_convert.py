@@ -113,7 +113,6 @@ def test_facts_come_back_through_any_layout(first: str, second: str, tmp_path: P
     source = build_tiny_model(tmp_path / "tiny")
     measured = {"preview/model.safetensors": to_bytes({"map": torch.ones(2)}),
                 "magnitudes.json": b"{}"}
-    (source / "preview").mkdir()
     for name, content in measured.items():
         (source / name).write_bytes(content)
     record_files(source, measured)

@@ -12,32 +12,20 @@ import torch
 from PIL import Image
 
 from eval.toybox.quality import psnr
+from tests.wan_models import build_diffusers
 from train.toybox.world.render import render
 from train.toybox.world.scenes import sample_scenes
 from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled
 from vidgen.core.protocols import SamplerState, StepInfo
+from vidgen.models.presets import VAE_PRESETS
 from vidgen.pipeline import preview
 from vidgen.pipeline.engine import Engine, load
-from vidgen.pipeline.preview import (
-    FILE,
-    Glimpses,
-    fit_preview,
-    open_preview,
-    preview_path,
-    write_decoder,
-    write_preview,
-)
+from vidgen.pipeline.preview import Glimpses, open_preview, preview_path, write_preview
 from vidgen.pipeline.types import Preview
+from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
-
-
-@pytest.fixture(autouse=True)
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder of the test's own, and few clips to fit to."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(preview, "CLIP_SIZE", 32)
 
 
 @pytest.fixture(scope="module")
@@ -73,37 +61,34 @@ def test_previews_wait_fifty_times_as_long_as_they_take(
         shown.append(made.step)
         now[0] += 0.1
 
-    glimpses = Glimpses(engine, tell, Fraction(12), 1)
+    glimpses = Glimpses(engine.folder, tell, Fraction(12), 1)
     for step in range(1, 13):
         glimpses.on_step(info(step))
         now[0] += 0.9
     assert shown == [1, 7]  # 0.1 s each: the next one 5 s after the first was done
 
 
-def test_what_was_fitted_is_kept_and_read_again(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wans_vaes_have_published_maps_and_others_none(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(preview, "CLIPS", 2)
-    first = open_preview(engine)
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
-    monkeypatch.setattr(preview, "fit_preview", None)  # not called again
-    again = open_preview(engine)
-    assert torch.equal(first.weight, again.weight)
-    write_decoder(first, tmp_path / "model" / FILE)
-    (tmp_path / "cache").rename(tmp_path / "gone")
-    monkeypatch.setattr(engine, "folder", replace(engine.folder, path=tmp_path / "model"))
-    assert torch.equal(open_preview(engine).bias, first.bias)
+    assert open_preview(engine.folder).weight.shape == (48, 4, 3, 3)
+    for variant, channels in (("ti2v-5b", 48), ("t2v", 16)):
+        folder = open_model(str(build_diffusers(tmp_path / variant, variant)))
+        vae = replace(folder.components["vae"], config=VAE_PRESETS[f"wan2{1 + (channels == 48)}"])
+        decoder = open_preview(replace(folder, components={"vae": vae}))
+        grey = decoder(torch.zeros(1, channels, 2, 3, 5))
+        assert grey.shape == (2, 3, 5, 3)
+        assert np.abs(grey[0, 0, 0] - (decoder.bias.numpy() + 1) * 127.5).max() <= 0.5
+    bare = replace(engine.folder, path=tmp_path, name="bare")
+    assert open_preview(bare) is None
+    assert "no previews: bare has no readable preview/model.safetensors" in caplog.text
+    Glimpses(bare, pytest.fail, Fraction(12), 1).on_step(info(1))
 
 
 @pytest.mark.embedded
-def test_the_embedded_models_previews_look_like_its_clips(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_embedded_models_previews_look_like_its_clips() -> None:
     engine = load("toybox")
-    monkeypatch.setattr(preview, "CLIP_SIZE", 128)
-    decoder = fit_preview(engine, preview.drifting_patterns())
-    write_decoder(decoder, tmp_path / "x.safetensors")
-    assert (tmp_path / "x.safetensors").stat().st_size < 200_000
+    decoder = open_preview(engine.folder)
     video = render(sample_scenes(123, 1), 9).video
     frames = torch.from_numpy(decoder(engine.encode_video(video)))
     small = torch.nn.functional.interpolate(

@@ -1,32 +1,72 @@
-"""Give a model folder what it does well to carry: a preview decoder and its magnitudes.
+"""Give a model folder its preview decoder and its magnitudes.
 
     python -m train.toybox.preview --model vidgen/assets/toybox
 
 Writes `preview/model.safetensors`, the linear map behind `--preview`, fitted by least squares to
 what the folder's VAE encodes, and `magnitudes.json`, how its transformer's steps differ, behind
-`--cache magnitude`, and records both in the folder's `model.json`, where it has one. Without them
-both are made on first use or asked for, and kept for the user. To be called anew when the weights
-change; a minute on two cores for the embedded model.
+`--cache magnitude`, and records both in the folder's `model.json`, if it has one. Run it again
+when the weights change; it takes a minute on two cores for the embedded model.
+
+Axes: C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel rows and
+columns, N latent positions, K features.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 
 from eval.toybox.quality import psnr
 from train.toybox.model_files import record_files
 from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from vidgen.core.errors import ModelError, exit_code
+from vidgen.core.runtime import atomic_write
 from vidgen.pipeline.engine import Engine, load, measure_magnitudes
-from vidgen.pipeline.preview import FILE, PreviewDecoder, fit_preview, write_decoder
+from vidgen.pipeline.preview import FILE, PreviewDecoder
 from vidgen.pipeline.step_caches import write_magnitudes
 
 NUM_FITTED, NUM_CHECKED = 24, 8
+SIDE = 4
+"""Side in pixels of one latent, unless the VAE's stride is smaller."""
+RIDGE = 1e-3
+
+
+@torch.no_grad()
+def fit_preview(engine: Engine, clips: Iterable[Tensor]) -> PreviewDecoder:
+    """Fit a model's decoder by ridge regression of pixels on latents, in float64.
+
+    The videos [1, 3, T, H, W] in [-1, 1] must cover all colours to show.
+    """
+    side = min(SIDE, engine.vae_config.strides.hw)
+    width = 9 * engine.vae_config.latent_channels + 1
+    products = torch.zeros(width, width, dtype=torch.float64)
+    targets = torch.zeros(width, 3 * side * side, dtype=torch.float64)
+    for video in clips:
+        features, wanted = _pairs(engine.encode_video(video).cpu(), video, side)
+        products += features.T @ features
+        targets += features.T @ wanted
+    ridge = RIDGE * products.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    solved = torch.linalg.solve(products + ridge, targets).T.float()
+    weight = solved[:, :-1].reshape(-1, engine.vae_config.latent_channels, 3, 3)
+    return PreviewDecoder(weight.contiguous(), solved[:, -1].contiguous())
+
+
+def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return features [N, K] and target pixels [N, 3 * side * side] of a clip, float64."""
+    rows = F.pad(latents[0].double().transpose(0, 1), (1, 1, 1, 1), mode="replicate")
+    features = F.unfold(rows, 3).transpose(1, 2).flatten(0, 1)
+    features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    count, h, w = latents.shape[2:]
+    stride = (video.shape[2] - 1) // max(count - 1, 1)
+    last = video[0, :, ::stride].double().transpose(0, 1)  # each latent frame's last picture
+    small = F.interpolate(last, size=(h * side, w * side), mode="area")
+    return features, F.pixel_unshuffle(small, side).flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -36,7 +76,7 @@ def quality(engine: Engine, decoder: PreviewDecoder) -> float:
     for scene in sample_scenes(SEED_RANGES["dev"][0], NUM_CHECKED):
         video = render([scene], 9).video
         shown = torch.from_numpy(decoder(engine.encode_video(video)))
-        wanted = torch.nn.functional.interpolate(
+        wanted = F.interpolate(
             video[0, :, :: engine.vae_config.strides.t].transpose(0, 1), size=shown.shape[1:3],
             mode="area",
         )
@@ -67,7 +107,8 @@ def main() -> int:
             raise ModelError(f"{options.model} is run by diffusers; it takes neither")
         decoder = fit_preview(engine, mixed_renders())
         folder = engine.folder.path
-        write_decoder(decoder, folder / FILE)
+        (folder / FILE).parent.mkdir(exist_ok=True)
+        atomic_write(folder / FILE, save({"weight": decoder.weight, "bias": decoder.bias}))
         print(f"previews: {quality(engine, decoder):.1f} dB")
         found = write_magnitudes(measure_magnitudes(engine), engine.folder, folder)
         print(f"magnitudes: {found}")

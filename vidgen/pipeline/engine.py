@@ -209,7 +209,7 @@ class Engine(OpenedModel):
                     continue
                 with kept.running(recipe, self.device):
                     report = Reporter(on_event, index, count)
-                    glimpses = Glimpses(self, on_preview, each.fps, index)
+                    glimpses = Glimpses(self.folder, on_preview, each.fps, index)
                     making = _Making(self, each, request, inputs, loras, contexts, track, kept,
                                      report, glimpses)
                     clips.append(making.clip(recipe))
