@@ -22,7 +22,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion.condition import prefix
 from vidgen.diffusion.state import UpsampledKnown, new_state
 from vidgen.models.verifier import Verifier, Want, score
-from vidgen.pipeline.best_of_n import VERIFIER, candidate_state, verify_video, wanted, with_verifier
+from vidgen.pipeline.best_of_n import VERIFIER, candidate_state, verify_video, wanted
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
@@ -221,10 +221,10 @@ def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match=r"candidates is 2, but tiny has no verifier"):
         plain.generate(PROMPT, **OPTIONS, settings={"candidates": 2})
-    plan = replace(engine.plan(Request.of(PROMPT, OPTIONS), Inputs()), strength=0.5)
+    clip = OPTIONS | {"video": "clip.mp4", "strength": 0.5}
     with pytest.raises(InputError, match=r"candidates is 2, but .*starts from another"):
-        with_verifier(plan, Request.of(PROMPT, {"settings": {"candidates": 2}}), engine.folder)
-    assert with_verifier(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
+        engine.plan(Request.of(PROMPT, clip | {"settings": {"candidates": 2}}), Inputs())
+    assert engine.plan(Request.of(PROMPT, clip), Inputs()).candidates == 1
     assert plain.generate(PROMPT, **OPTIONS,
                           settings={"candidates": 1}).recipe["plan"]["candidates"] == 1
     with pytest.raises(InputError, match="candidates is 0; give a whole number from 1 to 64"):

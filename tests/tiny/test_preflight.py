@@ -36,7 +36,7 @@ from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.memory import KERNELS_BYTES, count_passes, estimate, refine_bytes
-from vidgen.pipeline.plan import make_plan, require_own_model, settle, with_student
+from vidgen.pipeline.plan import make_plan, require_own_model, settle
 from vidgen.pipeline.setups import choose, preflight
 from vidgen.pipeline.types import Setup
 from vidgen.weights.folder import DiffusersFolder, StudentConfig
@@ -246,7 +246,7 @@ def test_an_expert_that_rests_is_not_counted(kind, options, experts, tmp_path, r
                   StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), folder.path)
     asked = Request.of("a cat", {"seed": 1, **options})
     folder = open_model(str(folder.path))
-    plan = with_student(make_plan(asked, folder), asked, folder)
+    plan = make_plan(asked, folder)
     kept, loaded = (
         {stage.name: stage.seconds for stage in
          estimate(folder, plan, asked, Setup(CPU, "fp32", offload)).stages}["denoise"]

@@ -21,13 +21,14 @@ from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
 from vidgen.diffusion.regional_prompts import NO_LABEL
 from vidgen.diffusion.state import new_state
-from vidgen.pipeline.best_of_n import VERIFIER, with_verifier
+from vidgen.pipeline.best_of_n import VERIFIER
 from vidgen.pipeline.denoise import regional_prompts
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import preflight
@@ -228,15 +229,14 @@ def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match=r"binding is 1\.0, but tiny has no verifier"):
         plain.generate(TWO, **OPTIONS)
-    plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
     for changed, devices, why in (
-        ({"strength": 0.5}, 1, "starts from another"), ({}, 2, "one device per clip"),
+        ({"video": "clip.mp4", "strength": 0.5}, 1, "starts from another"),
+        ({}, 2, "one device per clip"),
     ):
-        request = Request.of(TWO, OPTIONS)
+        request = Request.of(TWO, OPTIONS | changed)
         with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):
-            with_verifier(replace(plan, **changed), request, engine.folder, devices)
-        request = request.replace(settings={})
-        free = with_verifier(replace(plan, **changed), request, engine.folder, devices)
+            make_plan(request, engine.folder, devices=devices)
+        free = make_plan(request.replace(settings={}), engine.folder, devices=devices)
         assert free.binding == 0
     with pytest.raises(InputError, match="binding is 2; give a number from 0 to 1"):
         engine.generate(TWO, **OPTIONS | {"settings": {"binding": 2}})

@@ -20,17 +20,14 @@ from torch import Tensor
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.journal.job import TRIED
-from vidgen.pipeline.settings import settled_value, words_alone
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import SamplerState, StepInfo
-    from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.models.verifier import Verifier
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Plan
-    from vidgen.weights.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -82,26 +79,6 @@ class Verified:
     names: str  # the things that the prompt names, in the verifier's words
     score: float  # from 0 to 1; see `verifier.score`
     is_enough: bool  # whether the score satisfies the model
-
-
-def with_verifier(
-    plan: Plan, request: Request, folder: ModelFolder, devices: int | None = 1
-) -> Plan:
-    """Add the number of candidates and the strength of regional prompts to a plan.
-
-    Raises:
-        InputError: either is requested, but the model has no verifier or the clip doesn't allow it.
-    """
-    why = None
-    if VERIFIER not in folder.components:
-        why = f"{folder.name} has no verifier"
-    elif plan.strength < 1:
-        why = "a clip that starts from another one shows the content of that one"
-    shared = "regional prompts need one device per clip"
-    alone = why or (shared if (devices or 1) > 1 else None)
-    binding = settled_value("binding", request, folder, alone)
-    return replace(plan, candidates=int(settled_value("candidates", request, folder, why)),
-                   binding=binding if words_alone(request) else 0.0)
 
 
 def candidate_state(state: LatentState, number: int) -> LatentState:

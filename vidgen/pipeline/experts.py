@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.samplers import SAMPLERS, scheduler_sigmas
+from vidgen.diffusion.samplers import scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.models.lora import attached
 from vidgen.pipeline.settings import own_value
@@ -25,7 +24,6 @@ from vidgen.weights.folder import ModelFolder, hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.dit_types import DiTConfig
     from vidgen.pipeline.loader import ModelLoader
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 TransformerAt = Callable[[float], "SpacetimeDiT"]
 """Maps a noise level to its transformer."""
-AT_ONE_RATE = ("control", "follow_audio")
-"""Options that exclude temporal upsampling: their inputs are read at the clip's frame rate."""
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
@@ -131,41 +127,3 @@ def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
 def upsampling_of(folder: ModelFolder) -> int:
     """Return a model's factor of temporal upsampling, 1 if it has none."""
     return int(own_value("oversampling", folder))
-
-
-def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
-    """Add the factor of temporal upsampling below the model's boundary to a plan.
-
-    Raises:
-        InputError: a factor that the model or this clip doesn't allow.
-    """
-    own, requested = upsampling_of(folder), request.settings.get("oversampling")
-    if requested not in (None, 1, own):
-        remedy = ("has no temporal upsampling; leave it out" if own == 1 else
-                  f"has temporal upsampling by {own}; give 1 or {own}")
-        raise InputError(f"oversampling is {requested}, but {folder.name} {remedy}")
-    if requested == 1 or own == 1:
-        return plan
-    why = _hindrance(plan, request, folder)
-    if why is None:
-        folder.components["vae"].config.steady_stages(own)
-        return replace(plan, oversampling=own)
-    if requested is not None:
-        raise InputError(f"oversampling is {requested}, but this clip {why}; leave it out")
-    return plan
-
-
-def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
-    """Return the reason why a clip has one frame rate at all noise levels, or None."""
-    given = [option for option in AT_ONE_RATE if request.has(option)]
-    if given:
-        return f"has {given[0]}, which is read at the clip's frame rate"
-    if plan.sampler not in SAMPLERS:
-        return f"is sampled by {plan.sampler}, which has its own noise levels"
-    if plan.num_frames == 1:
-        return "has a single frame"
-    sigmas = sigmas_of(plan)
-    split = sigma_split(plan, sigmas, folder)
-    if split == len(sigmas) - 1 > 0 or (split == 0 and request.strength is None):
-        return f"has no step on one side of the level {folder.defaults.boundary}"
-    return None

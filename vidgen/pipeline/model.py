@@ -102,10 +102,10 @@ class OpenedModel:
         Raises:
             InputError: the model doesn't support the request.
         """
-        from vidgen.pipeline.plan import settled
+        from vidgen.pipeline.plan import make_plan
 
         devices = 1 if self.devices is None else self.devices.size
-        plan = settled(request, self.folder, inputs, self.tokenizer, devices)
+        plan = make_plan(request, self.folder, inputs, self.tokenizer, devices)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):
                 log.warning("%s", remark)

@@ -18,8 +18,13 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import Voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
-from vidgen.pipeline.best_of_n import with_verifier
-from vidgen.pipeline.experts import boundary_of, read_loras, with_oversampling
+from vidgen.pipeline.experts import (
+    boundary_of,
+    read_loras,
+    sigma_split,
+    sigmas_of,
+    upsampling_of,
+)
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.settings import (
     SETTINGS,
@@ -27,6 +32,7 @@ from vidgen.pipeline.settings import (
     check_tasks,
     makes_sound,
     settled_value,
+    words_alone,
 )
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.types import Plan, draw_seed
@@ -36,36 +42,36 @@ from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
     from vidgen.weights.family import ModelDefaults
-    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.folder import ModelFolder, StudentConfig
 
 log = logging.getLogger(__name__)
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
 """Options of sampling that a distilled model fixes, as it does the settings of sampling."""
+AT_ONE_RATE = ("control", "follow_audio")
+"""Options that exclude temporal upsampling: their inputs are read at the clip's frame rate."""
 
 
 def make_plan(
-    request: Request, folder: ModelFolder, inputs: Inputs | None = None, devices: int | None = 1
+    request: Request, folder: ModelFolder, inputs: Inputs | None = None,
+    tokenizer: PromptTokenizer | None = None, devices: int | None = 1,
 ) -> Plan:
     """Return the plan of a request for one clip; the model's defaults fill what it leaves open.
 
-    The files in `inputs` give the aspect ratio and length if the request doesn't; None: it names no
-    files, or gives size and length.
+    Args:
+        inputs: files that give the aspect ratio and length if the request doesn't; None: it names
+            no files, or gives size and length.
+        tokenizer: normalises words and checks the texts' lengths; None skips both.
 
     Raises:
-        InputError: the model doesn't support a size, count, sampler or setting; the message names
-            the nearest that it does.
+        InputError: the model doesn't support a size, count, sampler, setting or text; the message
+            names the nearest that it does.
     """
     check_settings(request, folder)
     defaults, vae = folder.defaults, folder.components["vae"].config
     patch, strides = folder.components["transformer"].config.patch_size, vae.strides
-    sampler = request.sampler or defaults.sampler
-    if not isinstance(sampler, str):
-        sampler = type(sampler).__name__
-    elif sampler not in SAMPLERS:
-        raise OptionError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}", "sampler")
+    student, read = _student(request, folder), inputs or Inputs()
     fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
-    read = inputs or Inputs()
     own_length = defaults.num_frames, defaults.num_frames
     num_frames, kept = read.length(request, fps, strides) or own_length
     own_size = defaults.width, defaults.height
@@ -78,26 +84,66 @@ def make_plan(
         raise InputError(f"{kept} frames at {float(fps):g} fps last {float(kept / fps):g} s; "
                          f"give fewer frames or a higher fps, for {MAX_SECONDS} s at most")
     _warn_unseen(defaults, width, height)
-    guidance = _guidance(request, folder, devices)
     if request.video is not None and request.strength is None and request.mask is None:
         raise InputError("a video needs strength or mask; give strength from 0 to 1 to vary the "
                          "video, or a mask to repaint a part of it")
-    return Plan(
+    plan = Plan(
         prompt=request.prompt,
         negative=defaults.negative_prompt if request.negative is None else request.negative,
         seed=draw_seed() if request.seed is None else request.seed,
         width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
-        num_steps=request.steps or defaults.num_steps,
-        shift=float(request.shift or defaults.shift), sampler=sampler, guidance=guidance,
+        num_steps=student.num_steps if student else request.steps or defaults.num_steps,
+        shift=float(request.shift or defaults.shift),
+        sampler=student.sampler if student else _sampler(request.sampler or defaults.sampler),
+        guidance=Guidance() if student else _guidance(request, folder, devices),
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
-        fit=request.fit, latents=shape,
+        fit=request.fit, latents=shape, student=student, cache=settle_cache(request, folder),
         encode_passes=int(settled_value("encode_passes", request, folder)),
-        refine_steps=int(settled_value(
-            "refine", request, folder, None if "refine" in defaults.settings else
-            "this model doesn't refine first frames")),
-        **_sound_of(request, folder),
+        refine_steps=int(settled_value("refine", request, folder)),
+        **_sound_of(request, folder), **_candidates(request, folder, devices),
     )
+    plan = replace(plan, oversampling=_oversampling(plan, request, folder))
+    _warn_of_idle_loras(plan, request, folder)
+    return plan if tokenizer is None else _with_readings(plan, request, tokenizer)
+
+
+def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
+    """Return the plan of a request without opening the model, whose weights may be absent.
+
+    Raises:
+        InputError: the model doesn't support the request, or an input or text can't be read.
+    """
+    dit = folder.components["transformer"].config
+    check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
+    inputs = Inputs() if request.first_frame_model else read_inputs(request)
+    tokenizer = PromptTokenizer(folder.tokenizer, dit.text_len) if folder.files else None
+    return make_plan(request, folder, inputs, tokenizer, devices)
+
+
+def _student(request: Request, folder: ModelFolder) -> StudentConfig | None:
+    """Return the model's distilled model if it fits the request, else None.
+
+    It fits if the request has its step count and changes nothing else of sampling: no option of
+    `SAMPLING`, no setting of sampling, no negative prompt, no step cache, no `strength` (which
+    would begin between its noise levels), and no sound to follow.
+    """
+    student = folder.student
+    asks_more = (
+        any(map(request.has, SAMPLING))
+        or any(SETTINGS[name].topic == "sampling" for name in request.settings)
+        or request.negative not in (None, folder.defaults.negative_prompt)
+        or request.cache != "none" or request.strength not in (None, 1) or request.follow_audio
+    )
+    return None if student is None or request.steps != student.num_steps or asks_more else student
+
+
+def _sampler(sampler: Any) -> str:
+    if not isinstance(sampler, str):
+        return type(sampler).__name__
+    if sampler not in SAMPLERS:
+        raise OptionError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}", "sampler")
+    return sampler
 
 
 def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int) -> None:
@@ -115,31 +161,24 @@ def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int
 
 def _guidance(request: Request, folder: ModelFolder, devices: int | None) -> Guidance:
     """Return a request's guidance; --guidance alone is also that of low noise and of images."""
-    defaults = folder.defaults
-    low = defaults.guidance_scale_2 if request.guidance is None else None
+    defaults, requested = folder.defaults, request.guidance
+    low = defaults.guidance_scale_2 if requested is None else None
     if request.guidance_low is not None:
         if defaults.boundary is None:
             raise OptionError(f"guidance_low is {request.guidance_low}, but this model has no "
                               "low-noise expert; leave it out", "guidance_low")
         low = float(request.guidance_low)
-    known = defaults.settings.get("image_guidance")
-    of_images = request.settings.get("image_guidance")
-    if known is None and of_images is not None:
-        raise InputError(f"image_guidance is {of_images}, but this model has no separate guidance "
-                         "of images; leave it out")
-    why = None if known is not None else "this model has no separate guidance of images"
-    reach = int(settled_value("image_guidance_reach", request, folder, why))
+    known: float | None = settled_value("image_guidance", request, folder)
     why = None
-    if "reference_guidance" not in defaults.settings:
-        why = "this model has no separate guidance of references"
-    elif (devices or 1) > 1:
-        why = "guidance of references needs one device per clip"
+    if "image_guidance" not in defaults.settings:
+        known, why = None, SETTINGS["image_guidance"].missing
+    elif requested is not None and "image_guidance" not in request.settings:
+        known = float(requested)
+    reach = int(settled_value("image_guidance_reach", request, folder, why))
+    why = "guidance of references needs one device per clip" if (devices or 1) > 1 else None
     reference_scale = settled_value("reference_guidance", request, folder, why)
-    if known is not None:
-        scales = (of_images, request.guidance, known)
-        known = float(next(scale for scale in scales if scale is not None))
     return Guidance(
-        scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
+        scale=defaults.guidance_scale if requested is None else float(requested),
         interval=request.guidance_interval or defaults.guidance_interval,
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
@@ -187,35 +226,58 @@ def _sound_of(request: Request, folder: ModelFolder) -> dict[str, Any]:
             "sound_delay_s": settled_value("audio_delay", request, folder)}
 
 
-def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
-    """Return the plan of a request without opening the model, whose weights may be absent.
+def _candidates(request: Request, folder: ModelFolder, devices: int | None) -> dict[str, Any]:
+    """Return the plan's number of candidates and its strength of regional prompts."""
+    why = None
+    if "verifier" not in folder.components:
+        why = f"{folder.name} has no verifier"
+    elif request.strength not in (None, 1):
+        why = "a clip that starts from another one shows the content of that one"
+    alone = "regional prompts need one device per clip" if (devices or 1) > 1 else None
+    binding = settled_value("binding", request, folder, why or alone)
+    return {"candidates": int(settled_value("candidates", request, folder, why)),
+            "binding": binding if words_alone(request) else 0.0}
 
-    Raises:
-        InputError: the model doesn't support the request, or an input or text can't be read.
+
+def _oversampling(plan: Plan, request: Request, folder: ModelFolder) -> int:
+    """Return the factor of temporal upsampling below the model's boundary."""
+    own, requested = upsampling_of(folder), request.settings.get("oversampling")
+    if requested not in (None, 1, own):
+        remedy = ("has no temporal upsampling; leave it out" if own == 1 else
+                  f"has temporal upsampling by {own}; give 1 or {own}")
+        raise InputError(f"oversampling is {requested}, but {folder.name} {remedy}")
+    if requested == 1 or own == 1:
+        return 1
+    why = _hindrance(plan, request, folder)
+    if why is None:
+        folder.components["vae"].config.steady_stages(own)
+        return own
+    if requested is not None:
+        raise InputError(f"oversampling is {requested}, but this clip {why}; leave it out")
+    return 1
+
+
+def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
+    """Return the reason why a clip has one frame rate at all noise levels, or None."""
+    given = [option for option in AT_ONE_RATE if request.has(option)]
+    if given:
+        return f"has {given[0]}, which is read at the clip's frame rate"
+    if plan.sampler not in SAMPLERS:
+        return f"is sampled by {plan.sampler}, which has its own noise levels"
+    if plan.num_frames == 1:
+        return "has a single frame"
+    sigmas = sigmas_of(plan)
+    split = sigma_split(plan, sigmas, folder)
+    if split == len(sigmas) - 1 > 0 or (split == 0 and request.strength is None):
+        return f"has no step on one side of the level {folder.defaults.boundary}"
+    return None
+
+
+def _with_readings(plan: Plan, request: Request, tokenizer: PromptTokenizer) -> Plan:
+    """Add the normalised words; raise InputError for a text that a model of few words can't take.
+
+    Other models truncate it.
     """
-    dit = folder.components["transformer"].config
-    check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
-    inputs = Inputs() if request.first_frame_model else read_inputs(request)
-    tokenizer = PromptTokenizer(folder.tokenizer, dit.text_len) if folder.files else None
-    return settled(request, folder, inputs, tokenizer, devices)
-
-
-def settled(
-    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None,
-    devices: int | None = 1,
-) -> Plan:
-    """Return the plan of a request whose files were read; None as `tokenizer` skips its texts.
-
-    Raises:
-        InputError: the model doesn't support the request, or a text is too long for a model of few
-            words (other models truncate it).
-    """
-    plan = replace(make_plan(request, folder, inputs, devices), cache=settle_cache(request, folder))
-    plan = with_oversampling(with_student(plan, request, folder), request, folder)
-    plan = with_verifier(plan, request, folder, devices)
-    _warn_of_idle_loras(plan, request, folder)
-    if tokenizer is None:
-        return plan
     texts = {"prompt": plan.prompt, "negative": plan.negative}
     given = parse_readings(request.readings)
     if given is None and request.lora:
@@ -225,26 +287,6 @@ def settled(
     for name, text in texts.items():
         require_short(name, read_as(text, readings), tokenizer)
     return replace(plan, readings=tuple(readings.items()))
-
-
-def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
-    """Return the plan with the model's distilled model if it fits the request; else unchanged.
-
-    It fits if the request has its step count and changes nothing else of sampling: no option of
-    `SAMPLING`, no setting of sampling, no negative prompt, no step cache, no `strength` (which
-    would begin between its noise levels), and no sound to follow.
-    """
-    student = folder.student
-    asks_more = (
-        any(map(request.has, SAMPLING))
-        or any(SETTINGS[name].topic == "sampling" for name in request.settings)
-        or plan.negative != folder.defaults.negative_prompt or request.cache != "none"
-        or plan.strength < 1 or request.follow_audio
-    )
-    if student is None or request.steps != student.num_steps or asks_more:
-        return plan
-    return replace(plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
-                   student=student)
 
 
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:

@@ -46,21 +46,25 @@ class Setting:
     needs: tuple[str, ...] = ()  # options of a request, one of which it needs
     follows: str = ""  # option of a request that resets the setting when it changes
     task: str = ""  # task of models that have the setting; empty: models whose defaults name it
+    missing: str = ""  # refusal by models whose defaults don't name it; empty: they take it
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
     Setting("image_guidance", "sampling", float, "guidance toward the given frames",
-            high=100, served=20, recorded="known_scale", follows="guidance"),
+            high=100, served=20, recorded="known_scale", follows="guidance",
+            missing="this model has no separate guidance of images"),
     Setting("image_guidance_reach", "sampling", int,
             "latent frames until image_guidance is full; 0: full everywhere",
             high=1000, off=0, recorded="reach"),
     Setting("reference_guidance", "sampling", float,
             "extra guidance toward reference images, in clips without given frames; 0 skips it",
-            high=100, served=20, off=0.0, recorded="reference_scale", follows="reference"),
+            high=100, served=20, off=0.0, recorded="reference_scale", follows="reference",
+            missing="this model has no separate guidance of references"),
     Setting("refine", "frames", int,
             "gradient steps that fit the first frame's latents to its picture; 0 is off",
             high=1000, served=100, off=0, recorded="refine_steps",
-            needs=("image", "first_frame_model")),
+            needs=("image", "first_frame_model"),
+            missing="this model doesn't refine first frames"),
     Setting("encode_passes", "frames", int,
             "passes of the VAE over given frames, each closer to them; 1 is the usual encoding",
             low=1, high=100, served=10, off=1, recorded="encode_passes"),
@@ -145,6 +149,8 @@ def settled_value(
         OptionError: it is requested, but `why` gives a reason that it isn't available.
     """
     requested, off = request.settings.get(name), SETTINGS[name].off
+    if name not in folder.defaults.settings:
+        why = SETTINGS[name].missing or why
     if why is None:
         return own_value(name, folder) if requested is None else SETTINGS[name].kind(requested)
     if requested not in (None, off):
