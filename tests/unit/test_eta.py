@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vidgen.pipeline.eta import Clock
+from vidgen.pipeline.types import Clock
 
 STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 20.0, "mux": 10.0}
 
@@ -23,7 +23,7 @@ class Hand:
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_the_share_rises_from_0_to_1(one_by_one):
-    clock = Clock(estimated(), 2, one_by_one=one_by_one)
+    clock = Clock(2 * [estimated()] if one_by_one else estimated(), 2)
     sampling = [[(s, d, 2, c) for s in ("prepare", "sample") for d in (0, 1, 2)] for c in (1, 2)]
     writing = [[("write a.mp4", done, 9, c) for done in range(10)] for c in (1, 2)]
     if one_by_one:
@@ -39,23 +39,23 @@ def test_the_share_rises_from_0_to_1(one_by_one):
 def test_clips_of_their_own_estimates_have_their_own_shares():
     short = SimpleNamespace(measured=True, stages=[
         SimpleNamespace(name=name, seconds=seconds / 10) for name, seconds in STAGES.items()])
-    clock = Clock([estimated(), short], 2, one_by_one=True, now=Hand())
+    hand = Hand()
+    clock = Clock([estimated(), short], 2, now=hand)
     assert clock("prompt", 0, 1)["eta_s"] == 120 + 12
-    assert clock("prompt", 0, 1, 2) == {"fraction": round(120 / 132, 4), "eta_s": 12}
+    clock("prompt", 0, 1, 2)
+    hand.now = 60
+    assert clock("write", 9, 9) == {"fraction": round(120 / 132, 4), "eta_s": 60 * 12 / 90}
 
 
-def test_what_is_left_is_as_estimated_until_it_is_measured():
+def test_what_is_left_is_as_estimated_until_much_is_done():
     hand = Hand()
     clock = Clock(estimated(), now=hand)
     assert clock("prompt", 0, 1) == {"fraction": 0, "eta_s": 120}
-    hand.now = 9
-    assert clock("sample", 1, 8)["eta_s"] == 100, "the first step may have loaded weights"
-    hand.now += 30  # instead of 10: three times slower, and so will be the rest
-    assert clock("sample", 2, 8)["eta_s"] == 3 * (60 + 30)
+    hand.now = 30  # instead of 10: three times slower, and so will be the rest
+    assert clock("sample", 0, 8)["eta_s"] == 3 * (80 + 30)
+    hand.now = 60
+    assert clock("sample", 4, 8)["eta_s"] == pytest.approx(60 / 50 * 70)
     clock("sample", 8, 8)
-    clock("write x.mp4", 1, 10)
-    hand.now += 1.5  # half of what a tenth was to take
-    assert clock("write x.mp4", 2, 10)["eta_s"] == 12
     assert clock("write x.mp4", 10, 10) == {"fraction": 1, "eta_s": 0}
 
 
@@ -64,42 +64,50 @@ def test_sound_lies_between_the_picture_and_the_writing():
     heard = estimated()
     heard.stages.insert(4, SimpleNamespace(name="sound", seconds=40.0))
     clock = Clock(heard, now=hand)
+    clock("prompt", 0, 1)
+    clock("sample", 0, 8)
+    hand.now = 90
     assert clock("sample", 8, 8)["eta_s"] == 40 + 30
+    clock("sound", 0, 8)
+    hand.now = 110
     assert clock("sound", 4, 8)["eta_s"] == 20 + 30
     unknown = Clock(estimated(), now=hand)  # another model's
     assert unknown("sound", 4, 8) == unknown("sample", 8, 8)
 
 
-def test_an_unknown_machine_tells_nothing_before_it_was_measured():
+def test_an_unknown_machine_tells_nothing_before_it_has_worked():
     hand = Hand()
     clock = Clock(estimated(measured=False), now=hand)
-    assert clock("sample", 1, 8)["eta_s"] is None
-    hand.now = 20
-    assert clock("sample", 2, 8)["eta_s"] == 2 * (60 + 30)
+    assert clock("prompt", 0, 1)["eta_s"] is None
+    assert clock("sample", 0, 1000)["eta_s"] == 0, "the prompt took no time"
+    hand.now = 40
+    assert clock("sample", 1, 8)["eta_s"] == 40 / 20 * (70 + 30)
 
 
 def test_what_an_earlier_run_did_takes_no_time():
     hand = Hand()
     clock = Clock(estimated(), 2, done=[1], now=hand)
-    assert clock("prompt", 0, 1)["eta_s"] == 10 + (80 + 30) / 2
-    hand.now = 1
-    clock("sample", 7, 8, 2)  # goes on
-    hand.now = 2
-    assert clock("sample", 8, 8, 2)["eta_s"] == pytest.approx(15 / 5, abs=0.05)
+    clock("prompt", 0, 1)
+    hand.now = 5  # as long as the prompt's half was to take
+    assert clock("sample", 7, 8, 2)["eta_s"] == 5 + 15  # goes on
+    hand.now = 15  # twice as slow
+    assert clock("sample", 8, 8, 2)["eta_s"] == pytest.approx(15 / 10 * 15)
     assert clock("write b.mp4", 5, 5, 2) == {"fraction": 1, "eta_s": 0}
 
 
 def test_clips_beside_each_other_count_by_what_they_take():
     hand = Hand()
-    clock = Clock([estimated(), estimated(), estimated()], parallel=True, now=hand)
-    assert clock("prompt", 0, 1, 1) == {"fraction": 0.0, "eta_s": None}
+    clock = Clock([estimated(), estimated(), estimated()], now=hand)
+    assert clock("prompt", 0, 1, 1) == {"fraction": 0.0, "eta_s": 360}
+    for clip in (1, 2, 3):
+        clock("sample", 0, 80, clip)
     hand.now = 60.0
-    half = clock("sample", 40, 80, 1)  # 50 of 120 seconds, of three clips
-    assert half["fraction"] == pytest.approx(50 / 360, abs=1e-4)
-    assert half["eta_s"] == pytest.approx(60 * 310 / 50, abs=0.2)
+    half = clock("sample", 40, 80, 1)  # 50 of 120 seconds, and twice 10
+    assert half["fraction"] == pytest.approx(70 / 360, abs=1e-4)
+    assert half["eta_s"] == pytest.approx(60 * 290 / 70, abs=0.2)
     clock("write", 9, 9, 2)
-    assert clock("write", 9, 9, 1)["fraction"] == pytest.approx(2 / 3, abs=1e-4)
+    assert clock("write", 9, 9, 1)["fraction"] == pytest.approx(250 / 360, abs=1e-4)
     again = clock("prompt", 0, 1, 3)
     clock("sample", 80, 80, 3)
     assert clock("prompt", 0, 1, 3)["fraction"] == again["fraction"], "its worker died"
-    assert clock("write", 9, 9, 3) == {"fraction": 1.0, "eta_s": 0.0}
+    assert clock("write", 9, 9, 3)["fraction"] == 1.0

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task, TaskID
 
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.eta import Clock
-    from vidgen.pipeline.types import Estimate, Progress
+    from vidgen.pipeline.types import Clock, Estimate, Progress
 
 LONG_S = 600.0
 """Runs that take longer are announced before they begin."""
@@ -115,13 +114,13 @@ class Report:
 
     def expect(
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
-        done: Collection[int] = (), one_by_one: bool = False, parallel: bool = False,
+        done: Collection[int] = (), parallel: bool = False,
     ) -> None:
         """Report the fraction done and the time left, by `Clock`, and announce a long run."""
-        from vidgen.pipeline.eta import Clock
+        from vidgen.pipeline.types import Clock
 
         each = made if isinstance(made, Sequence) else [made]
-        self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one, parallel=parallel)
+        self._clock = Clock(made, num_clips, done=done)
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
             self.note(choice)
         if len(done) < num_clips and (text := long_text(each, parallel=parallel)):

@@ -162,7 +162,7 @@ def _render(
     if parts := store.left(plans):
         workers = settle_threads(store.folder, workers, report)
         made = [*estimates(film, parts, device, workers.memory(device), _offload(args))]
-        report.expect(made, num_clips=len(parts), one_by_one=True, parallel=not workers.is_here)
+        report.expect(made, num_clips=len(parts), parallel=not workers.is_here)
         # a worker can't see the memory of the others
         if not workers.is_here and workers.ray is None:
             offload = max((one.setup.offload for one in made), key=OFFLOADS.index)

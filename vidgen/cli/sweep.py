@@ -83,7 +83,7 @@ def run(args: Namespace, report: Report) -> int:
     expected = _estimates(todo)
     store.folder.mkdir(exist_ok=True)
     if expected:
-        report.expect(expected, num_clips=len(todo), one_by_one=True)
+        report.expect(expected, num_clips=len(todo))
     _make(todo, report)
     _lay_out(cells, columns, stem, args, report)
     data: dict[str, Any] = {

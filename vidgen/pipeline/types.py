@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -129,6 +131,12 @@ class Loras:
 
 NO_LORAS = Loras({})
 
+_STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",),
+           "sound": ("sound",), "write": ("decode", "mux")}
+"""An estimate's stages for each stage of progress, in order."""
+_LITTLE = 0.02
+"""Share of the work after which its time counts instead of the estimate."""
+
 
 @dataclass(frozen=True)
 class CacheChoice:
@@ -245,6 +253,55 @@ class Estimate:
             "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
             "threads": torch.get_num_threads(), "notes": list(self.notes), "choice": self.choice,
         }
+
+
+class Clock:
+    """Maps progress to the fraction done, by an estimate, and the time left, by the time so far.
+
+    Args:
+        made: estimate of the generation of all `num_clips` clips, or a list with one of each clip.
+        done: numbers of clips finished by an earlier run, from 1.
+        now: clock, in seconds.
+    """
+
+    def __init__(
+        self, made: Estimate | Sequence[Estimate], num_clips: int = 1, *,
+        done: Collection[int] = (), now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        each = made if isinstance(made, Sequence) else [made] * num_clips
+        shared = 1 if isinstance(made, Sequence) else num_clips
+        self._measured = all(one.measured for one in each)
+        self._expected = {
+            clip: {name: sum(stage.seconds for stage in one.stages if stage.name in names) / shared
+                   for name, names in _STAGES.items()}
+            for clip, one in enumerate(each, 1) if clip not in done
+        }
+        # of each clip, in expected seconds: all work done, and the part that an earlier run did
+        self._reached = dict.fromkeys(self._expected, 0.0)
+        self._given = dict.fromkeys(self._expected, 0.0)
+        self._stage: dict[int, str] = {}
+        self._now, self._start = now, now()
+
+    def __call__(self, stage: str, done: int, total: int, clip: int = 1) -> dict[str, Any]:
+        """Return "fraction", 0 to 1, and "eta_s", None while an unknown machine has done little.
+
+        `stage` is "prompt", "prepare", "sample" or "sound" (without an estimate if another model
+        makes the sound); any other name counts as writing. `clip` is numbered from 1.
+        """
+        name = stage if stage in _STAGES else "write"
+        if (expected := self._expected.get(clip)) is not None:
+            inside = expected[name] * min(done / max(total, 1), 1.0)
+            before = sum(expected[each] for each in takewhile(lambda each: each != name, _STAGES))
+            self._reached[clip] = before + inside
+            if self._stage.get(clip) != name:  # resumed inside this stage
+                self._stage[clip], self._given[clip] = name, self._given[clip] + inside
+        whole = sum(sum(each.values()) for each in self._expected.values())
+        reached = sum(self._reached.values())
+        worked, left = reached - sum(self._given.values()), max(whole - reached, 0.0)
+        eta_s = round(left, 1) if self._measured else None
+        if worked > _LITTLE * whole:
+            eta_s = round(left * (self._now() - self._start) / worked, 1)
+        return {"fraction": round(min(reached / whole, 1.0), 4) if whole else 1.0, "eta_s": eta_s}
 
 
 def draw_seed() -> int:

@@ -36,11 +36,11 @@ from vidgen.media.checks import as_data
 from vidgen.media.ending import read_ending
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.preview import as_webp
 from vidgen.pipeline.recorded import lengthened
+from vidgen.pipeline.types import Clock
 from vidgen.pipeline.workers.clip_work import write_request
 from vidgen.server.layout import (
     FILM,
@@ -228,7 +228,7 @@ def _clock(engine: Engine, store: ShotStore) -> Clock | None:
     film, device = store.film, engine.device
     parts = store.left([*film.shots.values()])
     made = [*estimates(film, parts, device, available_memory(device), engine.offload)]
-    return Clock(made, len(parts), one_by_one=True) if made else None
+    return Clock(made) if made else None
 
 
 def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: JobReporter) -> RenderedShot:
