@@ -40,7 +40,6 @@ from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.media.clip import Clip
 from vidgen.pipeline.codec import as_video, to_frames
 from vidgen.pipeline.engine import load
-from vidgen.pipeline.workers.scheduler import settle_threads
 from vidgen.pipeline.workers.types import WorkerOptions
 from vidgen.story.plan import plan_film
 from vidgen.story.render import ShotWork, render_film
@@ -126,8 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = open_model(options.model)
     film = plan_film(script, model, dtype=options.dtype)
     store = ShotStore(folder / "shots", film)
-    workers = settle_threads(
-        store.folder, WorkerOptions(options.workers, threads=options.threads), tell)
+    workers = WorkerOptions(options.workers, threads=options.threads)
     engine = partial(load, options.model, dtype=options.dtype)
     judges = embedded_judge()
     judge = judges.load()
@@ -136,7 +134,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for each in render_film(work, film.needed([]), tell, workers=workers)}
     return {
         "model": {"name": model.name, "sha256": model.content_hash}, "judge": judges.sha256,
-        "sprites": sprites, "shots": SHOTS, "steps": options.steps, "threads": workers.threads,
+        "sprites": sprites, "shots": SHOTS, "steps": options.steps, "threads": workers.num_threads,
         "results": dict(summarise(sprites, seen, ways)), "seen": seen, "machine": fingerprint(),
     }
 

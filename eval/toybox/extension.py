@@ -29,7 +29,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from vidgen.evaluation.statistics import mean_interval
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.settings import SETTINGS
-from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Patience, WorkerOptions
 
 COLOURS = {TRUTH: "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
@@ -72,12 +72,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for seed, (scene, text) in enumerate(endless_prompts(options.scenes, options.seeds))
         for way in ways
     }
-    workers = settle_threads(
-        output.parent, WorkerOptions(options.workers, threads=options.threads), tell,
-        output.name + ".threads",
-    )
+    workers = WorkerOptions(options.workers, threads=options.threads,
+                            patience=Patience(stall=math.inf))
     log = ScoreLog(output.with_name(output.name + ".jsonl"))
-    pictures = make(jobs, work, replace(workers, patience=Patience(stall=math.inf)), log)
+    pictures = make(jobs, work, workers, log)
     found = {way: [log.scores[key] for key, job in jobs.items() if job.way == way] for way in ways}
     if options.sheet is not None:
         draw_sheet(jobs, pictures, options.sheet)
@@ -85,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                    windows_of(work.engine, work.settings).joins,
                    options.sheet.with_name(f"{options.sheet.stem}-chart.png"))
     return {"settings": settings | {"seeds": options.seeds}, "identity": identity,
-            "threads": workers.threads,
+            "threads": workers.num_threads,
             "results": {way: summarise(ones) for way, ones in found.items()},
             "machine": fingerprint()}
 

@@ -125,11 +125,6 @@ def test_interrupted_and_robbed_of_a_worker_the_film_is_the_same(
     assert_same(tmp_path, straight)
 
 
-def test_the_threads_that_a_film_was_begun_with_are_kept(straight):
-    (threads,) = json.loads((straight / "film.shots/threads.json").read_text()).values()
-    assert threads == 1
-
-
 def test_by_ray_with_an_actor_killed_the_film_is_the_same(
     tmp_path, tiny_model, straight, monkeypatch
 ):

@@ -15,7 +15,7 @@ import pytest
 from tests.labour import Labour, Unloadable
 from vidgen.core.errors import Cancelled, InputError, VidgenError
 from vidgen.pipeline.workers.pool import LocalPool
-from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs
 from vidgen.pipeline.workers.types import Job, Outcome, Patience, WorkerOptions
 from vidgen.story.script import Script
 
@@ -222,16 +222,3 @@ def test_threads_are_divided_unless_somebody_said_how_many(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert WorkerOptions(4).num_threads == 8
     assert os.environ["OMP_NUM_THREADS"] == "8"
-
-
-def test_a_folders_clips_keep_to_the_threads_they_were_begun_with(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    folder, told = tmp_path / "film.shots", []
-    assert settle_threads(folder, WorkerOptions(2, threads=3), told.append).threads == 3
-    assert settle_threads(folder, WorkerOptions(1024), told.append).threads == 3
-    assert "each clip uses 3 threads" in told[-1]["text"]
-    assert settle_threads(folder, WorkerOptions(threads=5), told.append).threads == 5
-    assert settle_threads(folder, WorkerOptions(), told.append).threads == 5
-    (folder / "threads.json").write_text("{broken")
-    assert settle_threads(folder, WorkerOptions(1024), told.append).threads == 1
-    assert settle_threads(folder, WorkerOptions(ray="auto"), told.append).threads is None

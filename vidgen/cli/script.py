@@ -154,13 +154,11 @@ def _render(
 ) -> list[RenderedShot]:
     from vidgen.core.runtime import choose_device
     from vidgen.pipeline.engine import load
-    from vidgen.pipeline.workers.scheduler import settle_threads
     from vidgen.story.plan import estimates
     from vidgen.story.render import ShotWork, render_film
 
     film, offload, device = store.film, args.offload, choose_device()
     if parts := store.left(plans):
-        workers = settle_threads(store.folder, workers, report)
         made = [*estimates(film, parts, device, workers.memory(device), _offload(args))]
         report.expect(made, num_clips=len(parts), parallel=not workers.is_here)
         # a worker can't see the memory of the others

@@ -28,7 +28,7 @@ from vidgen.pipeline.engine import load
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.workers.clip_work import ClipWork
-from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, WorkerOptions
 from vidgen.weights.folder import DiffusersFolder, ModelFolder
 from vidgen.weights.layouts import open_model
@@ -82,16 +82,15 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     _check_settings(run, folder, pictures)
     store = Store(place / "made")
     store.folder.mkdir(parents=True, exist_ok=True)
-    workers = settle_threads(store.folder, run.workers, on_event)
     paths = {name: store.path(identity(request, model=folder.content_hash, dtype=run.dtype))
              for name, request in requests.items()}
-    failed = _make(run, folder, requests, paths, workers, on_event)
+    failed = _make(run, folder, requests, paths, on_event)
     clips = {name: path for name, path in paths.items() if name not in failed}
     if not clips:
         raise InputError(f"no clip could be generated: {next(iter(failed.values()))}")
     _link_clips(place / "named", clips)
     measuring = TemporalRun((str(place / "named"),), run.networks, run.images, run.suite,
-                            workers.count, workers.ray)
+                            run.workers.count, run.workers.ray)
     result = run_temporal(measuring, output, on_event)
     (measured,) = result["folders"]
     measured["name"] = folder.name
@@ -103,7 +102,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
         "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": run.dtype,
         "settings": {name: value if isinstance(value, int | float) else str(value)
                      for name, value in settings.items()},
-        "threads": workers.threads, "clips": len(requests)}
+        "threads": run.workers.num_threads, "clips": len(requests)}
     return result
 
 
@@ -154,7 +153,7 @@ def _stem(prompt: str, taken: dict[str, int]) -> str:
 
 def _make(
     run: SuiteRun, folder: ModelFolder | DiffusersFolder, requests: Mapping[str, Request],
-    paths: Mapping[str, Path], workers: WorkerOptions, on_event: OnEvent,
+    paths: Mapping[str, Path], on_event: OnEvent,
 ) -> dict[str, str]:
     """Generate the missing clips; return {name: error} of those that failed."""
     missing = [name for name, path in paths.items() if not path.is_file()]
@@ -165,7 +164,7 @@ def _make(
             for name in missing)
     work = ClipWork(partial(load, run.model, dtype=run.dtype), folder.content_hash)
     try:
-        for outcome in run_jobs(jobs, work, workers, on_event):
+        for outcome in run_jobs(jobs, work, run.workers, on_event):
             if outcome.error is not None:
                 failed[outcome.job.key] = str(outcome.error)
                 on_event({"event": "note", "text": f"{outcome.job.name}: {outcome.error}"})

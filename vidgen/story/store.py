@@ -4,7 +4,6 @@
         ADDRESS.mp4   a take of a shot, or a stretch of one that has several prompts
         ADDRESS.wav   a sound or music that the script describes in words
         ADDRESS.json  of one of several takes: its score
-        threads.json  by processor, how many threads shots are computed on
         sums.json     SHA-256 of each shot by its name, to detect one that was changed
 
 All of it may be removed at any time: what is missing is rendered again.

@@ -5,9 +5,8 @@ scenes rendered, which is what the rulers make of perfection, and beside these b
 is the best that a generator can reach.
 
 Each clip's scores are a line of `<output>.jsonl`, addressed by all that shaped them; a run that was
-killed finds them there and goes on. Clips are made in the same batches in every run, and on the
-same number of threads (`<output>.threads.json`), whoever makes them; so resuming, more workers or
-more seeds change nothing of what is there.
+killed finds them there and goes on. Clips are made in the same batches in every run; so, with the
+same `--threads`, resuming, more workers or more seeds change nothing of what is there.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.core.store import ScoreLog
 from vidgen.media.grid import contact_sheet
-from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Patience, WorkerOptions
 
 SHEET_CLIPS = 16
@@ -60,10 +59,8 @@ class ToyboxRun:
         self.bench, self.tell = bench, on_event
         self._work = ToyboxWork(bench).settled()
         self.studio = self._work.studio
-        self.workers = replace(
-            settle_threads(output.parent, workers, on_event, output.name + ".threads"),
-            patience=Patience(stall=math.inf),  # of a batch no progress is told
-        )
+        patience = Patience(stall=math.inf)  # of a batch no progress is told
+        self.workers = replace(workers, patience=patience)
         self.log = ScoreLog(output.with_name(output.name + ".jsonl"))
         self.items = {source: items_of(bench, source) for source in self.studio.sources}
         self.sheet: dict[int, list[Any]] = {}
@@ -185,7 +182,7 @@ def run_toybox(
         "suite": "toybox", "part": bench.suite, **run.studio.identity,
         "sound_judge": run.studio.ear_sha256,
         "seeds": [bench.seed, bench.seed + max(map(len, items.values())) - 1],
-        "clips_a_prompt": bench.seeds, "threads": run.workers.threads,
+        "clips_a_prompt": bench.seeds, "threads": run.workers.num_threads,
         "prompt_suite": {"name": f"toybox, {bench.split}", "sha256": _prompts_hash(items)},
         "machine": {"numpy": np.__version__, **fingerprint()},
         **summarise(

@@ -18,18 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import fingerprint
-from vidgen.core.store import Store
 from vidgen.pipeline.workers.pool import LocalPool, WorkerHandle, WorkerPool, visible_gpus
 from vidgen.pipeline.workers.types import (
-    MAX_THREADS,
     Job,
     Outcome,
     Work,
@@ -90,30 +85,6 @@ def results_of(
 
 def _call(function: Callable[[Any], Any], payload: Any, _on_event: OnEvent) -> Any:
     return function(payload)
-
-
-def settle_threads(
-    folder: Path, workers: WorkerOptions, on_event: OnEvent, name: str = THREADS
-) -> WorkerOptions:
-    """Return `workers` with the threads that a folder's first clips used on this kind of machine.
-
-    A clip's last bits may depend on the number of threads, so the folder's file `name` records it
-    for the remaining clips. A requested number replaces the recorded one. `on_event` gets a note if
-    the recorded number isn't the default.
-    """
-    store, place = Store(folder), "ray" if workers.ray else fingerprint()["cpu"]
-    kept = store.data(name)
-    begun = kept.get(place)
-    if workers.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
-        if begun != workers.num_threads:
-            on_event({"event": "note", "text": f"each clip uses {begun} threads, as "
-                      f"{folder / name}.json records; --threads N changes the number"})
-        return replace(workers, threads=begun)
-    if workers.ray and workers.threads is None:
-        return workers  # each machine of the cluster decides
-    settled = replace(workers, threads=workers.num_threads)
-    store.keep(name, kept | {place: settled.threads})
-    return settled
 
 
 @contextmanager

@@ -74,9 +74,12 @@ class WorkerOptions:
         return self.ray is None and self.count in (None, 1)
 
     @property
-    def num_threads(self) -> int:
-        """Threads of a job: as given, or OMP_NUM_THREADS, or a worker's share of torch's."""
-        if self.threads is not None:
+    def num_threads(self) -> int | None:
+        """Threads of a job: as given, or OMP_NUM_THREADS, or a worker's share of torch's.
+
+        None: each machine of a Ray cluster decides.
+        """
+        if self.threads is not None or self.ray is not None:
             return self.threads
         import torch
 
@@ -94,8 +97,10 @@ class WorkerOptions:
         return have // -(-self.count // devices)
 
 
-def pin_threads(count: int) -> None:
+def pin_threads(count: int | None) -> None:
     """Make torch compute on `count` threads, even if a resumed journal set another number."""
+    if count is None:
+        return
     torch = sys.modules.get("torch")  # not loaded yet: OMP_NUM_THREADS is set
     if torch is not None and torch.get_num_threads() != count:
         torch.set_num_threads(count)
