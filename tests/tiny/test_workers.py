@@ -15,7 +15,7 @@ import pytest
 from tests.labour import Labour, Unloadable
 from vidgen.core.errors import Cancelled, InputError, VidgenError
 from vidgen.pipeline.workers.pool import LocalPool
-from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs
+from vidgen.pipeline.workers.scheduler import results_of, run_jobs
 from vidgen.pipeline.workers.types import Job, Outcome, Patience, WorkerOptions
 from vidgen.story.script import Script
 
@@ -57,7 +57,7 @@ def test_jobs_come_behind_those_they_need(tmp_path, workers):
 def test_what_fails_takes_its_dependents_with_it_and_no_others(tmp_path):
     jobs = [Job("a", ("refuse", "no"), name="shot a"), Job("b", ("square", 2), ("a",)),
             Job("c", ("square", 3), ("b",)), Job("d", ("square", 4), ("never given",))]
-    jobs += [Job(f"n{n}", ("square", n)) for n in range(WINDOW)]
+    jobs += [Job(f"n{n}", ("square", n)) for n in range(32)]
     jobs += [Job("late", ("square", 5), ("a",))]
     found = by_key(run_jobs(iter(jobs), Labour(tmp_path), WorkerOptions(threads=1), quiet))
     assert len(found) == len(jobs)
@@ -66,21 +66,6 @@ def test_what_fails_takes_its_dependents_with_it_and_no_others(tmp_path):
         "it needs shot a, which could not be made", "it needs b, which could not be made",
         "it needs shot a, which could not be made"]
     assert found["d"].result == 16
-
-
-def test_only_a_window_of_jobs_is_held(tmp_path):
-    given = done = most = 0
-
-    def jobs():
-        nonlocal given
-        for number in range(10_000):
-            given += 1
-            yield Job(f"{number}", ("square", number), (f"{number - 1}",))
-
-    for _ in run_jobs(jobs(), Labour(tmp_path), WorkerOptions(threads=1), quiet):
-        done += 1
-        most = max(most, given - done)
-    assert (done, most <= WINDOW) == (10_000, True)
 
 
 def test_dead_workers_jobs_are_done_elsewhere(tmp_path, caplog):

@@ -156,7 +156,6 @@ class Scheduler:
                     log.exception("the scheduler failed")
                     time.sleep(LOOK_S)
         if self._pool is not None:
-            self._pool.workers[0].stop()
             self._pool.end(2.0)
 
     def _look_after_child(self) -> None:

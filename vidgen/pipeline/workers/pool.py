@@ -10,9 +10,9 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe, wait
 from typing import IO, TYPE_CHECKING, Any
 
 from vidgen.core.runtime import child_environment, exit_text
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from vidgen.pipeline.workers.types import Job
 
 Message = tuple[Any, ...]
+"""Message of a worker, see `process`; ("lost", why) for a worker that ended."""
 
 
 class WorkerHandle(ABC):
-    """Handle of one worker; a worker that replaces another has the same number."""
+    """Handle of one worker, whose messages arrive at `connection`."""
 
     def __init__(self, number: int) -> None:
-        self.number = number  # from 1 on
+        self.number = number  # from 1 on; a worker that replaces another has the same
+        self.connection, self._theirs = Pipe()
         self.job: Job | None = None  # the current one
         self.is_ready = False  # True after its message "ready"
         self.last_message_s: float | None = None
@@ -44,7 +46,19 @@ class WorkerHandle(ABC):
 
     @abstractmethod
     def send(self, kind: str, content: Any) -> None:
-        """Send a message of `process`; errors are left to `listen`, which reports a lost worker."""
+        """Send a message of `process`; the pool reports a worker that is lost."""
+
+    def receive(self) -> Message:
+        """Return the worker's next message."""
+        try:
+            message: Message = self.connection.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return "lost", self.fate()
+        return message
+
+    @abstractmethod
+    def fate(self) -> str:
+        """Describe its end, such as "killed by SIGKILL"."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -55,21 +69,23 @@ class WorkerHandle(ABC):
         """Kill the worker, after `grace_s` seconds to exit by itself."""
 
 
-class WorkerPool(ABC):
-    """All workers of one kind, in `workers` after `start`."""
+class WorkerPool:
+    """Several workers; `start_worker` starts one by its number."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, start_worker: Callable[[int], Any], count: int) -> None:
+        self._start_worker, self._count = start_worker, count
         self.workers: list[Any] = []
-        self._count = count
 
     def start(self) -> None:
         """Start all workers, or request them."""
         for number in range(1, self._count + 1):
             self.workers.append(self._start_worker(number))
 
-    @abstractmethod
-    def listen(self, seconds: float) -> Sequence[tuple[WorkerHandle, Message]]:
-        """Return workers' messages, after up to `seconds`; ("lost", why) for a lost worker."""
+    def listen(self, seconds: float) -> list[tuple[Any, Message]]:
+        """Return workers' messages, at most one of each, after up to `seconds`."""
+        waiting = {worker.connection: worker for worker in self.workers}
+        ready = [waiting[each] for each in wait(list(waiting), seconds)]
+        return [(worker, worker.receive()) for worker in ready]
 
     def replace(self, worker: WorkerHandle) -> None:
         """Kill a worker and start another one with its number."""
@@ -77,14 +93,12 @@ class WorkerPool(ABC):
         self.workers[worker.number - 1] = self._start_worker(worker.number)
 
     def end(self, grace_s: float = 0.0) -> None:
-        """Kill all workers, after `grace_s` seconds to exit by themselves."""
+        """Kill all workers, after `grace_s` seconds to save their state and exit."""
         until = time.monotonic() + grace_s
+        for worker in self.workers if grace_s else ():
+            worker.stop()
         for worker in self.workers:
             worker.end(max(0.0, until - time.monotonic()))
-
-    @abstractmethod
-    def _start_worker(self, number: int) -> WorkerHandle:
-        """Start a worker, or request it."""
 
 
 class LocalPool(WorkerPool):
@@ -96,33 +110,18 @@ class LocalPool(WorkerPool):
             sees all GPUs.
     """
 
+    workers: list[LocalWorker]
+
     def __init__(
         self, work: bytes, count: int, threads: int | None, gpus: Sequence[str] = ()
     ) -> None:
-        super().__init__(count)
-        self._work, self._threads, self._gpus = work, threads, gpus
+        def start_worker(number: int) -> LocalWorker:
+            own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+            if gpus:
+                own["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
+            return LocalWorker(number, work, threads, own)
 
-    def _start_worker(self, number: int) -> LocalWorker:
-        own: dict[str, str] = {}
-        if self._threads is not None:
-            own["OMP_NUM_THREADS"] = str(self._threads)
-        if self._gpus:
-            own["CUDA_VISIBLE_DEVICES"] = self._gpus[(number - 1) % len(self._gpus)]
-        return LocalWorker(number, self._work, self._threads, own)
-
-    def listen(self, seconds: float) -> list[tuple[LocalWorker, Message]]:
-        """See `WorkerPool`."""
-        waiting = {worker.connection: worker for worker in self.workers}
-        messages: list[tuple[LocalWorker, Message]] = []
-        for connection in wait(list(waiting), seconds):
-            assert isinstance(connection, Connection)
-            worker = waiting[connection]
-            try:
-                message = connection.recv()
-            except (EOFError, OSError, pickle.UnpicklingError):
-                message = ("lost", worker.fate())
-            messages.append((worker, message))
-        return messages
+        super().__init__(start_worker, count)
 
 
 class LocalWorker(WorkerHandle):
@@ -132,14 +131,14 @@ class LocalWorker(WorkerHandle):
         self, number: int, work: bytes, threads: int | None, own: Mapping[str, str]
     ) -> None:
         super().__init__(number)
-        self.connection, theirs = Pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        handle = self._theirs.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vidgen.pipeline.workers.process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [sys.executable, "-m", "vidgen.pipeline.workers.process", str(handle)],
+            pass_fds=[handle], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=self._stderr, env=child_environment(**own),
         )
-        theirs.close()
+        self._theirs.close()
         self._lock = threading.Lock()
         with suppress(OSError):
             self.connection.send((work, threads))
@@ -156,7 +155,7 @@ class LocalWorker(WorkerHandle):
             self.connection.send((kind, content))
 
     def fate(self) -> str:
-        """Return a description of its end, such as "killed by SIGKILL"."""
+        """See `WorkerHandle`."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         code = self.process.poll()

@@ -87,8 +87,7 @@ class Worker:
 
     def _answer(self, work: Work, payload: Any) -> tuple[Any, ...]:
         try:
-            if self._threads is not None:
-                pin_threads(self._threads)
+            pin_threads(self._threads)
             return "done", work(payload, self._on_event)
         except VidgenError as error:
             return "failed", error

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: one actor each, which reports when it is polled.
+"""Workers on a Ray cluster: one actor each, whose messages a thread passes on.
 
 Every machine needs this version of vidgen and must share the same folders, including the command's
 working folder.
@@ -49,12 +49,12 @@ class Actor:
 
     def listen(self) -> list[Message]:
         """Return the messages since the last call; wait up to `LISTEN_S` for the first."""
-        messages = []
+        messages: list[Message] = []
         with suppress(queue.Empty):
             messages.append(self._outbox.get(timeout=LISTEN_S))
             while True:
                 messages.append(self._outbox.get_nowait())
-        return messages
+        return messages or [("beat",)]
 
     def stop(self, seconds: float) -> None:
         """Stop between two steps and save the state."""
@@ -103,41 +103,19 @@ class RayPool(WorkerPool):
             _connect(self._ray, workers.ray)
         machines = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
         gpus = int(sum(each.get("GPU", 0) for each in machines))
-        super().__init__(workers.count or gpus or len(machines))
+        count = workers.count or gpus or len(machines)
         cpus = int(min(each.get("CPU", 1) for each in machines))
-        share = len(machines) * cpus // self._count
-        self._threads = workers.threads or max(1, min(cpus, share))
-        options = {"num_cpus": min(self._threads, max(cpus, 1)), "num_gpus": int(gpus > 0),
+        threads = workers.threads or max(1, min(cpus, len(machines) * cpus // count))
+        options = {"num_cpus": min(threads, max(cpus, 1)), "num_gpus": int(gpus > 0),
                    "max_restarts": 0, "max_concurrency": 4}
-        self._actor = self._ray.remote(**options)(Actor)
-        self._arguments = (work, self._threads, str(Path.cwd()), __version__)
+        actor = self._ray.remote(**options)(Actor)
+        super().__init__(lambda number: RayWorker(number, self._ray, actor.remote(
+            work, threads, str(Path.cwd()), __version__)), count)
 
     def start(self) -> None:
         """Request all workers; each starts when the cluster has room."""
         self._stdout.__enter__()
         super().start()
-
-    def _start_worker(self, number: int) -> RayWorker:
-        return RayWorker(number, self._ray, self._actor.remote(*self._arguments))
-
-    def listen(self, seconds: float) -> list[tuple[WorkerHandle, Message]]:
-        """See `WorkerPool`."""
-        polled = {worker.answer: worker for worker in self.workers}
-        ready, _ = self._ray.wait(list(polled), num_returns=len(polled), timeout=0)
-        if not ready:
-            ready, _ = self._ray.wait(list(polled), timeout=seconds)
-        messages: list[tuple[WorkerHandle, Message]] = []
-        for answered in ready:
-            messages += self._messages_of(polled[answered])
-        return messages
-
-    def _messages_of(self, worker: RayWorker) -> list[tuple[WorkerHandle, Message]]:
-        try:
-            messages = self._ray.get(worker.answer)
-        except self._ray.exceptions.RayError as error:
-            return [(worker, ("lost", str(error).strip().splitlines()[0]))]
-        worker.poll()
-        return [(worker, message) for message in messages or [("beat",)]]
 
     def end(self, grace_s: float = 0.0) -> None:
         """Kill all workers, and leave the cluster if this pool joined it."""
@@ -153,16 +131,28 @@ class RayWorker(WorkerHandle):
     def __init__(self, number: int, ray: Any, actor: Any) -> None:
         super().__init__(number)
         self._ray, self._actor = ray, actor
+        self._fate = "its connection ended"
         self._stopped: Any = None
-        self.poll()
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
 
-    def poll(self) -> None:
-        """Poll the actor; its messages come to `answer`."""
-        self.answer = self._actor.listen.remote()
+    def _pass_on(self) -> None:
+        """Pass the actor's messages on until it or this worker ends."""
+        with self._theirs, suppress(OSError):
+            try:
+                while True:
+                    for message in self._ray.get(self._actor.listen.remote()):
+                        self._theirs.send(message)
+            except self._ray.exceptions.RayError as error:
+                self._fate = str(error).strip().splitlines()[0]
 
     def send(self, kind: str, content: Any) -> None:
         """See `WorkerHandle`."""
         self._actor.receive.remote(kind, content)
+
+    def fate(self) -> str:
+        """See `WorkerHandle`."""
+        return self._fate
 
     def stop(self) -> None:
         """See `WorkerHandle`."""
@@ -174,7 +164,8 @@ class RayWorker(WorkerHandle):
         if self._stopped is not None and grace_s:
             self._ray.wait([self._stopped], timeout=grace_s)
         self._ray.kill(self._actor)
-        self._ray.wait([self.answer], timeout=5)  # until its process ends and frees its locks
+        self.connection.close()
+        self._thread.join(5)  # until its process ends and frees its locks
 
 
 def _connect(ray: Any, address: str) -> None:

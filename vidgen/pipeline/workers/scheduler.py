@@ -1,62 +1,39 @@
-"""Scheduler of jobs that depend on each other, run by one or many workers.
-
-    for outcome in run_jobs(jobs, work, WorkerOptions(count=4), on_event): ...
-    for key, result in results_of(function, payloads, 4, on_event): ...   # independent
-
-Jobs come from an iterator, each after those that it needs, and only a window of them is held, so a
-film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
-several are processes of this machine or actors of a Ray cluster (`pool`, `ray`). A worker that dies
-or stops responding is replaced, and another one resumes its job from the journal.
-"""
+"""Scheduler of jobs: here, in processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
-import heapq
 import logging
 import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
-from vidgen.pipeline.workers.pool import LocalPool, WorkerHandle, WorkerPool, visible_gpus
-from vidgen.pipeline.workers.types import (
-    Job,
-    Outcome,
-    Work,
-    WorkerOptions,
-    pin_threads,
-)
+from vidgen.pipeline.workers.pool import LocalPool, Message, WorkerHandle, WorkerPool, visible_gpus
+from vidgen.pipeline.workers.types import Job, Outcome, Patience, Work, WorkerOptions, pin_threads
 
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
-THREADS = "threads"
 MAX_DEATHS = 3
 """Number of workers that die with one job before the job fails."""
-WINDOW = 32
-"""Jobs held per worker, so that jobs that wait for others leave no worker idle."""
 
 
 def run_jobs(
     jobs: Iterable[Job], work: Work, workers: WorkerOptions, on_event: OnEvent
 ) -> Iterator[Outcome]:
-    """Run jobs; yield each one's outcome when it finishes.
+    """Run jobs, each after those that it needs; yield each one's outcome when it finishes.
 
     A caller that leaves the loop, or is interrupted, stops all workers within seconds; their jobs
-    can be resumed. Jobs, each after those that it needs, are read from the iterator as workers need
-    them. `on_event` gets workers' events, with `worker` added if several run. Workers that don't
-    start raise VidgenError.
+    can be resumed. `on_event` gets workers' events, with `worker` added if several run. Workers
+    that don't start raise VidgenError.
     """
-    if workers.is_here:
-        yield from _run_here(_Queue(iter(jobs), WINDOW), work, workers.num_threads, on_event)
-        return
-    with _open_pool(work, workers) as pool:
-        queue = _Queue(iter(jobs), WINDOW * len(pool.workers))
-        yield from _Dispatcher(queue, pool, workers, on_event).outcomes()
+    queue = _Queue(jobs)
+    run = _run_here if workers.is_here else _run_in_pool
+    for outcome in run(queue, work, workers, on_event):
+        yield from queue.finish(outcome)
 
 
 def results_of(
@@ -87,8 +64,60 @@ def _call(function: Callable[[Any], Any], payload: Any, _on_event: OnEvent) -> A
     return function(payload)
 
 
-@contextmanager
-def _open_pool(work: Work, workers: WorkerOptions) -> Iterator[WorkerPool]:
+class _Queue:
+    """Unfinished jobs in their order."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self.left: dict[str, Job] = {}
+        self._begun = set[str]()
+        for job in jobs:
+            assert job.key not in self.left, job.key
+            self.left[job.key] = job
+
+    def take(self) -> Job | None:
+        """Return the first job that can begin now."""
+        for job in self.left.values():
+            if job.key not in self._begun and self.left.keys().isdisjoint(job.needs):
+                self._begun.add(job.key)
+                return job
+        return None
+
+    def again(self, job: Job) -> None:
+        """Put back a job that wasn't finished."""
+        self._begun.remove(job.key)
+
+    def finish(self, outcome: Outcome) -> Iterator[Outcome]:
+        """Remove a job; yield its outcome and, if it failed, those of the jobs that need it."""
+        done = outcome.job
+        del self.left[done.key]
+        yield outcome
+        for job in [] if outcome.error is None else [*self.left.values()]:
+            if done.key in job.needs and job.key in self.left:
+                text = f"it needs {done.name or done.key}, which could not be made"
+                yield from self.finish(Outcome(job, error=VidgenError(text)))
+
+
+def _run_here(
+    queue: _Queue, work: Work, workers: WorkerOptions, on_event: OnEvent
+) -> Iterator[Outcome]:
+    import torch
+
+    before, threads = torch.get_num_threads(), workers.num_threads
+    try:
+        while (job := queue.take()) is not None:
+            pin_threads(threads)
+            try:
+                outcome = Outcome(job, work(job.payload, on_event))
+            except VidgenError as error:
+                outcome = Outcome(job, error=error)
+            yield outcome
+    finally:
+        pin_threads(before)
+
+
+def _run_in_pool(
+    queue: _Queue, work: Work, workers: WorkerOptions, on_event: OnEvent
+) -> Iterator[Outcome]:
     try:
         content = pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -104,163 +133,63 @@ def _open_pool(work: Work, workers: WorkerOptions) -> Iterator[WorkerPool]:
         pool = RayPool(content, workers)
     try:
         pool.start()
-        yield pool
+        yield from _outcomes(queue, pool, workers.patience, on_event)
     finally:
-        for worker in pool.workers:
-            worker.stop()
         pool.end(workers.patience.grace)
 
 
-def _run_here(queue: _Queue, work: Work, threads: int, on_event: OnEvent) -> Iterator[Outcome]:
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        while (job := queue.take()) is not None:
-            pin_threads(threads)
-            try:
-                outcome = Outcome(job, work(job.payload, on_event))
-            except VidgenError as error:
-                outcome = Outcome(job, error=error)
-            queue.finish(outcome)
-            yield outcome
-            yield from queue.undone()
-    finally:
-        pin_threads(before)
-
-
-class _Queue:
-    def __init__(self, jobs: Iterator[Job], window: int) -> None:
-        self._jobs, self._window = jobs, window
-        self._ready: list[tuple[int, Job]] = []
-        self._numbers: dict[str, int] = {}  # order of the held jobs
-        self._waiting: dict[str, tuple[Job, set[str]]] = {}
-        self._failed: dict[str, str] = {}
-        self._count = 0
-
-    @property
-    def is_over(self) -> bool:
-        """True if all jobs are finished."""
-        self._fill()
-        return not self._numbers
-
-    def take(self) -> Job | None:
-        """Return the first job that can run now."""
-        self._fill()
-        return heapq.heappop(self._ready)[1] if self._ready else None
-
-    def again(self, job: Job) -> None:
-        """Put back a job that wasn't finished."""
-        heapq.heappush(self._ready, (self._numbers[job.key], job))
-
-    def finish(self, outcome: Outcome) -> None:
-        """Record a job's outcome, and release the jobs that waited for it."""
-        job = outcome.job
-        del self._numbers[job.key]
-        if outcome.error is not None:
-            self._failed[job.key] = job.name or job.key
-        for key, (other, missing) in list(self._waiting.items()):
-            missing.discard(job.key)
-            if outcome.error is None and not missing:
-                del self._waiting[key]
-                self.again(other)
-
-    def undone(self) -> Iterator[Outcome]:
-        """Yield failures of the jobs that need a failed one."""
-        while True:
-            self._fill()
-            found = ((job, self._failed[key]) for job, _ in self._waiting.values()
-                     for key in job.needs if key in self._failed)
-            job, name = next(found, (None, ""))
-            if job is None:
-                return
-            del self._waiting[job.key]
-            outcome = Outcome(job, error=VidgenError(f"it needs {name}, which could not be made"))
-            self.finish(outcome)
-            yield outcome
-
-    def _fill(self) -> None:
-        while len(self._numbers) < self._window and (job := next(self._jobs, None)) is not None:
-            assert job.key not in self._numbers, job.key
-            self._count += 1
-            self._numbers[job.key] = self._count
-            missing = {key for key in job.needs if key in self._numbers or key in self._failed}
-            if missing:
-                self._waiting[job.key] = (job, missing)
-            else:
-                self.again(job)
+def _outcomes(
+    queue: _Queue, pool: WorkerPool, patience: Patience, on_event: OnEvent
+) -> Iterator[Outcome]:
+    deaths, failed_starts = Counter[str](), 0
+    while queue.left:
+        for worker in pool.workers:
+            if worker.is_ready and worker.job is None and (waiting := queue.take()) is not None:
+                worker.begin(waiting)
+        for worker, (kind, *details) in _messages(pool, patience):
+            job = worker.job
+            if kind == "ready":
+                worker.is_ready, failed_starts = True, 0
+            elif kind == "log":
+                log.log(details[0], "%s", details[1])
+            elif kind == "event" and job is not None:
+                worker.last_progress_s = time.monotonic()
+                on_event({**details[0], "worker": worker.number})
+            elif kind in ("done", "failed"):
+                assert job is not None, details
+                worker.job = None
+                result = details[0]
+                yield Outcome(job, result) if kind == "done" else Outcome(job, error=result)
+            elif kind == "lost":
+                (why,) = details
+                failed_starts += not worker.is_ready
+                if failed_starts >= MAX_DEATHS:
+                    raise VidgenError(f"workers can't be started: {why}")
+                pool.replace(worker)
+                name = "" if job is None else job.name or job.key
+                text = f"worker {worker.number} was lost ({why})"
+                text += f"; its job, {name}, starts again" if name else ""
+                on_event({"event": "note", "worker": worker.number, "text": text})
+                if job is None:
+                    continue
+                deaths[job.key] += 1
+                if deaths[job.key] < MAX_DEATHS:
+                    queue.again(job)
+                else:
+                    text = f"{name} ended {MAX_DEATHS} workers in a row; the last: {why}"
+                    yield Outcome(job, error=VidgenError(text))
 
 
-class _Dispatcher:
-    def __init__(
-        self, queue: _Queue, pool: WorkerPool, workers: WorkerOptions, on_event: OnEvent
-    ) -> None:
-        self.queue, self.pool = queue, pool
-        self.patience, self.on_event = workers.patience, on_event
-        self._deaths = Counter[str]()
-        self._failed_starts = 0
-
-    def outcomes(self) -> Iterator[Outcome]:
-        """Yield every job's outcome."""
-        while not self.queue.is_over:
-            self._hand_out()
-            answered = [self._answered(*message) for message in self.pool.listen(0.5)]
-            for outcome in filter(None, (*answered, *self._timed_out())):
-                self.queue.finish(outcome)
-                yield outcome
-            yield from self.queue.undone()
-
-    def _hand_out(self) -> None:
-        for worker in self.pool.workers:
-            if worker.is_ready and worker.job is None:
-                if (job := self.queue.take()) is None:
-                    return
-                worker.begin(job)
-
-    def _answered(self, worker: WorkerHandle, message: tuple[Any, ...]) -> Outcome | None:
-        worker.last_message_s = now = time.monotonic()
-        kind, job = message[0], worker.job
-        if kind == "ready":
-            worker.is_ready, self._failed_starts = True, 0
-        elif kind == "lost":
-            return self._lost(worker, message[1])
-        elif kind == "event" and job is not None:
-            worker.last_progress_s = now
-            self.on_event({**message[1], "worker": worker.number})
-        elif kind == "log":
-            log.log(message[1], "%s", message[2])
-        elif kind in ("done", "failed"):
-            assert job is not None, message
-            worker.job = None
-            self._deaths.pop(job.key, None)
-            return Outcome(job, message[1]) if kind == "done" else Outcome(job, error=message[1])
-        return None
-
-    def _timed_out(self) -> Iterator[Outcome | None]:
-        for worker in list(self.pool.workers):
-            why, now, last_s = "", time.monotonic(), worker.last_message_s
-            if last_s is not None and now - last_s > self.patience.silence:
-                why = f"it sent nothing for {self.patience.silence:g} s"
-            elif worker.job is not None and now - worker.last_progress_s > self.patience.stall:
-                why = f"its job made no progress for {self.patience.stall:g} s"
-            if why:
-                yield self._lost(worker, why)
-
-    def _lost(self, worker: WorkerHandle, why: str) -> Outcome | None:
-        job, was_ready = worker.job, worker.is_ready
-        self._failed_starts += not was_ready
-        if self._failed_starts >= MAX_DEATHS:
-            raise VidgenError(f"workers can't be started: {why}")
-        self.pool.replace(worker)
-        name = "" if job is None else job.name or job.key
-        self.on_event({"event": "note", "worker": worker.number,
-                   "text": f"worker {worker.number} was lost ({why})"
-                   + (f"; its job, {name}, starts again" if name else "")})
-        if job is None:
-            return None
-        self._deaths[job.key] += 1
-        if self._deaths[job.key] >= MAX_DEATHS:
-            text = f"{name} ended {MAX_DEATHS} workers in a row; the last: {why}"
-            return Outcome(job, error=VidgenError(text))
-        self.queue.again(job)
-        return None
+def _messages(pool: WorkerPool, patience: Patience) -> list[tuple[WorkerHandle, Message]]:
+    """Return the workers' messages, and ("lost", why) for workers that hang."""
+    messages, now = [*pool.listen(0.5)], time.monotonic()
+    heard = {worker for worker, _ in messages}
+    for worker in pool.workers:
+        if worker in heard:
+            worker.last_message_s = now
+        elif worker.last_message_s is not None and now - worker.last_message_s > patience.silence:
+            messages.append((worker, ("lost", f"it sent nothing for {patience.silence:g} s")))
+        elif worker.job is not None and now - worker.last_progress_s > patience.stall:
+            why = f"its job made no progress for {patience.stall:g} s"
+            messages.append((worker, ("lost", why)))
+    return messages
