@@ -33,7 +33,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def draw(path: Path, seed: int = 1, negative: str | None = None, **options: Any) -> Any:
-    return draw_first_frame(path, PROMPT, negative, seed, 48, 32, **{"steps": 2, **options})
+    dtype = options.pop("dtype", "fp32")
+    return draw_first_frame(str(path), (48, 32), torch.device("cpu"), dtype, prompt=PROMPT,
+                            negative=negative, seed=seed, **{"steps": 2, **options})
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
@@ -64,7 +66,7 @@ def test_flux_draws_without_a_negative(
     abilities = "vidgen.pipeline.diffusers_backend.plan.Abilities"
     monkeypatch.setattr(f"{abilities}.default_size", lambda _: (64, 64))
     with caplog.at_level(logging.WARNING):
-        picture, record = draw(models("flux"), negative="a cat", dtype=torch.bfloat16)
+        picture, record = draw(models("flux"), negative="a cat", dtype="bf16")
     assert picture.shape == (32, 48, 3)
     assert "reads no negative prompt" in caplog.text
     assert record["dtype"] == "bf16"
@@ -77,7 +79,8 @@ def test_text_becomes_picture_becomes_clip(models: Models) -> None:
     assert clip.recipe["plan"]["pipeline"] == "LTXImageToVideoPipeline"
     drawn = next(r for r in clip.recipe["inputs"] if r["option"] == "first_frame_model")
     assert drawn["plan"]["seed"] == 4
-    picture, _ = draw_first_frame(drawer, PROMPT, None, 4, 64, 32)
+    picture, _ = draw_first_frame(str(drawer), (64, 32), torch.device("cpu"), "fp32",
+                                  prompt=PROMPT, seed=4)
     shown = engine.generate(PROMPT, image=picture, **options)
     assert np.array_equal(clip.frames, shown.frames)
 

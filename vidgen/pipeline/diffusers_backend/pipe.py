@@ -1,4 +1,4 @@
-"""Pipelines of diffusers: loaded, placed, lent a request's settings, and called."""
+"""Load a pipeline of diffusers, place it on a device, and call it with a request's settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,32 +21,18 @@ from vidgen.weights.quantize import quiet_torchao
 
 OnProgress = Callable[[int, int], None]
 """Called with the steps done and their total."""
-
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """A pipeline's result for one clip."""
-
-    frames: Frames  # uint8 [T, H, W, 3]
-    sound: Samples | None = None  # float32 [N, channels]
-    sound_rate: int = 48_000  # samples per second
-
-    @classmethod
-    def of(cls, able: Abilities, output: Any) -> PipelineResult:
-        """Convert a pipeline's output."""
-        shown = output[0] if able.is_image else output[0][0]
-        frames = [(np.asarray(each, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
-                  for each in shown]
-        return cls(np.stack(frames), *_sound(able.pipe, output))
+Made = tuple[Frames, Samples | None, int]
+"""Result of a pipeline: frames, sound float32 [N, channels], and its rate in Hz."""
+_DAMAGES = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
 class LoadedPipeline:
-    """A folder's pipeline, and those over the same weights that take a picture or clip as well.
+    """A folder's pipeline, and the pipelines of the same weights that take a picture or clip.
 
-    `loader` loads the folder; `DiffusionPipeline` takes the class that the folder names.
+    `loader` loads the folder; None: `DiffusionPipeline`, which takes the class that it names.
 
     Raises:
-        ModelError: a class that this diffusers doesn't have, or files missing or damaged.
+        ModelError: the installed diffusers has no such class, or files are missing or damaged.
     """
 
     def __init__(
@@ -58,15 +43,16 @@ class LoadedPipeline:
         self.own = _load(folder, dtype, loader)
         self._placed: Any = None
         vae: Any = getattr(self.own, "vae", None)
-        if hasattr(vae, "use_framewise_decoding") and _carries_past(vae):
-            vae.use_framewise_decoding = True  # equal frames in less memory
+        if hasattr(vae, "use_framewise_decoding"):
+            parameters = inspect.signature(vae.decoder.forward).parameters
+            if "conv_cache" in parameters or "feat_cache" in parameters:  # carries the past over
+                vae.use_framewise_decoding = True  # equal frames in less memory
 
     def taking(self, option: str | None) -> Any:
         """Return the pipeline that takes a picture or clip given as `option`, on its device."""
         import diffusers
 
-        name = type(self.own).__name__
-        sibling = None if option is None else SIBLINGS.get((name, option))
+        sibling = SIBLINGS.get((type(self.own).__name__, option))
         pipe = self.own if sibling is None else getattr(diffusers, sibling)(**self.own.components)
         if pipe is not self._placed:
             self._place(pipe)
@@ -96,16 +82,16 @@ class LoadedPipeline:
     def make(
         self, able: Abilities, plan: DiffusersPlan, scheduler: Any, arguments: dict[str, Any],
         on_step: OnProgress,
-    ) -> PipelineResult:
-        """Run a pipeline with a request's scheduler, guidance and arguments.
+    ) -> Made:
+        """Call a pipeline with a request's scheduler, guidance and arguments.
 
         Raises:
-            InputError: the pipeline itself refuses the arguments.
+            InputError: the pipeline refuses the arguments.
             ModelError: out of memory.
         """
         try:
             with _lent(able, plan, scheduler), stepping(able.pipe, on_step):
-                return PipelineResult.of(able, able.pipe(**arguments))
+                output = able.pipe(**arguments)
         except ValueError as error:
             rule = re.search(r"divisible by (\d+)", str(error))
             if rule is not None:
@@ -120,10 +106,14 @@ class LoadedPipeline:
             shape = list(arguments["latents"].shape)
             raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
                              "in the pipeline's own layout") from error
+        shown = output[0] if able.is_image else output[0][0]
+        frames = [(np.asarray(each, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+                  for each in shown]
+        return np.stack(frames), *_sound(able.pipe, output)
 
 
 class _StepBar:
-    """Replaces a pipeline's progress bar, so that every family reports its steps."""
+    """Progress bar of a pipeline that reports its steps to `on_step`."""
 
     def __init__(self, iterable: Any, total: int | None, on_step: OnProgress) -> None:
         self._iterable, self._on_step = iterable, on_step
@@ -141,19 +131,19 @@ class _StepBar:
             self.update()
 
     def update(self, count: int = 1) -> None:
-        """Report a step; raising from here stops the pipeline between two of them."""
+        """Report a step; an exception from `on_step` stops the pipeline after it."""
         self._done = min(self._done + count, self._total)
         self._on_step(self._done, self._total)
 
 
 @contextmanager
 def stepping(pipe: Any, on_step: OnProgress) -> Iterator[None]:
-    """Make a pipeline report its steps, and free the device if it is stopped at one."""
+    """Make a pipeline report its steps, and free the device if it stops early."""
     pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, on_step)
     try:
         yield
     except BaseException:
-        pipe.maybe_free_model_hooks()  # what was on the device for the step that never came
+        pipe.maybe_free_model_hooks()
         raise
     finally:
         del pipe.progress_bar
@@ -161,6 +151,7 @@ def stepping(pipe: Any, on_step: OnProgress) -> Iterator[None]:
 
 @contextmanager
 def _lent(able: Abilities, plan: DiffusersPlan, scheduler: Any) -> Iterator[None]:
+    """Use a request's scheduler and guidance inside the block."""
     pipe, own_scheduler, own_guider = able.pipe, able.pipe.scheduler, able.guider
     pipe.scheduler = scheduler
     if own_guider is not None:
@@ -182,26 +173,19 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
     if getattr(diffusers, folder.class_name, None) is None:
         raise ModelError(f"{folder.path} is a {folder.class_name}, which diffusers {version} "
                          "doesn't have; install a newer diffusers")
-    damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
         with quiet_torchao(), _without_bars(logging, transformers_logging):
             pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
                 str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
             )
-    except damages as error:
+    except _DAMAGES as error:
         raise ModelError(f"{folder.path} can't be loaded as {folder.class_name} by diffusers "
                          f"{version}: {error}; copy it again, or install a newer "
                          "diffusers") from error
     if not {"prompt", "image", "video"} & Abilities(pipe).defaults.keys():
-        raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
-                         "show; give a text-to-video, image-to-video or text-to-image model")
+        raise ModelError(f"{folder.path} is a {folder.class_name}, which takes no prompt, picture "
+                         "or clip; give a text-to-video, image-to-video or text-to-image model")
     return pipe
-
-
-def _carries_past(vae: Any) -> bool:
-    """Return whether a VAE caches its convolutions' past from slice to slice."""
-    parameters = inspect.signature(vae.decoder.forward).parameters
-    return "conv_cache" in parameters or "feat_cache" in parameters
 
 
 def _sound(pipe: Any, output: Any) -> tuple[Samples | None, int]:
@@ -219,7 +203,7 @@ def _sound(pipe: Any, output: Any) -> tuple[Samples | None, int]:
 
 @contextmanager
 def _without_bars(*libraries: Any) -> Iterator[None]:
-    """Hide loading bars of `utils.logging` modules, which would break into our own report."""
+    """Hide loading bars of `utils.logging` modules, which would break into vidgen's progress."""
     shown = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Abilities of a diffusers pipeline, read from its call, and a request settled against them.
+"""Plan a clip of a diffusers pipeline, by the signature of its call.
 
-No family is named except in two short tables of what no signature says.
+Only two short tables name families, for facts that no signature holds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SIBLINGS = {
         "SkyReelsV2DiffusionForcingImageToVideoPipeline",
     ("CogVideoXPipeline", "video"): "CogVideoXVideoToVideoPipeline",
 }
-"""Pipelines that share another one's weights, by the option they add."""
+"""Pipelines that add an option to another one and share its weights."""
 RATES = {"HunyuanVideo": 24, "Mochi": 30}
-"""Frames per second that a family learned, where its published example shows another or none."""
+"""Frame rates that families learned, if their published examples show another rate or none."""
 
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio",
              "vae_temporal_scale_factor")
@@ -43,39 +43,39 @@ _LENGTH = ("num_frames", "frames", "video_length")
 _RATE = ("frame_rate", "fps")
 _PLAIN = {"negative": "negative_prompt", "steps": "num_inference_steps", "image": "image",
           "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents"}
-"""Options that a parameter of one name stands for."""
+"""Options that correspond to one parameter."""
 _ALWAYS = {"prompt", "seed", "fit", "audio", "audio_loop", "audio_model", "audio_prompt", "say",
            "voice"}
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
                  "use_exponential_sigmas", "use_beta_sigmas")
-"""Settings under which two flow schedulers don't go through the same noise levels."""
+"""Settings that give two flow schedulers different noise levels."""
 
 
 @dataclass(frozen=True)
 class DiffusersPlan:
-    """One clip or picture of another family; None leaves a value to its pipeline."""
+    """Choices that define a clip or picture; None leaves a value to the pipeline."""
 
-    pipeline: str  # its class
+    pipeline: str  # class name
     prompt: str
     negative: str | None
     seed: int
     width: int | None
     height: int | None
     num_frames: int | None
-    kept_frames: int | None  # frames of the clip, the first that the pipeline shows
+    kept_frames: int | None  # frames of the clip, the first ones of the result
     fps: Fraction
     num_steps: int | None
     guidance_scale: float | None  # of the pipeline's kind of guidance
     guidance_rescale: float | None
-    sampler: str  # class of the scheduler
-    shift: float | None  # of its noise schedule
-    strength: float | None  # distance from the given video
+    sampler: str  # class name of the scheduler
+    shift: float | None
+    strength: float | None
     fit: Fit
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:
-    """Return the parameters of a pipeline's call, each with its default."""
+    """Return the defaults of a pipeline's call, by parameter."""
     parameters = inspect.signature(pipeline.__call__).parameters
     return {p.name: p.default for p in parameters.values() if p.kind is not p.VAR_KEYWORD}
 
@@ -87,14 +87,14 @@ class Abilities:
         defaults: by parameter; `inspect.Parameter.empty` if it is required.
         strides: frames and pixels a side of one latent.
         multiple: pixels a side of one token.
-        length, rate: the parameters of the clip's frames and frame rate, or None.
-        guidance: the parameter that --guidance sets, or None.
-        guider: the component that guides if the call has no parameter for it.
-        is_distilled: whether guidance is an input of the model, so that it has no unguided pass.
-        is_image: whether it makes a picture, not a clip.
-        has_sound: whether it makes sound along with the picture.
-        cut_frames: cut off its clip, where HunyuanVideo puts the picture first.
-        options: of a request, that it can honour.
+        length, rate: parameters for the number of frames and the frame rate, or None.
+        guidance: parameter that --guidance sets, or None.
+        guider: component that guides if the call has no parameter for it, or None.
+        is_distilled: whether guidance is an input of the model, without an unguided pass.
+        is_image: whether the result is a picture.
+        has_sound: whether the result includes sound.
+        cut_frames: number of frames cut off the result, in which HunyuanVideo repeats the picture.
+        options: options of a request that the pipeline can honour.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -102,7 +102,12 @@ class Abilities:
         self.defaults = defaults_of(type(pipe))
         self._config = getattr(getattr(pipe, "transformer", None), "config", {})
         self.strides = Strides(int(_first(pipe, _TEMPORAL) or 1), int(_first(pipe, _SPATIAL) or 8))
-        self.multiple = self._token_side()
+        patch = self._config.get("patch_size") or 1
+        sides = [self.strides.hw * (patch if isinstance(patch, int) else patch[-1])]
+        for name in ("video_processor", "image_processor"):  # which round sizes, too
+            config = getattr(getattr(pipe, name, None), "config", {})
+            sides.append(config.get("vae_scale_factor", 1))
+        self.multiple = math.lcm(*sides)
         self.length = next((name for name in _LENGTH if name in self.defaults), None)
         self.rate = next((name for name in _RATE if name in self.defaults), None)
         has_unguided = (self.defaults.get("true_cfg_scale") or 0) > 1
@@ -118,30 +123,21 @@ class Abilities:
         self.cut_frames = self.strides.t if puts_first else 0
         self.options = _ALWAYS | self._options()
 
-    def _token_side(self) -> int:
-        """Return the multiple of a side: VAE's stride by token's side, and processors' rounding."""
-        patch = self._config.get("patch_size") or 1
-        sides = [self.strides.hw * (patch if isinstance(patch, int) else patch[-1])]
-        for name in ("video_processor", "image_processor"):
-            config = getattr(getattr(self.pipe, name, None), "config", {})
-            sides.append(config.get("vae_scale_factor", 1))
-        return math.lcm(*sides)
-
     def _options(self) -> set[str]:
         options = {option for option, name in _PLAIN.items() if name in self.defaults}
-        if self.is_distilled:  # it takes a negative prompt, but at its scale nothing comes of it
+        if self.is_distilled:  # takes a negative prompt without effect
             options.discard("negative")
         if {"height", "width"} <= self.defaults.keys():
             options.add("size")
         if self.guidance is not None or self.guider is not None:
             options.add("guidance")
         options |= {"frames"} if self.is_image else {"frames", "seconds", "fps"}
-        # Beside `denoise_strength`, LTX's `strength` means how firmly frames are kept.
         takes_video = {"video", "strength"} <= self.defaults.keys()
-        is_video2video = takes_video and "denoise_strength" not in self.defaults
-        if is_video2video or (self.name, "video") in SIBLINGS:
+        # with `denoise_strength`, LTX's `strength` weights the given frames instead
+        is_video_to_video = takes_video and "denoise_strength" not in self.defaults
+        if is_video_to_video or (self.name, "video") in SIBLINGS:
             options |= {"video", "strength"}
-        if self.is_image:  # a picture that it takes is one to edit, no first frame
+        if self.is_image:  # its input is a picture to edit, not a first frame
             options -= {"image", "last_image"}
         elif (self.name, "image") in SIBLINGS or "image" in options:
             options |= {"image", "first_frame_model"}
@@ -150,10 +146,10 @@ class Abilities:
         return options
 
     def refuse(self, request: Request) -> None:
-        """Raise InputError for the first option that can't be honoured, naming those that can."""
+        """Raise InputError for the first option that can't be honoured; list those that can."""
         for name, own in DEFAULTS.items():
             value = getattr(request, name)
-            is_set = type(value) is not type(own) or value != own  # arrays are never compared
+            is_set = type(value) is not type(own) or value != own  # doesn't compare arrays
             if is_set and name not in self.options:
                 reason = ""
                 if name == "negative" and self.is_distilled:
@@ -173,7 +169,7 @@ class Abilities:
                              "give --frames 1")
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return the default (width, height), if the pipeline says."""
+        """Return the default (width, height); None if the pipeline defines none."""
         pipe, config = self.pipe, self._config
         width, height = self.defaults.get("width"), self.defaults.get("height")
         if isinstance(width, int) and isinstance(height, int):
@@ -194,7 +190,7 @@ class Abilities:
         return None
 
     def default_fps(self) -> Fraction:
-        """Return the call's own rate, else that of the example in its documentation, else 24."""
+        """Return the frame rate of the call, else of the example in its documentation, else 24."""
         own = self.defaults.get(self.rate or "")
         if isinstance(own, int | float):
             return Fraction(own).limit_denominator(1001)
@@ -203,12 +199,12 @@ class Abilities:
         return Fraction(next(known, int(shown[1]) if shown else 24))
 
     def default_frames(self) -> int | None:
-        """Return the call's own length, else the one the transformer was built for."""
+        """Return the number of frames of the call, else of the transformer's configuration."""
         own = self.defaults.get(self.length or "")
         return own if isinstance(own, int) else self._config.get("sample_frames")
 
     def default_guidance(self) -> float | None:
-        """Return the call's or the guider's own scale."""
+        """Return the guidance scale of the guider or the call."""
         if self.guider is not None:
             return float(self.guider.guidance_scale)
         own = self.defaults.get(self.guidance or "")
@@ -218,15 +214,19 @@ class Abilities:
 def make_diffusers_plan(
     request: Request, inputs: Inputs, able: Abilities, scheduler: Any
 ) -> DiffusersPlan:
-    """Settle a request against a pipeline and its scheduler; raise InputError."""
+    """Return the plan of a request for a pipeline and its scheduler.
+
+    Raises:
+        InputError: the pipeline can't honour an option; the message lists those it can.
+    """
     able.refuse(request)
     if "prompt" not in able.defaults:
-        log.warning("%s reads no prompt; it is left out", able.name)
+        log.warning("%s takes no prompt; the prompt has no effect", able.name)
     fps = request.fps or able.default_fps()
     plays_other = request.fps and able.rate is None and request.fps != able.default_fps()
     if plays_other and not able.is_image:
-        log.warning("%s makes frames for %s fps whatever is asked; at %s fps they play at "
-                    "another speed", able.name, able.default_fps(), request.fps)
+        log.warning("%s always makes frames for %s fps; at %s fps the clip plays at another speed",
+                    able.name, able.default_fps(), request.fps)
     num_frames, kept = (1, 1) if able.is_image else _length(request, inputs, able, fps)
     width, height = _size(request, inputs, able)
     own = able.defaults
@@ -245,7 +245,7 @@ def make_diffusers_plan(
 
 
 def flow_shift(scheduler: Any) -> float | None:
-    """Return the shift of a flow scheduler whose schedule is fixed by it; None for all others."""
+    """Return the shift of a flow scheduler, if it determines the noise levels, else None."""
     config = getattr(scheduler, "config", {})
     if type(scheduler).__name__ not in _FLOW or config.get("use_dynamic_shifting"):
         return None
@@ -255,7 +255,7 @@ def flow_shift(scheduler: Any) -> float | None:
 
 
 def make_scheduler(own: Any, request: Request) -> Any:
-    """Return the pipeline's scheduler, or one for the request's sampler and shift."""
+    """Return the pipeline's own scheduler, or one with the request's sampler and shift."""
     import diffusers
 
     sampler, shift = request.sampler, request.shift
@@ -284,7 +284,7 @@ def make_scheduler(own: Any, request: Request) -> Any:
 
 
 def check_sides(width: int | None, height: int | None, multiple: int) -> None:
-    """Refuse sides that are no multiple of a token's, naming the nearest that are."""
+    """Raise InputError for a side that is no multiple; the message names the nearest ones."""
     for name, side in (("width", width), ("height", height)):
         if side is not None:
             check_size(name, side, multiple)
@@ -301,7 +301,7 @@ def _length(
     own, known = able.default_frames(), inputs.length(request, fps, able.strides)
     if known is None:
         return own, None
-    follows_strides = own is None or (own - 1) % able.strides.t == 0  # else another rule
+    follows_strides = own is None or (own - 1) % able.strides.t == 0  # else the rule is unknown
     if request.seconds is None and request.frames is not None and follows_strides:
         check_num_frames(request.frames, able.strides)
     return known[0] + able.cut_frames, known[1]
