@@ -19,9 +19,8 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.best_of_n import sample_best
-from vidgen.pipeline.denoise import RegionalPrompts
+from vidgen.pipeline.denoise import RegionalPrompts, upsampling_of
 from vidgen.pipeline.engine import Engine
-from vidgen.pipeline.experts import upsampling_of
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.settings import SOUND, own_value
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan

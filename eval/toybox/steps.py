@@ -46,9 +46,8 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.codec import to_frames
-from vidgen.pipeline.denoise import denoising
+from vidgen.pipeline.denoise import denoising, sigmas_of
 from vidgen.pipeline.engine import Engine, load, measure_magnitudes
-from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.step_caches import THRESHOLDS, make_caches, read_magnitudes, write_magnitudes
 from vidgen.pipeline.types import NO_LORAS

@@ -22,9 +22,8 @@ from vidgen.core.request import Request
 from vidgen.diffusion.regional_prompts import NO_LABEL
 from vidgen.diffusion.state import new_state
 from vidgen.pipeline.best_of_n import VERIFIER
-from vidgen.pipeline.denoise import regional_prompts
+from vidgen.pipeline.denoise import regional_prompts, sigmas_of
 from vidgen.pipeline.engine import Engine, load
-from vidgen.pipeline.experts import sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal

@@ -18,9 +18,8 @@ from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.temporal_upsampling import LatentRate
-from vidgen.pipeline.denoise import denoising
+from vidgen.pipeline.denoise import denoising, settles, sigmas_of
 from vidgen.pipeline.engine import Engine, load
-from vidgen.pipeline.experts import settles, sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.types import NO_LORAS, Plan
 

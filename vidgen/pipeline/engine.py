@@ -35,7 +35,7 @@ from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.best_of_n import counted_on, sample_best
-from vidgen.pipeline.experts import read_loras, sigmas_of
+from vidgen.pipeline.denoise import read_loras, sigmas_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal, journals_of, recall, recalled_tiles
 from vidgen.pipeline.model import OpenedModel

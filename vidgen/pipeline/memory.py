@@ -28,7 +28,7 @@ from vidgen.models.vae import VAEConfig
 from vidgen.models.vae_tiles import AT_ONCE
 from vidgen.ops import native
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES, used_backend
-from vidgen.pipeline.experts import boundary_of, settles, sigma_split, sigmas_of
+from vidgen.pipeline.denoise import boundary_of, settles, sigma_split, sigmas_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
 from vidgen.pipeline.long import tail
 from vidgen.pipeline.settings import makes_sound

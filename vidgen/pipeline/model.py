@@ -31,7 +31,7 @@ from vidgen.models.text import NOTHING, TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline import codec
-from vidgen.pipeline.experts import settles, sigma_split, sigmas_of
+from vidgen.pipeline.denoise import settles, sigma_split, sigmas_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.policy import Policy

@@ -18,7 +18,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import Voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
-from vidgen.pipeline.experts import (
+from vidgen.pipeline.denoise import (
     boundary_of,
     read_loras,
     sigma_split,

@@ -15,7 +15,7 @@ from vidgen.core.runtime import fingerprint
 from vidgen.core.store import address_of
 from vidgen.ops import native
 from vidgen.ops.attention import asked_backend, used_backend
-from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.denoise import hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.recorded import recorded_marks

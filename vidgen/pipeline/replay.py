@@ -29,7 +29,7 @@ from vidgen.media.cells import psnr_of
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.sound import read_sound
 from vidgen.media.video_reader import read_frames
-from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.denoise import hashes_of
 from vidgen.pipeline.inputs import noise_file
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.recorded import (

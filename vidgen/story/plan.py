@@ -24,7 +24,7 @@ from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_s
 from vidgen.core.store import address_of
 from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.denoise import hashes_of
 from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
 from vidgen.pipeline.recipe import asked_options

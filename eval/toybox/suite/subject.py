@@ -24,8 +24,8 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.store import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
 from vidgen.pipeline.codec import as_video
+from vidgen.pipeline.denoise import hashes_of
 from vidgen.pipeline.engine import Engine
-from vidgen.pipeline.experts import hashes_of
 from vidgen.weights.lora import parse_option
 
 TASKS = ("sprite", "motion", "place")

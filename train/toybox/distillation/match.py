@@ -35,7 +35,7 @@ from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.state import LatentState
 from vidgen.diffusion.temporal_upsampling import LatentRate, upsampled_state
-from vidgen.pipeline.experts import upsampling_of
+from vidgen.pipeline.denoise import upsampling_of
 from vidgen.pipeline.loader import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.optim import build_optimizers

@@ -27,7 +27,7 @@ from vidgen.models.image import prepare_image
 from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.experts import upsampling_of
+from vidgen.pipeline.denoise import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.training.data.config import Bucket

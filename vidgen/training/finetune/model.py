@@ -23,7 +23,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, name_some
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.experts import upsampling_of
+from vidgen.pipeline.denoise import upsampling_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.training.engines.deepspeed import shard_weights
 from vidgen.training.finetune.config import FinetuneConfig, LoraSettings, SubjectSettings
