@@ -1,4 +1,13 @@
-"""A request's pictures and clips: read, fitted, and hashed for the recipe."""
+"""A request's pictures and clips: read, hashed for the recipe, and written as conditions.
+
+Tasks differ only in the conditions that they write into the latent state. A model takes them in one
+of three ways (`ModelFolder.conditioning`): known latents in place and stills as extra tokens
+("tokens"), a second clip stacked on the channels ("channels"), or a second clip that control blocks
+read ("control"). Video to video by `strength` needs none of them.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
+rows and columns.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +16,13 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
@@ -21,6 +31,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import num_frames_for_seconds, size_for_aspect
+from vidgen.diffusion import condition
+from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.pipeline.codec import as_video
 
@@ -186,6 +199,125 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
         frames = list(video_frames(mask, plan.num_frames, plan.fps))
     pixels = pixels_of(frames, plan.width, plan.height, plan.fit)
     return (pixels.mean(1, keepdim=True) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of a request, and the encoders and sizes of the model that takes them."""
+
+    plan: Plan
+    request: Request
+    inputs: Inputs
+    # video [1, 3, T, H, W] in [-1, 1] and the keyword `rate` to normalised latents [1, C, F, h, w]
+    encode: Callable[..., Tensor]
+    encode_first: Callable[[Tensor], Tensor]  # the same for the clip's first frame
+    describe: Callable[[Sequence[Frames]], Tensor] | None  # to image features [1, S, D]
+    conditioning: str  # see `ModelFolder.conditioning`
+    strides: Strides  # the VAE's
+    patch: int  # side of a token, in latents
+
+    def write(self, state: LatentState, start_sigma: float, *, settles: bool) -> LatentState:
+        """Write every condition into a state of fresh noise.
+
+        Sampling begins at `start_sigma`; `settles` is True if any step has the clip's own frame
+        rate.
+
+        Raises:
+            InputError: a time after the clip's end.
+        """
+        if self.request.strength is not None:
+            clip, rate = self._whole_clip(), self.plan.oversampling
+            if settles:
+                state = condition.video_at_strength(state, self.encode(clip), start_sigma)
+            if rate > 1:
+                state = replace(state, video_upsampled=self.encode(clip, rate=rate))
+        ways = {"tokens": self._in_place, "channels": self._stacked, "control": self._controlled}
+        write = ways.get(self.conditioning)
+        return state if write is None else write(state)
+
+    def _in_place(self, state: LatentState) -> LatentState:
+        if self.request.mask is not None:
+            state = condition.mask(state, *self._kept(state))
+        for moment, picture in self._stills():
+            encode = self.encode if moment else self.encode_first
+            still = encode(self._fitted([picture]))
+            state = condition.keyframe(state, still, moment, self.strides)
+        if self.request.mask is not None and self.plan.oversampling > 1:
+            latents, wanted = self._kept(state, self.plan.oversampling)
+            latents[:, :, :1] = state.clean[:, :, :1]
+            wanted[:, :, :1] = state.denoise_mask[:, :, :1]
+            state = replace(state, known_upsampled=UpsampledKnown(latents, wanted))
+        for index, picture in enumerate(self.inputs.images.get("reference", ())):
+            state = condition.reference(state, self.encode(self._fitted([picture])), index)
+        return state
+
+    def _kept(self, state: LatentState, rate: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the latents to keep [1, C, F, h, w] and a mask of the others, [1, 1, F, h, w]."""
+        strides = self.strides.at_rate(rate)
+        wanted = condition.latent_mask(self._wanted(), strides, patch=self.patch)
+        latents = self.encode(self._whole_clip(), rate=rate)
+        return latents.to(state.latents), wanted.to(state.latents.device)
+
+    def _stacked(self, state: LatentState) -> LatentState:
+        pixels, wanted = self._known_pixels()
+        known = wanted.amax((0, 1, 3, 4)) == 0
+        latents = self.encode(pixels)
+        shown = condition.known_frames(latents, known.to(latents.device), self.strides)
+        state = replace(state, stacked=shown)
+        if self.describe is None:
+            return state
+        return replace(state, image_context=self.describe([still for _, still in self._stills()]))
+
+    def _controlled(self, state: LatentState) -> LatentState:
+        plan, (pixels, wanted) = self.plan, self._known_pixels()
+        references = [
+            self.encode(pixels_of([picture], plan.width, plan.height, "pad", border=255))
+            for picture in self.inputs.images.get("reference", ())]
+        noise = draw_noise(plan.seed, replace(plan.latents, num_frames=len(references)),
+                           stream="references")
+        kept, changed = self.encode(pixels * (1 - wanted)), self.encode(pixels * wanted)
+        return condition.control(state, kept, changed, wanted.to(kept), references, self.strides,
+                                 noise)
+
+    def _known_pixels(self) -> tuple[Tensor, Tensor]:
+        """Return the known pixels [1, 3, T, H, W] and a mask [1, 1, T, H, W], 1 where unknown."""
+        plan, control = self.plan, self.request.control
+        pixels = torch.zeros(1, 3, plan.num_frames, plan.height, plan.width)
+        wanted = torch.ones_like(pixels[:, :1])
+        if self.request.mask is not None:
+            wanted = self._wanted()
+            pixels = self._whole_clip() * (1 - wanted)
+        if control is not None:
+            pixels = self._fitted(video_frames(control, plan.num_frames, plan.fps))
+        for moment, picture in self._stills():
+            pixels[:, :, moment : moment + 1] = self._fitted([picture])
+            wanted[:, :, moment] = 0
+        return pixels, wanted
+
+    def _stills(self) -> list[tuple[int, Frames]]:
+        """Return (frame number, still) pairs; with a mask the image is the whole clip instead."""
+        plan, request, images, stills = self.plan, self.request, self.inputs.images, []
+        if request.begins_with_image:
+            stills += [(0, picture) for picture in images.get("image", ())]
+        for (seconds, _), picture in zip(request.frame, images.get("frame", ()), strict=True):
+            moment = round(seconds * plan.fps)
+            condition.require_frame(moment, plan.num_frames)
+            stills.append((moment, picture))
+        return stills + [(plan.kept_frames - 1, each) for each in images.get("last_image", ())]
+
+    def _whole_clip(self) -> Tensor:
+        """Return the clip to edit [1, 3, T, H, W]; a picture is repeated."""
+        plan, video = self.plan, self.request.video
+        if video is None:
+            return self._fitted(self.inputs.images["image"] * plan.num_frames)
+        return self._fitted(video_frames(video, plan.num_frames, plan.fps))
+
+    def _wanted(self) -> Tensor:
+        assert self.request.mask is not None
+        return (read_mask(self.request.mask, self.plan) > 0.5).float()
+
+    def _fitted(self, pictures: Iterable[Frames]) -> Tensor:
+        return pixels_of(list(pictures), self.plan.width, self.plan.height, self.plan.fit)
 
 
 def _pixels(option: str, picture: Picture) -> Frames:

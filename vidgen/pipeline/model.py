@@ -32,7 +32,7 @@ from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline import codec
 from vidgen.pipeline.denoise import settles, sigma_split, sigmas_of
-from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.inputs import Conditions, Inputs
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.types import NO_LORAS, Contexts, Loras, Plan
@@ -212,22 +212,21 @@ class OpenedModel:
         Raises:
             InputError: the request's own noise has another shape.
         """
-        from vidgen.pipeline.conditions import ConditionEncoder, write_conditions
-
         noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
         if tuple(noise.shape) != plan.latents.dims:
             raise InputError(f"latents are {list(noise.shape)}; this clip needs "
                              f"{list(plan.latents.dims)}")
         state = new_state(noise.float().to(self.device))
         describe = None if self.dit_config.image_dim is None else self.describe
-        model = ConditionEncoder(
+        conditions = Conditions(
+            plan, request, inputs,
             partial(self.encode_video, tiles=plan.tiles, passes=plan.encode_passes),
             partial(self.encode_first, num_steps=plan.refine_steps, tiles=plan.tiles,
                     passes=plan.encode_passes),
             describe, self.folder.conditioning, self.vae_config.strides, self.dit_config.patch_size,
         )
         sigmas = sigmas_of(plan, request.scheduler)
-        return write_conditions(state, plan, request, inputs, model, float(sigmas[0]),
+        return conditions.write(state, float(sigmas[0]),
                                 settles=settles(plan, sigmas, self.folder))
 
     @torch.no_grad()
