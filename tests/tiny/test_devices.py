@@ -90,11 +90,14 @@ def test_two_devices_make_the_sound_of_one(
     assert np.abs(alone.sound).max() > 0
 
 
-def test_decoding_is_bit_equal_from_any_frame(one: Engine, both: Engine) -> None:
+def test_decoding_is_bit_equal_from_any_frame(
+    one: Engine, both: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, send = [], both.devices._send
+    monkeypatch.setattr(both.devices, "_send", lambda *order: sent.append(order) or send(*order))
     for start in (0, 1, 150):
-        before = both.devices._sent[1]
         alone, shared = (list(engine.decode_video(LONG, start)) for engine in (one, both))
-        assert both.devices._sent[1] > before, "too short to be shared"
+        assert sent.pop()[1] == "decode", "too short to be shared"
         assert len(alone) == len(shared)
         assert all(map(torch.equal, alone, shared))
 
@@ -107,7 +110,18 @@ def test_a_half_decoded_clip_waits_while_another_is_made(one: Engine, both: Engi
     shared = [first, *chunks]
     assert all(map(torch.equal, one.decode_video(LONG), shared))
     assert len(shared) == LONG.shape[2]
-    next(both.decode_video(LONG))  # and never went on with
+
+
+def test_an_abandoned_clip_is_not_waited_for(
+    one: Engine, both: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = both.decode_video(LONG)
+    next(chunks)
+    with monkeypatch.context() as patch:
+        patch.setattr(Devices, "_take_messages", None)  # it would fail
+        chunks.close()
+    shared = both.decode_video(LONG[:, :, :40].contiguous())
+    assert all(map(torch.equal, one.decode_video(LONG[:, :, :40].contiguous()), shared))
 
 
 def test_a_clip_that_is_stopped_goes_on(both: Engine, tmp_path: Path) -> None:

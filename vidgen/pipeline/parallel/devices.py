@@ -13,9 +13,8 @@ import logging
 import pickle
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,19 +49,28 @@ GRACE_S = 5.0
 
 
 class Devices:
-    """Rank 0's side of the devices; `start_devices` creates it.
+    """Rank 0's side of the devices, whose other ranks it starts; DeviceError if one fails to start.
 
-    If a device fails, methods raise DeviceError, and the engine can't be used afterwards. `pool`
-    holds the other ranks; `shard` spreads the transformers' weights over all ranks.
+    If a device fails later, methods raise DeviceError, and the engine can't be used afterwards.
+    `shard` spreads the transformers' weights over all ranks.
     """
 
-    def __init__(self, channel: ipc.Channel, pool: LocalPool, *, shard: bool) -> None:
-        self.channel, self.size, self.shard = channel, channel.size, shard
-        self._pool, self._num_heads = pool, 0
-        self._sent, self._done = Counter[int](), Counter[int]()  # orders, by rank
+    def __init__(self, size: int, device: torch.device, *, shard: bool) -> None:
+        self.size, self.shard = size, shard
+        self._num_heads = 0
         self._sampling: ipc.Share | None = None
         self._remembered: Mapping[str, Tensor] = {}
-        self._end = weakref.finalize(self, _dissolve, pool)
+        self._pool = LocalPool(pickle.dumps(DeviceWorker()), size - 1, None)
+        self._num_open = size - 1  # ranks that aren't ready, later orders that aren't done
+        self._answers: dict[int, Any] = {}  # the last result of an order by rank
+        self._end = weakref.finalize(self, _dissolve, self._pool)
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        self._pool.start()
+        self._finish()
+        for worker in self._pool.workers:
+            self._send(worker, "join", worker.number, size, store.port, device.type)
+        with self.together():
+            self.channel = ipc.Channel(store, 0, size, device)
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -94,17 +102,18 @@ class Devices:
         if self._sampling is not None:
             raise InputError("these devices are busy with another clip; generate one at a time")
         division = ipc.divide(self.size, self._num_heads, guided=len(contexts) > 1)
-        share = ipc.Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
-        theirs, own = share, replace(share, caches=caches)
+        caches_state = {} if caches is None else caches.state()
+        self._remembered = {name: each.cpu() for name, each in caches_state.items()}
+        own = ipc.Share(plan, state, contexts, loras, level, division, torch.get_num_threads(),
+                        caches, self._remembered)
+        theirs = own
         if caches is not None:
-            self._remembered = {name: each.cpu() for name, each in caches.state().items()}
-            own = replace(own, remembered=self._remembered)
             theirs = replace(own, caches=replace(caches, memories={}, taken=[]))
         with ipc.shared_denoisers(loader, own, self.channel, shard=self.shard) as made:
             self.order("begin", loader.dtype, loader.offload, moved(theirs, "cpu"))
             self._sampling = own
             try:
-                yield _guided(partial(self._velocities, made, division), share)
+                yield _guided(partial(self._velocities, made, division), own)
             finally:
                 self._sampling, self._remembered = None, {}
                 if self._end.alive:
@@ -135,37 +144,41 @@ class Devices:
         assert caches is not None
         if caches.taken[-1][1]:
             self.order("remember")
-            with self.together():
-                self._remembered = ipc.collect(caches, self.channel, division)
+            with self.together():  # ranks that share a sequence join its parts
+                own = caches.state()
+            self._finish()
+            other = self._answers[division.sequence] if division.guidance == 2 else None
+            theirs = {} if other is None else pickle.loads(other)
+            self._remembered = {**theirs, **{name: each.cpu() for name, each in own.items()}}
         return {**self._remembered, **caches.state(numbers_only=True)}
 
     def decode(
         self, loader: ModelLoader, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
         rate: int = 1,
     ) -> Iterator[Tensor]:
-        """Yield the result of `codec.decode_latents`; each device decodes one stretch."""
-        with ExitStack() as stack:
-            vae = stack.enter_context(loader.use("vae")).at_rate(rate)
+        """Yield the result of `codec.decode_latents`; each device decodes one stretch.
+
+        The others write theirs to a file, and stop when an abandoned clip's file is removed.
+        """
+        with loader.use("vae") as network:
+            vae = network.at_rate(rate)
             t, hw, dtype = vae.strides.t, vae.strides.hw, loader.dtype_of("vae")
             shape = torch.Size((len(latents), 3, t, *(side * hw for side in latents.shape[3:])))
             num_bytes, back = shape.numel() * dtype.itemsize, vae.receptive_frames() - 1
             mine, *others = ipc.stretches(begin, latents.shape[2], self.size, back)
             theirs = [(worker, first, end) for worker, (first, end)
                       in zip(self._pool.workers, others, strict=True) if end > first]
-            if theirs:
-                total = num_bytes * (latents.shape[2] - mine[1])
-                name, room = stack.enter_context(room_in_file(total))
-                stack.callback(self._finish)  # the others open the file by name
-            for worker, first, end in theirs:
-                given = latents[:, :, max(0, first - back) : end].cpu()
-                place = (name, total, num_bytes * (first - mine[1]))
-                self._send(worker, "decode", loader.dtype, loader.offload, place, given,
-                           min(first, back), tiles, rate)
-            with self._stopping():
+            if not theirs:
                 yield from decode_latents(loader, latents, *mine, tiles, rate)
-            if theirs:
+                return
+            with room_in_file(num_bytes * (latents.shape[2] - mine[1])) as (name, room):
+                for worker, first, end in theirs:
+                    given = latents[:, :, max(0, first - back) : end].cpu()
+                    place = (name, num_bytes * (first - mine[1]))
+                    self._send(worker, "decode", loader.dtype, loader.offload, place, given,
+                               min(first, back), tiles, rate)
+                yield from decode_latents(loader, latents, *mine, tiles, rate)
                 self._finish()
-                self._require_alive()
                 for chunk in room.split(num_bytes):
                     yield chunk.view(dtype).view(shape)
 
@@ -190,17 +203,6 @@ class Devices:
                 raise DeviceError(reason) from error
             raise
 
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """On a failure inside the block stop the other ranks, whose work nobody waits for."""
-        try:
-            yield
-        except GeneratorExit:
-            raise
-        except BaseException:
-            self._end()
-            raise
-
     def _require_alive(self) -> None:
         if not self._end.alive:
             raise DeviceError("the other devices have stopped; load the model again")
@@ -212,32 +214,34 @@ class Devices:
             self._take_messages()
         order = pickle.dumps(what)
         for each in self._pool.workers if worker is None else [worker]:
-            self._sent[each.number] += 1
+            self._num_open += 1
             each.send("job", order)
 
     def _finish(self) -> None:
         """Wait until all orders are done."""
+        self._require_alive()
         with self.together():
-            while self._end.alive and self._done != self._sent:
-                if self._take_messages(1.0):
-                    raise DeviceError("the devices were disconnected")
+            while self._num_open:
+                self._take_messages(1.0)
 
-    def _take_messages(self, seconds: float = 0.0) -> bool:
-        """Take the other ranks' messages; return whether one lost its connection.
+    def _take_messages(self, seconds: float = 0.0) -> None:
+        """Take the other ranks' messages.
 
         Raises:
             DeviceError: a rank failed.
+            dist.DistError: a rank lost another one.
         """
-        lost = False
-        while not lost and (messages := self._pool.listen(seconds)):
-            seconds = 0.0
+        while messages := self._pool.listen(seconds):
+            seconds, is_cut = 0.0, False
             for worker, (kind, *details) in messages:
-                lost |= kind == "lost"
-                self._done[worker.number] += kind == "done"
-                if kind == "event" or (kind == "lost" and worker.process.returncode != LOST):
-                    text = details[0] if kind == "lost" else details[0]["text"]
-                    raise DeviceError(f"device {worker.number} of {self.size} failed: {text}")
-        return lost
+                is_cut |= kind == "lost"
+                if kind == "lost" and worker.process.returncode != LOST:
+                    raise DeviceError(f"device {worker.number} of {self.size} failed: {details[0]}")
+                if kind == "done":
+                    self._answers[worker.number] = details[0]
+                self._num_open -= kind in ("ready", "done")
+            if is_cut:
+                raise dist.DistError("a device lost another one")
 
     def _failure(self) -> str | None:
         until = time.monotonic() + GRACE_S
@@ -246,6 +250,8 @@ class Devices:
                 self._take_messages(0.05)
             except DeviceError as error:
                 return str(error)
+            except dist.DistError:
+                time.sleep(0.05)
         return None
 
 
@@ -277,25 +283,7 @@ def start_devices(
                          "engine, or load with devices=1")
     if device.type == "cpu":
         log.warning("%d devices on a CPU are processes that share its cores", devices)
-    store = dist.TCPStore("127.0.0.1", 0, devices, is_master=True, wait_for_workers=False)
-    pool = LocalPool(pickle.dumps(DeviceWorker()), devices - 1, None)
-    try:
-        pool.start()
-        waiting = devices - 1
-        while waiting:
-            for worker, (kind, *details) in pool.listen(1.0):
-                if kind == "lost":
-                    raise DeviceError(f"device {worker.number} of {devices} failed: {details[0]}")
-                waiting -= kind == "ready"
-        for worker in pool.workers:
-            place = (worker.number, devices, store.port, device.type)
-            worker.send("job", pickle.dumps(("join", *place)))
-        made = Devices(ipc.Channel(store, 0, devices, device), pool, shard=bool(shard))
-        made._sent.update(worker.number for worker in pool.workers)
-        return made
-    except BaseException:
-        pool.end()
-        raise
+    return Devices(devices, device, shard=bool(shard))
 
 
 def _guided(call: Callable[..., tuple[Tensor, ...]], share: ipc.Share) -> Denoise:

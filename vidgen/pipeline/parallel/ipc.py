@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -182,19 +182,3 @@ def shared_denoisers(
                    share.loras, share.level, channel.ranks(division), caches,
                    branches=division.branches(rank)) as made:
         yield made
-
-
-def collect(caches: StepCaches, channel: Channel, division: Division) -> dict[str, Tensor]:
-    """Return on rank 0 the memory of all ranks' caches, on the CPU; on other ranks their own."""
-    own = {name: each.cpu() for name, each in caches.state().items()}
-    first_of_negative, cpu = division.sequence, torch.device("cpu")
-    if division.guidance == 1:
-        return own
-    if channel.rank == first_of_negative:
-        del own["skips"]
-        dist.send_object_list([own], dst=0, device=cpu)
-    elif channel.rank == 0:
-        box: list[Any] = [None]
-        dist.recv_object_list(box, src=first_of_negative, device=cpu)
-        own |= box[0]
-    return own

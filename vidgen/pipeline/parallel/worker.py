@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import warnings
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -43,16 +45,14 @@ class DeviceWorker:
     loader: ModelLoader | None = None
     _caches: StepCaches | None = None
 
-    def __call__(self, order: bytes, on_event: OnEvent) -> None:
+    def __call__(self, order: bytes, _on_event: OnEvent) -> Any:
         """Follow an order: its name and arguments, pickled."""
         name, *details = pickle.loads(order)
         try:
-            getattr(self, name)(*details)
+            return getattr(self, name)(*details)
         except BaseException as error:
-            if not ipc.is_loss(error):
-                text = f"{type(error).__name__}: {error}".splitlines()[0]
-                with suppress(OSError):
-                    on_event({"event": "failed", "text": text})
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(text, file=sys.stderr, flush=True)
             os._exit(LOST if ipc.is_loss(error) else 1)
 
     def join(self, rank: int, size: int, port: int, kind: str) -> None:
@@ -100,10 +100,10 @@ class DeviceWorker:
                 dist.send(velocity.contiguous(), dst=0)
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Send rank 0 the memory of this rank's step caches."""
+    def remember(self) -> bytes:
+        """Return the memory of this rank's step caches, pickled."""
         assert self._caches is not None
-        ipc.collect(self._caches, self._channel, self._division)
+        return pickle.dumps({name: each.cpu() for name, each in self._caches.state().items()})
 
     def end(self) -> None:
         """Finish denoising."""
@@ -111,20 +111,22 @@ class DeviceWorker:
         self._caches = None
 
     def decode(
-        self, dtype: torch.dtype, offload: Offload, room: tuple[str, int, int],
+        self, dtype: torch.dtype, offload: Offload, place: tuple[str, int],
         latents: Tensor, skipped: int, tiles: Tiles | None, rate: int,
     ) -> None:
         """Decode latents [B, C, F, h, w], except the first `skipped` latent frames, to a file.
 
-        `room` holds the file's name, its size and the first frame's offset, in bytes.
+        `place` holds the file's name and the first frame's offset, in bytes. An abandoned clip's
+        file is removed, which ends the work.
         """
-        name, size, place = room
-        target = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)[place:]
+        name, start = place
         loader = self._set_up(dtype, offload)
-        for video in decode_latents(loader, latents, skipped, tiles=tiles, rate=rate):
-            made = video.contiguous().view(-1).view(torch.uint8)
-            target[: len(made)].copy_(made)
-            target = target[len(made) :]
+        with suppress(FileNotFoundError):
+            for video in decode_latents(loader, latents, skipped, tiles=tiles, rate=rate):
+                made = video.contiguous().view(-1).view(torch.uint8).cpu()
+                with Path(name).open("r+b") as file:
+                    file.seek(start)
+                    start += file.write(made.numpy().data)
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> ModelLoader:
         old = self.loader
