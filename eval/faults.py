@@ -38,7 +38,7 @@ from vidgen.core.pages import Chart
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
-from vidgen.evaluation.metrics.registry import MEASURES
+from vidgen.evaluation.metrics.vbench import MEASURES
 from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
 from vidgen.media.types import ClipInfo

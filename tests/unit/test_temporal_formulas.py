@@ -27,13 +27,12 @@ from vidgen.evaluation.metrics.flow import (
 )
 from vidgen.evaluation.metrics.motion import (
     MotionMeter,
-    SampledMotion,
-    Smoothness,
     Tracks,
     interpolate,
 )
 from vidgen.evaluation.metrics.vbench import (
     Consistency,
+    Dimensions,
     is_dynamic,
     is_static,
     normalise,
@@ -50,7 +49,7 @@ def at_angle(degrees):
 
 
 def consistency(angles, image=None):
-    meter = Consistency(None if image is None else at_angle(image))
+    meter = Consistency(lambda frame: frame, None if image is None else at_angle(image))
     for angle in angles:
         meter.feed(at_angle(angle))
     return meter
@@ -65,7 +64,7 @@ def test_consistency_is_the_mean_cosine_to_the_one_before_and_to_the_first():
 
 def test_blank_frames_have_nothing_that_is_consistent():
     blank = np.zeros(2)
-    meter = Consistency(at_angle(0))
+    meter = Consistency(lambda frame: frame, at_angle(0))
     for feature in (blank, blank):
         meter.feed(feature)
     assert meter.is_blank
@@ -204,10 +203,10 @@ def test_smoothness_knows_motion_from_trembling():
              for t in (0, 5, 4, 9, 8, 13, 12, 17, 16)]
 
     def score(frames):
-        meter = Smoothness(lambda a, b: interpolate(flows, a, b))
+        meter = Dimensions(12, {}, {}, between=lambda a, b: interpolate(flows, a, b))
         for frame in frames:
             meter.feed(frame)
-        return meter.score
+        return meter.figures([])["motion_smoothness"]
 
     assert score(steady) > 0.99
     assert score(shaky) < score(steady) - 0.02
@@ -216,11 +215,16 @@ def test_smoothness_knows_motion_from_trembling():
 
 def test_sampled_motion_looks_eight_times_a_second():
     seen = []
-    meter = SampledMotion(lambda a, b: seen.append((int(a[0, 0, 0]), int(b[0, 0, 0]))) or 9.0, 24)
+
+    def flow(one, other):
+        seen.append((int(one[0, 0, 0]), int(other[0, 0, 0])))
+        return np.full((256, 256, 2), 9.0, np.float32)
+
+    meter = Dimensions(24, {}, {}, flow)
     for index in range(10):
-        meter.feed(np.full((256, 256, 3), index, np.uint8))
+        meter.feed(np.full((256, 256, 3), index, np.uint8), np.zeros((256, 256, 2), np.float32))
     assert seen == [(0, 3), (3, 6), (6, 9)]
-    assert meter.score == 1.0
+    assert meter.figures([])["dynamic_degree"] == 1.0
 
 
 def motion(frames, fps=12):
@@ -239,13 +243,19 @@ def test_flicker_is_seen_on_what_stands_still():
     assert motion([still, bright] * 4).figures()["flicker"] == pytest.approx(10, abs=0.2)
 
 
+def is_still(frames):
+    frames = [np.ascontiguousarray(frame) for frame in frames]
+    figures = measure_clip(frames, Fraction(12)).figures
+    return figures["proxy_temporal_flickering"] is not None
+
+
 def test_speed_is_in_short_sides_a_second():
     wide = texture(96, 160)
-    pan = motion([wide[:, t : t + 96] for t in range(13)])
-    assert pan.speed == pytest.approx(12 / 96, rel=0.1)
-    assert not pan.static
+    pan = [wide[:, t : t + 96] for t in range(13)]
+    assert motion(pan).speed == pytest.approx(12 / 96, rel=0.1)
+    assert not is_still(pan)
     assert motion([wide[:, :96]] * 5).speed == 0
-    assert motion([wide[:, :96]] * 5).static
+    assert is_still([wide[:, :96]] * 5)
     assert motion([wide[:, :96], wide[:, 4:100]]).speed == pytest.approx(4 * 12 / 96, rel=0.1)
 
 

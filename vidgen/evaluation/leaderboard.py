@@ -18,7 +18,7 @@ from vidgen.core import pages
 from vidgen.core.errors import InputError
 from vidgen.core.pages import Cell, Table
 from vidgen.core.store import address_of
-from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.metrics.vbench import MEASURES, PROXY
 from vidgen.evaluation.suite import prompt_of
 from vidgen.evaluation.temporal.comparison import HEADLINE, by_name, compare
 from vidgen.evaluation.temporal.report import SUBTOTALS, figure_cell, subtotal_cell

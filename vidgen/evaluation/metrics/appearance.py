@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidgen.evaluation.metrics.flow import opencv
-from vidgen.evaluation.metrics.vbench import likeness
+from vidgen.evaluation.metrics.vbench import DISTANCES, Feature, Figures, likeness
 from vidgen.media.types import Frames
 
 _CELLS, _ANGLES = 8, 8
 _LEVELS = 6
 _FLAT = 0.01  # levels per pixel, below what a step of one level leaves after downscaling
-DISTANCES = (1, 2, 4, 8, 16)
 
 
 def gradient_feature(frame: Frames) -> NDArray[np.float64]:
@@ -71,17 +70,17 @@ class IdentityDrift:
     """Meter of a clip's change of colours over 1 to 16 frames, regardless of place."""
 
     def __init__(self) -> None:
-        self._features: deque[NDArray[np.float64]] = deque(maxlen=max(DISTANCES) + 1)
+        self._features: deque[Feature] = deque(maxlen=max(DISTANCES) + 1)
         self._changes: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
 
-    def feed(self, feature: NDArray[np.float64]) -> None:
+    def feed(self, feature: Feature) -> None:
         """Take the `color_feature` of the next frame."""
         self._features.append(feature)
         for distance, changes in self._changes.items():
             if len(self._features) > distance:
                 changes.append(1 - likeness(self._features[-1 - distance], feature))
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self) -> Figures:
         """Return `identity_drift_D` of each distance D: mean of 100 (1 - cosine), or None."""
         return {
             f"identity_drift_{d}": 100 * float(np.mean(rows)) if rows else None

@@ -6,7 +6,6 @@ Axes: T frames, H W rows and columns of the working picture (short side 256 at m
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +20,10 @@ from vidgen.evaluation.metrics.flow import (
     sample_flow,
     warp_error,
 )
+from vidgen.evaluation.metrics.vbench import Figures, mean_change
 from vidgen.media.types import Frames
 
-Figures: TypeAlias = dict[str, float | None]
 GRID = 20
-SEGMENT = 16
 UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01
 MOVING_SIDES, LOOKS_PER_S = 0.02, 2
 """Least speed of a moving clip's fastest twentieth, in short sides per second (5 pixels of 256),
@@ -72,16 +70,14 @@ class MotionMeter:
         self._flows, self._fps, self._index = estimator, fps, 0
         self._frames: list[Frames] = []  # the last two
         self._grey: NDArray[np.uint8]
-        self._first: NDArray[np.uint8]
         self._looked_at: NDArray[np.uint8]
-        self._flow: Flow | None = None  # between the last two
+        self.flow: Flow | None = None  # between the last two
         self._errors: list[float] = []
         self._flickers: list[float] = []
         self._hidden: list[float] = []
         self._residues: list[float] = []
         self._looks, self._last_look = max(1, round(fps / LOOKS_PER_S)), 0
         self._speeds: list[float] = []
-        self._static_speeds: list[float] = []
         self.tracks: Tracks
 
     def feed(self, frame: Frames) -> None:
@@ -89,7 +85,7 @@ class MotionMeter:
         grey = self._flows.grey(frame)
         if not self._frames:
             height, width = grey.shape
-            self._first = self._looked_at = grey
+            self._looked_at = grey
             self.tracks = Tracks(height, width)
         else:
             self._measure(frame, grey)
@@ -114,12 +110,11 @@ class MotionMeter:
         if error is not None:
             self._errors.append(error)
         self._hidden.append(float(hidden.mean()))
-        self._residues.append(_mean_change(fetched, before))
-        self._static_speeds.append(vbench.top_speed(flow, vbench.STATIC_TOP))
-        if self._flow is not None:
-            self._add_flicker(frame, self._flow, flow)
+        self._residues.append(mean_change(fetched, before))
+        if self.flow is not None:
+            self._add_flicker(frame, self.flow, flow)
         self.tracks.advance(flow, self._flows.widened(hidden))
-        self._flow = flow
+        self.flow = flow
 
     def _add_flicker(self, frame: Frames, came: Flow, goes: Flow) -> None:
         unmoved: Mask = (np.hypot(*np.moveaxis(came, -1, 0)) < UNMOVED_PIXELS) & (
@@ -134,14 +129,6 @@ class MotionMeter:
     def speed(self) -> float | None:
         """Mean over looks of the fastest twentieth's speed, in short sides per second."""
         return float(np.mean(self._speeds)) if self._speeds else None
-
-    @property
-    def static(self) -> bool:
-        """Whether the clip passes the static filter, by this flow."""
-        pair = (self._first, self._grey)
-        flows = (self._flows.flow(*way) for way in (pair, pair[::-1]))
-        ends = [vbench.top_speed(flow, vbench.STATIC_TOP) for flow in flows]
-        return vbench.is_static(self._static_speeds, ends, min(self._grey.shape))
 
     def finish(self) -> None:
         """End the clip; measure the speed now if it is shorter than the sampling interval."""
@@ -164,58 +151,6 @@ class MotionMeter:
         }
 
 
-class SampledMotion:
-    """Meter of motion between frames sampled about 8 times a second.
-
-    `speed_between` returns the speed from one frame [H, W, 3] to another: `top_speed` of a flow.
-    """
-
-    def __init__(self, speed_between: Any, fps: float) -> None:
-        self._speed_between, self._step = speed_between, vbench.sampling_step(fps)
-        self._index = 0
-        self._before: Frames | None = None
-        self._speeds: list[float] = []
-        self._short = 0
-
-    def feed(self, frame: Frames) -> None:
-        """Take the next frame, uint8 [H, W, 3]."""
-        if self._index % self._step == 0:
-            if self._before is not None:
-                self._speeds.append(self._speed_between(self._before, frame))
-            self._before, self._short = frame, min(frame.shape[:2])
-        self._index += 1
-
-    @property
-    def score(self) -> float | None:
-        """1 if the clip is dynamic, 0 if not; None without a pair."""
-        return float(vbench.is_dynamic(self._speeds, self._short)) if self._speeds else None
-
-
-class Smoothness:
-    """Meter of the likeness of odd frames to `between(even, next even)`."""
-
-    def __init__(self, between: Any) -> None:
-        self._between, self._index = between, 0
-        self._even: Frames | None = None
-        self._odd: Frames | None = None
-        self._changes: list[float] = []
-
-    def feed(self, frame: Frames) -> None:
-        """Take the next frame, uint8 [H, W, 3]."""
-        if self._index % 2:
-            self._odd = frame
-        else:
-            if self._even is not None and self._odd is not None:
-                self._changes.append(_mean_change(self._between(self._even, frame), self._odd))
-            self._even = frame
-        self._index += 1
-
-    @property
-    def score(self) -> float | None:
-        """(255 - mean absolute difference) / 255; None for under three frames."""
-        return vbench.stillness(self._changes)
-
-
 def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
     """Return the frame [H, W, 3] between two: the mean of both, warped by half of the flow."""
     grey, grey_other = estimator.grey(one), estimator.grey(other)
@@ -224,7 +159,3 @@ def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
         estimator.warp(one, flow * np.float32(-0.5)).astype(np.float32),
         estimator.warp(other, back * np.float32(-0.5)).astype(np.float32)]
     return np.asarray(((halves[0] + halves[1]) / 2).round().astype(np.uint8))
-
-
-def _mean_change(one: NDArray[Any], other: NDArray[Any]) -> float:
-    return float(np.abs(np.subtract(one, other, dtype=np.float32)).mean(dtype=np.float64))

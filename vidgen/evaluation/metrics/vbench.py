@@ -1,7 +1,7 @@
 """VBench's temporal dimensions as formulas on features, flows and pictures (Huang et al. 2024).
 
-Constants and steps are those of the published package. Features may come from its networks or from
-stand-ins.
+Constants and steps are those of the published package. Features, flows and interpolated pictures
+come from its networks or from stand-ins. `MEASURES` describes these dimensions and all others.
 
 Axes: T frames, P pairs of frames, D values of a feature, H W rows and columns.
 """
@@ -9,14 +9,22 @@ Axes: T frames, P pairs of frames, D values of a feature, H W rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Feature = NDArray[np.floating[Any]]
+from vidgen.evaluation.metrics.flow import Flow
+from vidgen.media.types import Frames
+
+Better = Literal["more", "less", "neither"]
+Feature: TypeAlias = NDArray[np.floating[Any]]
+Figures: TypeAlias = dict[str, float | None]
+PROXY = "proxy_"
+DISTANCES = (1, 2, 4, 8, 16)
+"""Distances of the measures of identity drift, in frames."""
 
 DIMENSIONS = {
     "subject_consistency": (0.1462, 1.0, "the subject stays what it is"),
@@ -38,6 +46,54 @@ DYNAMIC_TOP, DYNAMIC_PIXELS, DYNAMIC_FPS = 0.05, 6.0, 8
 STATIC_TOP, STATIC_PIXELS = 0.02, 3.0
 
 
+
+@dataclass(frozen=True)
+class Measure:
+    """Description of a measure."""
+
+    better: Better  # direction; "neither" gets no verdict
+    unit: str
+    about: str  # meaning, one line
+    possible: tuple[float, float] = (-math.inf, math.inf)  # range of a clip's values
+    yes_no: bool = False  # whether a clip's value is 0 or 1
+
+
+_SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)
+
+def _vbench(name: str, about: str) -> Measure:
+    better: Better = "neither" if name == "dynamic_degree" else "more"
+    return Measure(better, "", about, _SHARE, name == "dynamic_degree")
+
+
+MEASURES: dict[str, Measure] = {
+    **{name: _vbench(name, about) for name, (_, _, about) in DIMENSIONS.items()},
+    **{PROXY + name: _vbench(name, f"stand-in: {about}")
+       for name, (_, _, about) in DIMENSIONS.items()},
+    "steadiness": Measure(
+        "more", "", "mean of the normalised consistencies and smoothness; 0 where nothing moves"),
+    "motion_speed": Measure(
+        "neither", "sides/s", "what moves fastest, in short sides a second", _SIZE),
+    "warp_error": Measure(
+        "less", "x1e-4", "mean squared error of what the flow carries along", _SIZE),
+    "flicker": Measure(
+        "less", "levels", "second difference in time of pixels that don't move", _SIZE),
+    "track_jerk": Measure(
+        "less", "%", "third difference of tracked points, of the short side", _SIZE),
+    **{f"identity_drift_{d}": Measure(
+        "less", "%", f"the picture's colours change over {d} frames", _PERCENT)
+       for d in DISTANCES},
+    "sharpness_drift": Measure(
+        "less", "octaves", "sharpness of the last fifth against the first", _SIZE),
+    "color_drift": Measure("less", "%", "colours change while the picture stays", _SIZE),
+    "frozen_share": Measure("less", "%", "frames that repeat the one before", _PERCENT),
+    "pops": Measure("less", "%", "most that appears or vanishes at once, over the usual", _SIZE),
+    "seam": Measure("less", "levels", "largest jump between frames, over the usual", _SIZE),
+    "first_step": Measure("less", "x", "first step between frames by the usual step", _SIZE),
+    "first_frame_error": Measure(
+        "less", "levels", "first frame against the image given", (0.0, 255.0)),
+}  # fmt: skip
+
+
 def likeness(one: Feature, other: Feature) -> float:
     """Return the cosine of two features [D], at least 0; 0 if one of them is all zeros."""
     a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
@@ -45,31 +101,33 @@ def likeness(one: Feature, other: Feature) -> float:
     return max(0.0, float(a @ b) / scale) if scale else 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Consistency:
     """Meter of the likeness of a clip's features to the first and to the previous one."""
 
+    feature: Callable[[Frames], Feature]  # [D] of a frame uint8 [H, W, 3]
     image: Feature | None = None  # feature of the requested first frame, or None
+    before: Feature | None = field(default=None, init=False)  # feature of the last frame
     _first: Feature | None = None
-    _before: Feature | None = None
     _sums: list[float] = field(default_factory=list)
     _neighbours: list[float] = field(default_factory=list)
     _nearest: float = 0.0
     is_blank: bool = field(default=True, init=False)
     """Whether all features are zeros, so that likeness is undefined."""
 
-    def feed(self, feature: Feature) -> None:
-        """Take the feature [D] of the next frame."""
+    def feed(self, frame: Frames) -> None:
+        """Take the next frame, uint8 [H, W, 3]."""
+        feature = self.feature(frame)
         self.is_blank &= not feature.any()
         if self.image is not None:
             self._nearest = max(self._nearest, likeness(self.image, feature))
-        if self._first is None or self._before is None:
+        if self._first is None or self.before is None:
             self._first = feature
         else:
-            near = likeness(self._before, feature)
+            near = likeness(self.before, feature)
             self._neighbours.append(near)
             self._sums.append((near + likeness(self._first, feature)) / 2)
-        self._before = feature
+        self.before = feature
 
     @property
     def score(self) -> float | None:
@@ -86,6 +144,71 @@ class Consistency:
             return None
         least, mean = min(self._neighbours), float(np.mean(self._neighbours))
         return 0.4 * self._nearest + 0.3 * mean + 0.3 * least
+
+
+class Dimensions:
+    """Meter of VBench's dimensions of one clip, by its networks or by stand-ins.
+
+    Args:
+        fps: of the clip.
+        consistencies: meters, by dimension, that compare the frames of the clip.
+        likenesses: meters, by dimension, that compare them with the given image, too.
+        flow: flow [H, W, 2] from one frame to another; None leaves its dimensions out.
+        between: frame between two others; None leaves smoothness out.
+    """
+
+    def __init__(
+        self, fps: float, consistencies: Mapping[str, Consistency],
+        likenesses: Mapping[str, Consistency], flow: Callable[[Frames, Frames], Flow] | None = None,
+        between: Callable[[Frames, Frames], Frames] | None = None,
+    ) -> None:
+        self._consistencies, self._likenesses = consistencies, likenesses
+        self._flow, self._between, self._step = flow, between, sampling_step(fps)
+        self._index = 0
+        self._first: Frames
+        self._before: Frames
+        self._sampled: Frames  # about 8 a second
+        self._even: Frames
+        self._speeds: list[float] = []  # between sampled frames
+        self._static_speeds: list[float] = []  # between neighbours
+        self._odd_changes: list[float] = []  # from odd frames to those interpolated
+
+    def feed(self, frame: Frames, flow: Flow | None = None) -> None:
+        """Take the next frame, uint8 [H, W, 3], and the flow from the previous one if known."""
+        for meter in {*self._consistencies.values(), *self._likenesses.values()}:
+            meter.feed(frame)
+        if self._index == 0:
+            self._first = self._sampled = self._even = frame
+        elif self._flow:
+            flow = self._flow(self._before, frame) if flow is None else flow
+            self._static_speeds.append(top_speed(flow, STATIC_TOP))
+            if self._index % self._step == 0:
+                self._speeds.append(top_speed(self._flow(self._sampled, frame), DYNAMIC_TOP))
+                self._sampled = frame
+        if self._between and self._index and self._index % 2 == 0:
+            self._odd_changes.append(mean_change(self._between(self._even, frame), self._before))
+            self._even = frame
+        self._before, self._index = frame, self._index + 1
+
+    def figures(self, changes: Sequence[float]) -> Figures:
+        """Return the scores; `changes` are mean absolute differences of neighbours, in levels."""
+        found = {name: meter.score for name, meter in self._consistencies.items()}
+        found |= {name: meter.image_score for name, meter in self._likenesses.items()}
+        if self._flow:
+            short, pair = min(self._first.shape[:2]), (self._first, self._before)
+            is_moving = is_dynamic(self._speeds, short)
+            found["dynamic_degree"] = float(is_moving) if self._speeds else None
+            ends = [top_speed(self._flow(*way), STATIC_TOP) for way in (pair, pair[::-1])]
+            static = is_static(self._static_speeds, ends, short)
+            found["temporal_flickering"] = stillness(changes) if static else None
+        if self._between:
+            found["motion_smoothness"] = stillness(self._odd_changes)
+        return found
+
+
+def mean_change(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Return the mean absolute difference of two pictures, in levels."""
+    return float(np.abs(np.subtract(one, other, dtype=np.float32)).mean(dtype=np.float64))
 
 
 def stillness(differences: Iterable[float]) -> float | None:

@@ -15,8 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidgen.evaluation.metrics.registry import MEASURES, PROXY
-from vidgen.evaluation.metrics.vbench import DIMENSIONS, WEIGHTS, normalise, temporal_subtotal
+from vidgen.evaluation.metrics.vbench import (
+    DIMENSIONS,
+    MEASURES,
+    PROXY,
+    WEIGHTS,
+    normalise,
+    temporal_subtotal,
+)
 from vidgen.evaluation.statistics import CONFIDENCE, mean_interval, paired_interval, rate_interval
 
 Rows = Mapping[str, Mapping[str, Any]]

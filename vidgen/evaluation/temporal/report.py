@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core import pages
 from vidgen.core.pages import Cell, Chart, Table
-from vidgen.evaluation.metrics.appearance import DISTANCES
-from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.metrics.vbench import DISTANCES, MEASURES, PROXY
 
 if TYPE_CHECKING:
     import rich.table

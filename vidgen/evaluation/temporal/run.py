@@ -25,8 +25,7 @@ from vidgen.core.store import ScoreLog, address_of
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
-from vidgen.evaluation.metrics.registry import PROXY
-from vidgen.evaluation.metrics.vbench import DIMENSIONS
+from vidgen.evaluation.metrics.vbench import DIMENSIONS, PROXY
 from vidgen.evaluation.suite import (
     CLIP_SUFFIXES,
     EvaluatedClip,
