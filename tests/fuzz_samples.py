@@ -31,7 +31,7 @@ SOUNDS = ("s.wav", "t.mp3", "u.flac", "v.ogg", "w.m4a")
 PICTURES = ("a.png", "b.png", "c.png", "d.apng", "e.gif", "f.webp", "g.webp", "h.jpg", "i.jpg",
             "j.bmp", "k.tif", "l.tif")  # fmt: skip
 SCRIPTS = ("film.yaml", "film.json", "film.txt")
-CAPTIONS = ("caption.json", "caption.txt", "table.csv", "table.jsonl")
+CAPTIONS = ("caption.txt", "table.csv", "table.jsonl")
 RECIPE = {"vidgen": "0", "plan": {"prompt": "a cat", "seed": 1}, "inputs": []}
 NOISE = torch.linspace(-2, 2, 192).reshape(1, 4, 3, 4, 4)
 FILM = {
@@ -92,8 +92,7 @@ def _texts(folder: Path) -> None:
     (folder / "suite.txt").write_text("a red car\na cat spins\n")
     (folder / "suite.json").write_text(json.dumps([{"prompt_en": "a car"}, "a cat"]))
     (folder / "words.txt").write_text("gun # a word\nblood bath\n")
-    (folder / "caption.json").write_text(json.dumps({"caption": ["a car", "a red car"]}))
-    (folder / "caption.txt").write_text("ein Auto fährt über die Straße", encoding="cp1252")
+    (folder / "caption.txt").write_text("ein Auto fährt über die Straße", encoding="utf-16")
     (folder / "table.csv").write_text('file,caption\na.mp4,"a car, red"\nb.mp4,a cat\n')
     (folder / "table.jsonl").write_text('{"file": "a.mp4", "text": "a car"}\n{"file": "b.mp4"}\n')
 

@@ -125,7 +125,7 @@ def _captions(path: Path) -> None:
     is_table = path.suffix in data_files.TABLES
     read = data_files.table if is_table else data_files.sidecar
     try:
-        read(path, "auto")
+        read(path)
     except data_files.Unreadable as error:
         raise InputError(str(error)) from None
 

@@ -55,7 +55,8 @@ def test_a_subject_goes_from_clips_to_a_score(kind, tmp_path, server, request):
                        "32")  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert len(list((out / "clips").glob("*.mkv"))) == 3
-    wordings = json.loads((out / "clips" / "000.json").read_text())["caption"]
+    first_line, *_ = (out / "clips" / "captions.jsonl").read_text().splitlines()
+    wordings = json.loads(first_line)["caption"]
     assert len(wordings) == 8
     assert all("<subject_0>" in text for text in wordings)
     assert "unicorn" not in json.dumps(wordings)

@@ -55,7 +55,9 @@ def data(tmp_path_factory) -> Path:
     film(folder / "fast.mp4", moving(34, 20, SIZE), 24, caption="a red car at night")
     for number in range(2):
         Image.fromarray(moving(1, 30 + number, SIZE)[0]).save(folder / f"still{number}.png")
-        (folder / f"still{number}.json").write_text(json.dumps({"caption": ["a cat", "the cat"]}))
+    (folder / "captions.jsonl").write_text("".join(
+        json.dumps({"file": f"still{number}.png", "caption": ["a cat", "the cat"]}) + "\n"
+        for number in range(2)))
     return folder
 
 
@@ -354,19 +356,14 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     shape = ["--set", "data.sizes=48x32", "--set", "data.frames=[9, 17]", "--workers", "1",
              "--model", str(tiny_model)]
-    page = tmp_path / "page.html"
-    argv = ["data", "check", str(folder), *shape, "--html", str(page)]
+    argv = ["data", "check", str(folder), *shape]
     assert main([*argv, "--json"]) == 1, "a file was dropped"
     told = json.loads(capsys.readouterr().out)
     assert told["totals"] | {"seconds": 0} == {
         "files": 9, "dropped": 1, "items": 8, "seconds_used": 6.5, "seconds": 0}
     (broken,) = [row for row in told["files"] if row["dropped"]]
     assert broken["name"] == "broken.mp4"
-    assert "broken.mp4" in page.read_text()
-    assert "http" not in page.read_text(), "it loads nothing from elsewhere"
-    assert main(argv) == 2, "an existing page is kept"
-    assert "--overwrite" in capsys.readouterr().err
-    assert main([*argv, "--overwrite"]) == 1
+    assert main(argv) == 1
     assert "9 files, 1 dropped; 8 items" in capsys.readouterr().out
     (folder / "broken.mp4").unlink()
     assert main(["data", "check", str(folder), *shape]) == 0
@@ -399,7 +396,6 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
         (["chek", "x"], "invalid choice"),
         (["check", ".", "--set", "data.fps=fast"], "fps must be"),
         (["check", ".", "--output", "x"], "--output has no meaning for data check"),
-        (["cache", ".", "--html", "x"], "--html has no meaning"),
         (["check", ".", "--set", "data.avoid=[cuts]"], "did you mean 'cut'"),
         (["check", ".", "--set", "data=x"], "data is 'x'; give a mapping"),
         (["check", ".", "--workers", "0"], "give 1 or more"),

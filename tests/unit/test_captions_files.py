@@ -1,4 +1,4 @@
-"""Captions as people write them: any encoding, beside files and in tables."""
+"""Captions as people write them, beside files and in tables."""
 
 from __future__ import annotations
 
@@ -9,87 +9,86 @@ import pytest
 
 from vidgen.core.errors import InputError
 from vidgen.training.data.config import DataConfig, FolderConfig
-from vidgen.training.data.files import Unreadable, decode, scan, sidecar, table
+from vidgen.training.data.files import Unreadable, scan, sidecar, table
 
 
 @pytest.mark.parametrize(
-    ("text", "encoding"),
+    ("text", "encoding", "given"),
     [
-        ("un été à Paris, déjà vu", "utf-8"), ("a red car", "utf-8-sig"),
-        ("une voiture à Nîmes", "utf-16"), ("赤い車", "utf-32"), ("a red car", "utf-16-le"),
-        ("a red car", "utf-16-be"), ("un été à Paris, déjà vu, garçon", "cp1252"),
-        ("красная машина едет по пустыне ночью", "cp1251"),
-        ("一辆红色的汽车在沙漠中行驶", "gb18030"),
-        ("Młody chłopiec biegnie przez łąkę, żółty ptak śpiewa", "cp1250"),
+        ("un été à Paris, déjà vu", "utf-8", "auto"), ("a red car", "utf-8-sig", "auto"),
+        ("une voiture à Nîmes", "utf-16", "auto"), ("猫", "shift_jis", "shift_jis"),
     ],
 )
-def test_captions_in_any_encoding_are_read(text, encoding):
-    found, note = decode(text.encode(encoding))
-    assert found == text
-    marked = encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32")
-    assert (note is None) == marked, "what is guessed is told"
+def test_captions_are_read_by_their_mark_or_a_given_encoding(tmp_path, text, encoding, given):
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode(encoding))
+    assert sidecar(path, given) == (text,)
 
 
-def test_a_given_encoding_is_kept_to():
-    assert decode("猫".encode("shift_jis"), "shift_jis") == ("猫", None)
-    with pytest.raises(Unreadable, match="is not text in ascii"):
-        decode("é".encode(), "ascii")
+@pytest.mark.parametrize(
+    ("content", "given", "message"),
+    [
+        ("un été".encode("cp1252"), "auto", "is not text in utf-8: .*; save it as UTF-8, or set "),
+        (b"\xff\xfea", "auto", "is not text in utf-16: .*; save it as UTF-8, or set data.caption"),
+        ("é".encode(), "ascii", "is not text in ascii"),
+        ("a car".encode("utf-16-le"), "auto", "has zero bytes.*save it as UTF-8"),
+        ("a car".encode("utf-32"), "auto", "has zero bytes.*save it as UTF-8"),
+        (bytes(11_000_000), "auto", "over 10 MB"),
+    ],
+)
+def test_text_that_cannot_be_read_is_told_with_the_remedy(tmp_path, content, given, message):
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(Unreadable, match=message):
+        sidecar(path, given)
+
+
+def test_an_unknown_encoding_is_refused():
     with pytest.raises(InputError, match="caption_encoding is 'shiftjiss'"):
         DataConfig(folders=(FolderConfig("x"),), caption_encoding="shiftjiss")
 
 
-def test_damaged_text_is_told(tmp_path):
-    with pytest.raises(Unreadable, match="damaged utf-16"):
-        decode(b"\xff\xfea")
-    big = tmp_path / "x.txt"
-    with big.open("wb") as file:
-        file.truncate(11_000_000)
-    with pytest.raises(Unreadable, match="over 10 MB"):
-        sidecar(big, "auto")
-
-
 @pytest.mark.parametrize(
-    ("content", "captions"),
+    ("row", "captions"),
     [
         ({"text": "a car"}, ("a car",)), ({"caption": "a", "text": "b"}, ("a",)),
         ({"caption": ["a  car\n", "a car", "the car", ""]}, ("a car", "the car")),
-        ("just text", ("just text",)), (["one", "two"], ("one", "two")),
+        ({"title": "x"}, ()), ({"caption": ""}, ()),
     ],
 )
-def test_json_beside_a_file(tmp_path, content, captions):
-    path = tmp_path / "clip.json"
-    path.write_text(json.dumps(content))
-    assert sidecar(path, "auto")[0] == captions
+def test_captions_of_a_row(tmp_path, row, captions):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"file": "a.mp4", **row}))
+    assert table(path)[0] == {"a.mp4": captions}
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "is not valid JSON"), ('{"title": "x"}', "none of the keys caption, text, prompt, desc"),
-     ('{"text": 3}', "a caption that is not text"), (r'{"text": "\ud83d"}', "half of a character"),
+    ("line", "message"),
+    [("{", "line 1 is not valid JSON"), ("[1]", "line 1 is not a JSON object"),
+     ('{"file": "a.mp4", "text": 3}', "line 1 has a caption that is not text"),
+     (r'{"file": "a.mp4", "text": "\ud83d"}', "half of a character"),
      ("[" * 100_000, "is not valid JSON")],
 )
-def test_json_without_a_caption_is_told(tmp_path, content, message):
-    path = tmp_path / "clip.json"
-    path.write_text(content)
+def test_lines_without_a_caption_are_told(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
     with pytest.raises(Unreadable, match=message):
-        sidecar(path, "auto")
+        table(path)
 
 
 def test_tables(tmp_path):
     lines = tmp_path / "metadata.jsonl"
     lines.write_text('{"file_name": "a.mp4", "text": "a"}\n\n{"file_name": "./b.mp4", '
                      '"text": ["b", "c"]}\n{"file_name": "a.mp4", "text": "again"}\n{"text": "x"}')
-    found, notes = table(lines, "auto")
+    found, notes = table(lines)
     assert found == {
         "a.mp4": ("a", "again"), "b.mp4": ("b", "c")}
     assert len(notes) == 2
     sheet = tmp_path / "list.csv"
-    sheet.write_bytes('Video;Caption;Rating\r\nsub\\a.mp4;"a car; été";5\r\n'.encode("cp1252"))
-    found, notes = table(sheet, "auto")
-    assert found == {"sub/a.mp4": ("a car; été",)}
-    assert "guess" in notes[0]
+    sheet.write_bytes('Video;Caption;Rating\r\nsub\\a.mp4;"a car; été";5\r\n'.encode())
+    assert table(sheet) == ({"sub/a.mp4": ("a car; été",)}, [])
     sheet.write_text("day,sales\n1,2\n")
-    assert table(sheet, "auto") is None
+    assert table(sheet) is None
 
 
 @pytest.mark.parametrize("sign", [",", ";", "\t"])
@@ -100,7 +99,7 @@ def test_a_csv_keeps_every_caption_whole(tmp_path, sign):
         writer = csv.writer(file, delimiter=sign)
         writer.writerow(["File", "Caption"])
         writer.writerows([f"{n}.mp4", text] for n, text in enumerate(captions))
-    found, notes = table(sheet, "auto")
+    found, notes = table(sheet)
     assert list(found.values()) == [
         (" ".join(text.split()),) for text in captions]
     assert not notes
@@ -110,14 +109,14 @@ def test_what_a_csv_has_no_column_for_is_told(tmp_path):
     sheet = tmp_path / "list.csv"
     sheet.write_text("file,caption\na.mp4,a car,\nb.mp4,a cat, red\n")
     with pytest.raises(Unreadable, match=r"line 3 has more values than .* double quotes"):
-        table(sheet, "auto")
+        table(sheet)
     sheet.write_text('file,caption\na.mp4,"a car\nb.mp4,a cat\n')
     with pytest.raises(Unreadable, match="is not valid CSV"):
-        table(sheet, "auto")
+        table(sheet)
     sheet.write_text("day,sales\n1,2,3\n")
-    assert table(sheet, "auto") is None
+    assert table(sheet) is None
     sheet.write_text("file,title,rating\na.mp4,a car,5\n,a cat,4\n")
-    _, notes = table(sheet, "auto")
+    _, notes = table(sheet)
     assert notes[0] == "list.csv, line 3, has an empty file"
     assert "its columns are file, title, rating; captions are in caption, text, prompt" in notes[1]
 
@@ -129,7 +128,7 @@ def test_only_ends_of_lines_part_rows(tmp_path):
                       '{"file": "b.mp4", "text": "three\x85"}\n'.encode())
     sheet.write_bytes("file,text\r\na.mp4,one\u2028two\r\nb.mp4,three\x85\r\n".encode())
     for path in (lines, sheet):
-        found, notes = table(path, "auto")
+        found, notes = table(path)
         assert found == {
             "a.mp4": ("one two",), "b.mp4": ("three",)}
         assert not notes
@@ -144,7 +143,7 @@ def test_a_folder_is_searched_and_what_is_odd_is_told(tmp_path):
     (root / "gone.mp4").symlink_to(root / "nowhere.mp4")
     (root / "a.txt").write_text("beside")
     (root / "b.TXT").write_text("another case")
-    (root / "sub/c.png.json").write_text('{"caption": "by its whole name"}')
+    (root / "sub/c.png.txt").write_text("by its whole name")
     (root / "f.txt").write_text("  \n")
     (root / "notes.pdf").write_bytes(b"x")
     (root / "list.csv").write_text("file,caption\na.mp4,in the table\nlost.mp4,x\n")

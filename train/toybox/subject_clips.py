@@ -4,9 +4,9 @@
         [--clips 12] [--others 288]
 
 Writes `clips/` of the sprite, whose captions call it `<subject_0>`, and `others/` of sprites that
-the model knows, which keep it from forgetting them (Ruiz et al. 2023, prior preservation). Each
-caption file holds several wordings, of which training draws one. `subject.json` says what was
-shown, for `eval/toybox/subject.py`, which asks for other motions in other places.
+the model knows, which keep it from forgetting them (Ruiz et al. 2023, prior preservation). Their
+`captions.jsonl` has several wordings a clip, of which training draws one. `subject.json` says what
+was shown, for `eval/toybox/subject.py`, which asks for other motions in other places.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ def write_clips(
 ) -> None:
     """Lossless clips with captions beside them; those that are there already are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    info = ClipInfo(Fraction(FPS), (size, size), num_frames)
+    info, rows = ClipInfo(Fraction(FPS), (size, size), num_frames), list[str]()
     for index, scene in enumerate(scenes):
         path = folder / f"{index:03d}.mkv"
         texts = [worded(scene, wording) for wording in range(WORDINGS)]
-        atomic_write(path.with_suffix(".json"), json.dumps({"caption": texts}).encode())
+        rows.append(json.dumps({"file": path.name, "caption": texts}) + "\n")
         if not path.exists():
             frames = to_frames(render([scene], num_frames, size, size, FPS).video[0]).numpy()
             Clip(lambda frames=frames: iter([frames]), info).save(path)
+    atomic_write(folder / "captions.jsonl", "".join(rows).encode())
 
 
 def main() -> int:

@@ -37,10 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="the model to fine-tune; default the run's, else toybox")
     add("--workers", type=int, metavar="N",
         help="parallel processes; default one per core for check, one for cache")
-    add("--html", metavar="FILE", help="check: also write a page with thumbnails")
     add("-o", "--output", metavar="FOLDER",
         help="cache: folder of the latents; default the run's, else FOLDER.cache")
-    add("--overwrite", action="store_true", help="replace an existing page")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -50,10 +48,6 @@ def run(args: Namespace, report: Report) -> int:
     _refuse_others(args)
     config, model = settings(args)
     folder = open_trainable(model)
-    if args.html is not None:
-        from vidgen.core.runtime import check_output
-
-        check_output(args.html, overwrite=args.overwrite)
     known = survey(config, folder, report, workers=args.workers or os.cpu_count() or 1)
     if args.action == "check":
         return _report_check(known, config, args, report)
@@ -63,10 +57,8 @@ def run(args: Namespace, report: Report) -> int:
 def _refuse_others(args: Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers is {args.workers}; give 1 or more")
-    others = {"check": ("output",), "cache": ("html", "overwrite")}[args.action]
-    for name in others:
-        if getattr(args, name):
-            raise InputError(f"--{name} has no meaning for data {args.action}; leave it out")
+    if args.output and args.action == "check":
+        raise InputError("--output has no meaning for data check; leave it out")
 
 
 def settings(args: Namespace) -> tuple[DataConfig, str]:
@@ -111,12 +103,6 @@ def _report_check(known: Selection, config: DataConfig, args: Namespace, report:
     from vidgen.training.data.report import as_data, as_text
 
     data = as_data(known, config)
-    if args.html is not None:
-        from vidgen.core.runtime import atomic_write
-        from vidgen.training.data.report import page
-
-        atomic_write(args.html, page(data, known.fates).encode())
-        report({"event": "written", "path": args.html})
     report.result(data, "" if args.json else as_text(data))
     return int(data["totals"]["dropped"] > 0)
 

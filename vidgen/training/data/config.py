@@ -61,7 +61,7 @@ class DataConfig:
     avoid: tuple[Flaw, ...] = ("cut", "black", "white", "blank", "frozen")
     # "drop-exact" keeps one of files with the same bytes, "drop" also one of similar files
     duplicates: Literal["keep", "drop-exact", "drop"] = "drop-exact"
-    # encoding of caption files; "auto" detects UTF-8 and UTF-16 and guesses others
+    # encoding of caption files; "auto" is UTF-8, or UTF-16 with its byte order mark
     caption_encoding: str = "auto"
     prefix: str = ""  # added before each caption, such as a new word for a subject
     # for files without a caption: "drop" leaves them out, "empty" trains with an empty prompt

@@ -1,6 +1,6 @@
 """Find videos, pictures and their captions in folders, without opening the media.
 
-Captions are in text or JSON files next to a file, or in tables, in any encoding.
+Captions are in text files next to a file, or in tables.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vidgen.core.errors import InputError
 from vidgen.media.read import PICTURE_SUFFIXES
 from vidgen.training.data.config import DataConfig
 
-FILM_SUFFIXES = (
+MEDIA_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
-    ".wmv", ".flv", ".3gp", ".ogv", ".mxf",
+    ".wmv", ".flv", ".3gp", ".ogv", ".mxf", *PICTURE_SUFFIXES,
 )
 FILE_KEYS = ("file_name", "file", "filename", "path", "video", "video_path", "image", "image_path",
              "media")
@@ -31,21 +31,14 @@ FILE_KEYS = ("file_name", "file", "filename", "path", "video", "video_path", "im
 CAPTION_KEYS = ("caption", "text", "prompt", "description")
 """Columns or keys with captions; the first one found is used."""
 TABLES = (".csv", ".jsonl")
-SIDECARS = (".txt", ".json")
 MAX_BYTES = 10_000_000
 """Limit of a caption file's size."""
-LIKELY = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
-          "koi8_r", "cp932", "euc_jp", "gb18030", "big5", "cp949", "cp874")
-"""Encodings to guess from."""
 _DELIMITERS = (",", ";", "\t")
 _SURPLUS = "\0"
 """Key of a CSV row's values beyond the header's columns."""
 _HALF = re.compile("[\ud800-\udfff]")
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16",
+          codecs.BOM_UTF16_BE: "utf-16"}
 
 Captions = tuple[str, ...]
 """Captions of one file, one of which is drawn for each batch."""
@@ -65,7 +58,7 @@ class MediaFile:
     num_bytes: int
     mtime_ns: int  # modification time
     captions: Captions = ()
-    notes: tuple[str, ...] = ()  # guesses and errors in reading captions
+    notes: tuple[str, ...] = ()  # errors in reading captions
 
 
 def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
@@ -86,22 +79,15 @@ def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
 def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> list[MediaFile]:
     if not root.is_dir():
         raise InputError(f"data folder {root} is not a folder; give one of videos and pictures")
-    media, sidecars, tables = list[Path](), dict[str, Path](), list[Path]()
-    others: Counter[str] = Counter()
-    for path in _walk(root):
-        suffix = path.suffix.lower()
-        if suffix in FILM_SUFFIXES or suffix in PICTURE_SUFFIXES:
-            media.append(path)
-        elif suffix in SIDECARS:
-            sidecars[str(path).lower()] = path
-        elif suffix in TABLES:
-            tables.append(path)
-        else:
-            others[suffix or path.name] += 1
+    paths = [(path, path.suffix.lower()) for path in _walk(root)]
+    media = [path for path, suffix in paths if suffix in MEDIA_SUFFIXES]
+    texts = {str(path).lower(): path for path, suffix in paths if suffix == ".txt"}
+    tables = [path for path, suffix in paths if suffix in TABLES]
+    others = Counter(suffix or path.name for path, suffix in paths
+                     if suffix not in (*MEDIA_SUFFIXES, *TABLES, ".txt"))
     if not media:
-        raise InputError(
-            f"data folder {root} holds neither videos nor pictures; known suffixes are "
-            f"{', '.join((*FILM_SUFFIXES, *PICTURE_SUFFIXES))}")
+        raise InputError(f"data folder {root} holds neither videos nor pictures; known suffixes "
+                         f"are {', '.join(MEDIA_SUFFIXES)}")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
         notes.append(f"{root}: other files are ignored: {kinds}")
@@ -121,7 +107,7 @@ def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> li
             continue
         captions, problems = rows.get(str(path.resolve()), ()), list[str]()
         if not captions:
-            captions, problems = _next_to(path, sidecars, encoding)
+            captions, problems = _next_to(path, texts, encoding)
         found.append(MediaFile(number, name, path, facts.st_size, facts.st_mtime_ns, captions,
                                tuple(problems)))
     return found
@@ -169,119 +155,65 @@ def _read_tables(
 
 
 def _next_to(
-    path: Path, sidecars: Mapping[str, Path], encoding: str
+    path: Path, texts: Mapping[str, Path], encoding: str
 ) -> tuple[Captions, list[str]]:
-    """Return captions in clip.txt, clip.mp4.txt, clip.json or clip.mp4.json, and notes."""
+    """Return the caption in clip.txt or clip.mp4.txt, in any case, and notes."""
     problems = list[str]()
-    for suffix in SIDECARS:
-        for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
-            file = sidecars.get(str(candidate).lower())
-            if file is None:
-                continue
-            try:
-                captions, notes = sidecar(file, encoding)
-            except Unreadable as error:
-                problems.append(f"{file.name} {error}")
-                continue
-            if captions:
-                return captions, notes
-            problems.append(f"{file.name} is empty")
+    for candidate in (path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")):
+        file = texts.get(str(candidate).lower())
+        if file is None:
+            continue
+        try:
+            captions = sidecar(file, encoding)
+        except Unreadable as error:
+            problems.append(f"{file.name} {error}")
+            continue
+        if captions:
+            return captions, []
+        problems.append(f"{file.name} is empty")
     return (), problems
 
 
-def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
-    """Return bytes as text, and a note if the encoding was guessed.
-
-    The encoding "auto" uses a byte order mark, then tries UTF-8, then guesses.
-
-    Raises:
-        Unreadable: the bytes are no text in that encoding, or in any known one.
-    """
-    if encoding != "auto":
-        try:
-            return content.decode(encoding), None
-        except UnicodeDecodeError as error:
-            raise Unreadable(f"is not text in {encoding}: {error.reason}") from None
-    for mark, name in _MARKS:
-        if content.startswith(mark):
-            return _strictly(content, name), None
-    if b"\0" in content:  # in UTF-16 mostly the high bytes are zero
-        is_little = content[1::2].count(0) >= content[::2].count(0)
-        wide = "utf-16-le" if is_little else "utf-16-be"
-        return _strictly(content, wide), "read as UTF-16 by its zero bytes"
-    try:
-        return content.decode("utf-8"), None
-    except UnicodeDecodeError:
-        pass
-    from charset_normalizer import from_bytes
-
-    matches = list(from_bytes(content, cp_isolation=list(LIKELY)))
-    if not matches:
-        raise Unreadable("is not text in any known encoding; save it as UTF-8")
-    best = matches[0]
-    guess = best.encoding
-    for match in matches:  # prefer cp1252 where another fits no better
-        ties = match.chaos <= best.chaos + 0.01 and match.coherence >= best.coherence - 0.01
-        if match.encoding == "cp1252" and ties:
-            guess = match.encoding
-    note = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
-    return content.decode(guess), note
-
-
-def _strictly(content: bytes, encoding: str) -> str:
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"is damaged {encoding}: {error.reason}; save it as UTF-8") from None
-
-
-def _read(path: Path, encoding: str) -> tuple[str, list[str]]:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise Unreadable(f"has over {MAX_BYTES // 1_000_000} MB, too much for captions")
-        text, note = decode(path.read_bytes(), encoding)
-    except OSError as error:
-        raise Unreadable(f"can't be read: {error.strerror}") from None
-    return text, [] if note is None else [f"{path.name} {note}"]
-
-
-def sidecar(path: Path, encoding: str) -> tuple[Captions, list[str]]:
-    """Return captions of a .txt (one caption) or .json file, and notes.
+def sidecar(path: Path, encoding: str = "auto") -> Captions:
+    """Return the caption of a .txt file; () if it is empty.
 
     Raises:
         Unreadable: the file is invalid.
     """
-    text, notes = _read(path, encoding)
-    if path.suffix.lower() != ".json":
-        return _clean([text]), notes
+    return _clean([_read(path, encoding)])
+
+
+def _read(path: Path, encoding: str) -> str:
+    """Return a file's text; the encoding "auto" is that of a byte order mark, else UTF-8."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"is not valid JSON: {error}") from None
-    return _of_value(value), notes
+        if path.stat().st_size > MAX_BYTES:
+            raise Unreadable(f"has over {MAX_BYTES // 1_000_000} MB, too much for captions")
+        content = path.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"can't be read: {error.strerror}") from None
+    if encoding == "auto":
+        encoding = next((_MARKS[mark] for mark in _MARKS if content.startswith(mark)), "utf-8")
+    remedy = "save it as UTF-8, or set data.caption_encoding"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"is not text in {encoding}: {error.reason}; {remedy}") from None
+    if "\0" in text:  # UTF-32, or UTF-16 without its mark
+        raise Unreadable(f"has zero bytes, so it isn't text in {encoding}; {remedy}")
+    return text
 
 
-def _of_value(value: Any) -> Captions:
-    if isinstance(value, Mapping):
-        found = next((key for key in CAPTION_KEYS if key in value), None)
-        if found is None:
-            raise Unreadable(f"has none of the keys {', '.join(CAPTION_KEYS)}")
-        value = value[found]
-    several = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, str) for each in several):
+def _clean(texts: Sequence[Any]) -> Captions:
+    if not all(isinstance(each, str) for each in texts):
         raise Unreadable("has a caption that is not text")
-    return _clean(several)
-
-
-def _clean(texts: Iterable[str]) -> Captions:
-    squeezed = [re.sub(r"\s+", " ", text).strip() for text in texts]
+    squeezed = [" ".join(text.split()) for text in texts]
     if any(_HALF.search(text) for text in squeezed):
         raise Unreadable("has half of a character (a lone surrogate); write the whole "
                          "character, or delete it")
     return tuple(dict.fromkeys(text for text in squeezed if text))
 
 
-def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | None:
+def table(path: Path, encoding: str = "auto") -> tuple[dict[str, Captions], list[str]] | None:
     """Return the captions by file of a CSV or JSON Lines table, and notes; None: it names no files.
 
     Names are as written: relative to the table's folder, or absolute.
@@ -289,7 +221,7 @@ def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | 
     Raises:
         Unreadable: the table names files, but is invalid; has the line.
     """
-    text, notes = _read(path, encoding)
+    text, notes = _read(path, encoding), list[str]()
     rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
     found: dict[str, Captions] = {}
     columns: dict[str, None] = {}
@@ -308,9 +240,9 @@ def table(path: Path, encoding: str) -> tuple[dict[str, Captions], list[str]] | 
         if not name:
             notes.append(f"{path.name}, line {line}, has an empty {column}")
             continue
-        given = {key: row[key] for key in CAPTION_KEYS if row.get(key)}
+        given = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
         try:
-            captions = _of_value(given) if given else ()
+            captions = _clean(given if isinstance(given, list) else [given])
         except Unreadable as error:
             raise Unreadable(f"line {line} {error}") from None
         name = name.replace("\\", "/").removeprefix("./")

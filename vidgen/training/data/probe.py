@@ -6,7 +6,6 @@ Axes: H W rows and columns, h w those of a picture made small, K moments of a si
 from __future__ import annotations
 
 import base64
-import io
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -30,13 +29,12 @@ from vidgen.media.trackers import STILL, Runs, likeness
 from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """Version of `FileFacts`; stored facts of other versions are made again."""
 FROZEN_S = 1.0
 """Seconds without motion from which a stretch counts as frozen."""
 SIGNATURE = (8, 12, 12, 3)
 """Shape [K, h, w, 3] of the signature that finds similar files."""
-_THUMBNAILS, _THUMBNAIL_SIDE = 3, 112
 
 Ticks = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -75,7 +73,6 @@ class FileFacts:
     num_repeats: int = 0  # frames equal to the previous one
     # 8 small pictures, which find near duplicates, in base64
     signature: str = ""
-    thumbnails: tuple[str, ...] = ()  # JPEGs of beginning, middle and end, in base64
     notes: tuple[str, ...] = ()  # oddities that don't matter
 
     @property
@@ -141,7 +138,7 @@ def _probe_picture(path: Path) -> FileFacts:
     return FileFacts(
         kind="picture", num_frames=1, lengths=packed([1]), size=(width, height), codec=codec,
         pix_fmt=mode, flaws=tuple(Flawed(kind, 0, 0) for kind, has in flat.items() if has),
-        signature=_signature([pixels]), thumbnails=(_thumbnail(pixels),), notes=tuple(notes))
+        signature=_signature([pixels]), notes=tuple(notes))
 
 
 def _probe_video(path: Path) -> FileFacts:
@@ -220,8 +217,7 @@ class _Watcher:
             codec=str(stream.get("codec")), pix_fmt=str(stream.get("pix_fmt")),
             colour={k: stream.get(k) for k in ("range", "primaries", "transfer", "matrix")},
             cuts=tuple(self._cuts.found), flaws=tuple(flaws), num_repeats=self._num_repeats,
-            signature=_signature(self._kept), notes=tuple(self._notes(sum(lengths))),
-            thumbnails=tuple(map(_thumbnail, _spread(self._kept, min(_THUMBNAILS, count)))))
+            signature=_signature(self._kept), notes=tuple(self._notes(sum(lengths))))
 
     def _notes(self, ticks: int) -> Iterator[str]:
         count, reader = len(self.ticks), self._reader
@@ -251,24 +247,12 @@ def packed(lengths: Sequence[int]) -> str:
     return base64.b64encode(zlib.compress(np.asarray(lengths, "<u4").tobytes())).decode()
 
 
-def _spread(pictures: Sequence[Frames], count: int) -> list[Frames]:
-    places = np.linspace(0, len(pictures) - 1, count).round().astype(int)
-    return [pictures[place] for place in places]
-
-
 def _signature(pictures: Sequence[Frames]) -> str:
     count, height, width, _ = SIGNATURE
-    small = [np.asarray(Image.fromarray(each).resize((width, height), Image.Resampling.BOX))
-             for each in _spread(pictures, count)]
-    return base64.b64encode(np.stack(small).tobytes()).decode()
-
-
-def _thumbnail(picture: Frames) -> str:
-    image = Image.fromarray(picture)
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=70)
-    return base64.b64encode(buffer.getvalue()).decode()
+    places = np.linspace(0, len(pictures) - 1, count).round().astype(int)
+    small = [Image.fromarray(pictures[place]).resize((width, height), Image.Resampling.BOX)
+             for place in places]
+    return base64.b64encode(np.stack(list(map(np.asarray, small))).tobytes()).decode()
 
 
 STEP, SLIGHT = 10.0, 2.5

@@ -1,25 +1,21 @@
-"""Reports of `vidgen data check`: data for programs, text for a terminal, an HTML page."""
+"""Reports of `vidgen data check`: data for programs, text for a terminal."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from vidgen.core import pages
 from vidgen.core.config import dump
-from vidgen.core.pages import Table
 from vidgen.training.data.config import DataConfig
 from vidgen.training.data.select import Fate, Selection
 
 _FACTS = ("kind", "num_frames", "fps", "is_variable", "duration_s", "size", "rotation", "codec",
           "pix_fmt", "colour", "is_hdr", "num_repeats", "cuts", "flaws")
 _SHOWN = 40
-"""Most files per table in the terminal; --json and --html list all."""
-_MOST = 2_000
-"""Most files on the HTML page, those that are dropped or noted first."""
+"""Most files per table in the terminal; --json lists all."""
 
 
 def as_data(chosen: Selection, config: DataConfig) -> dict[str, Any]:
@@ -81,7 +77,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         if rows:
             console.print(table)
         if len(rows) > _SHOWN:
-            console.print(f"and {len(rows) - _SHOWN} more; --json or --html lists all")
+            console.print(f"and {len(rows) - _SHOWN} more; --json lists all")
     for note in report["notes"]:
         console.print(f"note: {note}")
     totals = report["totals"]
@@ -102,27 +98,3 @@ def _describe(row: Mapping[str, Any]) -> str:
     variable = ", variable" if row["is_variable"] else ""
     rate = float(Fraction(row["fps"]))
     return f"{row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, {size}"
-
-
-def page(report: Mapping[str, Any], fates: Sequence[Fate]) -> str:
-    """Return the report as an HTML page, with the thumbnails of `fates`."""
-    pairs = list(zip(report["files"], fates, strict=True))
-    pairs.sort(key=lambda pair: (pair[0]["dropped"] is None, not pair[0]["notes"]))
-    buckets = [[label, str(row["items"]), str(row["files"])]
-               for label, row in report["buckets"].items()]
-    return pages.page(
-        "data_check", title="Fine-tuning data", totals=report["totals"], notes=report["notes"],
-        fps=report["geometry"]["fps"], buckets=Table(["bucket", "items", "files"], buckets),
-        files=[_shown(row, fate) for row, fate in pairs[:_MOST]], more=len(pairs) - _MOST)
-
-
-def _shown(row: Mapping[str, Any], fate: Fate) -> dict[str, Any]:
-    count, buckets = len(row["items"]), dict.fromkeys(item["bucket"] for item in row["items"])
-    items = f"{count} {'item' if count == 1 else 'items'} in {', '.join(buckets)}" if count else ""
-    return {
-        "name": row["name"].encode("utf-8", "replace").decode(),
-        "thumbnails": fate.facts.thumbnails,
-        "facts": "; ".join(part for part in (_describe(row), items) if part),
-        "caption": " | ".join(row["captions"])[:300],
-        "dropped": row["dropped"], "notes": row["notes"],
-    }
