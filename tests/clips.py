@@ -91,7 +91,7 @@ def encode(model: str, path: Path, num_frames: int) -> list[int]:
 
     from vidgen.training.data.config import Bucket
     from vidgen.training.data.encode import ItemEncoder, open_frames
-    from vidgen.training.data.select import Item
+    from vidgen.training.data.files import Item
     from vidgen.weights.layouts import open_model
 
     bucket = Bucket(256, 192, num_frames)

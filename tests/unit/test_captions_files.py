@@ -152,7 +152,7 @@ def test_a_folder_is_searched_and_what_is_odd_is_told(tmp_path):
     assert {name: file.captions for name, file in told.items()} == {
         "a.mp4": ("in the table",), "B.MOV": ("another case",), "f.webm": (), "gone.mp4": (),
         "sub/c.png": ("by its whole name",)}
-    assert told["f.webm"].notes == ("f.txt is empty",)
+    assert told["f.webm"].notes == ["f.txt is empty"]
     assert "can't be read" in told["gone.mp4"].notes[0]
     assert any("1 .pdf" in note for note in notes)
     assert any("lost.mp4" in note for note in notes)

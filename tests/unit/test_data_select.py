@@ -35,11 +35,12 @@ def facts(num_frames=24, fps=12, seed=0, lengths=None, **settings):
 
 
 def chosen(*all_facts, config=CONFIG, geometry=GEOMETRY, captions=("a car",), hashes=None):
-    files = [MediaFile(0, f"{i}.mp4", Path(f"data/{i}.mp4"), 1, 1, tuple(captions))
-             for i in range(len(all_facts))]
-    hashes = hashes or [f"{i:064x}" for i in range(len(files))]
-    known = [replace(each, sha256=sha256) for each, sha256 in zip(all_facts, hashes, strict=True)]
-    return select(config, geometry, files, known)
+    hashes = hashes or [f"{i:064x}" for i in range(len(all_facts))]
+    files = [MediaFile(0, f"{i}.mp4", Path(f"data/{i}.mp4"), captions=tuple(captions),
+                       facts=replace(each, sha256=sha256))
+             for i, (each, sha256) in enumerate(zip(all_facts, hashes, strict=True))]
+    select(config, geometry, files)
+    return files
 
 
 def test_a_stretch_takes_the_longest_length_that_fits():

@@ -100,7 +100,7 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
 
 
 def _report_check(known: Selection, config: DataConfig, args: Namespace, report: Report) -> int:
-    from vidgen.training.data.report import as_data, as_text
+    from vidgen.training.data.survey import as_data, as_text
 
     data = as_data(known, config)
     report.result(data, "" if args.json else as_text(data))
@@ -114,9 +114,9 @@ def _cache(
     from vidgen.core.runtime import choose_device, size_text
     from vidgen.training.data.cache import make_cache
 
-    for fate in known.fates:
-        if fate.dropped is not None:
-            report({"event": "note", "text": f"{fate.file.name} is left out: {fate.dropped}"})
+    for file in known.files:
+        if file.dropped is not None:
+            report({"event": "note", "text": f"{file.name} is left out: {file.dropped}"})
     made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
                       device=choose_device().type)
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]

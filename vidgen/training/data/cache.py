@@ -9,42 +9,35 @@ Axes: C latent channels, F latent frames, h w latent rows and columns, S text to
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import (
-    atomic_path,
-    atomic_write,
-    best_dtype,
-    check_output,
-    write_error,
-)
+from vidgen.core.runtime import atomic_path, atomic_write, best_dtype, check_output, write_error
 from vidgen.models.tokenizer import clean_prompt
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import Extras, ItemEncoder, component_hash, open_frames
-from vidgen.training.data.files import MediaFile, scan
-from vidgen.training.data.select import Item, Selection, picks
+from vidgen.training.data.files import Item, MediaFile, scan
+from vidgen.training.data.select import Selection, picks
 from vidgen.training.data.survey import open_trainable, track
 from vidgen.weights.folder import ModelFolder
+from vidgen.weights.store import held
+from vidgen.weights.write import write_safetensors
 
 FORMAT_VERSION = 1
 _FOLDERS = ("latents", "texts", "grey")
@@ -100,14 +93,9 @@ class LatentCache:
             OutputError: the disk is full or can't be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        narrow = {k: v.to(DTYPES[self.dtype]).contiguous() for k, v in tensors.items()}
         with atomic_path(path) as temporary:
-            try:
-                save_file(narrow, temporary)
-            except SafetensorError as error:  # a full disk is reported as text only
-                found = re.search(r"os error (\d+)", str(error))
-                number = int(found[1]) if found else errno.EIO
-                raise OSError(number, os.strerror(number)) from error
+            write_safetensors(temporary, {
+                name: held(value, DTYPES[self.dtype]) for name, value in tensors.items()})
 
     def _load(self, kind: str, of: str) -> dict[str, Tensor]:
         path = self.path(kind, of)
@@ -140,16 +128,6 @@ class LatentCache:
         """Do nothing, as no file stays open."""
 
 
-@dataclass(frozen=True)
-class _Encoding:
-    """Hold the items of one file by their first frame, each with its frames' numbers."""
-
-    cache: LatentCache
-    model: str
-    device: str
-    items: list[tuple[Item, list[int]]]
-
-
 def make_cache(
     config: DataConfig, folder: ModelFolder, model: str, known: Selection, on_event: OnEvent, *,
     workers: int = 1, device: str = "cpu",
@@ -168,20 +146,19 @@ def make_cache(
         InputError: no items, or the cache's folder holds other files.
         OutputError: the disk is full or can't be written; finished tensors stay.
     """
-    items = known.items
-    cache = LatentCache.of(config, known.geometry, folder, best_dtype(torch.device(device)))
+    items, geometry = known.items, known.geometry
     if not items:
         raise InputError("the data have no usable items; vidgen data check lists the reasons")
+    cache = LatentCache.of(config, geometry, folder, best_dtype(torch.device(device)))
     _require_place(cache.folder)
-    jobs = dict[str, _Encoding]()
-    for fate in known.fates:
-        missing = [(item, picks(item, fate.facts, known.geometry)) for item in fate.items
+    jobs: dict[str, list[tuple[Item, list[int]]]] = {}
+    for file in known.files:
+        missing = [(item, picks(item, file.facts, geometry)) for item in file.items
                    if not cache.path("latents", item.key).exists()]
         if missing:
-            jobs[fate.file.path.as_posix()] = _Encoding(cache, model, device, missing)
+            jobs[file.path.as_posix()] = missing
     extras, vae = Extras.of(folder), folder.components["vae"].config
-    todo = [item for job in jobs.values() for item, _ in job.items]
-    room = sum(extras.num_values(item.bucket, vae) for item in todo)
+    room = sum(extras.num_values(item.bucket, vae) for job in jobs.values() for item, _ in job)
     check_output(cache.folder / "index.json", overwrite=True,
                  num_bytes=room * DTYPES[config.store_dtype].itemsize)
     captions = {"", *(text for item in items for text in item.captions)}
@@ -190,22 +167,20 @@ def make_cache(
     with closing(ItemEncoder(folder, torch.device(device))) as encoder:
         for caption in track(on_event, "texts", texts, len(texts)):
             cache.save(cache.path("texts", caption), {"context": encoder.text(caption)})
-    results = results_of(_encode_file, jobs, workers, on_event)
+    results = results_of(partial(_encode_file, cache, model, device), jobs, workers, on_event)
     try:
         failed = {name: problem for name, problem in track(on_event, "encode", results, len(jobs))
                   if problem is not None}
     finally:  # without workers this process has an encoder
         _encoder.cache_clear()
     kept = [item for item in items if item.path.as_posix() not in failed]
-    dropped = [[fate.file.name, fate.dropped] for fate in known.fates if fate.dropped]
-    index = {
-        "facts": cache.facts, "files": [_stamp(fate.file) for fate in known.fates],
-        "items": [dump(item) for item in kept], "dropped": [*dropped, *failed.items()],
-    }
-    atomic_write(cache.folder / "index.json", (json.dumps(index) + "\n").encode())
+    dropped = [(file.name, file.dropped) for file in known.files if file.dropped]
+    index = _Index(dict(cache.facts), [_stamp(file) for file in known.files], kept,
+                   [*dropped, *failed.items()])
+    atomic_write(cache.folder / "index.json", (json.dumps(dump(index)) + "\n").encode())
     return {
         "folder": str(cache.folder), "items": len(kept), "failed": failed,
-        "encoded": sum(len(job.items) for name, job in jobs.items() if name not in failed),
+        "encoded": sum(len(job) for name, job in jobs.items() if name not in failed),
         "captions": len({text for item in kept for text in item.captions}),
         "texts_encoded": len(texts),
         "bytes": sum(path.stat().st_size for path in cache.folder.rglob("*.safetensors")),
@@ -216,13 +191,13 @@ def _require_place(place: Path) -> None:
     """Make the folder of a cache; refuse one with other files."""
     if place.exists() and not place.is_dir():
         raise InputError(f"{place} is a file; choose another folder for the cache")
-    if place.is_dir() and any(path.name not in (*_FOLDERS, "index.json")
-                              and not path.name.startswith(".") for path in place.iterdir()):
-        raise InputError(f"{place} holds other files than a cache; choose an empty or a new folder")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(place, error) from None
+    if any(path.name not in (*_FOLDERS, "index.json") and not path.name.startswith(".")
+           for path in place.iterdir()):
+        raise InputError(f"{place} holds other files than a cache; choose an empty or a new folder")
 
 
 @lru_cache(maxsize=1)
@@ -230,17 +205,19 @@ def _encoder(model: str, device: str) -> ItemEncoder:
     return ItemEncoder(open_trainable(model), torch.device(device))
 
 
-def _encode_file(job: _Encoding) -> str | None:
-    """Encode a file's items; return the error if the file can't be read any more."""
-    encoder = _encoder(job.model, job.device)
+def _encode_file(
+    cache: LatentCache, model: str, device: str, items: list[tuple[Item, list[int]]]
+) -> str | None:
+    """Encode a file's items, by their first frame; return the error if it can't be read."""
+    encoder = _encoder(model, device)
     try:
-        with open_frames(job.items[0][0].path) as frame_at:
-            for item, shown in job.items:
-                grey = job.cache.path("grey", item.bucket.label)
-                if job.cache.has_grey and not grey.exists():
-                    job.cache.save(grey, {"grey": encoder.grey(item.bucket)})
+        with open_frames(items[0][0].path) as frame_at:
+            for item, shown in items:
+                grey = cache.path("grey", item.bucket.label)
+                if cache.has_grey and not grey.exists():
+                    cache.save(grey, {"grey": encoder.grey(item.bucket)})
                 made = encoder.item(item, shown, frame_at)
-                job.cache.save(job.cache.path("latents", item.key), made)
+                cache.save(cache.path("latents", item.key), made)
     except InputError as error:
         return str(error)
     return None

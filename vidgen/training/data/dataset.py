@@ -12,13 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +29,8 @@ from vidgen.core.protocols import OnEvent
 from vidgen.training.data.cache import LatentCache, open_cache
 from vidgen.training.data.config import NO_CACHE, Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import ItemEncoder, open_frames, still_frames
-from vidgen.training.data.select import Item, Selection, picks
+from vidgen.training.data.files import Item
+from vidgen.training.data.select import Selection, picks
 from vidgen.training.data.survey import open_trainable, survey
 from vidgen.training.task import drawn, seed_of
 from vidgen.weights.folder import ModelFolder
@@ -86,21 +85,17 @@ class Schedule:
             is_picture = math.floor((step + 1) * self._share) > pictures
             pool, index = ("pictures", pictures) if is_picture else ("clips", step - pictures)
         batches = self._batches(pool, global_batch)
-        ends = list(accumulate(batches.values()))
-        epoch, position = divmod(index, ends[-1])
+        epoch, position = divmod(index, len(batches))
         key = f"{self.seed} {pool} {epoch}"
-        place = order_of(ends[-1], key)[position]
-        which = bisect_right(ends, place)
-        bucket = list(batches)[which]
-        number = place - ends[which] + batches[bucket]
-        size = self._pools[pool][bucket]
+        bucket, number = batches[order_of(len(batches), key)[position]]
+        size = self.counts[bucket]
         order = order_of(size, f"{key} {bucket.label}")
         numbers = range(number * global_batch, (number + 1) * global_batch)
         return Draw(bucket, tuple(order[n % size] for n in numbers))
 
     def steps_per_epoch(self, global_batch: int) -> int:
         """Return the steps of an epoch of all items, or with `image_share` of all clips."""
-        wanted = sum(self._batches(self._main, global_batch).values())
+        wanted = len(self._batches(self._main, global_batch))
         if self._main == "pictures":
             return math.ceil(wanted / self._share)
         return math.floor((wanted - 1) / (1 - self._share)) + 1
@@ -109,8 +104,10 @@ class Schedule:
         """Return the number of items that an epoch repeats to fill each bucket's last batch."""
         return {b: -n % global_batch for b, n in self.counts.items() if n % global_batch}
 
-    def _batches(self, pool: str, global_batch: int) -> dict[Bucket, int]:
-        return {b: math.ceil(n / global_batch) for b, n in self._pools[pool].items()}
+    def _batches(self, pool: str, global_batch: int) -> list[tuple[Bucket, int]]:
+        """Return the batches of an epoch: bucket, and number within the bucket."""
+        return [(bucket, number) for bucket, count in self._pools[pool].items()
+                for number in range(math.ceil(count / global_batch))]
 
 
 class _Encoded:
@@ -118,7 +115,7 @@ class _Encoded:
 
     def __init__(self, known: Selection, encoder: ItemEncoder) -> None:
         self._geometry, self._encoder = known.geometry, encoder
-        self._facts = {fate.facts.sha256: fate.facts for fate in known.fates}
+        self._facts = {file.facts.sha256: file.facts for file in known.files}
         self.text, self.close = lru_cache(maxsize=4096)(encoder.text), encoder.close
         self._grey = lru_cache(maxsize=16)(encoder.grey)
 
@@ -156,8 +153,8 @@ def open_dataset(
     else:
         known = survey(config, folder, on_event or (lambda _: None))
         items, notes = known.items, [
-            *known.notes, *(f"{fate.file.name} is left out: {fate.dropped}"
-                                      for fate in known.fates if fate.dropped)]
+            *known.notes, *(f"{file.name} is left out: {file.dropped}"
+                            for file in known.files if file.dropped)]
         source = _Encoded(known, ItemEncoder(folder, torch.device(device)))
     learned, kept = list[Item](), list[Item]()
     for item in items:

@@ -31,8 +31,8 @@ from vidgen.pipeline.denoise import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.training.data.config import Bucket
+from vidgen.training.data.files import Item
 from vidgen.training.data.probe import is_still
-from vidgen.training.data.select import Item
 from vidgen.weights.component import Role
 from vidgen.weights.folder import ModelFolder, hash_files
 

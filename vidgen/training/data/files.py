@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError
 from vidgen.media.read import PICTURE_SUFFIXES
-from vidgen.training.data.config import DataConfig
+from vidgen.training.data.config import Bucket, DataConfig
+from vidgen.training.data.probe import FileFacts
 
 MEDIA_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
@@ -49,16 +51,40 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
+class Item:
+    """Hold a stretch of a file, or a picture, as one sample of a bucket."""
+
+    folder: int  # index of its folder in the config; -1: the one for validation
+    name: str  # path of its file below that folder
+    path: Path
+    sha256: str  # of the file's bytes
+    bucket: Bucket
+    start: int  # its first frame in the file
+    end: int  # frame of the file after its last one
+    captions: Captions  # with the prefix
+    group: str  # hash shared by similar files, which are held out together or not at all
+
+    @property
+    def key(self) -> str:
+        """Hash of the item's pixels at a given frame rate."""
+        facts = (self.sha256, self.bucket.label, self.start, self.end)
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@dataclass
 class MediaFile:
-    """Hold a video or picture with its captions."""
+    """Hold a video or picture: found by `scan`, decoded by `probe_files`, cut by `select`."""
 
     folder: int  # index of its folder in the config; -1: the one for validation
     name: str  # path below that folder
     path: Path
-    num_bytes: int
-    mtime_ns: int  # modification time
+    num_bytes: int = 0
+    mtime_ns: int = 0  # modification time
     captions: Captions = ()
-    notes: tuple[str, ...] = ()  # errors in reading captions
+    notes: list[str] = field(default_factory=list)
+    facts: FileFacts = field(default_factory=FileFacts)
+    items: list[Item] = field(default_factory=list)  # empty if it is dropped
+    dropped: str | None = None  # reason, or None
 
 
 def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
@@ -76,13 +102,14 @@ def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
     return files, notes
 
 
-def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> list[MediaFile]:
+def _scan_folder(
+    root: Path, number: int, encoding: str, notes: list[str]
+) -> Iterator[MediaFile]:
     if not root.is_dir():
         raise InputError(f"data folder {root} is not a folder; give one of videos and pictures")
     paths = [(path, path.suffix.lower()) for path in _walk(root)]
     media = [path for path, suffix in paths if suffix in MEDIA_SUFFIXES]
     texts = {str(path).lower(): path for path, suffix in paths if suffix == ".txt"}
-    tables = [path for path, suffix in paths if suffix in TABLES]
     others = Counter(suffix or path.name for path, suffix in paths
                      if suffix not in (*MEDIA_SUFFIXES, *TABLES, ".txt"))
     if not media:
@@ -91,26 +118,23 @@ def _scan_folder(root: Path, number: int, encoding: str, notes: list[str]) -> li
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
         notes.append(f"{root}: other files are ignored: {kinds}")
-    rows = _read_tables(root, tables, encoding, notes)
-    missing = sorted(rows.keys() - {str(path.resolve()) for path in media})
+    rows: dict[Path, Captions] = {}
+    for path, suffix in paths:
+        if suffix in TABLES:
+            _add_table(rows, path, encoding, notes)
+    missing = sorted(map(str, rows.keys() - {path.resolve() for path in media}))
     if missing:
         notes.append(f"{root}: {len(missing)} files that its tables name don't exist: "
                      f"{', '.join(missing[:5])}")
-    found = []
     for path in media:
-        name = path.relative_to(root).as_posix()
+        file = MediaFile(number, path.relative_to(root).as_posix(), path)
         try:
-            facts = path.stat()
+            stat = path.stat()
+            file.num_bytes, file.mtime_ns = stat.st_size, stat.st_mtime_ns
         except OSError as error:
-            problem = f"can't be read: {error.strerror}"
-            found.append(MediaFile(number, name, path, 0, 0, notes=(problem,)))
-            continue
-        captions, problems = rows.get(str(path.resolve()), ()), list[str]()
-        if not captions:
-            captions, problems = _next_to(path, texts, encoding)
-        found.append(MediaFile(number, name, path, facts.st_size, facts.st_mtime_ns, captions,
-                               tuple(problems)))
-    return found
+            file.notes.append(f"can't be read: {error.strerror}")
+        file.captions = rows.get(path.resolve(), ()) or _next_to(path, texts, encoding, file.notes)
+        yield file
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -128,37 +152,33 @@ def _walk(root: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def _read_tables(
-    root: Path, tables: Sequence[Path], encoding: str, notes: list[str]
-) -> dict[str, Captions]:
-    """Return captions by the absolute path of the file that a table names."""
-    rows: dict[str, Captions] = {}
-    for path in tables:
+def _add_table(
+    rows: dict[Path, Captions], path: Path, encoding: str, notes: list[str]
+) -> None:
+    """Add a table's captions to `rows`, by the absolute path of the file that it names."""
+    try:
+        made = table(path, encoding)
+    except Unreadable as error:
+        raise InputError(f"table {path} {error}; correct it, or move it elsewhere") from None
+    if made is None:
+        notes.append(f"{path} names no files and is ignored")
+        return
+    notes += made[1]
+    for name, captions in made[0].items():
         try:
-            made = table(path, encoding)
-        except Unreadable as error:
-            raise InputError(f"table {path} {error}; correct it, or move it elsewhere") from None
-        if made is None:
-            notes.append(f"{root}: {path.name} names no files and is ignored")
+            place = (path.parent / name).resolve()
+        except (OSError, ValueError):  # a zero byte, a lone surrogate, or too long
+            notes.append(f"{path.name} names {name[:80]!r}, an invalid file name; its captions "
+                         "are ignored")
             continue
-        notes += made[1]
-        for name, captions in made[0].items():
-            try:
-                place = str((path.parent / name).resolve())
-            except (OSError, ValueError):  # a zero byte, a lone surrogate, or too long
-                notes.append(f"{path.name} names {name[:80]!r}, an invalid file name; its captions "
-                             "are ignored")
-                continue
-            if rows.setdefault(place, captions) != captions:
-                notes.append(f"{name} is in several tables; its entry in {path.name} is ignored")
-    return rows
+        if rows.setdefault(place, captions) != captions:
+            notes.append(f"{name} is in several tables; its entry in {path.name} is ignored")
 
 
 def _next_to(
-    path: Path, texts: Mapping[str, Path], encoding: str
-) -> tuple[Captions, list[str]]:
-    """Return the caption in clip.txt or clip.mp4.txt, in any case, and notes."""
-    problems = list[str]()
+    path: Path, texts: Mapping[str, Path], encoding: str, notes: list[str]
+) -> Captions:
+    """Return the caption in clip.txt or clip.mp4.txt, in any case."""
     for candidate in (path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")):
         file = texts.get(str(candidate).lower())
         if file is None:
@@ -166,12 +186,12 @@ def _next_to(
         try:
             captions = sidecar(file, encoding)
         except Unreadable as error:
-            problems.append(f"{file.name} {error}")
+            notes.append(f"{file.name} {error}")
             continue
         if captions:
-            return captions, []
-        problems.append(f"{file.name} is empty")
-    return (), problems
+            return captions
+        notes.append(f"{file.name} is empty")
+    return ()
 
 
 def sidecar(path: Path, encoding: str = "auto") -> Captions:

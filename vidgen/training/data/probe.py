@@ -145,39 +145,42 @@ def _probe_video(path: Path) -> FileFacts:
     with VideoReader(path, square=False) as reader:
         stream: dict[str, Any] = next(
             (s for s in probe(path)["streams"] if s["type"] in ("video", "picture")), {})
-        watcher = _Watcher(reader)
+        seen = _Seen(reader)
         try:
             for frame in reader.timed():
-                watcher.feed(frame)
+                seen.add(frame)
         except InputError as error:
-            raise InputError(f"{error} ({len(watcher.ticks)} frames were decoded)") from None
-        return watcher.facts(stream)
+            raise InputError(f"{error} ({len(seen.ticks)} frames were decoded)") from None
+        return seen.facts(stream)
 
 
-class _Watcher:
-    """A collector of facts from frames in order, in almost constant memory."""
+class _Seen:
+    """A collector of facts from frames in order, with a few numbers a frame."""
 
     def __init__(self, reader: VideoReader) -> None:
         self._reader, self.ticks = reader, list[int]()
         self._looker, self._anchored = (Looker(*reader.small_shape) for _ in range(2))
-        self._cuts, fps = Cuts(), float(reader.fps)
-        self._runs = {kind: Runs(fps) for kind in ("black", "white", "blank", "damaged")}
-        self._runs["frozen"] = Runs(fps, max(2, round(FROZEN_S * fps)))
-        for runs in self._runs.values():
-            runs.spans.longest = 1_000_000
+        self._colors: deque[Array] = deque(maxlen=AROUND)
+        # of each frame: the flaws, and the mean changes of cells since the last AROUND ones and
+        # the likeness to the last
+        self._flaws, self._alike = list[tuple[str, ...]](), [1.0]
+        self._changes = list[tuple[float, ...]]()
         self._kept, self._keep_step = list[Frames](), 1
         self._num_repeats, self._is_interlaced = 0, False
 
-    def feed(self, frame: TimedFrame) -> None:
+    def add(self, frame: TimedFrame) -> None:
         index = len(self.ticks)
         self.ticks.append(frame.ticks)
         self._last, self._is_interlaced = frame, self._is_interlaced or frame.is_interlaced
         small = self._reader.small(frame)
         look = self._looker.look(small)
-        self._cuts.feed(index, look.color)
+        self._changes.append(tuple(float(np.abs(look.color - c).mean()) for c in self._colors))
+        if self._colors:
+            self._alike.append(likeness(*(c.transpose(2, 0, 1)
+                                          for c in (self._colors[0], look.color))))
+        self._colors.appendleft(look.color)
         has = _flat(look) | {"frozen": self._stands_still(small), "damaged": frame.is_damaged}
-        for kind, runs in self._runs.items():
-            runs.feed(index, has[kind], 1.0)
+        self._flaws.append(tuple(kind for kind, is_here in has.items() if is_here))
         self._num_repeats += look.moved is not None and float(look.moved.max()) < 0.1
         if index % self._keep_step == 0:
             self._kept.append(small)
@@ -193,13 +196,19 @@ class _Watcher:
         self._anchored.before = anchor
         return True
 
-    def facts(self, stream: dict[str, Any]) -> FileFacts:
-        self._cuts.finish()
-        flaws = []
-        for kind, runs in self._runs.items():
+    def _find_flaws(self) -> Iterator[Flawed]:
+        fps = float(self._reader.fps)
+        for kind in ("black", "white", "blank", "damaged", "frozen"):
+            is_frozen = kind == "frozen"
+            runs = Runs(fps, max(2, round(FROZEN_S * fps)) if is_frozen else 1)
+            runs.spans.longest = len(self.ticks)
+            for index, flaws in enumerate(self._flaws):
+                runs.feed(index, kind in flaws, 1.0)
             runs.finish()
-            flaws += [Flawed(kind, max(0, span.first - (kind == "frozen")), span.last)
-                      for span in runs.spans.found]
+            for span in runs.spans.found:
+                yield Flawed(kind, max(0, span.first - is_frozen), span.last)
+
+    def facts(self, stream: dict[str, Any]) -> FileFacts:
         reader, count, between = self._reader, len(self.ticks), np.diff(self.ticks).tolist()
         lengths = [*between, self._last.length or round(float(np.median(between or [1])))]
         spread = max(between, default=0) - min(between, default=0)
@@ -216,8 +225,9 @@ class _Watcher:
             rotation=self._last.rotation, pixel_aspect=reader.pixel_aspect,
             codec=str(stream.get("codec")), pix_fmt=str(stream.get("pix_fmt")),
             colour={k: stream.get(k) for k in ("range", "primaries", "transfer", "matrix")},
-            cuts=tuple(self._cuts.found), flaws=tuple(flaws), num_repeats=self._num_repeats,
-            signature=_signature(self._kept), notes=tuple(self._notes(sum(lengths))))
+            cuts=tuple(find_cuts(self._changes, self._alike)), flaws=tuple(self._find_flaws()),
+            num_repeats=self._num_repeats, signature=_signature(self._kept),
+            notes=tuple(self._notes(sum(lengths))))
 
     def _notes(self, ticks: int) -> Iterator[str]:
         count, reader = len(self.ticks), self._reader
@@ -266,49 +276,24 @@ AROUND = 4
 """Number of frames before and after with which a change is compared."""
 
 
-@dataclass(frozen=True)
-class _Seen:
-    index: int
-    color: Array
-    change: float
-    alike: float
+def find_cuts(changes: Sequence[Sequence[float]], alike: Sequence[float]) -> Iterator[
+        tuple[int, int]]:
+    """Yield (last frame of a shot, first of the next).
 
-
-class Cuts:
-    """A detector of cuts; `found` has (last frame of a shot, first of the next), in order."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[int, int]] = []
-        self._seen: deque[_Seen] = deque(maxlen=2 * AROUND + 1)
-
-    def feed(self, index: int, color: Array) -> None:
-        """Add a frame's cells [h, w, 3], 0 to 255; frames may be left out between calls."""
-        change, alike = 0.0, 1.0
-        if self._seen:
-            last = self._seen[-1].color
-            change = float(np.abs(color - last).mean())
-            alike = likeness(last.transpose(2, 0, 1), color.transpose(2, 0, 1))
-        self._seen.append(_Seen(index, color, change, alike))
-        if len(self._seen) > AROUND:
-            self._judge(len(self._seen) - 1 - AROUND)
-
-    def finish(self) -> None:
-        """Judge the last frames, after all are added."""
-        for position in range(max(0, len(self._seen) - AROUND), len(self._seen)):
-            self._judge(position)
-
-    def _judge(self, position: int) -> None:
-        seen = list(self._seen)
-        here = seen[position]
-        is_alike = here.alike >= UNLIKE
-        if position == 0 or here.change < (STEP if is_alike else SLIGHT):
-            return
-        times = STANDS_OUT if is_alike else STANDS_OUT_UNLIKE
-        around = [each.change for each in seen[max(1, position - AROUND) :] if each is not here]
-        if around and here.change < times * max(median(around), 0.25):
-            return
-        back = [(seen[position - 1], later) for later in seen[position + 1 : position + AROUND]]
-        back += [(earlier, here) for earlier in seen[max(0, position - AROUND) : position - 1]]
-        if any(float(np.abs(a.color - b.color).mean()) < here.change / 3 for a, b in back):
-            return  # the begin or end of a flash
-        self.found.append((seen[position - 1].index, here.index))
+    Args:
+        changes: of each frame, the mean changes of its cells, 0 to 255, since the one before it,
+            the second before it, and so on up to `AROUND`.
+        alike: of each frame, the correlation of its cells with those of the one before it.
+    """
+    for here in range(1, len(changes)):
+        change, *since_earlier = changes[here]
+        step, times = (STEP, STANDS_OUT) if alike[here] >= UNLIKE else (SLIGHT, STANDS_OUT_UNLIKE)
+        if change < step:
+            continue
+        after = changes[here + 1 : here + 1 + AROUND]
+        around = [each[0] for each in (*changes[max(1, here + 1 - AROUND) : here], *after)]
+        if around and change < times * max(median(around), 0.25):
+            continue
+        back = [each[lag] for lag, each in enumerate(after[: AROUND - 1], 1)]
+        if all(each >= change / 3 for each in (*since_earlier, *back)):  # else a flash
+            yield here - 1, here

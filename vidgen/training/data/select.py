@@ -5,18 +5,15 @@ Items follow from the config, the model's geometry and the facts about files; no
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from vidgen.training.data.config import Bucket, DataConfig, Geometry
-from vidgen.training.data.files import Captions, MediaFile
+from vidgen.training.data.files import Item, MediaFile
 from vidgen.training.data.probe import FileFacts
 
 ALIKE, WORST = 4.0, 14.0
@@ -27,71 +24,35 @@ LENGTHS, ASPECTS = 0.03, 0.03
 _BLOCK = 256
 
 
-@dataclass(frozen=True)
-class Item:
-    """Hold a stretch of a file, or a picture, as one sample of a bucket."""
-
-    folder: int  # index of its folder in the config; -1: the one for validation
-    name: str  # path of its file below that folder
-    path: Path
-    sha256: str  # of the file's bytes
-    bucket: Bucket
-    start: int  # its first frame in the file
-    end: int  # frame of the file after its last one
-    captions: Captions  # with the prefix
-    group: str  # hash shared by similar files, which are held out together or not at all
-
-    @property
-    def key(self) -> str:
-        """Hash of the item's pixels at a given frame rate."""
-        facts = (self.sha256, self.bucket.label, self.start, self.end)
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-@dataclass
-class Fate:
-    """Hold the items of a file, or the reason why it has none."""
-
-    file: MediaFile
-    facts: FileFacts
-    items: list[Item] = field(default_factory=list)  # empty if it is dropped
-    dropped: str | None = None  # reason, or None
-    notes: list[str] = field(default_factory=list)
-
-
 @dataclass
 class Selection:
-    """Hold the items or reasons of all files, by folder and name, and notes on folders."""
+    """Hold all files with their items or the reasons for none, and notes on folders."""
 
     geometry: Geometry
-    fates: list[Fate]
+    files: list[MediaFile]  # by folder and name
     notes: list[str]
 
     @property
     def items(self) -> list[Item]:
         """All items, in the order of their files."""
-        return [item for fate in self.fates for item in fate.items]
+        return [item for file in self.files for item in file.items]
 
 
-def select(
-    config: DataConfig, geometry: Geometry, files: Sequence[MediaFile], facts: Sequence[FileFacts]
-) -> list[Fate]:
-    """Return the items of each file, or the reason why it has none, from the facts about it."""
-    groups = find_similar({each.sha256: each for each in facts if each.problem is None})
+def select(config: DataConfig, geometry: Geometry, files: Sequence[MediaFile]) -> None:
+    """Set the items of each file, or the reason why it has none, from the facts about it."""
+    groups = find_similar({file.facts.sha256: file.facts for file in files
+                           if file.facts.problem is None})
     first: dict[str, MediaFile] = {}
-    fates = []
-    for file, known in zip(files, facts, strict=True):
-        fate = Fate(file, known, notes=[*file.notes, *known.notes])
-        group = groups.get(known.sha256, known.sha256)
-        fate.dropped = _unfit(fate, config) or _double(fate, group, first, config)
-        if fate.dropped is None:
-            _cut(fate, group, config, geometry)
-        fates.append(fate)
-    return fates
+    for file in files:
+        file.notes += file.facts.notes
+        group = groups.get(file.facts.sha256, file.facts.sha256)
+        file.dropped = _unfit(file, config) or _double(file, group, first, config)
+        if file.dropped is None:
+            _cut(file, group, config, geometry)
 
 
-def _unfit(fate: Fate, config: DataConfig) -> str | None:
-    facts = fate.facts
+def _unfit(file: MediaFile, config: DataConfig) -> str | None:
+    facts = file.facts
     if facts.problem is not None:
         return facts.problem
     if facts.pixel_aspect != 1:
@@ -99,59 +60,59 @@ def _unfit(fate: Fate, config: DataConfig) -> str | None:
     if facts.is_hdr:
         return (f"it is HDR ({facts.colour['transfer']}), which would look pale; convert it to "
                 "BT.709")
-    if not fate.file.captions and config.no_caption == "drop":
+    if not file.captions and config.no_caption == "drop":
         return "it has no caption; write one to a .txt file of its name, or set no_caption: empty"
     return None
 
 
 def _double(
-    fate: Fate, group: str, first: dict[str, MediaFile], config: DataConfig
+    file: MediaFile, group: str, first: dict[str, MediaFile], config: DataConfig
 ) -> str | None:
-    same = first.setdefault(fate.facts.sha256, fate.file)
-    like = first.setdefault(f"like {group}", fate.file)
-    if same is not fate.file:
+    same = first.setdefault(file.facts.sha256, file)
+    like = first.setdefault(f"like {group}", file)
+    if same is not file:
         reason, is_dropped = f"it has the same bytes as {same.name}", config.duplicates != "keep"
-    elif like is not fate.file:
+    elif like is not file:
         reason, is_dropped = f"it looks like {like.name}", config.duplicates == "drop"
     else:
         return None
     if is_dropped:
         return reason
-    fate.notes.append(reason)
+    file.notes.append(reason)
     return None
 
 
-def _cut(fate: Fate, group: str, config: DataConfig, geometry: Geometry) -> None:
-    file, facts = fate.file, fate.facts
-    size, shown = geometry.size_for(*facts.size), facts.size
+def _cut(file: MediaFile, group: str, config: DataConfig, geometry: Geometry) -> None:
+    facts, shown = file.facts, file.facts.size
+    size = geometry.size_for(*shown)
     ratio = shown[0] * size[1] / (shown[1] * size[0])
     lost, scale = 1 - min(ratio, 1 / ratio), max(size[0] / shown[0], size[1] / shown[1])
     place = f"{shown[0]}x{shown[1]} for a bucket of {size[0]}x{size[1]}"
     if lost > config.max_crop:
-        fate.dropped = (f"{lost:.0%} of each frame would be cropped, {place}; max_crop is "
+        file.dropped = (f"{lost:.0%} of each frame would be cropped, {place}; max_crop is "
                         f"{config.max_crop}")
         return
     if scale > config.max_enlarge:
-        fate.dropped = (f"it would be enlarged {scale:.2f} times, {place}; max_enlarge is "
+        file.dropped = (f"it would be enlarged {scale:.2f} times, {place}; max_enlarge is "
                         f"{config.max_enlarge}")
         return
     if lost > 0.02:
-        fate.notes.append(f"{lost:.0%} of each frame is cropped for {size[0]}x{size[1]}")
+        file.notes.append(f"{lost:.0%} of each frame is cropped for {size[0]}x{size[1]}")
     if facts.kind == "picture":
         flaws = [flaw.kind for flaw in facts.flaws if flaw.kind in config.avoid]
-        fate.dropped = f"the picture is {flaws[0]}" if flaws else None
+        file.dropped = f"the picture is {flaws[0]}" if flaws else None
         stretches = [] if flaws else [(0, 1, 1)]
     else:
-        possible, fate.dropped = _windows(facts, config, geometry)
+        possible, file.dropped = _windows(facts, config, geometry)
         stretches = _spread(possible, config.windows)
         if len(stretches) < len(possible):
-            fate.notes.append(f"{len(stretches)} of {len(possible)} possible items are used "
+            file.notes.append(f"{len(stretches)} of {len(possible)} possible items are used "
                               f"(windows: {config.windows})")
     captions = tuple(f"{config.prefix} {text}".strip() for text in file.captions or ("",))
-    fate.items += [Item(file.folder, file.name, file.path, facts.sha256, Bucket(*size, length),
+    file.items += [Item(file.folder, file.name, file.path, facts.sha256, Bucket(*size, length),
                         start, end, captions, group) for start, end, length in stretches]
     if facts.kind == "video":
-        _note_times(fate, geometry)
+        _note_times(file, geometry)
 
 
 def _windows(
@@ -224,29 +185,29 @@ def picks(item: Item, facts: FileFacts, geometry: Geometry) -> list[int]:
     return shown
 
 
-def _note_times(fate: Fate, geometry: Geometry) -> None:
-    facts, repeats, left, total = fate.facts, 0, 0, 0
-    for item in fate.items:
+def _note_times(file: MediaFile, geometry: Geometry) -> None:
+    facts, repeats, left, total = file.facts, 0, 0, 0
+    for item in file.items:
         shown = picks(item, facts, geometry)
         repeats += len(shown) - len(set(shown))
         left += shown[-1] - shown[0] + 1 - len(set(shown))
         total += len(shown)
     rates = f"{float(facts.fps):.4g} to {float(geometry.fps):.4g} fps"
     if repeats:
-        fate.notes.append(f"{rates}: {repeats} of {total} frames are repeats")
+        file.notes.append(f"{rates}: {repeats} of {total} frames are repeats")
     if left:
         is_half = facts.fps == 2 * geometry.fps and not facts.is_variable
         dropped = "every second frame" if is_half else f"{left} of {left + total - repeats} frames"
-        fate.notes.append(f"{rates}: {dropped} dropped")
+        file.notes.append(f"{rates}: {dropped} dropped")
     if facts.cuts:
         moments = [int(facts.times[first]) * facts.tick_s for _, first in facts.cuts[:5]]
         more = f" and {len(facts.cuts) - 5} more" if len(facts.cuts) > 5 else ""
         times = ", ".join(f"{float(moment):.2f}" for moment in moments)
-        fate.notes.append(f"it has cuts at {times} s{more}")
+        file.notes.append(f"it has cuts at {times} s{more}")
     kinds = Counter(flaw.kind for flaw in facts.flaws)
     if kinds:
         counts = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-        fate.notes.append(f"it has stretches that are {counts}")
+        file.notes.append(f"it has stretches that are {counts}")
 
 
 def find_similar(facts: Mapping[str, FileFacts]) -> dict[str, str]:
