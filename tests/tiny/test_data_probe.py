@@ -18,8 +18,7 @@ from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import FileFacts, probe_file
-from vidgen.training.data.select import find_similar
-from vidgen.training.data.survey import probe_files
+from vidgen.training.data.survey import find_similar, probe_files
 
 
 def test_an_ordinary_film_is_counted_exactly(tmp_path):

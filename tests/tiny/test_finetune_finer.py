@@ -22,10 +22,9 @@ from vidgen.training.data.cache import make_cache
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.data.survey import survey
 from vidgen.training.finetune import task as finetuning
-from vidgen.training.finetune.conditions import Conditions
 from vidgen.training.finetune.plan import plan
 from vidgen.training.finetune.run import finetune
-from vidgen.training.finetune.task import FinetuneTask
+from vidgen.training.finetune.task import Conditions, FinetuneTask
 from vidgen.weights.layouts import open_model
 
 HIGH, LOW = EXPERTS

@@ -19,11 +19,15 @@ from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.loader import EXPERTS
 from vidgen.training.data.dataset import open_dataset
-from vidgen.training.finetune.conditions import Conditions, possible_conditions, settle_conditions
 from vidgen.training.finetune.config import LoraSettings
 from vidgen.training.finetune.model import adapter_of, delta_norm, inject
 from vidgen.training.finetune.plan import plan
-from vidgen.training.finetune.task import FinetuneTask
+from vidgen.training.finetune.task import (
+    Conditions,
+    FinetuneTask,
+    possible_conditions,
+    settle_conditions,
+)
 from vidgen.weights.layouts import open_model
 
 

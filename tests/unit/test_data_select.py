@@ -17,7 +17,7 @@ from vidgen.core.errors import InputError
 from vidgen.training.data.config import Bucket, DataConfig, FolderConfig, Geometry
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import SIGNATURE, FileFacts, Flawed, packed
-from vidgen.training.data.select import picks, select
+from vidgen.training.data.survey import picks, select
 from vidgen.weights.layouts import open_model
 
 GEOMETRY = Geometry(((64, 48), (48, 64), (48, 48)), (9, 17), Fraction(12), 16, 4)

@@ -12,7 +12,7 @@ from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from vidgen.training.data.config import DataConfig
-    from vidgen.training.data.select import Selection
+    from vidgen.training.data.survey import Selection
     from vidgen.weights.folder import ModelFolder
 
 DESCRIPTION = (

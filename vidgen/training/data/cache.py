@@ -33,8 +33,7 @@ from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import Extras, ItemEncoder, component_hash, open_frames
 from vidgen.training.data.files import Item, MediaFile, scan
-from vidgen.training.data.select import Selection, picks
-from vidgen.training.data.survey import open_trainable, track
+from vidgen.training.data.survey import Selection, open_trainable, picks, track
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.store import held
 from vidgen.weights.write import write_safetensors

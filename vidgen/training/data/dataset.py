@@ -30,8 +30,7 @@ from vidgen.training.data.cache import LatentCache, open_cache
 from vidgen.training.data.config import NO_CACHE, Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import ItemEncoder, open_frames, still_frames
 from vidgen.training.data.files import Item
-from vidgen.training.data.select import Selection, picks
-from vidgen.training.data.survey import open_trainable, survey
+from vidgen.training.data.survey import Selection, open_trainable, picks, survey
 from vidgen.training.task import drawn, seed_of
 from vidgen.weights.folder import ModelFolder
 

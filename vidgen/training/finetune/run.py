@@ -20,11 +20,17 @@ from vidgen.core.runtime import atomic_write, choose_device, fingerprint
 from vidgen.training.data.dataset import Dataset, open_dataset
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import Place, join_ranks
-from vidgen.training.finetune.conditions import settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
-from vidgen.training.finetune.output import FOLDER, NoEffect, export, precheck, unstated, write_card
-from vidgen.training.finetune.sheet import Sheets, check_sheets
-from vidgen.training.finetune.task import FinetuneTask
+from vidgen.training.finetune.output import (
+    FOLDER,
+    NoEffect,
+    Sheets,
+    export,
+    precheck,
+    unstated,
+    write_card,
+)
+from vidgen.training.finetune.task import FinetuneTask, settle_conditions
 from vidgen.training.loop import TrainResult, find_source, train
 from vidgen.training.optim import named_parameters
 from vidgen.weights.folder import ModelFolder
@@ -63,7 +69,6 @@ def finetune(
             folder = open_trainable(config.model)
             settle_conditions(config.conditions, folder)  # refused before the clips are read
             precheck(config, folder)
-            check_sheets(config, folder)
             find_source(Path(config.run.folder), resume=resume)
             on_event = on_event if place.main else lambda _event: None
             dataset = held.enter_context(closing(_open_data(config, folder, place, on_event)))
