@@ -35,10 +35,12 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"--ranks {args.ranks} goes with --plan, from 1; launchers start ranks")
     config = read_config(args.config, args.set)
     if args.plan:
+        from dataclasses import asdict
+
         from vidgen.training.finetune.plan import plan
 
         planned = plan(config, args.ranks)
-        report.result(planned.as_data(), "\n".join(planned.lines()))
+        report.result(asdict(planned), "\n".join(planned.lines()))
         return 0
     summary = finetune(config, resume=args.resume, accept_changes=args.accept_changes,
                        on_event=report)

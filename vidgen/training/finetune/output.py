@@ -85,11 +85,7 @@ class Export:
 
 
 def choose_checkpoint(run: RunConfig) -> Export:
-    """Choose the checkpoint with the lowest `run.best`, or the latest one.
-
-    Raises:
-        ModelError: the run has no checkpoint.
-    """
+    """Choose the checkpoint with the lowest `run.best`, or the latest one; ModelError for none."""
     folder = Path(run.folder)
     newest = checkpoint.latest_checkpoint(folder)
     if newest is None:
@@ -219,20 +215,6 @@ def unstated(config: FinetuneConfig) -> list[str]:
     return [name for name in _STATEMENTS if not getattr(config.output, name).strip()]
 
 
-def write_card(
-    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Export, folder: Path
-) -> None:
-    """Write the model card `README.md` in the hub's format.
-
-    Args:
-        facts: tables `data` and `training`, and `effect`, the mean difference on the A/B sheet.
-        folder: folder of the card.
-    """
-    curve = read_curve(Path(config.run.folder) / "curve.jsonl")
-    card = _card(config, base, facts, made, curve)
-    atomic_write(folder / "README.md", card.encode())
-
-
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's curve by step; of repeated steps, the last lines."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -240,25 +222,28 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     return sorted(latest.values(), key=lambda line: line["step"])
 
 
-def _card(
-    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Export,
-    curve: Sequence[Mapping[str, Any]],
-) -> str:
+def write_card(
+    config: FinetuneConfig, base: ModelFolder, facts: Mapping[str, Any], made: Export, folder: Path
+) -> None:
+    """Write the model card `README.md`, in the hub's format, into a folder.
+
+    `facts` has the tables `data` and `training`, and `effect`, the mean difference of A/B clips.
+    """
     output, kind = config.output, "LoRA" if config.method == "lora" else "fine-tuned model"
     stated = {title: getattr(output, name).strip() or "not stated"
               for name, title in _STATEMENTS.items()}
+    model, prompts = base.given or base.name, list[str]()
     header: dict[str, Any] = {
-        "base_model": base.given or base.name, "license": output.license or "other",
+        "base_model": model, "license": output.license or "other",
         "pipeline_tag": "text-to-video", "tags": ["vidgen", "video", config.method],
     }
     if config.subject is not None:
         header["instance_prompt"] = config.subject.token
+        prompts = [f"Write `{config.subject.token}` in a prompt for the subject."]
     use = "".join(f" --lora {Path(path).name}" for path in made.use)
-    model, prompts = base.given or base.name, []
     if config.method == "full":
         use, model = "", Path(made.use[0]).name
-    if config.subject is not None:
-        prompts = [f"Write `{config.subject.token}` in a prompt for the subject."]
+    curve = read_curve(Path(config.run.folder) / "curve.jsonl")
     scores = [line["validation"] for line in curve if "validation" in line]
     table = ["| validation | first | last |", "|---|---|---|"] + [
         f"| {name} | {scores[0].get(name, float('nan')):.4f} | {value:.4f} |"
@@ -277,7 +262,8 @@ def _card(
         "With and without it, same seeds: [ab.png](ab.png)." * (facts["effect"] is not None),
         "## Config", f"```yaml\n{yaml.safe_dump(dump(config), sort_keys=False)}```",
     ]  # fmt: skip
-    return "\n\n".join(part for part in parts if part) + "\n"
+    card = "\n\n".join(part for part in parts if part) + "\n"
+    atomic_write(folder / "README.md", card.encode())
 
 
 def _list(facts: Mapping[str, Any]) -> str:

@@ -9,8 +9,7 @@ Axes: D width of the transformer, F hidden width of its feed-forward.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -68,10 +67,6 @@ class TrainingPlan:
     step_s: float  # seconds of a step, computing and sending in parallel
     machine: str  # assumed device
     peak: int  # peak bytes on each rank's device
-
-    def as_data(self) -> dict[str, Any]:
-        """Return the plan as plain data, for `--json`."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Return the plan as lines for the terminal."""
