@@ -83,11 +83,7 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Refuse a checkpoint whose pickles differ from what the run wrote.
-
-    Raises:
-        ModelError: a file differs, is missing or is not listed; names the first one.
-    """
+    """Raise ModelError for a checkpoint whose pickles differ from those that the run wrote."""
     try:
         listing = json.loads((folder / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -122,11 +118,7 @@ def load_rng(folder: Path, place: Place) -> bool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`: position, metrics and sums of the curve.
-
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
+    """Return a checkpoint's position, metrics and sums; raise ModelError if they are damaged."""
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text())
         if not isinstance(meta["step"], int) or not isinstance(meta["metrics"], dict):
@@ -176,11 +168,7 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def average_of(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return the average of the parameter `name` from a checkpoint's tensors.
-
-    Raises:
-        ModelError: the checkpoint has no such average.
-    """
+    """Return the average of a parameter; raise ModelError if the checkpoint has none."""
     if f"ema/{name}" not in tensors:
         raise ModelError(f"{folder} has no average of {name}: it was made with another config")
     return tensors[f"ema/{name}"]
@@ -190,10 +178,7 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
     """Return the averaged weights of module `key` from a run's checkpoint `target` or its newest.
 
     Buffers and frozen parameters are the live ones; checkpoints of DeepSpeed and of tasks without
-    `saves_frozen` have no frozen parameters.
-
-    Raises:
-        ModelError: the run has no checkpoint.
+    `saves_frozen` have no frozen parameters. Raise ModelError if the run has no checkpoint.
     """
     target = target or latest_checkpoint(folder)
     if target is None:

@@ -132,11 +132,7 @@ _FREE = ("run.folder", "run.minutes", "run.log_every", "run.validate_every", "ru
 
 
 def refuse_changes(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to resume a run with a config other than the one in its `task.json`.
-
-    Raises:
-        InputError: some keys differ, named with both values; or `task.json` can't be read.
-    """
+    """Raise InputError if a run would resume with another config than that in `task.json`."""
     try:
         began = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -102,11 +102,7 @@ def _open_engine(task: Task, run: RunConfig, place: Place, source: Path | None) 
 
 
 def find_source(folder: Path, *, resume: bool) -> Path | None:
-    """Return the checkpoint to resume a run from, or None to start at step 0.
-
-    Raises:
-        InputError: the folder holds a run and `resume` is not set.
-    """
+    """Return the checkpoint to resume from, if any; InputError if one exists without `resume`."""
     source = checkpoint.latest_checkpoint(folder)
     if source is not None and not resume:
         raise InputError(f"{folder} holds a run already; add --resume, or choose another folder")

@@ -36,11 +36,7 @@ class FolderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Hold the sources of clips and pictures, and the shapes to which they are cut.
-
-    Raises:
-        InputError: an invalid value; names the field.
-    """
+    """Hold the sources of clips and pictures, and the shapes to which they are cut."""
 
     # folders of videos and pictures; a single one needs no list
     folders: tuple[FolderConfig, ...] = field(metadata=ONE)

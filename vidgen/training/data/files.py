@@ -195,11 +195,7 @@ def _next_to(
 
 
 def sidecar(path: Path, encoding: str = "auto") -> Captions:
-    """Return the caption of a .txt file; () if it is empty.
-
-    Raises:
-        Unreadable: the file is invalid.
-    """
+    """Return the caption of a .txt file, () if it is empty; raise Unreadable if it is invalid."""
     return _clean([_read(path, encoding)])
 
 

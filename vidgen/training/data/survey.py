@@ -93,11 +93,7 @@ def track(on_event: OnEvent, stage: str, things: Iterable[T], total: int) -> Ite
 
 
 def open_trainable(model: str) -> ModelFolder:
-    """Open the folder of a model for fine-tuning.
-
-    Raises:
-        ModelError: no such model, or one of the diffusers backend.
-    """
+    """Open a model for fine-tuning; raise ModelError for none, or one that diffusers runs."""
     folder = open_model(model)
     if not isinstance(folder, ModelFolder):
         raise ModelError(f"{folder.name} is a {folder.class_name}; vidgen fine-tunes toybox and "
@@ -108,11 +104,7 @@ def open_trainable(model: str) -> ModelFolder:
 def survey(
     config: DataConfig, folder: ModelFolder, on_event: OnEvent, *, workers: int = 1
 ) -> Selection:
-    """Check all files of a config, and select items for a model.
-
-    Raises:
-        InputError: a folder or table can't be read, or the model doesn't support a size.
-    """
+    """Check all files of a config, and select items; raises as `Geometry.of` and `scan` do."""
     geometry = Geometry.of(config, folder)
     files, notes = scan(config)
     probe_files(files, on_event, workers=workers)

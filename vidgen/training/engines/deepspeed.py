@@ -134,11 +134,7 @@ def shard_weights(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
-    """Import DeepSpeed for a device, without compiled operators and with only errors logged.
-
-    Raises:
-        InputError: it isn't installed.
-    """
+    """Import DeepSpeed for a device, without compiled operators and with only errors logged."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
@@ -159,11 +155,7 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
 
 
 def open_deepspeed(task: Task, run: RunConfig, place: Place, source: Path | None) -> TrainingEngine:
-    """Return DeepSpeed's engine for a run; arguments are those of `TrainingEngine`.
-
-    Raises:
-        InputError: ZeRO can't shard the task's optimiser, or the task `alternates`.
-    """
+    """Return DeepSpeed's engine, which refuses experts that take turns, and Muon."""
     return _DeepSpeedEngine(task, run, place, source)
 
 

@@ -142,11 +142,7 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
 
 
 def check_sharing(run: RunConfig, size: int) -> int:
-    """Return the number of ranks that share each sample, which must divide `size`.
-
-    Raises:
-        InputError: it doesn't.
-    """
+    """Return the number of ranks that share each sample; InputError if it can't divide `size`."""
     sequence = run.engine.sequence
     if size % sequence:
         raise InputError(

@@ -28,13 +28,7 @@ from vidgen.weights.load import read_tensors
 class TrainingEngine:
     """The weights, optimisers and averages of a task, complete on every rank.
 
-    DDP averages the gradients of several ranks.
-
-    Args:
-        source: the checkpoint to be loaded, if any.
-
-    Raises:
-        InputError: the engine doesn't support an optimiser or a setting.
+    DDP averages the gradients of several ranks. `source` is the checkpoint to be loaded, if any.
     """
 
     ema: EMA
@@ -115,11 +109,7 @@ class TrainingEngine:
         checkpoint.write_tensors(folder / checkpoint.STATE, tensors)
 
     def load(self, folder: Path) -> None:
-        """Load weights, averages and optimisers of a checkpoint.
-
-        Raises:
-            ModelError: the checkpoint's modules or shapes differ from the task's.
-        """
+        """Load weights, averages and optimisers; raise ModelError if modules or shapes differ."""
         tensors = read_tensors(folder / checkpoint.STATE)
         for key, module in self.task.modules.items():
             frozen = {name for name, p in module.named_parameters() if not p.requires_grad}

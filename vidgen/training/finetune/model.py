@@ -112,11 +112,7 @@ def prepare_module(config: FinetuneConfig, module: nn.Module) -> nn.Module:
 
 
 def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.device) -> Subject:
-    """Open a spare token; its embedding starts as the mean of those of `settings.like`.
-
-    Raises:
-        InputError: the model has no such token.
-    """
+    """Open a spare token; its embedding starts as the mean of those of `settings.like`."""
     tokenizer = PromptTokenizer(folder.tokenizer, folder.components["transformer"].config.text_len)
     try:
         index = tokenizer.token_id(settings.token)
@@ -154,9 +150,6 @@ def inject(dit: nn.Module, settings: LoraSettings) -> int:
     """Add trainable deltas to layers, freeze all else, and return the number of layers.
 
     Factors are float32. The first is drawn from torch's global generator; the second is zero.
-
-    Raises:
-        InputError: PEFT isn't installed, or as `target_paths`.
     """
     try:
         with _quiet():

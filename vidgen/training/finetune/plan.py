@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import InputError
-from vidgen.core.values import parse_size
 from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import RunConfig
+from vidgen.training.data.config import Geometry
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.deepspeed import ZeroSettings, read_settings
 from vidgen.training.engines.distributed import check_sharing, current_place
@@ -110,16 +110,13 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
 
 def _largest_sample(config: FinetuneConfig, folder: ModelFolder, rate: int) -> Sample:
     """Return the sample with most tokens in the data's buckets, at an upsampling `rate`."""
-    data, strides = config.data, folder.components["vae"].config.strides
-    dit = folder.components["transformer"].config
-    side = strides.hw * dit.patch_size
-    sizes = [parse_size(size) for size in data.sizes] or list(folder.defaults.sizes)
-    area = data.area or max(width * height for width, height in sizes)
-    num_frames = max(data.frames, default=folder.defaults.num_frames)
-    frames = 1 + (num_frames - 1) // strides.t
+    geometry = Geometry.of(config.data, folder)
+    frames = 1 + (max(geometry.frames) - 1) // geometry.stride_t
     if rate > 1:
         frames = LatentRate(rate).num_upsampled(frames)
-    return Sample(frames, -(-area // side**2), min(Sample.text_tokens, dit.text_len))
+    tokens = max(width * height for width, height in geometry.sizes) // geometry.multiple**2
+    text_len = folder.components["transformer"].config.text_len
+    return Sample(frames, tokens, min(Sample.text_tokens, text_len))
 
 
 def plan_training(

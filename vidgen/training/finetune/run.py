@@ -37,11 +37,7 @@ from vidgen.weights.folder import ModelFolder
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Read a run's YAML file strictly, with overrides of the form `a.b=c`.
-
-    Raises:
-        InputError: an unknown key, a value of the wrong type, or contradicting settings.
-    """
+    """Read a run's YAML file strictly, with overrides of the form `a.b=c`."""
     return build(FinetuneConfig, apply_overrides(load_yaml(path), overrides), path)
 
 
