@@ -6,7 +6,6 @@ continues after them. The folders with the data are never written to.
 
 from __future__ import annotations
 
-import io
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ _SETTLED_S = 2.0  # a newer file may change again within the resolution of its t
 _FACTS = ("kind", "num_frames", "fps", "is_variable", "duration_s", "size", "rotation", "codec",
           "pix_fmt", "colour", "is_hdr", "num_repeats", "cuts", "flaws")
 _SHOWN = 40
-"""Most files per table in the terminal; --json lists all."""
+"""Most files of each kind in the terminal; --json lists all."""
 ALIKE, WORST = 4.0, 14.0
 """Levels of 0 to 255 by which cells of similar files may differ: root mean square, and the quantile
 at 99%. H.264 at crf 35 has 2 and 5 at 320x240; another take of the same scene has more."""
@@ -363,36 +362,22 @@ def _row(file: MediaFile, config: DataConfig) -> dict[str, Any]:
 
 
 def as_text(report: Mapping[str, Any]) -> str:
-    """Return the report for a terminal: tables of buckets, dropped files and files with notes."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=io.StringIO(), width=110, markup=False, highlight=False)
-    buckets = Table("bucket", "items", "files", title="Buckets", title_justify="left")
-    for label, row in report["buckets"].items():
-        buckets.add_row(label, str(row["items"]), str(row["files"]))
-    if report["buckets"]:
-        console.print(buckets)
+    """Return the report for a terminal: buckets, dropped files, files with notes, totals."""
+    lines = [f"bucket {label}: {row['items']} items of {row['files']} files"
+             for label, row in report["buckets"].items()]
     dropped = [(row, [row["dropped"], *row["notes"]]) for row in report["files"] if row["dropped"]]
     noted = [(row, row["notes"]) for row in report["files"] if row["notes"] and not row["dropped"]]
-    for title, rows in (("Dropped", dropped), ("Noted", noted)):
-        table = Table("file", "content", "", title=f"{title}: {len(rows)}", title_justify="left")
-        for row, words in rows[:_SHOWN]:
-            table.add_row(Text(row["name"]), _describe(row), Text("; ".join(words)))
-        if rows:
-            console.print(table)
+    for title, rows in (("dropped", dropped), ("noted", noted)):
+        lines += [f"{title} {row['name']}{_describe(row)}: {'; '.join(words)}"
+                  for row, words in rows[:_SHOWN]]
         if len(rows) > _SHOWN:
-            console.print(f"and {len(rows) - _SHOWN} more; --json lists all")
-    for note in report["notes"]:
-        console.print(f"note: {note}")
+            lines.append(f"{len(rows) - _SHOWN} more files are {title}; --json lists all")
     totals = report["totals"]
-    console.print(
+    return "\n".join([
+        *lines, *(f"note: {note}" for note in report["notes"]),
         f"{totals['files']} files, {totals['dropped']} dropped; {totals['items']} items, "
         f"{totals['seconds_used']:.1f} of {totals['seconds']:.1f} s of video, at "
-        f"{report['geometry']['fps']} fps")
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
+        f"{report['geometry']['fps']} fps"])
 
 
 def _describe(row: Mapping[str, Any]) -> str:
@@ -400,7 +385,8 @@ def _describe(row: Mapping[str, Any]) -> str:
         return ""
     size = "{}x{}".format(*row["size"])
     if row["kind"] == "picture":
-        return size
+        return f" ({size})"
     variable = ", variable" if row["is_variable"] else ""
     rate = float(Fraction(row["fps"]))
-    return f"{row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, {size}"
+    return (f" ({row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, "
+            f"{size})")

@@ -299,9 +299,10 @@ class Sheets:
                 path = Path(scratch) / "token.safetensors"
                 write_lora(Adapter("token", {}, tokens={token.token: token.row}), path, "vidgen")
                 loras = [str(path)]
-            frames = [self._generate(engine, i, loras) for i in range(len(self._examples))]
+            rows = [(prompt, self._generate(engine, i, loras))
+                    for i, (prompt, _) in enumerate(self._examples)]
         engine.loader.close()
-        _write(folder / f"sheet-{step:08d}.png", frames, [prompt for prompt, _ in self._examples])
+        _write(folder / f"sheet-{step:08d}.png", rows)
 
     def compare(self, use: Sequence[str], path: Path) -> float:
         """Write a sheet of clips without and with the result, of the same seeds.
@@ -316,12 +317,10 @@ class Sheets:
         engine = self._engine if is_lora else self._open(use[0])
         with_it = [self._generate(engine, i, use if is_lora else ()) for i in range(count)]
         engine.loader.close()
-        rows, labels = [], []
-        for (prompt, _), *pair in zip(self._examples, without, with_it, strict=False):
-            rows += pair
-            labels += [f"without: {prompt}", f"with: {prompt}"]
-        _write(path, rows, labels)
-        pairs = zip(without, with_it, strict=True)
+        pairs = list(zip(without, with_it, strict=True))
+        _write(path, [(f"{kind}: {prompt}", clip)
+                      for (prompt, _), pair in zip(self._examples, pairs, strict=False)
+                      for kind, clip in zip(("without", "with"), pair, strict=True)])
         return float(np.mean([np.abs(a.astype(np.int16) - b).mean() for a, b in pairs]))
 
     @cached_property
@@ -371,9 +370,9 @@ class Sheets:
         return clip.frames
 
 
-def _write(path: Path, clips: Sequence[Frames], labels: Sequence[str]) -> None:
+def _write(path: Path, rows: Sequence[tuple[str, Frames]]) -> None:
     frames, texts = [], []
-    for clip, label in zip(clips, labels, strict=True):
+    for label, clip in rows:
         picks = np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)
         frames += [clip[pick] for pick in picks]
         texts += [label, *[""] * (SHOWN - 1)]
