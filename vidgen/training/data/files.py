@@ -256,7 +256,7 @@ def table(path: Path, encoding: str = "auto") -> tuple[dict[str, Captions], list
         if not name:
             notes.append(f"{path.name}, line {line}, has an empty {column}")
             continue
-        given = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
+        given: Any = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
         try:
             captions = _clean(given if isinstance(given, list) else [given])
         except Unreadable as error:
