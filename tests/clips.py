@@ -89,8 +89,8 @@ def encode(model: str, path: Path, num_frames: int) -> list[int]:
     """Encode the first frames of a film as an item of 256x192; the shape of its latents."""
     import torch
 
+    from vidgen.training.config import Bucket
     from vidgen.training.data.cache import ItemEncoder, open_frames
-    from vidgen.training.data.config import Bucket
     from vidgen.training.data.files import Item
     from vidgen.weights.layouts import open_model
 

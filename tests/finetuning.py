@@ -12,7 +12,7 @@ from tests.textures import texture
 from vidgen.core.config import build
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
-from vidgen.training.finetune.config import FinetuneConfig
+from vidgen.training.config import FinetuneConfig
 
 NUM_CLIPS = 4
 

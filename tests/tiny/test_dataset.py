@@ -27,8 +27,8 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.codec import encode_pixels
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
+from vidgen.training.config import Bucket, DataConfig, FolderConfig
 from vidgen.training.data.cache import make_cache
-from vidgen.training.data.config import Bucket, DataConfig, FolderConfig
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.data.survey import survey
 from vidgen.weights.layouts import open_model

@@ -18,8 +18,8 @@ from vidgen.media.clip import Clip
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.loader import EXPERTS
+from vidgen.training.config import LoraSettings
 from vidgen.training.data.dataset import open_dataset
-from vidgen.training.finetune.config import LoraSettings
 from vidgen.training.finetune.model import adapter_of, delta_norm, inject
 from vidgen.training.finetune.plan import plan
 from vidgen.training.finetune.task import (

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from vidgen.core.errors import InputError
-from vidgen.training.data.config import DataConfig, FolderConfig
+from vidgen.training.config import DataConfig, FolderConfig
 from vidgen.training.data.files import Unreadable, scan, sidecar, table
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vidgen.core.config import build
 from vidgen.core.errors import InputError
-from vidgen.training.data.config import Bucket, DataConfig, FolderConfig, Geometry
+from vidgen.training.config import Bucket, DataConfig, FolderConfig, Geometry
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import SIGNATURE, FileFacts, Flawed, packed
 from vidgen.training.data.survey import picks, select

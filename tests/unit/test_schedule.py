@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidgen.core.errors import InputError
-from vidgen.training.data.config import Bucket
+from vidgen.training.config import Bucket
 from vidgen.training.data.dataset import Schedule, order_of
 from vidgen.training.task import drawn
 

@@ -11,7 +11,7 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from vidgen.training.data.config import DataConfig
+    from vidgen.training.config import DataConfig
     from vidgen.training.data.survey import Selection
     from vidgen.weights.folder import ModelFolder
 
@@ -69,8 +69,7 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
     """
     from vidgen.core.config import build
     from vidgen.core.config_file import apply_overrides, load_yaml
-    from vidgen.training.data.config import NO_CACHE, DataConfig
-    from vidgen.training.finetune.config import FinetuneConfig
+    from vidgen.training.config import NO_CACHE, DataConfig, FinetuneConfig
 
     source = args.config or "data"
     given: dict[str, Any] = {} if args.config is None else load_yaml(args.config)

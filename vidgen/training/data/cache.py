@@ -42,7 +42,7 @@ from vidgen.pipeline.denoise import upsampling_of
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.workers.scheduler import results_of
-from vidgen.training.data.config import Bucket, DataConfig, Geometry
+from vidgen.training.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.files import Item, MediaFile, scan
 from vidgen.training.data.probe import is_still
 from vidgen.training.data.survey import Selection, open_trainable, picks, track

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
+from vidgen.training.config import NO_CACHE, Bucket, DataConfig, Geometry
 from vidgen.training.data.cache import (
     ItemEncoder,
     LatentCache,
@@ -33,7 +34,6 @@ from vidgen.training.data.cache import (
     open_frames,
     still_frames,
 )
-from vidgen.training.data.config import NO_CACHE, Bucket, DataConfig, Geometry
 from vidgen.training.data.files import Item
 from vidgen.training.data.survey import Selection, open_trainable, picks, survey
 from vidgen.training.task import drawn, seed_of

@@ -20,7 +20,7 @@ from typing import Any
 
 from vidgen.core.errors import InputError
 from vidgen.media.read import PICTURE_SUFFIXES
-from vidgen.training.data.config import Bucket, DataConfig
+from vidgen.training.config import Bucket, DataConfig
 from vidgen.training.data.probe import FileFacts
 
 MEDIA_SUFFIXES = (

@@ -23,7 +23,7 @@ from vidgen.core.runtime import cache_folder
 from vidgen.core.store import Store, address_of
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.workers.scheduler import results_of
-from vidgen.training.data.config import Bucket, DataConfig, Geometry
+from vidgen.training.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.files import Item, MediaFile, scan
 from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
 from vidgen.weights.folder import ModelFolder

@@ -25,8 +25,8 @@ from vidgen.models.text import UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.denoise import upsampling_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS
+from vidgen.training.config import FinetuneConfig, LoraSettings, SubjectSettings
 from vidgen.training.engines.deepspeed import shard_weights
-from vidgen.training.finetune.config import FinetuneConfig, LoraSettings, SubjectSettings
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
 

@@ -36,9 +36,8 @@ from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.pipeline.model import log as engine_log
 from vidgen.pipeline.plan import make_plan
 from vidgen.training import checkpoint
-from vidgen.training.config import RunConfig
+from vidgen.training.config import FinetuneConfig, RunConfig
 from vidgen.training.data.dataset import Dataset
-from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import (
     LearnedToken,
     adapter_of,

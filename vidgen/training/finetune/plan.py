@@ -19,12 +19,10 @@ from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.timing import transformer_ops
-from vidgen.training.config import RunConfig
-from vidgen.training.data.config import Geometry
+from vidgen.training.config import FinetuneConfig, Geometry, RunConfig
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.deepspeed import ZeroSettings, read_settings
 from vidgen.training.engines.distributed import check_sharing, current_place
-from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import prepare_module, rate_of, trained_roles
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.published import is_here, published

@@ -17,10 +17,10 @@ from vidgen.core.config_file import apply_overrides, load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
+from vidgen.training.config import FinetuneConfig
 from vidgen.training.data.dataset import Dataset, open_dataset
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import Place, join_ranks
-from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.output import (
     FOLDER,
     NoEffect,

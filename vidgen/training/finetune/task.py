@@ -29,9 +29,9 @@ from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.loader import EXPERTS
+from vidgen.training.config import FinetuneConfig
 from vidgen.training.data.dataset import Dataset
 from vidgen.training.engines.distributed import current_place
-from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import open_subject, open_transformers, rate_of, without_delta
 from vidgen.training.optim import build_optimizers
 from vidgen.training.task import Task, drawn, generator_of
