@@ -241,11 +241,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: DataConfig, folder: ModelFolder) -> Geometry:
-        """Return the shapes that a config sets for a model.
-
-        Raises:
-            InputError: the model doesn't support a size or length; names the nearest.
-        """
+        """Return the shapes that a config sets; InputError for one that the model lacks."""
         strides = folder.components["vae"].config.strides
         multiple = strides.hw * folder.components["transformer"].config.patch_size
         own = folder.defaults

@@ -58,9 +58,6 @@ class Schedule:
 
     In each epoch a bucket's last batch is filled with the bucket's first items. `image_share` is
     the share of steps with pictures; None: in proportion to their number.
-
-    Raises:
-        InputError: the data have no pictures, or no clips, for `image_share`.
     """
 
     def __init__(

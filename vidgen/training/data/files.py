@@ -88,11 +88,7 @@ class MediaFile:
 
 
 def scan(config: DataConfig) -> tuple[list[MediaFile], list[str]]:
-    """Return all files of a config's folders, including that for validation, and notes.
-
-    Raises:
-        InputError: a folder doesn't exist or holds no media, or a table is invalid.
-    """
+    """Return all files of a config's folders, and notes; InputError for none, or a bad table."""
     folders = {number: each.path for number, each in enumerate(config.folders)}
     if config.validation is not None:
         folders[-1] = config.validation

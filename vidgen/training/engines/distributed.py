@@ -153,11 +153,7 @@ def check_sharing(run: RunConfig, size: int) -> int:
 
 
 def own_device(name: str) -> torch.device:
-    """Return this rank's device of the kind `name`: on several GPUs, that of its local rank.
-
-    Raises:
-        InputError: no such device, or `name` is one GPU for all ranks.
-    """
+    """Return this rank's device of the kind `name`: on several GPUs, that of its local rank."""
     device = choose_device(name)
     if device.type == "cuda" and given_rank() is not None:
         if device != torch.device("cuda"):  # a GPU by its index

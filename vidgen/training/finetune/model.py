@@ -60,11 +60,7 @@ class Subject:
 
 
 def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRole, ...]:
-    """Return the roles of the transformers to train.
-
-    Raises:
-        InputError: an expert of a model with one transformer, or two experts with DeepSpeed.
-    """
+    """Return the roles of the transformers to train; InputError for those that can't be."""
     if EXPERTS[1] not in folder.components:
         if config.experts != "both":
             raise InputError(f"experts is {config.experts!r}, but {folder.name} has one "
@@ -128,11 +124,7 @@ def open_subject(settings: SubjectSettings, folder: ModelFolder, device: torch.d
 
 
 def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the paths of the linear layers that get a delta, without audio layers.
-
-    Raises:
-        InputError: no linear layer has such a part of a name; names the nearest.
-    """
+    """Return the paths of layers that get a delta, none of audio; InputError for unknown parts."""
     linear = [path for path, layer in dit.named_modules()
               if isinstance(layer, nn.Linear) and "audio" not in path]
     blocks = [path for path in linear if path.startswith(("blocks.", "control_blocks."))]

@@ -67,11 +67,7 @@ def possible_conditions(folder: ModelFolder) -> tuple[str, ...]:
 
 
 def settle_conditions(weights: Mapping[str, float] | None, folder: ModelFolder) -> dict[str, float]:
-    """Return the relative frequency of each condition; the default has all the model supports.
-
-    Raises:
-        InputError: an unknown or unsupported condition, a negative weight, or no weight over 0.
-    """
+    """Return each condition's relative frequency, by default of all; InputError for wrong ones."""
     possible = possible_conditions(folder)
     if weights is None:
         return {kind: _DEFAULTS[kind] for kind in possible if kind in _DEFAULTS}
@@ -165,11 +161,7 @@ class Batch:
 
 
 class FinetuneTask(Task):
-    """Fine-tuning of a model's transformers on a dataset of its latents.
-
-    Raises:
-        InputError: the model doesn't support the data, conditions, subject or noise settings.
-    """
+    """Fine-tuning of a model's transformers on a dataset of its latents."""
 
     saves_frozen = False
 
