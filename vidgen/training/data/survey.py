@@ -388,5 +388,5 @@ def _describe(row: Mapping[str, Any]) -> str:
         return f" ({size})"
     variable = ", variable" if row["is_variable"] else ""
     rate = float(Fraction(row["fps"]))
-    return (f" ({row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, "
+    return (f" ({row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g} fps{variable}, "
             f"{size})")
