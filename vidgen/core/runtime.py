@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -192,11 +191,10 @@ def lock_file(path: Path) -> TextIO | None:
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         file.close()
-        raise
-    except OSError:
-        file.close()
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return file
 
@@ -288,11 +286,10 @@ def attention_by(backend: str) -> AbstractContextManager[None]:
 
 def given_rank() -> tuple[int, int] | None:
     """Return (rank, number of ranks) of this process under torchrun with several; else None."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    values = [os.environ.get(name) for name in names]
-    if None in values or values[1] == "1":
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return None
-    return int(values[0] or 0), int(values[1] or 0)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
@@ -353,25 +350,6 @@ def cache_folder() -> Path:
     """Return the cache folder: `$XDG_CACHE_HOME/vidgen`, or `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
-
-
-def read_cache(name: str) -> dict[str, Any]:
-    """Return the entries of a JSON file in `cache_folder`; {} if it can't be read."""
-    try:
-        entries = json.loads((cache_folder() / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
-
-
-def write_cache(name: str, entries: Mapping[str, Any]) -> None:
-    """Write the entries of a JSON file in `cache_folder`; ignore errors."""
-    path = cache_folder() / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(entries, indent=1).encode())
-    except (OSError, OutputError):
-        pass  # a cache is optional: the next run computes its content again
 
 
 def child_environment(**more: str) -> dict[str, str]:

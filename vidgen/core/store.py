@@ -17,11 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write, write_error
+from vidgen.core.errors import InputError, OutputError
+from vidgen.core.runtime import atomic_write, cache_folder, write_error
 
 
 def address_of(facts: Any) -> str:
@@ -72,6 +73,17 @@ class Store:
 
     def _data_path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """Return the JSON data under a name in the user's cache; {} if it can't be read."""
+    return Store(cache_folder()).data(name)
+
+
+def write_cache(name: str, data: Mapping[str, Any]) -> None:
+    """Write JSON data under a name in the user's cache; ignore errors, since it is optional."""
+    with suppress(OutputError):
+        Store(cache_folder()).keep(name, data)
 
 
 class ScoreLog:

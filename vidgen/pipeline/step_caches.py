@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.protocols import OnStep, StepInfo
 from vidgen.core.request import Request
-from vidgen.core.runtime import atomic_write, cache_folder, read_cache
+from vidgen.core.runtime import atomic_write, cache_folder
+from vidgen.core.store import read_cache
 from vidgen.diffusion.cache import (
     MAX_SKIPS,
     ORDER,
@@ -107,7 +108,7 @@ def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
                 RecursionError) as error:
             raise ModelError(f"{path} is damaged ({error}); copy it again") from None
     try:
-        return _parse(read_cache(FILE)[folder.content_hash])
+        return _parse(read_cache(Path(FILE).stem)[folder.content_hash])
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # missing or damaged: it is measured again
 
@@ -116,7 +117,7 @@ def write_magnitudes(found: Magnitudes, folder: ModelFolder, into: Path | None =
     """Save a model's magnitudes in the user's cache, or in the folder `into`; return the path."""
     path, data = (into or cache_folder()) / FILE, asdict(found)
     if into is None:
-        data = {**read_cache(FILE), folder.content_hash: data}
+        data = {**read_cache(Path(FILE).stem), folder.content_hash: data}
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(data).encode())
     return path

@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from vidgen.core.runtime import fingerprint, read_cache, reuse_freed_memory, write_cache
+from vidgen.core.runtime import fingerprint, reuse_freed_memory
 from vidgen.core.shapes import Tiles
+from vidgen.core.store import read_cache, write_cache
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
@@ -34,7 +35,7 @@ from vidgen.ops.linear import pack
 from vidgen.weights.component import Component
 
 FORMAT = 12
-CALIBRATION = "calibration.json"
+CALIBRATION = "calibration"
 LOAD_BYTES_PER_S = 3e9
 """Speed of loading weights from files in the page cache."""
 IN_A_RUN = 1.15

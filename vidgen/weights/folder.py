@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import ModelError
-from vidgen.core.runtime import atomic_write, read_cache, sha256_file, write_cache
+from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.core.store import read_cache, write_cache
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.family import Conditioning, ModelDefaults
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vidgen.weights.keymap import Spelling
 
 FORMAT_VERSION = 1
-HASHES = "hashes.json"
+HASHES = "hashes"
 MIN_BYTES = 1_000_000
 """Smaller files are hashed each time instead of cached."""
 STUDENT = "student"

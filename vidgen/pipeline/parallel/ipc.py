@@ -122,7 +122,7 @@ class Channel:
         with environment(**dict.fromkeys(_INTERFACES, _LOOPBACK)):
             dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank,
                                     world_size=size, timeout=TIMEOUT)
-            self._whole, self._half = Ranks(), None
+            self.whole, self._half = Ranks(), None
             if size > 2 and size % 2 == 0:
                 half = size // 2
                 groups = [dist.new_group(range(first, first + half)) for first in (0, half)]
@@ -132,16 +132,7 @@ class Channel:
         """Return the ranks that share a sequence with this one, or None."""
         if division.sequence == 1:
             return None
-        return self._whole if division.guidance == 1 else self._half
-
-    def agreed(self, value: bool, division: Division, *, by_all: bool) -> bool:
-        """Return rank 0's value on all ranks, or on those that share a sequence with it."""
-        ranks = self._whole if by_all else self.ranks(division)
-        if ranks is None:
-            return value
-        answer = torch.tensor([value], dtype=torch.uint8)
-        dist.broadcast(answer, src=0, group=ranks.group)
-        return bool(answer)
+        return self.whole if division.guidance == 1 else self._half
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -173,7 +164,12 @@ def shared_denoisers(
 
         def agree(sigma: float, near: bool) -> bool:
             by_all = shard or len(branches_at(sigma)) == division.guidance
-            return channel.agreed(near, division, by_all=by_all)
+            ranks = channel.whole if by_all else channel.ranks(division)
+            if ranks is None:
+                return near
+            answer = torch.tensor([near], dtype=torch.uint8)
+            dist.broadcast(answer, src=0, group=ranks.group)
+            return bool(answer)
 
         caches.agree = agree
         caches.memories.clear()
