@@ -128,7 +128,7 @@ def _number(value: Any) -> str:
 
 
 def _command_rows() -> Iterator[tuple[str, ...]]:
-    for action in verb_parser("generate")[1]._actions:
+    for action in verb_parser("generate", ["--help-all"])[1]._actions:
         if action.dest not in FIELDS and action.dest != "help":
             flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
             shown = "|".join(action.choices) if action.choices else action.metavar

@@ -117,11 +117,13 @@ def _told(report: Report) -> Callable[[dict[str, Any]], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with as_exit_code(arguments) as ended:
-        args = parser_of(sys.modules[__name__], "python -m eval.toybox").parse(arguments)
-        with Report(as_json=args.json, events=args.events) as report:
-            ended.code = run(args, report)
-    return ended.code
+    return as_exit_code(arguments, _run)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    args = parser_of(sys.modules[__name__], "python -m eval.toybox").parse(arguments)
+    with Report(as_json=args.json, events=args.events) as report:
+        return run(args, report)
 
 
 if __name__ == "__main__":

@@ -236,22 +236,24 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; exit codes as everywhere."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with as_exit_code(arguments) as ended:
-        prog = "python -m eval.toybox.leaderboard"
-        args = parser_of(sys.modules[__name__], prog, is_long=False).parse(arguments)
-        if not args.results:
-            raise InputError("no results; give --results FILE, as python -m eval.toybox wrote it")
-        check_output(args.output, overwrite=args.overwrite)
-        entries = [read_entry(path) for path in args.results]
-        found = tables(entries)
-        atomic_write(args.output, page(entries).encode())
-        lines = [f"{number}. {row['name']}: {row['verdict']}" for table in found
-                 for number, row in enumerate(table["rows"], 1)]
-        with Report(as_json=args.json, events=None) as report:
-            report.written(args.output)
-            report.result({"path": args.output, "tables": found}, "\n".join([*lines, args.output]))
-            ended.code = 0
-    return ended.code
+    return as_exit_code(arguments, _run)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    prog = "python -m eval.toybox.leaderboard"
+    args = parser_of(sys.modules[__name__], prog, is_long=False).parse(arguments)
+    if not args.results:
+        raise InputError("no results; give --results FILE, as python -m eval.toybox wrote it")
+    check_output(args.output, overwrite=args.overwrite)
+    entries = [read_entry(path) for path in args.results]
+    found = tables(entries)
+    atomic_write(args.output, page(entries).encode())
+    lines = [f"{number}. {row['name']}: {row['verdict']}" for table in found
+             for number, row in enumerate(table["rows"], 1)]
+    with Report(as_json=args.json, events=None) as report:
+        report.written(args.output)
+        report.result({"path": args.output, "tables": found}, "\n".join([*lines, args.output]))
+    return 0
 
 
 if __name__ == "__main__":

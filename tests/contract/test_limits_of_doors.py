@@ -17,7 +17,6 @@ from vidgen.cli.replay import typed_options
 from vidgen.cli.sweep import _cell, read_axis
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request, Saving, limits_of
-from vidgen.core.store import Store
 from vidgen.core.values import MAX_SIDE, MIN_SIDE
 from vidgen.server.schema import ExtraParams, VideoRequest
 from vidgen.server.types import NAMES
@@ -90,7 +89,7 @@ def by_sweep(name: str, value: Any) -> None:
     axis = read_axis(f"{name}={value}")
     rest = {"settings": {}, **given(name, None)}
     del rest[name]
-    _cell({"prompt": "a red car", **rest}, [(axis, axis.values[0])], Store(Path("cells")))
+    _cell({"prompt": "a red car", **rest}, [(axis, axis.values[0])], Path("cells"))
 
 
 def by_replay(name: str, value: Any) -> None:

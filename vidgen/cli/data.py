@@ -45,20 +45,16 @@ def run(args: Namespace, report: Report) -> int:
     """Check all files, then report on them or encode them."""
     from vidgen.training.data.survey import open_trainable, survey
 
-    _refuse_others(args)
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers is {args.workers}; give 1 or more")
+    if args.output and args.action == "check":
+        raise InputError("--output has no meaning for data check; leave it out")
     config, model = settings(args)
     folder = open_trainable(model)
     known = survey(config, folder, report, workers=args.workers or os.cpu_count() or 1)
     if args.action == "check":
         return _report_check(known, config, args, report)
     return _cache(known, config, folder, model, args, report)
-
-
-def _refuse_others(args: Namespace) -> None:
-    if args.workers is not None and args.workers < 1:
-        raise InputError(f"--workers is {args.workers}; give 1 or more")
-    if args.output and args.action == "check":
-        raise InputError("--output has no meaning for data check; leave it out")
 
 
 def settings(args: Namespace) -> tuple[DataConfig, str]:
@@ -115,7 +111,7 @@ def _cache(
 
     for file in known.files:
         if file.dropped is not None:
-            report({"event": "note", "text": f"{file.name} is left out: {file.dropped}"})
+            report.note(f"{file.name} is left out: {file.dropped}")
     made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
                       device=choose_device().type)
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]

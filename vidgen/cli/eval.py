@@ -68,30 +68,25 @@ def run(args: Namespace, report: Report) -> int:
                          "give a file of prompts, .txt or .json")
     if args.benchmark == "leaderboard":
         return _run_leaderboard(args, report)
-    if Path(args.output).suffix != ".json":
-        raise OutputError(f"results are JSON; {args.output} should end in .json")
-    _check_outputs(args)
-    result = _run_prompts(args, report) if is_list else _run_temporal(args, report)
-    return _write_results(result, args, report)
-
-
-def _run_temporal(args: Namespace, report: Report) -> dict[str, Any]:
+    _check_output(args.output, ".json", "results are JSON", args)
+    if args.report is not None:
+        _check_output(args.report, ".html", "the report is HTML", args)
+    if is_list:
+        return _write_results(_run_prompts(args, report), args, report)
     from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 
     run_of = TemporalRun(
         tuple(args.videos), tuple(args.network), args.first_images, args.prompt_suite,
         args.workers, args.ray)
-    return run_temporal(run_of, args.output, report)
+    return _write_results(run_temporal(run_of, args.output, report), args, report)
 
 
-def _check_outputs(args: Namespace) -> None:
+def _check_output(path: str, suffix: str, what: str, args: Namespace) -> None:
     from vidgen.core.runtime import check_output
 
-    for path in (args.output, args.report):
-        if path is not None:
-            check_output(path, overwrite=args.overwrite)
-    if args.report is not None and Path(args.report).suffix != ".html":
-        raise OutputError(f"the report is HTML; {args.report} should end in .html")
+    if Path(path).suffix != suffix:
+        raise OutputError(f"{what}; {path} should end in {suffix}")
+    check_output(path, overwrite=args.overwrite)
 
 
 def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> int:
@@ -128,12 +123,10 @@ def _run_prompts(args: Namespace, report: Report) -> dict[str, Any]:
 
 
 def _run_leaderboard(args: Namespace, report: Report) -> int:
-    from vidgen.core.runtime import atomic_write, check_output
+    from vidgen.core.runtime import atomic_write
     from vidgen.evaluation.leaderboard import page, read_entries, tables
 
-    if Path(args.output).suffix != ".html":
-        raise OutputError(f"a leaderboard is HTML; {args.output} should end in .html")
-    check_output(args.output, overwrite=args.overwrite)
+    _check_output(args.output, ".html", "a leaderboard is HTML", args)
     entries = read_entries(args.results)
     found = tables(entries)
     atomic_write(args.output, page(entries).encode())

@@ -33,8 +33,8 @@ def add_arguments(parser: Parser) -> None:
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
         "default prompt-slug-seed.mp4"))
     options.add_resume(parser)
-    parser.advanced.append(output.add_argument("--preview", action="store_true", help=(
-        "show the clip while it is made, in OUTPUT.preview.webp, which is removed at the end")))
+    output.add_argument("--preview", action="store_true", help=parser.advanced(
+        "show the clip while it is made, in OUTPUT.preview.webp, which is removed at the end"))
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -44,13 +44,12 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.cli import outputs
 
-    again = "run the same command with --resume to continue"
+    remedy = outputs.SAME_COMMAND
     if request.seed is None:
-        seed = outputs.choose_seed(args, request, saving, report)
-        request = request.replace(seed=seed)
+        request = request.replace(seed=outputs.choose_seed(args, request, saving, report))
         words = [word for word in args.words if word != "--resume"]
-        again = "to continue: " + shlex.join(
-            ["vidgen", "generate", *words, "--seed", str(seed), "--resume"])
+        remedy = "to continue: " + shlex.join(
+            ["vidgen", "generate", *words, "--seed", str(request.seed), "--resume"])
     paths = outputs.output_names(args.output, request, saving.count)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
         request = request.replace(**silenced(request.settings))  # the files can't hold it
@@ -68,7 +67,7 @@ def run(args: Namespace, report: Report) -> int:
     options.share_threads(loading.devices, torch.get_num_threads())
     if all(journal.finished for journal in journals) and not args.overwrite:
         loading = loading.replace(offload="stage")  # no work is left for a network
-    with outputs.resumable(journals, report, again=again):
+    with outputs.resumable(journals, report, remedy=remedy):
         engine = load(**loading.model_dump())
 
         def expect(made: Estimate, **how: Any) -> None:

@@ -13,9 +13,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
@@ -56,30 +54,15 @@ _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENO
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with as_exit_code(arguments) as ended:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print_line(overview(), sys.stdout, "stdout")
-            ended.code = 0 if arguments else 2
-        elif arguments[0] in ("-V", "--version"):
-            print_line(f"vidgen {__version__}", sys.stdout, "stdout")
-        else:
-            ended.code = _run(*arguments)
-    return ended.code
+    return as_exit_code(arguments, _run)
 
 
-@dataclass
-class Ended:
-    """Exit code of a command line, complete when its context ends."""
-
-    code: int = 0  # 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted
-
-
-@contextmanager
-def as_exit_code(arguments: Sequence[str]) -> Iterator[Ended]:
-    """Prepare the process for a command line, and turn the error that ends it into an exit code.
+def as_exit_code(arguments: Sequence[str], work: Callable[[Sequence[str]], int]) -> int:
+    """Prepare the process for a command line, run it, and turn its errors into exit codes.
 
     Args:
-        arguments: the command line; with `--json` the error is printed as JSON.
+        arguments: the command line; with `--json` an error is also printed as JSON.
+        work: called with it; returns 0 for done, 1 for failed or 2 for wrong usage.
     """
     _mend_streams()
     _wait_briefly()
@@ -88,26 +71,23 @@ def as_exit_code(arguments: Sequence[str]) -> Iterator[Ended]:
     logging.addLevelName(logging.WARNING, "warning")
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _interrupt)
-    ended = Ended()
     try:
-        yield ended
+        return work(arguments)
     except VidgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        ended.code = _failed(arguments, str(error), error.exit_code)
+        return _failed(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("Stopped. No incomplete files were left.", file=sys.stderr)
-        ended.code = _failed(arguments, "interrupted", INTERRUPTED)
+        return _failed(arguments, "interrupted", INTERRUPTED,
+                       "Stopped. No incomplete files were left.")
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         _drop_stdout()
-        ended.code = 1
+        return 1
     except OSError as error:
         if error.errno not in _PATHS:
             raise
         reason = f"{error.filename}: {error.strerror}; give another path"
-        print(f"error: {reason}", file=sys.stderr)
-        ended.code = _failed(arguments, reason, InputError.exit_code)
+        return _failed(arguments, reason, InputError.exit_code)
     except SystemExit as error:  # argparse's --help
-        ended.code = int(error.code or 0)
+        return int(error.code or 0)
 
 
 def overview() -> str:
@@ -131,11 +111,11 @@ def parser_of(module: Any, prog: str, words: Sequence[str] = (), *, is_long: boo
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if is_long:
-        events = parser.add_argument(
-            "--events", metavar="FILE", help="write progress as JSON lines; - is stdout")
-        if parser.advanced:
-            parser.advanced.append(events)
-    parser.add_help_all()
+        text = "write progress as JSON lines; - is stdout"
+        parser.add_argument("--events", metavar="FILE",
+                            help=parser.advanced(text) if parser.has_advanced else text)
+    if parser.has_advanced:
+        parser.add_argument("--help-all", action="help", help="list all options and exit")
     return parser
 
 
@@ -162,7 +142,14 @@ def _wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def _run(verb: str, *arguments: str) -> int:
+def _run(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print_line(overview(), sys.stdout, "stdout")
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print_line(f"vidgen {__version__}", sys.stdout, "stdout")
+        return 0
+    verb, *arguments = words
     if verb not in VERBS:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb, arguments)
@@ -181,8 +168,9 @@ def _run(verb: str, *arguments: str) -> int:
         return code
 
 
-def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
-    """Return the exit code; with --json rank 0 prints the error as one object."""
+def _failed(arguments: Sequence[str], reason: str, code: int, line: str | None = None) -> int:
+    """Print the error, or `line`; with --json rank 0 also prints it as one object."""
+    print(line or f"error: {reason}", file=sys.stderr)
     try:
         if "--json" in arguments and not (given_rank() or (0,))[0]:
             print(json.dumps({"error": reason, "exit_code": code}))

@@ -22,14 +22,6 @@ _CALLED = {f"--{theirs.replace('_', '-')}": f"--{ours.replace('_', '-')}"
 _LACKING = re.compile(r"argument (?:-\w/)?(--[\w-]+): expected one argument")
 
 
-class _HelpAll(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        assert isinstance(parser, Parser)
-        parser.advanced = []
-        parser.print_help()
-        parser.exit()
-
-
 class Parser(argparse.ArgumentParser):
     """A parser that raises `InputError` where argparse would print usage and leave.
 
@@ -40,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, words: Sequence[str] = ()) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.words = words
-        self.advanced: list[argparse.Action] = []
+        self.has_advanced = False
         self._groups: dict[str, argparse._ArgumentGroup] = {}
 
     def group(self, title: str) -> argparse._ArgumentGroup:
@@ -49,24 +41,13 @@ class Parser(argparse.ArgumentParser):
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title]
 
-    def format_help(self) -> str:
-        """Return the help text of the basic options, and how to see all."""
-        if not self.advanced:
-            return super().format_help()
-        helps = [action.help for action in self.advanced]
-        for action in self.advanced:
-            action.help = argparse.SUPPRESS
-        try:
-            return f"{super().format_help()}\n{self.prog} --help-all lists all options.\n"
-        finally:
-            for action, text in zip(self.advanced, helps, strict=True):
-                action.help = text
-
-    def add_help_all(self) -> None:
-        """Declare --help-all, if some options are not among the basic ones."""
-        if self.advanced:
-            self.add_argument("--help-all", action=_HelpAll, nargs=0,
-                              help="list all options and exit")
+    def advanced(self, text: str) -> str:
+        """Return the help of an option that --help-all lists and --help doesn't."""
+        self.has_advanced = True
+        if "--help-all" in self.words:
+            return text
+        self.epilog = f"{self.prog} --help-all lists all options."
+        return argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError with argparse's message."""
@@ -122,16 +103,15 @@ def add_request_options(
         kwargs = _kwargs(name, field, extra["metavar"])
         has_default = isinstance(field.default, str | int) and field.default not in (False, 0)
         default = f"; default {field.default}" if has_default and not are_optional else ""
-        kwargs["help"] = f"{field.description}{default}".replace("%", "%%")
+        text = f"{field.description}{default}".replace("%", "%%")
+        kwargs["help"] = text if extra["basic"] else parser.advanced(text)
         if name == "prompt" and not are_optional:
             flag = name
         else:
             kwargs |= {"dest": name, "default": None if are_optional else field.default}
         if kwargs.get("action") == "append":
             kwargs["default"] = []
-        action = parser.group(str(extra["group"])).add_argument(flag, **kwargs)
-        if not extra["basic"]:
-            parser.advanced.append(action)
+        parser.group(str(extra["group"])).add_argument(flag, **kwargs)
 
 
 def _kwargs(name: str, field: FieldInfo, metavar: Any) -> dict[str, Any]:

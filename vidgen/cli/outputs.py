@@ -22,6 +22,8 @@ from vidgen.pipeline.journal.journal import Journal
 if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
+SAME_COMMAND = "run the same command with --resume to continue"
+
 
 class OutputJournal(Journal):
     """Journal of an output that reports whether the clip is finished already, or resumes.
@@ -29,6 +31,7 @@ class OutputJournal(Journal):
     Args:
         resume: continue the output's job if it is of the same clip.
         overwrite: start over if the output or its job is of another clip.
+        prompt: with both, start over if the job is of another prompt.
 
     Attributes:
         is_done: whether the output is this very clip already, set by `check`.
@@ -40,13 +43,17 @@ class OutputJournal(Journal):
 
     def __init__(
         self, output: str, report: Report, *, resume: bool = False, overwrite: bool = False,
-        marks: Mapping[str, str] | None = None,
+        marks: Mapping[str, str] | None = None, prompt: str | None = None,
     ) -> None:
         super().__init__(output, resume=resume, overwrite=overwrite, marks=marks)
         self.is_done, self._is_reported = False, False
         self._name, self._report = output, report
-        if resume and overwrite and not self._has_recipe():
-            self.resume = False
+        if resume and overwrite:
+            try:
+                plan = (self.recipe or {}).get("plan", {})
+                self.resume = prompt in (None, plan.get("prompt", prompt))
+            except InputError:  # a damaged job
+                self.resume = False
 
     def check(self, recipe: dict[str, Any]) -> None:
         """Check the recipe, then report a finished or resumed output.
@@ -68,12 +75,6 @@ class OutputJournal(Journal):
             self._report.note(f"{self._name} is done already")
         elif self.resume and self.unfinished and not (facts := job_facts(self.folder))["running"]:
             self._report.note(f"{self._name} resumes: {progress_text(facts)}")
-
-    def _has_recipe(self) -> bool:
-        try:
-            return self.recipe is not None
-        except InputError:
-            return False
 
 
 def output_names(output: str | None, request: Request, count: int = 1) -> list[str]:
@@ -125,25 +126,17 @@ def journals_of_outputs(
     paths: Sequence[str], args: Namespace, report: Report, marks: Mapping[str, str],
     prompt: str | None = None,
 ) -> list[OutputJournal]:
-    """Return a journal for each output.
-
-    With --overwrite a job of another `prompt` is not resumed.
-    """
-    journals = [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite,
-                              marks=marks) for path in paths]
-    for journal in journals if args.overwrite and prompt is not None else ():
-        recipe = journal.recipe or {}
-        if recipe.get("plan", {"prompt": prompt})["prompt"] != prompt:
-            journal.resume = False
-    return journals
+    """Return a journal for each output; `prompt` as in `OutputJournal`."""
+    return [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite, marks=marks,
+                          prompt=prompt) for path in paths]
 
 
 @contextmanager
 def resumable(
     journals: Sequence[Journal], report: Report, attention: str | None = None,
-    again: str = "run the same command with --resume to continue",
+    remedy: str = SAME_COMMAND,
 ) -> Iterator[None]:
-    """Report the way to continue, `again`, if the work stops, unless another process does it.
+    """Report `remedy`, the way to continue, if the work stops, unless another process does it.
 
     Attention uses the given back end, else that of an unfinished clip, unless the command or the
     environment names one.
@@ -161,7 +154,7 @@ def resumable(
             if isinstance(error, OutputError) and job_facts(journal.folder)["running"]:
                 continue
             if journal.unfinished and not isinstance(error, InputError):
-                report.note(f"{journal.output} is not finished; {again}")
+                report.note(f"{journal.output} is not finished; {remedy}")
         raise
 
 

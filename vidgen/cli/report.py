@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.runtime import size_text, time_text
+from vidgen.core.runtime import check_output, size_text, time_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
-    from rich.progress import ProgressColumn, Task, TaskID
+    from rich.progress import TaskID
 
     from vidgen.media.clip import Clip
     from vidgen.pipeline.types import Clock, Estimate, Progress
@@ -76,17 +76,8 @@ class Report:
             self._notes[event["text"]] += 1
             if self._notes[event["text"]] == 1:
                 self._print(f"note: {event['text']}")
-        elif event["event"] != "progress" or not sys.stderr.isatty():
-            pass
-        elif "worker" in event:
-            self._advance_worker(event)
-        elif "shot_number" in event:
-            self._advance_film(event)
-        elif event["total"] > 1:
-            many = event.get("num_clips", 1) > 1
-            many = many and not event["stage"].startswith("write ")  # which names the clip
-            stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
-            self._advance(stage, event["done"], event["total"], event.get("eta_s"))
+        elif event["event"] == "progress" and sys.stderr.isatty():
+            self._show(event)
 
     def note(self, text: str) -> None:
         """Report that something was chosen or left out."""
@@ -159,60 +150,61 @@ class Report:
         else:
             print(line, file=sys.stderr)
 
-    def _advance_worker(self, event: dict[str, Any]) -> None:
-        if "fraction" in event:
-            self._advance_percent("all", event["fraction"], event["eta_s"], "all")
-        key = f"worker {event['worker']}"
-        names = (str(event[name]) for name in ("shot", "name", "stage") if name in event)
-        self._advance(key, event["done"], event["total"], None, text=f"{key}: {' '.join(names)}")
-
-    def _advance_film(self, event: Mapping[str, Any]) -> None:
-        """Show all shots of a film in one line: "shot 5/7, take 2/2"."""
-        text = f"shot {event['shot_number']}/{event['num_shots']}"
-        if event["num_takes"] > 1:
-            text += f", take {event['take']}/{event['num_takes']}"
-        self._advance_percent("film", event.get("fraction", 0.0), event.get("eta_s"), text)
-
-    def _advance_percent(self, key: str, fraction: float, eta_s: float | None, text: str) -> None:
-        percent = round(100 * fraction)
-        self._advance(key, percent, 100, eta_s, text=text, count=f"{percent}%")
+    def _show(self, event: Mapping[str, Any]) -> None:
+        """Advance the bars of a worker and of all work, that of a film, or that of a stage."""
+        done, total, eta_s = event["done"], event["total"], event.get("eta_s")
+        percent = round(100 * event.get("fraction", 0.0))
+        if "worker" in event:
+            if "fraction" in event:
+                self._advance("all", "all", percent, 100, eta_s, f"{percent}%")
+            key = f"worker {event['worker']}"
+            names = (str(event[name]) for name in ("shot", "name", "stage") if name in event)
+            self._advance(key, f"{key}: {' '.join(names)}", done, total)
+        elif "shot_number" in event:
+            text = f"shot {event['shot_number']}/{event['num_shots']}"
+            if event["num_takes"] > 1:
+                text += f", take {event['take']}/{event['num_takes']}"
+            self._advance("film", text, percent, 100, eta_s, f"{percent}%")
+        elif total > 1:
+            many = event.get("num_clips", 1) > 1
+            many = many and not event["stage"].startswith("write ")  # which names the clip
+            stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
+            self._advance(stage, stage, done, total, eta_s)
 
     def _advance(
-        self, key: str, done: int, total: int, eta_s: float | None, *, text: str | None = None,
+        self, key: str, text: str, done: int, total: int, eta_s: float | None = None,
         count: str | None = None,
     ) -> None:
-        """Show a bar; `text` is its description, by default `key`, and `count` stands after it."""
+        """Show a bar with its description, its count, and the time left by `eta_s` or its speed."""
         if self._bars is None:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress
+            from rich.progress import BarColumn, Progress, TextColumn
 
-            bars = Progress("{task.description}", BarColumn(), "{task.fields[count]}",
-                            _left_column(), console=Console(stderr=True))
+            bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
+                            "{task.fields[count]}", "{task.fields[left]}",
+                            console=Console(stderr=True))
             self._bars = self._stack.enter_context(bars)
-        from rich.markup import escape
-
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task("", total=total, count="")
-        ends = None if eta_s is None else time.monotonic() + eta_s
+            self._tasks[key] = self._bars.add_task(text, total=total, count="", left="")
+        left = self._bars.tasks[self._tasks[key]].time_remaining if eta_s is None else eta_s
         self._bars.update(
-            self._tasks[key], completed=done, total=total, ends=ends,
-            count=count or f"{done}/{total}", description=escape(key if text is None else text))
+            self._tasks[key], completed=done, total=total, description=text,
+            count=count or f"{done}/{total}",
+            left="" if left is None or done == total else f"{time_text(left)} left")
 
 
 def _check_events(path: Path) -> None:
     """Refuse a file for events that can't be written, or holds something else."""
-    first = ""
+    if not path.exists():
+        check_output(path)
+    if not path.is_file():
+        return
     try:
-        if path.is_file():
-            with path.open("r+", encoding="utf-8", errors="replace") as file:
-                first = file.readline(100_000)
-        elif not path.exists():
-            path.touch()
-            path.unlink()
+        with path.open("r+", encoding="utf-8", errors="replace") as file:
+            first = file.readline(100_000)
+        is_event = not first or "event" in json.loads(first)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror}") from None
-    try:
-        is_event = not first or "event" in json.loads(first)
     except (ValueError, TypeError):
         is_event = False
     if not is_event:
@@ -233,24 +225,6 @@ def print_line(line: str, file: TextIO, name: str) -> None:
         raise
     except OSError as error:
         raise OutputError(f"{name} can't be written: {error.strerror}") from None
-
-
-def _left_column() -> ProgressColumn:
-    """Return a column of the time left, counted down between events; empty at the end."""
-    from rich.progress import ProgressColumn
-    from rich.text import Text
-
-    class Left(ProgressColumn):
-        max_refresh = 0.5
-
-        def render(self, task: Task) -> Text:
-            ends = task.fields.get("ends")
-            left = task.time_remaining if ends is None else max(0.0, ends - time.monotonic())
-            if left is None or task.finished:
-                return Text()
-            return Text(f"{time_text(left)} left", style="progress.remaining")
-
-    return Left()
 
 
 def elapsed_text(seconds: float) -> str:

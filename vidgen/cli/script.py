@@ -16,7 +16,6 @@ from vidgen.cli.report import Report, elapsed_text
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.types import Offload
     from vidgen.pipeline.workers.types import WorkerOptions
     from vidgen.story.edit import Edit
     from vidgen.story.film import ShotPlan
@@ -77,6 +76,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.weights.layouts import open_model
 
     _check_exports(args)
+    args.offload = None if args.offload == "auto" else args.offload
     workers = WorkerOptions(args.workers, args.ray, args.threads)
     script = Script.read(args.script)
     output = Path(args.output or f"{Path(args.script).stem}{'-draft' if args.draft else ''}.mp4")
@@ -93,7 +93,7 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
     describe = None if args.audio_model is None else partial(
         describe_sounds, film, model=args.audio_model, folder=place,
-        offload=_offload(args) or "none")
+        offload=args.offload or "none")
     edit = None if args.only else make_edit(film, film.in_film, output, describe=describe)
     if args.check:
         return _report_plan(store, plans, workers, args, report, edit)
@@ -159,7 +159,7 @@ def _render(
 
     film, offload, device = store.film, args.offload, choose_device()
     if parts := store.left(plans):
-        made = [*estimates(film, parts, device, workers.memory(device), _offload(args))]
+        made = [*estimates(film, parts, device, workers.memory(device), args.offload)]
         report.expect(made, num_clips=len(parts), parallel=not workers.is_here)
         # a worker can't see the memory of the others
         if not workers.is_here and workers.ray is None:
@@ -187,10 +187,6 @@ def _stopped_text(store: ShotStore, plans: Sequence[ShotPlan]) -> str:
     return f"{finished} of {len(plans)} shots finished{more}. Run the same command to continue."
 
 
-def _offload(args: Namespace) -> Offload | None:
-    return None if args.offload == "auto" else args.offload
-
-
 def _report_plan(
     store: ShotStore, plans: Sequence[ShotPlan], workers: WorkerOptions, args: Namespace,
     report: Report, edit: Edit | None,
@@ -199,7 +195,7 @@ def _report_plan(
     from vidgen.story.plan import film_facts
 
     device = choose_device()
-    data = film_facts(store, plans, device, have := workers.memory(device), _offload(args))
+    data = film_facts(store, plans, device, have := workers.memory(device), args.offload)
     whole, (width, height) = data["film"], data["size"]
     if edit is not None:
         whole["duration_s"] = edit.facts()["duration_s"]

@@ -8,7 +8,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import count, groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,10 @@ from vidgen.cli.options import Parser, choose_devices, given_options, share_thre
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.core.request import Loading, Saving
+from vidgen.core.request import Loading, Request, Saving
 from vidgen.core.runtime import slug
-from vidgen.core.store import Store
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.pipeline.types import Estimate
 
 DESCRIPTION = "Make a clip with several settings and one seed, as a labelled sheet and a video."
@@ -37,8 +35,11 @@ class Axis:
     """An option, or a word of the prompt, with the values to compare."""
 
     key: str
-    word: str | None
+    word: str
     values: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.key}:{self.word}" if self.word else self.key
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check every setting, make missing clips and lay them out."""
+    from vidgen.media.checks import recorded, verdict
+    from vidgen.media.probe import read_recipe
     from vidgen.pipeline.journal.job import job_folder
 
     if args.count != 1 or args.retry:
@@ -71,27 +74,29 @@ def run(args: Namespace, report: Report) -> int:
                          "or vary the seed with --over seed=1..4")
     if args.preview:
         raise InputError("a sweep shows no previews; leave --preview out")
-    _check_axes(args.over)
     args.seed = args.seed or 0
-    stem, store = _places(args)
-    cells = _cells(args, store)
-    values = len(args.over[-1].values)
-    columns = values if len(args.over) > 1 or values < 6 else math.ceil(math.sqrt(values))
-    todo = sorted((cell for cell in cells
-                   if job_folder(cell.path).is_dir() or not cell.path.is_file()),
-                  key=lambda cell: str(cell.loading))
+    stem = _stem(args)
+    folder = Path(f"{stem}.cells")
+    cells = _cells(args, folder)
+    todo = [cell for cell in cells if job_folder(cell.path).is_dir() or not cell.path.is_file()]
+    todo.sort(key=lambda cell: str(cell.loading))
     expected = _estimates(todo)
-    store.folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     if expected:
         report.expect(expected, num_clips=len(todo))
     _make(todo, report)
-    _lay_out(cells, columns, stem, args, report)
-    data: dict[str, Any] = {
-        "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
-        "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
-                   "made": cell in todo, "verdict": _verdict(cell, report)} for cell in cells]}
-    report.result(data, f"{stem}.png, {stem}.mp4: {len(cells)} clips, {len(todo)} of them made now")
-    return int(args.strict and any(cell["verdict"] == "fault" for cell in data["cells"]))
+    columns = _lay_out(cells, stem, args, report)
+    rows = []
+    for cell in cells:
+        found = recorded(read_recipe(cell.path))
+        for finding in found or ():
+            report.note(f"{cell.label}: {finding.text}")
+        rows.append({"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
+                     "made": cell in todo, "verdict": None if found is None else verdict(found)})
+    report.result(
+        {"sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns, "cells": rows},
+        f"{stem}.png, {stem}.mp4: {len(cells)} clips, {len(todo)} of them made now")
+    return int(args.strict and any(row["verdict"] == "fault" for row in rows))
 
 
 def read_axis(text: str) -> Axis:
@@ -111,20 +116,11 @@ def read_axis(text: str) -> Axis:
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
         raise ArgumentTypeError(f"{text!r} names {twice!r} twice; give each value once")
-    return Axis(key.replace("-", "_"), word or None, values)
+    return Axis(key.replace("-", "_"), word, values)
 
 
-def _check_axes(axes: Sequence[Axis]) -> None:
-    """Refuse two axes of one option, of which the later would replace the earlier."""
-    keys = [f"{axis.key}:{axis.word}" if axis.word else axis.key for axis in axes]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise InputError(f"--over {twice} is given {keys.count(twice)} times; join the values "
-                         "in one")
-
-
-def _places(args: Namespace) -> tuple[str, Store]:
-    """Return the outputs' name without suffix, and the store of the clips."""
+def _stem(args: Namespace) -> str:
+    """Return the outputs' name without suffix; refuse outputs that can't be written."""
     from vidgen.core.runtime import check_output
     from vidgen.pipeline.journal.job import job_folder
     from vidgen.pipeline.journal.job import sweep as sweep_up
@@ -137,20 +133,24 @@ def _places(args: Namespace) -> tuple[str, Store]:
         check_output(stem + suffix, overwrite=args.overwrite or args.resume)
         if args.resume:
             sweep_up(job_folder(stem + suffix))
-    return stem, Store(Path(f"{stem}.cells"))
+    return stem
 
 
-def _cells(args: Namespace, store: Store) -> list[Cell]:
+def _cells(args: Namespace, folder: Path) -> list[Cell]:
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
+    names = [str(axis) for axis in args.over]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--over {twice} is given {names.count(twice)} times; join the values "
+                         "in one")
     wanted = math.prod(len(axis.values) for axis in args.over)
     if wanted > MAX_CELLS:
         raise InputError(f"a sheet of {wanted} clips is too large; give {MAX_CELLS} values at most")
     base = given_options(args) | given_options(args, Loading) | given_options(args, Saving)
     base["settings"] = parse_settings(args.settings)
     cells = [
-        _cell(base, list(zip(args.over, values, strict=True)), store)
+        _cell(base, list(zip(args.over, values, strict=True)), folder)
         for values in product(*(axis.values for axis in args.over))]
     policy = policy_from_environment()
     for cell in cells:
@@ -158,32 +158,24 @@ def _cells(args: Namespace, store: Store) -> list[Cell]:
     return cells
 
 
-def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], store: Store) -> Cell:
-    from vidgen.core.request import Request
-
+def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], folder: Path) -> Cell:
     options, label = dict(base), []
     for axis, value in chosen:
-        if axis.word is None:
-            typed = typed_options([(axis.key, value)])
-            settings = {**options["settings"], **typed.get("settings", {})}
-            options |= typed | {"settings": settings}
-            label.append(value if axis.key == "prompt" else f"{axis.key} {value}")
+        if axis.word:
+            pattern, prompt = rf"(?<!\w){re.escape(axis.word)}(?!\w)", options["prompt"]
+            options["prompt"], times = re.subn(pattern, value.replace("\\", r"\\"), prompt)
+            if not times:
+                raise InputError(f"the prompt has no {axis.word!r} to replace: {prompt!r}")
         else:
-            options["prompt"] = _replaced(options["prompt"], axis.word, value)
-            label.append(value)
+            typed = typed_options([(axis.key, value)])
+            options |= typed | {"settings": options["settings"] | typed.get("settings", {})}
+        label.append(value if axis.key == "prompt" else f"{axis.key} {value}")
     loaded = {name: options.pop(name) for name in Loading.model_fields if name in options}
     saved = {name: options.pop(name) for name in Saving.model_fields if name in options}
     loading, request = choose_devices(Loading(**loaded), ()), Request(**options)
     marks = Saving(**saved).marks
-    path = store.path(_identity(request, loading, marks))
+    path = folder / f"{_identity(request, loading, marks)}.mp4"
     return Cell(", ".join(label), request, loading, marks, path)
-
-
-def _replaced(prompt: str, word: str, value: str) -> str:
-    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
-    if not re.search(pattern, prompt):
-        raise InputError(f"the prompt has no {word!r} to replace: {prompt!r}")
-    return re.sub(pattern, lambda _: value, prompt)
 
 
 def _identity(request: Request, loading: Loading, marks: Mapping[str, str]) -> str:
@@ -193,7 +185,7 @@ def _identity(request: Request, loading: Loading, marks: Mapping[str, str]) -> s
     return identity(request, **loading.model_dump() | model | dict(marks))
 
 
-@lru_cache
+@cache
 def _content_hash(model: str) -> str:
     from vidgen.weights.layouts import open_model
 
@@ -227,43 +219,33 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
 
-    device, folders = choose_device(), [open_model(cell.loading.model) for cell in cells]
-    known = [folder for folder in folders if isinstance(folder, ModelFolder)]
-    if len(known) < len(cells):
-        return []
+    device, made = choose_device(), []
     have = available_memory(device)
-    made = []
-    for folder, cell in zip(known, cells, strict=True):
+    for cell in cells:
+        folder = open_model(cell.loading.model)
+        if not isinstance(folder, ModelFolder):
+            return []
         plan = settle(folder, cell.request, cell.loading.devices)
         made.append(choose(folder, plan, cell.request, cell.loading, device, have))
     return made
 
 
-def _verdict(cell: Cell, report: Report) -> str | None:
-    from vidgen.media.checks import recorded, verdict
-    from vidgen.media.probe import read_recipe
-
-    found = recorded(read_recipe(cell.path))
-    for finding in found or ():
-        report.note(f"{cell.label}: {finding.text}")
-    return None if found is None else verdict(found)
-
-
-def _lay_out(
-    cells: Sequence[Cell], columns: int, stem: str, args: Namespace, report: Report
-) -> None:
+def _lay_out(cells: Sequence[Cell], stem: str, args: Namespace, report: Report) -> int:
+    """Write the sheet and the video; return the number of columns."""
     from vidgen import __version__
     from vidgen.media.grid import Grid
     from vidgen.media.write import write_clip
 
-    over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
+    values = len(args.over[-1].values)
+    columns = values if len(args.over) > 1 or values < 6 else math.ceil(math.sqrt(values))
     recipe = {"vidgen": __version__, "sweep": {
-        "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
+        "prompt": args.prompt, "seed": args.seed, "columns": columns,
+        "over": {str(axis): axis.values for axis in args.over},
         "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells]}}
     grid = Grid([cell.path for cell in cells], [cell.label for cell in cells], columns)
     film = replace(grid.info, recipe=recipe)
-    still = replace(film, num_frames=1)
-    write_clip(f"{stem}.png", [grid.still()[None]], still, overwrite=True)
-    report.written(f"{stem}.png")
-    write_clip(f"{stem}.mp4", grid.frames(), film, overwrite=True)
-    report.written(f"{stem}.mp4")
+    for path, frames, info in ((f"{stem}.png", [grid.still()[None]], replace(film, num_frames=1)),
+                               (f"{stem}.mp4", grid.frames(), film)):
+        write_clip(path, frames, info, overwrite=True)
+        report.written(path)
+    return columns

@@ -85,27 +85,22 @@ def _build(kind: type[T], mapping: Mapping[str, Any], place: _Place) -> T:
 def _remedy(key: str, kind: type, place: _Place) -> str:
     """Return advice for an unknown key: where it belongs, or the nearest known key."""
     known, called = _fields(kind), getattr(place.root, "CALLED", {})
-    if called.get(key) not in known:
-        if key in _fields(place.root):
-            top = re.split(r"[.\[]", place.path)[0]
-            return f"it belongs next to {top!r}, not inside it"
-        if home := _home(key, place.root):
-            return f"it belongs in {home!r}"
-    return nearest(str(key), known, called)
+    homes = [home for home, name in _keys(place.root) if name == key]
+    if not homes or called.get(key) in known:
+        return nearest(str(key), known, called)
+    if "" in homes:
+        top = re.split(r"[.\[]", place.path)[0]
+        return f"it belongs next to {top!r}, not inside it"
+    return f"it belongs in {min(homes, key=lambda home: home.count('.'))!r}"
 
 
-def _home(key: str, kind: type) -> str | None:
-    """Return the dotted name of the nearest nested field whose dataclass has this key."""
-    level, seen = [("", kind)], {kind}
-    while level:
-        level = [(f"{path}.{name}".lstrip("."), inner) for path, outer in level
-                 for name in _fields(outer) for inner in _dataclasses(_hints(outer)[name])
-                 if inner not in seen]
-        seen |= {inner for _, inner in level}
-        for path, inner in level:
-            if key in _fields(inner):
-                return path
-    return None
+def _keys(kind: type, path: str = "", above: tuple[type, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name of its mapping, key) of a dataclass and of those in its fields."""
+    for name in _fields(kind):
+        yield path, name
+        for inner in _dataclasses(_hints(kind)[name]):
+            if inner not in (kind, *above):
+                yield from _keys(inner, f"{path}.{name}".lstrip("."), (kind, *above))
 
 
 def _dataclasses(hint: Any) -> Iterator[type]:

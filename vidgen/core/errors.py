@@ -78,7 +78,7 @@ def located(where: str) -> Iterator[None]:
 
 def quoted(value: object) -> str:
     """Return the repr of a value for a message, shortened to about 120 characters."""
-    return _SHORT.repr(value)
+    return _SHORT.repr(value).replace("\n", " ")  # of an array
 
 
 def kind_of(value: object) -> str:

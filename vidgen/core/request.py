@@ -9,12 +9,11 @@ needs no model; making the plan checks the rest.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -76,8 +75,22 @@ _FILES = ("image", "last_image", "mask", "video", "prefix", "control")
 _SOUND_PREFIX = "audio_"
 """Prefix of the settings that shape a model's own sound."""
 
-OnePicture = Annotated[Any, PlainValidator(values.parse_picture, json_schema_input_type=str)]
-OneFile = Annotated[Any, PlainValidator(values.parse_file, json_schema_input_type=str)]
+
+def _parsed(parse: Callable[[Any], Any], remedy: str, kind: Any = PlainValidator) -> Any:
+    """Return a validator that parses a value; `remedy` is what to give instead of a wrong one."""
+    def validate(value: Any) -> Any:
+        try:
+            return parse(value)
+        except (ValueError, TypeError, AttributeError, ArithmeticError):
+            raise ValueError(remedy) from None
+
+    return kind(validate, json_schema_input_type=str)
+
+
+OnePicture = Annotated[Any, _parsed(
+    values.parse_picture,
+    "give the path of a file, a Pillow image, or a uint8 array [H, W, 3]")]
+OneFile = Annotated[Any, _parsed(values.parse_file, "give the path of a file")]
 
 
 def option(
@@ -171,7 +184,8 @@ class Options(BaseModel):
             choices = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             message = f"{name} is {quoted(value)}; {nearest(str(value), choices)}"
         else:
-            remedy = expected(cls.model_fields[name]) or found["msg"].removeprefix("Value error, ")
+            own = found["msg"].removeprefix("Value error, ")
+            remedy = own if kind == "value_error" else expected(cls.model_fields[name]) or own
             message = f"{name} is {quoted(value)}; {remedy}"
         return OptionError(message, name)
 
@@ -179,7 +193,8 @@ class Options(BaseModel):
 class Loading(Options):
     """Options of loading a model; see `vidgen.load`."""
 
-    model: str = option(
+    model: Annotated[str, BeforeValidator(
+        lambda model: os.fspath(model) if isinstance(model, os.PathLike) else model)] = option(
         "toybox", MODEL, "model name, folder, or Hugging Face Hub id",
         "NAME|FOLDER|HUB_ID", basic=True, max_length=4096)
     dtype: Literal["fp32", "bf16", "fp16"] | None = option(
@@ -195,7 +210,9 @@ class Loading(Options):
         None, MODEL, "number of devices to run on; default 1", "N", ge=1, le=MAX_DEVICES)
     shard: bool | None = option(
         None, MODEL, "shard the transformer's weights across the devices")
-    tiles: Annotated[str, AfterValidator(values.check_tiles)] = option(
+    tiles: Annotated[str, _parsed(
+        values.parse_tiles,
+        "give auto, none, or rows and columns from 1 to 99, such as 2x3")] = option(
         "auto", MODEL, "rows x columns of VAE tiles; auto tiles when a whole frame doesn't fit in "
         "memory", "auto|none|RxC")
     attention: Attention = option(
@@ -247,28 +264,37 @@ class Request(Options):
     guidance_low: float | None = option(
         None, PROMPT, "guidance scale of the low-noise expert, for models with two experts", "G",
         ge=0, le=100)
-    guidance_interval: Annotated[
-        tuple[float, float], PlainValidator(values.parse_interval)] | None = option(
+    guidance_interval: Annotated[tuple[float, float], _parsed(
+        values.parse_interval, "give two numbers from 0 to 1, the lower one first")
+    ] | None = option(
         None, PROMPT, "apply guidance only between these noise levels, 0 to 1", "LOW HIGH")
     guidance_rescale: float | None = option(
         None, PROMPT, "guidance rescale, 0 to 1; higher values reduce over-saturation", "X",
         ge=0, le=1)
-    sampler: Annotated[Any, PlainValidator(values.check_sampler, json_schema_input_type=str)] = (
-        option(None, PROMPT, "euler, unipc or ancestral; in Python also a flow scheduler of "
-               "diffusers, with its own shift", "NAME"))
+    sampler: Annotated[Any, _parsed(
+        values.parse_sampler, "give a name, or one of diffusers' flow schedulers")] = option(
+        None, PROMPT, "euler, unipc or ancestral; in Python also a flow scheduler of diffusers, "
+        "with its own shift", "NAME")
     shift: float | None = option(
         None, PROMPT, "shift of the noise schedule toward high noise", "X", gt=0, le=100)
-    cache: Annotated[str, AfterValidator(values.check_cache)] = option(
+    cache: Annotated[str, _parsed(
+        values.parse_cache,
+        "give a threshold from 0 to 100 after the colon, such as forecast:0.1")] = option(
         "none", PROMPT, "step cache, which skips most of the transformer at steps that change "
         "little: none, first-block, magnitude or forecast; a lower threshold is closer to the "
         "result without a cache", "METHOD[:THRESHOLD]")
-    readings: Annotated[str, AfterValidator(values.check_readings)] = option(
+    readings: Annotated[str, _parsed(
+        values.check_readings,
+        "give auto, none, or words and their replacements, such as bicylce=bicycle,taxi=car",
+    )] = option(
         "auto", PROMPT, "replacement of words that the model doesn't know: auto takes the nearest "
         "known word, none keeps them", "auto|none|WORD=KNOWN,...")
-    lora: Annotated[tuple[str, ...], PlainValidator(values.parse_loras)] = option(
+    lora: Annotated[tuple[str, ...], _parsed(
+        values.parse_loras, "give PATH or PATH:WEIGHT, or a list of them")] = option(
         (), PROMPT, "LoRA adapter; add @high or @low for one expert only; repeatable",
         "PATH[:WEIGHT]", basic=True)
-    settings: Annotated[dict[str, Any], PlainValidator(values.parse_settings)] = option(
+    settings: Annotated[dict[str, Any], _parsed(
+        values.parse_settings, "give a mapping, or a list of KEY=VALUE")] = option(
         {}, PROMPT, "model-specific setting; vidgen models lists them; repeatable",
         "KEY=VALUE", basic=True)
     latents: Any = option(
@@ -276,9 +302,12 @@ class Request(Options):
 
     image: OnePicture | None = option(None, CONDITIONS, "first frame", "IMAGE", basic=True)
     last_image: OnePicture | None = option(None, CONDITIONS, "last frame", "IMAGE", basic=True)
-    frame: Annotated[tuple[Any, ...], PlainValidator(values.parse_frames)] = option(
+    frame: Annotated[tuple[Any, ...], _parsed(
+        values.parse_frames, "give a list of pairs (seconds, picture)")] = option(
         (), CONDITIONS, "frame at a given time; repeatable", "SECONDS=IMAGE")
-    reference: Annotated[tuple[Any, ...], PlainValidator(values.parse_pictures)] = option(
+    reference: Annotated[tuple[Any, ...], _parsed(
+        values.parse_pictures, "give a picture or a list of pictures, each the path of a file, a "
+        "Pillow image, or a uint8 array [H, W, 3]")] = option(
         (), CONDITIONS, "reference image of a subject to show; repeatable", "IMAGE", basic=True)
     video: OneFile | None = option(
         None, CONDITIONS, "clip to start from (video to video)", "CLIP", basic=True)
@@ -304,13 +333,18 @@ class Request(Options):
     frames: int | None = option(
         None, LENGTH, "exact number of frames, 1 more than a multiple of the model's temporal "
         "stride; instead of --seconds", "N", ge=1, le=100_000)
-    fps: Annotated[Fraction, BeforeValidator(values.parse_fps)] | None = option(
+    fps: Annotated[Fraction, _parsed(
+        values.parse_fps, "give a number, or a fraction such as 24000/1001", BeforeValidator)
+    ] | None = option(
         None, LENGTH, "frames per second, such as 12 or 24000/1001", "F", ge=1, le=240)
-    size: Annotated[tuple[int, int], PlainValidator(values.parse_size)] | None = option(
+    size: Annotated[
+        tuple[int, int],
+        PlainValidator(values.parse_size, json_schema_input_type=str)] | None = option(
         None, LENGTH, "width and height in pixels", "WxH", basic=True)
     fit: Fit = option("crop", LENGTH, "crop or pad pictures of another aspect ratio")
 
-    audio: Annotated[Any, PlainValidator(values.parse_audio, json_schema_input_type=str)] = option(
+    audio: Annotated[Any, _parsed(
+        values.parse_file, "give none, generate or the path of a file")] | None = option(
         None, SOUND, "none, generate (by the model) or an audio file; default: generate if the "
         "model makes sound", "none|generate|FILE", basic=True)
     audio_loop: bool | None = option(
@@ -322,7 +356,8 @@ class Request(Options):
         max_length=4096)
     audio_prompt: str | None = option(
         None, SOUND, "prompt for --audio-model; default: PROMPT", "TEXT", max_length=MAX_PROMPT)
-    say: Annotated[tuple[Any, ...], PlainValidator(values.parse_said)] = option(
+    say: Annotated[tuple[Any, ...], _parsed(
+        values.parse_said, "give a list of texts or pairs (seconds, text)")] = option(
         (), SOUND, "speech at a time, or after the previous line; @FILE is recorded speech; "
         "repeatable", "[SECONDS=]TEXT|@FILE", basic=True)
     voice: str | None = option(

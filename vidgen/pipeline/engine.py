@@ -27,7 +27,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import StepInfo
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by, best_dtype, choose_device
-from vidgen.core.values import Attention, check_file
+from vidgen.core.values import Attention
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState
 from vidgen.media.clip import Clip
@@ -103,10 +103,9 @@ def load(
     from vidgen.pipeline.parallel.devices import start_devices
     from vidgen.weights.layouts import open_model
 
-    check_file("model", model)
     policy = policy or policy_from_environment()
     signer_info()  # refuse one that can't sign before a clip is made
-    asked = Loading(model=os.fspath(model), dtype=dtype, offload=offload,  # type: ignore[arg-type]
+    asked = Loading(model=model, dtype=dtype, offload=offload,  # type: ignore[arg-type]
                     quantize=quantize, devices=devices, shard=shard, tiles=tiles,
                     attention=attention)
     if shard and asked.offload is None:

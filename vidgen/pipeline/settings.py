@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vidgen.core.errors import InputError, ModelError, OptionError, nearest
+from vidgen.core.errors import InputError, ModelError, OptionError, nearest, quoted
 from vidgen.core.request import OWN_AUDIO, Request
-from vidgen.core.values import check_flag, check_number
+from vidgen.core.values import check_number
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -128,7 +128,9 @@ def check_settings(request: Request, folder: ModelFolder) -> None:
 
 def _check(setting: Setting, value: Value) -> None:
     if setting.kind is bool:
-        check_flag(setting.name, value)
+        if not isinstance(value, bool | None):
+            raise OptionError(f"{setting.name} is {quoted(value)}; give True or False",
+                              setting.name)
     else:
         low, high = setting.kind(setting.low), setting.kind(setting.high)
         check_number(setting.name, value, low, high, whole=setting.kind is int)
