@@ -5,8 +5,7 @@
 
 Memory is the peak of the resident size above that after the imports. Without --threads, time is
 that which the process's threads were given, with one thread for torch, so that other programs on
-the machine weigh little; decoding and encoding are then compared as work, together. With it, all
-times are those on the wall, in which encoding runs beside decoding. Clips are in the processor's
+the machine weigh little. With it, all times are those on the wall. Clips are in the processor's
 best dtype where none is named.
 """
 
@@ -124,13 +123,11 @@ def measure(clip: dict[str, Any], folder: Path, threads: int | None) -> dict[str
     return json.loads(done.stdout)
 
 
-def compare(result: dict[str, Any], *, wall: bool) -> dict[str, Any]:
+def compare(result: dict[str, Any]) -> dict[str, Any]:
     """Predicted, real and their ratio, of memory, of time, and of the stages."""
     made, spent = result["made"], result["spent"]
     seconds = {stage["name"]: stage["seconds"] for stage in made["stages"]}
-    # the encoder's work is in the process's time, although it runs beside the decoder
-    mux_s = seconds.pop("mux")
-    seconds["write"] = seconds.pop("decode") + (mux_s if wall else made["encoder_s"])
+    seconds["write"] = seconds.pop("decode")
     pairs = {"bytes": (made["peak_bytes"], result["peak"]),
              "seconds": (round(sum(seconds.values()), 3), round(sum(spent.values()), 3))}
     compared: dict[str, Any] = {}
@@ -157,16 +154,11 @@ def main() -> None:
     from vidgen.core.runtime import atomic_write, best_dtype, fingerprint
     from vidgen.pipeline.loader import DTYPES
     from vidgen.pipeline.timing import known_rates, measure_rates
+    from vidgen.weights.layouts import open_model
 
     torch.set_num_threads(args.threads or 1)
     device = torch.device("cpu")
     clips = {name: clip for name, clip in CLIPS.items() if name in (args.only or CLIPS)}
-    kinds = {DTYPES[clip.get("dtype", best_dtype(device))] for clip in clips.values()}
-    if any(clip["model"] == "wide" for clip in clips.values()):
-        kinds.add(torch.float32)  # of its VAE
-    for kind in kinds:
-        if args.threads or known_rates(device, kind) is None:  # rates on the wall age
-            measure_rates(device, kind)
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -174,7 +166,11 @@ def main() -> None:
         if any(clip["model"] == "wide" for clip in clips.values()):
             build_wide(folder / "wide")
         for title, clip in clips.items():
-            results[title] = compare(measure(clip, folder, args.threads), wall=bool(args.threads))
+            model = open_model(str(folder / "wide") if clip["model"] == "wide" else clip["model"])
+            kind = DTYPES[clip.get("dtype", best_dtype(device))]
+            if args.threads or known_rates(model, device, kind) is None:  # rates on the wall age
+                measure_rates(model, device, kind)
+            results[title] = compare(measure(clip, folder, args.threads))
             found = results[title]
             line = "  ".join(
                 f"{what} x {found[what]['ratio']:.2f} {'ok ' if found[what]['within'] else 'OFF'}"

@@ -194,8 +194,8 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(folder, mo
         pass
     message = str(error.value)
     assert not loaded
-    assert re.search(r"tiny's weights need [\d.]+ MB on cpu \(bf16, not quantised, offload none\), "
-                     r"[\d.]+ MB are free; these fit: --offload stage \(", message)
+    assert re.search(r"tiny's weights need [\d.]+ MB on cpu \(--dtype bf16 --offload none\), "
+                     r"[\d.]+ MB are free; these fit: --dtype bf16 --offload stage \(", message)
     assert "--offload block" in message
 
 
@@ -203,9 +203,9 @@ def test_only_what_does_fit_is_named(folder, monkeypatch):
     block = parts_of(folder, "block", torch.float32)
     have = block.needed_bytes(dtype=torch.bfloat16)
     monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: have)
-    with pytest.raises(ModelError, match=r"fit: --offload block --dtype bf16 \([^)]*\)$"):
+    with pytest.raises(ModelError, match=r"fit: --dtype bf16 --offload block \([^)]*\)$"):
         block.check()
-    with pytest.raises(ModelError, match=r"fit: --offload block \([^)]*\)$"):
+    with pytest.raises(ModelError, match=r"fit: --dtype bf16 --offload block \([^)]*\)$"):
         parts_of(folder, "stage").check()
     monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: 1000)
     with pytest.raises(ModelError, match=r"no other setting fits"):

@@ -60,7 +60,7 @@ def test_what_is_here_is_read(tiny_model: Path) -> None:
 def test_a_clip_is_planned_before_its_model_is_fetched(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vidgen.cli.plan._rates", lambda *_: None)
+    monkeypatch.setattr("vidgen.pipeline.timing.measure_rates", lambda *_: None)
     monkeypatch.setattr("vidgen.core.runtime.available_memory", lambda *_: 16 << 30)
     words = ["plan", "a heron", "--dtype", "bf16", "--frames", "17", "--size", "480x256", "--json"]
     assert main([*words, "--model", "Wan-AI/Wan2.2-TI2V-5B"]) == 0

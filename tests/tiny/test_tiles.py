@@ -193,7 +193,7 @@ def test_extend_and_plan_take_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logging.disable(logging.WARNING)
-    monkeypatch.setattr("vidgen.cli.plan._rates", lambda *_: None)
+    monkeypatch.setattr("vidgen.pipeline.timing.measure_rates", lambda *_: None)
     clip, longer = tmp_path / "x.mkv", tmp_path / "longer.mkv"
     engine.generate(PROMPT, **OPTIONS, frames=9).save(clip)
     assert main(["extend", str(clip), "--seconds", "0.5", "--tiles", "1x2", "-o", str(longer)]) == 0

@@ -6,7 +6,7 @@ import pytest
 
 from vidgen.pipeline.types import Clock
 
-STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 20.0, "mux": 10.0}
+STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 30.0}
 
 
 def estimated(measured=True):

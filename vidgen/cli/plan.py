@@ -10,15 +10,12 @@ from vidgen.cli.options import Parser, given_options
 from vidgen.cli.report import LONG_S, Report
 
 if TYPE_CHECKING:
-    import torch
-
-    from vidgen.pipeline.timing import Rates
     from vidgen.pipeline.types import Estimate
 
 DESCRIPTION = (
     "Estimate the time and memory that `vidgen generate` takes with the same options. The first "
-    "call on a machine measures it for some seconds. A clip that doesn't fit is refused, and the "
-    "message names one that does."
+    "call with a model measures the machine for some seconds. A clip that doesn't fit is refused, "
+    "and the message names one that does."
 )
 
 
@@ -31,10 +28,11 @@ def run(args: Namespace, report: Report) -> int:
     """Estimate time and memory, after measuring the machine once, and print a table."""
     from vidgen.core.request import Loading, Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
-    from vidgen.pipeline.loader import DTYPES, ModelLoader
+    from vidgen.pipeline.loader import DTYPES
     from vidgen.pipeline.plan import require_models, require_own_model, settle
     from vidgen.pipeline.policy import enforce, policy_from_environment
     from vidgen.pipeline.setups import choose
+    from vidgen.pipeline.timing import known_rates, measure_rates
     from vidgen.weights.layouts import open_model
     from vidgen.weights.published import is_here, published
 
@@ -49,27 +47,17 @@ def run(args: Namespace, report: Report) -> int:
     require_models(request, folder)
     loading = Loading(**given_options(args, Loading))
     plan, dtype = settle(folder, request, loading.devices), loading.dtype or best_dtype(device)
-    kind = DTYPES[dtype]
-    used = {kind, ModelLoader(folder, device, kind).dtype_of("vae")}
-    rates = {each: _rates(device, each, report) for each in used}
+    if known_rates(folder, device, DTYPES[dtype]) is None:
+        report.note(f"measuring this machine with {folder.name} in {dtype}, once")
+        measure_rates(folder, device, DTYPES[dtype])
     have = available_memory(device)
-    made = choose(folder, plan, request, loading, device, have, rates=rates, dtype=dtype)
+    made = choose(folder, plan, request, loading, device, have)
     if (args.devices or 1) > 1:
         report.note("time and memory are estimated for one device")
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
                    "width": plan.width, "height": plan.height, "num_frames": plan.num_frames,
                    "num_steps": plan.num_steps}, _table(made, have))
     return 0
-
-
-def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
-    from vidgen.pipeline.timing import known_rates, measure_rates
-
-    found = known_rates(device, dtype)
-    if found is None:
-        report.note(f"measuring this machine in {str(dtype).removeprefix('torch.')}, once")
-        found = measure_rates(device, dtype)
-    return found
 
 
 def _table(made: Estimate, have: int | None) -> str:
@@ -81,7 +69,6 @@ def _table(made: Estimate, have: int | None) -> str:
     if made.total_s > LONG_S:
         lines[-1] += f"  ({time_text(made.total_s)})"
     free = "" if have is None else f", {size_text(have)} free"
-    lines.append(f"with {made.setup.words}{free}")
-    lines.append(f"{made.kept_frames} frames, up to {size_text(made.disk_bytes)} on disk")
+    lines.append(f"{made.kept_frames} frames with {made.setup.words}{free}")
     lines += [made.choice] if made.choice else []
     return "\n".join([*lines, *made.notes])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen.core.errors import InputError, OutputError
-from vidgen.core.runtime import check_output, size_text, time_text
+from vidgen.core.runtime import check_output, time_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -233,17 +233,15 @@ def elapsed_text(seconds: float) -> str:
 
 
 def long_text(made: Sequence[Estimate], *, parallel: bool = False) -> str | None:
-    """Return a line with a run's time, frames and disk space; None for a short run.
+    """Return a line with a run's time and frames; None for a short run.
 
     With `parallel` several clips are made at a time, in less than the sum of their times.
     """
     seconds = sum(each.total_s for each in made)
     if seconds <= LONG_S:
         return None
-    frames, disk = (sum(getattr(each, name) for each in made)
-                    for name in ("kept_frames", "disk_bytes"))
+    frames = sum(each.kept_frames for each in made)
     guess = "" if all(each.measured for each in made) else (
         " (estimate for a typical machine; run vidgen plan to calibrate)")
     work = " of work, shared by the workers," if parallel else ""
-    return (f"this takes about {time_text(seconds)}{work} for {frames} frames, and up to "
-            f"{size_text(disk)} on disk{guess}")
+    return f"this takes about {time_text(seconds)}{work} for {frames} frames{guess}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
-from vidgen.pipeline.types import Offload
+from vidgen.pipeline.types import Offload, Setup
 from vidgen.weights.component import ExpertRole, Role, fp32_parts
 from vidgen.weights.folder import student_parts
 from vidgen.weights.load import trim_memory
@@ -205,12 +206,15 @@ class ModelLoader:
         need = self.needed_bytes(role) - (present if self.offload == "none" else 0)
         if need <= have:
             return
-        fits = self._what_fits(have + present)
-        remedy = (f"these fit: {', or '.join(fits)}" if fits else
-                  "no other setting fits: free memory or use a smaller model")
+        setup = Setup(self.device, _NAMES[self.dtype], self.offload, self.quantize)
+        fits = []
+        for other in other_setups(setup):
+            size = self.needed_bytes(offload=other.offload, dtype=DTYPES[other.dtype],
+                                     quantize=other.quantize or "none")
+            if size <= have + present:
+                fits.append(f"{other.words} ({size_text(size)})")
         raise ModelError(f"{self.folder.name}'s weights need {size_text(need)} on {self.device} "
-                         f"({_NAMES[self.dtype]}, {self.quantize or 'not quantised'}, offload "
-                         f"{self.offload}), {size_text(have)} are free; {remedy}")
+                         f"({setup.words}), {size_text(have)} are free; {remedy(fits)}")
 
     def _get(self, role: Role) -> Any:
         if role not in self.folder.components:
@@ -264,21 +268,21 @@ class ModelLoader:
         sizes = [weights.num_bytes(names) for names in blocks_of(weights.tensors).values()]
         return max(0, sum(sizes) * (self.mesh.size() - 1) // self.mesh.size() - 2 * max(sizes))
 
-    def _what_fits(self, have: int) -> list[str]:
-        """Return command line options that fit; those that change results come last."""
-        narrow = [self.dtype] if self.dtype.itemsize == 2 else [self.dtype, torch.bfloat16]
-        kinds: tuple[Quantization | Literal["none"], ...] = ("none", "int8")
-        found = []
-        for quantize, dtype, offload in product(kinds, narrow, get_args(Offload)):
-            if quantize == "int8" and (offload == "block" or dtype == torch.float16):
-                continue
-            need = self.needed_bytes(offload=offload, dtype=dtype, quantize=quantize)
-            if need <= have:
-                words = [f"--offload {offload}"] if offload != "none" else []
-                words += [f"--dtype {_NAMES[dtype]}"] if dtype != self.dtype else []
-                words += ["--quantize int8"] if quantize != "none" else []
-                found.append(f"{' '.join(words) or 'no --quantize'} ({size_text(need)})")
-        return found
+
+def other_setups(setup: Setup) -> Iterator[Setup]:
+    """Yield the setups that need as much memory or less; those that change results come last."""
+    kinds: tuple[Quantization | None, ...] = (None, "int8")
+    dtypes = ["fp32", "bf16"] if setup.dtype == "fp32" else [setup.dtype]
+    for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
+        if quantize is None or (offload != "block" and dtype != "fp16"):
+            yield replace(setup, dtype=dtype, offload=offload, quantize=quantize)
+
+
+def remedy(fits: Sequence[str]) -> str:
+    """Return the end of a message that names settings that fit the memory."""
+    if fits:
+        return f"these fit: {', or '.join(fits)}"
+    return "no other setting fits: free memory or use a smaller model"
 
 
 def _saved(weights: Weights, name: str) -> int:

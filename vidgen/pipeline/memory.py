@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ import torch
 from vidgen.core.shapes import Tiles
 from vidgen.diffusion.state import sound_span
 from vidgen.media.ending import read_ending
-from vidgen.media.write import PIXELS_PER_BYTE
 from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.tokenizer import read_as
@@ -38,17 +36,14 @@ from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.timing import (
     LOAD_BYTES_PER_S,
     NOMINAL,
-    WRITE_PIXELS_PER_S,
-    Rates,
     VAEPart,
     known_rates,
-    listening_ops,
-    network_ops,
-    transformer_ops,
-    vae_ops,
+    network_flops,
+    transformer_flops,
+    vae_flops,
     vae_parts,
 )
-from vidgen.pipeline.types import Estimate, Offload, Plan, Setup, StageEstimate
+from vidgen.pipeline.types import Estimate, Plan, Setup, StageEstimate
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -63,12 +58,8 @@ returns pieces from 32 MB on at once, so that both stop growing.
 """
 ENCODER_BYTES, ENCODER_BYTES_PER_PIXEL = 6_000_000, 200
 """Memory of a video encoder: x264 holds some dozens of planes."""
-STATE_TENSORS = 4
-"""Largest number of tensors of a window's size in a sampler's state."""
 BUILDING_S = 0.4
 """Time to create the networks' empty modules, with Python's imports."""
-REFINE_PASSES = 2.5
-"""Time of a step of `refine_first`, in passes of the decoder."""
 
 
 class Window(NamedTuple):
@@ -81,14 +72,12 @@ class Window(NamedTuple):
     has_given: bool  # whether frames are given, as guidance counts them
 
 
-@dataclass(frozen=True)
-class Passes:
+class Passes(NamedTuple):
     """The work of one clip."""
 
     windows: tuple[Window, ...]
     # (frames, rate) of each video or still that the VAE encodes, of all windows
     encoded: tuple[tuple[int, int], ...]
-    refined: int  # first frames whose latents are refined
     decoded: int  # latent frames, without `shown`
     shown: int  # latent frames that later windows decode to continue from
     kept: int  # frames that are written
@@ -100,22 +89,26 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     if request.prefix is not None:
         begun = _beginning(folder, plan, os.fspath(request.prefix))
     spans = tail.windows_after(begun, plan, request, folder)
-    encoded, shown, total = list[tuple[int, int]](), 0, spans[-1][1] if spans else begun.num_given
+    windows, encoded = list[Window](), list[tuple[int, int]]()
+    made, total, shown = begun.num_given, spans[-1][1] if spans else begun.num_given, 0
     if begun.hand_over == "pixels":
         encoded.append((1 + (begun.num_given - 1) * t, plan.oversampling))
-    windows, refined, made = list[Window](), 0, begun.num_given
     for start, stop in spans:
         frames, known = 1 + (stop - start - 1) * t, made - start
-        first, new_from = (begun.num_gone + start) * t, 1 + (known - 1) * t if known else 0
-        new = range(first + new_from, first + frames)
-        pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
-        stills, own = _conditions(folder, plan, request, frames, *pictures)
+        first = (begun.num_gone + start) * t
+        new = range(first + (1 + (known - 1) * t if known else 0), first + frames)
+        inside = [at for seconds, _ in request.frame if (at := round(seconds * plan.fps)) in new]
+        begins = not known and (request.begins_with_image or bool(request.first_frame_model))
+        in_place = begins + inside.count(0)
+        later = (stop == total and request.last_image is not None) + len(inside) - inside.count(0)
+        stills, own = _conditions(folder, plan, request, frames, in_place, later)
         stills += known > 0 and tail.keeps_to_start(folder, request)
         has_given = (folder.defaults.history_noise == 0 if known else
-                     sum(pictures) > 0 and request.mask is None)
+                     in_place + later > 0 and request.mask is None)
         finer = plan.rate.after(start).num_upsampled(stop - start)
         windows.append(Window(stop - start + stills, finer + stills,
                               *_num_passes(folder, plan, has_given=has_given), has_given))
+        encoded += own
         if known and plan.oversampling > 1:  # the earlier frames, at the other rate
             past = max(tail.TAIL_FRAMES, (known + 1) * plan.oversampling)
             encoded.append((1 + (past // plan.oversampling - 1) * t, 1))
@@ -123,11 +116,9 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         if known and folder.conditioning == "control":  # the earlier frames, as a clip of their own
             encoded.append((frames, 1))
             shown += tail.TAIL_FRAMES
-        encoded += own
-        refined += pictures[0] if folder.conditioning == "tokens" else 0
         made = stop
-    kept = max(plan.kept_frames - begun.num_frames, 1)
-    return Passes(tuple(windows), tuple(encoded), refined, total, shown, kept)
+    return Passes(tuple(windows), tuple(encoded), total, shown,
+                  max(plan.kept_frames - begun.num_frames, 1))
 
 
 def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[int, int]:
@@ -144,21 +135,13 @@ def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[in
     return sum(passes[:split]), sum(passes[split:])
 
 
-def _pictures(
-    plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
-) -> tuple[int, int]:
-    """Count a window's given frames: those at its beginning (in place), and later ones."""
-    inside = [at for seconds, _ in request.frame if (at := round(seconds * plan.fps)) in new]
-    first = begins and (request.begins_with_image or bool(request.first_frame_model))
-    last = ends and request.last_image is not None
-    in_place = first + inside.count(0)
-    return in_place, last + len(inside) - inside.count(0)
-
-
 def _conditions(
-    folder: ModelFolder, plan: Plan, request: Request, frames: int, in_place: int, stills: int
+    folder: ModelFolder, plan: Plan, request: Request, frames: int, in_place: int, later: int
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Count a window's latent frames of stills; list (frames, rate) of all that it encodes."""
+    """Count a window's latent frames of stills; list (frames, rate) of all that it encodes.
+
+    `in_place` stills are the window's first frame, `later` ones follow it.
+    """
     references, still, once = len(request.reference), (1, 1), (frames, 1)
     each = [once] if plan.oversampling == 1 else [once, (frames, plan.oversampling)]
     whole = list[tuple[int, int]]()
@@ -167,7 +150,7 @@ def _conditions(
     match folder.conditioning:
         case "tokens":
             whole += each * (request.mask is not None)
-            return stills + references, whole + [still] * (in_place + stills + references)
+            return later + references, whole + [still] * (in_place + later + references)
         case "channels":
             return 0, [*whole, once]
         case "control":
@@ -235,12 +218,6 @@ def vae_bytes(
     return itemsize * (kept(middle) + max(live(middle), inside))
 
 
-def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> int:
-    """Count the peak of backpropagation through the decoder of one frame, norms included."""
-    middle, parts = vae_parts(config, rows, columns, decode=True)
-    return itemsize * sum(3 * sum(part.inputs) * part.pixels for part in (middle, *parts))
-
-
 def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
     """Count the sound decoder's peak for `latents` that it decodes at a time."""
     # its output and spectra, in float32 and float64, and windows of samples; with gains for tones
@@ -251,57 +228,51 @@ def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
 
 
 def estimate(
-    folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *,
-    rates: Mapping[torch.dtype, Rates] | None = None, count: int = 1,
+    folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *, count: int = 1
 ) -> Estimate:
     """Estimate a generation of `count` clips from a model's file headers alone.
 
-    A dtype that `rates` lacks has the rates measured earlier, or else a typical machine's.
+    Time is by the rates measured earlier, or else those of a typical machine.
     """
-    job = _Counting(folder, plan, request, setup, rates or {}, count)
-    job.load()
-    job.text()
-    job.prepare()
-    job.denoise()
-    if job.makes_sound:
-        job.sound()
-    encoder_s = job.decode()
+    clip, stages, freed = _Clip(folder, plan, request, setup), list[StageEstimate](), 0
+    for name, once_s, live, roles in clip.stages():
+        seconds, quantize = once_s, setup.quantize or "none"
+        if setup.offload == "none":
+            held = clip.loader.needed_bytes(quantize=quantize)
+        else:
+            seconds += sum(map(clip.load_s, roles))
+            held = max((clip.loader.needed_bytes(role, quantize=quantize) for role in roles),
+                       default=0)
+        if clip.on_cpu:
+            held += KERNELS_BYTES + min(int(freed + HOLES * (freed + live)), MOST_KEPT)
+            freed += live
+        times = 1 if name in ("load", "text") else count
+        stages.append(StageEstimate(name, times * seconds, held + live))
+    measured = clip.rates is not NOMINAL
     notes = {
         "the first frame's own generation is not counted": request.first_frame_model,
         "adapters are not counted": request.lora,
         "sound by --audio-model is not counted": request.audio_model,
         f"upper bound: the steps that --cache {request.cache} skips depend on the clip":
             request.cache != "none",
-        "estimate for a typical machine; run vidgen plan to calibrate": not job.measured,
+        "estimate for a typical machine; run vidgen plan to calibrate": not measured,
     }
-    return Estimate(tuple(job.stages), setup, encoder_s=count * encoder_s,
-                    kept_frames=count * job.passes.kept, disk_bytes=count * job.disk(),
-                    measured=job.measured,
-                    notes=tuple(note for note, holds in notes.items() if holds))
+    return Estimate(tuple(stages), setup, count * clip.passes.kept, measured,
+                    tuple(note for note, holds in notes.items() if holds))
 
 
-class _Counting:
-    def __init__(
-        self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
-        rates: Mapping[torch.dtype, Rates], count: int,
-    ) -> None:
+class _Clip:
+    """Seconds and bytes of each stage of one clip, the weights' left out."""
+
+    def __init__(self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup) -> None:
         self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
-        self.count = count
         self.on_cpu, self.dtype = setup.device.type == "cpu", DTYPES[setup.dtype]
-        # without `quantize`, which needs torchao; `weight_bytes` passes it
+        # without `quantize`, which needs torchao
         self.loader = ModelLoader(folder, setup.device, self.dtype, setup.offload)
         self.vae: VAEConfig = folder.components["vae"].config
         self.dit: DiTConfig = folder.components["transformer"].config
-        self.vae_dtype = self.loader.dtype_of("vae")
-        self.rates, self.vae_rates = (
-            rates.get(dtype) or known_rates(setup.device, dtype) or NOMINAL
-            for dtype in (self.dtype, self.vae_dtype)
-        )
-        self.measured = self.rates.measured and self.vae_rates.measured
-        self.makes_sound = makes_sound(request, folder.tasks)
+        self.rates = known_rates(folder, setup.device, self.dtype) or NOMINAL
         self.passes = count_passes(folder, plan, request)
-        self.stages: list[StageEstimate] = []
-        self.freed = 0
         self.grid, self.pixels = (plan.latents.height, plan.latents.width), plan.width * plan.height
         self.frame_tokens = math.prod(self.grid) // self.dit.patch_size**2
         longest = max(len(text.encode()) for text in (plan.prompt, plan.negative))
@@ -309,152 +280,98 @@ class _Counting:
         self.image_tokens = 0
         if "image_encoder" in folder.components:
             self.image_tokens = folder.components["image_encoder"].config.num_tokens
-        frames = max((window.frames for window in self.passes.windows), default=0)
+        self.longest = max((window.frames for window in self.passes.windows), default=0)
         drawn = max((window.drawn for window in self.passes.windows), default=0)
-        followed = self.sound_latents(frames) if frames and request.follow_audio else 0
-        self.tokens, self.longest = drawn * self.frame_tokens + followed, frames
-        guidance = plan.guidance
-        branches = 1 + (not guidance.is_off) + (guidance.reference_scale > 0)
-        cached = TENSORS_HELD[request.cache.partition(":")[0]]
-        self.remembered = branches * cached * self.tokens * self.dit.hidden_dim
+        self.tokens = drawn * self.frame_tokens + self.followed(self.longest)
 
-    def load(self) -> None:
-        all_s = sum(map(self.load_s, self.folder.components))
-        self.add("load", BUILDING_S + all_s * (self.setup.offload == "none"), 0)
+    def stages(self) -> Iterator[tuple[str, float, int, Sequence[Role]]]:
+        """Yield each stage's name, seconds, live bytes, and the networks that it runs in turn."""
+        windows, sounds = self.passes.windows, makes_sound(self.request, self.folder.tasks)
+        loads = sum(map(self.load_s, self.folder.components))
+        yield "load", BUILDING_S + loads * (self.setup.offload == "none"), 0, ()
+        yield "text", *self.text(sounds), ("text_encoder",)
+        roles: list[Role] = ["vae"] if self.passes.encoded else []
+        roles += ["image_encoder"] if roles and self.image_tokens else []
+        yield "prepare", *self.prepare(), roles
+        audio = bool(self.request.follow_audio)
+        alone = boundary_of(self.folder, self.plan, has_audio=audio) is None
+        yield "denoise", *self.denoise(), EXPERTS[: 1 if alone else 2] * len(windows)
+        if sounds:
+            yield "sound", *self.sound(), (*EXPERTS[:1] * len(windows), "sound_vae")
+        yield "decode", *self.decode(), ("vae",)
 
-    def text(self) -> None:
+    def text(self, sounds: bool) -> tuple[float, int]:
+        """Count the prompt's encoding, and the negative one's."""
         encoder, tokens = self.folder.components["text_encoder"], self.text_tokens
         config = encoder.config
-        plan = sound_plan(self.plan, self.folder.defaults) if self.makes_sound else self.plan
-        ops = network_ops(encoder, config.hidden_dim, tokens, without="shared.")
+        plan = sound_plan(self.plan, self.folder.defaults) if sounds else self.plan
+        once = network_flops(encoder, tokens, without="shared.").seconds(self.rates)
         wide = 4 * tokens * max(config.ffn_dim * 3, config.hidden_dim * 6)
-        self.add("text", self.rates.seconds(ops) * (1 if plan.guidance.is_off else 2),
-                 wide + 8 * config.num_heads * tokens**2, "text_encoder")
+        live = wide + 8 * config.num_heads * tokens**2
+        return once * (1 if plan.guidance.is_off else 2), live
 
-    def prepare(self) -> None:
-        """Add encoding of the given pictures and clips, and refinement of first frames."""
-        steps, left = self.plan.refine_steps, self.passes.refined
-        left = 0 if self.setup.tiles or not steps else left
-        seconds, live = left * (1 + REFINE_PASSES * steps) * self.vae_s(1, 1), 0
-        if left:
-            live = refine_bytes(self.vae, *self.grid, self.vae_dtype.itemsize)
-        if self.passes.shown:
-            seconds += self.vae_s(self.passes.shown, self.plan.oversampling)
+    def prepare(self) -> tuple[float, int]:
+        """Count the encoding of given pictures and clips."""
+        passes, shown, live = self.plan.encode_passes, self.passes.shown, 0
+        seconds = self.vae_s(shown, self.plan.oversampling) if shown else 0.0
         for frames, rate in self.passes.encoded:
-            is_refined = frames == 1 and left > 0
-            left -= is_refined
-            again = 0 if is_refined else self.plan.encode_passes - 1
-            latent = 1 + (frames - 1) * rate // self.vae.strides.t
-            seconds += (1 + again) * self.vae_s(latent, rate, decode=False)
-            seconds += again * self.vae_s(latent, rate)
+            latents = 1 + (frames - 1) * rate // self.vae.strides.t
+            seconds += passes * self.vae_s(latents, rate, decode=False)
             # later passes decode the latents and encode the result at the same time
             held = sum(self.vae_bytes(rate, decode=decode, whole=frames > 1)
-                       for decode in (False, True)[: 2 if again else 1])
+                       for decode in (False, True)[: min(passes, 2)])
             # the clip as floats, twice while it is scaled, and in the VAE's dtype
-            live = max(live, held + 3 * frames * self.pixels * (9 + self.vae_dtype.itemsize))
-        roles: list[Role] = ["vae", "image_encoder"] if self.passes.encoded else []
-        if roles and self.image_tokens:
+            each = 9 + self.loader.dtype_of("vae").itemsize
+            live = max(live, held + 3 * frames * self.pixels * each)
+        if self.passes.encoded and self.image_tokens:
             encoder = self.folder.components["image_encoder"]
-            seconds += self.rates.seconds(
-                network_ops(encoder, encoder.config.hidden_dim, self.image_tokens))
-        self.add("prepare", seconds, live, *roles)
+            seconds += network_flops(encoder, self.image_tokens).seconds(self.rates)
+        return seconds, live
 
-    def denoise(self) -> None:
-        windows, folder = self.passes.windows, self.folder
+    def denoise(self) -> tuple[float, int]:
         seconds = sum(window.above * self.pass_s(window.frames)
-                      + window.below * self.pass_s(window.drawn) for window in windows)
-        timed = self.request.mask is not None and folder.conditioning == "tokens"
-        live = self.remembered * self.dtype.itemsize
-        live += self.pass_bytes(self.tokens, timed_tokens=timed)
-        alone = boundary_of(folder, self.plan, has_audio=bool(self.request.follow_audio)) is None
-        self.add("denoise", seconds, live, *EXPERTS[: 1 if alone else 2] * len(windows))
+                      + window.below * self.pass_s(window.drawn) for window in self.passes.windows)
+        guidance = self.plan.guidance
+        branches = 1 + (not guidance.is_off) + (guidance.reference_scale > 0)
+        cached = branches * TENSORS_HELD[self.request.cache.partition(":")[0]]
+        timed = self.request.mask is not None and self.folder.conditioning == "tokens"
+        live = cached * self.tokens * self.dit.hidden_dim * self.dtype.itemsize
+        return seconds, live + self.pass_bytes(self.tokens, timed_tokens=timed)
 
-    def sound(self) -> None:
-        """Add the model's own sound: all candidates drawn together, one of which is kept.
+    def sound(self) -> tuple[float, int]:
+        """Count the model's own sound: all candidates drawn together, one of which is kept.
 
         Each window's picture passes once, its sounds pass at every step.
         """
-        vae, audio = self.folder.components["sound_vae"], self.dit.audio
-        windows = self.passes.windows
-        assert audio is not None
+        vae, windows = self.folder.components["sound_vae"], self.passes.windows
         takes = drawn_at_once(self.folder, self.plan.sound_candidates)
-        decodes = 1 if takes == 1 else 1 + takes  # each to be scored, then the best one
-        whole = self.sound_latents(self.passes.decoded)
-        seconds = decodes * self.rates.seconds(network_ops(
-            vae, vae.config.decoder_dim, whole * vae.config.frames_per_token, without="encoder."))
+        whole, sounds = self.sound_latents(self.passes.decoded), self.sound_latents(self.longest)
+        decoded = network_flops(vae, whole * vae.config.frames_per_token, without="encoder.")
+        seconds = (1 if takes == 1 else 1 + takes) * decoded.seconds(self.rates)
         plan = sound_plan(self.plan, self.folder.defaults)
-        passes = [len(plan.guidance.branches_at(sigma)) for sigma in sigmas_of(plan).tolist()[:-1]]
+        passes = sum(len(plan.guidance.branches_at(s)) for s in sigmas_of(plan).tolist()[:-1])
         for window in windows:
-            tokens, seconds = self.sound_latents(window.frames), seconds + self.pass_s(window.drawn)
-            seen = tokens + window.drawn * self.frame_tokens
-            for count, keys in ((len(passes), seen), (sum(passes) - len(passes), tokens)):
-                seconds += count * self.rates.seconds(listening_ops(
-                    self.dit, audio, tokens, keys, self.text_tokens + 1, takes))
-        sounds = takes * self.sound_latents(self.longest) if windows else 0
+            heard = transformer_flops(
+                self.dit, 0, 0, self.text_tokens, sound_tokens=self.sound_latents(window.frames),
+                seen=window.drawn * self.frame_tokens)
+            seconds += self.pass_s(window.drawn) + passes * takes * heard.seconds(self.rates)
         # keys and values of the picture, copied for each take
         layer = 2 * self.tokens * self.dit.hidden_dim * self.dtype.itemsize
         listening = self.dit.num_layers * layer + max(
-            self.pass_bytes(self.tokens), self.pass_bytes(sounds) + takes * layer)
-        at_once = max(min(whole, SOUND_AT_ONCE), sounds if takes > 1 else 0)
-        decoding = sound_bytes(vae.config, at_once, self.loader.dtype_of("sound_vae").itemsize)
-        self.add("sound", seconds, max(listening, decoding), *EXPERTS[:1] * len(windows),
-                 "sound_vae")
+            self.pass_bytes(self.tokens), self.pass_bytes(takes * sounds) + takes * layer)
+        at_once = max(min(whole, SOUND_AT_ONCE), takes * sounds if takes > 1 else 0)
+        itemsize = self.loader.dtype_of("sound_vae").itemsize
+        return seconds, max(listening, sound_bytes(vae.config, at_once, itemsize))
 
-    def decode(self) -> float:
-        """Add decoding, and the time that writing adds to it; return the encoder's seconds."""
-        plan, kept = self.plan, self.passes.kept
-        decode_s = self.vae_s(plan.rate.num_upsampled(self.passes.decoded), plan.oversampling)
+    def decode(self) -> tuple[float, int]:
+        """Count decoding; the frames are encoded at the same time, which takes less."""
+        plan = self.plan
+        seconds = self.vae_s(plan.rate.num_upsampled(self.passes.decoded), plan.oversampling)
         live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
         # a chunk's frames: as floats, as bytes, and queued for the encoder
         live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
         live += ENCODER_BYTES + ENCODER_BYTES_PER_PIXEL * self.pixels if self.on_cpu else 0
-        self.add("decode", decode_s, live, "vae")
-        work, cores = kept * self.pixels / WRITE_PIXELS_PER_S, os.cpu_count() or 1
-        shared = decode_s * torch.get_num_threads() if self.on_cpu else 0.0
-        wall = max(decode_s, work / min(4, cores), (shared + work) / cores)
-        # the last frames are written after decoding has ended
-        added = max(wall - decode_s, work * min(self.vae.strides.t, kept) / kept)
-        self.stages.append(StageEstimate("mux", self.count * added, self.stages[-1].bytes))
-        return work
-
-    def disk(self) -> int:
-        """Count an upper bound of the file and its journal, without sound.
-
-        The journal keeps the clip in segments, float32 latents of windows and of the whole clip,
-        and the sampler's state, whose next version is written before the old one is removed.
-        """
-        film = self.pixels * self.passes.kept // PIXELS_PER_BYTE
-        frames = self.plan.latents.num_frames
-        whole = math.prod(self.plan.latents.dims) * self.plan.rate.num_upsampled(frames)
-        state = STATE_TENSORS * whole // frames * self.longest // frames
-        return 2 * (film + 4 * (whole // frames + state + self.remembered))
-
-    def add(self, name: str, seconds: float, live: int, *roles: Role) -> None:
-        """Add a stage of `seconds` per clip and `live` bytes, in which `roles` run in turn."""
-        if self.setup.offload == "none":
-            held = sum(map(self.weight_bytes, self.folder.components))
-        else:
-            present = [role for role in roles if role in self.folder.components]
-            seconds += sum(map(self.load_s, present))
-            held = max(map(self.weight_bytes, present), default=0)
-        if self.on_cpu:
-            kept = int(self.freed + HOLES * (self.freed + live))
-            held += KERNELS_BYTES + min(kept, MOST_KEPT)
-            self.freed += live
-        count = 1 if name in ("load", "text") else self.count
-        self.stages.append(StageEstimate(name, count * seconds, held + live))
-
-    def weight_bytes(self, role: Role) -> int:
-        """Count a network's weights, except parts of a mapped file that are never read."""
-        offload: Offload = "block" if self.setup.offload == "block" else "stage"
-        size = self.loader.needed_bytes(
-            role, offload=offload, quantize=self.setup.quantize or "none")
-        idle = {"text_encoder": "shared.", "vae": "-" if self.passes.encoded else "encoder."}
-        weights = self.loader.weights(role, self.dtype)
-        if role not in idle or not self.on_cpu or self.setup.quantize or not weights.stay_mapped:
-            return size
-        return size - weights.num_bytes(name for name in weights.tensors
-                                        if name.startswith(idle[role]))
+        return seconds, live
 
     def load_s(self, role: Role) -> float:
         """Return the time to load a network's weights; 0 if they are streamed in each pass."""
@@ -463,11 +380,9 @@ class _Counting:
         return 0.0 if streamed else size / LOAD_BYTES_PER_S
 
     def pass_s(self, frames: int) -> float:
-        seconds = self.rates.seconds(transformer_ops(
-            self.dit, frames, self.frame_tokens, self.text_tokens,
-            controlled=bool(self.dit.control_layers), image_tokens=self.image_tokens,
-            sound_tokens=self.sound_latents(frames) if self.request.follow_audio else 0,
-        ))
+        seconds = transformer_flops(
+            self.dit, frames, self.frame_tokens, self.text_tokens, image_tokens=self.image_tokens,
+            sound_tokens=self.followed(frames)).seconds(self.rates)
         read_s = self.folder.components["transformer"].tensors.num_bytes / LOAD_BYTES_PER_S
         if self.setup.offload == "block":  # a GPU computes while blocks load
             return seconds + read_s if self.on_cpu else max(seconds, read_s)
@@ -479,13 +394,18 @@ class _Counting:
                                  timed_tokens=timed_tokens)
 
     def vae_s(self, frames: int, rate: int, *, decode: bool = True) -> float:
-        return self.vae_rates.seconds(vae_ops(
-            self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles, rate=rate))
+        return vae_flops(self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles,
+                         rate=rate).seconds(self.rates)
 
     def vae_bytes(self, rate: int, *, decode: bool, whole: bool) -> int:
-        fused = self.on_cpu and self.vae_dtype in native.known_dtypes()
-        return vae_bytes(self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole,
+        dtype = self.loader.dtype_of("vae")
+        fused = self.on_cpu and dtype in native.known_dtypes()
+        return vae_bytes(self.vae, *self.grid, dtype.itemsize, decode=decode, whole=whole,
                          fused=fused, tiles=self.setup.tiles, rate=rate)
+
+    def followed(self, frames: int) -> int:
+        """Count the tokens of a sound that the picture follows."""
+        return self.sound_latents(frames) if self.request.follow_audio and frames else 0
 
     def sound_latents(self, frames: int) -> int:
         if "sound_vae" not in self.folder.components:

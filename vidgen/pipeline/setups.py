@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain, product
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -15,15 +16,13 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import attention_by, available_memory, best_dtype, size_text
 from vidgen.core.shapes import LatentShape, Tiles, latent_shape
 from vidgen.models.vae_tiles import grids
-from vidgen.pipeline.loader import DTYPES, ModelLoader
+from vidgen.pipeline.loader import DTYPES, ModelLoader, other_setups, remedy
 from vidgen.pipeline.memory import estimate
-from vidgen.pipeline.timing import Rates
 from vidgen.pipeline.types import Estimate, Offload, Plan, Setup
 
 if TYPE_CHECKING:
     from vidgen.core.request import Loading, Request
     from vidgen.weights.folder import ModelFolder
-    from vidgen.weights.quantize import Quantization
 
 SPARE = 0.25
 """Share of the free memory reserved for activations when a model is loaded."""
@@ -35,10 +34,9 @@ def first_setup(folder: ModelFolder, device: torch.device, asked: Loading) -> Se
 
     If no setup fits, return the one that needs the least memory.
     """
-    dtype, have = asked.dtype or best_dtype(device), available_memory(device)
-    for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked)):
-        setup = Setup(device, name, offload, asked.quantize)
-        weights = ModelLoader(folder, device, DTYPES[name], offload).needed_bytes(
+    have = available_memory(device)
+    for setup in chain(*_allowed(asked, device, asked.dtype or best_dtype(device), None)):
+        weights = ModelLoader(folder, device, DTYPES[setup.dtype], setup.offload).needed_bytes(
             quantize=asked.quantize or "none")
         if have is None or weights <= (1 - SPARE) * have:
             break
@@ -63,7 +61,6 @@ def preflight(
 def choose(
     folder: ModelFolder, plan: Plan, request: Request, asked: Loading, device: torch.device,
     have: int | None, *, dtype: str | None = None, count: int = 1,
-    rates: Mapping[torch.dtype, Rates] | None = None,
 ) -> Estimate:
     """Choose the fastest setup that fits, among those that `asked` leaves open.
 
@@ -74,36 +71,38 @@ def choose(
     Raises:
         ModelError: nothing fits the memory; the message lists settings that do.
     """
-    have = sys.maxsize if have is None else have
+    have, first = sys.maxsize if have is None else have, None
     dtype = dtype or asked.dtype or best_dtype(device)
     tiles = _given_tiles(asked.tiles, plan.latents)
-
-    def made(setup: Setup) -> Estimate:
-        with attention_by(asked.attention):
-            return estimate(folder, plan, request, setup, rates=rates, count=count)
-
-    first = None
-    for name in _dtypes(asked.dtype, dtype):
-        setups = [Setup(device, name, offload, asked.quantize, tiles)
-                  for offload in _offloads(asked)]
-        cut = setups if asked.tiles == "auto" else []
-        for found in chain(map(made, setups), (_tiled(setup, plan, have, made) for setup in cut)):
-            if found is not None and found.peak_bytes <= have:
-                if first is None:
-                    return found
-                return replace(found, choice=f"chose {found.setup.words}: {first.setup.words} "
-                               f"needs {size_text(first.peak_bytes)}, {size_text(have)} are free")
-            first = first or found
-    assert first is not None
+    made = partial(estimate, folder, plan, request, count=count)
     with attention_by(asked.attention):
+        for setups in _allowed(asked, device, dtype, tiles):
+            cut = setups if asked.tiles == "auto" else []
+            for found in chain(map(made, setups), (_tiled(each, plan, have, made) for each in cut)):
+                if found is not None and found.peak_bytes <= have:
+                    if first is None:
+                        return found
+                    return replace(found, choice=f"chose {found.setup.words}: {first.setup.words} "
+                                   f"needs {size_text(first.peak_bytes)}, {size_text(have)} are "
+                                   "free")
+                first = first or found
+        assert first is not None
         fits = [*_other_setups(first.setup, plan, have, made),
                 *_smaller_clips(first.setup, folder, plan, request, have)]
-    remedy = (f"these fit: {', or '.join(fits)}" if fits else
-              "no other setting fits: free memory or use a smaller model")
     stage = max(first.stages, key=lambda stage: stage.bytes)
     raise ModelError(f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
                      f"{size_text(stage.bytes)} on {device} in stage {stage.name!r} "
-                     f"({first.setup.words}), {size_text(have)} are free; {remedy}")
+                     f"({first.setup.words}), {size_text(have)} are free; {remedy(fits)}")
+
+
+def _allowed(
+    asked: Loading, device: torch.device, dtype: str, tiles: Tiles | None
+) -> Iterator[list[Setup]]:
+    """Yield the setups of each dtype that `asked` leaves open; those of `dtype` first."""
+    every: tuple[Offload, ...] = get_args(Offload)
+    offloads = (asked.offload,) if asked.offload else every[:2] if asked.quantize else every
+    for name in [dtype] if asked.dtype or dtype != "fp32" else ["fp32", "bf16"]:
+        yield [Setup(device, name, offload, asked.quantize, tiles) for offload in offloads]
 
 
 def _given_tiles(given: str, latents: LatentShape) -> Tiles | None:
@@ -115,15 +114,6 @@ def _given_tiles(given: str, latents: LatentShape) -> Tiles | None:
         raise InputError(f"tiles is {given}, but the clip has {latents.height}x{latents.width} "
                          "latents; give at most one tile per latent, or auto")
     return Tiles(rows, columns) if rows * columns > 1 else None
-
-
-def _dtypes(asked: str | None, best: str) -> list[str]:
-    return [best] if asked or best != "fp32" else ["fp32", "bf16"]
-
-
-def _offloads(asked: Loading) -> tuple[Offload, ...]:
-    known: tuple[Offload, ...] = get_args(Offload)
-    return (asked.offload,) if asked.offload else known[:2] if asked.quantize else known
 
 
 def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
@@ -140,12 +130,7 @@ def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
 
 def _other_setups(setup: Setup, plan: Plan, have: int, made: Made) -> Iterator[str]:
     """Yield setups that fit, in words; those that change results come last."""
-    kinds: list[Quantization | None] = [None, "int8"]
-    dtypes = _dtypes(None, setup.dtype)
-    for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
-        if quantize and (offload == "block" or dtype == "fp16"):
-            continue
-        other = replace(setup, dtype=dtype, offload=offload, quantize=quantize)
+    for other in other_setups(setup):
         found: Estimate | None = made(other)
         if found is not None and found.peak_bytes > have:
             found = _tiled(other, plan, have, made)

@@ -1,8 +1,8 @@
 """Estimate computing time: FLOPs of the architectures, divided by rates measured on the machine.
 
-A machine is measured once for each dtype and number of threads, in a few seconds. With one CPU
-thread the clock is that thread's own time, so that other programs don't count; otherwise it is wall
-time.
+Each model's networks are measured once for each dtype and number of threads, at small sizes, in a
+few seconds. With one CPU thread the clock is that thread's own time, so that other programs don't
+count; otherwise it is wall time.
 
 Axes: L tokens, S text tokens, D width, F latent frames.
 """
@@ -13,97 +13,86 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from vidgen.core.runtime import fingerprint, reuse_freed_memory
+from vidgen.core.runtime import fingerprint
 from vidgen.core.shapes import Tiles
 from vidgen.core.store import read_cache, write_cache
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.dit_types import AudioConfig, DiTConfig
-from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.vae import CausalVAE, VAEConfig, by_decoder
 from vidgen.models.vae_tiles import tile_areas
 from vidgen.ops import native
 from vidgen.ops.attention import attention
 from vidgen.ops.linear import pack
+from vidgen.pipeline.loader import ModelLoader
 from vidgen.weights.component import Component
 
-FORMAT = 12
+if TYPE_CHECKING:
+    from vidgen.weights.folder import ModelFolder
+
+FORMAT = 13
 CALIBRATION = "calibration"
 LOAD_BYTES_PER_S = 3e9
 """Speed of loading weights from files in the page cache."""
 IN_A_RUN = 1.15
 """Ratio of a network's time in a generation to its time alone, with warm processor caches."""
-WRITE_PIXELS_PER_S = 2e7
-"""Speed of a video encoder on one core."""
-_BUDGET_S, _LONG_S = 0.12, 1.0
-_TEXT = 16
-# cases to measure: heads and tokens of attention; (network, latent frames, side in latents)
+_BUDGET_S = 0.12
+# what is measured: heads and tokens of attention; latent frames, side in latents and text tokens of
+# the transformer, and its largest size; latent frames and side in latents of the VAE
 _ATTENTION = (4, 1900)
-_TRANSFORMERS = ((DIT_PRESETS["toybox"], 9, 16),
-                 (replace(DIT_PRESETS["wan-1.3b"], num_layers=1), 3, 24))
-_VAES = ((VAE_PRESETS["toybox"], 3, 16), (VAEConfig(16, 1, 192, (1,), 1, ()), 3, 48))
+_TRANSFORMER = (5, 24, 16)
+_LAYERS, _WIDTH = 2, 1536
+_VAE = (2, 10)
 
 
-class Op(NamedTuple):
-    """FLOPs of one kind; their rate includes the norms and activations between them."""
+class Flops(NamedTuple):
+    """FLOPs of each kind, with the norms and activations between them; or FLOPs per second."""
 
-    kind: Literal["linear", "attention", "conv"]  # selects the rate
-    width: float  # of tokens, or channels; the rate depends on it
-    flops: float
+    linear: float = 0.0
+    attention: float = 0.0
+    conv: float = 0.0
+
+    def seconds(self, rates: Flops) -> float:
+        """Return the time at `rates` of operations that run one after the other."""
+        return IN_A_RUN * sum(flops / rate for flops, rate in zip(self, rates, strict=True))
 
 
-def transformer_ops(
+NOMINAL = Flops(60e9, 60e9, 60e9)
+"""Rates of a typical core, to weigh stages while nothing was measured."""
+
+
+def transformer_flops(
     config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
-    controlled: bool = False, sound_tokens: int = 0,
-) -> list[Op]:
-    """Count one forward pass over `frames` latent frames, stills included, and sound tokens."""
+    sound_tokens: int = 0, seen: int = 0,
+) -> Flops:
+    """Count one forward pass over `frames` latent frames, stills included, and sound tokens.
+
+    All tokens also attend to `seen` tokens of an earlier pass.
+    """
     width, tokens = config.hidden_dim, frames * frame_tokens
-    keys = float(tokens + sound_tokens)
-    context = text_tokens + 1 + image_tokens
-    controls = len(config.control_layers) if controlled else 0
-    ops = _block_ops(width, config.ffn_dim, tokens, keys, context, config.num_layers + controls)
-    if sound_tokens and config.audio is not None:
-        ops += listening_ops(config, config.audio, sound_tokens, keys, 0)
+    keys, context = tokens + sound_tokens + seen, text_tokens + 1 + image_tokens
+    layers, controls = config.num_layers + len(config.control_layers), len(config.control_layers)
+    linear = layers * (tokens * (6 * width + 2 * config.ffn_dim) + 2 * context * width)
+    if config.audio is not None:
+        linear += layers * sound_tokens * (6 * width + 2 * config.audio.ffn_dim)
     ends = tokens * config.patch_size**2 * (config.in_channels + config.out_channels)
     ends += context * (config.text_dim + width) + config.freq_dim + 7 * width
-    ends += tokens * width * (controls + 1) if controlled else 0
-    return [*ops, Op("linear", width, 2 * width * ends)]
+    ends += tokens * width * (controls + (controls > 0))
+    return Flops(linear=2 * width * (linear + ends),
+                 attention=layers * 4 * width * (tokens + sound_tokens) * (keys + context))
 
 
-def listening_ops(
-    config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int, takes: int = 1
-) -> list[Op]:
-    """Count a pass of the sound tokens of all takes, each of which attends to `keys` keys."""
-    width = config.hidden_dim
-    ops = _block_ops(width, audio.ffn_dim, tokens, keys, context, takes * config.num_layers)
-    ends = 2.0 * takes * tokens * audio.channels
-    if takes > 1:  # each take's copy of the keys costs about what their projection does
-        ends += takes * keys * width * config.num_layers
-    return [*ops, Op("linear", width, 2 * width * ends)]
-
-
-def _block_ops(
-    width: int, ffn_dim: int, tokens: int, keys: float, context: int, count: int
-) -> list[Op]:
-    linear = 2 * width * (tokens * (6 * width + 2 * ffn_dim) + 2 * context * width)
-    return [Op("linear", width, count * linear),
-            Op("attention", width, count * 4 * width * tokens * (keys + context))]
-
-
-def network_ops(
-    component: Component[Any], width: int, positions: int, without: str = "-"
-) -> list[Op]:
+def network_flops(component: Component[Any], positions: int, without: str = "-") -> Flops:
     """Count a pass of another network, except weights whose names begin with `without`."""
     weights = sum(lazy.likeness.numel() for name, lazy in component.tensors.items()
                   if not name.startswith(without))
-    return [Op("linear", width, 2 * weights * positions)]
+    return Flops(linear=2 * weights * positions)
 
 
 class VAEPart(NamedTuple):
@@ -150,146 +139,92 @@ def vae_parts(
     return middle, parts
 
 
-def vae_ops(
+def vae_flops(
     config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
     tiles: Tiles | None = None, rate: int = 1,
-) -> list[Op]:
+) -> Flops:
     """Count the decoding or encoding of a clip of `frames` latent frames of rows x columns.
 
     The first latent frame is one frame, which uses only the last of the three taps in time.
     """
     middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles, every_tile=True,
                               rate=rate)
-    return [Op("conv", part.width, 2 * 27 * sum(part.inputs) * part.width * part.pixels
-               * (1 / 3 + (frames - 1) * part.frames)) for part in (middle, *parts)]
+    return Flops(conv=sum(2 * 27 * sum(part.inputs) * part.width * part.pixels
+                          * (1 / 3 + (frames - 1) * part.frames) for part in (middle, *parts)))
 
 
-@dataclass(frozen=True)
-class Rates:
-    """A machine's rates in one dtype."""
-
-    # by kind of `Op`, (width, FLOPs per second) in rising width
-    points: Mapping[str, Sequence[tuple[float, float]]]
-    measured: bool = True  # False: times are only relative weights of stages
-
-    def rate(self, kind: str, width: float) -> float:
-        """Return FLOPs per second, interpolated in logarithms between measured widths."""
-        points = self.points[kind]
-        for (low, slow), (high, fast) in pairwise(points):
-            if width <= high:
-                share = min(max(math.log(width / low) / math.log(high / low), 0.0), 1.0)
-                return float(slow * (fast / slow) ** share)
-        return points[-1][1]
-
-    def seconds(self, ops: Sequence[Op]) -> float:
-        """Return the time in seconds of operations that run one after the other."""
-        return IN_A_RUN * sum(op.flops / self.rate(op.kind, op.width) for op in ops)
-
-
-NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 60e9)]},
-                measured=False)
-"""Rates of a typical core, to weigh stages while nothing was measured."""
-
-
-def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """Return this machine's saved rates; None if they are missing or damaged."""
+def known_rates(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Flops | None:
+    """Return the saved rates of a model on this machine; None if they are missing or damaged."""
     try:
-        entry = read_cache(CALIBRATION)[_machine(device, dtype)]
-        points = {kind: [(float(width), float(rate)) for width, rate in entry[kind]]
-                  for kind in NOMINAL.points}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        rates = Flops(*map(float, read_cache(CALIBRATION)[_key(folder, device, dtype)]))
+    except (KeyError, TypeError, ValueError):
         return None
-    values = [value for each in points.values() for pair in each for value in pair]
-    valid = all(points.values()) and all(0 < each < math.inf for each in values)
-    return Rates(points) if valid else None
+    return rates if all(0 < rate < math.inf for rate in rates) else None
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure this machine for a few seconds; save and return its rates."""
-    points = {kind: sorted(each) for kind, each in _measure(device, dtype).items()}
-    write_cache(CALIBRATION, read_cache(CALIBRATION) | {_machine(device, dtype): points})
-    return Rates(points)
+def measure_rates(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Flops:
+    """Measure a model's networks for a few seconds; save and return this machine's rates."""
+    rates = _measure(folder, device, dtype)
+    write_cache(CALIBRATION, read_cache(CALIBRATION) | {_key(folder, device, dtype): rates})
+    return rates
 
 
-def _machine(device: torch.device, dtype: torch.dtype) -> str:
+def _key(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> str:
     facts = fingerprint()
-    names = ("vidgen", "cpu", "cpu_capability", "torch", "libavcodec", "threads", "gpu")
+    names = ("vidgen", "cpu", "cpu_capability", "torch", "threads", "gpu")
     kernels = device.type == "cpu" and dtype in native.known_dtypes()
+    networks = [repr(folder.components[role].config) for role in ("transformer", "vae")]
     return json.dumps([FORMAT, kernels, *(facts[name] for name in names), os.cpu_count(),
-                       device.type, str(dtype)])
+                       device.type, str(dtype), *networks])
 
 
 @torch.no_grad()
-def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
-    if device.type == "cpu":
-        reuse_freed_memory()  # as `ModelLoader` does
+def _measure(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Flops:
+    """Run attention, a few blocks of at most `_WIDTH`, and the VAE's decoder at random weights."""
+    vae_dtype = ModelLoader(folder, device, dtype).dtype_of("vae")
 
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    def ready(module: nn.Module) -> Any:
+    def ready(module: nn.Module, dtype: torch.dtype) -> Any:
         module.to(device, dtype).eval()
         pack(module)
         return module
 
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    full: DiTConfig = folder.components["transformer"].config
     heads, length = _ATTENTION
-    q, k, v = randn(3, 1, heads, length, 64)
+    q, k, v = randn(3, 1, heads, length, full.head_dim)
     taken = _seconds(lambda: attention(q, k, v), device)
-    points = {"attention": [(1.0, 4 * heads * 64 * length**2 / taken)]}
+    scores = 4 * heads * full.head_dim * length**2 / taken
 
-    def transformer(config: DiTConfig, frames: int, side: int) -> tuple[list[Op], float]:
-        network = ready(SpacetimeDiT(config))
-        given = (randn(1, config.in_channels, frames, side, side),
-                 torch.tensor([500.0], device=device), randn(1, _TEXT, config.text_dim))
-        taken = _seconds(lambda: network(*given), device)
-        ops = transformer_ops(config, frames, side**2 // config.patch_size**2, _TEXT)
-        scores = sum(op.flops for op in ops if op.kind == "attention") / points["attention"][0][1]
-        return [op for op in ops if op.kind == "linear"], max(taken - scores, 0.3 * taken)
+    num_heads = min(full.num_heads, max(_WIDTH // full.head_dim, 1))
+    config = replace(
+        full, num_layers=min(full.num_layers, _LAYERS), num_heads=num_heads,
+        ffn_dim=min(full.ffn_dim, 6 * _WIDTH), image_dim=None, image_positions=None,
+        control_layers=(), control_channels=None, audio=None)
+    frames, side, text = _TRANSFORMER
+    dit = ready(SpacetimeDiT(config), dtype)
+    given = (randn(1, config.in_channels, frames, side, side),
+             torch.tensor([500.0], device=device), randn(1, text, config.text_dim))
+    taken = _seconds(lambda: dit(*given), device)
+    work = transformer_flops(config, frames, side**2 // config.patch_size**2, text)
+    linear = work.linear / max(taken - work.attention / scores, 0.3 * taken)
 
-    def vae(config: VAEConfig, frames: int, side: int) -> tuple[list[Op], float]:
-        network = ready(CausalVAE(config))
-        latents = randn(1, config.latent_channels, frames, side, side)
-        taken = _seconds(lambda: [*network.stream_decode(latents)], device)
-        return vae_ops(config, frames, side, side, decode=True), taken
-
-    points["linear"] = _points(transformer, _TRANSFORMERS)
-    points["conv"] = _points(vae, _VAES)
-    return points
-
-
-def _points(
-    run: Callable[..., tuple[list[Op], float]], cases: Sequence[tuple[Any, int, int]]
-) -> list[tuple[float, float]]:
-    """Return (mean width, FLOPs per second) of cases, the smallest first.
-
-    Stop after a slow case, as in a dtype that the processor only emulates.
-    """
-    points: list[tuple[float, float]] = []
-    for case in cases:
-        ops, taken = run(*case)
-        flops = sum(op.flops for op in ops)
-        points.append((sum(op.width * op.flops for op in ops) / flops, flops / taken))
-        if taken > _LONG_S:
-            break
-    return points
+    frames, side = _VAE
+    vae = ready(CausalVAE(folder.components["vae"].config), vae_dtype)
+    latents = randn(1, vae.config.latent_channels, frames, side, side, dtype=vae_dtype)
+    taken = _seconds(lambda: [*vae.stream_decode(latents)], device)
+    decoded = vae_flops(vae.config, frames, side, side, decode=True)
+    return Flops(linear, scores, decoded.conv / taken)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the median time of several runs after a warm-up, or the warm-up's time if it was long.
+    """Return the median time of several runs."""
+    from torch.utils.benchmark import Timer
 
-    With several threads, return the lower quartile of wall time: a thread that waits for a core
-    delays the others, and thread time doesn't include their sleep.
-    """
-    gpu = device.type == "cuda"
-    several = not gpu and torch.get_num_threads() > 1
-    clock = time.perf_counter if gpu or several else time.thread_time
-    times: list[float] = []
-    while len(times) < 4 or (sum(times[1:]) < _BUDGET_S and len(times) < 200):
-        start = clock()
-        run()
-        if gpu:
-            torch.cuda.synchronize(device)
-        times.append(clock() - start)
-        if not gpu and times[0] > _LONG_S:
-            return times[0]
-    return max(sorted(times[1:])[len(times) // (4 if several else 2) - 1], 1e-7)
+    threads, given = torch.get_num_threads(), {"run": run}
+    if device.type == "cpu" and threads == 1:
+        timer = Timer("run()", globals=given, timer=time.thread_time)
+    else:
+        timer = Timer("run()", globals=given, num_threads=threads)
+    return max(timer.blocked_autorange(min_run_time=_BUDGET_S).median, 1e-7)

@@ -131,9 +131,9 @@ class Loras:
 
 NO_LORAS = Loras({})
 
-_STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",),
-           "sound": ("sound",), "write": ("decode", "mux")}
-"""An estimate's stages for each stage of progress, in order."""
+_STAGES = {"prompt": "text", "prepare": "prepare", "sample": "denoise", "sound": "sound",
+           "write": "decode"}
+"""An estimate's stage for each stage of progress, in order."""
 _LITTLE = 0.02
 """Share of the work after which its time counts instead of the estimate."""
 
@@ -219,13 +219,10 @@ class StageEstimate:
 class Estimate:
     """Expected time and memory of a generation."""
 
-    # in order: "load", "text", "prepare", "denoise", "sound" if the model generates any, "decode",
-    # "mux". Decoding and muxing overlap: "mux" is the time that it adds.
+    # in order: "load", "text", "prepare", "denoise", "sound" if the model generates any, "decode"
     stages: tuple[StageEstimate, ...]
     setup: Setup
-    encoder_s: float  # seconds of video encoding, most of them parallel to decoding
     kept_frames: int  # frames to write, of all clips
-    disk_bytes: int  # upper bound of all clips as .mp4, with their journals
     measured: bool  # False: the machine wasn't measured, and seconds are only relative weights
     notes: tuple[str, ...] = ()  # remarks, such as work that isn't counted
     choice: str = ""  # options that were changed to fit the memory, in words
@@ -246,8 +243,8 @@ class Estimate:
 
         return {
             "stages": [vars(stage) for stage in self.stages], "total_s": self.total_s,
-            "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes,
-            "disk_bytes": self.disk_bytes, "measured": self.measured, "dtype": self.setup.dtype,
+            "peak_bytes": self.peak_bytes, "kept_frames": self.kept_frames,
+            "measured": self.measured, "dtype": self.setup.dtype,
             "offload": self.setup.offload, "quantize": self.setup.quantize,
             "device": str(self.setup.device),
             "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
@@ -272,8 +269,8 @@ class Clock:
         shared = 1 if isinstance(made, Sequence) else num_clips
         self._measured = all(one.measured for one in each)
         self._expected = {
-            clip: {name: sum(stage.seconds for stage in one.stages if stage.name in names) / shared
-                   for name, names in _STAGES.items()}
+            clip: {name: sum(each.seconds for each in one.stages if each.name == stage) / shared
+                   for name, stage in _STAGES.items()}
             for clip, one in enumerate(each, 1) if clip not in done
         }
         # of each clip, in expected seconds: all work done, and the part that an earlier run did

@@ -18,7 +18,7 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline.loader import DTYPES
-from vidgen.pipeline.timing import transformer_ops
+from vidgen.pipeline.timing import transformer_flops
 from vidgen.training.config import FinetuneConfig, Geometry, RunConfig
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.deepspeed import ZeroSettings, read_settings
@@ -152,7 +152,7 @@ def plan_training(
     device["activations"] = int(tokens * _activation_bytes(dit))
     device["weights at work"] = _at_work(dit, zero, bf16=run.dtype == "bf16")
     device["driver, communication"] = CONTEXT_BYTES
-    forward = sum(op.flops for op in transformer_ops(
+    forward = sum(transformer_flops(
         dit.config, sample.frames, sample.frame_tokens, sample.text_tokens))
     # frozen weights need no gradients; checkpointing repeats the forward pass
     passes = 2 + _learns_whole(dit) + dit.gradient_checkpointing
