@@ -414,3 +414,10 @@ def test_settings_out_of_range(tmp_path):
                   {"loras": Path("nowhere")}):
         with pytest.raises(InputError):
             Settings(data=tmp_path, **wrong)
+
+
+def test_every_field_that_may_be_left_out_may_be_null():
+    for body in (VideoRequest, EditRequest, RemixRequest, ExtraParams):
+        schema = body.model_json_schema()
+        for name in schema["properties"].keys() - set(schema.get("required", ())):
+            assert '"null"' in json.dumps(schema["properties"][name]), name

@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -76,7 +78,10 @@ _SOUND_PREFIX = "audio_"
 """Prefix of the settings that shape a model's own sound."""
 
 
-def _parsed(parse: Callable[[Any], Any], remedy: str, kind: Any = PlainValidator) -> Any:
+_AS_TEXT = partial(PlainValidator, json_schema_input_type=str)
+
+
+def _parsed(parse: Callable[[Any], Any], remedy: str, kind: Callable[..., Any] = _AS_TEXT) -> Any:
     """Return a validator that parses a value; `remedy` is what to give instead of a wrong one."""
     def validate(value: Any) -> Any:
         try:
@@ -84,7 +89,7 @@ def _parsed(parse: Callable[[Any], Any], remedy: str, kind: Any = PlainValidator
         except (ValueError, TypeError, AttributeError, ArithmeticError):
             raise ValueError(remedy) from None
 
-    return kind(validate, json_schema_input_type=str)
+    return kind(validate)
 
 
 OnePicture = Annotated[Any, _parsed(
@@ -212,7 +217,8 @@ class Loading(Options):
         None, MODEL, "shard the transformer's weights across the devices")
     tiles: Annotated[str, _parsed(
         values.parse_tiles,
-        "give auto, none, or rows and columns from 1 to 99, such as 2x3")] = option(
+        "give auto, none, or rows and columns from 1 to 99, such as 2x3",
+        AfterValidator)] = option(
         "auto", MODEL, "rows x columns of VAE tiles; auto tiles when a whole frame doesn't fit in "
         "memory", "auto|none|RxC")
     attention: Attention = option(
@@ -279,14 +285,15 @@ class Request(Options):
         None, PROMPT, "shift of the noise schedule toward high noise", "X", gt=0, le=100)
     cache: Annotated[str, _parsed(
         values.parse_cache,
-        "give a threshold from 0 to 100 after the colon, such as forecast:0.1")] = option(
+        "give a threshold from 0 to 100 after the colon, such as forecast:0.1",
+        AfterValidator)] = option(
         "none", PROMPT, "step cache, which skips most of the transformer at steps that change "
         "little: none, first-block, magnitude or forecast; a lower threshold is closer to the "
         "result without a cache", "METHOD[:THRESHOLD]")
     readings: Annotated[str, _parsed(
         values.check_readings,
         "give auto, none, or words and their replacements, such as bicylce=bicycle,taxi=car",
-    )] = option(
+        AfterValidator)] = option(
         "auto", PROMPT, "replacement of words that the model doesn't know: auto takes the nearest "
         "known word, none keeps them", "auto|none|WORD=KNOWN,...")
     lora: Annotated[tuple[str, ...], _parsed(
@@ -337,9 +344,7 @@ class Request(Options):
         values.parse_fps, "give a number, or a fraction such as 24000/1001", BeforeValidator)
     ] | None = option(
         None, LENGTH, "frames per second, such as 12 or 24000/1001", "F", ge=1, le=240)
-    size: Annotated[
-        tuple[int, int],
-        PlainValidator(values.parse_size, json_schema_input_type=str)] | None = option(
+    size: Annotated[tuple[int, int], _AS_TEXT(values.parse_size)] | None = option(
         None, LENGTH, "width and height in pixels", "WxH", basic=True)
     fit: Fit = option("crop", LENGTH, "crop or pad pictures of another aspect ratio")
 
