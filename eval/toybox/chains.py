@@ -26,9 +26,9 @@ from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.pipeline.codec import to_frames
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.long.extend import LongClip
-from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, no_beginning, window_size
+from vidgen.pipeline.tail import TAIL_FRAMES, Beginning, colours_of, no_beginning, window_size
 from vidgen.pipeline.types import Plan
+from vidgen.pipeline.windows import WindowedClip
 
 WAYS = ("pixels", "latents", "held", "anchored")
 TRUTH = "truth"
@@ -105,8 +105,13 @@ class Chain:
             return self._by_pixels()
         hold = 0.0 if way == "latents" else self.settings.hold
         request = self._with(colour_hold=hold, anchor=way == "anchored")
-        long = LongClip(self.engine, self.plan, request, Inputs(), no_beginning(self.plan))
-        return self._decode(long.sample(self._sample, done=self.first))
+        long = WindowedClip(self.engine, self.plan, request, Inputs(), no_beginning(self.plan))
+        return self._decode(self._latents(long, self.first))
+
+    def _latents(self, clip: WindowedClip, done: Tensor | None = None) -> Tensor:
+        for plan, state in clip.states(done):
+            clip.add(state, self._sample(plan, state))
+        return clip.latents
 
     def _with(self, **settings: float) -> Request:
         return self.request.replace(settings={**self.request.settings, **settings})
@@ -129,10 +134,10 @@ class Chain:
                 hand_over="pixels", rate=LatentRate(self.plan.oversampling),
             )
             stop = shown + (size - self.settings.overlap) * t
-            long = LongClip(
+            long = WindowedClip(
                 self.engine, replace(self.plan, kept_frames=stop), request, Inputs(), begun
             )
-            video = torch.cat([video, self._decode(long.sample(self._sample))[:, :, count:]], dim=2)
+            video = torch.cat([video, self._decode(self._latents(long))[:, :, count:]], dim=2)
         return video
 
     def _encode(self, video: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.core.store import ScoreLog
 from vidgen.evaluation.statistics import mean_interval
 from vidgen.media.grid import contact_sheet
-from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.settings import SETTINGS
+from vidgen.pipeline.tail import ANCHOR_TASK
 from vidgen.pipeline.workers.scheduler import run_jobs
 from vidgen.pipeline.workers.types import Job, Patience, WorkerOptions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +20,11 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline import codec
+from vidgen.pipeline import codec, windows
 from vidgen.pipeline.engine import Engine, load
-from vidgen.pipeline.long import extend
-from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip
-from vidgen.pipeline.long.tail import colours_of, make_tail, read_tail, split_windows
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.tail import colours_of, make_tail, read_tail, split_windows
+from vidgen.pipeline.windows import WindowedClip, hold_colours
 
 PROMPT = "a red car bounces across the desert"
 FIRST = 5  # latent frames of the tiny model's window
@@ -35,23 +35,22 @@ def engine(tiny_model: Path) -> Engine:
     return load(str(tiny_model), device="cpu", dtype="fp32")
 
 
-def begin(engine: Engine, **options: object) -> LongClip:
+def begin(engine: Engine, **options: object) -> WindowedClip:
     request, inputs = engine.read(Request.of(PROMPT, {"seed": 1, "guidance": 1.0, **options}))
-    found = long_clip(engine, engine.plan(request, inputs), request, inputs)
-    assert found is not None
-    return found
+    return WindowedClip(engine, engine.plan(request, inputs), request, inputs)
 
 
-def denoise(engine: Engine, long: LongClip, **told: object) -> tuple[Tensor, list[dict]]:
+def denoise(
+    engine: Engine, long: WindowedClip, done: Tensor | None = None,
+    keep: Callable[[Tensor], None] = lambda _: None,
+) -> tuple[Tensor, list[dict]]:
     """The clip's latents, and what each window was given."""
     contexts, seen = engine.encode_prompt(long.plan), []
-
-    def sample(plan, state):
+    for plan, state in long.states(done):
         made = engine.sample(plan, state, contexts)
         seen.append({"plan": plan, "state": state, "made": made})
-        return made
-
-    return long.sample(sample, **told), seen
+        keep(long.add(state, made))
+    return long.latents, seen
 
 
 def make(engine: Engine, **options: object) -> Clip:
@@ -164,7 +163,7 @@ def test_a_file_goes_on_from_the_latents_in_its_recipe(engine, short, tmp_path):
 def test_frames_behind_a_file_are_those_of_one_decode_of_all_latents(engine, short):
     long = begin(engine, prefix=str(short), seconds=6, seed=2)
     whole = replace(long.begun, latents=make(engine, seconds=47 / 12).latents)
-    exact = replace(long, begun=whole)
+    exact = WindowedClip(engine, long.plan, long.request, long.inputs, whole)
     latents, _ = denoise(engine, exact)
     clip = exact.clip(latents, {})
     with engine.loader.use("vae") as vae:
@@ -233,7 +232,7 @@ def test_holding_colours_ends_at_them_and_begins_where_it_was():
     assert torch.all(distance[0] < (colours_of(latents) - wanted).abs()[0])
     assert hold_colours(latents, wanted, 0.0) is latents
     far = hold_colours(latents + 5, wanted, 1.0) - latents - 5
-    assert far.mean().abs() < extend.MAX_SHIFT
+    assert far.mean().abs() < windows.MAX_SHIFT
 
 
 def test_colours_are_held_to_the_first_windows(engine):
@@ -263,9 +262,10 @@ def test_what_cannot_be_had_is_refused(engine, short, options, message):
         begin(engine, **given)
 
 
-def test_a_clip_of_one_window_is_not_long(engine):
+def test_a_short_clip_is_one_window(engine):
     request, inputs = engine.read(Request.of(PROMPT, {"seed": 1, "frames": 17}))
-    assert long_clip(engine, engine.plan(request, inputs), request, inputs) is None
+    clip = WindowedClip(engine, engine.plan(request, inputs), request, inputs)
+    assert clip.windows == [(0, FIRST)]
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch)
 def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch):
     told = []
 
-    def see(draw, hear, rate, _most, _at_once, impacts):
+    def see(draw, hear, rate, _most, impacts):
         made = draw(range(1))
         told.append((impacts.times, hear(made).shape[1] / rate))
         return own_sounds.Kept(made[0])

@@ -21,7 +21,6 @@ from vidgen.models.onset_detector import (
     smeared,
 )
 from vidgen.pipeline.sound.own_sound import (
-    COMPARED,
     ONSET_DETECTOR,
     Impacts,
     best_sound,
@@ -50,8 +49,7 @@ def kept(sounds: torch.Tensor, impacts: Impacts | None, most: int | None = None)
         return numbers[list(takes)]
 
     most = len(sounds) if most is None else most
-    best = best_sound(draw, lambda made: sounds[made.flatten().long()], RATE, most,
-                      most if impacts is None else min(COMPARED, most), impacts)
+    best = best_sound(draw, lambda made: sounds[made.flatten().long()], RATE, most, impacts)
     assert drawn == list(range(len(drawn)))
     return int(best.latents), len(drawn)
 

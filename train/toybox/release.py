@@ -57,9 +57,9 @@ from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import VerifierConfig
 from vidgen.models.words import split_words
 from vidgen.pipeline.best_of_n import VERIFIER
-from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.settings import SOUND as SOUND_TASK
 from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR
+from vidgen.pipeline.tail import ANCHOR_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.data.survey import open_trainable
 from vidgen.weights.configs import config_of, encoder_to_transformers

@@ -7,17 +7,14 @@ import secrets
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vidgen.cli import options
+from vidgen.cli.generate import one_clip
 from vidgen.cli.options import Parser
 from vidgen.cli.report import Report, elapsed_text
 from vidgen.core.errors import InputError
-from vidgen.core.request import OUTPUT, Loading, Request, Saving, silenced
+from vidgen.core.request import OUTPUT, Loading, Saving, silenced
 from vidgen.core.values import parse_settings
-
-if TYPE_CHECKING:
-    from vidgen.cli.outputs import OutputJournal
 
 DESCRIPTION = "Continue a clip. Options that are not given are those of the clip's recipe."
 OPTIONS = (
@@ -40,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    from vidgen.cli.outputs import journals_of_outputs, resumable, seed_of
+    from vidgen.cli.outputs import clip_facts, journals_of_outputs, resumable, seed_of
     from vidgen.core.runtime import check_output
     from vidgen.media.ending import read_ending
     from vidgen.media.write import CONTAINERS, check_format, require_sound
@@ -84,26 +81,19 @@ def run(args: Namespace, report: Report) -> int:
         earlier = seed_of(journal)
         request = request.replace(seed=secrets.randbelow(2**31) if earlier is None else earlier)
         report.note(f"seed {request.seed}")
-    with resumable([journal], report):
-        return _make(request, loading, output, journal, report)
 
-
-def _make(
-    request: Request, loading: Loading, output: str, journal: OutputJournal, report: Report
-) -> int:
     import torch
 
-    from vidgen.cli.outputs import clip_facts
     from vidgen.pipeline.engine import load
 
     start = time.monotonic()
-    options.share_threads(loading.devices, torch.get_num_threads())
-    engine = load(**loading.model_dump())
-    clip = engine.generate(request, on_event=report.progress, on_estimate=report.expect,
-                           journal=journal)
-    assert not isinstance(clip, list)
-    if not journal.is_done:
-        report.save(clip, output, overwrite=journal.overwrite)
+    with resumable([journal], report):
+        options.share_threads(loading.devices, torch.get_num_threads())
+        engine = load(**loading.model_dump())
+        clip = one_clip(engine.generate(request, on_event=report.progress,
+                                        on_estimate=report.expect, journal=journal))
+        if not journal.is_done:
+            report.save(clip, output, overwrite=journal.overwrite)
     facts = clip_facts(clip, output, request.seed, report) | {
         "hand_over": (clip.recipe or {}).get("hand_over"),
         "elapsed_s": round(time.monotonic() - start, 3)}

@@ -6,21 +6,16 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vidgen.cli import generate
-from vidgen.cli.options import FIELDS, Parser, add_resume
+from vidgen.cli.generate import one_clip
+from vidgen.cli.options import FIELDS, Parser, add_request_options, add_resume
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Saving
 
-if TYPE_CHECKING:
-    from vidgen.cli.outputs import OutputJournal
-
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
-_NOT_SET = ("count", "retry", "strict", "settings")
-_PLAIN = ("prompt", "prefix")
-"""Options without a flag of generate; their text is taken as it is."""
+_NOT_SET = ("count", "retry", "strict", "settings", "latents")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -63,8 +58,23 @@ def run(args: Namespace, report: Report) -> int:
     asked = {name: changes[name] for name in Saving.model_fields if name in changes}
     marks = Saving(**recorded_marks(recipe) | asked).marks
     (journal,) = journals_of_outputs([output], args, report, marks)
-    with resumable([journal], report, attention=str(recipe.get("attention") or "auto")):
-        _make(recipe, output, journal, changes, args, report)
+
+    from vidgen.media.join import ContinuedClip
+    from vidgen.pipeline import replay
+    from vidgen.pipeline.engine import load
+
+    attention = str(recipe.get("attention") or "auto")
+    with (resumable([journal], report, attention), TemporaryDirectory() as folder,
+          replay.recorded_threads(recipe)):
+        request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
+        loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
+        clip = one_clip(load(**loading).generate(
+            request, on_event=report.progress, on_estimate=report.expect, journal=journal))
+        if not journal.is_done:
+            if "head_frames" in recipe and isinstance(clip, ContinuedClip):
+                clip = clip.added()
+            replay.keep_origin(clip.recipe, recipe)
+            report.save(clip, output, overwrite=journal.overwrite)
     _report_comparison(output, args.file, changes, report)
     return 0
 
@@ -90,55 +100,31 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     from vidgen.core.values import parse_settings
     from vidgen.pipeline.settings import SETTINGS
 
-    parser = Parser(prog="vidgen generate", description="")
-    generate.add_arguments(parser)
-    actions = {action.dest: action for action in parser._actions}
-    known = [name for name in FIELDS if name in (*actions, *_PLAIN) and name not in _NOT_SET]
-    options, settings, words, given = dict[str, Any](), dict[str, Any](), ["-"], set[str]()
+    parser, known = Parser("vidgen generate", ""), [n for n in FIELDS if n not in _NOT_SET]
+    add_request_options(parser, known, are_optional=True)
+    options, settings, words = dict[str, Any](), dict[str, Any](), dict[str, list[str]]()
     for key, value in pairs:
         name = key.replace("-", "_")
+        flag = f"--{name.replace('_', '-')}"
         if name in SETTINGS:
             settings |= parse_settings(f"{name}={value}") if value else {name: None}
         elif name not in known:
             hint = nearest(name, (*known, *SETTINGS), CALLED)
             raise InputError(f"unknown option {key!r}; {hint}")
-        elif name in _PLAIN or not value:
-            options[name] = value if value or name == "prompt" else FIELDS[name].default
-            given.discard(name)
+        elif not value:
+            options[name], words[name] = "" if name == "prompt" else FIELDS[name].default, []
+        elif name == "guidance_interval":
+            words[name] = [flag, *value.split(",")]
         else:
-            flag = "--" + name.replace("_", "-")
-            words += [flag, *value.split(",")] if actions[name].nargs == 2 else [f"{flag}={value}"]
-            given.add(name)
-    parsed = vars(parser.parse(words))
-    options |= {name: parsed[name] for name in given}
+            words[name] = [*words.get(name, ()), f"{flag}={value}"]
+    parsed = vars(parser.parse([word for own in words.values() for word in own]))
+    options |= {name: parsed[name] for name, own in words.items() if own}
     return options | ({"settings": settings} if settings else {})
 
 
 def _again(file: str) -> str:
     path = Path(file)
     return str(path.with_name(f"{path.stem}-again")) + ("/" if path.is_dir() else path.suffix)
-
-
-def _make(
-    recipe: Mapping[str, Any], output: str, journal: OutputJournal, changes: Mapping[str, Any],
-    args: Namespace, report: Report,
-) -> None:
-    from vidgen.media.join import ContinuedClip
-    from vidgen.pipeline import replay
-    from vidgen.pipeline.engine import load
-
-    with TemporaryDirectory() as folder, replay.recorded_threads(recipe):
-        request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
-        loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
-        engine = load(**loading)
-        clip = engine.generate(
-            request, on_event=report.progress, on_estimate=report.expect, journal=journal)
-        assert not isinstance(clip, list)
-        if not journal.is_done:
-            if "head_frames" in recipe and isinstance(clip, ContinuedClip):
-                clip = clip.added()
-            replay.keep_origin(clip.recipe, recipe)
-            report.save(clip, output, overwrite=journal.overwrite)
 
 
 def _report_comparison(

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
@@ -170,21 +169,15 @@ class ContinuedClip(Clip):
     """A clip that begins with a file's frames, whose packets are copied if the formats agree.
 
     Args:
-        added: returns a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
-            given index of their frames on.
-        journal: finished segments, from which saving to the journal's output resumes.
+        source, journal: as of `Clip`.
+        added: as `source`, without the file's frames.
+        head, head_frames: the file, and the number of its frames.
     """
 
     def __init__(
-        self, head: Path, head_frames: int, added: Callable[[int], Iterator[Frames]],
-        info: ClipInfo, journal: SegmentStore | None = None,
+        self, source: Callable[..., Iterator[Frames]], added: Callable[..., Iterator[Frames]],
+        head: Path, head_frames: int, info: ClipInfo, journal: SegmentStore | None = None,
     ) -> None:
-        def source(start: int = 0) -> Iterator[Frames]:
-            if start < head_frames:
-                with VideoReader(head) as reader:
-                    yield from (frame[None] for frame in islice(reader, start, None))
-            yield from added(max(0, start - head_frames))
-
         super().__init__(source, info, journal=journal)
         self.head, self.head_frames, self._added = head, head_frames, added
 
@@ -194,8 +187,7 @@ class ContinuedClip(Clip):
         begin = round(self.head_frames / self.info.fps * self.sound_rate)
         info = replace(self.info, num_frames=self.num_frames - self.head_frames, recipe=recipe,
                        sound=None if self.sound is None else self.sound[begin:])
-
-        return Clip(lambda start=0: self._added(start), info, journal=self.journal)
+        return Clip(self._added, info, journal=self.journal)
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,

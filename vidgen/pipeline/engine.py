@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from vidgen.diffusion.cache import Magnitudes
     from vidgen.media.types import Samples
     from vidgen.pipeline.denoise import RegionalPrompts
-    from vidgen.pipeline.long.extend import LongClip
     from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.types import Estimate
+    from vidgen.pipeline.windows import WindowedClip
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ class _Making:
         """Denoise picture and sound; return the lazy clip with its whole sound."""
         from vidgen.pipeline.sound.own_sound import followed_sound
 
-        plan, kept, long, followed = self.plan, self.kept, self._long, None
+        plan, kept, windowed, followed = self.plan, self.kept, self._windowed, None
         latents = kept.latents
         if latents is None:
             self.contexts()  # before pictures are encoded
@@ -255,16 +255,13 @@ class _Making:
             if self.request.follow_audio and self.track.bed is not None:
                 followed = followed_sound(self.model.loader, plan, self.track.bed).add_to
             self.window = kept.num_windows
-            if long:
-                latents = long.sample(self.sample, kept.done, kept.keep_window, followed)
-            else:
-                state = self.model.prepare(plan, self.request, self.inputs)
-                if followed:
-                    state = followed(state, 0, plan.latents.num_frames)
-                latents = state.unpack(self.sample(plan, state))[0]
-            kept.keep_latents(latents, long.begun.num_frames if long else 0)
-        decode = long.clip if long else partial(self.model.decode, plan)
-        clip = decode(latents, recipe, kept)
+            for own, state in windowed.states(kept.done, followed):
+                done = windowed.add(state, self.sample(own, state))
+                if len(windowed.windows) > 1:
+                    kept.keep_window(done)
+            latents = windowed.latents
+            kept.keep_latents(latents, windowed.begun.num_frames)
+        clip = windowed.clip(latents, recipe, kept)
         if self.track.is_own:
             samples, rate = kept.kept_sound() or self._sound(latents)
             clip.info = replace(clip.info, sound=samples, sound_rate=rate)
@@ -285,18 +282,18 @@ class _Making:
         return self.model.regional_prompts(self.plan, [self.prompt], self.loras)
 
     @cached_property
-    def _long(self) -> LongClip | None:
-        from vidgen.pipeline.long.extend import long_clip
+    def _windowed(self) -> WindowedClip:
+        from vidgen.pipeline.windows import WindowedClip
 
-        return long_clip(self.model, self.plan, self.request, self.inputs)
+        return WindowedClip(self.model, self.plan, self.request, self.inputs)
 
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
         from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 
         plan = sound_plan(self.plan, self.model.folder.defaults)
-        long = (self._long.windows, self._long.begun) if self._long else ()
-        own = own_sound(self.model.loader, self.plan, self.request, *long)
+        own = own_sound(self.model.loader, self.plan, self.request, self._windowed.windows,
+                        self._windowed.begun)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
@@ -314,7 +311,7 @@ class _Making:
         """Return the next window in the samplers' layout; the best of several candidates."""
         model, kept, scheduler = self.model, self.kept, self.request.scheduler
         num_steps = len(sigmas_of(plan, scheduler)) - 1
-        num_windows = len(self._long.windows) if self._long else 1
+        num_windows = len(self._windowed.windows)
 
         def on_step(info: StepInfo, candidate: int = 0) -> None:
             kept.on_step(counted_on(info, candidate))

@@ -26,12 +26,12 @@ from vidgen.models.vae import VAEConfig
 from vidgen.models.vae_tiles import AT_ONCE
 from vidgen.ops import native
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES, used_backend
+from vidgen.pipeline import tail
 from vidgen.pipeline.denoise import boundary_of, settles, sigma_split, sigmas_of
 from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
-from vidgen.pipeline.long import tail
 from vidgen.pipeline.settings import makes_sound
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
-from vidgen.pipeline.sound.own_sound import drawn_at_once, sound_plan
+from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR, drawn_at_once, sound_plan
 from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.timing import (
     LOAD_BYTES_PER_S,
@@ -344,7 +344,8 @@ class _Clip:
         Each window's picture passes once, its sounds pass at every step.
         """
         vae, windows = self.folder.components["sound_vae"], self.passes.windows
-        takes = drawn_at_once(self.folder, self.plan.sound_candidates)
+        takes = drawn_at_once(self.plan.sound_candidates,
+                              is_seen=ONSET_DETECTOR in self.folder.components)
         whole, sounds = self.sound_latents(self.passes.decoded), self.sound_latents(self.longest)
         decoded = network_flops(vae, whole * vae.config.frames_per_token, without="encoder.")
         seconds = (1 if takes == 1 else 1 + takes) * decoded.seconds(self.rates)

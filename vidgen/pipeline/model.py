@@ -7,7 +7,7 @@ rows and columns, S text or image tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,8 +23,6 @@ from vidgen.core.runtime import attention_by
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
-from vidgen.media.clip import Clip
-from vidgen.media.types import ClipInfo, SegmentStore
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING, TextEncoder
@@ -279,30 +277,3 @@ class OpenedModel:
                              strength=plan.strength))
             latents = solve(on_step=on_step, project=state.project, resume=resume)
         return latents if state.sound is not None else latents[:, :, state.num_references :]
-
-    def decode(
-        self, plan: Plan, latents: Tensor, recipe: dict[str, Any],
-        journal: SegmentStore | None = None,
-    ) -> Clip:
-        """Return a lazy clip, decoded while it is written."""
-        from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
-
-        if "tail" not in recipe:  # a long clip has its own
-            unseen = plan.num_frames - plan.kept_frames
-            anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
-            recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor,
-                                       rate=plan.oversampling)
-        videos = partial(self.decode_video, latents, tiles=plan.tiles, rate=plan.oversampling)
-        return self.lazy(plan, videos, recipe, latents, journal)
-
-    def lazy(
-        self, plan: Plan, videos: Callable[[int], Iterator[Tensor]], recipe: dict[str, Any],
-        latents: Tensor | None = None, journal: SegmentStore | None = None,
-    ) -> Clip:
-        """Return a lazy clip of the plan's length; `videos(start)` yields [1, 3, n, H, W] each."""
-        def chunks(start: int = 0) -> Iterator[Any]:
-            return codec.first_frames(videos(start), plan.kept_frames - start)
-
-        info = ClipInfo(fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-                        recipe=recipe, stride_t=self.vae_config.strides.t // plan.oversampling)
-        return Clip(chunks, info, latents, journal)

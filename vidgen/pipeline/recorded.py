@@ -3,71 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import flattened
-from vidgen.core.errors import InputError, OptionError
+from vidgen.core.errors import InputError, OptionError, VidgenError
 from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.shapes import Tiles
-from vidgen.pipeline.settings import settings_to_go_on
+from vidgen.pipeline.settings import SETTINGS, recorded_settings
 
 if TYPE_CHECKING:
     from vidgen.media.ending import Ending
     from vidgen.weights.folder import ModelFolder
 
-FACTS = ("vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype",
+FACTS = {"vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype",
          "offload", "quantize", "attention", "kernels", "device", "devices", "machine", "diffusers",
-         "transformers", "torchao", "encoder", "hand_over", "sound")
+         "transformers", "torchao", "encoder", "hand_over", "sound", "label"}
 """Entries that frames or sound depend on; others vary between runs or repeat these."""
-_DECISIVE = set(FACTS) - {"offload", "torchao", "encoder", "hand_over"}
+_DECISIVE = FACTS - {"offload", "torchao", "encoder", "hand_over"}
 """Entries that must match to resume a job; `offload` may change after running out of memory."""
+_OF_THE_PICTURE = ("fit", "size", "fps", "readings")
+"""Settled options that another part of a clip doesn't take over."""
 
 
-def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+@contextmanager
+def reading() -> Iterator[None]:
+    """Raise InputError for any error that a damaged or edited recipe causes inside the block."""
+    try:
+        yield
+    except VidgenError:
+        raise
+    except Exception as error:
+        raise InputError(f"the clip's recipe is damaged ({type(error).__name__}: {error}); give a "
+                         "copy of the clip that is whole") from error
+
+
+def differences(
+    recipe: Mapping[str, Any], other: Mapping[str, Any], names: Collection[str] = FACTS
+) -> dict[str, tuple[Any, Any]]:
     """Return the differing entries that frames may depend on, as both values by dotted name."""
-    return _unequal(flattened(_facts(recipe, FACTS)), flattened(_facts(other, FACTS)))
+    old, new = (flattened(_facts(each, names)) for each in (recipe, other))
+    pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def decisive_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the differences that prevent resuming a job: "plan.seed was 7, is 8"."""
-    pairs = _unequal(_leaves(_decisive(old)), _leaves(_decisive(new)))
-    names = sorted(pairs, key=lambda name: (name != "vidgen", name))
+    pairs = differences(old, new, _DECISIVE)
+    names = sorted(pairs.keys() - {"machine.python"}, key=lambda name: (name != "vidgen", name))
     return [f"{name} was {_short(pairs[name][0])}, is {_short(pairs[name][1])}" for name in names]
 
 
-def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(json.dumps(_facts(recipe, _DECISIVE)))  # without tuples
-    facts["model"]["class"] = recipe.get("model", {}).get("class")
-    facts["machine"] = {k: v for k, v in facts.get("machine", {}).items() if k != "python"}
-    return facts | {"label": recipe.get("label")}
-
-
-def _facts(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _facts(recipe: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return entries of a recipe, with hashes instead of names and paths."""
     facts = {name: recipe[name] for name in names if recipe.get(name) is not None}
-    facts["model"] = {"sha256": recipe.get("model", {}).get("sha256")}
+    facts["model"] = {name: recipe.get("model", {}).get(name) for name in ("sha256", "class")}
     for name, keys in (("inputs", ("option",)), ("loras", ("weight", "expert"))):
         known = (record for record in recipe.get(name, ()) if "sha256" in record)
         facts[name] = [" ".join(str(record[key]) for key in (*keys, "sha256") if record.get(key))
                        for record in known]
     return facts
-
-
-def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted name; a list is one leaf."""
-    if not isinstance(tree, dict):
-        return {name: tree}
-    parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _unequal(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _short(value: Any) -> str:
@@ -105,36 +103,32 @@ def recorded_readings(plan: Mapping[str, Any]) -> str:
     return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"
 
 
-def recorded_sampling(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling options of a plan; for a distilled model, its steps alone.
+def settled_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a recipe's plan settles, without its length and inputs.
 
-    They don't include a scheduler of diffusers.
+    A diffusers pipeline settles most options itself, a distilled model all of sampling but the
+    steps, and a scheduler of diffusers the sampler and the shift.
     """
-    from vidgen.diffusion.samplers import SAMPLERS  # loads torch, which journals don't need
-
-    steps = {"steps": plan["num_steps"]}
+    plan = recipe["plan"]
+    options = {name: plan[name] for name in ("prompt", "negative", "seed", "fit")}
+    if "class" in recipe["model"]:
+        return options
+    options |= {"steps": plan["num_steps"], "size": (plan["width"], plan["height"]),
+                "fps": plan["fps"], "readings": recorded_readings(plan),
+                "settings": recorded_settings(plan)}
     if plan.get("student") is not None:
-        return steps
+        return options
+    if not recipe.get("scheduler"):
+        options |= {name: plan[name] for name in ("sampler", "shift")}
     guidance = plan["guidance"]
-    sampler = {"sampler": plan["sampler"]} if plan["sampler"] in SAMPLERS else {}
-    return steps | sampler | {"shift": plan["shift"], "guidance": guidance["scale"],
-                              "guidance_interval": tuple(guidance["interval"]),
-                              "guidance_rescale": guidance["rescale"],
-                              "guidance_low": guidance["low_scale"]}
+    return options | {"guidance": guidance["scale"], "guidance_low": guidance["low_scale"],
+                      "guidance_interval": tuple(guidance["interval"]),
+                      "guidance_rescale": guidance["rescale"]}
 
 
 def is_of_clips(recipe: Mapping[str, Any]) -> bool:
     """Return whether a recipe is of a film or a sweep, and so holds no plan of one clip."""
     return "plan" not in recipe and ("film" in recipe or "sweep" in recipe)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the clip's recipe is damaged ({error}); extend a copy that is "
-                         "whole") from error
 
 
 def own_options(
@@ -150,19 +144,20 @@ def own_options(
     """
     if is_of_clips(recipe):
         return {}
-    with _reading():
-        plan, request = recipe["plan"], recipe.get("request", {})
+    with reading():
         if model not in (None, recipe["model"]["name"]):
-            return {"prompt": plan["prompt"]}
-        own = {
-            "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
-            **recorded_sampling(plan),
-            "cache": request.get("cache"), "readings": request.get("readings"),
-            "settings": settings_to_go_on(plan, request.get("settings", {}), sound=audio is None),
-            "lora": [lora_option(lora["path"], lora) for lora in recipe.get("loras", ())],
-        }
-        if "sampler" not in own:  # a scheduler object of diffusers, which no option can name
-            own["shift"] = None
+            return {"prompt": recipe["plan"]["prompt"]}
+        requested, own = recipe.get("request", {}), settled_options(recipe)
+        topics = ("drawing", "sound") if audio is None else ("drawing",)
+        settings = {name: value for name, value in own["settings"].items()
+                    if SETTINGS[name].topic == "sampling"
+                    and not (SETTINGS[name].follows and value == SETTINGS[name].off)}
+        settings |= {name: value for name, value in requested.get("settings", {}).items()
+                     if name in SETTINGS and SETTINGS[name].topic in topics}
+        own = {name: value for name, value in own.items() if name not in _OF_THE_PICTURE}
+        own |= {name: requested.get(name) for name in ("cache", "readings")}
+        own |= {"settings": settings,
+                "lora": [lora_option(lora["path"], lora) for lora in recipe.get("loras", ())]}
     return {name: value for name, value in own.items() if value not in (None, [], {})}
 
 
@@ -170,7 +165,7 @@ def own_loading(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that load a recipe's model; raise InputError if it is damaged."""
     if is_of_clips(recipe):
         return {}
-    with _reading():
+    with reading():
         model = recipe["model"].get("source") or recipe["model"]["name"]
         return {"model": model, "quantize": recipe.get("quantize"), "dtype": recipe.get("dtype")}
 

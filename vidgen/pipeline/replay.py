@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from vidgen.core.errors import InputError, ModelError, VidgenError, nearest
+from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.request import MAX_DEVICES, OWN_FILE, Loading, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.cells import psnr_of
@@ -32,13 +32,8 @@ from vidgen.media.video_reader import read_frames
 from vidgen.pipeline.denoise import hashes_of
 from vidgen.pipeline.inputs import noise_file
 from vidgen.pipeline.recipe import RECIPE_VERSION
-from vidgen.pipeline.recorded import (
-    lora_option,
-    recorded_readings,
-    recorded_sampling,
-    recorded_tiles,
-)
-from vidgen.pipeline.settings import SETTINGS, replayed_settings
+from vidgen.pipeline.recorded import lora_option, reading, recorded_tiles, settled_options
+from vidgen.pipeline.settings import SETTINGS
 from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
@@ -48,9 +43,13 @@ Given: TypeAlias = Sequence[tuple[str, str]]
 Record: TypeAlias = Mapping[str, Any]
 _MIN_HASH = 6
 _MANY = ("frame", "reference", "lora", "say")
-_DROPPED = ("first_frame_model",)
-"""Requested options that the recipe's `inputs` hold."""
-_RIVALS = (("seconds", "frames"), ("image", "first_frame_model"), ("audio", "audio_model"))
+_REPLACES = {
+    "prompt": ("readings",), "negative": ("readings",),  # words of the recorded texts
+    "guidance": ("guidance_low",), "seconds": ("frames",), "frames": ("seconds",),
+    "image": ("first_frame_model",), "first_frame_model": ("image",), "audio": ("audio_model",),
+    "audio_model": ("audio",),
+}
+"""Options whose change drops others: those that conflict, and those that follow it."""
 
 
 def request_from_recipe(
@@ -73,23 +72,40 @@ def request_from_recipe(
     model = (changes or {}).get("model")
     changes = {name: v for name, v in (changes or {}).items() if name in Request.model_fields}
     changed = changes.pop("settings", {})
-    replaced = set(changes)
-    if replaced & {"prompt", "negative"}:
-        replaced.add("readings")  # they normalise words of the recorded prompt
-    if "guidance" in replaced:
-        replaced.add("guidance_low")  # its default follows guidance
-    for pair in _RIVALS:
-        if replaced.intersection(pair):
-            replaced.update(pair)
-    with _reading():
-        same_model = model is None or open_model(model).content_hash == recipe["model"]["sha256"]
-        options = _planned_options(recipe) if same_model else _requested_options(recipe)
+    replaced = set(changes).union(*(_REPLACES.get(name, ()) for name in changes))
+    with reading():
+        if (number := recipe["format_version"]) != RECIPE_VERSION:
+            raise InputError(f"the recipe has format {number!r}, this vidgen reads "
+                             f"{RECIPE_VERSION}; install a newer one")
+        options = {**recipe["request"], **{n: recipe["plan"][n] for n in ("prompt", "seed")}}
+        options.pop("first_frame_model", None)  # it is one of the inputs
+        if model is None or open_model(model).content_hash == recipe["model"]["sha256"]:
+            options |= _settled(recipe, options.get("settings", {}))
         options |= restore_inputs(recipe, folder, given, replaced)
-        recorded = {name: value for name, value in options.pop("settings", {}).items()
+        settings = {name: value for name, value in options.pop("settings", {}).items()
                     if name not in SETTINGS or SETTINGS[name].follows not in replaced}
         options = {name: v for name, v in options.items() if name not in replaced} | changes
-        options["settings"] = {**recorded, **changed}
-        return Request.of(options.pop("prompt"), options)
+        return Request.of(options.pop("prompt"), options | {"settings": settings | changed})
+
+
+def _settled(recipe: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the same model needs to make a clip again, without its inputs."""
+    options, plan = settled_options(recipe), recipe["plan"]
+    if "settings" in options:  # not a pipeline of diffusers, whose length is as requested
+        kept, is_whole = plan["kept_frames"], plan["kept_frames"] == plan["num_frames"]
+        options["frames"] = kept if is_whole else None
+        options["seconds"] = None if is_whole else float(kept / Fraction(plan["fps"]))  # trimmed
+        inputs = {record["option"] for record in recipe["inputs"]}
+        options["settings"] = {
+            name: value for name, value in requested.items()
+            if name not in SETTINGS or not SETTINGS[name].recorded
+        } | {name: value for name, value in options["settings"].items()
+             if not SETTINGS[name].needs or inputs.intersection(SETTINGS[name].needs)}
+    if recipe["scheduler"]:
+        import diffusers
+
+        options["sampler"] = getattr(diffusers, plan["sampler"]).from_config(recipe["scheduler"])
+    return options
 
 
 def loading_from_recipe(
@@ -101,22 +117,22 @@ def loading_from_recipe(
     `given` may hold the model's new place; `changes` replace recorded options. A missing or
     different model raises InputError; with `anyway` a different one logs a warning.
     """
-    with _reading():
-        known = {"model": recipe["model"]["source"], "device": recipe["device"]}
+    changes = {n: v for n, v in (changes or {}).items() if n in Loading.model_fields}
+    with reading():
+        model = dict(given).get("model", recipe["model"]["source"])
+        known = {"model": model, "device": recipe["device"]}
         known |= {name: recipe.get(name) for name in ("dtype", "offload", "quantize")}
         known |= _devices(recipe.get("devices") or {})
-        if "class" not in recipe["model"] and "model" not in (changes or {}):
+        if "class" not in recipe["model"] and "model" not in changes:
             known["tiles"] = recorded_tiles(recipe["plan"])
         wanted = recipe["model"]["sha256"]
-    known["model"] = dict(given).get("model", known["model"])
-    known |= {name: value for name, value in (changes or {}).items()
-              if name in Loading.model_fields}
+    known |= changes
     if known["device"] != "cpu" and not torch.cuda.is_available():
         log.warning("the clip was made on %r, which this machine lacks; it is made on the CPU",
                     known["device"])
         known |= {"device": "cpu", "devices": 1, "shard": False}
-    if "model" not in (changes or {}):
-        _check_model(known["model"], wanted, anyway)
+    if "model" not in changes:
+        _check_model(model, wanted, anyway)
     return known
 
 
@@ -149,7 +165,7 @@ def _check_model(model: str, wanted: str, anyway: bool) -> None:
 @contextmanager
 def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
     """Compute with a recipe's number of threads inside the block; results depend on it."""
-    with _reading():
+    with reading():
         threads, now = int(recipe["machine"]["threads"]), torch.get_num_threads()
         if threads < 1:
             raise ValueError(f"{threads} threads")
@@ -162,53 +178,10 @@ def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
 
 def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
     """Copy to a recipe the old record of the model that drew its first frame, if still in use."""
-    pictures = [each for each in recipe["inputs"] if each["option"] == "image"]
-    for record in old["inputs"]:
-        if record["option"] == "first_frame_model" and record not in recipe["inputs"] and any(
-            each in old["inputs"] for each in pictures
-        ):
-            recipe["inputs"].append(record)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Raise InputError for any error that an edited recipe causes inside the block."""
-    try:
-        yield
-    except VidgenError:
-        raise
-    except Exception as error:  # an edited recipe can cause any error
-        raise InputError(f"the recipe can't be replayed: {type(error).__name__} {error}; vidgen "
-                         f"reads recipes of format {RECIPE_VERSION}") from error
-
-
-def _requested_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    number = recipe["format_version"]
-    if number != RECIPE_VERSION:
-        raise InputError(f"the recipe has format {number!r}, this vidgen reads {RECIPE_VERSION}; "
-                         "install a newer one")
-    options = {name: v for name, v in recipe["request"].items() if name not in _DROPPED}
-    return options | {name: recipe["plan"][name] for name in ("prompt", "seed")}
-
-
-def _planned_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    options, plan = _requested_options(recipe), recipe["plan"]
-    options |= {name: plan[name] for name in ("negative", "fit")}
-    if "class" not in recipe["model"]:  # diffusers pipelines choose these themselves
-        options |= recorded_sampling(plan) | {"size": (plan["width"], plan["height"]),
-                                              "fps": plan["fps"],
-                                              "readings": recorded_readings(plan)}
-        kept, is_whole = plan["kept_frames"], plan["kept_frames"] == plan["num_frames"]
-        options["frames"] = kept if is_whole else None
-        options["seconds"] = None if is_whole else float(kept / Fraction(plan["fps"]))  # trimmed
-        given = frozenset(record["option"] for record in recipe["inputs"])
-        options["settings"] = replayed_settings(plan, options.get("settings", {}), given)
-    if recipe["scheduler"]:
-        import diffusers
-
-        options["sampler"] = getattr(diffusers, plan["sampler"]).from_config(recipe["scheduler"])
-        options.pop("shift", None)
-    return options
+    is_kept = any(each["option"] == "image" and each in old["inputs"] for each in recipe["inputs"])
+    recipe["inputs"] += [
+        record for record in old["inputs"]
+        if record["option"] == "first_frame_model" and is_kept and record not in recipe["inputs"]]
 
 
 @dataclass(frozen=True)
@@ -258,19 +231,35 @@ def restore_inputs(
     Raises:
         InputError: inputs that are missing or changed, named by option and SHA-256.
     """
-    records = _records(recipe, replaced)
-    _check_given(given, records)
+    records: list[Record] = [*recipe["inputs"]]
+    records += [{"option": "lora", **record} for record in recipe.get("loras", ())]
+    by_option = {record["option"]: record for record in records}
+    if "first_frame_model" in by_option:  # needed unless the picture that it drew is embedded
+        embedded = "content" in by_option["image"]
+        records.remove(by_option["first_frame_model" if embedded else "image"])
+    records = [record for record in records if record["option"] not in replaced]
+    for key, path in given:
+        known = {"model", *(record["option"] for record in records)}
+        if key != "model" and not any(_matches(key, record) for record in records):
+            raise InputError(f"the recipe has no input {key!r}; {nearest(key, known)}")
+        if not Path(path).exists():
+            raise InputError(f"input {path} does not exist")
     found: dict[str, list[Any]] = {}
-    missing = []
+    used, missing = set[Path](), list[str]()
     for index, record in enumerate(records):
-        value = _restore(record, folder / str(index), given)
+        places = [Path(path) for key, path in given if _matches(key, record)]
+        value, place = _restore(record, places, folder / str(index))
+        used.add(place)
         if value is None:
-            missing.append(_describe(record, given))
-        else:
-            found.setdefault(record["option"], []).append(value)
+            missing.append(_describe(record, places))
+        found.setdefault(record["option"], []).append(value)
+    for key, path in given:
+        if Path(path) not in used and key != "model":
+            record = next(record for record in records if _matches(key, record))
+            missing.append(_describe(record, [Path(path)]))
     if missing:
-        raise InputError("; ".join(missing))
-    options = {name: list(v) if name in _MANY else v[-1] for name, v in found.items()}
+        raise InputError("; ".join(dict.fromkeys(missing)))
+    options = {name: values if name in _MANY else values[-1] for name, values in found.items()}
     if "frame" in found:
         options["frame"] = list(zip(recipe["frame_times_s"], found["frame"], strict=True))
     if "say" in found:
@@ -280,56 +269,29 @@ def restore_inputs(
     return options
 
 
-def _records(recipe: Mapping[str, Any], replaced: Collection[str]) -> list[Record]:
-    """Return the needed inputs; an embedded first frame replaces the model that drew it."""
-    records: list[Record] = [*recipe["inputs"]]
-    records += [{"option": "lora", **record} for record in recipe.get("loras", ())]
-    by_option = {record["option"]: record for record in records}
-    if "first_frame_model" in by_option:
-        embedded = "content" in by_option["image"]
-        records.remove(by_option["first_frame_model" if embedded else "image"])
-    return [record for record in records if record["option"] not in replaced]
-
-
-def _check_given(given: Given, records: Sequence[Record]) -> None:
-    known = {"model", *(record["option"] for record in records)}
-    for key, path in given:
-        wanted = [record for record in records if _matches(key, record)]
-        if not wanted and key != "model":
-            raise InputError(f"the recipe has no input {key!r}; {nearest(key, known)}")
-        if not Path(path).exists():
-            raise InputError(f"input {path} does not exist")
-        embedded = [record for record in wanted if "content" in record]
-        if embedded and len(embedded) == len(wanted) and not any(
-            _read(Path(path), record)[1] == record["sha256"] for record in embedded
-        ):
-            raise InputError(_describe(embedded[0], given))
-
-
 def _matches(key: str, record: Record) -> bool:
     is_hash = len(key) >= _MIN_HASH and str(record.get("sha256", "")).startswith(key)
     return key == record["option"] or is_hash
 
 
-def _restore(record: Record, place: Path, given: Given) -> Any:
-    """Return an input's value; None if no place has the recorded file."""
-    places = [Path(path) for key, path in given if _matches(key, record)]
+def _restore(record: Record, places: Sequence[Path], embedded: Path) -> tuple[Any, Path]:
+    """Return an input's value and the place of its file; None if no place has the recorded one."""
     if record["option"] == "first_frame_model":
-        return str([record["path"], *places][-1])
+        place = [Path(record["path"]), *places][-1]
+        return str(place), place
+    own = [Path(record["path"])] if "path" in record else []
     if "content" in record:
-        place = place.with_suffix(Path(record.get("path", "")).suffix)
-        place.write_bytes(base64.b64decode(record["content"], validate=True))
+        own = [embedded.with_suffix(Path(record.get("path", "")).suffix)]
+        own[0].write_bytes(base64.b64decode(record["content"], validate=True))
+    digest = None
+    for place in (*places, *own):
         value, digest = _read(place, record)
-        if digest != record["sha256"]:
-            raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 "
-                             f"{digest}, not {record['sha256']}")
-        return value
-    places += [Path(record["path"])] if "path" in record else []
-    for path in places:
-        value, digest = _read(path, record)
         if digest is not None and digest == record.get("sha256"):
-            return value
-    return None
+            return value, place
+    if "content" in record:
+        raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 "
+                         f"{digest}, not {record['sha256']}")
+    return None, embedded
 
 
 def _read(path: Path, record: Record) -> tuple[Any, Any]:
@@ -349,13 +311,12 @@ def _read(path: Path, record: Record) -> tuple[Any, Any]:
     return str(path), sha256_file(path)
 
 
-def _describe(record: Record, given: Given) -> str:
+def _describe(record: Record, places: Sequence[Path]) -> str:
     option, path, state = record["option"], record.get("path", ""), "is not in the recipe"
     if path:
         state = "was changed" if Path(path).exists() else "is missing"
-    chosen = [place for name, place in given if _matches(name, record)]
-    if chosen:
-        path, state = chosen[-1], "is a different file"
+    if places:
+        path, state = places[-1], "is a different file"
     other = f", or another with --set {option.replace('_', '-')}=PATH"
     change = "" if option == "latents" else other
     return (f"{option} {path} {state}: the recipe's has the SHA-256 {record['sha256']}; give it "

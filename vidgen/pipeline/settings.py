@@ -160,41 +160,13 @@ def settled_value(
     return SETTINGS[name].kind(off or 0)
 
 
-def replayed_settings(
-    plan: Mapping[str, Any], asked: Mapping[str, Value], options: frozenset[str]
-) -> dict[str, Value]:
-    """Return the settings that reproduce a recipe's clip: the plan's, or else the requested ones.
-
-    `options` are the options of the clip's inputs; settings that need others are left out.
-    """
-    kept = {name: value for name, value in asked.items()
-            if name not in SETTINGS or not SETTINGS[name].recorded}
-    return kept | {name: value for name, value in _recorded(plan).items()
-                   if not SETTINGS[name].needs or not options.isdisjoint(SETTINGS[name].needs)}
-
-
-def _recorded(plan: Mapping[str, Any]) -> dict[str, Value]:
-    """Return the settings in a plan, except those of sampling that a distilled model fixes."""
+def recorded_settings(plan: Mapping[str, Any]) -> dict[str, Value]:
+    """Return the settings in a recipe's plan, without those that a distilled model fixes."""
     facts, by_student = {**plan, **plan["guidance"]}, plan.get("student") is not None
     found = {each.name: facts.get(each.recorded, each.off) for each in SETTINGS.values()
              if each.recorded and not (by_student and each.topic == "sampling")}
     return {name: value for name, value in found.items()  # 0 sound steps: as many as the clip's
             if value is not None and value >= SETTINGS[name].low}
-
-
-def settings_to_go_on(
-    plan: Mapping[str, Any], asked: Mapping[str, Value], *, sound: bool
-) -> dict[str, Value]:
-    """Return the settings of a continued clip: the plan's guidance, other settings as requested.
-
-    With `sound` they include those of the model's own sound.
-    """
-    own = {name: value for name, value in _recorded(plan).items()
-           if SETTINGS[name].topic == "sampling"
-           and not (SETTINGS[name].follows and value == SETTINGS[name].off)}
-    topics = ("drawing", "sound") if sound else ("drawing",)
-    return own | {name: value for name, value in asked.items()
-                  if name in SETTINGS and SETTINGS[name].topic in topics}
 
 
 def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bool = False) -> None:

@@ -28,8 +28,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.media.sound import resampled
 from vidgen.pipeline.codec import as_video
-from vidgen.pipeline.long.tail import window_size
 from vidgen.pipeline.settings import SOUND, own_value
+from vidgen.pipeline.tail import window_size
 
 if TYPE_CHECKING:
     from vidgen.pipeline.engine import Engine

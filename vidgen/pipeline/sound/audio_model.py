@@ -1,7 +1,4 @@
-"""Sound by another model: diffusers' text-to-audio pipelines, in memory only while they work.
-
-Axes: N samples, c channels.
-"""
+"""Sound of diffusers' text-to-audio pipelines, which are in memory only while they run."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 LENGTHS = {"StableAudioPipeline": "audio_end_in_s", "StableAudio3Pipeline": "duration",
            "AudioLDM2Pipeline": "audio_length_in_s"}
-"""Pipelines, with the parameter of their call that is a length in seconds."""
+"""Pipelines, with the parameter of their call for the length in seconds."""
 _MAX_S = {"StableAudio3Pipeline": 384.0, "AudioLDM2Pipeline": 600.0}
 _SETTINGS = ("num_inference_steps", "guidance_scale")
 
@@ -41,7 +38,7 @@ class AudioModel:
     offload: str  # "none", "stage" or "block"
 
     def facts(self) -> dict[str, Any]:
-        """Return all that shapes the sound besides the clip's seed, for the recipe."""
+        """Return all facts besides the seed that decide the sound, for the recipe."""
         import diffusers
 
         own = defaults_of(getattr(diffusers, self.folder.class_name))
@@ -57,13 +54,13 @@ class AudioModel:
     def make(
         self, seed: int, on_step: OnProgress, place: LoadedPipeline | None = None
     ) -> tuple[Samples, int]:
-        """Return the sound of a seed, float32 [N, c] of one or two channels, and its rate.
+        """Return the sound of a seed, float32 [samples, channels], and its rate.
 
-        It is as long as the clip, or as the model permits. The noise comes from the CPU. Without
-        `place`, the result of `load`, the model is loaded for this sound alone.
+        It is as long as the clip, or the model's longest; the noise is drawn on the CPU. Without
+        `place`, the result of `load`, load the model for this sound alone.
 
         Raises:
-            ModelError: files that are missing or damaged, or out of memory.
+            ModelError: missing or damaged files, or too little memory.
             InputError: the pipeline refuses the arguments.
         """
         pipe, name = (place or self.load()).taking(None), self.folder.class_name

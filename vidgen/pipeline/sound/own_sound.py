@@ -1,13 +1,13 @@
-"""A model's own sound for its clips, from noise to samples.
+"""Sound that a model generates for its own clips, from noise to samples.
 
-The picture is sampled first and is the same without sound. The same transformer then denoises the
-sound, with the finished picture as a condition. Sound latents lie on the clip's clock whatever its
-windows are: each window samples those heard while it is shown, and knows those sampled before.
+The picture is sampled first and doesn't depend on the sound. The same transformer then denoises the
+sound, with the finished picture as a condition. Sound latents have the clip's clock, not that of
+its windows: a window samples the latents heard while it is shown, given those before them.
 
-Where a picture leaves the moment of an impact open, each draw of noise puts its sound elsewhere. A
-model's onset detector predicts impacts from the picture alone; sounds are drawn until one matches.
-Without impacts, or without a detector, the sound is kept whose onsets agree best with those of the
-others (minimum Bayes risk, Kumar & Byrne 2004, eq. 2, with onsets' F-measure as the gain).
+Noise decides the moment of an impact that the picture leaves open. A model's onset detector
+predicts impacts from the picture alone; sounds are drawn until one matches them. Without impacts,
+or without a detector, the sound is kept whose onsets agree best with those of the others (minimum
+Bayes risk, Kumar & Byrne 2004, eq. 2, with the F-measure of onsets as the gain).
 
 Axes: C latent channels, F latent frames, N candidates, K or k sound latents, n samples.
 """
@@ -36,7 +36,7 @@ from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.models.onset_detector import part_times
 from vidgen.pipeline.best_of_n import best_of
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.long.tail import Beginning, no_beginning
+from vidgen.pipeline.tail import Beginning, no_beginning
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -47,56 +47,56 @@ if TYPE_CHECKING:
     from vidgen.pipeline.loader import ModelLoader
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
-    from vidgen.weights.folder import ModelFolder
 
 AT_ONCE = 256
 """Latents decoded at a time."""
 FURTHEST_S = 0.05
 """Limit of the shift that moves a clip's sound to its visible impacts."""
 TOGETHER_S = 0.06
-"""Onsets of two sounds within this distance are the same."""
+"""Largest distance of two sounds' onsets that count as the same."""
 COMPARED = 4
-"""Sounds that are drawn before they are compared with the picture."""
-
+"""Sounds to draw before they are compared with the picture."""
 ONSET_DETECTOR: Literal["onset_detector"] = "onset_detector"
 NEAR_S = 0.1
-"""An impact and an onset within this distance match."""
+"""Largest distance of an impact and an onset that match."""
 FEWEST = 0.5
-"""Impacts expected in a clip below which it counts as having none."""
+"""A clip with fewer expected impacts counts as one without any."""
 _SURE = 0.3
-"""Impacts expected near an onset from which it counts as one of them."""
+"""Expected impacts near an onset from which it counts as the sound of one."""
 
 
 class Kept(NamedTuple):
-    """The best sound: latents [C, k], and its delay after the impacts that it matches."""
+    """The best sound of a window."""
 
-    latents: Tensor
-    late_s: float = 0.0  # sum of the delays
-    met: float = 0.0  # number of matches
+    latents: Tensor  # [C, k]
+    late_s: float = 0.0  # sum of its delays after the impacts that it matches
+    met: float = 0.0  # number of these matches
 
 
 @dataclass(frozen=True)
 class Impacts:
-    """Expected impacts in a picture."""
+    """Impacts expected in a picture."""
 
-    times: NDArray[np.float64]  # moments in seconds, rising, [n]
-    expected: NDArray[np.float64]  # impacts expected at each of them, [n]
+    times: NDArray[np.float64]  # moments in seconds, ascending, [n]
+    expected: NDArray[np.float64]  # number of impacts expected at each, [n]
     enough: float = 1.0  # fit of a sound that ends the search
-    new_from_s: float = 0.0  # earlier sound is given, and has no lateness
+    new_from_s: float = 0.0  # `lateness` ignores earlier onsets, which are of given sound
 
     @property
     def any_seen(self) -> bool:
         """True if sounds can be compared with them."""
         return float(self.expected.sum()) >= FEWEST
 
-    def fit(self, onsets: Times) -> float:
-        """Return the expected F-measure of a sound's onsets against them.
+    def _near(self, onset: float) -> NDArray[np.bool_]:
+        return np.abs(self.times - onset) <= NEAR_S
 
-        An onset meets at most one impact, and each expected one counts for one onset.
+    def fit(self, onsets: Times) -> float:
+        """Return the expected F-measure of a sound's onsets against these impacts.
+
+        An onset matches at most one impact, and an impact at most one onset.
         """
         left, met = self.expected.copy(), 0.0
-        for onset in onsets:
-            near = np.abs(self.times - onset) <= NEAR_S
+        for near in map(self._near, onsets):
             met += min(1.0, float(left[near].sum()))
             left[near] = 0
         total = float(self.expected.sum()) + len(onsets)
@@ -106,7 +106,7 @@ class Impacts:
         """Return the sum of new onsets' delays after the impacts they match, and their number."""
         late_s = count = 0.0
         for onset in onsets[onsets >= self.new_from_s]:
-            near = np.abs(self.times - onset) <= NEAR_S
+            near = self._near(onset)
             expected = float(self.expected[near].sum())
             if expected >= _SURE:
                 seen = float(self.times[near] @ self.expected[near]) / expected
@@ -117,41 +117,51 @@ class Impacts:
 
 @dataclass
 class OwnSound:
-    """A clip's sound while it is made."""
+    """A clip's sound while it is generated."""
 
     loader: ModelLoader
     plan: Plan  # of the whole clip
-    latents: Tensor  # made or known so far, [1, C, K], on the CPU
-    windows: Sequence[tuple[int, int]]  # [start, stop) sampled at once, in the picture's latents
-    rate: LatentRate  # rate of the finished picture's latents against those
-    num_gone: int = 0  # latent frames of the clip before the first of them
-    begins: int = 0  # the clip's sound latent with which `latents` begins
+    latents: Tensor  # generated or given so far, [1, C, K], on the CPU
+    windows: Sequence[tuple[int, int]]  # [start, stop) of each, in the picture's latent frames
+    rate: LatentRate  # of the finished picture's latents
+    num_gone: int = 0  # latent frames of the clip before the first of the windows'
+    begins: int = 0  # index of the first of `latents` in the clip
     earlier: tuple[Samples, int] | None = None  # samples [N, c], rate of the continued clip's sound
-    starts_s: Fraction = Fraction(0)  # the end of the continued clip
+    starts_s: Fraction = Fraction(0)  # end of the continued clip
     late_s: float = 0.0  # sum of the delays after impacts so far
-    met: float = 0.0  # their number
-    extra_rounds: int = 0  # of candidates, after the first of each window
+    met: float = 0.0  # number of these impacts
+    extra_rounds: int = 0  # of candidates, after the first round of each window
+
+    def __post_init__(self) -> None:
+        components = self.loader.folder.components
+        self._config: AudioVAEConfig = components["sound_vae"].config
+        self._stride_t: int = components["vae"].config.strides.t
+
+    @property
+    def _ends(self) -> int:
+        return self.begins + self.latents.shape[2]
+
+    def _span(self, first: int, count: int) -> tuple[int, int, float]:
+        rate = self._config.tokens_per_s
+        return sound_span(first, count, self._stride_t, self.plan.fps, rate)
 
     def follow(
         self, picture: Tensor, sample: Callable[[LatentState, int], Tensor], journal: Journal
     ) -> None:
-        """Make the sound of a finished picture, window by window.
+        """Generate the sound of a finished picture, latents [1, C, F, h, w], window by window.
 
-        The picture's latents are [1, C, F, h, w]. `sample` denoises a window's sounds, given the
-        number of the window; the journal keeps the sound before the last window.
+        `sample` denoises the candidates of a window, given its number. The journal keeps the sound
+        of all windows but the last.
         """
         kept = journal.kept_arrays(HEARD, "latents")
         if kept is not None:
             self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
             self.late_s, self.met = kept[1]["lateness"]
         for number, (start, stop) in enumerate(self.windows):
-            first, count = self.num_gone + start, stop - start
-            begin, end, _ = self._span(first, count)
+            begin, end, _ = self._span(self.num_gone + start, stop - start)
             if self.latents.shape[2] and self._ends >= end:
-                continue  # made before a kill
-            seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
-            shown = picture[:, :, seen].to(self.loader.device)
-            made = self._made(shown, self.rate.after(start), first, count, sample, number)
+                continue  # generated before a kill
+            made = self._best(picture, number, sample)
             if not self.latents.shape[2]:
                 self.begins = begin
             new = made.latents[None, :, max(0, self._ends - begin) : end - begin]
@@ -161,12 +171,14 @@ class OwnSound:
                 facts = {"begins": self.begins, "lateness": [self.late_s, self.met]}
                 journal.keep_arrays(HEARD, {"latents": self.latents.numpy()}, facts)
 
-    def _made(
-        self, shown: Tensor, rate: LatentRate, first: int, count: int,
-        sample: Callable[[LatentState, int], Tensor], number: int,
+    def _best(
+        self, picture: Tensor, number: int, sample: Callable[[LatentState, int], Tensor]
     ) -> Kept:
-        """Return the best sound of a stretch, `count` latent frames from `first` on."""
-        config = self._config
+        """Return the best of a window's candidates."""
+        config, most, (start, stop) = self._config, self.plan.sound_candidates, self.windows[number]
+        first, count, rate = self.num_gone + start, stop - start, self.rate.after(start)
+        seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
+        shown = picture[:, :, seen].to(self.loader.device)
 
         def draw(takes: range) -> Tensor:
             self.extra_rounds += takes.start > 0
@@ -181,24 +193,23 @@ class OwnSound:
             with self.loader.use("sound_vae") as vae:
                 return vae.decode(latents, latents.shape[2] * config.samples_per_token)
 
-        impacts, most = None, self.plan.sound_candidates
+        impacts = None
         if most > 1:
             impacts = impacts_seen(self.loader, shown, rate, first, self.plan.fps)
-        if impacts is not None:
+        if impacts is not None:  # in the window's own time
             begin = self._span(first, 1)[0]
             later_s = self.plan.sound_delay_s - begin / config.tokens_per_s
             impacts = replace(impacts, times=impacts.times + later_s,
                               new_from_s=max(0, self._ends - begin) / config.tokens_per_s)
-        at_once = drawn_at_once(self.loader.folder, most)
-        return best_sound(draw, hear, config.sample_rate, most, at_once, impacts)
+        return best_sound(draw, hear, config.sample_rate, most, impacts)
 
     def add_to(
         self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)
     ) -> LatentState:
-        """Add the sound of a stretch, as far as it is known, to the picture's state.
+        """Add the sound of latent frames `first` to `first + count` to a picture's state.
 
-        The stretch has `count` latent frames from `first` on. The state has a row for each of the
-        sounds of numbers `takes`, each of which has noise of its own.
+        Sound that exists is known, the rest is noise. The state has a row for each candidate; the
+        numbers `takes` decide their noise.
         """
         begin, end, start_s = self._span(first, count)
         channels = self._config.latent_channels
@@ -213,8 +224,8 @@ class OwnSound:
     def decode(self) -> tuple[Samples, int]:
         """Return samples float32 [N, c] of the whole clip, and their rate.
 
-        Those of a continued clip stay; the new ones follow at its rate, moved as a whole to where
-        the impacts are seen.
+        A continued clip's samples stay. The new ones follow at its rate, shifted as a whole by
+        their mean delay after visible impacts.
         """
         config = self._config
         earlier, rate = self.earlier or (None, config.sample_rate)
@@ -237,7 +248,7 @@ class OwnSound:
 
     @torch.no_grad()
     def _blocks(self) -> Iterator[Samples]:
-        """Yield the decoded sound, blocks [n, 1], from `starts_s` on."""
+        """Yield the decoded sound from `starts_s` on, in blocks [n, 1]."""
         config = self._config
         early_s = self.starts_s - self.begins / Fraction(config.tokens_per_s)
         skip = round(early_s * config.sample_rate)
@@ -251,26 +262,9 @@ class OwnSound:
                 if len(block):
                     yield block.cpu().numpy()[:, None]
 
-    def _span(self, first: int, count: int) -> tuple[int, int, float]:
-        rate = self._config.tokens_per_s
-        return sound_span(first, count, self._stride_t, self.plan.fps, rate)
-
-    @property
-    def _ends(self) -> int:
-        return self.begins + self.latents.shape[2]
-
-    @property
-    def _config(self) -> AudioVAEConfig:
-        return self.loader.folder.components["sound_vae"].config
-
-    @property
-    def _stride_t(self) -> int:
-        stride_t: int = self.loader.folder.components["vae"].config.strides.t
-        return stride_t
-
 
 def followed_sound(loader: ModelLoader, plan: Plan, bed: Samples) -> OwnSound:
-    """Return the given sound that a clip's picture follows, known from start to end."""
+    """Return the given sound that a clip's picture follows; all of it is known."""
     return OwnSound(loader, plan, _encode(loader, bed, RATE), (), plan.rate)
 
 
@@ -278,7 +272,7 @@ def own_sound(
     loader: ModelLoader, plan: Plan, request: Request,
     windows: Sequence[tuple[int, int]] | None = None, begun: Beginning | None = None,
 ) -> OwnSound:
-    """Return the sound to make for a clip of one window, or of several after `begun`."""
+    """Return the sound to generate for a clip of one window, or of several after `begun`."""
     config, begun = loader.folder.components["sound_vae"].config, begun or no_beginning(plan)
     windows = [(0, plan.latents.num_frames)] if windows is None else windows
     nothing = torch.zeros(1, config.latent_channels, 0)
@@ -299,10 +293,10 @@ def own_sound(
 
 
 def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
-    """Return the plan by which the sound of a plan's clip is denoised.
+    """Return the plan that denoises the sound of a plan's clip.
 
-    It starts from noise alone; guidance treats the finished picture as it treats given frames. A
-    distilled model knows pictures only, so the model itself denoises the sound of its clips.
+    It starts from pure noise; guidance treats the finished picture as given frames. A distilled
+    model has learned pictures only, so the model itself denoises the sound of its clips.
     """
     if plan.student is not None:
         known = defaults.settings.get("image_guidance")
@@ -328,44 +322,45 @@ def _encode(loader: ModelLoader, samples: Samples, rate: int) -> Tensor:
 def impacts_seen(
     loader: ModelLoader, picture: Tensor, latent_rate: LatentRate, first: int, fps: Fraction
 ) -> Impacts | None:
-    """Return the impacts that the model's onset detector expects in a picture [1, C, F, h, w].
+    """Return the impacts that the model's onset detector expects, in seconds of the clip.
 
-    The picture begins with latent frame `first` of the clip, at its own `latent_rate`; `fps` is
-    the clip's rate as it is shown. Times are seconds of the clip. None without a detector.
+    None without a detector. The picture [1, C, F, h, w] has its own `latent_rate` and begins with
+    the clip's latent frame `first`; `fps` is the clip's frame rate.
     """
-    if ONSET_DETECTOR not in loader.folder.components:
+    components = loader.folder.components
+    if ONSET_DETECTOR not in components:
         return None
-    stride_t = loader.folder.components["vae"].config.strides.t
     with loader.use(ONSET_DETECTOR) as detector:
         expected = detector.expected(picture.to(loader.device))[0].double().cpu()  # [F, P]
+    begins = latent_rate.factor * (first - 1) + 1
     if latent_rate.alone:
-        expected[0] = 0  # a single picture
-    begins = 0 if latent_rate.alone else latent_rate.factor * (first - 1) + 1
+        begins, expected[0] = 0, 0  # a single picture
     count, num_parts = expected.shape
-    times = part_times(begins, count, num_parts, stride_t, float(fps * latent_rate.factor))
-    enough = loader.folder.components[ONSET_DETECTOR].config.enough
-    return Impacts(times.flatten().double().numpy(), expected.flatten().numpy(), enough)
+    times = part_times(begins, count, num_parts, components["vae"].config.strides.t,
+                       float(fps * latent_rate.factor))
+    return Impacts(times.flatten().double().numpy(), expected.flatten().numpy(),
+                   components[ONSET_DETECTOR].config.enough)
 
 
-def drawn_at_once(folder: ModelFolder, most: int) -> int:
-    """Return the sounds drawn at once: all `most` without an onset detector."""
-    return min(COMPARED, most) if ONSET_DETECTOR in folder.components else most
+def drawn_at_once(most: int, *, is_seen: bool) -> int:
+    """Return the number of sounds drawn at once: all without an onset detector (`is_seen`)."""
+    return min(COMPARED, most) if is_seen else most
 
 
 def best_sound(
     draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
-    at_once: int, impacts: Impacts | None,
+    impacts: Impacts | None,
 ) -> Kept:
-    """Draw sounds for a picture until one matches it; return the best.
+    """Draw at most `most` sounds for a picture until one matches it; return the best.
 
     Args:
-        draw: makes the sounds of a range of numbers, [N, C, k]; at most `most`.
-        hear: decodes them, [N, n], at `rate` samples per second.
-        at_once: see `drawn_at_once`.
-        impacts: of the picture, in the sounds' own time; None without a detector.
+        draw: generates the sounds of a range of numbers, [N, C, k].
+        hear: decodes them to [N, n], at `rate` samples per second.
+        impacts: impacts in the picture, in the sounds' own time; None without a detector.
     """
     if most == 1:
         return Kept(draw(range(1))[0])
+    at_once = drawn_at_once(most, is_seen=impacts is not None)
     if impacts is None or not impacts.any_seen:
         made = draw(range(at_once))
         return Kept(made[most_agreed(hear(made), rate)])
@@ -381,13 +376,13 @@ def best_sound(
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:
-    """Return the index of the sound [N, n] whose onsets agree best with the others'."""
+    """Return the index of the sound [N, n] whose onsets agree best with the others'.
+
+    The measure is the F-measure of two sounds' onsets; two sounds without any agree.
+    """
+    def agreement(times: Times, others: Times) -> float:
+        total, pairs = len(times) + len(others), pair_times(times, others, TOGETHER_S, TOGETHER_S)
+        return 2 * len(pairs) / total if total else 1.0
+
     onsets = find_onsets(sounds.float().cpu(), rate)
-    agreed = [sum(_agreement(one, other) for other in onsets) for one in onsets]
-    return int(np.argmax(agreed))
-
-
-def _agreement(times: Times, others: Times) -> float:
-    """Return the F-measure of two sounds' onsets; two without any agree."""
-    total = len(times) + len(others)
-    return 2 * len(pair_times(times, others, TOGETHER_S, TOGETHER_S)) / total if total else 1.0
+    return int(np.argmax([sum(agreement(one, other) for other in onsets) for one in onsets]))

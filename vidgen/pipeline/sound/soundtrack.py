@@ -1,8 +1,4 @@
-"""A clip's sound: the model's own, a file's, another model's, with speech over it.
-
-All requested sound is settled before the clip is generated, so that a text that is too long or a
-file that can't be used costs nothing.
-"""
+"""A clip's sound, settled before the clip is generated, so that a mistake in it costs no time."""
 
 from __future__ import annotations
 
@@ -36,13 +32,13 @@ Source = Literal["none", "own", "file", "prefix", "model"]
 class Soundtrack:
     """A clip's settled sound."""
 
-    source: Source  # of the sound under the speech
-    num_samples: int  # of the clip, at `RATE`
+    source: Source  # of the sound that speech is mixed over
+    num_samples: int  # length of the clip at `RATE`
     bed: Samples | None = None  # a file's sound at `RATE`, as long as the clip
-    loop: bool = False  # whether sound that is shorter than the clip is repeated
+    loop: bool = False  # repeat sound that is shorter than the clip
     speech: Speech | None = None
-    model: AudioModel | None = None  # makes the sound of each clip
-    is_own: bool = False  # whether the clip's model makes it, after the picture
+    model: AudioModel | None = None  # generates the sound, for source "model"
+    is_own: bool = False  # the clip's model generates it after the picture
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -63,19 +59,16 @@ class Soundtrack:
     def under(
         self, clip: Clip, seed: int, on_step: OnProgress, journal: Journal | None = None
     ) -> Clip:
-        """Return the clip with its sound; without any it stays silent.
+        """Return the clip with its sound, if any.
 
-        `on_step` gets the steps of another model that makes the sound of `seed`.
-
-        Raises:
-            InputError: that model refuses the arguments.
-            ModelError: it can't be loaded, or is out of memory.
+        Another model that generates the sound gets `seed` and reports its steps to `on_step`; it
+        may raise InputError for refused arguments, or ModelError.
         """
-        if self.source == "own" and self.speech is None:  # at its own rate
+        if self.source == "own" and self.speech is None:  # keeps its own rate
             clip.info = replace(clip.info, loudness=TARGET_LUFS)
             return clip
         sound = self._bed(clip, seed, on_step, journal)
-        loudness = None if self.source == "prefix" else TARGET_LUFS  # which has its level
+        loudness = None if self.source == "prefix" else TARGET_LUFS  # a prefix keeps its level
         if self.speech is not None:
             spans = [(each.start_s, each.end_s) for each in self.speech.sentences]
             sound, loudness = lay_over(sound, self.speech.samples, spans), TARGET_LUFS
@@ -103,13 +96,12 @@ def make_soundtrack(
 ) -> Soundtrack:
     """Settle a request's sound: read files, synthesise speech.
 
-    Another model shares the engine's device, dtype and offload; `has_sound` says whether the
-    engine's model makes sound itself.
+    Another model shares the engine's device, dtype and offload. `has_sound` is True if the engine's
+    model generates sound itself.
 
     Raises:
-        InputError: sound from a model that makes none, files that can't be used, speech that
-            doesn't fit.
-        ModelError: another model that makes no sound, or doesn't exist.
+        InputError: no model for the requested sound, an unusable file, or speech that doesn't fit.
+        ModelError: the other model doesn't exist or generates no sound.
     """
     num_samples = round(num_frames / fps * RATE)
     if request.audio == OWN_AUDIO and request.audio_model is None and not has_sound:

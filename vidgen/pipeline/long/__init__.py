@@ -1,1 +1,0 @@
-"""Clips longer than one window of the model."""
