@@ -80,7 +80,7 @@ def plan_facts(plan: Plan | DiffusersPlan) -> dict[str, Any]:
 
 
 def request_facts(request: Request) -> dict[str, Any]:
-    """Return a request as `recorded_request` returns it from the recipes of its clips."""
+    """Return a request with hashes instead of files, as JSON data."""
     return {
         "prompt": request.prompt, "request": asked_options(request),
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],

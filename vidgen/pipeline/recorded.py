@@ -73,14 +73,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def recorded_request(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's request in the form of `recipe.request_facts`."""
-    return {"prompt": recipe["plan"]["prompt"],
-            "request": recipe["request"], "frame_times_s": recipe["frame_times_s"],
-            "inputs": [[each["option"], each.get("sha256")] for each in recipe["inputs"]],
-            "loras": [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]]}
-
-
 def recorded_marks(recipe: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the label and the AIGC producer of a recipe's file, where it has them."""
     known = recipe or {}
