@@ -25,7 +25,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -197,15 +197,6 @@ def kept_paths(folder: Path, kind: str) -> list[Path]:
     return paths
 
 
-def counted_paths(folder: Path, kind: str) -> list[Path]:
-    """Remove files after a missing one; return the result of `kept_paths`."""
-    kept = kept_paths(folder, kind)
-    for path in sorted((folder / kind).glob("*.safetensors"))[len(kept):]:
-        with suppress(PermissionError):  # a remaining file is overwritten later
-            path.unlink()
-    return kept
-
-
 _SEEN = "seen."
 
 
@@ -228,9 +219,13 @@ def read_segment(path: Path) -> Segment:
     for size, pts, dts, key in arrays["packets"].tolist():
         packets.append((content[start : start + size], pts, dts, bool(key)))
         start += size
-    seen = {name.removeprefix(_SEEN): each for name, each in arrays.items()
-            if name.startswith(_SEEN)}
-    return Segment(facts["num_frames"], tuple(packets), seen or None)
+    return Segment(facts["num_frames"], tuple(packets), _group(arrays, _SEEN) or None)
+
+
+def _group(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the arrays whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): each for name, each in arrays.items()
+            if name.startswith(prefix)}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -252,35 +247,35 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
 
     A damaged file raises InputError.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _opened(path) as (file, metadata, facts):
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _digest(arrays, metadata["facts"]) != metadata["sha256"]:
             raise ValueError("its content doesn't match its checksum")
         if metadata["name"] != path.name:
             raise ValueError(f"it is a copy of {metadata['name']}")
         if not set(names) <= arrays.keys():
             raise ValueError(f"it holds {', '.join(arrays)}, not {', '.join(names)}")
-        return arrays, _facts_of(metadata)
-    except _UNREADABLE as error:
-        raise InputError(f"{path} is damaged ({error}); remove it to make its content again, or "
-                         "start again with --overwrite") from None
+    return arrays, facts
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
+    with _opened(path) as (*_, facts):
+        return facts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Yield an open file, its metadata and facts; what can't be read is an InputError."""
     try:
         with safe_open(path, framework="np") as file:
-            return _facts_of(file.metadata())
+            metadata = file.metadata()
+            facts = json.loads(metadata["facts"])
+            if not isinstance(facts, dict):
+                raise ValueError(f"its facts are a {type(facts).__name__}")
+            yield file, metadata, facts
     except _UNREADABLE as error:
-        raise InputError(f"{path} is damaged ({error})") from None
-
-
-def _facts_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    facts = json.loads(metadata["facts"])
-    if not isinstance(facts, dict):
-        raise ValueError(f"its facts are a {type(facts).__name__}")
-    return facts
+        raise InputError(f"{path} is damaged ({error}); remove it to make its content again, or "
+                         "start again with --overwrite") from None
 
 
 def _digest(arrays: Mapping[str, Any], text: str) -> str:
@@ -311,8 +306,6 @@ def state_tensors(state: SamplerState) -> dict[str, Tensor]:
 
 def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
     """Return the sampler's state at a step from the tensors of `state_tensors`."""
-    cache = {name.removeprefix(_CACHE): each for name, each in tensors.items()
-             if name.startswith(_CACHE)}
-    count = sum(name.startswith(_HISTORY) for name in tensors)
-    history = tuple(tensors[f"{_HISTORY}{index}"] for index in range(count))
-    return SamplerState(step, tensors["latents"], history, cache)
+    history = _group(tensors, _HISTORY)
+    ordered = tuple(history[str(index)] for index in range(len(history)))
+    return SamplerState(step, tensors["latents"], ordered, _group(tensors, _CACHE))

@@ -285,7 +285,7 @@ class Journal:
         import torch
 
         windows = [torch.from_numpy(job.read_arrays(path, "latents")[0]["latents"])
-                   for path in job.counted_paths(self.folder, WINDOWS)]
+                   for path in job.kept_paths(self.folder, WINDOWS)]
         self.done = torch.cat(windows, dim=2) if windows else None
         self.num_windows = len(windows)
         self._num_done = 0 if self.done is None else self.done.shape[2]
@@ -304,7 +304,7 @@ class Journal:
                            "choose another name")
 
     def _count_segments(self) -> None:
-        kept = job.counted_paths(self.folder, SEGMENTS)
+        kept = job.kept_paths(self.folder, SEGMENTS)
         self._num_segments = len(kept)
         self.num_frames = sum(job.read_segment(path).num_frames for path in kept)
 
