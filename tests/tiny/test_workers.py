@@ -114,7 +114,6 @@ def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
 
 def test_a_job_is_cancelled_at_its_next_event_and_no_other(tmp_path):
     pool = LocalPool(pickle.dumps(Labour(tmp_path)), 1, 1)
-    pool.start()
     (worker,) = pool.workers
 
     def outcome(job):

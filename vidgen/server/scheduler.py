@@ -163,9 +163,7 @@ class Scheduler:
         with self._lock:
             if self._pool is None and now >= self._start_s and not self._is_draining:
                 self._last_message_s = now
-                pool = LocalPool(self._work, 1, workers.WorkerOptions().num_threads)
-                pool.start()
-                self._pool = pool
+                self._pool = LocalPool(self._work, 1, workers.WorkerOptions().num_threads)
             child, silent = self._child, now - self._last_message_s > SILENCE_S
             sent_s = self._stop_sent_s
             stuck = sent_s is not None and now - sent_s > STOP_PATIENCE_S

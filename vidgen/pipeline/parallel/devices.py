@@ -74,7 +74,6 @@ class Devices:
         self._answers: dict[int, Any] = {}  # the last result of an order by rank
         self._end = weakref.finalize(self, _dissolve, self._pool)
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        self._pool.start()
         self._finish()
         for worker in self._pool.workers:
             self._send(worker, "join", worker.number, size, store.port, device.type)

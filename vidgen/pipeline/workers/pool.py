@@ -70,16 +70,11 @@ class WorkerHandle(ABC):
 
 
 class WorkerPool:
-    """Several workers; `start_worker` starts one by its number."""
+    """Several workers; `start_worker` starts or requests one by its number."""
 
     def __init__(self, start_worker: Callable[[int], Any], count: int) -> None:
-        self._start_worker, self._count = start_worker, count
-        self.workers: list[Any] = []
-
-    def start(self) -> None:
-        """Start all workers, or request them."""
-        for number in range(1, self._count + 1):
-            self.workers.append(self._start_worker(number))
+        self._start_worker = start_worker
+        self.workers: list[Any] = [start_worker(number) for number in range(1, count + 1)]
 
     def listen(self, seconds: float) -> list[tuple[Any, Message]]:
         """Return workers' messages, at most one of each, after up to `seconds`."""

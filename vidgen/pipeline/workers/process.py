@@ -20,7 +20,6 @@ import logging
 import os
 import pickle
 import queue
-import select
 import signal
 import sys
 import threading
@@ -118,7 +117,7 @@ def main() -> int:
         with lock:
             connection.send(message)
 
-    threading.Thread(target=_beat, args=(connection, send), daemon=True).start()
+    threading.Thread(target=_beat, args=(send,), daemon=True).start()
     try:
         content, threads = connection.recv()
         worker = Worker(send, threads)
@@ -137,14 +136,12 @@ def _receive(connection: Connection, worker: Worker) -> None:
     _leave()
 
 
-def _beat(connection: Connection, send: Send) -> None:
-    while True:
-        try:
-            if select.select([], [connection], [], 0)[1]:  # skip while the pipe is full
-                send(("beat",))
-        except OSError:
-            _leave()
-        time.sleep(BEAT_S)
+def _beat(send: Send) -> None:
+    with suppress(OSError):
+        while True:
+            send(("beat",))
+            time.sleep(BEAT_S)
+    _leave()
 
 
 def _leave() -> None:

@@ -109,13 +109,9 @@ class RayPool(WorkerPool):
         options = {"num_cpus": min(threads, max(cpus, 1)), "num_gpus": int(gpus > 0),
                    "max_restarts": 0, "max_concurrency": 4}
         actor = self._ray.remote(**options)(Actor)
+        self._stdout.__enter__()
         super().__init__(lambda number: RayWorker(number, self._ray, actor.remote(
             work, threads, str(Path.cwd()), __version__)), count)
-
-    def start(self) -> None:
-        """Request all workers; each starts when the cluster has room."""
-        self._stdout.__enter__()
-        super().start()
 
     def end(self, grace_s: float = 0.0) -> None:
         """Kill all workers, and leave the cluster if this pool joined it."""

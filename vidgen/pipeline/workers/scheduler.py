@@ -132,7 +132,6 @@ def _run_in_pool(
 
         pool = RayPool(content, workers)
     try:
-        pool.start()
         yield from _outcomes(queue, pool, workers.patience, on_event)
     finally:
         pool.end(workers.patience.grace)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
 MAX_WORKERS = MAX_THREADS = 1024
 
 
-class Work(Protocol):
-    """Function that runs jobs; it is pickled to each worker, where it keeps what it opens."""
+Work = Callable[[Any, OnEvent], Any]
+"""Function of a job's payload, which reports events and returns a picklable result.
 
-    def __call__(self, payload: Any, on_event: OnEvent, /) -> Any:
-        """Run one job and report events; the result must be picklable."""
-        ...
+It is pickled to each worker, where it keeps what it opens.
+"""
 
 
 @dataclass(frozen=True, slots=True)
