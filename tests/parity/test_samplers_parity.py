@@ -10,14 +10,13 @@ from diffusers import (
 )
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.flow import to_timestep
+from vidgen.diffusion.flow import make_sigmas, shifted, to_timestep
 from vidgen.diffusion.samplers import (
     UNIPC_SIGMA_MAX,
     sample,
     sample_with_scheduler,
     scheduler_sigmas,
 )
-from vidgen.diffusion.schedule import make_sigmas, shifted
 
 NOISY = torch.randn(2, 4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2

@@ -10,12 +10,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition, samplers
-from vidgen.diffusion.condition import latent_mask
-from vidgen.diffusion.condition_mix import draw_conditions, with_given
-from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.condition import draw_conditions, latent_mask, with_given
+from vidgen.diffusion.flow import add_noise, make_sigmas
 from vidgen.diffusion.guidance import guidance_share
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.state import denoise_inputs, new_sound, new_state
 
 STRIDES = Strides(t=4, hw=16)

@@ -13,7 +13,7 @@ from tests.models import add_low_expert, build_tiny_model
 from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.schedule import draw_sigmas, share_below
+from vidgen.diffusion.flow import draw_sigmas, share_below
 from vidgen.media.clip import Clip
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.pipeline.engine import load

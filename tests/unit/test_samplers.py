@@ -11,6 +11,9 @@ from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.flow import (
     add_noise,
     denoised_of,
+    draw_sigmas,
+    make_sigmas,
+    shifted,
     to_timestep,
     velocity_loss,
     velocity_of,
@@ -18,7 +21,6 @@ from vidgen.diffusion.flow import (
 from vidgen.diffusion.guidance import Guidance, guide, guided
 from vidgen.diffusion.noise import draw_noise, shuffled
 from vidgen.diffusion.samplers import SAMPLERS, sample
-from vidgen.diffusion.schedule import draw_sigmas, make_sigmas, shifted
 
 MEAN, DEVIATION = 0.8, 0.5
 SHAPE = LatentShape(channels=2, num_frames=3, height=2, width=4)

@@ -1,4 +1,4 @@
-"""Conventions of flow matching.
+"""Conventions of flow matching, and noise levels of samplers and of training.
 
 A straight line connects a clean clip with noise (Lipman et al. 2023, eq. 22; Liu et al. 2023):
 `noisy = (1 - sigma) * clean + sigma * noise`, so sigma = 1 is noise and sigma = 0 is the clip. The
@@ -13,6 +13,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from vidgen.core.errors import InputError
 
 TIMESTEPS = 1000
 """Models take `timestep = TIMESTEPS * sigma`; everything else uses sigma."""
@@ -75,3 +77,90 @@ def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor | float:
     if isinstance(sigma, Tensor) and sigma.ndim == 1:
         return sigma.view(-1, *[1] * (like.ndim - 1)).to(torch.float32)
     return sigma
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Shift noise levels toward 1, as larger clips need (Esser et al. 2024, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def make_sigmas(
+    num_steps: int, shift: float = 1.0, *, strength: float = 1.0, sigma_min: float = 0.0,
+    reach_min: bool = False,
+) -> Tensor:
+    """Return float32 noise levels [steps + 1], evenly spaced, then shifted, strictly falling to 0.
+
+    `sigma_min=0.001` gives the levels of diffusers' UniPC with flow sigmas, as in Wan's folders;
+    `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` gives those of its flow Euler.
+
+    Args:
+        num_steps: number of steps from pure noise.
+        shift: see `shifted`; 1 leaves the levels evenly spaced.
+        strength: first level before the shift; 1 starts from noise and takes all steps, less takes
+            `steps_for_strength`.
+        sigma_min: last evenly spaced level, before the shift.
+        reach_min: keep `sigma_min` as a level before 0, instead of replacing it with 0.
+
+    Raises:
+        InputError: a step count, shift or strength out of range.
+    """
+    steps = steps_for_strength(num_steps, strength)
+    if not (math.isfinite(shift) and shift > 0):
+        raise InputError(f"shift must be a positive number, not {shift}")
+    if steps == 0:
+        return torch.zeros(1)
+    if reach_min:
+        levels = torch.linspace(strength, sigma_min, steps, dtype=torch.float64)
+    else:
+        levels = torch.linspace(strength, sigma_min, steps + 1, dtype=torch.float64)[:-1]
+    return torch.cat([shifted(levels, shift), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def steps_for_strength(num_steps: int, strength: float) -> int:
+    """Return `num_steps * strength`, rounded; at least 1 unless `strength` is 0.
+
+    Raises:
+        InputError: less than 1 step, or a strength outside [0, 1].
+    """
+    if num_steps < 1:
+        raise InputError(f"steps must be at least 1, not {num_steps}")
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength must be from 0 to 1, not {strength}")
+    return max(1, round(num_steps * strength)) if strength > 0 else 0
+
+
+def draw_sigmas(
+    batch: int, generator: torch.Generator, *, shift: float = 1.0, mean: float | None = 0.0,
+    std: float = 1.0, between: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Draw shifted noise levels [B] for training, float32 in (0, 1), in random order.
+
+    The draw is stratified over the batch (Kingma et al. 2021, appendix I.1), which keeps the
+    distribution and reduces the variance of the loss.
+
+    Args:
+        generator: on the CPU.
+        mean: mean of the logit-normal density (Esser et al. 2024, eq. 19); None: uniform density.
+        std: standard deviation of the logit-normal density.
+        between: shifted levels to which the density is truncated.
+    """
+    strata = torch.randperm(batch, generator=generator).double()
+    uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
+    low, high = (share_below(level, shift=shift, mean=mean, std=std) for level in between)
+    uniform = (low + (high - low) * uniform).clamp(1e-6, 1 - 1e-6)
+    if mean is not None:
+        uniform = torch.sigmoid(mean + std * torch.special.ndtri(uniform))
+    return shifted(uniform, shift).float()
+
+
+def share_below(
+    sigma: float, *, shift: float = 1.0, mean: float | None = 0.0, std: float = 1.0
+) -> float:
+    """Return the share of levels below `sigma` in the distribution of `draw_sigmas`."""
+    if not 0 < sigma < 1:
+        return float(sigma >= 1)
+    level = sigma / (shift - (shift - 1) * sigma)  # the inverse of `shifted`
+    if mean is None:
+        return level
+    logit = math.log(level / (1 - level))
+    return 0.5 * (1 + math.erf((logit - mean) / (std * math.sqrt(2))))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.flow import to_timestep
+from vidgen.diffusion.flow import make_sigmas, to_timestep
 from vidgen.diffusion.guidance import (
     BRANCHES,
     NEGATIVE,
@@ -36,7 +36,6 @@ from vidgen.diffusion.guidance import (
 )
 from vidgen.diffusion.regional_prompts import NO_LABEL, with_regions
 from vidgen.diffusion.samplers import scheduler_sigmas, whole_timesteps
-from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.models.dit_types import AudioTokens, KVCache
 from vidgen.models.lora import attached

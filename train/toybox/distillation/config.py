@@ -11,9 +11,9 @@ from train.toybox.tasks.dit_config import PLAIN
 from train.toybox.tasks.mix import ConditionMix
 from train.toybox.tasks.toybox_data import CacheConfig
 from vidgen.core.errors import InputError
+from vidgen.diffusion.flow import make_sigmas
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.diffusion.schedule import make_sigmas
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import STUDENT
 

@@ -30,9 +30,8 @@ from train.toybox.distillation.student import DeltaTask
 from train.toybox.phases import Phase
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
+from vidgen.diffusion.flow import add_noise, denoised_of, draw_sigmas, squared_error, velocity_loss
 from vidgen.diffusion.samplers import sample_state
-from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.state import LatentState
 from vidgen.diffusion.temporal_upsampling import LatentRate, upsampled_state
 from vidgen.pipeline.denoise import upsampling_of

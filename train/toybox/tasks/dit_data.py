@@ -15,8 +15,7 @@ from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.dit_draws import DiTDraws, Drawn
 from train.toybox.tasks.sound_cache import with_sound
 from train.toybox.tasks.toybox_data import cut_around
-from vidgen.diffusion.condition import noise_known
-from vidgen.diffusion.condition_mix import with_given
+from vidgen.diffusion.condition import noise_known, with_given
 from vidgen.diffusion.state import LatentState
 from vidgen.diffusion.temporal_upsampling import LatentRate, interpolated
 

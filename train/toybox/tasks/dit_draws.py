@@ -24,8 +24,8 @@ from train.toybox.world.captions import CLASSES, attributes, caption
 from train.toybox.world.paraphrase import loose_caption
 from train.toybox.world.scenes import Draws, Scene
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition_mix import Given
-from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.diffusion.condition import Given
+from vidgen.diffusion.flow import draw_sigmas
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.training.task import generator_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition_mix import KINDS, Given, draw_conditions
+from vidgen.diffusion.condition import KINDS, Given, draw_conditions
 
 
 @dataclass(frozen=True)

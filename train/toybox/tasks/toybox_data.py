@@ -142,7 +142,7 @@ class Stills:
 
     Attributes:
         latents: [B, C, K, h, w].
-        frame_index: [B, K] int64; see `vidgen.diffusion.condition_mix.Given`.
+        frame_index: [B, K] int64; see `vidgen.diffusion.condition.Given`.
     """
 
     latents: Tensor

@@ -22,9 +22,8 @@ from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import choose_device
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import condition
-from vidgen.diffusion.condition_mix import KINDS, draw_conditions, with_given
-from vidgen.diffusion.flow import add_noise, velocity_loss
-from vidgen.diffusion.schedule import draw_sigmas, share_below
+from vidgen.diffusion.condition import KINDS, draw_conditions, with_given
+from vidgen.diffusion.flow import add_noise, draw_sigmas, share_below, velocity_loss
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.denoise import velocity
