@@ -53,7 +53,7 @@ from vidgen.pipeline.types import (
     Plan,
     Progress,
     Report,
-    Reporter,
+    reporter,
 )
 from vidgen.weights.folder import DiffusersFolder
 
@@ -196,7 +196,7 @@ class Engine(OpenedModel):
 
             @cache  # once for all clips, and not where all are sampled already
             def contexts() -> Contexts:
-                Reporter(on_event, 1, count)("prompt", 0, 1)
+                reporter(on_event, 1, count)("prompt", 0, 1)
                 fullest = sound_plan(plan, self.folder.defaults) if track.is_own else plan
                 return self.encode_prompt(fullest, loras)
 
@@ -207,7 +207,7 @@ class Engine(OpenedModel):
                     clips.append(kept.clip())
                     continue
                 with kept.running(recipe, self.device):
-                    report = Reporter(on_event, index, count)
+                    report = reporter(on_event, index, count)
                     glimpses = Glimpses(self.folder, on_preview, each.fps, index)
                     making = _Making(self, each, request, inputs, loras, contexts, track, kept,
                                      report, glimpses)

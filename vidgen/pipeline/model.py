@@ -21,7 +21,7 @@ from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample, sample_with_scheduler
+from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
@@ -270,10 +270,11 @@ class OpenedModel:
         assert devices is None or regional is None, "devices share no regional prompts"
         model = devices.denoising if devices else partial(denoising, regional=regional)
         with model(self.loader, plan, state, contexts, loras, level, caches) as denoise:
-            begun = state.begin()
-            solve = (partial(sample, plan.sampler, denoise, begun, sigmas, fresh=state.fresh)
-                     if scheduler is None else
-                     partial(sample_with_scheduler, denoise, begun, scheduler, plan.num_steps,
-                             strength=plan.strength))
-            latents = solve(on_step=on_step, project=state.project, resume=resume)
+            if scheduler is None:
+                latents = sample_state(plan.sampler, denoise, state, sigmas, on_step=on_step,
+                                       resume=resume)
+            else:
+                latents = sample_with_scheduler(
+                    denoise, state.begin(), scheduler, plan.num_steps, strength=plan.strength,
+                    on_step=on_step, project=state.project, resume=resume)
         return latents if state.sound is not None else latents[:, :, state.num_references :]

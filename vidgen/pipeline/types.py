@@ -81,18 +81,15 @@ class Progress:
     num_clips: int = 1
 
 
-@dataclass(frozen=True)
-class Reporter:
-    """Calls `on_event`, if any, with the progress of one clip."""
+def reporter(
+    on_event: Callable[[Progress], None] | None, clip: int, num_clips: int
+) -> Report:
+    """Return a function that reports the progress of one clip to `on_event`, if any."""
+    def report(stage: Stage, done: int, total: int) -> None:
+        if on_event is not None:
+            on_event(Progress(stage, done, total, clip, num_clips))
 
-    on_event: Callable[[Progress], None] | None
-    clip: int
-    num_clips: int
-
-    def __call__(self, stage: Stage, done: int, total: int) -> None:
-        """Report progress in a stage."""
-        if self.on_event is not None:
-            self.on_event(Progress(stage, done, total, self.clip, self.num_clips))
+    return report
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.pipeline.recipe import make_diffusers_recipe, plan_facts
 from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
-from vidgen.pipeline.types import OnPreview, Progress, Report, Reporter, draw_seed
+from vidgen.pipeline.types import OnPreview, Progress, Report, draw_seed, reporter
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
 
@@ -120,7 +120,7 @@ class DiffusersEngine:
             if kept.finished:
                 clips.append(kept.clip())
                 continue
-            report = Reporter(on_event, index, count)
+            report = reporter(on_event, index, count)
             with kept.running(recipe):
                 made = self._made(plan, scheduler, request, inputs, able, kept, report)
                 frames = made[0][: plan.kept_frames]
