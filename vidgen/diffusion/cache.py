@@ -44,34 +44,24 @@ MAX_SIGMA = 1 - 1e-4
 
 
 class Memory(ABC):
-    """Cached values of one branch of guidance; implements `StepCache` for each of its passes.
-
-    Attributes:
-        tensors: [B, L, D] each, in the tokens' dtype; empty before the first computed step.
-        numbers: noise level of the last computed step, then numbers of the method.
-        sigma: noise level of the current step.
-        spread: layout of the tokens over several processes; None: this process has all.
-    """
+    """Cached values of one branch of guidance; implements `StepCache` for each of its passes."""
 
     lead = 0
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.tensors: list[Tensor] = []
-        self.numbers: list[float] = []
-        self.sigma = 1.0
-        self.spread: Spread | None = None
+        self.tensors: list[Tensor] = []  # [B, L, D], in the tokens' dtype, after a computed step
+        self.numbers: list[float] = []  # sigma of the last computed step, then the method's own
+        self.sigma = 1.0  # of the current step
+        self.spread: Spread | None = None  # layout of the tokens over processes; None: one has all
         self._restored: Sequence[Tensor] = ()
 
     def begin(
         self, sigma: float, spread: Spread | None, spares: Callable[[], bool], *, is_used: bool
     ) -> None:
-        """Begin a pass at `sigma`, before any block runs.
+        """Begin a pass at `sigma`; `spares` returns whether it uses the prediction.
 
-        Args:
-            spares: returns whether the pass uses the prediction.
-            is_used: False for the pass of a process that only shares its weights; it caches
-                nothing.
+        `is_used` is False for a process that only shares its weights; it caches nothing.
         """
         self.sigma, self.spread, self._spares, self._is_used = sigma, spread, spares, is_used
         if self._restored:
@@ -153,15 +143,11 @@ class FirstBlock(Memory):
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Measured size of the residual of a model's blocks, by noise level.
+    """Measured size of the residual of a model's blocks, by noise level."""
 
-    Attributes:
-        sigmas: noise levels, decreasing.
-        logs: logarithm of the size at each sigma, up to a constant, by branch of guidance; other
-            branches use that of the prompt.
-    """
-
-    sigmas: tuple[float, ...]
+    sigmas: tuple[float, ...]  # decreasing
+    # logarithm of the size at each sigma, up to a constant, by branch of guidance; other branches
+    # use that of the prompt
     logs: Mapping[str, tuple[float, ...]]
 
     def ratio(self, branch: str, sigma: float, sigma_next: float) -> float:
@@ -177,11 +163,9 @@ class Magnitude(Memory):
     """Cache that reuses the last residual while its measured magnitude hardly changes.
 
     The error of a skipped step is estimated as |1 - ratio of magnitudes| to the last computed step;
-    the threshold applies to the sum over consecutive skipped steps (Ma et al. 2025, eq. 7-8).
-    `numbers` are the noise level of the last computed step and that sum.
-
-    Args:
-        ratio: maps two noise levels to the magnitude at the second divided by that at the first.
+    the threshold applies to the sum over consecutive skipped steps (Ma et al. 2025, eq. 7-8), the
+    second of `numbers`. `ratio` divides the magnitude at its second noise level by that at its
+    first.
     """
 
     def __init__(self, threshold: float, ratio: Callable[[float, float], float]) -> None:
@@ -265,28 +249,18 @@ class StepCaches:
 
     The first branch of a step decides for all: guidance multiplies the difference of the branches,
     where equal errors cancel. A step is skipped only if all its branches have cached values.
-
-    Args:
-        make: creates the cache of a branch.
-        retained: noise level above which every step is computed.
-        max_skips: largest number of consecutive skipped steps.
-        boundary: noise level below which another expert runs; its residuals are cached separately.
-        branches_at: returns the branches at a noise level, the deciding one first. None: the first
-            branch that runs decides.
-        agree: maps this process's decision at a noise level to the common one of all processes; a
-            process without the deciding branch passes False. None: this process decides alone.
-
-    Attributes:
-        taken: noise level of each step, and whether it was computed.
     """
 
-    make: Callable[[str], Memory]
-    retained: float = 1.0
-    max_skips: float = math.inf
-    boundary: float | None = None
+    make: Callable[[str], Memory]  # creates the cache of a branch
+    retained: float = 1.0  # noise level above which every step is computed
+    max_skips: float = math.inf  # largest number of consecutive skipped steps
+    boundary: float | None = None  # below it another expert runs, with residuals of its own
+    # branches at a noise level, the deciding one first; None: the first one that runs decides
     branches_at: Callable[[float], Sequence[str]] | None = None
+    # maps this process's decision at a noise level to that of all processes; a process without the
+    # deciding branch passes False; None: this process decides alone
     agree: Callable[[float, bool], bool] | None = None
-    taken: list[tuple[float, bool]] = field(default_factory=list)
+    taken: list[tuple[float, bool]] = field(default_factory=list)  # sigma, whether computed
     memories: dict[str, Memory] = field(default_factory=dict)
     _computed: dict[str, float] = field(default_factory=dict)  # last computed level by branch
     _decided_by: str = ""

@@ -176,8 +176,7 @@ def control(
         kept: [1, C, F, h, w], latents of the clip with grey in place of content to generate.
         changed: the same with grey in place of content to keep.
         wanted: [1, 1, T, H, W], 1 for pixels to generate, 0 for pixels to keep.
-        references: latents [1, C, 1, h, w] of stills; they become latent frames before the clip,
-            which are removed at the end, see `LatentState.num_references`.
+        references: stills [1, C, 1, h, w], which become the first `num_references` latent frames.
         noise: [1, C, R, h, w], starting noise of the references.
     """
     rows = control_rows(kept, changed, wanted, strides)
@@ -215,33 +214,24 @@ def keep_beginning(state: LatentState, kept: Tensor, num_known: int) -> LatentSt
 
 @dataclass(frozen=True)
 class Given:
-    """Conditions drawn for each sample of a batch.
+    """Conditions drawn for each sample of a batch."""
 
-    Attributes:
-        known: [B, 1, F, h, w] bool, True for latents known in place.
-        used: [B, K] bool, True for the stills that a sample gets.
-        frame_index: [B, K], frame of the clip that each still shows; -1 - n for reference n.
-    """
-
-    known: Tensor
-    used: Tensor
-    frame_index: Tensor
+    known: Tensor  # [B, 1, F, h, w] bool, True for latents known in place
+    used: Tensor  # [B, K] bool, True for the stills that a sample gets
+    frame_index: Tensor  # [B, K], frame of the clip that each still shows; -1 - n for reference n
 
 
 def draw_conditions(
     size: tuple[int, int, int, int], generator: torch.Generator, weights: Mapping[str, float],
     strides: Strides, *, reference: float = 0.0, frame_index: Tensor | None = None, patch: int = 1,
 ) -> Given:
-    """Draw a condition for each sample of a batch of latents of `size` B, F, h and w.
-
-    The weights of conditions that aren't possible, for lack of stills or frames, go to the others.
+    """Draw a condition for each sample of a batch of latents of `size` B, F, h and w, on the CPU.
 
     Args:
-        generator: on the CPU.
-        weights: relative weights of `KINDS`.
+        weights: relative weights of `KINDS`; those of impossible ones go to the others.
         reference: probability that a sample gets its reference stills, independent of the rest.
-        frame_index: frames of the stills, see `Given`, on the CPU; frames after the end of a
-            trimmed clip are ignored. None: no stills.
+        frame_index: see `Given`; frames after the end of a trimmed clip are ignored. None: no
+            stills.
         patch: latents a side of one token.
     """
     batch, num_frames, height, width = size
@@ -287,11 +277,8 @@ def with_given(
 ) -> LatentState:
     """Return the state of clean clips [B, C, F, h, w] with drawn conditions, for `denoise_inputs`.
 
-    The loss applies to the latents in its `denoise_mask`. The state's `keys` have as many columns
-    as the sample with the most stills needs; they are None if no sample has any.
-
-    Args:
-        stills: [B, C, K, h, w], each encoded alone, or None.
+    The loss applies to the latents in its `denoise_mask`. `stills` [B, C, K, h, w] are each encoded
+    alone; the state's `keys` have as many columns as the sample with the most stills needs.
     """
     count = int(given.used.sum(1).max()) if given.used.numel() else 0
     keys = None

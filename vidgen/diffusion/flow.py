@@ -95,9 +95,7 @@ def make_sigmas(
 
     Args:
         num_steps: number of steps from pure noise.
-        shift: see `shifted`; 1 leaves the levels evenly spaced.
-        strength: first level before the shift; 1 starts from noise and takes all steps, less takes
-            `steps_for_strength`.
+        strength: first level before the shift; below 1 it takes `steps_for_strength`.
         sigma_min: last evenly spaced level, before the shift.
         reach_min: keep `sigma_min` as a level before 0, instead of replacing it with 0.
 
@@ -133,16 +131,12 @@ def draw_sigmas(
     batch: int, generator: torch.Generator, *, shift: float = 1.0, mean: float | None = 0.0,
     std: float = 1.0, between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Draw shifted noise levels [B] for training, float32 in (0, 1), in random order.
+    """Draw shifted noise levels [B] for training, float32 in (0, 1), in random order, on the CPU.
 
     The draw is stratified over the batch (Kingma et al. 2021, appendix I.1), which keeps the
-    distribution and reduces the variance of the loss.
-
-    Args:
-        generator: on the CPU.
-        mean: mean of the logit-normal density (Esser et al. 2024, eq. 19); None: uniform density.
-        std: standard deviation of the logit-normal density.
-        between: shifted levels to which the density is truncated.
+    distribution and reduces the variance of the loss. The density is logit-normal with `mean` and
+    `std` (Esser et al. 2024, eq. 19), or uniform if `mean` is None, truncated to the levels
+    `between`.
     """
     strata = torch.randperm(batch, generator=generator).double()
     uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch

@@ -27,30 +27,22 @@ UNSHOWN = "unshown"
 class Guidance:
     """Scales and limits of guidance.
 
-    Attributes:
-        scale: guidance scale; 1 is the conditional model, with one call a step instead of two.
-        interval: (lowest, highest) sigma at which guidance applies (Kynkaanniemi et al. 2024); the
-            scale is 1 elsewhere.
-        rescale: share, 0 to 1, of the result rescaled to the conditional velocity's contrast.
-        low_scale: scale below `boundary`, where another expert denoises; None: `scale`.
-        known_scale: scale for clips with given frames. The unconditional pass doesn't see these,
-            so guidance pulls toward them as well (image guidance: Brooks et al. 2023; Blattmann et
-            al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
-        reference_scale: weight of the difference that reference images make to the conditional
-            velocity (Brooks et al. 2023, eq. 3), for clips without given frames.
-        reach: distance in latent frames from a given one at which `known_scale` applies fully; it
-            rises linearly from 1 at the given frame, since a full scale pushes neighbours past it
-            (Blattmann et al. 2023, section 4.3). 0: full everywhere.
+    With `known_scale` the unconditional pass doesn't see given frames, so guidance pulls toward
+    them as well (image guidance: Brooks et al. 2023; Blattmann et al. 2023, "Stable Video
+    Diffusion"). A full scale pushes a given frame's neighbours past it, so it rises linearly from 1
+    at the frame over `reach` latent frames (Blattmann et al. 2023, section 4.3).
     """
 
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
-    low_scale: float | None = None
+    scale: float = 1.0  # 1 is the conditional model, with one call a step instead of two
+    interval: tuple[float, float] = (0.0, 1.0)  # sigmas with guidance (Kynkaanniemi et al. 2024)
+    rescale: float = 0.0  # share, 0 to 1, rescaled to the conditional velocity's contrast
+    low_scale: float | None = None  # below `boundary`, where another expert runs; None: `scale`
     boundary: float = 0.0
-    known_scale: float | None = None
+    known_scale: float | None = None  # for clips with given frames; None: `scale`
+    # weight of the difference that reference images make to the conditional velocity (Brooks et al.
+    # 2023, eq. 3), for clips without given frames
     reference_scale: float = 0.0
-    reach: int = 0
+    reach: int = 0  # 0: `known_scale` applies fully everywhere
 
     def __post_init__(self) -> None:
         for scale in (self.scale, self.low_scale, self.known_scale, self.reference_scale):
@@ -102,13 +94,8 @@ def guide(
 ) -> Tensor:
     """Extrapolate from the unconditional velocity (Ho & Salimans 2022, eq. 6), and add `pull`.
 
-    Args:
-        conditional: velocity [B, C, F, h, w].
-        unconditional: velocity [B, C, F, h, w].
-        scale: for all or for each latent; 1 gives `conditional`, 0 `unconditional`.
-        rescale: phi of Lin et al. 2023, eq. 15-16; 1 matches the standard deviation of
-            `conditional`.
-        denoise_mask: [B, 1, F, h, w], latents that count for the standard deviations; None: all.
+    `rescale` is phi of Lin et al. 2023, eq. 15-16; 1 matches the standard deviation of
+    `conditional`, over the latents in `denoise_mask` [B, 1, F, h, w] (None: all).
     """
     guided_velocity = unconditional + scale * (conditional - unconditional) + pull
     if rescale == 0:
@@ -124,8 +111,6 @@ def guided(
     denoise_unshown: Denoise | None = None,
 ) -> Denoise:
     """Return a guided model from models with the prompt and with the negative prompt.
-
-    Clips of a batch may differ in noise level.
 
     Args:
         share: share of the scale's excess over 1 for each latent, see `guidance_share`.

@@ -29,12 +29,9 @@ def draw_noise(
 ) -> Tensor:
     """Return standard normal noise [B, C, F, h, w], float32, from latent frame `first_frame` on.
 
-    The noise is the normal quantile of uniform float64 draws, rounded to float32, because
-    `torch.randn` differs between processors in the last bit.
-
-    Args:
-        seed: one seed for each clip; a single number is a batch of one.
-        stream: name, such as "video" or "audio", of independent noise for the same seed.
+    It is the normal quantile of uniform float64 draws, rounded to float32, because `torch.randn`
+    differs between processors in the last bit. `stream`, such as "video" or "audio", names
+    independent noise for the same seeds, one for each clip.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     assert len(seeds) == shape.batch, f"{len(seeds)} seeds for a batch of {shape.batch}"
@@ -66,11 +63,8 @@ def draw_sound_noise(
 def shuffled(noise: Tensor, step: int) -> Tensor:
     """Return new noise for a sampling step: each latent frame's values shuffled, with random signs.
 
-    The result depends only on `noise` and `step`, and that of a longer clip begins with that of a
-    shorter one.
-
-    Args:
-        noise: standard normal, [B, C, F, h, w], or [B, C, K] of sound.
+    `noise` is [B, C, F, h, w], or [B, C, K] of sound; the result depends on nothing else, and that
+    of a longer clip begins with that of a shorter one.
     """
     mixed, generator = torch.empty_like(noise), torch.Generator("cpu")
     for frame in range(noise.shape[2]):

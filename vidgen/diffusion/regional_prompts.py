@@ -51,7 +51,6 @@ def with_regions(
     """Return a model that denoises each named subject with a prompt of its own.
 
     Args:
-        denoise_all: model with the full prompt.
         denoise_each: n models, each with a prompt of one subject.
         where: `Verifier.where`.
         labels: [B, n], the verifier's labels of the subjects, or `NO_LABEL`.
@@ -91,12 +90,10 @@ def _shares(seen: Tensor, labels: Tensor) -> Tensor:
 def regions(something: Tensor, named: Tensor) -> Tensor:
     """Divide latents among subjects; return the share of each one, [n, F, h, w].
 
-    Subjects are clustered by position and appearance (expectation maximisation, centres smoothed
-    over time). Each cluster begins with the latents most like its subject, the same number for all.
-
-    Args:
-        something: [F, h, w], probability that a latent shows any subject.
-        named: [n, F, h, w], probability that it shows each of n subjects.
+    `something` [F, h, w] is the probability that a latent shows any subject, `named` [n, F, h, w]
+    that it shows each of n. Subjects are clustered by position and appearance (expectation
+    maximisation, centres smoothed over time). Each cluster begins with the latents most like its
+    subject, the same number for all.
     """
     _, height, width = something.shape
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # [P, 2]

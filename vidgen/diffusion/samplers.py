@@ -33,8 +33,6 @@ Step = Callable[[list[float], int, Tensor, Tensor, tuple[Tensor, ...]], tuple[Te
 
 UNIPC_SIGMA_MAX = 1 - 1e-6
 """UniPC works in log-SNR, which is infinite at sigma = 1; diffusers stops short by the same."""
-
-
 SAMPLERS = ("euler", "unipc", "ancestral")
 
 
@@ -53,18 +51,15 @@ def sample(
       of first order, as DDIM with eta = 1 (Song et al. 2021, eq. 16) and SDE-DPM-Solver++(1) (Lu et
       al. 2022, appendix). Fresh noise covers part of the model's errors, which later steps correct.
 
+    Return clean latents [B, C, F, h, w], float32.
+
     Args:
         name: one of `SAMPLERS`.
-        denoise: maps (latents [B, C, F, h, w], sigma [B]) to velocity of the same shape.
         noisy: starting latents [B, C, F, h, w], at sigmas[0].
         sigmas: [num_steps + 1], strictly falling, last value 0.
         fresh: the noise of ancestral's steps; None: `shuffled` from `noisy`, then pure noise.
-        on_step: called with StepInfo after each step; raising Cancelled stops cleanly.
         project: writes known values into latents, after each step.
         resume: last state of an earlier run with the same arguments.
-
-    Returns:
-        Clean latents [B, C, F, h, w], float32.
     """
     step: Step = _unipc_step if name == "unipc" else _euler_step
     if name == "unipc":
@@ -225,13 +220,8 @@ def sample_with_scheduler(
 
     Schedulers have no common way to read their state, so the sampler's history is the starting
     latents and all velocities, and resuming replays them without the model. The scheduler's state
-    is overwritten. Other arguments are as in `sample`.
-
-    Args:
-        noisy: latents at `scheduler_sigmas(...)[0]`.
-        num_steps: number of steps from pure noise.
-        strength: as in `make_sigmas`.
-        generator: for schedulers that draw noise at each step, seeded again to resume.
+    is overwritten. Arguments are as in `sample` and `make_sigmas`; a `generator`, for schedulers
+    that draw noise at each step, must be seeded again to resume.
 
     Raises:
         InputError: see `scheduler_sigmas`.

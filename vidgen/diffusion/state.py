@@ -31,32 +31,20 @@ FIRST_REFERENCE_POSITION = -4.0
 
 
 class UpsampledKnown(NamedTuple):
-    """Known latents of a clip's first frames under `vidgen.diffusion.temporal_upsampling`.
+    """Known latents of a clip's first frames under `vidgen.diffusion.temporal_upsampling`."""
 
-    Attributes:
-        latents: [B, C, n, h, w].
-        denoise_mask: [B, 1, n, h, w] bool, False for known latents.
-        alone: whether the first latent frame stands for a single frame.
-    """
-
-    latents: Tensor
-    denoise_mask: Tensor
-    alone: bool = True
+    latents: Tensor  # [B, C, n, h, w]
+    denoise_mask: Tensor  # [B, 1, n, h, w] bool, False for known latents
+    alone: bool = True  # whether the first latent frame stands for a single frame
 
 
 @dataclass(frozen=True)
 class PartlyKnown:
-    """Latents between noise and the result, and their known values.
+    """Latents between noise and the result, and their known values."""
 
-    Attributes:
-        latents: [B, C, N] of sound or [B, C, F, h, w] of a picture: starting noise or latest step.
-        clean: known values, of the same shape; undefined where `denoise_mask` is True.
-        denoise_mask: bool, of the same shape with one channel, True for latents to generate.
-    """
-
-    latents: Tensor
-    clean: Tensor
-    denoise_mask: Tensor
+    latents: Tensor  # noise or latest step, [B, C, N] of sound or [B, C, F, h, w] of a picture
+    clean: Tensor  # known values, of the same shape; undefined where `denoise_mask` is True
+    denoise_mask: Tensor  # bool, the same shape with one channel, True for latents to generate
 
     @cached_property
     def any_known(self) -> bool:
@@ -85,17 +73,11 @@ class PartlyKnown:
 
 @dataclass(frozen=True)
 class SoundState(PartlyKnown):
-    """Sound latents between noise and the result, and their known values.
+    """Sound latents between noise and the result, and their known values."""
 
-    Attributes:
-        start_s: start of the first latent, in seconds after the picture's first latent frame.
-        sees_picture: whether sound tokens attend to picture tokens.
-        takes: number of sounds for one picture, adjacent rows of the batch with equal pictures.
-    """
-
-    start_s: float = 0.0
-    sees_picture: bool = True
-    takes: int = 1
+    start_s: float = 0.0  # start of the first latent, after the picture's first latent frame
+    sees_picture: bool = True  # whether sound tokens attend to picture tokens
+    takes: int = 1  # sounds for one picture, adjacent rows of the batch with equal pictures
 
     def levels(self, sigma: Tensor) -> Tensor:
         """Return the noise level of each latent: sigma [B], or [B, N] with 0 where it is known."""
@@ -106,36 +88,21 @@ class SoundState(PartlyKnown):
 
 @dataclass(frozen=True)
 class LatentState(PartlyKnown):
-    """Latents of a clip between noise and the result, and all known values.
+    """Latents of a clip between noise and the result, and all known values."""
 
-    Attributes:
-        keys: known stills at their own time positions, or None.
-        stacked: [B, _, F, h, w], extra channels of the model's input, or None.
-        control: [B, _, F, h, w] input of VACE's control blocks, or None.
-        image_context: [B, _, D] CLIP features of known pictures, or None.
-        num_references: number of leading latent frames that are references, not the clip.
-        known_sigma: [B], noise level of values known in place; None: 0.
-        hides_known: add noise to values known in place, to hide them; see `Guidance`.
-        noise: [B, C, F, h, w], the starting noise if `latents` also contain a clip, else None.
-        spacing: distance of latent frames on the time axis; 1 at the model's frame rate.
-        lead: index of the latent frame at time position 0.
-        known_upsampled: known latents for temporal upsampling, if more than a first frame.
-        video_upsampled: [B, C, n, h, w], upsampled clip that sampling begins from, or None.
-    """
-
-    keys: KeyTokens | None = None
-    stacked: Tensor | None = None
-    control: Tensor | None = None
-    image_context: Tensor | None = None
-    num_references: int = 0
+    keys: KeyTokens | None = None  # known stills at their own time positions
+    stacked: Tensor | None = None  # [B, _, F, h, w], extra channels of the model's input
+    control: Tensor | None = None  # [B, _, F, h, w], input of VACE's control blocks
+    image_context: Tensor | None = None  # [B, _, D], CLIP features of known pictures
+    num_references: int = 0  # leading latent frames that are references, not the clip
     sound: SoundState | None = None
-    known_sigma: Tensor | None = None
-    hides_known: bool = False
-    noise: Tensor | None = None
-    spacing: float = 1.0
-    lead: float = 0.0
-    known_upsampled: UpsampledKnown | None = None
-    video_upsampled: Tensor | None = None
+    known_sigma: Tensor | None = None  # [B], noise level of values known in place; None: 0
+    hides_known: bool = False  # add noise to values known in place, to hide them; see `Guidance`
+    noise: Tensor | None = None  # the starting noise, if `latents` also contain a clip
+    spacing: float = 1.0  # of latent frames on the time axis; 1 at the model's frame rate
+    lead: float = 0.0  # index of the latent frame at time position 0
+    known_upsampled: UpsampledKnown | None = None  # for temporal upsampling, beyond a first frame
+    video_upsampled: Tensor | None = None  # [B, C, n, h, w], clip that sampling begins from
 
     @cached_property
     def is_known(self) -> bool:
@@ -255,14 +222,10 @@ def new_sound(noise: Tensor, start_s: float = 0.0, takes: int = 1) -> SoundState
 def sound_span(
     first: int, count: int, stride_t: int, fps: Fraction | float, tokens_per_s: float
 ) -> tuple[int, int, float]:
-    """Return the sound latents of a section of a clip: (first, end, `SoundState.start_s`).
+    """Return the sound latents of `count` latent frames: (first, end, `SoundState.start_s`).
 
     Frame j of a clip starts at j / fps. Latent frame f ends with frame stride_t * f, whose time is
     its position for attention.
-
-    Args:
-        first: first latent frame of the section.
-        count: number of its latent frames.
     """
     rate, fps = Fraction(tokens_per_s), Fraction(fps)
     shown = 0 if first == 0 else stride_t * (first - 1) + 1
@@ -274,19 +237,12 @@ def sound_span(
 def denoise_inputs(
     state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return the model's input (latents, sigma) of a state at noise level `sigma` [B].
+    """Return the model's latents [B, _, F, h, w] and sigma for a state at noise level `sigma` [B].
 
-    Known values replace those in the latents, and their sigma is 0 or `known_sigma`. With
-    `hides_known` they get the starting noise instead, and sigma stays as it is. `stacked` channels
-    are appended; `keys` are not part of the result.
-
-    Args:
-        latents: default: the state's own.
-        patch: latents a side of a token.
-
-    Returns:
-        Latents [B, _, F, h, w]; sigma [B], or [B, F] for whole known frames, or
-        [B, F, h / patch, w / patch] for known tokens.
+    Known values replace those in the latents (None: the state's own), and their sigma is 0 or
+    `known_sigma`; with `hides_known` they get the starting noise, and sigma stays as it is.
+    `stacked` channels are appended; `keys` are not part of the result. The returned sigma is [B],
+    [B, F] for whole known frames, or [B, F, h / patch, w / patch] for known tokens.
     """
     latents = state.latents if latents is None else latents
     if state.hides_known:

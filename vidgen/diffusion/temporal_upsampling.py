@@ -28,15 +28,10 @@ UPSAMPLED_NOISE = -1
 
 @dataclass(frozen=True)
 class LatentRate:
-    """Rate of upsampled latent frames against those of a clip, or of a stretch of it.
+    """Rate of upsampled latent frames against those of a clip, or of a stretch of it."""
 
-    It has `factor` upsampled latent frames for each of the clip. `alone` says whether the first
-    stands for a single frame, as it does at any rate; within a clip each stands for `stride_t`
-    frames.
-    """
-
-    factor: int
-    alone: bool = True
+    factor: int  # upsampled latent frames for each of the clip
+    alone: bool = True  # whether the first one stands for a single frame, as it begins a clip
 
     @property
     def lead(self) -> int:
@@ -56,10 +51,7 @@ class LatentRate:
         return replace(self, alone=self.alone and start == 0)
 
     def middle(self, stride_t: int) -> float:
-        """Return the distance of an upsampled frame's position from the middle of its pictures.
-
-        In upsampled frames, against the middle of one of the clip's frames, of `stride_t` pictures.
-        """
+        """Return the distance, in upsampled frames, of a position from its pictures' middle."""
         return (self.factor - 1) * (stride_t - 1) / (2 * stride_t)
 
 
@@ -109,8 +101,8 @@ def sample_upsampled(
 
     Both are whole runs of a sampler, by `run`, over parts of `sigmas` [num_steps + 1]: the result
     of the first is noised to the level at which the second begins. Steps count through; the state
-    after step `split` holds the first run's clip. `split` is below num_steps; 0 where the state
-    begins from a given clip at the other rate. Return clean latents [B, C, n, h, w], float32.
+    after step `split` holds the first run's clip. `split` is 0 if the state begins from a clip at
+    the higher rate. Return clean latents [B, C, n, h, w], float32.
     """
     num_steps, levels = len(sigmas) - 1, sigmas.tolist()
 
@@ -137,11 +129,7 @@ def sample_upsampled(
 
 
 def interpolated(latents: Tensor, rate: LatentRate, stride_t: int) -> Tensor:
-    """Interpolate latents [B, C, F, h, w] linearly to upsampled ones, by their centres in time.
-
-    A single frame's centre is itself, any other's lies amid `stride_t` frames, so that of an
-    upsampled one isn't at a whole fraction.
-    """
+    """Interpolate latents [B, C, F, h, w] linearly to upsampled ones, by their centres in time."""
     last = latents.shape[2] - 1
     at = torch.arange(rate.num_upsampled(last + 1), dtype=torch.float64) - rate.lead
     at[rate.alone :] += rate.middle(stride_t)

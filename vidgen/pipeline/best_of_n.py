@@ -50,13 +50,10 @@ def best_of(
     draw: Callable[[range], Iterable[tuple[float, Any]]], most: int, enough: float, *,
     at_once: int = 1, best: Best | None = None, keep: Callable[[Best], None] | None = None,
 ) -> Best:
-    """Draw candidates until one is good enough; return the best, the first one of a tie.
+    """Draw up to `most` candidates until one scores `enough`; return the best, the first of a tie.
 
     Args:
-        draw: yields (score, candidate) for each number of a range.
-        most: limit on the number of candidates.
-        enough: score that ends the search.
-        at_once: number of candidates drawn together.
+        draw: yields (score, candidate) for each number of a range of `at_once`.
         best: best candidate of an interrupted run, which continues after its `count`.
         keep: called with the best candidate before more are drawn, to save it.
     """
@@ -124,15 +121,13 @@ def sample_best(
 ) -> tuple[Tensor, int]:
     """Draw candidates of one window of a clip until one satisfies the verifier.
 
-    Return the latents of the best one, packed with sound as samplers return them, and the number of
-    candidates drawn before the last one.
+    Return the latents of the best one, in the samplers' layout, and the number of candidates drawn
+    before the last one. The journal saves the best candidate so far.
 
     Args:
         state: noisy state of the first candidate.
         prompt: prompt after word normalisation.
         sample: denoises (state, candidate number, saved sampler state or None) to clean latents.
-        journal: journal of the clip, which saves the best candidate so far.
-        window: number of the window.
         num_steps: number of steps of one candidate.
     """
     arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})

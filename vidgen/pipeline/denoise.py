@@ -297,11 +297,11 @@ def velocity(
 
     Args:
         latents: noisy latents, packed with the sound's if the state has sound.
-        sigma: noise levels [B] in [0, 1].
         context: text features [B, S, D] and their lengths [B].
         patch: side of a token, in latents.
         frames_per_s: latent frames per second, which align sound; None without sound.
         whole: see `to_timestep`.
+        options: further arguments of the transformer.
     """
     picture, sound = state.unpack(latents)
     seen, levels = denoise_inputs(state, sigma, picture, patch=patch)

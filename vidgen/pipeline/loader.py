@@ -51,11 +51,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class ModelLoader:
     """Loads and frees a model's networks; refuses those that don't fit the memory.
 
-    Args:
-        dtype: dtype of weights, except those that must be float32.
-        quantize: "int8" for the linear layers of blocks; not with offload "block".
-        mesh: devices over which the transformers' blocks are sharded; not with offload "block" or
-            `quantize`.
+    The transformers' blocks are sharded over the devices of `mesh`.
 
     Raises:
         InputError: the options conflict, or quantisation isn't available.

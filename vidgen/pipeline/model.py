@@ -237,12 +237,9 @@ class OpenedModel:
         """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
         With sound in the state the result is packed; see `LatentState.unpack`. With temporal
-        upsampling it has the higher rate.
-
-        Args:
-            resume: saved state of an interrupted run.
-            remember: add the step cache's memory to the states passed to `on_step`.
-            sigmas: noise levels of a part of the run; None: all of it.
+        upsampling it has the higher rate. `resume` is the saved state of an interrupted run; with
+        `remember` those passed to `on_step` include the step cache's memory. `sigmas` are the noise
+        levels of a part of the run; None: all of it.
         """
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
         from vidgen.pipeline.denoise import can_be_regional, denoising
