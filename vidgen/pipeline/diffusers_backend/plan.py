@@ -81,69 +81,56 @@ def defaults_of(pipeline: type) -> dict[str, Any]:
 
 
 class Abilities:
-    """A pipeline's parameters and attributes.
-
-    Attributes:
-        defaults: by parameter; `inspect.Parameter.empty` if it is required.
-        strides: frames and pixels a side of one latent.
-        multiple: pixels a side of one token.
-        length, rate: parameters for the number of frames and the frame rate, or None.
-        guidance: parameter that --guidance sets, or None.
-        guider: component that guides if the call has no parameter for it, or None.
-        is_distilled: whether guidance is an input of the model, without an unguided pass.
-        is_image: whether the result is a picture.
-        has_sound: whether the result includes sound.
-        cut_frames: number of frames cut off the result, in which HunyuanVideo repeats the picture.
-        options: options of a request that the pipeline can honour.
-    """
+    """A pipeline's parameters and attributes, and the `options` of a request that it can honour."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.name = pipe, type(pipe).__name__
-        self.defaults = defaults_of(type(pipe))
+        self.defaults = defaults_of(type(pipe))  # `inspect.Parameter.empty` if required
         self._config = getattr(getattr(pipe, "transformer", None), "config", {})
+        # frames and pixels a side of one latent
         self.strides = Strides(int(_first(pipe, _TEMPORAL) or 1), int(_first(pipe, _SPATIAL) or 8))
         patch = self._config.get("patch_size") or 1
         sides = [self.strides.hw * (patch if isinstance(patch, int) else patch[-1])]
         for name in ("video_processor", "image_processor"):  # which round sizes, too
             config = getattr(getattr(pipe, name, None), "config", {})
             sides.append(config.get("vae_scale_factor", 1))
-        self.multiple = math.lcm(*sides)
+        self.multiple = math.lcm(*sides)  # pixels a side of one token
+        # parameters for the number of frames and the frame rate, or None
         self.length = next((name for name in _LENGTH if name in self.defaults), None)
         self.rate = next((name for name in _RATE if name in self.defaults), None)
+        # with distilled guidance, the scale is an input of a model that has no unguided pass
         has_unguided = (self.defaults.get("true_cfg_scale") or 0) > 1
         self.is_distilled = "true_cfg_scale" in self.defaults and not has_unguided
         guidance = "true_cfg_scale" if has_unguided else "guidance_scale"
-        self.guidance = guidance if guidance in self.defaults else None
-        guider = getattr(pipe, "guider", None)
+        self.guidance = guidance if guidance in self.defaults else None  # set by --guidance
+        guider = getattr(pipe, "guider", None)  # guides if the call has no parameter for it
         guides = self.guidance is None and hasattr(guider, "guidance_scale")
         self.guider: Any = guider if guides else None
         self.is_image = self.length is None and "video" not in self.defaults
         self.has_sound = any(getattr(pipe, part, None) for part in ("audio_vae", "vocoder"))
+        # HunyuanVideo repeats the picture in the first frames, which are cut off
         puts_first = self._config.get("image_condition_type") == "latent_concat"
         self.cut_frames = self.strides.t if puts_first else 0
         self.options = _ALWAYS | self._options()
 
     def _options(self) -> set[str]:
-        options = {option for option, name in _PLAIN.items() if name in self.defaults}
-        if self.is_distilled:  # takes a negative prompt without effect
-            options.discard("negative")
-        if {"height", "width"} <= self.defaults.keys():
-            options.add("size")
-        if self.guidance is not None or self.guider is not None:
-            options.add("guidance")
-        options |= {"frames"} if self.is_image else {"frames", "seconds", "fps"}
-        takes_video = {"video", "strength"} <= self.defaults.keys()
+        known, makes_clips = self.defaults, not self.is_image
         # with `denoise_strength`, LTX's `strength` weights the given frames instead
-        is_video_to_video = takes_video and "denoise_strength" not in self.defaults
-        if is_video_to_video or (self.name, "video") in SIBLINGS:
-            options |= {"video", "strength"}
-        if self.is_image:  # its input is a picture to edit, not a first frame
-            options -= {"image", "last_image"}
-        elif (self.name, "image") in SIBLINGS or "image" in options:
-            options |= {"image", "first_frame_model"}
-        if flow_shift(self.pipe.scheduler) is not None:
-            options |= {"sampler", "shift"}
-        return options
+        varies = {"video", "strength"} <= known.keys() and "denoise_strength" not in known
+        varies |= (self.name, "video") in SIBLINGS
+        # the input of a model of pictures is a picture to edit, not a first frame
+        begins = makes_clips and ("image" in known or (self.name, "image") in SIBLINGS)
+        is_flow = flow_shift(self.pipe.scheduler) is not None
+        can = {option: name in known for option, name in _PLAIN.items()} | {
+            "size": {"height", "width"} <= known.keys(),
+            "guidance": self.guidance is not None or self.guider is not None,
+            "frames": True, "seconds": makes_clips, "fps": makes_clips,
+            "video": varies, "strength": varies, "image": begins, "first_frame_model": begins,
+            "last_image": makes_clips and "last_image" in known,
+            "negative": "negative_prompt" in known and not self.is_distilled,
+            "sampler": is_flow, "shift": is_flow,
+        }
+        return {option for option, is_possible in can.items() if is_possible}
 
     def refuse(self, request: Request) -> None:
         """Raise InputError for the first option that can't be honoured; list those that can."""
