@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vidgen.core.runtime import write_error
 from vidgen.core.shapes import Tiles
-from vidgen.models.vae_tiles import Room, decode_in_tiles, encode_in_tiles
+from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 
 if TYPE_CHECKING:
     from vidgen.media.types import Frames
@@ -42,13 +42,12 @@ def encode_pixels(
     """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
     Each of `passes` after the first decodes the latents, encodes the result, and adds half of the
-    difference (back-projection: Irani & Peleg 1991, eq. 3).
+    difference (back-projection: Irani & Peleg 1991, eq. 3). `rate` is the factor of temporal
+    upsampling; see `CausalVAE.at_rate`.
     """
     def encoded(video: Iterable[Tensor]) -> Tensor:
-        if tiles is None:
-            frames = vae.stream_encode(video)
-        else:
-            frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles))
+        frames = (vae.stream_encode(video) if tiles is None else
+                  encode_in_tiles(vae, video, tiles, partial(room_for, num_rooms=tiles.count)))
         return torch.cat(list(frames), dim=2).float()
 
     with loader.use("vae") as network:
@@ -64,16 +63,16 @@ def encode_pixels(
 def _decoded(vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None) -> Iterator[Tensor]:
     if tiles is None:
         return vae.stream_decode(frames)
-    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles))
+    return decode_in_tiles(vae, frames, tiles, partial(room_for, num_rooms=tiles.count))
 
 
 @torch.no_grad()
 def refine_first(loader: ModelLoader, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
     """Optimise a first frame's latents through the decoder (Abdal et al. 2019, Alg. 1).
 
-    The first latent frame is decoded independently of later ones, so the result holds for any clip.
     Run `num_steps` of Adam with a decaying rate on latents [B, C, 1, h, w] of a picture
-    [B, 3, 1, H, W] in [-1, 1]; return the latents of least error, at worst the given ones.
+    [B, 3, 1, H, W] in [-1, 1]; return those of least error. The first latent frame is decoded
+    independently of later ones, so the result holds for any clip.
     """
     with loader.use("vae") as vae:
         dtype, target = next(vae.parameters()).dtype, picture.to(latents)
@@ -180,8 +179,3 @@ def room_in_file(num_bytes: int) -> Iterator[tuple[str, Tensor]]:
         raise write_error(Path(tempfile.gettempdir(), "frames"), error) from error
     with file:
         yield file.name, torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
-
-
-def rooms_for(tiles: Tiles) -> Room:
-    """Return an allocator of the decoder's caches, one for each tile."""
-    return partial(room_for, num_rooms=tiles.count)

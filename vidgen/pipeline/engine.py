@@ -20,7 +20,6 @@ from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
@@ -28,7 +27,6 @@ from vidgen.core.protocols import StepInfo
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by, best_dtype, choose_device
 from vidgen.core.values import Attention
-from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState
 from vidgen.media.clip import Clip
 from vidgen.media.provenance import stamped
@@ -44,7 +42,6 @@ from vidgen.pipeline.preview import Glimpses
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.settings import SOUND, check_tasks
 from vidgen.pipeline.types import (
-    NO_LORAS,
     AnyEngine,
     Contexts,
     Loras,
@@ -345,19 +342,14 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
     One clip is enough: they hardly depend on its content (Ma et al. 2025, fig. 2).
     """
     from vidgen.diffusion.cache import Probe, StepCaches, magnitudes_of
-    from vidgen.pipeline.denoise import denoising
 
     options: dict[str, Any] = {"seed": 0}
     if "text" not in engine.folder.tasks:
         defaults = engine.folder.defaults
         options["image"] = np.full((defaults.height, defaults.width, 3), 128, np.uint8)
     request, inputs = engine.read(Request(prompt="a red car drives to the right", **options))
-    plan = engine.plan(request, inputs)
-    contexts, sigmas = engine.encode_prompt(plan), sigmas_of(plan)
-    with torch.no_grad():
-        state = engine.prepare(plan, request, inputs)
-        caches = StepCaches(lambda _: Probe())
-        level = float(sigmas[0])
-        with denoising(engine.loader, plan, state, contexts, NO_LORAS, level, caches) as denoise:
-            sample_state(plan.sampler, denoise, state, sigmas)
+    plan = replace(engine.plan(request, inputs), oversampling=1)
+    caches = StepCaches(lambda _: Probe())
+    engine.sample(plan, engine.prepare(plan, request, inputs), engine.encode_prompt(plan),
+                  caches=caches)
     return magnitudes_of(caches)

@@ -78,8 +78,7 @@ class Inputs:
     ) -> tuple[int, int] | None:
         """Return a clip's (width, height): the requested one, or an input's aspect ratio.
 
-        An input's aspect ratio is taken at the area of the model's `own` size, in multiples of
-        `multiple`.
+        The latter has the area of the model's `own` size, in multiples of `multiple`.
         """
         if request.size is not None or own is None or self.picture_size is None:
             return request.size or own

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, overload
 
 import torch
 from torch import nn
@@ -124,8 +124,7 @@ class ModelLoader:
         """Return an expert inside a block of `use("transformer")`; free the other one first."""
         assert self._users[EXPERTS[0]], "call expert inside `with loader.use('transformer')`"
         with self._lock:
-            dit: SpacetimeDiT = self._get(role)
-            return dit
+            return cast("SpacetimeDiT", self._get(role))
 
     def deltas(self) -> Mapping[ExpertRole, Adapter]:
         """Return the distilled model's weight deltas, read once.
@@ -155,10 +154,9 @@ class ModelLoader:
         return tuple(self._loaded)
 
     def dtype_of(self, role: Role, dtype: torch.dtype | None = None) -> torch.dtype:
-        """Return the dtype of a network's weights.
+        """Return the dtype of a network's weights: `dtype`, or else the loader's own.
 
-        It is float32 for Wan's VAE, as in its releases, and for the sound VAE, whose spectra need
-        the precision; `dtype`, or else the loader's own, for all others.
+        Wan's VAE has float32, as in its releases, and the sound VAE, whose spectra need it.
         """
         if role == "sound_vae" or (role == "vae" and self.folder.family != "toybox"):
             return torch.float32
@@ -170,7 +168,7 @@ class ModelLoader:
     ) -> int:
         """Return the bytes of weights in memory while a network runs; None: the largest one.
 
-        The loader's settings apply unless others are given; `quantize` "none" is no quantisation.
+        The loader's settings apply unless others are given.
         """
         offload, dtype = offload or self.offload, dtype or self.dtype
         quantize = quantize or self.quantize or "none"

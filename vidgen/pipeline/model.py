@@ -38,6 +38,7 @@ from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
+    from vidgen.diffusion.cache import StepCaches
     from vidgen.pipeline.denoise import RegionalPrompts
     from vidgen.pipeline.parallel.devices import Devices
     from vidgen.pipeline.types import Setup
@@ -112,10 +113,7 @@ class OpenedModel:
     def encode_video(
         self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, rate: int = 1
     ) -> Tensor:
-        """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
-
-        See `encode_pixels` for `passes`, `CausalVAE.at_rate` for `rate`.
-        """
+        """See `codec.encode_pixels`."""
         return codec.encode_pixels(self.loader, video, tiles, passes, rate)
 
     def encode_first(
@@ -138,8 +136,7 @@ class OpenedModel:
     ) -> Iterator[Tensor]:
         """Decode normalised latents [B, C, F, h, w] from frame `start` on; yield [B, 3, n, H, W].
 
-        The frames depend neither on `start` nor on the number of devices. `rate` is the latents'
-        factor of temporal upsampling.
+        The frames depend neither on `start` nor on the number of devices.
         """
         t = self.vae_config.strides.t // rate
         decode = codec.decode_latents if self.devices is None else self.devices.decode
@@ -176,10 +173,9 @@ class OpenedModel:
     def encode_texts(
         self, texts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor]:
-        """Return (context [B, S, D] on the device, lengths [B] int64) of texts.
+        """Return (context [B, S, D] on the device, zero after each length, lengths [B] int64).
 
-        Rows after a text's length are zero. The latest results are cached, except with `learned`
-        embeddings [D] of tokens.
+        The latest results are cached, except with `learned` embeddings [D] of tokens.
         """
         known, key = self._encoded, tuple(texts)
         if key in known and not learned:
@@ -232,14 +228,14 @@ class OpenedModel:
         self, plan: Plan, state: LatentState, contexts: Contexts, on_step: OnStep | None = None,
         scheduler: Any = None, loras: Loras = NO_LORAS, resume: SamplerState | None = None, *,
         remember: bool = True, regional: RegionalPrompts | None = None,
-        sigmas: Tensor | None = None,
+        sigmas: Tensor | None = None, caches: StepCaches | None = None,
     ) -> Tensor:
         """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
         With sound in the state the result is packed; see `LatentState.unpack`. With temporal
         upsampling it has the higher rate. `resume` is the saved state of an interrupted run; with
         `remember` those passed to `on_step` include the step cache's memory. `sigmas` are the noise
-        levels of a part of the run; None: all of it.
+        levels of a part of the run; None: all of it. `caches` None: those of the plan.
         """
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
         from vidgen.pipeline.denoise import can_be_regional, denoising
@@ -258,7 +254,7 @@ class OpenedModel:
                 return sample_upsampled(run, state, sigmas, sigma_split(plan, sigmas, self.folder),
                                         plan.oversampling, self.vae_config.strides.t,
                                         on_step=on_step, resume=resume)
-        devices, caches = self.devices, make_caches(plan.cache, sigmas, plan.guidance)
+        devices, caches = self.devices, caches or make_caches(plan.cache, sigmas, plan.guidance)
         if caches is not None and resume is not None and resume.cache:
             caches.restore(resume.cache)
         if caches is not None and on_step is not None and remember:
