@@ -15,7 +15,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.best_of_n import sample_best

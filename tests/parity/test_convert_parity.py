@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.wan_models import VARIANTS, build_original, make_pipeline
 from vidgen.core.shapes import LatentShape
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import draw_noise
 from vidgen.pipeline.engine import load
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import list_embedded

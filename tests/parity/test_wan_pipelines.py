@@ -29,7 +29,7 @@ from PIL import Image
 from eval.toybox.quality import psnr
 from tests.wan_models import make_pipeline
 from vidgen.core.shapes import LatentShape
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import draw_noise
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 from vidgen.pipeline.engine import load

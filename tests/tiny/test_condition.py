@@ -11,9 +11,8 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition, samplers
 from vidgen.diffusion.condition import draw_conditions, latent_mask, with_given
-from vidgen.diffusion.flow import add_noise, make_sigmas
+from vidgen.diffusion.flow import add_noise, draw_noise, make_sigmas
 from vidgen.diffusion.guidance import guidance_share
-from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import denoise_inputs, new_sound, new_state
 
 STRIDES = Strides(t=4, hw=16)

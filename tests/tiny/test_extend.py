@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader

@@ -8,8 +8,7 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
-from vidgen.diffusion.flow import make_sigmas
-from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.flow import make_sigmas, shuffled
 from vidgen.diffusion.samplers import SAMPLERS, sample
 from vidgen.diffusion.state import new_sound, new_state
 

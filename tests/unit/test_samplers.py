@@ -11,15 +11,16 @@ from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.flow import (
     add_noise,
     denoised_of,
+    draw_noise,
     draw_sigmas,
     make_sigmas,
     shifted,
+    shuffled,
     to_timestep,
     velocity_loss,
     velocity_of,
 )
 from vidgen.diffusion.guidance import Guidance, guide, guided
-from vidgen.diffusion.noise import draw_noise, shuffled
 from vidgen.diffusion.samplers import SAMPLERS, sample
 
 MEAN, DEVIATION = 0.8, 0.5

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.flow import add_noise, denoised_of, half_log_snr, steps_for_strength
-from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.flow import add_noise, denoised_of, half_log_snr, shuffled, steps_for_strength
 
 if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState

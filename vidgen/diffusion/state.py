@@ -23,8 +23,7 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
-from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.flow import add_noise, shuffled
 
 FIRST_REFERENCE_POSITION = -4.0
 """Latest time position of reference images, outside of the clip."""

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.flow import add_noise, shuffled
 from vidgen.diffusion.state import LatentState, UpsampledKnown, are_references, finished
 
 UPSAMPLED_NOISE = -1

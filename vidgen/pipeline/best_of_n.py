@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.flow import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.journal.job import TRIED
 

@@ -32,7 +32,7 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import num_frames_for_seconds, size_for_aspect
 from vidgen.diffusion import condition
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.pipeline.codec import as_video

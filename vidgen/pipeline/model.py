@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import draw_noise
 from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit_types import DiTConfig

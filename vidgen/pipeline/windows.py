@@ -27,8 +27,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.shapes import LatentShape
 from vidgen.diffusion import condition
-from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.flow import add_noise, draw_noise
 from vidgen.diffusion.state import LatentState, UpsampledKnown
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip

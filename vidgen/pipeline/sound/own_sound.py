@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vidgen.diffusion.flow import draw_sound_noise
 from vidgen.diffusion.guidance import Guidance
-from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.state import LatentState, new_sound, sound_span
 from vidgen.diffusion.temporal_upsampling import finished_upsampled
 from vidgen.media.mastering import hold_peaks
