@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -57,10 +57,8 @@ from vidgen.weights.folder import DiffusersFolder
 if TYPE_CHECKING:
     from vidgen.diffusion.cache import Magnitudes
     from vidgen.media.types import Samples
-    from vidgen.pipeline.denoise import RegionalPrompts
     from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.types import Estimate
-    from vidgen.pipeline.windows import WindowedClip
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
@@ -240,11 +238,17 @@ class _Making:
     window: int = 0  # number of the current one
     rejected: int = 0  # candidates so far
 
+    def __post_init__(self) -> None:
+        from vidgen.pipeline.windows import WindowedClip
+
+        self.prompt = read_as(self.plan.prompt, dict(self.plan.readings))
+        self.windowed = WindowedClip(self.model, self.plan, self.request, self.inputs)
+
     def clip(self, recipe: dict[str, Any]) -> Clip:
         """Denoise picture and sound; return the lazy clip with its whole sound."""
         from vidgen.pipeline.sound.own_sound import followed_sound
 
-        plan, kept, windowed, followed = self.plan, self.kept, self._windowed, None
+        plan, kept, windowed, followed = self.plan, self.kept, self.windowed, None
         latents = kept.latents
         if latents is None:
             self.contexts()  # before pictures are encoded
@@ -268,29 +272,13 @@ class _Making:
             clip.first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clip
 
-    @cached_property
-    def prompt(self) -> str:
-        """The prompt in words that the model knows."""
-        return read_as(self.plan.prompt, dict(self.plan.readings))
-
-    @cached_property
-    def regional(self) -> RegionalPrompts | None:
-        """Regional prompts, if any."""
-        return self.model.regional_prompts(self.plan, [self.prompt], self.loras)
-
-    @cached_property
-    def _windowed(self) -> WindowedClip:
-        from vidgen.pipeline.windows import WindowedClip
-
-        return WindowedClip(self.model, self.plan, self.request, self.inputs)
-
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
         from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 
         plan = sound_plan(self.plan, self.model.folder.defaults)
-        own = own_sound(self.model.loader, self.plan, self.request, self._windowed.windows,
-                        self._windowed.begun)
+        own = own_sound(self.model.loader, self.plan, self.request, self.windowed.windows,
+                        self.windowed.begun)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
@@ -308,7 +296,7 @@ class _Making:
         """Return the next window in the samplers' layout; the best of several candidates."""
         model, kept, scheduler = self.model, self.kept, self.request.scheduler
         num_steps = len(sigmas_of(plan, scheduler)) - 1
-        num_windows = len(self._windowed.windows)
+        num_windows = len(self.windowed.windows)
 
         def on_step(info: StepInfo, candidate: int = 0) -> None:
             kept.on_step(counted_on(info, candidate))
@@ -320,8 +308,9 @@ class _Making:
             done, total = self.window + others, num_windows + others
             self.report("sample", done * num_steps + info.step, total * num_steps)
 
+        regional = model.regional_prompts(plan, [self.prompt], self.loras)
         sample = partial(model.sample, plan, contexts=self.contexts(), scheduler=scheduler,
-                         loras=self.loras, remember=kept.keeps, regional=self.regional)
+                         loras=self.loras, remember=kept.keeps, regional=regional)
         if plan.candidates == 1:
             made = sample(state, on_step=on_step, resume=kept.take_state())
         else:
