@@ -39,6 +39,7 @@ from vidgen.core.errors import InputError, exit_code
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.core.store import ScoreLog
+from vidgen.diffusion.cache import make_caches
 from vidgen.diffusion.samplers import sample_state
 from vidgen.evaluation.statistics import paired_interval
 from vidgen.media.cells import psnr, ssim
@@ -49,7 +50,7 @@ from vidgen.pipeline.codec import to_frames
 from vidgen.pipeline.denoise import denoising, sigmas_of
 from vidgen.pipeline.engine import Engine, load, measure_magnitudes
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.step_caches import THRESHOLDS, make_caches, read_magnitudes, write_magnitudes
+from vidgen.pipeline.plan import THRESHOLDS, read_magnitudes, write_magnitudes
 from vidgen.pipeline.types import NO_LORAS
 
 LEVELS = {

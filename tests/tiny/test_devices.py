@@ -15,16 +15,16 @@ from tests.models import build_tiny_model
 from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, DeviceError, InputError
 from vidgen.core.request import Loading
-from vidgen.diffusion.cache import Magnitudes, StepCaches
+from vidgen.diffusion import cache
+from vidgen.diffusion.cache import Magnitudes, StepCaches, make_caches
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline import step_caches
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.parallel.devices import Devices, start_devices
+from vidgen.pipeline.plan import write_magnitudes
 from vidgen.pipeline.replay import loading_from_recipe
-from vidgen.pipeline.step_caches import make_caches, write_magnitudes
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
@@ -141,7 +141,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[StepCaches | None]:
         made.append(make_caches(*args))
         return made[-1]
 
-    monkeypatch.setattr(step_caches, "make_caches", noted)
+    monkeypatch.setattr(cache, "make_caches", noted)
     return made
 
 

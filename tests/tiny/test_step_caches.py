@@ -16,24 +16,25 @@ from train.toybox.initial import init_dit
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.diffusion.cache import (
+    CacheChoice,
     FirstBlock,
     Forecast,
     Magnitudes,
     Probe,
     StepCaches,
+    carrying,
     magnitudes_of,
+    make_caches,
     relative_change,
 )
 from vidgen.diffusion.guidance import Guidance
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline import step_caches
 from vidgen.pipeline.engine import Engine, load, measure_magnitudes
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.step_caches import FILE, make_caches, read_magnitudes, write_magnitudes
-from vidgen.pipeline.types import CacheChoice
+from vidgen.pipeline.plan import MAGNITUDES, read_magnitudes, write_magnitudes
 
 PROMPT = "a red car bounces across the desert"
 WITH_CONTROL = replace(
@@ -242,7 +243,7 @@ def test_magnitudes_are_measured_kept_and_read_between_levels(
     elsewhere = replace(engine.folder, path=tmp_path)
     write_magnitudes(curve, engine.folder, tmp_path)
     assert read_magnitudes(elsewhere) == curve
-    (tmp_path / FILE).write_text('{"sigmas": [1], "logs": {}}')
+    (tmp_path / MAGNITUDES).write_text('{"sigmas": [1], "logs": {}}')
     with pytest.raises(ModelError, match="damaged"):
         read_magnitudes(elsewhere)
 
@@ -285,7 +286,7 @@ def test_steps_carry_what_caches_hold() -> None:
     cache.recall(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
     cache.keep(torch.ones(1, 2, 3))
     told: list[StepInfo] = []
-    on_step = step_caches.carrying(caches.state, told.append)
+    on_step = carrying(caches.state, told.append)
     state = SamplerState(1, torch.zeros(1))
     on_step(StepInfo(10, 0.7, 0.6, torch.zeros(1), state))
     other = make_caches(CacheChoice("forecast", 1.0), sigmas, Guidance(3.0))

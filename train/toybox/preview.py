@@ -28,8 +28,8 @@ from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from vidgen.core.errors import ModelError, exit_code
 from vidgen.core.runtime import atomic_write
 from vidgen.pipeline.engine import Engine, load, measure_magnitudes
+from vidgen.pipeline.plan import write_magnitudes
 from vidgen.pipeline.preview import FILE, PreviewDecoder
-from vidgen.pipeline.step_caches import write_magnitudes
 
 NUM_FITTED, NUM_CHECKED = 24, 8
 SIDE = 4

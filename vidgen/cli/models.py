@@ -38,7 +38,7 @@ def run(args: Namespace, report: Report) -> int:
 
 def _measure(model: str, report: Report) -> int:
     from vidgen.pipeline.engine import load_own, measure_magnitudes
-    from vidgen.pipeline.step_caches import write_magnitudes
+    from vidgen.pipeline.plan import write_magnitudes
 
     engine = load_own(model, "--cache works with the embedded model and the Wan family")
     path = write_magnitudes(measure_magnitudes(engine), engine.folder)

@@ -22,16 +22,16 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vidgen.core.protocols import StepCache
+from vidgen.core.protocols import OnStep, StepCache, StepInfo
 from vidgen.diffusion.flow import half_log_snr
-from vidgen.diffusion.guidance import PROMPT
+from vidgen.diffusion.guidance import PROMPT, Guidance
 from vidgen.ops.parallel import Spread
 
 RETAINED = 0.2
@@ -41,6 +41,8 @@ MAX_SKIPS = 3
 ORDER = 1
 MAX_SIGMA = 1 - 1e-4
 """Noise level used for pure noise, whose log-SNR is infinite."""
+TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORDER}
+"""Number of tensors of the tokens' size that each method keeps for each branch of guidance."""
 
 
 class Memory(ABC):
@@ -329,6 +331,44 @@ class StepCaches:
         if branch not in self.memories:
             self.memories[branch] = self.make(branch)
         return self.memories[branch]
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """A step cache's method and threshold."""
+
+    method: str  # "first-block", "magnitude" or "forecast"
+    threshold: float  # 0 computes every step
+    magnitudes: Magnitudes | None = None  # the model's, for "magnitude"
+
+
+def make_caches(
+    choice: CacheChoice | None, sigmas: Tensor, guidance: Guidance
+) -> StepCaches | None:
+    """Return the caches of one run of a sampler over `sigmas` [num_steps + 1]."""
+    if choice is None:
+        return None
+    count = len(sigmas) - 1
+    retained = float(sigmas[min(round(RETAINED * count), count)])
+    return StepCaches(partial(_memory, choice), retained, MAX_SKIPS, guidance.boundary or None,
+                      guidance.branches_at)
+
+
+def _memory(choice: CacheChoice, branch: str) -> Memory:
+    if choice.method == "first-block":
+        return FirstBlock(choice.threshold)
+    if choice.method == "forecast":
+        return Forecast(choice.threshold)
+    assert choice.magnitudes is not None
+    return Magnitude(choice.threshold, partial(choice.magnitudes.ratio, branch))
+
+
+def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> OnStep:
+    """Wrap `on_step` so that each step's state includes the caches' memory."""
+    def with_memory(info: StepInfo) -> None:
+        on_step(replace(info, state=replace(info.state, cache=remember())))
+
+    return with_memory
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:

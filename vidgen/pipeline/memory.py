@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vidgen.core.shapes import Tiles
+from vidgen.diffusion.cache import TENSORS_HELD
 from vidgen.diffusion.state import sound_span
 from vidgen.media.ending import read_ending
 from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
@@ -32,7 +33,6 @@ from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, ModelLoader
 from vidgen.pipeline.settings import makes_sound
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
 from vidgen.pipeline.sound.own_sound import ONSET_DETECTOR, drawn_at_once, sound_plan
-from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.timing import (
     LOAD_BYTES_PER_S,
     NOMINAL,

@@ -237,9 +237,9 @@ class OpenedModel:
         `remember` those passed to `on_step` include the step cache's memory. `sigmas` are the noise
         levels of a part of the run; None: all of it. `caches` None: those of the plan.
         """
+        from vidgen.diffusion.cache import carrying, make_caches
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
         from vidgen.pipeline.denoise import can_be_regional, denoising
-        from vidgen.pipeline.step_caches import carrying, make_caches
 
         if sigmas is None:
             contexts = contexts[:1] if plan.guidance.is_off else contexts

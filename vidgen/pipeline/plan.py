@@ -5,15 +5,21 @@ The recipe stores the plan.
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.errors import InputError, OptionError, nearest
+from vidgen.core.errors import InputError, ModelError, OptionError, nearest
 from vidgen.core.request import MAX_SECONDS, Request
+from vidgen.core.runtime import atomic_write, cache_folder
 from vidgen.core.shapes import latent_shape
+from vidgen.core.store import read_cache
 from vidgen.core.values import parse_readings
+from vidgen.diffusion.cache import CacheChoice, Magnitudes
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import Voice
@@ -34,7 +40,6 @@ from vidgen.pipeline.settings import (
     settled_value,
     words_alone,
 )
-from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.types import Plan, draw_seed
 from vidgen.weights.folder import DiffusersFolder
 from vidgen.weights.layouts import open_model
@@ -48,6 +53,10 @@ log = logging.getLogger(__name__)
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
 """Options of sampling that a distilled model fixes, as it does the settings of sampling."""
+MAGNITUDES = "magnitudes.json"
+"""File name of magnitudes, in a model's folder or in the user's cache by the model's hash."""
+THRESHOLDS = {"first-block": 0.1, "magnitude": 0.05, "forecast": 0.2}
+"""Defaults, with a PSNR of 32 dB or more to the clip without a cache; see docs/howto/speed.md."""
 AT_ONE_RATE = ("control", "follow_audio")
 """Options that exclude temporal upsampling: their inputs are read at the clip's frame rate."""
 
@@ -98,7 +107,7 @@ def make_plan(
         guidance=Guidance() if student else _guidance(request, folder, devices),
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
-        fit=request.fit, latents=shape, student=student, cache=settle_cache(request, folder),
+        fit=request.fit, latents=shape, student=student, cache=_cache(request, folder),
         encode_passes=int(settled_value("encode_passes", request, folder)),
         refine_steps=int(settled_value("refine", request, folder)),
         **_sound_of(request, folder), **_candidates(request, folder, devices),
@@ -239,6 +248,25 @@ def _candidates(request: Request, folder: ModelFolder, devices: int | None) -> d
             "binding": binding if words_alone(request) else 0.0}
 
 
+def _cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
+    """Return the requested step cache; None if every step is computed.
+
+    Raises:
+        InputError: the method needs the model's magnitudes, which weren't measured.
+    """
+    method, _, threshold = request.cache.partition(":")
+    if method == "none":
+        return None
+    choice = CacheChoice(method, float(threshold or THRESHOLDS[method]))
+    if method != "magnitude":
+        return choice
+    known = read_magnitudes(folder)
+    if known is None:
+        raise InputError(f"the magnitudes of {folder.name} were never measured; run `vidgen models "
+                         f"--measure {folder.given or folder.path}`, or give --cache forecast")
+    return replace(choice, magnitudes=known)
+
+
 def _oversampling(plan: Plan, request: Request, folder: ModelFolder) -> int:
     """Return the factor of temporal upsampling below the model's boundary."""
     own, requested = upsampling_of(folder), request.settings.get("oversampling")
@@ -326,3 +354,40 @@ def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:
         raise InputError(f"{folder.class_name} can't be estimated; plan supports the embedded "
                          "model and the Wan family")
     return folder
+
+
+def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
+    """Return a model's magnitudes from its folder or the user's cache; None if it has none.
+
+    Raises:
+        ModelError: the file in the folder is damaged.
+    """
+    path = folder.path / MAGNITUDES
+    if path.is_file():
+        try:
+            return _parse(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError,
+                RecursionError) as error:
+            raise ModelError(f"{path} is damaged ({error}); copy it again") from None
+    try:
+        return _parse(read_cache(Path(MAGNITUDES).stem)[folder.content_hash])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # missing or damaged: it is measured again
+
+
+def write_magnitudes(found: Magnitudes, folder: ModelFolder, into: Path | None = None) -> Path:
+    """Save a model's magnitudes in the user's cache, or in the folder `into`; return the path."""
+    path, data = (into or cache_folder()) / MAGNITUDES, asdict(found)
+    if into is None:
+        data = {**read_cache(Path(MAGNITUDES).stem), folder.content_hash: data}
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(data).encode())
+    return path
+
+
+def _parse(data: Mapping[str, Any]) -> Magnitudes:
+    sigmas = tuple(float(sigma) for sigma in data["sigmas"])
+    logs = {str(name): tuple(map(float, each)) for name, each in data["logs"].items()}
+    if len(sigmas) < 2 or any(len(each) != len(sigmas) for each in logs.values()):
+        raise ValueError("its lists differ in length")
+    return Magnitudes(sigmas, logs)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.core.shapes import LatentShape, Tiles
     from vidgen.core.values import Fit
-    from vidgen.diffusion.cache import Magnitudes
+    from vidgen.diffusion.cache import CacheChoice
     from vidgen.diffusion.guidance import Guidance
     from vidgen.diffusion.temporal_upsampling import LatentRate
     from vidgen.media.clip import Clip
@@ -133,15 +133,6 @@ _STAGES = {"prompt": "text", "prepare": "prepare", "sample": "denoise", "sound":
 """An estimate's stage for each stage of progress, in order."""
 _LITTLE = 0.02
 """Share of the work after which its time counts instead of the estimate."""
-
-
-@dataclass(frozen=True)
-class CacheChoice:
-    """A step cache's method and threshold."""
-
-    method: str  # "first-block", "magnitude" or "forecast"
-    threshold: float  # 0 computes every step
-    magnitudes: Magnitudes | None = None  # the model's, for "magnitude"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class LoadedPipeline:
         """Return the pipeline that takes a picture or clip given as `option`, on its device."""
         import diffusers
 
-        sibling = SIBLINGS.get((type(self.own).__name__, option))
+        sibling = SIBLINGS.get((type(self.own).__name__, option or ""))
         pipe = self.own if sibling is None else getattr(diffusers, sibling)(**self.own.components)
         if pipe is not self._placed:
             self._place(pipe)
