@@ -37,8 +37,7 @@ latent frames, "mask" a region that is known in all frames."""
 def prefix(state: LatentState, latents: Tensor) -> LatentState:
     """Make the clip begin with known latent frames [B or 1, C, n, h, w], for extension.
 
-    Raises:
-        InputError: a prefix as long as the clip, or longer.
+    A beginning as long as the clip, or longer, raises InputError.
     """
     count, total = latents.shape[2], state.latents.shape[2]
     if count >= total:
@@ -76,11 +75,7 @@ def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -
 
 
 def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Strides) -> LatentState:
-    """Show a still, encoded alone [B or 1, C, 1, h, w], at frame `frame_index` of the clip.
-
-    Raises:
-        InputError: a frame index outside the clip.
-    """
+    """Show a still, encoded alone [B or 1, C, 1, h, w], at a frame of the clip (else InputError)."""
     require_frame(frame_index, 1 + (state.latents.shape[2] - 1) * strides.t)
     if frame_index == 0:
         return prefix(state, latent)

@@ -126,8 +126,7 @@ def make_sigmas(
 def steps_for_strength(num_steps: int, strength: float) -> int:
     """Return `num_steps * strength`, rounded; at least 1 unless `strength` is 0.
 
-    Raises:
-        InputError: less than 1 step, or a strength outside [0, 1].
+    Less than 1 step, or a strength outside [0, 1], raises InputError.
     """
     if num_steps < 1:
         raise InputError(f"steps must be at least 1, not {num_steps}")

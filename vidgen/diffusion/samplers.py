@@ -219,11 +219,9 @@ def sample_with_scheduler(
 
     Schedulers have no common way to read their state, so the sampler's history is the starting
     latents and all velocities, and resuming replays them without the model. The scheduler's state
-    is overwritten. Arguments are as in `sample` and `make_sigmas`; a `generator`, for schedulers
-    that draw noise at each step, must be seeded again to resume.
-
-    Raises:
-        InputError: see `scheduler_sigmas`.
+    is overwritten. Arguments are as in `sample` and `make_sigmas`, errors as in
+    `scheduler_sigmas`; a `generator`, for schedulers that draw noise at each step, must be seeded
+    again to resume.
     """
     levels = scheduler_sigmas(scheduler, num_steps, strength=strength).tolist()
     first = len(scheduler.timesteps) - (len(levels) - 1)

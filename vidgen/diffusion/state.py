@@ -57,8 +57,7 @@ class PartlyKnown:
     def begun_by(self, latents: Tensor) -> Self:
         """Return the state with the first latents known, [B or 1, C, n] or [B or 1, C, n, h, w].
 
-        Raises:
-            InputError: more latents than the state has.
+        More latents than the state has raise InputError.
         """
         count, total = latents.shape[2], self.latents.shape[2]
         if count > total:

@@ -98,11 +98,7 @@ class Inputs:
 
 
 def read_inputs(request: Request) -> Inputs:
-    """Read all inputs of a request.
-
-    Raises:
-        InputError: a file doesn't exist, is damaged or has the wrong type.
-    """
+    """Read all inputs; raise InputError for a missing or damaged file, or one of a wrong type."""
     from vidgen.media.ending import read_ending
     from vidgen.media.speech import speech_files
 
@@ -179,10 +175,7 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
     """Read a mask from a picture or clip as [1, 1, T, H, W] in [0, 1], 1 where to generate.
 
     A clip is converted to the plan's frame rate; its last frame repeats for generated frames that
-    aren't kept.
-
-    Raises:
-        InputError: the mask is shorter than the clip.
+    aren't kept. One that is shorter than the plan's clip raises InputError.
     """
     from vidgen.media.video_reader import VideoReader
 
@@ -216,13 +209,10 @@ class Conditions:
     patch: int  # side of a token, in latents
 
     def write(self, state: LatentState, start_sigma: float, *, settles: bool) -> LatentState:
-        """Write every condition into a state of fresh noise.
+        """Write every condition into a state of fresh noise; InputError: a time after the end.
 
         Sampling begins at `start_sigma`; `settles` is True if any step has the clip's own frame
         rate.
-
-        Raises:
-            InputError: a time after the clip's end.
         """
         if self.request.strength is not None:
             clip, rate = self._whole_clip(), self.plan.oversampling

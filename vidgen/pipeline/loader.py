@@ -127,11 +127,7 @@ class ModelLoader:
             return cast("SpacetimeDiT", self._get(role))
 
     def deltas(self) -> Mapping[ExpertRole, Adapter]:
-        """Return the distilled model's weight deltas, read once.
-
-        Raises:
-            ModelError: the files are damaged.
-        """
+        """Return the distilled model's weight deltas, read once; ModelError: damaged files."""
         with self._lock:
             if self._deltas is None:
                 path, networks = self.folder.path, self.folder.components
@@ -166,10 +162,7 @@ class ModelLoader:
         self, role: Role | None = None, *, offload: Offload | None = None,
         dtype: torch.dtype | None = None, quantize: Quantization | Literal["none"] | None = None,
     ) -> int:
-        """Return the bytes of weights in memory while a network runs; None: the largest one.
-
-        The loader's settings apply unless others are given.
-        """
+        """Return the bytes of weights in memory while a network runs; None: the largest one."""
         offload, dtype = offload or self.offload, dtype or self.dtype
         quantize = quantize or self.quantize or "none"
         if offload != "none" and role is not None:
@@ -187,11 +180,7 @@ class ModelLoader:
         return sum(sizes) if self.offload == "none" else max(sizes)
 
     def check(self, role: Role | None = None) -> None:
-        """Check that a network fits the memory; None: all of them.
-
-        Raises:
-            ModelError: it doesn't fit; the message lists settings that do.
-        """
+        """Raise ModelError, with settings that fit, if a network (None: all) doesn't fit memory."""
         have = available_memory(self.device)
         if have is None:
             return

@@ -96,11 +96,7 @@ class OpenedModel:
             self.devices.close()
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
-        """Return the request's plan.
-
-        Raises:
-            InputError: the model doesn't support the request.
-        """
+        """Return the request's plan; raise InputError if the model doesn't support it."""
         from vidgen.pipeline.plan import make_plan
 
         devices = 1 if self.devices is None else self.devices.size
@@ -203,8 +199,7 @@ class OpenedModel:
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
         """Draw the seed's noise and write every condition of the request into a state.
 
-        Raises:
-            InputError: the request's own noise has another shape.
+        The request's own noise raises InputError if it has another shape.
         """
         noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
         if tuple(noise.shape) != plan.latents.dims:

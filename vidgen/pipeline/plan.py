@@ -120,8 +120,7 @@ def make_plan(
 def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Plan:
     """Return the plan of a request without opening the model, whose weights may be absent.
 
-    Raises:
-        InputError: the model doesn't support the request, or an input or text can't be read.
+    Errors are those of `make_plan` and of `read_inputs`.
     """
     dit = folder.components["transformer"].config
     check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
@@ -249,11 +248,7 @@ def _candidates(request: Request, folder: ModelFolder, devices: int | None) -> d
 
 
 def _cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
-    """Return the requested step cache; None if every step is computed.
-
-    Raises:
-        InputError: the method needs the model's magnitudes, which weren't measured.
-    """
+    """Return the requested step cache; None if every step is computed."""
     method, _, threshold = request.cache.partition(":")
     if method == "none":
         return None
@@ -359,8 +354,7 @@ def require_own_model(folder: ModelFolder | DiffusersFolder) -> ModelFolder:
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
     """Return a model's magnitudes from its folder or the user's cache; None if it has none.
 
-    Raises:
-        ModelError: the file in the folder is damaged.
+    A damaged file in the folder raises ModelError.
     """
     path = folder.path / MAGNITUDES
     if path.is_file():

@@ -147,8 +147,7 @@ def settled_value(
 ) -> float:
     """Return a setting's requested value, or else the model's default.
 
-    Raises:
-        OptionError: it is requested, but `why` gives a reason that it isn't available.
+    A requested one raises OptionError if `why` gives a reason that it isn't available.
     """
     requested, off = request.settings.get(name), SETTINGS[name].off
     if name not in folder.defaults.settings:

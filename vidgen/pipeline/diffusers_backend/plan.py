@@ -201,11 +201,7 @@ class Abilities:
 def make_diffusers_plan(
     request: Request, inputs: Inputs, able: Abilities, scheduler: Any
 ) -> DiffusersPlan:
-    """Return the plan of a request for a pipeline and its scheduler.
-
-    Raises:
-        InputError: the pipeline can't honour an option; the message lists those it can.
-    """
+    """Return the plan of a request for a pipeline and its scheduler; see `Abilities.refuse`."""
     able.refuse(request)
     if "prompt" not in able.defaults:
         log.warning("%s takes no prompt; the prompt has no effect", able.name)
