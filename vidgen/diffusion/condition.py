@@ -75,7 +75,7 @@ def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -
 
 
 def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Strides) -> LatentState:
-    """Show a still, encoded alone [B or 1, C, 1, h, w], at a frame of the clip (else InputError)."""
+    """Show a still, encoded alone [B or 1, C, 1, h, w], at a frame of the clip, else InputError."""
     require_frame(frame_index, 1 + (state.latents.shape[2] - 1) * strides.t)
     if frame_index == 0:
         return prefix(state, latent)
