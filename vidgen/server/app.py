@@ -189,7 +189,6 @@ def _answer(request: Request, error: Exception) -> Response:
             found = ApiError(error.status_code, code, str(error.detail), headers=error.headers)
         case _:
             raise error
-    service.metrics.refused.labels(found.code).inc()
     return JSONResponse(found.body(), found.status, headers=found.headers)
 
 

@@ -63,12 +63,9 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._complete(scope, MutableHeaders(scope=message), request_id)
-                self._service.metrics.latency.labels(_route(scope)).observe(
-                    time.monotonic() - start_s)
             await send(message)
 
         async def refuse(error: ApiError) -> None:
-            self._service.metrics.refused.labels(error.code).inc()
             if status == 0:
                 response = JSONResponse(error.body(), error.status, headers=error.headers)
                 await response(scope, take, give)

@@ -15,12 +15,9 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    generate_latest,
 )
-from prometheus_client.metrics_core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
-from vidgen.server.types import QueuedJob, Status
+from vidgen.server.types import Status
 
 MAX_WAITING = 200
 """Events that may wait for a slow listener; above that, transient ones are dropped."""
@@ -111,59 +108,19 @@ class Hub:
 
 
 class Metrics:
-    """All Prometheus metrics of one service, in a separate registry."""
+    """Prometheus metrics of one service; `counts` returns the number of jobs by status."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
         self.registry = CollectorRegistry()
         kept: dict[str, Any] = {"namespace": "vidgen", "registry": self.registry}
         self.requests = Counter("http_requests", "Requests answered", ["method", "route", "status"],
                                 **kept)
-        self.latency = Histogram("http_request_seconds", "Time until response headers were sent",
-                                 ["route"], buckets=(0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0),
-                                 **kept)
-        self.wait = Histogram("queue_wait_seconds", "From a job's acceptance to its first start",
-                              buckets=_JOBS, **kept)
         self.took = Histogram("job_seconds", "From a job's first start to its end", ["kind"],
                               buckets=_JOBS, **kept)
         self.step = Histogram("step_seconds", "One denoising step", buckets=_STEPS, **kept)
-        self.stage = Histogram("stage_seconds", "A stage of a finished job", ["stage"],
-                               buckets=_JOBS, **kept)
-        self.completed = Counter("jobs_completed", "Jobs that were completed", ["kind"], **kept)
-        self.failures = Counter("jobs_failed", "Jobs that failed, by code", ["code"], **kept)
-        self.refused = Counter("requests_refused", "Requests that were refused, by code", ["code"],
-                               **kept)
-        self.restarts = Counter("runner_exits", "Worker processes that ended", **kept)
         self.memory = Gauge("job_peak_memory_bytes", "Peak memory of the last completed job",
                             **kept)
-        ProcessCollector(registry=self.registry)  # of the web process
-
-    def count_end(self, job: QueuedJob, error: tuple[str, str] | None, now: float) -> None:
-        """Count the end of a job at time `now`; `error` is (code, message) if it failed."""
-        if error is None:
-            self.completed.labels(job.kind).inc()
-            self.took.labels(job.kind).observe(max(0.0, now - (job.started_at or now)))
-        else:
-            self.failures.labels(error[0]).inc()
-
-    def watch_queue(self, counts: Callable[[], dict[str, int]]) -> None:
-        """Call `counts`, the number of jobs by status, at each scrape."""
-        self.registry.register(_Queue(counts))
-
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus text format."""
-        return generate_latest(self.registry)
-
-
-class _Queue(Collector):
-    """Numbers of jobs by status."""
-
-    def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
-        self._counts = counts
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the numbers, zeros included."""
-        counts = self._counts()
-        jobs = GaugeMetricFamily("vidgen_jobs", "Jobs by status", labels=["status"])
+        jobs = Gauge("jobs", "Jobs by status", ["status"], **kept)
         for status in get_args(Status):
-            jobs.add_metric([status], counts.get(status, 0))
-        yield jobs
+            jobs.labels(status).set_function(lambda status=status: counts().get(status, 0))
+        ProcessCollector(registry=self.registry)  # of the web process

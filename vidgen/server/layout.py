@@ -3,7 +3,7 @@
     videos/ID/ and films/ID/
         inputs/             files of the request; a film's script, too
         video.mp4, film.mp4 the result; it appears once it is complete
-        thumbnail.webp, spritesheet.jpg, recipe.json
+        thumbnail.webp, recipe.json
         film.html, film.srt, film.vtt, film.shots/
         shots/ID.mp4, shots/ID.webp; shots/ID.SEED.mp4 of each of several takes
 
@@ -29,7 +29,7 @@ from vidgen.server.types import Kind, Upload
 
 INPUTS, SHOTS, FILM_SHOTS = "inputs", "shots", "film.shots"
 VIDEO, FILM = "video.mp4", "film.mp4"
-THUMBNAIL, SPRITESHEET, RECIPE = "thumbnail.webp", "spritesheet.jpg", "recipe.json"
+THUMBNAIL, RECIPE = "thumbnail.webp", "recipe.json"
 STORYBOARD = "film.html"
 _FILES = ("image", "last_image", "mask", "video", "prefix", "audio")
 _FILE = re.compile(r"\w[\w .-]{0,99}")
@@ -51,7 +51,7 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
 """Media and suffixes by patterns of a file's first bytes; the first match counts."""
 _CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
     "video": {"video": (VIDEO, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
-              "spritesheet": (SPRITESHEET, "image/jpeg"), "recipe": (RECIPE, "application/json")},
+              "recipe": (RECIPE, "application/json")},
     "film": {"video": (FILM, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
              "storyboard": (STORYBOARD, "text/html"), "vtt": ("film.vtt", "text/vtt"),
              "srt": ("film.srt", "application/x-subrip")},

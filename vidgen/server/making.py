@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import re
 import resource
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,6 @@ from vidgen.server.layout import (
     FILM,
     FILM_SHOTS,
     RECIPE,
-    SPRITESHEET,
     STORYBOARD,
     THUMBNAIL,
     VIDEO,
@@ -68,8 +67,7 @@ if TYPE_CHECKING:
     from vidgen.story.film import FilmPlan
     from vidgen.weights.folder import ModelFolder
 
-THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
-SPRITES, COLUMNS = 16, 4
+THUMBNAIL_SIDE = 512
 PROGRESS_PAUSE_S = 0.1
 """Least time between two progress events of writing, in seconds; other stages report all."""
 _REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: kept take seed .*)")
@@ -157,7 +155,7 @@ def make_clip(
     request = request_of(folder, spec, engine.folder)
     clip = _written(engine, request, marks_of(spec), output, report)
     report({"event": "progress", "stage": "finish", "done": 0, "total": 1})
-    write_stills(output, folder / THUMBNAIL, folder / SPRITESHEET, clip.num_frames)
+    write_thumbnail(output, folder / THUMBNAIL, clip.num_frames)
     recipe = read_recipe(output) or {}
     content = json.dumps(recipe, sort_keys=True).encode()
     atomic_write(folder / RECIPE, content)
@@ -213,7 +211,7 @@ def make_film(
     edit = make_edit(film, film.in_film, folder / FILM)
     files = export_film(edit, shots, [Path(STORYBOARD).suffix], report)
     facts = edit.facts()
-    write_stills(edit.output, folder / THUMBNAIL, None, facts["num_frames"])
+    write_thumbnail(edit.output, folder / THUMBNAIL, facts["num_frames"])
     content = json.dumps(read_recipe(edit.output) or {}, sort_keys=True).encode()
     return {
         "width": film.size[0], "height": film.size[1], "num_frames": facts["num_frames"],
@@ -243,7 +241,7 @@ def _shown(each: RenderedShot, store: ShotStore, folder: Path, report: JobReport
         if each.made or not thumbnail.is_file():
             shown.parent.mkdir(exist_ok=True)
             link(path, shown)
-            write_stills(path, thumbnail, None, each.num_frames)
+            write_thumbnail(path, thumbnail, each.num_frames)
     report({"event": "shot", "shot": shot_facts(each)})
     return each
 
@@ -321,39 +319,14 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
     return request.replace(lora=options.get("lora", ()))  # an uploaded recipe may name no files
 
 
-def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: int) -> None:
-    """Write a clip's thumbnail (WebP) and, to `sheet`, up to 16 frames in rows (JPEG).
-
-    The thumbnail is the frame at a third of the clip. One frame is in memory at a time.
-    """
-    count = 0 if sheet is None else min(SPRITES, num_frames)
-    wanted = {round(index * (num_frames - 1) / max(count - 1, 1)) for index in range(count)}
-    sprites: list[Image.Image] = []
+def write_thumbnail(video: Path, thumbnail: Path, num_frames: int) -> None:
+    """Write the frame at a third of a clip as WebP."""
     with VideoReader(video) as reader:
-        for number, frame in enumerate(reader):
-            if number == num_frames // 3:
-                atomic_write(thumbnail, _encoded(Image.fromarray(frame), "WEBP", THUMBNAIL_SIDE))
-                if sheet is None:
-                    return
-            if number in wanted:
-                sprites.append(_scaled(Image.fromarray(frame), SPRITE_SIDE))
-    if sheet is not None:
-        (width, height), columns = sprites[0].size, min(COLUMNS, len(sprites))
-        canvas = Image.new("RGB", (columns * width, math.ceil(len(sprites) / columns) * height))
-        for index, sprite in enumerate(sprites):
-            canvas.paste(sprite, (index % columns * width, index // columns * height))
-        atomic_write(sheet, _encoded(canvas, "JPEG", max(canvas.size)))
-
-
-def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return picture
-
-
-def _encoded(picture: Image.Image, kind: str, side: int) -> bytes:
-    file = io.BytesIO()
-    _scaled(picture, side).save(file, kind, quality=85)
-    return file.getvalue()
+        frame = next(islice(reader, num_frames // 3, None))
+    picture, file = Image.fromarray(frame), io.BytesIO()
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    picture.save(file, "WEBP", quality=85)
+    atomic_write(thumbnail, file.getvalue())
 
 
 def shot_facts(each: RenderedShot) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
@@ -268,12 +269,12 @@ add_job_routes(videos, "video", ANY_VIDEO, responses.Video, responses.Page[respo
 
 
 @videos.get("/{video_id}/content", response_class=FileResponse, responses={
-    200: {"content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}}, **_FILE_ANSWERS})
+    200: {"content": {"video/mp4": {}, "image/webp": {}}}, **_FILE_ANSWERS})
 def download_video(
-    request: Request, video: VideoJob,
-    variant: Literal["video", "thumbnail", "spritesheet"] = "video", download: bool = False,
+    request: Request, video: VideoJob, variant: Literal["video", "thumbnail"] = "video",
+    download: bool = False,
 ) -> Response:
-    """Download a clip, its thumbnail or its sprite sheet."""
+    """Download a clip or its thumbnail."""
     return content(request, video, variant, download=download)
 
 
@@ -422,7 +423,7 @@ def ready(request: Request) -> Any:
 @others.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
     """Return the metrics in Prometheus text format."""
-    return Response(service_of(request).metrics.text(),
+    return Response(generate_latest(service_of(request).metrics.registry),
                     media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

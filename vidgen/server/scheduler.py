@@ -104,10 +104,9 @@ class Scheduler:
         now: QueuedJob | None = job
         while now is not None and not now.is_finished:  # its state may change meanwhile
             size = _size(self.settings.job_folder(job.id))
-            if self.jobs.finish(now, result=live.kept() if live else {}, num_bytes=size,
-                                keep_s=self.settings.keep_s,
-                                error=(CANCELLED, "the job was cancelled")):
-                self.metrics.failures.labels(CANCELLED).inc()
+            self.jobs.finish(now, result=live.kept() if live else {}, num_bytes=size,
+                             keep_s=self.settings.keep_s,
+                             error=(CANCELLED, "the job was cancelled"))
             now = self.jobs.get(job.id)
         self._stop(job, CANCELLED)
         if now is not None:
@@ -196,7 +195,6 @@ class Scheduler:
                 return
             self._running, self._live = job, Live()
             self._step_s = time.monotonic()
-            self.metrics.wait.observe(max(0.0, (job.started_at or 0.0) - job.created_at))
             self._pool.workers[0].begin(workers.Job(job.id, {
                 "kind": job.kind, "spec": job.spec,
                 "folder": str(self.settings.job_folder(job.id))}))
@@ -255,8 +253,6 @@ class Scheduler:
     def _on_done(self, job: QueuedJob, facts: dict[str, Any]) -> None:
         if job.expected_s > 0 and job.attempt == 1:  # a moving average
             self._pace += 0.3 * (facts["inference_time_s"] / job.expected_s - self._pace)
-        for stage, seconds in facts["stage_durations"].items():
-            self.metrics.stage.labels(stage).observe(seconds)
         self.metrics.memory.set(facts["peak_memory_mb"] * 1e6)
         self._end(job, {**facts, "warnings": self._live.warnings}, None)
 
@@ -276,7 +272,9 @@ class Scheduler:
             size = _size(self.settings.job_folder(job.id))
             if self.jobs.finish(job, result=result, num_bytes=size, error=error,
                                 keep_s=self.settings.keep_s):
-                self.metrics.count_end(job, error, self.jobs.clock())
+                if error is None:
+                    self.metrics.took.labels(job.kind).observe(
+                        self.jobs.clock() - (job.started_at or 0.0))
                 log.info("failed" if error else "completed", extra={
                     "job": job.id, "error": error and error[0],
                     "seconds": result.get("inference_time_s")})
@@ -312,7 +310,6 @@ class Scheduler:
             self._deaths += 1
             job = self._running
         log.error("the runner %s", fate, extra={"job": job and job.id})
-        self.metrics.restarts.inc()
         if job is None or self._unwritten is not None:
             return
         if job.deaths + 1 >= self.settings.limits.deaths:

@@ -50,8 +50,7 @@ class Service:
         for name in ("videos", "films", "uploads"):
             (settings.data / name).mkdir(parents=True, exist_ok=True)
         self.jobs, self.keys = Jobs(settings.database), Keys(settings.keys)
-        self.hub, self.metrics = Hub(), Metrics()
-        self.metrics.watch_queue(self.jobs.counts)
+        self.hub, self.metrics = Hub(), Metrics(self.jobs.counts)
         self.pace, self.crowd = Pace(settings.per_minute), Crowd(settings.at_once)
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
         self.checked_at_once = anyio.CapacityLimiter(CHECKED_AT_ONCE)
