@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.services import wait_for
 from vidgen.core.errors import OptionError
-from vidgen.server import checker, guard, probe, scheduler
+from vidgen.server import app, checker, probe, scheduler
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
 from vidgen.server.probe import check_uploads
@@ -50,9 +50,9 @@ def test_who_waits_hears_that_others_leave_the_queue(service):
     assert seen(service, waiting)["queue_position"] == 2
 
     async def next_place():
-        with service.hub.listen("bob", None) as listener:
+        with service.hub.listen("bob", None) as queue:
             service.scheduler.cancel(ahead)
-            async for event in listener.stream():
+            while event := await queue.get():
                 assert event.owner == "bob"
                 if event.name == "queue":
                     return event.data
@@ -108,7 +108,7 @@ def test_more_requests_than_can_be_answered_are_told_so(service, monkeypatch):
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.get(path) for path in paths]
 
-    monkeypatch.setattr(guard, "MAX_REQUESTS", 0)
+    monkeypatch.setattr(app, "MAX_REQUESTS", 0)
     refused, probe = asyncio.run(answers("/v1/models", "/health"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert refused.headers["retry-after"] == "1"

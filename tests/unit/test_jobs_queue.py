@@ -7,16 +7,17 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.server.jobs import Jobs, ServiceClock
-from vidgen.server.types import ApiError, NewJob
+from vidgen.server.types import ApiError, Call
 
-NEW = NewJob("ann", kind="video", request={"prompt": "a car"}, spec={"options": {}},
-             fingerprint="f1")
+NEW = {"kind": "video", "request": {"prompt": "a car"}, "spec": {"options": {}},
+       "fingerprint": "f1"}
+OF_CALL = {each.name for each in fields(Call)}
 
 
 @pytest.fixture
@@ -26,8 +27,13 @@ def jobs(tmp_path):
     jobs.close()
 
 
-def add(jobs, **changes):
-    return jobs.add(replace(NEW, **changes))[0]
+def added(jobs, **given):
+    call = Call(**{"owner": "ann"} | {name: given[name] for name in OF_CALL & given.keys()})
+    return jobs.add(call, **NEW | {name: given[name] for name in given.keys() - OF_CALL})
+
+
+def add(jobs, **given):
+    return added(jobs, **given)[0]
 
 
 def finish(jobs, job, **changes):
@@ -103,41 +109,41 @@ def test_pages_follow_each_other(jobs):
 
 
 def test_an_idempotency_key_is_one_job(jobs):
-    job, is_new = jobs.add(replace(NEW, idempotency_key="k"))
+    job, is_new = added(jobs, idempotency_key="k")
     assert is_new
-    assert jobs.add(replace(NEW, idempotency_key="k")) == (job, False)
+    assert added(jobs, idempotency_key="k") == (job, False)
     with pytest.raises(ApiError, match="another request"):
-        jobs.add(replace(NEW, idempotency_key="k", fingerprint="f2"))
-    assert jobs.add(replace(NEW, idempotency_key="k", owner="bob"))[1]
+        added(jobs, idempotency_key="k", fingerprint="f2")
+    assert added(jobs, idempotency_key="k", owner="bob")[1]
     jobs.delete(job)
-    assert jobs.add(replace(NEW, idempotency_key="k"))[1]
+    assert added(jobs, idempotency_key="k")[1]
 
 
 def test_a_retry_finds_what_its_first_try_began(jobs):
     first = add(jobs)
     assert add(jobs).id != first.id  # asked twice on purpose
     latest = add(jobs)
-    assert jobs.add(replace(NEW, is_retry=True)) == (latest, False)
-    assert jobs.add(replace(NEW, is_retry=True, fingerprint="f2"))[1]
+    assert added(jobs, is_retry=True) == (latest, False)
+    assert added(jobs, is_retry=True, fingerprint="f2")[1]
 
 
 def test_a_first_try_that_comes_in_behind_its_retry(jobs):
     arrived_at = jobs.clock()
     retried = add(jobs, is_retry=True, arrived_at=jobs.clock())
-    assert jobs.add(replace(NEW, arrived_at=arrived_at)) == (retried, False)
-    assert jobs.add(replace(NEW, arrived_at=jobs.clock()))[1]
+    assert added(jobs, arrived_at=arrived_at) == (retried, False)
+    assert added(jobs, arrived_at=jobs.clock())[1]
 
 
 def test_only_so_many_wait(jobs):
-    jobs.add(NEW, most=2, most_of_owner=1)
+    added(jobs, most=2, most_of_owner=1)
     with pytest.raises(ApiError, match="at most 1 may be"):
-        jobs.add(NEW, most=2, most_of_owner=1)
-    jobs.add(replace(NEW, owner="bob"), most=2, most_of_owner=1)
+        added(jobs, most=2, most_of_owner=1)
+    added(jobs, owner="bob", most=2, most_of_owner=1)
     with pytest.raises(ApiError, match="at most 2 may be"):
-        jobs.add(replace(NEW, owner="eve"), most=2, most_of_owner=1)
+        added(jobs, owner="eve", most=2, most_of_owner=1)
     done = jobs.claim()
     finish(jobs, done)
-    jobs.add(NEW, most=2, most_of_owner=1)
+    added(jobs, most=2, most_of_owner=1)
 
 
 def test_what_is_old_or_too_much_goes(jobs):
@@ -201,15 +207,13 @@ def test_a_full_disk_is_told_and_nothing_is_half_done(jobs):
 
 WRITER = """
 import sys
-from dataclasses import replace
 from pathlib import Path
-from vidgen.server.types import NewJob
+from vidgen.server.types import Call
 from vidgen.server.jobs import Jobs, ServiceClock
 jobs = Jobs(Path(sys.argv[1]))
 jobs.recover()
-new = NewJob("ann", kind="video", request={}, spec={}, fingerprint="f")
 while True:
-    print("added", jobs.add(new)[0].id, flush=True)
+    print("added", jobs.add(Call("ann"), "video", {}, {}, "f")[0].id, flush=True)
     job = jobs.claim()
     jobs.finish(job, result={}, num_bytes=1, keep_s=60)
     print("done", job.id, flush=True)

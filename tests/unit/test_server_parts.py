@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError, OptionError
 from vidgen.core.request import Request
 from vidgen.server.app import JsonFormatter
 from vidgen.server.body import MAX_FIELD_BYTES, _Form, _nested
-from vidgen.server.keys import Crowd, Keys, Pace
+from vidgen.server.keys import Keys, Pace
 from vidgen.server.layout import sniff
 from vidgen.server.making import marks_of
 from vidgen.server.requests import Draft, Translator, fetch, is_public, parse
@@ -69,15 +69,6 @@ def test_a_pace_lets_bursts_through_and_fills_up_again():
     now[0] = 20.0
     assert pace.take("ann") == 0
     assert pace.take("ann") > 0
-
-
-def test_a_crowd_is_of_each_owner():
-    crowd = Crowd(2)
-    assert [crowd.enter("ann") for _ in range(3)] == [True, True, False]
-    assert crowd.enter("bob")
-    crowd.leave("ann")
-    assert crowd.enter("ann")
-    assert not crowd.enter("ann")
 
 
 @pytest.mark.parametrize("address", [
@@ -168,9 +159,9 @@ def test_a_file_is_hashed_and_closed_as_it_comes(tmp_path):
 
     cut = _Form(b"b", tmp_path)
     cut.feed(part('form-data; name="image"; filename="a.png"') + b"begun")
-    assert not cut._part.file.closed
+    assert not cut._file.closed
     cut.close()
-    assert cut._part.file.closed
+    assert cut._file.closed
 
 
 def test_a_field_is_refused_as_soon_as_it_is_too_large(tmp_path):

@@ -43,22 +43,27 @@ def key_required(service: Service) -> bool:
     return not service.settings.is_loopback or service.keys.are_used
 
 
-def authenticate(request: Request) -> str:
-    """Return the owner, and count the request as active until the guard sees its end.
+async def authenticate(
+    request: Request, owner: Annotated[str | None, Depends(owner_of)]
+) -> AsyncIterator[str]:
+    """Yield the owner, and count the request as active until its end.
 
     Raises:
         ApiError: the key is missing or invalid, or the owner has too many active requests.
     """
-    owner = owner_of(request)
     if owner is None:
         raise ApiError(401, "invalid_api_key", "the API key is missing or invalid; send "
                        "Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
-    if not service_of(request).crowd.enter(owner):
-        most = service_of(request).settings.at_once
+    active, most = service_of(request).num_active, service_of(request).settings.at_once
+    if active[owner] >= most:
         raise ApiError(429, "too_many_requests", f"this key has {most} active requests; close one, "
                        "such as a stream of events, or wait", headers={"Retry-After": "1"})
     request.state.owner = owner
-    return owner
+    active[owner] += 1
+    try:
+        yield owner
+    finally:
+        active[owner] -= 1
 
 
 Owner = Annotated[str, Depends(authenticate)]
@@ -99,7 +104,7 @@ async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str,
     except OSError as error:
         raise write_error(uploads, error) from error
     try:
-        yield await read_body(request, uploads)
+        yield await read_body(request, uploads, service_of(request).settings.upload_bytes)
     finally:
         shutil.rmtree(uploads, ignore_errors=True)
 

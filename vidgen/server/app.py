@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import socket
 import sys
 import threading
@@ -17,29 +18,48 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError, VidgenError
 from vidgen.core.runtime import lock_file
 from vidgen.server import routes
 from vidgen.server.access import service_of
-from vidgen.server.guard import MAX_REQUESTS, Guard
 from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
 from vidgen.server.service import Service
-from vidgen.server.settings import Settings
+from vidgen.server.settings import LOOPBACK, Settings
 from vidgen.server.types import ApiError, from_vidgen
 
 STUDIO = Path(__file__).parent / "studio"
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "media-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"),
+}
+_METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_CACHED = {"/v1/": "no-store", "/studio/": "no-cache"}
+_PROBES = ("/health", "/ready", "/metrics")
+MAX_REQUESTS = 500
+"""Largest number of active requests; more are refused, except probes."""
 _CODES = {404: "not_found", 405: "method_not_allowed", 416: "range_not_satisfiable"}
 SPARE_CONNECTIONS = 100
 """Connections in addition to active requests: idle ones, and those to be refused."""
@@ -110,7 +130,7 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         try:
             self._service.scheduler.drain(self._service.settings.drain_seconds)
-            self._service.hub.close()
+            self._service.hub.publish(None)
         finally:
             self.should_exit = True
 
@@ -149,7 +169,7 @@ def make_app(service: Service) -> ASGIApp:
     """Return the ASGI application of a service."""
     app = _App(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    for kind in (VidgenError, RequestValidationError, HTTPException):
+    for kind in (VidgenError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
     for router in (routes.videos, routes.films, routes.others):
         app.include_router(router)
@@ -188,8 +208,81 @@ def _answer(request: Request, error: Exception) -> Response:
             code = _CODES.get(error.status_code, "invalid_request")
             found = ApiError(error.status_code, code, str(error.detail), headers=error.headers)
         case _:
-            raise error
-    return JSONResponse(found.body(), found.status, headers=found.headers)
+            found = from_vidgen(VidgenError())
+    return _in_envelope(found)
+
+
+def _in_envelope(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+class Guard:
+    """Wraps an application with checks of each request's origin, headers, logs and metrics."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._num_inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, start_s, status = secrets.token_hex(8), time.monotonic(), 0
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+
+        async def give(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], MutableHeaders(scope=message)
+                for name, value in {**_HEADERS, "x-request-id": request_id}.items():
+                    headers.setdefault(name, value)
+                for start, value in _CACHED.items():
+                    if scope["path"].startswith(start):
+                        headers.setdefault("cache-control", value)
+            await send(message)
+
+        self._num_inside += 1
+        try:
+            self._check(scope)
+            await self._app(scope, receive, give)
+        except ApiError as error:
+            await _in_envelope(error)(scope, receive, give)
+        except Exception:  # answered by `_answer`, unless the answer had begun
+            log.exception("answering a request failed", extra={"request": request_id})
+        finally:
+            self._num_inside -= 1
+            # the route's pattern: paths with ids would make one metric per job
+            method, route = scope["method"], getattr(scope.get("route"), "path", "none")
+            self._service.metrics.requests.labels(
+                method if method in _METHODS else "other", route, str(status)).inc()
+            if route not in _PROBES:
+                log.info("answered", extra={
+                    "request": request_id, "method": method, "path": scope["path"],
+                    "status": status, "seconds": round(time.monotonic() - start_s, 4),
+                    "owner": state.get("owner")})
+
+    def _check(self, scope: Scope) -> None:
+        """Refuse requests from other sites or to other hosts, and more than can be active."""
+        if self._num_inside > MAX_REQUESTS and scope["path"] not in _PROBES:
+            raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are active; retry in a "
+                           "moment", headers={"Retry-After": "1"})
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self._service.settings.is_loopback and _name_of(host) not in LOOPBACK:
+            raise ApiError(403, "wrong_host", "this service answers only to localhost")
+        if scope["method"] not in _SAFE:
+            origin = headers.get("origin")
+            is_foreign = bool(origin) and urlsplit(origin).netloc != host
+            if is_foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+                raise ApiError(403, "wrong_origin", "requests from other sites' pages are refused")
+
+
+def _name_of(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()
 
 
 class JsonFormatter(logging.Formatter):

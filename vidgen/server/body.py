@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,35 +29,40 @@ PATIENCE_S = 60.0
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
 
 
-async def read_body(request: Request, uploads: Path) -> dict[str, Any]:
+async def read_body(request: Request, uploads: Path, max_bytes: int) -> dict[str, Any]:
     """Return a request's fields by name; files are `Upload`s in `uploads`.
 
     Raises:
-        ApiError: the body is invalid.
+        ApiError: the body is invalid, or larger than `max_bytes`.
         OutputError: the disk is full.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
+    chunks = _chunks(request, max_bytes)
     if kind == b"multipart/form-data":
         boundary = options.get(b"boundary")
         if not boundary or len(boundary) > 200:
             raise ApiError(400, "malformed_body", "the multipart body has no boundary")
         form = _Form(boundary, uploads)
         try:
-            async for chunk in _chunks(request):
+            async for chunk in chunks:
                 form.feed(chunk)
             return form.finish()
         finally:
             form.close()
     if kind in (b"application/json", b""):
-        return await _read_json(request)
+        return _parsed(b"".join([chunk async for chunk in chunks]))
     raise ApiError(415, "unsupported_media_type",
                    f"the body is {kind.decode('latin-1')[:80]!r}; send multipart/form-data or "
                    "application/json")
 
 
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    stream = request.stream()
+async def _chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    stream, taken = request.stream(), 0
+    promised = int(request.headers.get("content-length", "0"))
     while True:
+        if max(taken, promised) > max_bytes:
+            raise ApiError(413, "too_large", f"the request has more than {max_bytes} bytes; send "
+                           "a smaller one", headers={"Connection": "close"})
         try:
             chunk = await asyncio.wait_for(anext(stream, None), PATIENCE_S)
         except TimeoutError:
@@ -67,12 +72,11 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
             raise ApiError(400, "client_gone", "the client left before the body's end") from None
         if chunk is None:
             return
+        taken += len(chunk)
         yield chunk
 
 
-async def _read_json(request: Request) -> dict[str, Any]:
-    content = b"".join([chunk async for chunk in _chunks(request)])
-
+def _parsed(content: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -94,17 +98,6 @@ async def _read_json(request: Request) -> dict[str, Any]:
     return value
 
 
-@dataclass
-class _Part:
-    headers: dict[bytes, bytes] = field(default_factory=dict)
-    name: str = ""
-    content: bytearray = field(default_factory=bytearray)
-    filename: str = ""
-    file: BinaryIO | None = None
-    digest: Any = field(default_factory=hashlib.sha256)
-    size: int = 0
-
-
 class _Form:
     """A multipart body, parsed in chunks.
 
@@ -114,11 +107,12 @@ class _Form:
     def __init__(self, boundary: bytes, uploads: Path) -> None:
         self._uploads, self._is_whole = uploads, False
         self._fields: list[tuple[str, Any]] = []
-        self._part = _Part()
-        self._header = [bytearray(), bytearray()]
+        self._header, self._value, self._disposition = bytearray(), bytearray(), b""
+        self._file: BinaryIO | None = None
         self._parser = MultipartParser(boundary, {
             "on_part_begin": self._begin, "on_part_data": self._data, "on_part_end": self._end,
-            "on_header_field": self._header_name, "on_header_value": self._header_value,
+            "on_header_field": partial(_extend, self._header),
+            "on_header_value": partial(_extend, self._value),
             "on_header_end": self._header_end, "on_headers_finished": self._headers_finished,
             "on_end": self._whole,
         })
@@ -139,61 +133,61 @@ class _Form:
         return _nested(self._fields)
 
     def close(self) -> None:
-        if self._part.file is not None:
-            self._part.file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _begin(self) -> None:
         if len(self._fields) >= MAX_FIELDS:
             raise ApiError(400, "malformed_body", f"the body has more than {MAX_FIELDS} parts")
-        self._part = _Part()
-
-    def _header_name(self, data: bytes, start: int, end: int) -> None:
-        self._header[0] += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._header[1] += data[start:end]
+        self._disposition, self._file = b"", None
+        self._content, self._digest, self._size = bytearray(), hashlib.sha256(), 0
 
     def _header_end(self) -> None:
-        name, value = map(bytes, self._header)
-        self._part.headers[name.lower()] = value
-        self._header = [bytearray(), bytearray()]
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header.clear()
+        self._value.clear()
 
     def _headers_finished(self) -> None:
-        kind, options = parse_options_header(self._part.headers.get(b"content-disposition", b""))
+        kind, options = parse_options_header(self._disposition)
         if kind != b"form-data" or b"name" not in options:
             raise ApiError(400, "malformed_body", "a part of the body has no name")
-        self._part.name = _text(options[b"name"], "a field's name")
+        self._name = _text(options[b"name"], "a field's name")
         if b"filename" in options:
-            self._part.filename = _text(options[b"filename"], "a file's name")
-            self._part.file = (self._uploads / secrets.token_hex(8)).open("wb")
+            self._filename = _text(options[b"filename"], "a file's name")
+            self._file = (self._uploads / secrets.token_hex(8)).open("wb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        piece, part = data[start:end], self._part
-        part.size += len(piece)
-        if part.file is not None:
-            part.file.write(piece)
-            part.digest.update(piece)
-            return
-        if part.size > MAX_FIELD_BYTES:
-            raise ApiError(413, "too_large", f"the field {part.name!r} is larger than "
-                                             f"{MAX_FIELD_BYTES} bytes", part.name)
-        part.content += piece
+        piece = data[start:end]
+        self._size += len(piece)
+        if self._file is not None:
+            self._file.write(piece)
+            self._digest.update(piece)
+        elif self._size <= MAX_FIELD_BYTES:
+            self._content += piece
+        else:
+            raise ApiError(413, "too_large", f"the field {self._name!r} is larger than "
+                                             f"{MAX_FIELD_BYTES} bytes", self._name)
 
     def _end(self) -> None:
-        part = self._part
-        if part.file is None:
-            self._fields.append((part.name, _text(bytes(part.content), f"the field {part.name!r}")))
-            return
-        part.file.close()
-        path = Path(part.file.name)
-        upload = Upload(path, part.filename, part.digest.hexdigest(), part.size)
-        self._fields.append((part.name, upload))
+        value: Any
+        if self._file is None:
+            value = _text(self._content, f"the field {self._name!r}")
+        else:
+            self._file.close()
+            value = Upload(Path(self._file.name), self._filename, self._digest.hexdigest(),
+                           self._size)
+        self._fields.append((self._name, value))
 
     def _whole(self) -> None:
         self._is_whole = True
 
 
-def _text(content: bytes, what: str) -> str:
+def _extend(text: bytearray, data: bytes, start: int, end: int) -> None:
+    text += data[start:end]
+
+
+def _text(content: bytes | bytearray, what: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -201,61 +195,38 @@ def _text(content: bytes, what: str) -> str:
 
 
 def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Nest fields by their names: `video[id]`, `lora[]` and `lora[][name]`."""
+    """Nest fields by their names: `video[id]`, `lora[]` and `lora[][name]`.
+
+    The objects of a list come as single fields, grouped by object or by field: the n-th
+    `lora[][name]` belongs to the n-th object.
+    """
     fields: dict[str, Any] = {}
+    count = Counter[str]()
     for name, value in pairs:
         match = _BRACKETS.fullmatch(name)
         if match is None:
             raise ApiError(400, "malformed_body", f"{name[:80]!r} isn't a field's name; send "
                            "deeper nesting as JSON in the text of one field", name[:80])
-        if not _place(fields, match[1], bool(match[2]) or match[1] == "files", match[3], value):
+        outer, is_list, key = match.groups()
+        path: list[Any] = [outer]
+        if is_list or outer == "files":
+            path.append(count[name])
+            count[name] += 1
+        if key is not None:
+            path.append(key)
+        inner: Any = fields
+        for step in path[:-1]:
+            inner = inner.setdefault(step, {}) if isinstance(inner, dict) else None
+        is_free = isinstance(inner, dict) and path[-1] not in inner
+        if not is_free or len({type(step) for step in (*fields.get(outer, ()), *path[1:2])}) > 1:
             raise ApiError(400, "malformed_body", f"the field {name!r} is given twice", name)
-    for name, rows in fields.items():
-        kinds = {frozenset(each) for each in rows if isinstance(each, dict)} if isinstance(
-            rows, list) else ()
-        if len(kinds) > 1:  # ambiguous: which value is of which object?
-            raise ApiError(400, "malformed_body", f"{name} lists objects with different fields; "
-                           "give all of them the same, or send JSON in the field's text", name)
+        inner[path[-1]] = value
+    for name, inner in fields.items():
+        if isinstance(inner, dict) and 0 in inner:
+            fields[name] = rows = [*inner.values()]
+            if len({frozenset(row) for row in rows if isinstance(row, dict)}) > 1:
+                # ambiguous: which value is of which object?
+                raise ApiError(400, "malformed_body", f"{name} lists objects with different "
+                               "fields; give all of them the same, or send JSON in the field's "
+                               "text", name)
     return fields
-
-
-def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, value: Any) -> bool:
-    """Set a value in nested fields; return False if it is already set.
-
-    The objects of a list come as single fields, grouped by object or by field: `lora[][name]`
-    belongs to the first object that has no name yet.
-    """
-    inner: Any = fields
-    if is_list:
-        rows = fields.setdefault(name, [])
-        if not isinstance(rows, list):
-            return False
-        if key is None:
-            rows.append(value)
-            return True
-        inner = next((each for each in rows if isinstance(each, dict) and key not in each), None)
-        if inner is None:
-            rows.append(inner := {})
-        name = key
-    elif key is not None:
-        inner, name = fields.setdefault(name, {}), key
-    if not isinstance(inner, dict) or name in inner:
-        return False
-    inner[name] = value
-    return True
-
-
-def write_upload(content: bytes, uploads: Path) -> Upload:
-    """Write content to a file and return it as an upload without a name.
-
-    Raises:
-        OutputError: the disk is full.
-    """
-    path = uploads / secrets.token_hex(8)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise write_error(path, error) from error
-    return Upload(path, "", hashlib.sha256(content).hexdigest(), len(content))

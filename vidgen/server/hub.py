@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from prometheus_client import (
@@ -38,73 +38,49 @@ class Event:
     is_last: bool = False
 
 
-@dataclass(eq=False)
-class Listener:
-    """One stream of events, of all jobs of an owner or of one job."""
-
-    owner: str
-    job: str | None
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
-
-    def offer(self, event: Event | None) -> None:
-        """Queue an event, from any thread; None ends the stream."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._put, event)
-
-    def _put(self, event: Event | None) -> None:
-        is_passing = event is not None and event.name in PASSING
-        if not is_passing or self._events.qsize() <= MAX_WAITING:
-            self._events.put_nowait(event)
-
-    async def stream(self) -> AsyncIterator[Event]:
-        """Yield events up to the last one."""
-        while (event := await self._events.get()) is not None:
-            yield event
-            if event.is_last and self.job is not None:
-                return
+EventQueue = asyncio.Queue[Event | None]
 
 
 class Hub:
-    """Distributes events to listeners."""
+    """Publishes events of jobs from any thread to streams of the event loop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._listeners: set[Listener] = set()
+        self._streams: dict[EventQueue, tuple[asyncio.AbstractEventLoop, str, str | None]] = {}
         self._is_closed = False
 
     @property
     def has_listeners(self) -> bool:
         """Whether a stream is open."""
-        return bool(self._listeners)
+        return bool(self._streams)
 
-    def publish(self, event: Event) -> None:
-        """Send an event to its listeners, from any thread."""
+    def publish(self, event: Event | None) -> None:
+        """Send an event to its streams; None ends all of them, and later ones at once."""
         with self._lock:
-            for each in self._listeners:
-                if each.owner == event.owner and each.job in (None, event.job):
-                    each.offer(event)
-
-    def close(self) -> None:
-        """End all streams; streams opened later end at once."""
-        with self._lock:
-            self._is_closed = True
-            for each in self._listeners:
-                each.offer(None)
+            self._is_closed |= event is None
+            for queue, (loop, owner, job) in self._streams.items():
+                if event is None or (event.owner == owner and job in (None, event.job)):
+                    with suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(_put, queue, event)
 
     @contextmanager
-    def listen(self, owner: str, job: str | None) -> Iterator[Listener]:
-        """Yield a listener to the events of an owner's jobs, or of one job."""
-        listener = Listener(owner, job)
+    def listen(self, owner: str, job: str | None) -> Iterator[EventQueue]:
+        """Yield a queue of the events of an owner's jobs, or of one job; None is the end."""
+        queue = EventQueue()
         with self._lock:
-            self._listeners.add(listener)
+            self._streams[queue] = asyncio.get_running_loop(), owner, job
             if self._is_closed:
-                listener.offer(None)
+                queue.put_nowait(None)
         try:
-            yield listener
+            yield queue
         finally:
             with self._lock:
-                self._listeners.discard(listener)
+                del self._streams[queue]
+
+
+def _put(queue: EventQueue, event: Event | None) -> None:
+    if event is None or event.name not in PASSING or queue.qsize() <= MAX_WAITING:
+        queue.put_nowait(event)
 
 
 class Metrics:

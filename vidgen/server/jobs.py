@@ -12,6 +12,7 @@ This module is independent of models and processes.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import threading
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError, OptionError, OutputError
-from vidgen.server.types import ApiError, Kind, NewJob, QueuedJob, new_id
+from vidgen.server.types import ApiError, Call, Kind, QueuedJob, new_id
 
 SCHEMA_VERSION = 2
 RETRY_WINDOW_S = 3600.0
@@ -98,34 +99,40 @@ class Jobs:
             self._database.close()
 
     def add(
-        self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None
+        self, call: Call, kind: Kind, request: Mapping[str, Any], spec: Mapping[str, Any],
+        fingerprint: str, *, job_id: str | None = None, expected_s: float = 0.0,
+        most: float = math.inf, most_of_owner: float = math.inf,
     ) -> tuple[QueuedJob, bool]:
         """Queue a job unless it is a retry; return the new or existing job, and whether it is new.
 
-        Up to `most` jobs may be unfinished, up to `most_of_owner` of one key.
+        Args:
+            call: the caller.
+            kind, request, spec, expected_s: as in `QueuedJob`.
+            fingerprint: hash of the request, equal for equal requests.
+            job_id: identifier; None draws one.
+            most, most_of_owner: limits of unfinished jobs, in all and of one key.
 
         Raises:
             ApiError: the idempotency key belongs to another request, or too many jobs are
                 unfinished.
         """
         with self._transaction():
-            known = self._known(new)
-            if known is not None:
-                return known, False
+            if (known := self._known(call, fingerprint)) is not None:
+                return _job_of(known), False
             owners = [owner for (owner,) in self._all(
                 "SELECT owner FROM jobs WHERE status IN ('queued', 'in_progress')")]
-            for limit, count in ((most, len(owners)), (most_of_owner, owners.count(new.owner))):
-                if limit is not None and count >= limit:
+            for limit, count in ((most, len(owners)), (most_of_owner, owners.count(call.owner))):
+                if count >= limit:
                     raise ApiError(429, "queue_full", f"{count} jobs are unfinished, at most "
                                    f"{limit} may be; wait for one, or cancel one",
                                    headers={"Retry-After": "10"})
-            job_id, now = new.id or new_id(new.kind), self.clock()
-            row = vars(new) | {"id": job_id, "status": "queued", "created_at": now,
-                               "request": json.dumps(new.request), "spec": json.dumps(new.spec)}
-            del row["arrived_at"]
-            self._run(f"INSERT INTO jobs ({', '.join(row)}) VALUES "
-                      f"({', '.join('?' * len(row))})", *row.values())
-            self._note(new.owner, "created", job_id, {"kind": new.kind, **new.request})
+            job_id = job_id or new_id(kind)
+            self._run(
+                "INSERT INTO jobs (id, kind, owner, status, created_at, request, spec, expected_s, "
+                "idempotency_key, fingerprint, is_retry) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, "
+                "?, ?)", job_id, kind, call.owner, self.clock(), json.dumps(request),
+                json.dumps(spec), expected_s, call.idempotency_key, fingerprint, call.is_retry)
+            self._note(call.owner, "created", job_id, {"kind": kind, **request})
             return self._get(job_id), True
 
     def get(self, job_id: str, owner: str | None = None) -> QueuedJob | None:
@@ -250,22 +257,23 @@ class Jobs:
                          "ORDER BY number DESC LIMIT ?", *args, limit or -1)
         return [{**dict(row), "detail": json.loads(row["detail"])} for row in rows]
 
-    def _known(self, new: NewJob) -> QueuedJob | None:
-        if new.idempotency_key is not None:
-            row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
-                            new.owner, new.idempotency_key)
-            if row is not None and row["fingerprint"] != new.fingerprint:
+    def _known(self, call: Call, fingerprint: str) -> sqlite3.Row | None:
+        if call.idempotency_key is not None:
+            row: sqlite3.Row | None = self._one(
+                "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
+                call.owner, call.idempotency_key)
+            if row is not None and row["fingerprint"] != fingerprint:
                 raise ApiError(422, "idempotency_conflict", f"the idempotency key "
-                               f"{new.idempotency_key!r} belongs to another request; use a new "
+                               f"{call.idempotency_key!r} belongs to another request; use a new "
                                "key for each request")
-            return None if row is None else _job_of(row)
+            return row
         # A retry may follow its first try, or overtake it on the way here.
         row = self._one(
             "SELECT * FROM jobs WHERE owner = ? AND fingerprint = ? AND status != ? AND "
             "created_at > ? AND (? OR (is_retry AND created_at > ?)) ORDER BY number DESC LIMIT 1",
-            new.owner, new.fingerprint, _DELETED, self.clock() - RETRY_WINDOW_S, new.is_retry,
-            new.arrived_at or self.clock())
-        return None if row is None else _job_of(row)
+            call.owner, fingerprint, _DELETED, self.clock() - RETRY_WINDOW_S, call.is_retry,
+            call.arrived_at or self.clock())
+        return row
 
     def _note(self, owner: str, action: str, job_id: str, detail: Mapping[str, Any]) -> None:
         self._run("INSERT INTO audit (time, owner, action, job, detail) VALUES (?, ?, ?, ?, ?)",

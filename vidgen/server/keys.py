@@ -12,7 +12,6 @@ import re
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,28 +113,6 @@ class Pace:
                 return (1 - left) * 60 / self._per_minute
             self._left[owner] = left - 1, now
             return 0.0
-
-
-class Crowd:
-    """Concurrency limit of each owner: up to `most` active requests."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._inside: Counter[str] = Counter()
-
-    def enter(self, owner: str) -> bool:
-        """Count a request and return True if the owner is below the limit; pair with `leave`."""
-        with self._lock:
-            has_room = self._inside[owner] < self._most
-            self._inside[owner] += has_room
-            return has_room
-
-    def leave(self, owner: str) -> None:
-        """Count a request's end."""
-        with self._lock:
-            self._inside[owner] -= 1
-            if not self._inside[owner]:
-                del self._inside[owner]
 
 
 def _hash(key: str) -> str:

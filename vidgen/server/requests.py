@@ -7,36 +7,39 @@ Redirects are checked in the same way.
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
-import http.client
+import hashlib
 import ipaddress
 import socket
-import ssl
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO
-from vidgen.core.runtime import link
-from vidgen.server.body import write_upload
+from vidgen.core.runtime import link, write_error
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
 from vidgen.server.schema import Body, ExtensionRequest, LoraChoice
 from vidgen.server.settings import Settings
 from vidgen.server.types import ApiError, Call, Kind, Upload
 
+if TYPE_CHECKING:
+    import httpx
+
 Allowed = Callable[[str], bool]
 MAX_REDIRECTS = 3
 PATIENCE_S, WHOLE_S = 10.0, 60.0
-_CHUNK = 1 << 16
-_MOVED, _PORTS = (301, 302, 303, 307, 308), {"http": 80, "https": 443}
+_INPUTS: dict[str, tuple[Any, ...]] = {
+    "input_reference": ("image", "picture", "video"), "image_reference": ("image", "picture"),
+    "last_image_reference": ("last_image", "picture"), "video_reference": ("video", "video"),
+    "audio_reference": ("audio", "sound"), "video": ("video", "video"),
+}
+"""Option and allowed media of each field with a file."""
 
 
 @dataclass
@@ -92,20 +95,13 @@ class Translator:
     def inputs(self, body: Any, draft: Draft) -> dict[str, Any]:
         """Put a body's files into the job's folder; return the fields of `Request` with paths."""
         options: dict[str, Any] = {}
-        wanted: tuple[tuple[str, str, tuple[Medium, ...]], ...] = (
-            ("input_reference", "image", ("picture", "video")),
-            ("image_reference", "image", ("picture",)),
-            ("last_image_reference", "last_image", ("picture",)),
-            ("video_reference", "video", ("video",)),
-            ("audio_reference", "audio", ("sound",)),
-            ("video", "prefix" if isinstance(body, ExtensionRequest) else "video", ("video",)),
-        )
-        for name, option, media in wanted:
-            reference = getattr(body, name, None)
-            if reference is None:
+        for name, (option, *media) in _INPUTS.items():
+            if (reference := getattr(body, name, None)) is None:
                 continue
             path = self.lay_down(reference, name, draft, *media)
-            if name == "input_reference" and path.endswith((".mp4", ".webm", ".mkv")):
+            if name == "video" and isinstance(body, ExtensionRequest):
+                option = "prefix"  # noqa: PLW2901
+            elif name == "input_reference" and path.endswith((".mp4", ".webm", ".mkv")):
                 option = "video"  # noqa: PLW2901
             if option in options:
                 raise ApiError(400, "invalid_request", f"{name} and another field both set the "
@@ -151,7 +147,7 @@ class Translator:
                 raise ApiError(400, "invalid_value", f"{name} must be data:TYPE;base64,...", name)
             try:
                 content = base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError):
+            except ValueError:
                 raise ApiError(400, "invalid_value", f"{name} isn't base64", name) from None
         elif not self.settings.fetch:
             raise ApiError(400, "urls_disabled", f"{name} is a URL, which this service doesn't "
@@ -161,15 +157,18 @@ class Translator:
                 content = fetch(url, self.settings.upload_bytes)
             except InputError as error:
                 raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
-        return write_upload(content, draft.folder)
+        path = draft.folder / "fetched"
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise write_error(path, error) from error
+        return Upload(path, "", hashlib.sha256(content).hexdigest(), len(content))
 
     def _lora(self, given: LoraChoice | str) -> str:
-        if isinstance(given, str):
-            name, _, scale = given.partition(":")
-            weight = {"scale": scale} if scale else {}
-            choice: LoraChoice = parse(LoraChoice, {"name": name, **weight})
-        else:
-            choice = given
+        choice = given
+        if isinstance(choice, str):
+            name, _, scale = choice.partition(":")
+            choice = parse(LoraChoice, {"name": name, "scale": scale or None})
         if choice.name not in self.loras:
             raise ApiError(400, "invalid_value", f"unknown lora {choice.name!r}; "
                            f"{nearest(choice.name, self.loras)}", "lora")
@@ -178,22 +177,14 @@ class Translator:
         return f"{path}:{choice.scale:g}"
 
     def check_model(self, name: str | None) -> None:
-        """Check that a body names the served model, or none.
-
-        Raises:
-            ApiError: it names another model.
-        """
+        """Check that a body names the served model or none; else raise ApiError."""
         if name not in (None, self.model):
             raise ApiError(404, "model_not_found", f"model {name!r} doesn't exist; this service "
                            f"has {self.model!r}", "model")
 
 
 def parse(body: type[Body], fields: dict[str, Any]) -> Any:
-    """Return a checked body.
-
-    Raises:
-        ApiError: a field is invalid; names the first one.
-    """
+    """Return a checked body, or raise an ApiError about its first invalid field."""
     try:
         return body(**fields)
     except OptionError as error:
@@ -219,71 +210,62 @@ def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
     Raises:
         InputError: the content can't be read or is too large, or the host isn't allowed.
     """
-    until_s = time.monotonic() + WHOLE_S
-    for _ in range(MAX_REDIRECTS + 1):
-        connection, path = _connect(url, allowed)
-        watchdog = threading.Timer(until_s - time.monotonic(), _cut, [connection.sock])
-        watchdog.start()
-        try:
-            connection.request("GET", path, headers={"Accept-Encoding": "identity"})
-            answer = connection.getresponse()
-            target = answer.headers["Location"] if answer.status in _MOVED else None
-            if target is None:
-                return _content(answer, max_bytes, until_s)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if time.monotonic() > until_s:
-                raise InputError(f"reading the URL took more than {WHOLE_S:g} s; send the file"
-                                 ) from None
-            raise InputError(f"the URL can't be read: {type(error).__name__}") from None
-        finally:
-            watchdog.cancel()
-            connection.close()
-        url = urljoin(url, target)
+    import httpx
+
+    try:
+        return asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, allowed), WHOLE_S))
+    except TimeoutError:
+        raise InputError(f"reading the URL took more than {WHOLE_S:g} s; send the file") from None
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise InputError(f"the host doesn't answer: {type(error).__name__}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        raise InputError(f"the URL can't be read: {type(error).__name__}") from None
+
+
+async def _fetch(url: str, max_bytes: int, allowed: Allowed) -> bytes:
+    import httpx
+
+    content = bytearray()
+    async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
+        for _ in range(MAX_REDIRECTS + 1):
+            asked = _url(url)
+            address = await _address(asked.host, allowed)
+            async with client.stream(
+                "GET", asked.copy_with(host=address), extensions={"sni_hostname": asked.host},
+                headers={"Host": asked.netloc.decode(), "Accept-Encoding": "identity"},
+            ) as answer:
+                if answer.has_redirect_location:
+                    url = urljoin(url, answer.headers["Location"])
+                    continue
+                if answer.status_code != 200:
+                    raise InputError(f"the URL returns status {answer.status_code}; give one that "
+                                     "can be read")
+                async for piece in answer.aiter_raw():
+                    content += piece
+                    if len(content) > max_bytes:
+                        raise InputError(f"the content at the URL is larger than {max_bytes} bytes")
+                return bytes(content)
     raise InputError(f"the URL has more than {MAX_REDIRECTS} redirects; give the final one")
 
 
-def _content(answer: http.client.HTTPResponse, max_bytes: int, until_s: float) -> bytes:
-    if answer.status != 200:
-        raise InputError(f"the URL returns status {answer.status}; give one that can be read")
-    content = bytearray()
-    while piece := answer.read1(_CHUNK):
-        content += piece
-        if len(content) > max_bytes:
-            raise InputError(f"the content at the URL is larger than {max_bytes} bytes")
-    if answer.length or time.monotonic() > until_s:
-        raise ConnectionError
-    return bytes(content)
+def _url(text: str) -> httpx.URL:
+    import httpx
+
+    with suppress(httpx.InvalidURL):
+        url = httpx.URL(text)
+        if url.scheme in ("http", "https") and url.host and not url.userinfo:
+            return url
+    raise InputError("the URL is invalid, or isn't http or https, or has a user name; give one "
+                     "such as https://host/name.png")
 
 
-def _cut(raw: socket.socket) -> None:
-    """End a connection that sends too slowly."""
-    with suppress(OSError):
-        raw.shutdown(socket.SHUT_RDWR)
-
-
-def _connect(url: str, allowed: Allowed) -> tuple[http.client.HTTPConnection, str]:
-    """Connect to an allowed IP address of a URL's host; return the connection and the path."""
+async def _address(host: str, allowed: Allowed) -> str:
+    """Return the IP address of a host whose addresses are all allowed."""
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
-    except (ValueError, KeyError):
-        host = None
-    if not host or parts.username is not None:
-        raise InputError("the URL is invalid, or isn't http or https, or has a user name; give "
-                         "one such as https://host/name.png")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
         raise InputError(f"the host {host!r} is unknown") from None
-    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
-    if not addresses or not all(allowed(each) for each in addresses):
+    addresses = [str(each[4][0]) for each in found]
+    if not addresses or not all(map(allowed, addresses)):
         raise InputError(f"the host {host!r} is in a network that this service doesn't access")
-    try:
-        raw = socket.create_connection((addresses[0], port), PATIENCE_S)
-        if parts.scheme == "https":
-            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
-    except OSError as error:
-        raise InputError(f"the host {host!r} doesn't answer: {type(error).__name__}") from None
-    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
-    connection.sock = raw
-    return connection, urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    return addresses[0]

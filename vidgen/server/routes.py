@@ -208,14 +208,13 @@ async def events_of(
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream the events of an owner's jobs or of one job, after the current state of each."""
     # listen before the state is read, so that no event is lost
-    with service.hub.listen(owner, job.id if job else None) as listener:
+    with service.hub.listen(owner, job.id if job else None) as queue:
         yield ServerSentEvent(retry=RETRY_MS)
-        for now in await run_in_threadpool(_now, service, owner, job):
-            yield ServerSentEvent(event=now.name, data=now.data)
-            if now.is_last:
-                return
-        async for event in listener.stream():
+        known = await run_in_threadpool(_now, service, owner, job)
+        while event := known.pop(0) if known else await queue.get():
             yield ServerSentEvent(event=event.name, data=event.data)
+            if event.is_last and job is not None:
+                return
 
 
 def _now(service: Service, owner: str, job: QueuedJob | None) -> list[Event]:
@@ -227,7 +226,7 @@ def _now(service: Service, owner: str, job: QueuedJob | None) -> list[Event]:
         return [Event("deleted", job.id, owner, {"id": job.id, "object": job.kind}, is_last=True)]
     events = []
     for each, data in zip(jobs, service.scheduler.views(jobs), strict=True):
-        events.append(Event("status", each.id, owner, data, job is not None and each.is_finished))
+        events.append(Event("status", each.id, owner, data, each.is_finished))
         if (preview := service.scheduler.preview(each)) is not None:
             events.append(Event("preview", each.id, owner, preview))
     return events

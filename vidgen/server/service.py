@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from vidgen.core.runtime import link
 from vidgen.server.checker import Checker
 from vidgen.server.hub import Hub, Metrics
 from vidgen.server.jobs import Jobs
-from vidgen.server.keys import Crowd, Keys, Pace
+from vidgen.server.keys import Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, take_over
 from vidgen.server.requests import Draft, Translator, parse
 from vidgen.server.scheduler import Scheduler
@@ -31,7 +32,7 @@ from vidgen.server.schema import (
     VideoRequest,
 )
 from vidgen.server.settings import Settings
-from vidgen.server.types import ApiError, Call, Kind, NewJob, QueuedJob, Upload, new_id
+from vidgen.server.types import ApiError, Call, Kind, QueuedJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
 CHECKED_AT_ONCE = 16
@@ -51,7 +52,7 @@ class Service:
             (settings.data / name).mkdir(parents=True, exist_ok=True)
         self.jobs, self.keys = Jobs(settings.database), Keys(settings.keys)
         self.hub, self.metrics = Hub(), Metrics(self.jobs.counts)
-        self.pace, self.crowd = Pace(settings.per_minute), Crowd(settings.at_once)
+        self.pace, self.num_active = Pace(settings.per_minute), Counter[str]()
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
         self.checked_at_once = anyio.CapacityLimiter(CHECKED_AT_ONCE)
 
@@ -70,7 +71,7 @@ class Service:
     def stop(self, patience_s: float) -> None:
         """Wait up to `patience_s` seconds for the running job, or pause it; then stop."""
         self.scheduler.drain(patience_s)
-        self.hub.close()
+        self.hub.publish(None)
         self.jobs.close()
 
     def clip(
@@ -197,10 +198,10 @@ class Service:
         self, draft: Draft, asked: dict[str, Any], request: dict[str, Any], spec: dict[str, Any]
     ) -> QueuedJob:
         expected_s = request.pop("expected_s")
-        job, is_new = self.jobs.add(NewJob(
-            **vars(draft.call), id=draft.id, kind=draft.kind, spec=spec, expected_s=expected_s,
-            request=request | {"model": self.model["id"]}, fingerprint=fingerprint(asked),
-        ), most=self.settings.limits.queued, most_of_owner=self.settings.pending)
+        job, is_new = self.jobs.add(
+            draft.call, draft.kind, request | {"model": self.model["id"]}, spec,
+            fingerprint(asked), job_id=draft.id, expected_s=expected_s,
+            most=self.settings.limits.queued, most_of_owner=self.settings.pending)
         if is_new:
             draft.is_kept = True
             self.scheduler.wake()

@@ -42,30 +42,13 @@ class Call:
     arrived_at: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewJob(Call):
-    """Job to be queued for a caller.
+@dataclass(frozen=True)
+class QueuedJob:
+    """Job in the queue; times are Unix seconds.
 
     Attributes:
         request: request for clients, with the plan's values.
         spec: request for the worker process.
-        fingerprint: hash of the request, equal for equal requests.
-        id: identifier; None draws one.
-    """
-
-    kind: Kind
-    request: Mapping[str, Any]
-    spec: Mapping[str, Any]
-    fingerprint: str
-    expected_s: float = 0.0
-    id: str | None = None
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """Job in the queue; times are Unix seconds. See `NewJob` for the other fields.
-
-    Attributes:
         result: facts of the clip, or of the film's finished shots.
         attempt: number of starts; above 1 the job continued after a stop.
         deaths: number of processes that it crashed.
