@@ -10,16 +10,25 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidgen.core.errors import VidgenError
+from vidgen.core.request import Loading
+from vidgen.core.runtime import best_dtype, choose_device
+from vidgen.pipeline.plan import require_own_model, settle
+from vidgen.pipeline.policy import enforce, policy_from_environment
+from vidgen.pipeline.settings import SETTINGS, SOUND
+from vidgen.pipeline.setups import choose
+from vidgen.pipeline.sound.soundtrack import make_soundtrack
+from vidgen.pipeline.types import Estimate
 from vidgen.server.layout import FILM, files_of, sniff
+from vidgen.server.making import plan_confined, planned_shots, request_of, script_data
 from vidgen.server.probe import NamedFile, check_uploads
 from vidgen.server.settings import Limits, at_most
 from vidgen.server.types import ApiError, refusal
-
-if TYPE_CHECKING:
-    from vidgen.pipeline.types import Estimate
+from vidgen.story.edit import make_edit
+from vidgen.story.plan import enforce_film, estimates, word_remarks
+from vidgen.weights.layouts import open_model
 
 _POLICY = "content_policy_violation"
 _SHORTER = "give fewer frames, or a higher fps"
@@ -36,11 +45,6 @@ class Checker:
     """
 
     def __init__(self, model: str, limits: Limits) -> None:
-        from vidgen.core.runtime import best_dtype, choose_device
-        from vidgen.pipeline.plan import require_own_model
-        from vidgen.pipeline.policy import policy_from_environment
-        from vidgen.weights.layouts import open_model
-
         self.folder = require_own_model(open_model(model))
         self.limits, self.policy = limits, policy_from_environment()
         self.device, self.offload = choose_device(), "none"
@@ -49,8 +53,6 @@ class Checker:
 
     def model(self) -> dict[str, Any]:
         """Return the model's tasks, license and defaults."""
-        from vidgen.pipeline.settings import SOUND
-
         known = self.folder.defaults
         return {
             "id": self.folder.name, "tasks": list(self.folder.tasks),
@@ -72,37 +74,25 @@ class Checker:
             ApiError: the request is invalid or exceeds the limits, or a file is damaged.
             VidgenError: the check itself failed.
         """
-        with refusing():
-            files = files_of(folder, spec["options"])
-            check_uploads([(name, "picture" if name in _PICTURES else "video", path)
-                           for name, path in files.items()], self.limits)
-            with self._planning:
-                return self._clip(folder, spec)
-
-    def _clip(self, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
-        from vidgen.core.request import Loading
-        from vidgen.pipeline.plan import settle
-        from vidgen.pipeline.policy import enforce
-        from vidgen.pipeline.settings import SETTINGS, SOUND
-        from vidgen.pipeline.setups import choose
-        from vidgen.pipeline.sound.soundtrack import make_soundtrack
-        from vidgen.server.making import request_of
-
-        request = request_of(folder, spec, self.folder)
-        with refusing(_POLICY):
-            enforce(self.policy, request)
-        plan, limits = settle(self.folder, request), self.limits
-        seconds = float(plan.kept_frames / plan.fps)
-        at_most("pixels", plan.width * plan.height, limits.pixels)
-        at_most("frames", plan.kept_frames, limits.frames, option="frames")
-        at_most("seconds", seconds, limits.seconds, _SHORTER)
-        at_most("steps", plan.num_steps, limits.steps, option="steps")
-        for name, value in request.settings.items():
-            if (limit := SETTINGS[name].served) is not None:
-                at_most(name, value, limit, option=name)
-        has_sound = SOUND in self.folder.tasks
-        make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
-        made = choose(self.folder, plan, request, Loading(), self.device, None, dtype=self.dtype)
+        files = files_of(folder, spec["options"]).items()
+        with self._checking((name, "picture" if name in _PICTURES else "video", path)
+                            for name, path in files):
+            request = request_of(folder, spec, self.folder)
+            with refusing(_POLICY):
+                enforce(self.policy, request)
+            plan, limits = settle(self.folder, request), self.limits
+            seconds = float(plan.kept_frames / plan.fps)
+            at_most("pixels", plan.width * plan.height, limits.pixels)
+            at_most("frames", plan.kept_frames, limits.frames, option="frames")
+            at_most("seconds", seconds, limits.seconds, _SHORTER)
+            at_most("steps", plan.num_steps, limits.steps, option="steps")
+            for name, value in request.settings.items():
+                if (limit := SETTINGS[name].served) is not None:
+                    at_most(name, value, limit, option=name)
+            has_sound = SOUND in self.folder.tasks
+            make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
+            made = choose(self.folder, plan, request, Loading(), self.device, None,
+                          dtype=self.dtype)
         return {
             "width": plan.width, "height": plan.height, "num_frames": plan.kept_frames,
             "fps": str(plan.fps), "num_inference_steps": plan.num_steps, "seed": plan.seed,
@@ -117,38 +107,38 @@ class Checker:
             ApiError: the script is invalid or exceeds the limits, or a file is damaged.
             VidgenError: the check itself failed.
         """
+        with self._checking(_files_with(path)):
+            film = plan_confined(path, self.folder, draft=draft, dtype=self.dtype)
+            shots, limits = list(film.shots.values()), self.limits
+            at_most("shots (takes counted)", sum(len(plan.takes) for plan in shots), limits.shots)
+            at_most("pixels", film.size[0] * film.size[1], limits.pixels)
+            parts = [(plan, take, index) for plan in shots for take in plan.takes
+                     for index in range(len(take.parts))]
+            for plan, take, index in parts:
+                name, count = plan.shot.id, plan.num_frames
+                request = film.request(plan.shot, take.seed, index, take.parts[index].num_frames)
+                at_most(f"frames of shot {name}", count, limits.frames)
+                at_most(f"seconds of shot {name}", float(count / film.fps), limits.seconds,
+                        _SHORTER)
+                at_most(f"steps of shot {name}", request.steps or 0, limits.steps)
+            with refusing(_POLICY):
+                enforce_film(self.policy, film)
+            edit = make_edit(film, film.in_film, path.with_name(FILM))
+            return {
+                "shots": planned_shots(film), "width": film.size[0], "height": film.size[1],
+                "fps": str(film.fps), "title": film.script.project.title,
+                "seconds": edit.facts()["duration_s"], "script": script_data(film.script),
+                "notes": word_remarks(film, shots),
+                "expected_s": _without_loading(estimates(film, parts, self.device, None)),
+            }
+
+    @contextmanager
+    def _checking(self, files: Iterable[NamedFile]) -> Iterator[None]:
+        """Decode files, then plan inside the block, one request at a time."""
         with refusing():
-            check_uploads(_files_with(path), self.limits)
+            check_uploads([*files], self.limits)
             with self._planning:
-                return self._film(path, draft)
-
-    def _film(self, path: Path, draft: bool) -> dict[str, Any]:
-        from vidgen.server.making import plan_confined, planned_shots, script_data
-        from vidgen.story.edit import make_edit
-        from vidgen.story.plan import enforce_film, estimates, word_remarks
-
-        film = plan_confined(path, self.folder, draft=draft, dtype=self.dtype)
-        shots, limits = list(film.shots.values()), self.limits
-        at_most("shots (takes counted)", sum(len(plan.takes) for plan in shots), limits.shots)
-        at_most("pixels", film.size[0] * film.size[1], limits.pixels)
-        parts = [(plan, take, index) for plan in shots for take in plan.takes
-                 for index in range(len(take.parts))]
-        for plan, take, index in parts:
-            name, count = plan.shot.id, plan.num_frames
-            request = film.request(plan.shot, take.seed, index, take.parts[index].num_frames)
-            at_most(f"frames of shot {name}", count, limits.frames)
-            at_most(f"seconds of shot {name}", float(count / film.fps), limits.seconds, _SHORTER)
-            at_most(f"steps of shot {name}", request.steps or 0, limits.steps)
-        with refusing(_POLICY):
-            enforce_film(self.policy, film)
-        made = estimates(film, parts, self.device, None)
-        return {
-            "shots": planned_shots(film), "width": film.size[0], "height": film.size[1],
-            "fps": str(film.fps), "title": film.script.project.title,
-            "seconds": make_edit(film, film.in_film, path.with_name(FILM)).facts()["duration_s"],
-            "script": script_data(film.script), "notes": word_remarks(film, shots),
-            "expected_s": _without_loading(made),
-        }
+                yield
 
 
 def _without_loading(made: Iterable[Estimate]) -> float:
@@ -170,13 +160,11 @@ def refusing(code: str = "invalid_request") -> Iterator[None]:
         raise VidgenError("the checks failed") from None
 
 
-def _files_with(script: Path) -> list[NamedFile]:
-    """Return a script and the files uploaded with it."""
-    files: list[NamedFile] = [("script", "script", str(script))]
+def _files_with(script: Path) -> Iterator[NamedFile]:
+    """Yield a script and the files uploaded with it."""
+    yield "script", "script", str(script)
     for path in sorted(script.parent.iterdir()):
-        if path.stem == script.stem:
-            continue
-        name = f"file {path.name}"
-        medium, _ = sniff(path, name, "picture", "video", "sound", "font")
-        files.append((name, medium, str(path)))
-    return files
+        if path.stem != script.stem:
+            name = f"file {path.name}"
+            medium, _ = sniff(path, name, "picture", "video", "sound", "font")
+            yield name, medium, str(path)

@@ -5,6 +5,8 @@ Jobs have the fields of OpenAI's API, and some of vidgen's own.
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -190,19 +192,23 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 @dataclass
 class Live:
-    """State of the running job, which isn't stored in the queue.
+    """The running job, with the state that isn't stored in the queue.
 
     Attributes:
         facts: fields of its response and of its progress events; `shot` is the film's current one.
         shots: the film's finished shots, by id.
+        progress_s, stop_sent_s: times of its last progress and of the request to stop it.
     """
 
+    job: QueuedJob
     facts: dict[str, Any] = field(default_factory=lambda: {
         "stage": "load", "step": None, "num_steps": None, "eta_s": None, "progress": 0,
         "shot": None})
     preview: dict[str, Any] | None = None
     shots: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    progress_s: float = field(default_factory=time.monotonic)
+    stop_sent_s: float = math.inf
 
     def update(self, event: dict[str, Any]) -> None:
         """Apply a progress event."""
@@ -227,20 +233,17 @@ class Live:
         return {"warnings": self.warnings, **shots}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Position in the queue (1 is next; None: running or finished), and seconds to the end."""
+def view(
+    job: QueuedJob, live: Live | None, position: int | None = None, eta_s: float | None = None
+) -> dict[str, Any]:
+    """Return the JSON data of a job's response.
 
-    position: int | None = None
-    eta_s: float | None = None
-
-
-def view(job: QueuedJob, live: Live | None, place: Place) -> dict[str, Any]:
-    """Return the JSON data of a job's response."""
+    `position` is that in the queue, 1 is next; `eta_s` are the seconds to the job's end.
+    """
     live = live if job.status == "in_progress" else None
     known = job.request | job.result
     state: dict[str, Any] = {
-        "progress": 100 if job.status == "completed" else 0, "eta_s": place.eta_s}
+        "progress": 100 if job.status == "completed" else 0, "eta_s": eta_s}
     if live is not None:
         state = live.facts | {"warnings": live.warnings}
     if job.status == "failed":
@@ -252,7 +255,7 @@ def view(job: QueuedJob, live: Live | None, place: Place) -> dict[str, Any]:
     facts = {
         **known, **state, **times, "object": job.kind, "id": job.id, "status": job.status,
         "seconds": f"{known['seconds']:g}", "size": f"{known['width']}x{known['height']}",
-        "preview": bool(live and live.preview), "queue_position": place.position,
+        "preview": bool(live and live.preview), "queue_position": position,
         "resumed": max(0, job.attempt - 1)}
     return (Film if job.kind == "film" else Video)(**facts).model_dump()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from functools import partial
@@ -17,6 +16,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -55,7 +55,6 @@ RETRY_MS = 1000
 _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     206: {"description": "a range of the file"}, 304: {"description": "the file hasn't changed"},
     416: {"description": "the range is outside the file"}}
-_RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?|-[0-9]{1,18}")
 _SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
 videos = APIRouter(prefix="/v1/videos", tags=["videos"], responses=responses.ERRORS)
 films = APIRouter(prefix="/v1/films", tags=["films"], responses=responses.ERRORS)
@@ -80,34 +79,26 @@ class JobFile(FileResponse):
                          content_disposition_type="attachment" if download else "inline")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response.
-
-        Raises:
-            ApiError: the range is outside the file.
-        """
-        asked = Headers(scope=scope)
-        if StaticFiles().is_not_modified(self.headers, asked):
+        """Send the response; ApiError if the range is outside the file."""
+        if StaticFiles().is_not_modified(self.headers, Headers(scope=scope)):
             await NotModifiedResponse(self.headers)(scope, receive, send)
             return
-        if not _are_ranges(",".join(asked.getlist("range"))):
-            scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"range"]}
 
         async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                raise ApiError(416, "range_not_satisfiable", "the range is outside the file; "
-                               "leave out the header Range to get the whole file", "Range",
-                               {"Content-Range": f"bytes */{self.headers['content-length']}"})
+                raise HTTPException(message["status"])
             await send(message)
 
-        await super().__call__(scope, receive, send_unless_refused)
-
-
-def _are_ranges(text: str) -> bool:
-    """Return whether a Range header has valid ranges of bytes; others are ignored."""
-    unit, _, given = text.partition("=")
-    ranges = [_RANGE.fullmatch(each.strip()) for each in given.split(",")]
-    return unit.strip().lower() == "bytes" and all(
-        each is not None and (each[2] is None or int(each[1]) <= int(each[2])) for each in ranges)
+        try:
+            await super().__call__(scope, receive, send_unless_refused)
+        except HTTPException as error:
+            if error.status_code == 416:
+                raise ApiError(416, "range_not_satisfiable", "the range is outside the file; "
+                               "leave out the header Range to get the whole file", "Range",
+                               {"Content-Range": f"bytes */{self.headers['content-length']}"}
+                               ) from None
+            others = [each for each in scope["headers"] if each[0] != b"range"]  # it is malformed
+            await super().__call__({**scope, "headers": others}, receive, send)
 
 
 async def checked(request: Request, work: Callable[[], Answer]) -> Answer:
@@ -176,25 +167,15 @@ def add_job_routes(
 
 
 def require_completed(job: QueuedJob) -> None:
-    """Check that a job is completed.
-
-    Raises:
-        ApiError: it isn't; the message has its status.
-    """
-    if job.status == "completed":
-        return
-    remedy = "wait until it is completed"
-    if job.status == "failed":
-        remedy = f"create another one ({job.error_message})"
-    raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
+    """Raise ApiError unless a job is completed."""
+    if job.status != "completed":
+        remedy = "wait until it is completed" if job.status != "failed" else (
+            f"create another one ({job.error_message})")
+        raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
 
 
 def content(request: Request, job: QueuedJob, variant: str, *, download: bool = False) -> Response:
-    """Return a file of a completed job, or ranges of it.
-
-    Raises:
-        ApiError: the job isn't completed, or has no such file.
-    """
+    """Return a file of a completed job; ApiError if the job isn't, or has no such file."""
     require_completed(job)
     path, media = content_of(service_of(request).settings.job_folder(job.id), job.kind, variant)
     if not path.is_file():
@@ -227,8 +208,8 @@ def _now(service: Service, owner: str, job: QueuedJob | None) -> list[Event]:
     events = []
     for each, data in zip(jobs, service.scheduler.views(jobs), strict=True):
         events.append(Event("status", each.id, owner, data, each.is_finished))
-        if (preview := service.scheduler.preview(each)) is not None:
-            events.append(Event("preview", each.id, owner, preview))
+        if (live := service.scheduler.live(each)) is not None and live.preview is not None:
+            events.append(Event("preview", each.id, owner, live.preview))
     return events
 
 

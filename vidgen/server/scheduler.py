@@ -7,6 +7,7 @@ it died or hangs, and removes expired jobs.
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import shutil
 import threading
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Pipe, wait
-from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
@@ -23,7 +23,7 @@ from vidgen.pipeline.workers.pool import LocalPool, LocalWorker, Message
 from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
-from vidgen.server.responses import Live, Place, view
+from vidgen.server.responses import Live, view
 from vidgen.server.runner import CANCELLED, OPEN, PAUSED, MemoryFull, Runner
 from vidgen.server.settings import Settings
 from vidgen.server.types import QueuedJob
@@ -51,15 +51,11 @@ class Scheduler:
         self._woken, self._bell = Pipe(duplex=False)
         self._work = pickle.dumps(Runner(settings.model))
         self._pool: LocalPool | None = None
-        self._is_ready = self._is_draining = self._is_over = False
+        self._running: Live | None = None
         self._broken: str | None = None
-        self._running: QueuedJob | None = None
-        self._stop_sent_s: float | None = None
-        self._live = Live()
-        self._unwritten: Callable[[], None] | None = None
-        self._last_message_s = self._start_s = self._sweep_s = self._step_s = 0.0
-        self._deaths = 0
-        self._pace = 1.0
+        self._is_ready = self._is_draining = self._is_over = False
+        self._last_message_s = self._start_s = self._sweep_s = 0.0
+        self._deaths, self._pace = 0, 1.0
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -88,25 +84,20 @@ class Scheduler:
 
     def views(self, jobs: list[QueuedJob]) -> list[dict[str, Any]]:
         """Return the JSON data of several jobs' responses."""
-        places: dict[str, Place] = {}
-        if not all(job.is_finished for job in jobs):
-            places = {job.id: place for job, place in self._places()}
-        return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
+        is_waiting = not all(job.is_finished for job in jobs)
+        places = {job.id: place for job, *place in self._places()} if is_waiting else {}
+        return [view(job, self.live(job), *places.get(job.id, ())) for job in jobs]
 
-    def preview(self, job: QueuedJob) -> dict[str, Any] | None:
-        """Return the latest preview event of a job; None if it has none or isn't running."""
-        live = self._live_of(job)
-        return live.preview if live else None
+    def live(self, job: QueuedJob) -> Live | None:
+        """Return the state of a job; None if it isn't running."""
+        with self._lock:
+            return self._running if self._running and self._running.job.id == job.id else None
 
     def cancel(self, job: QueuedJob) -> QueuedJob:
         """Cancel an unfinished job and return it; the process stops before its next step."""
-        live = self._live_of(job)
-        now: QueuedJob | None = job
+        live, now = self.live(job), self.jobs.get(job.id)
         while now is not None and not now.is_finished:  # its state may change meanwhile
-            size = _size(self.settings.job_folder(job.id))
-            self.jobs.finish(now, result=live.kept() if live else {}, num_bytes=size,
-                             keep_s=self.settings.keep_s,
-                             error=(CANCELLED, "the job was cancelled"))
+            self._finish(now, live.kept() if live else {}, (CANCELLED, "the job was cancelled"))
             now = self.jobs.get(job.id)
         self._stop(job, CANCELLED)
         if now is not None:
@@ -126,9 +117,8 @@ class Scheduler:
         with self._lock:
             self._is_draining = True
         self._await_end(patience_s)
-        with self._lock:
-            running = self._running
-        if running is not None and self._stop(running, PAUSED):
+        running = self._running
+        if running is not None and self._stop(running.job, PAUSED):
             self._await_end(max(patience_s, 5.0))
         self._is_over = True
         self.wake()
@@ -162,16 +152,18 @@ class Scheduler:
         with self._lock:
             if self._pool is None and now >= self._start_s and not self._is_draining:
                 self._last_message_s = now
-                self._pool = LocalPool(self._work, 1, workers.WorkerOptions().num_threads)
-            child, silent = self._child, now - self._last_message_s > SILENCE_S
-            sent_s = self._stop_sent_s
-            stuck = sent_s is not None and now - sent_s > STOP_PATIENCE_S
-            if stuck:
-                self._stop_sent_s = None  # kill it once
+                pool = LocalPool(self._work, 1, workers.WorkerOptions().num_threads)
+                pool.start()
+                self._pool = pool
+            child, live = self._child, self._running
+            silent = now - self._last_message_s > SILENCE_S
+            stuck = live is not None and now - live.stop_sent_s > STOP_PATIENCE_S
         if child is not None and (silent or stuck):
             log.error("the runner %s; restarting it",
                       "doesn't respond" if silent else "doesn't stop")
             self._last_message_s = now
+            if live is not None:
+                live.stop_sent_s = math.inf  # kill it once
             child.process.kill()
 
     def _listen(self) -> None:
@@ -184,17 +176,13 @@ class Scheduler:
             self._take(worker, message)
 
     def _begin_next(self) -> None:
-        if self._unwritten is not None:
-            self._unwritten()
-            self._unwritten = None
         with self._lock:
             if self._running or not self._is_ready or self._is_draining or self._pool is None:
                 return
             job = self.jobs.claim()
             if job is None:
                 return
-            self._running, self._live = job, Live()
-            self._step_s = time.monotonic()
+            self._running = Live(job)
             self._pool.workers[0].begin(workers.Job(job.id, {
                 "kind": job.kind, "spec": job.spec,
                 "folder": str(self.settings.job_folder(job.id))}))
@@ -202,7 +190,7 @@ class Scheduler:
         self._tell_status(job)
 
     def _take(self, worker: LocalWorker, message: Message) -> None:
-        self._last_message_s, job = time.monotonic(), self._running
+        self._last_message_s, live = time.monotonic(), self._running
         match message:
             case "lost", fate:
                 worker.end()
@@ -210,7 +198,9 @@ class Scheduler:
             case ("ready",):
                 worker.begin(workers.Job(OPEN, {"kind": OPEN}))
             case "log", level, text, trace:
-                self._take_log(level, text, trace)
+                log.log(level, "%s", text, extra={"job": live and live.job.id, "trace": trace})
+                if level >= logging.WARNING and live is not None:
+                    self._on_note(live, {"text": text})
             case "done", _ if not self._is_ready:
                 with self._lock:
                     self._is_ready, self._broken, self._deaths = True, None, 0
@@ -218,89 +208,55 @@ class Scheduler:
                 self._broken = str(error)
                 log.error("the model can't be opened: %s", self._broken)
                 worker.stop()
-            case "event", event if job is not None:
-                getattr(self, f"_on_{event['event']}")(job, event)
-            case ("done" | "failed") as end, outcome if job is not None:
-                getattr(self, f"_on_{end}")(job, outcome)
+            case "event", event if live is not None:
+                getattr(self, f"_on_{event['event']}")(live, event)
+            case ("done" | "failed") as end, outcome if live is not None:
+                getattr(self, f"_on_{end}")(live, outcome)
 
-    def _take_log(self, level: int, text: str, trace: str | None) -> None:
-        job = self._running
-        log.log(level, "%s", text, extra={"job": job and job.id, "trace": trace})
-        if level >= logging.WARNING and job is not None:
-            self._live.warn(without_folders(text, self.settings.data))
-
-    def _on_progress(self, job: QueuedJob, message: dict[str, Any]) -> None:
-        now, stages = time.monotonic(), {message["stage"], self._live.facts["stage"]}
+    def _on_progress(self, live: Live, message: dict[str, Any]) -> None:
+        now, stages = time.monotonic(), {message["stage"], live.facts["stage"]}
         if stages == {"sample"} and message["done"] > 1:
-            self.metrics.step.observe(now - self._step_s)
-        self._step_s = now
-        self._live.update(message)
-        self._publish("progress", job, {
-            "status": "in_progress", "queue_position": None, **self._live.facts})
+            self.metrics.step.observe(now - live.progress_s)
+        live.progress_s = now
+        live.update(message)
+        self._publish("progress", live.job, {
+            "status": "in_progress", "queue_position": None, **live.facts})
 
-    def _on_preview(self, job: QueuedJob, message: dict[str, Any]) -> None:
+    def _on_preview(self, live: Live, message: dict[str, Any]) -> None:
         shown = {name: message[name] for name in ("step", "fps", "image")}
-        shown["shot"] = self._live.facts["shot"]
-        self._live.preview = self._publish("preview", job, shown)
+        live.preview = self._publish("preview", live.job, shown | {"shot": live.facts["shot"]})
 
-    def _on_shot(self, job: QueuedJob, message: dict[str, Any]) -> None:
-        self._live.shots[message["shot"]["id"]] = message["shot"]
-        self._tell_status(job)
+    def _on_shot(self, live: Live, message: dict[str, Any]) -> None:
+        live.shots[message["shot"]["id"]] = message["shot"]
+        self._tell_status(live.job)
 
-    def _on_note(self, job: QueuedJob, message: dict[str, Any]) -> None:  # noqa: ARG002
-        self._live.warn(without_folders(message["text"], self.settings.data))
+    def _on_note(self, live: Live, message: dict[str, Any]) -> None:
+        live.warn(without_folders(message["text"], self.settings.data))
 
-    def _on_done(self, job: QueuedJob, facts: dict[str, Any]) -> None:
+    def _on_done(self, live: Live, facts: dict[str, Any]) -> None:
+        job, seconds = live.job, facts["inference_time_s"]
         if job.expected_s > 0 and job.attempt == 1:  # a moving average
-            self._pace += 0.3 * (facts["inference_time_s"] / job.expected_s - self._pace)
+            self._pace += 0.3 * (seconds / job.expected_s - self._pace)
         self.metrics.memory.set(facts["peak_memory_mb"] * 1e6)
-        self._end(job, {**facts, "warnings": self._live.warnings}, None)
 
-    def _on_failed(self, job: QueuedJob, error: Exception) -> None:
+        def write() -> None:
+            if self._finish(job, {**facts, "warnings": live.warnings}):
+                self.metrics.took.labels(job.kind).observe(
+                    self.jobs.clock() - (job.started_at or 0.0))
+                log.info("completed", extra={"job": job.id, "seconds": seconds})
+
+        self._release(job, write)
+
+    def _on_failed(self, live: Live, error: Exception) -> None:
         text = without_folders(str(error), self.settings.data)
         if not isinstance(error, Cancelled):
             code = next((code for kind, code in _CODES.items() if isinstance(error, kind)),
                         "server_error")
-            self._end(job, self._live.kept(), (code, text))
+            self._fail(live, code, text)
         elif text == PAUSED:
-            self._write_down(job, lambda: self.jobs.put_back(job))
+            self._release(live.job, lambda: self.jobs.put_back(live.job))
         else:
-            self._release(job)
-
-    def _end(self, job: QueuedJob, result: dict[str, Any], error: tuple[str, str] | None) -> None:
-        def write() -> None:
-            size = _size(self.settings.job_folder(job.id))
-            if self.jobs.finish(job, result=result, num_bytes=size, error=error,
-                                keep_s=self.settings.keep_s):
-                if error is None:
-                    self.metrics.took.labels(job.kind).observe(
-                        self.jobs.clock() - (job.started_at or 0.0))
-                log.info("failed" if error else "completed", extra={
-                    "job": job.id, "error": error and error[0],
-                    "seconds": result.get("inference_time_s")})
-
-        self._write_down(job, write)
-
-    def _write_down(self, job: QueuedJob, write: Callable[[], object]) -> None:
-        """Write a job's new state to the queue; while the disk is full, retry later."""
-        def write_and_release() -> None:
-            write()
-            self._release(job)
-
-        try:
-            write_and_release()
-        except OutputError as problem:
-            log.error("%s", problem, extra={"job": job.id})
-            self._unwritten = write_and_release
-
-    def _release(self, job: QueuedJob) -> None:
-        with self._lock:
-            self._running, self._live, self._stop_sent_s = None, Live(), None
-        now = self.jobs.get(job.id)
-        if now is None:
-            self._remove(job.id)
-        else:
-            self._tell_status(now)
+            self._release(live.job, lambda: None)
 
     def _on_lost(self, fate: str) -> None:
         """Queue the job of a dead process again, unless it has crashed too many processes."""
@@ -308,25 +264,58 @@ class Scheduler:
             self._pool, self._is_ready = None, False
             self._start_s = time.monotonic() + PAUSES_S[min(self._deaths, len(PAUSES_S) - 1)]
             self._deaths += 1
-            job = self._running
-        log.error("the runner %s", fate, extra={"job": job and job.id})
-        if job is None or self._unwritten is not None:
+            live = self._running
+        log.error("the runner %s", fate, extra={"job": live and live.job.id})
+        if live is None:
             return
-        if job.deaths + 1 >= self.settings.limits.deaths:
-            text = f"the job crashed {job.deaths + 1} processes in a row, the last {fate}"
-            self._end(job, self._live.kept(), ("runner_died", text))
+        deaths = live.job.deaths + 1
+        if deaths >= self.settings.limits.deaths:
+            self._fail(live, "runner_died",
+                       f"the job crashed {deaths} processes in a row, the last {fate}")
         else:
-            self._write_down(job, lambda: self.jobs.put_back(job, died=True))
+            self._release(live.job, lambda: self.jobs.put_back(live.job, died=True))
+
+    def _fail(self, live: Live, code: str, text: str) -> None:
+        def write() -> None:
+            if self._finish(live.job, live.kept(), (code, text)):
+                log.info("failed", extra={"job": live.job.id, "error": code})
+
+        self._release(live.job, write)
+
+    def _finish(
+        self, job: QueuedJob, result: dict[str, Any], error: tuple[str, str] | None = None
+    ) -> bool:
+        files = self.settings.job_folder(job.id).rglob("*")
+        size = sum(path.stat().st_size for path in files if path.is_file())
+        return self.jobs.finish(job, result=result, num_bytes=size, error=error,
+                                keep_s=self.settings.keep_s)
+
+    def _release(self, job: QueuedJob, write: Callable[[], object]) -> None:
+        """Write the running job's new state, again while the disk is full, and let the job go."""
+        while not self._is_over:
+            try:
+                write()
+                break
+            except OutputError as problem:
+                log.error("%s", problem, extra={"job": job.id})
+                time.sleep(LOOK_S)
+        with self._lock:
+            self._running, self._last_message_s = None, time.monotonic()
+        now = self.jobs.get(job.id)
+        if now is None:
+            self._remove(job.id)
+        else:
+            self._tell_status(now)
 
     def _stop(self, job: QueuedJob, why: str) -> bool:
         """Tell the process to stop a job; return whether the job is running."""
         with self._lock:
-            is_running = self._running is not None and self._running.id == job.id
-            if is_running and self._child is not None:
+            live = self.live(job)
+            if live is not None and self._child is not None:
                 self._child.cancel(why)
-                if why == CANCELLED and self._stop_sent_s is None:
-                    self._stop_sent_s = time.monotonic()
-            return is_running
+                if why == CANCELLED:
+                    live.stop_sent_s = min(live.stop_sent_s, time.monotonic())
+            return live is not None
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -344,19 +333,15 @@ class Scheduler:
             shutil.rmtree(self.settings.job_folder(job_id))
         self.jobs.purge(job_id)
 
-    def _live_of(self, job: QueuedJob) -> Live | None:
-        with self._lock:
-            return self._live if self._running and self._running.id == job.id else None
-
-    def _places(self) -> Iterator[tuple[QueuedJob, Place]]:
-        """Yield each unfinished job with its place in the queue."""
+    def _places(self) -> Iterator[tuple[QueuedJob, int | None, float]]:
+        """Yield unfinished jobs, their positions (None: it runs), and the seconds to their ends."""
         ahead_s, position = 0.0, 0
         for job in self.jobs.waiting():
-            live = self._live_of(job)
+            live = self.live(job)
             eta_s = live.facts["eta_s"] if live else None
             ahead_s += job.expected_s * self._pace if eta_s is None else eta_s
             position += live is None
-            yield job, Place(None if live else position, round(ahead_s, 1))
+            yield job, None if live else position, round(ahead_s, 1)
 
     def _tell_status(self, job: QueuedJob) -> None:
         self._publish("status", job, self.view(job), is_last=job.is_finished)
@@ -371,12 +356,6 @@ class Scheduler:
 
     def _tell_places(self) -> None:
         """Publish the places of all owners' waiting jobs."""
-        for job, place in self._places() if self.hub.has_listeners else ():
-            if place.position is not None:
-                self._publish("queue", job, {
-                    "queue_position": place.position, "eta_s": place.eta_s})
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
+        for job, position, eta_s in self._places() if self.hub.has_listeners else ():
+            if position is not None:
+                self._publish("queue", job, {"queue_position": position, "eta_s": eta_s})

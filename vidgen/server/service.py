@@ -17,7 +17,6 @@ import anyio
 from vidgen.core.errors import OutputError
 from vidgen.core.request import OWN_AUDIO
 from vidgen.core.runtime import link
-from vidgen.server.checker import Checker
 from vidgen.server.hub import Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.keys import Keys, Pace
@@ -62,6 +61,8 @@ class Service:
         Raises:
             ModelError: the model can't be opened.
         """
+        from vidgen.server.checker import Checker  # loads torch: after all that may fail before
+
         self.checker = Checker(self.settings.model, self.settings.limits)
         self.model = self.checker.model()
         self.translator = Translator(self.settings, self.jobs, self.model["id"])
