@@ -23,7 +23,7 @@ from vidgen.server.body import MAX_FIELD_BYTES, _Form, _nested
 from vidgen.server.keys import Keys, Pace
 from vidgen.server.layout import sniff
 from vidgen.server.making import marks_of
-from vidgen.server.requests import Draft, Translator, fetch, is_public, parse
+from vidgen.server.requests import Draft, fetch, is_public, options_of, parse
 from vidgen.server.routes import JobFile
 from vidgen.server.schema import EditRequest, ExtraParams, RemixRequest, VideoRequest
 from vidgen.server.service import fingerprint
@@ -233,12 +233,10 @@ def test_fields_are_options_of_a_request(tmp_path):
     }
     others = {"input_reference", "seconds", "size", "model", "generate_sound", "extra_params"}
     assert {*own, *places} | others == VideoRequest.model_fields.keys()
-    translator = Translator(Settings(data=tmp_path, loras=tmp_path), None, "tiny")
-    draft = Draft("video_1", "video", Call("ann"), tmp_path / "video_1")
-    draft.inputs.mkdir(parents=True)
+    draft = Draft("video_1", "video", Call("ann"), Settings(data=tmp_path), None)
+    draft.put = lambda _reference, name, *_: f"inputs/{name}"
     ask = parse(VideoRequest, {**own, **dict.fromkeys(places, "data:,"), "extra_params": extra})
-    translator.lay_down = lambda _reference, name, *_: f"inputs/{name}"
-    options = translator.options(ask) | translator.inputs(ask, draft)
+    options = options_of(ask, tmp_path) | draft.put_inputs(ask)
     assert options == extra | {
         "prompt": "x", "negative": "y", "seed": 7, "frames": 9, "fps": "24", "size": (64, 32),
         "steps": 4, "guidance": 2, "shift": 3, "strength": 0.6,
@@ -249,7 +247,7 @@ def test_fields_are_options_of_a_request(tmp_path):
     }
     for asked, audio in ((True, "generate"), (False, "none")):
         ask = parse(VideoRequest, {"prompt": "x", "generate_sound": asked, "seconds": 1})
-        assert translator.options(ask).items() >= {"audio": audio, "seconds": 1}.items()
+        assert options_of(ask, None).items() >= {"audio": audio, "seconds": 1}.items()
     assert marks_of({"options": options}) == {"label": "visible", "aigc": "ACME"}
     options = {name: options[name] for name in options.keys() - {"label", "aigc"}}
     request = Request.of(options.pop("prompt"), options)

@@ -64,21 +64,23 @@ def _manage(args: Namespace, report: Report) -> int:
     import json
 
     from vidgen.server.keys import Keys
+    from vidgen.server.settings import DATABASE, KEYS
 
     settings = _settings(args)
+    keys = Keys(settings.data / KEYS)
     if args.audit:
         from vidgen.server.jobs import Jobs
 
-        if not settings.database.is_file():
+        if not (settings.data / DATABASE).is_file():
             raise InputError(f"{settings.data} has no data of a service; name its folder "
                              "with --data")
-        lines = list(reversed(Jobs(settings.database).audit()))
+        lines = list(reversed(Jobs(settings.data / DATABASE).audit()))
         report.result(lines, "\n".join(map(json.dumps, lines)))
     elif args.new_key:
-        key = Keys(settings.keys).draw(args.new_key)
+        key = keys.draw(args.new_key)
         report({"event": "note", "text": "the key is shown only once"})
         report.result({"name": args.new_key, "key": key}, key)
     else:
-        Keys(settings.keys).revoke(args.revoke_key)
+        keys.revoke(args.revoke_key)
         report.result({"revoked": args.revoke_key}, f"{args.revoke_key} is revoked")
     return 0

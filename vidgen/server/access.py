@@ -13,6 +13,7 @@ from vidgen.core.runtime import write_error
 from vidgen.server.body import read_body
 from vidgen.server.keys import LOCAL
 from vidgen.server.service import Service
+from vidgen.server.settings import UPLOADS
 from vidgen.server.types import ApiError, Call, Kind, QueuedJob
 
 COOKIE = "vidgen_key"
@@ -98,7 +99,7 @@ Caller = Annotated[Call, Depends(begin)]
 
 async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG001
     """Yield the body's fields; remove unused uploads afterwards."""
-    uploads = service_of(request).settings.uploads / request.state.request_id
+    uploads = service_of(request).settings.data / UPLOADS / request.state.request_id
     try:
         uploads.mkdir()
     except OSError as error:

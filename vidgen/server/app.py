@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +39,7 @@ from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
 from vidgen.server.service import Service
-from vidgen.server.settings import LOOPBACK, Settings
+from vidgen.server.settings import KEYS, LOOPBACK, Settings
 from vidgen.server.types import ApiError, from_vidgen
 
 STUDIO = Path(__file__).parent / "studio"
@@ -93,7 +94,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
 
 
 def _require_keys(settings: Settings) -> None:
-    keys = Keys(settings.keys)
+    keys = Keys(settings.data / KEYS)
     if keys.all():
         return
     if not settings.is_loopback:
@@ -147,22 +148,18 @@ def _hold(data: Path) -> AbstractContextManager[object]:
         raise OutputError(f"{data} can't be written: {error.strerror}") from error
 
 
-@contextmanager
-def _bound(settings: Settings) -> Iterator[socket.socket]:
+def _bound(settings: Settings) -> socket.socket:
+    host, port = settings.host, settings.port
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except OSError as error:
-        raise InputError(f"host {settings.host!r} isn't an address: {error.strerror}") from None
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise InputError(f"can't listen on {settings.host}:{settings.port}: "
-                             f"{error.strerror}; give another --port") from None
-        yield listener
+        raise InputError(f"host {host!r} isn't an address: {error.strerror}") from None
+    try:
+        return socket.create_server((host, port), family=family,
+                                    dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:
+        raise InputError(f"can't listen on {host}:{port}: {os.strerror(error.errno or 0)}; give "
+                         "another --port") from None
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -195,11 +192,10 @@ class _App(FastAPI):
 
 
 def _answer(request: Request, error: Exception) -> Response:
-    service = service_of(request)
     match error:
         case VidgenError():
             found = from_vidgen(error)
-            found.message = without_folders(found.message, service.settings.data)
+            found.message = without_folders(found.message, service_of(request).settings.data)
         case RequestValidationError():
             first = error.errors()[0]
             name, given = str(first["loc"][-1]), repr(first.get("input"))[:60]

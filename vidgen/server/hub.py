@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from prometheus_client import (
@@ -78,6 +79,10 @@ class Hub:
                 del self._streams[queue]
 
 
+def _count(counts: Callable[[], dict[str, int]], status: str) -> float:
+    return counts().get(status, 0)
+
+
 def _put(queue: EventQueue, event: Event | None) -> None:
     if event is None or event.name not in PASSING or queue.qsize() <= MAX_WAITING:
         queue.put_nowait(event)
@@ -98,5 +103,5 @@ class Metrics:
                             **kept)
         jobs = Gauge("jobs", "Jobs by status", ["status"], **kept)
         for status in get_args(Status):
-            jobs.labels(status).set_function(lambda status=status: counts().get(status, 0))
+            jobs.labels(status).set_function(partial(_count, counts, status))
         ProcessCollector(registry=self.registry)  # of the web process

@@ -127,18 +127,18 @@ class Jobs:
                                    f"{limit} may be; wait for one, or cancel one",
                                    headers={"Retry-After": "10"})
             job_id = job_id or new_id(kind)
-            self._run(
+            row = self._one(
                 "INSERT INTO jobs (id, kind, owner, status, created_at, request, spec, expected_s, "
                 "idempotency_key, fingerprint, is_retry) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, "
-                "?, ?)", job_id, kind, call.owner, self.clock(), json.dumps(request),
+                "?, ?) RETURNING *", job_id, kind, call.owner, self.clock(), json.dumps(request),
                 json.dumps(spec), expected_s, call.idempotency_key, fingerprint, call.is_retry)
             self._note(call.owner, "created", job_id, {"kind": kind, **request})
-            return self._get(job_id), True
+            return _job_of(row), True
 
     def get(self, job_id: str, owner: str | None = None) -> QueuedJob | None:
         """Return a job by its id; None if it doesn't exist or belongs to another owner."""
-        rows = self._all("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
-        return next((job for job in map(_job_of, rows) if owner in (None, job.owner)), None)
+        row = self._one("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
+        return None if row is None or owner not in (None, row["owner"]) else _job_of(row)
 
     def page(
         self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
@@ -152,12 +152,12 @@ class Jobs:
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
         where = ""
         if after is not None:
-            found = self._all("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
+            found = self._one("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
                               after, owner, kind)
-            if not found:
+            if found is None:
                 raise OptionError(f"after is {after!r}, not one of your {kind}s; give the last "
                                   "id of the previous page", "after")
-            where = f"AND number {sign} {int(found[0][0])}"
+            where = f"AND number {sign} {int(found[0])}"
         rows = self._all(
             f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
             f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1)
@@ -176,14 +176,15 @@ class Jobs:
     def claim(self) -> QueuedJob | None:
         """Start the job that waits longest and return it; None if none waits."""
         with self._transaction():
-            row = self._one("SELECT id, owner, attempt FROM jobs WHERE status = 'queued' "
-                            "ORDER BY number LIMIT 1")
+            row = self._one(
+                "UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, started_at = "
+                "IFNULL(started_at, ?) WHERE id = (SELECT id FROM jobs WHERE status = 'queued' "
+                "ORDER BY number LIMIT 1) RETURNING *", self.clock())
             if row is None:
                 return None
-            self._run("UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, "
-                      "started_at = IFNULL(started_at, ?) WHERE id = ?", self.clock(), row["id"])
-            self._note(row["owner"], "resumed" if row["attempt"] else "started", row["id"], {})
-            return self._get(row["id"])
+            action = "resumed" if row["attempt"] > 1 else "started"
+            self._note(row["owner"], action, row["id"], {})
+            return _job_of(row)
 
     def put_back(self, job: QueuedJob, *, died: bool = False) -> None:
         """Queue a claimed job again, at its old position; `died` counts a crash of its process."""
@@ -279,15 +280,12 @@ class Jobs:
         self._run("INSERT INTO audit (time, owner, action, job, detail) VALUES (?, ?, ?, ?, ?)",
                   self.clock(), owner, action, job_id, json.dumps(detail))
 
-    def _get(self, job_id: str) -> QueuedJob:
-        return _job_of(self._one("SELECT * FROM jobs WHERE id = ?", job_id))
-
     def _all(self, text: str, *values: Any) -> list[sqlite3.Row]:
         with self._lock:
             return self._run(text, *values).fetchall()
 
     def _one(self, text: str, *values: Any) -> Any:
-        return self._run(text, *values).fetchone()
+        return next(iter(self._all(text, *values)), None)
 
     def _run(self, text: str, *values: Any) -> sqlite3.Cursor:
         return self._database.execute(text, values)

@@ -37,11 +37,7 @@ class Keys:
         return self.path.exists()
 
     def all(self) -> list[dict[str, Any]]:
-        """Return each key's name, hash and creation time.
-
-        Raises:
-            InputError: the file is damaged.
-        """
+        """Return each key's name, hash and creation time; InputError if the file is damaged."""
         try:
             known = json.loads(self.path.read_text("utf-8"))["keys"]
             return [{name: key[name] for name in ("name", "sha256", "created")} for key in known]
@@ -68,11 +64,7 @@ class Keys:
         return key
 
     def revoke(self, name: str) -> None:
-        """Remove a key.
-
-        Raises:
-            InputError: the key doesn't exist.
-        """
+        """Remove a key; InputError if the key doesn't exist."""
         known = self.all()
         left = [key for key in known if key["name"] != name]
         if len(left) == len(known):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from urllib.parse import urljoin
 
 from vidgen.core.errors import InputError, OptionError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO
-from vidgen.core.runtime import link, write_error
+from vidgen.core.runtime import link
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, Medium, sniff
 from vidgen.server.schema import Body, ExtensionRequest, LoraChoice
@@ -44,61 +43,30 @@ _INPUTS: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class Draft:
-    """Id and folder of a new job; the folder is removed unless the job is queued (`is_kept`)."""
+    """A job that is being requested, with its folder; `is_kept` once it is queued.
+
+    `jobs` is the queue, whose finished clips may be inputs.
+    """
 
     id: str
     kind: Kind
     call: Call
-    folder: Path
+    settings: Settings
+    jobs: Jobs
     is_kept: bool = False
 
     @property
-    def inputs(self) -> Path:
-        """Folder of the job's input files."""
-        return self.folder / INPUTS
+    def folder(self) -> Path:
+        """Folder of the job."""
+        return self.settings.job_folder(self.id)
 
-
-class Translator:
-    """Translates bodies to options of `Request`.
-
-    Args:
-        settings: settings of the service.
-        jobs: queue, whose finished clips may be inputs.
-        model: name of the served model.
-    """
-
-    def __init__(self, settings: Settings, jobs: Jobs, model: str) -> None:
-        self.settings, self.jobs, self.model = settings, jobs, model
-
-    @property
-    def loras(self) -> list[str]:
-        """Names of the adapters that requests may name."""
-        folder = self.settings.loras
-        if folder is None:
-            return []
-        return sorted(path.stem for path in folder.glob("*.safetensors"))
-
-    def options(self, body: Any) -> dict[str, Any]:
-        """Return a body's fields of `Request`, except files."""
-        self.check_model(body.model)
-        options: dict[str, Any] = body.model_dump(by_alias=True, exclude_none=True)
-        options |= options.pop("extra_params", {})
-        given = body.model_fields_set
-        if "width" in given:
-            options["size"] = (body.width, body.height)
-        if "generate_sound" in given:
-            options["audio"] = OWN_AUDIO if body.generate_sound else NO_AUDIO
-        if "lora" in given and body.lora:
-            options["lora"] = [self._lora(each) for each in body.lora]
-        return options
-
-    def inputs(self, body: Any, draft: Draft) -> dict[str, Any]:
+    def put_inputs(self, body: Any) -> dict[str, str]:
         """Put a body's files into the job's folder; return the fields of `Request` with paths."""
-        options: dict[str, Any] = {}
+        options: dict[str, str] = {}
         for name, (option, *media) in _INPUTS.items():
             if (reference := getattr(body, name, None)) is None:
                 continue
-            path = self.lay_down(reference, name, draft, *media)
+            path = self.put(reference, name, *media)
             if name == "video" and isinstance(body, ExtensionRequest):
                 option = "prefix"  # noqa: PLW2901
             elif name == "input_reference" and path.endswith((".mp4", ".webm", ".mkv")):
@@ -109,17 +77,16 @@ class Translator:
             options[option] = path
         return options
 
-    def lay_down(
-        self, reference: Upload | str | dict[str, str], name: str, draft: Draft, *media: Medium
+    def put(
+        self, reference: Upload | str | dict[str, str], name: str, *media: Medium
     ) -> str:
         """Put an input into the job's folder; return its path relative to the folder.
 
         Raises:
             ApiError: the input is of another medium, can't be fetched, or isn't a completed video.
-            OutputError: the disk is full.
         """
         if isinstance(reference, dict):
-            source = self.jobs.get(reference["id"], draft.call.owner)
+            source = self.jobs.get(reference["id"], self.call.owner)
             if source is None or source.kind != "video":
                 raise ApiError(404, "not_found", f"video {reference['id']!r} doesn't exist", name)
             if source.status != "completed":
@@ -127,60 +94,68 @@ class Translator:
                                "give a completed one", name)
             if "video" not in media:
                 raise ApiError(400, "invalid_request", f"{name} is a video; give a picture", name)
-            target = draft.inputs / f"{name}.mp4"
-            link(self.settings.job_folder(source.id) / VIDEO, target)
-            return f"{INPUTS}/{target.name}"
-        if isinstance(reference, str):
-            reference = self._from_url(reference, name, draft)
+            link(self.settings.job_folder(source.id) / VIDEO, self.folder / INPUTS / f"{name}.mp4")
+            return f"{INPUTS}/{name}.mp4"
+        if isinstance(reference, Upload):
+            path = reference.path
+        else:
+            path = self.folder / INPUTS / name
+            path.write_bytes(self._content(reference, name))
         try:
-            _, suffix = sniff(reference.path, name, *media)
+            _, suffix = sniff(path, name, *media)
         except InputError as error:
             raise ApiError(400, "invalid_request", str(error), name) from None
-        target = draft.inputs / f"{name}{suffix}"
-        reference.path.replace(target)
-        return f"{INPUTS}/{target.name}"
+        path.replace(self.folder / INPUTS / f"{name}{suffix}")
+        return f"{INPUTS}/{name}{suffix}"
 
-    def _from_url(self, url: str, name: str, draft: Draft) -> Upload:
+    def _content(self, url: str, name: str) -> bytes:
         if url.startswith("data:"):
             head, _, text = url.partition(",")
             if not head.endswith(";base64"):
                 raise ApiError(400, "invalid_value", f"{name} must be data:TYPE;base64,...", name)
             try:
-                content = base64.b64decode(text, validate=True)
+                return base64.b64decode(text, validate=True)
             except ValueError:
                 raise ApiError(400, "invalid_value", f"{name} isn't base64", name) from None
-        elif not self.settings.fetch:
+        if not self.settings.fetch:
             raise ApiError(400, "urls_disabled", f"{name} is a URL, which this service doesn't "
                            "fetch; send the file, or a data: URL", name)
-        else:
-            try:
-                content = fetch(url, self.settings.upload_bytes)
-            except InputError as error:
-                raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
-        path = draft.folder / "fetched"
         try:
-            path.write_bytes(content)
-        except OSError as error:
-            raise write_error(path, error) from error
-        return Upload(path, "", hashlib.sha256(content).hexdigest(), len(content))
+            return fetch(url, self.settings.upload_bytes)
+        except InputError as error:
+            raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
 
-    def _lora(self, given: LoraChoice | str) -> str:
-        choice = given
-        if isinstance(choice, str):
-            name, _, scale = choice.partition(":")
-            choice = parse(LoraChoice, {"name": name, "scale": scale or None})
-        if choice.name not in self.loras:
-            raise ApiError(400, "invalid_value", f"unknown lora {choice.name!r}; "
-                           f"{nearest(choice.name, self.loras)}", "lora")
-        assert self.settings.loras is not None
-        path = self.settings.loras.resolve() / f"{choice.name}.safetensors"
-        return f"{path}:{choice.scale:g}"
 
-    def check_model(self, name: str | None) -> None:
-        """Check that a body names the served model or none; else raise ApiError."""
-        if name not in (None, self.model):
-            raise ApiError(404, "model_not_found", f"model {name!r} doesn't exist; this service "
-                           f"has {self.model!r}", "model")
+def options_of(body: Any, loras: Path | None) -> dict[str, Any]:
+    """Return a body's fields of `Request`, except files; `loras` is the folder of adapters."""
+    options: dict[str, Any] = body.model_dump(by_alias=True, exclude_none=True)
+    options |= options.pop("extra_params", {})
+    given = body.model_fields_set
+    if "width" in given:
+        options["size"] = (body.width, body.height)
+    if "generate_sound" in given:
+        options["audio"] = OWN_AUDIO if body.generate_sound else NO_AUDIO
+    if "lora" in given and body.lora:
+        options["lora"] = [_lora(each, loras) for each in body.lora]
+    return options
+
+
+def loras_in(folder: Path | None) -> dict[str, Path]:
+    """Return the adapters that requests may name."""
+    return {path.stem: path for path in sorted(folder.resolve().glob("*.safetensors"))
+            } if folder else {}
+
+
+def _lora(choice: LoraChoice | str, folder: Path | None) -> str:
+    if isinstance(choice, str):
+        name, _, scale = choice.partition(":")
+        choice = parse(LoraChoice, {"name": name, "scale": scale or None})
+    assert isinstance(choice, LoraChoice)
+    known = loras_in(folder)
+    if choice.name not in known:
+        raise ApiError(400, "invalid_value", f"unknown lora {choice.name!r}; "
+                       f"{nearest(choice.name, known)}", "lora")
+    return f"{known[choice.name]}:{choice.scale:g}"
 
 
 def parse(body: type[Body], fields: dict[str, Any]) -> Any:

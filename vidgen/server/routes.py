@@ -36,6 +36,7 @@ from vidgen.server.access import (
 )
 from vidgen.server.hub import Event
 from vidgen.server.layout import content_of, shot_file
+from vidgen.server.requests import loras_in
 from vidgen.server.schema import (
     EditRequest,
     ExtensionRequest,
@@ -409,4 +410,5 @@ def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
 
 def _served(service: Service) -> dict[str, Any]:
     return service.model | {
-        "created": _STARTED_S, "loras": service.translator.loras, "limits": service.limits}
+        "created": _STARTED_S, "loras": [*loras_in(service.settings.loras)],
+        "limits": service.limits}

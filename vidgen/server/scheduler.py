@@ -288,7 +288,7 @@ class Scheduler:
         files = self.settings.job_folder(job.id).rglob("*")
         size = sum(path.stat().st_size for path in files if path.is_file())
         return self.jobs.finish(job, result=result, num_bytes=size, error=error,
-                                keep_s=self.settings.keep_s)
+                                keep_s=self.settings.keep_hours * 3600)
 
     def _release(self, job: QueuedJob, write: Callable[[], object]) -> None:
         """Write the running job's new state, again while the disk is full, and let the job go."""

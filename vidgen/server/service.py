@@ -21,7 +21,7 @@ from vidgen.server.hub import Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.keys import Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, take_over
-from vidgen.server.requests import Draft, Translator, parse
+from vidgen.server.requests import Draft, options_of, parse
 from vidgen.server.scheduler import Scheduler
 from vidgen.server.schema import (
     EditRequest,
@@ -30,7 +30,7 @@ from vidgen.server.schema import (
     RemixRequest,
     VideoRequest,
 )
-from vidgen.server.settings import Settings
+from vidgen.server.settings import DATABASE, KEYS, UPLOADS, Settings
 from vidgen.server.types import ApiError, Call, Kind, QueuedJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
@@ -47,9 +47,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        for name in ("videos", "films", "uploads"):
+        for name in ("videos", "films", UPLOADS):
             (settings.data / name).mkdir(parents=True, exist_ok=True)
-        self.jobs, self.keys = Jobs(settings.database), Keys(settings.keys)
+        self.jobs, self.keys = Jobs(settings.data / DATABASE), Keys(settings.data / KEYS)
         self.hub, self.metrics = Hub(), Metrics(self.jobs.counts)
         self.pace, self.num_active = Pace(settings.per_minute), Counter[str]()
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
@@ -65,7 +65,6 @@ class Service:
 
         self.checker = Checker(self.settings.model, self.settings.limits)
         self.model = self.checker.model()
-        self.translator = Translator(self.settings, self.jobs, self.model["id"])
         self._clear_up()
         self.scheduler.start()
 
@@ -88,8 +87,10 @@ class Service:
         """
         body: Any = parse(BODIES[kind], fields) if kind in BODIES else None
         with self._draft("video", call) as draft:
-            given = {} if body is None else (
-                self.translator.options(body) | self.translator.inputs(body, draft))
+            given: dict[str, Any] = {}
+            if body is not None:
+                self._check_model(body.model)
+                given = options_of(body, self.settings.loras) | draft.put_inputs(body)
             spec: dict[str, Any] = {"options": given}
             if source is not None:
                 spec = self._changed(source, given, kind, draft)
@@ -111,12 +112,7 @@ class Service:
             return self._queue(draft, asked, plan | facts, spec)
 
     def film(self, fields: dict[str, Any], call: Call) -> QueuedJob:
-        """Queue a film.
-
-        Raises:
-            ApiError: the request is invalid.
-            OutputError: the disk is full.
-        """
+        """Queue a film; ApiError if the request is invalid, OutputError if the disk is full."""
         body = parse(FilmRequest, fields)
         with self._draft("film", call) as draft:
             plan, script = self._film_plan(body, draft)
@@ -126,11 +122,7 @@ class Service:
             return self._queue(draft, fields, plan | facts, spec)
 
     def check_film(self, fields: dict[str, Any], call: Call) -> dict[str, Any]:
-        """Return the plan of a script's film without queueing it.
-
-        Raises:
-            ApiError: the request is invalid.
-        """
+        """Return the plan of a script's film without queueing it; ApiError as in `film`."""
         body = parse(FilmRequest, fields)
         with self._draft("film", call) as draft:
             plan, _ = self._film_plan(body, draft)
@@ -145,18 +137,19 @@ class Service:
         return asdict(self.settings.limits) | own
 
     def check_room(self) -> None:
-        """Check the free disk space.
-
-        Raises:
-            OutputError: it is below the reserve.
-        """
+        """Raise OutputError if the free disk space is below the reserve."""
         free_mb = shutil.disk_usage(self.settings.data).free / (1 << 20)
         if free_mb < self.settings.reserve_mb:
             raise OutputError(f"{int(free_mb)} MB are free, {int(self.settings.reserve_mb)} MB "
                               "are reserved; delete clips, or free space on the disk")
 
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.model["id"]):
+            raise ApiError(404, "model_not_found", f"model {name!r} doesn't exist; this service "
+                           f"has {self.model['id']!r}", "model")
+
     def _film_plan(self, body: FilmRequest, draft: Draft) -> tuple[dict[str, Any], Path]:
-        self.translator.check_model(body.model)
+        self._check_model(body.model)
         path = lay_down(body, draft.folder)
         if body.previous_film_id is not None:
             before = self.jobs.get(body.previous_film_id, draft.call.owner)
@@ -173,8 +166,8 @@ class Service:
         options, spec = dict(source.spec["options"]), dict(source.spec)
         before = self.settings.job_folder(source.id) / INPUTS
         for path in before.iterdir() if before.is_dir() else ():
-            if not (draft.inputs / path.name).exists():
-                link(path, draft.inputs / path.name)
+            if not (draft.folder / INPUTS / path.name).exists():
+                link(path, draft.folder / INPUTS / path.name)
         if kind == "remix" and not changes:
             raise ApiError(400, "missing_parameter", "no field is changed; give a prompt or "
                            "another field, or request a replay", "prompt")
@@ -211,10 +204,9 @@ class Service:
     @contextmanager
     def _draft(self, kind: Kind, call: Call) -> Iterator[Draft]:
         """Make a folder for a new job; it is removed unless the job is queued."""
-        job_id = new_id(kind)
-        draft = Draft(job_id, kind, call, self.settings.job_folder(job_id))
+        draft = Draft(new_id(kind), kind, call, self.settings, self.jobs)
         try:
-            draft.inputs.mkdir(parents=True)
+            (draft.folder / INPUTS).mkdir(parents=True)
             yield draft
         except OSError as error:
             raise OutputError(f"the job's files can't be written: {error.strerror}") from error
@@ -224,7 +216,7 @@ class Service:
 
     def _clear_up(self) -> None:
         """Remove files that a kill left: uploads, and folders of jobs that were never queued."""
-        for path in self.settings.uploads.iterdir():
+        for path in (self.settings.data / UPLOADS).iterdir():
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in ("videos", "films"):

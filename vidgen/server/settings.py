@@ -14,6 +14,8 @@ from vidgen.core.request import Options, option
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SERVICE, KEEPING, LIMITS = "Service", "Keeping", "Limits"
 """Headings of the command's help."""
+DATABASE, KEYS, UPLOADS = "jobs.sqlite3", "keys.json", "uploads"
+"""Files of the queue and of hashed keys in the data folder; folder of uploads without a job."""
 _MOST = 1e9
 
 
@@ -102,29 +104,9 @@ class Settings(Options):
         return self.host in LOOPBACK
 
     @property
-    def keep_s(self) -> float:
-        """Time to keep finished jobs, in seconds."""
-        return self.keep_hours * 3600
-
-    @property
     def upload_bytes(self) -> int:
         """Largest size of a request in bytes."""
         return int(self.upload_mb * (1 << 20))
-
-    @property
-    def database(self) -> Path:
-        """Path of the queue's file."""
-        return self.data / "jobs.sqlite3"
-
-    @property
-    def keys(self) -> Path:
-        """Path of the file of hashed API keys."""
-        return self.data / "keys.json"
-
-    @property
-    def uploads(self) -> Path:
-        """Folder of uploads, until their job exists."""
-        return self.data / "uploads"
 
     def job_folder(self, job_id: str) -> Path:
         """Return the folder of one job."""
