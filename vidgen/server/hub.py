@@ -36,7 +36,11 @@ class Event:
     job: str
     owner: str
     data: dict[str, Any]
-    is_last: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no event of the job follows."""
+        return self.name == "deleted" or self.data.get("status") in ("completed", "failed")
 
 
 EventQueue = asyncio.Queue[Event | None]

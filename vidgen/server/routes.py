@@ -205,10 +205,10 @@ def _now(service: Service, owner: str, job: QueuedJob | None) -> list[Event]:
     elif (now := service.jobs.get(job.id)) is not None:
         jobs = [now]
     else:
-        return [Event("deleted", job.id, owner, {"id": job.id, "object": job.kind}, is_last=True)]
+        return [Event("deleted", job.id, owner, {"id": job.id, "object": job.kind})]
     events = []
     for each, data in zip(jobs, service.scheduler.views(jobs), strict=True):
-        events.append(Event("status", each.id, owner, data, each.is_finished))
+        events.append(Event("status", each.id, owner, data))
         if (live := service.scheduler.live(each)) is not None and live.preview is not None:
             events.append(Event("preview", each.id, owner, live.preview))
     return events

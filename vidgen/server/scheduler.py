@@ -107,7 +107,7 @@ class Scheduler:
     def delete(self, job: QueuedJob, reason: str = "deleted") -> None:
         """Delete a job in any state; `reason` is for the audit log."""
         if self.jobs.delete(job, reason):
-            self._publish("deleted", job, {}, is_last=True)
+            self._publish("deleted", job, {})
             self._tell_places()
         if not self._stop(job, CANCELLED):
             self._remove(job.id)
@@ -344,14 +344,12 @@ class Scheduler:
             yield job, None if live else position, round(ahead_s, 1)
 
     def _tell_status(self, job: QueuedJob) -> None:
-        self._publish("status", job, self.view(job), is_last=job.is_finished)
+        self._publish("status", job, self.view(job))
         self._tell_places()
 
-    def _publish(
-        self, name: str, job: QueuedJob, facts: Mapping[str, Any], *, is_last: bool = False
-    ) -> dict[str, Any]:
+    def _publish(self, name: str, job: QueuedJob, facts: Mapping[str, Any]) -> dict[str, Any]:
         data = {"id": job.id, "object": job.kind, **facts}
-        self.hub.publish(Event(name, job.id, job.owner, data, is_last))
+        self.hub.publish(Event(name, job.id, job.owner, data))
         return data
 
     def _tell_places(self) -> None:

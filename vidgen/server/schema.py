@@ -135,48 +135,7 @@ Reference = Annotated[Any, PlainValidator(_reference), _any_of(
         "image_url": _TEXT, "id": {**_TEXT, "description": "of a finished video"}}})]
 
 
-def _body(
-    name: str, base: type[Body], doc: str, options: tuple[str, ...],
-    required: tuple[str, ...] = (),
-) -> type[Body]:
-    """Return a body with `options` of clips as fields, in addition to those of `base`."""
-    fields: dict[str, Any] = {}
-    for option in options:
-        field = (Request.model_fields | Saving.model_fields)[option]
-        hint: Any = field.annotation
-        checks = (*field.metadata, *_SENT.get(option, ()), Field(
-            description=field.description, serialization_alias=option))
-        fields[NAMES.get(option, option)] = (
-            (Annotated[(hint, *checks)], ...) if option in required
-            else (Annotated[(hint | None, *checks)], None))
-    return create_model(name, __base__=base, __doc__=doc, __module__=__name__, **fields)
-
-
-ExtraParams = _body("ExtraParams", Body, "Options under vidgen's own names.", _EXTRA)
-
-
-class LoraChoice(Body):
-    """LoRA of the service's folder, by its file name without suffix."""
-
-    name: str = Field(max_length=200)
-    scale: float = Field(1.0, ge=-10, le=10)
-
-
-class _Continued(Body):
-    model: str | None = Field(None, max_length=200, exclude=True,
-                              description="name of the served model")
-    last_image_reference: Reference | None = Field(None, exclude=True)
-    extra_params: Annotated[ExtraParams | None, BeforeValidator(_from_json)] = None  # type: ignore[valid-type]
-
-
-class _Shape(_Continued):
-    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True)
-    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True)
-    generate_sound: bool | None = Field(None, exclude=True)
-    lora: Annotated[list[LoraChoice | str] | None, BeforeValidator(_listed)] = Field(
-        None, max_length=MAX_LORAS, exclude=True)
-    audio_reference: Reference | None = Field(None, exclude=True)
-
+class _Clip(Body):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         given = self.model_fields_set
@@ -189,27 +148,57 @@ class _Shape(_Continued):
         return self
 
 
-class _Start(_Shape):
-    input_reference: Reference | None = Field(None, exclude=True)
-    image_reference: Reference | None = Field(None, exclude=True)
-    video_reference: Reference | None = Field(None, exclude=True)
+def _body(
+    name: str, doc: str, own: dict[str, Any], options: tuple[str, ...],
+    required: tuple[str, ...] = (),
+) -> type[Body]:
+    """Return a body with its `own` fields and `options` of clips."""
+    fields = dict(own)
+    for option in options:
+        field = (Request.model_fields | Saving.model_fields)[option]
+        hint: Any = field.annotation
+        checks = (*field.metadata, *_SENT.get(option, ()), Field(
+            description=field.description, serialization_alias=option))
+        fields[NAMES.get(option, option)] = (
+            (Annotated[(hint, *checks)], ...) if option in required
+            else (Annotated[(hint | None, *checks)], None))
+    return create_model(name, __base__=_Clip, __doc__=doc, __module__=__name__, **fields)
 
 
-class _Edit(_Shape):
-    video: Reference = Field(exclude=True)
+ExtraParams = _body("ExtraParams", "Options under vidgen's own names.", {}, _EXTRA)
 
 
-class _Extension(_Continued):
-    video: Reference = Field(exclude=True)
+class LoraChoice(Body):
+    """LoRA of the service's folder, by its file name without suffix."""
+
+    name: str = Field(max_length=200)
+    scale: float = Field(1.0, ge=-10, le=10)
 
 
-VideoRequest = _body("VideoRequest", _Start, "POST /v1/videos.", SHAPED, ("prompt",))
+_SIDE = (int | None, Field(None, ge=MIN_SIDE, le=MAX_SIDE, exclude=True))
+_INPUT = (Reference | None, Field(None, exclude=True))
+_VIDEO = {"video": (Reference, Field(exclude=True))}
+_CONTINUED = {
+    "model": (str | None, Field(None, max_length=200, exclude=True,
+                                description="name of the served model")),
+    "last_image_reference": _INPUT,
+    "extra_params": (Annotated[ExtraParams | None, BeforeValidator(_from_json)], None),
+}
+_SHAPED = _CONTINUED | {
+    "width": _SIDE, "height": _SIDE, "generate_sound": (bool | None, Field(None, exclude=True)),
+    "lora": (Annotated[list[LoraChoice | str] | None, BeforeValidator(_listed)],
+             Field(None, max_length=MAX_LORAS, exclude=True)),
+    "audio_reference": _INPUT,
+}
+_STARTED = _SHAPED | {
+    "input_reference": _INPUT, "image_reference": _INPUT, "video_reference": _INPUT}
+VideoRequest = _body("VideoRequest", "POST /v1/videos.", _STARTED, SHAPED, ("prompt",))
 RemixRequest = _body(
-    "RemixRequest", _Start,
-    "POST /v1/videos/{id}/remix; its fields replace those of the source's request.", SHAPED)
-EditRequest = _body("EditRequest", _Edit, "POST /v1/videos/edits.", SHAPED, ("prompt",))
-ExtensionRequest = _body("ExtensionRequest", _Extension, "POST /v1/videos/extensions.", CONTINUED,
-                     ("prompt", "seconds"))
+    "RemixRequest", "POST /v1/videos/{id}/remix; its fields replace those of the source's request.",
+    _STARTED, SHAPED)
+EditRequest = _body("EditRequest", "POST /v1/videos/edits.", _SHAPED | _VIDEO, SHAPED, ("prompt",))
+ExtensionRequest = _body("ExtensionRequest", "POST /v1/videos/extensions.", _CONTINUED | _VIDEO,
+                         CONTINUED, ("prompt", "seconds"))
 
 
 class FilmRequest(Body):
