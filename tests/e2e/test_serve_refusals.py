@@ -158,7 +158,9 @@ def test_where_requests_come_from(served):
     body = {"prompt": "x"}
     refused(served, 403, "wrong_origin", json=body, headers={"Origin": "https://evil.example"})
     refused(served, 403, "wrong_origin", json=body, headers={"Sec-Fetch-Site": "cross-site"})
-    refused(served, 403, "wrong_host", json=body, headers={"Host": "evil.example"})
+    refused(served, 403, "wrong_origin", json=body, headers={"Origin": "http://["})
+    for host in ("evil.example", "[::1].evil.example", "localhost:80@evil.example"):
+        refused(served, 403, "wrong_host", json=body, headers={"Host": host})
     own = served.http.get("/v1/videos", headers={"Origin": served.url})
     assert own.headers["x-content-type-options"] == "nosniff"
     assert "default-src 'self'" in own.headers["content-security-policy"]

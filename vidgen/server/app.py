@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -19,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -39,7 +39,7 @@ from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
 from vidgen.server.service import Service
-from vidgen.server.settings import KEYS, LOOPBACK, Settings
+from vidgen.server.settings import KEYS, Settings
 from vidgen.server.types import ApiError, from_vidgen
 
 STUDIO = Path(__file__).parent / "studio"
@@ -57,6 +57,7 @@ _HEADERS = {
 }
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_LOCAL = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]+)?", re.IGNORECASE)
 _CACHED = {"/v1/": "no-store", "/studio/": "no-cache"}
 _PROBES = ("/health", "/ready", "/metrics")
 MAX_REQUESTS = 500
@@ -193,9 +194,6 @@ class _App(FastAPI):
 
 def _answer(request: Request, error: Exception) -> Response:
     match error:
-        case VidgenError():
-            found = from_vidgen(error)
-            found.message = without_folders(found.message, service_of(request).settings.data)
         case RequestValidationError():
             first = error.errors()[0]
             name, given = str(first["loc"][-1]), repr(first.get("input"))[:60]
@@ -204,7 +202,8 @@ def _answer(request: Request, error: Exception) -> Response:
             code = _CODES.get(error.status_code, "invalid_request")
             found = ApiError(error.status_code, code, str(error.detail), headers=error.headers)
         case _:
-            found = from_vidgen(VidgenError())
+            found = from_vidgen(error)
+            found.message = without_folders(found.message, service_of(request).settings.data)
     return _in_envelope(found)
 
 
@@ -243,10 +242,11 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, receive, give)
-        except ApiError as error:
-            await _in_envelope(error)(scope, receive, give)
-        except Exception:  # answered by `_answer`, unless the answer had begun
-            log.exception("answering a request failed", extra={"request": request_id})
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("answering a request failed", extra={"request": request_id})
+            if status == 0:
+                await _in_envelope(from_vidgen(error))(scope, receive, give)
         finally:
             self._num_inside -= 1
             # the route's pattern: paths with ids would make one metric per job
@@ -266,19 +266,13 @@ class Guard:
                            "moment", headers={"Retry-After": "1"})
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._service.settings.is_loopback and _name_of(host) not in LOOPBACK:
+        if self._service.settings.is_loopback and not _LOCAL.fullmatch(host):
             raise ApiError(403, "wrong_host", "this service answers only to localhost")
         if scope["method"] not in _SAFE:
             origin = headers.get("origin")
-            is_foreign = bool(origin) and urlsplit(origin).netloc != host
+            is_foreign = bool(origin) and origin.partition("://")[2] != host
             if is_foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
                 raise ApiError(403, "wrong_origin", "requests from other sites' pages are refused")
-
-
-def _name_of(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
 
 
 class JsonFormatter(logging.Formatter):

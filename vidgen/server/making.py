@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import logging
 import re
 import resource
 import sys
@@ -28,15 +29,16 @@ from PIL import Image
 
 from vidgen.core.config import build, dump
 from vidgen.core.config_file import load_yaml
-from vidgen.core.errors import InputError
+from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import OWN_FILE, Request, Saving
-from vidgen.core.runtime import atomic_write, available_memory, link
+from vidgen.core.runtime import atomic_write, available_memory, link, reuse_freed_memory
 from vidgen.media.checks import as_data
 from vidgen.media.ending import read_ending
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.journal.job import job_folder, remove_job
+from vidgen.pipeline.engine import load_own
+from vidgen.pipeline.journal.job import SUFFIX, job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.preview import as_webp
 from vidgen.pipeline.recorded import lengthened
@@ -52,6 +54,7 @@ from vidgen.server.layout import (
     files_of,
     shot_file,
 )
+from vidgen.server.types import CANCELLED, OPEN, MemoryFull
 from vidgen.story.edit import make_edit
 from vidgen.story.export import export_film
 from vidgen.story.plan import estimates, plan_film
@@ -72,6 +75,64 @@ PROGRESS_PAUSE_S = 0.1
 """Least time between two progress events of writing, in seconds; other stages report all."""
 _REPORTED = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: kept take seed .*)")
 """Pattern of notes that repeat progress and shots."""
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """The work of the worker process: it opens a model once, then generates clips and films.
+
+    A payload is a dict with `kind`: "open", "video" or "film"; the last two also have `folder`, the
+    job's folder, and `spec`. The result of a job is a dict of facts; a cancelled job fails with
+    `Cancelled`. Events of a job, each a dict:
+        progress    stage, done, total and, if known, fraction, eta_s, shot
+        preview     step, fps, image: an animation as a data URL
+        shot        shot: facts of a finished shot of a film
+        note        text
+    """
+
+    _engine: Engine
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def __call__(self, payload: dict[str, Any], on_event: OnEvent) -> dict[str, Any] | None:
+        """Open the model, or run a job and return its facts.
+
+        Raises:
+            ModelError: the model can't be opened.
+            VidgenError: the job failed, or was cancelled.
+        """
+        if payload["kind"] == OPEN:
+            self._open()
+            return None
+        make = make_film if payload["kind"] == "film" else make_clip
+        folder, report = Path(payload["folder"]), JobReporter(on_event)
+        try:
+            return make(self._engine, folder, payload["spec"], report) | report.facts()
+        except Cancelled as error:
+            for path in folder.rglob(f"*{SUFFIX}") if str(error) == CANCELLED else ():
+                with suppress(OSError):
+                    remove_job(path)
+            raise
+        except (InputError, ModelError, OutputError):
+            raise
+        except Exception as error:
+            log.error("the job failed", exc_info=error)
+            raise _failure(error) from None
+
+    def _open(self) -> None:
+        logging.getLogger().setLevel(logging.INFO)
+        reuse_freed_memory()
+        self._engine = load_own(self._model, "the service runs only vidgen's own models")
+
+
+def _failure(error: Exception) -> VidgenError:
+    """Return the error for clients in place of an internal one."""
+    if isinstance(error, MemoryError):
+        return MemoryFull("out of memory; request a smaller or shorter clip")
+    if "out of memory" in str(error).lower():
+        return MemoryFull("out of device memory; request a smaller or shorter clip")
+    return VidgenError("the job failed; see the service's log")
 
 
 class JobReporter:

@@ -48,7 +48,6 @@ class _JobAnswer(_Answer):
     error: JobError | None = None
     eta_s: float | None = None
     queue_position: int | None
-    preview: bool
     resumed: int
     checks: dict[str, Any] | None = None
     stage_durations: dict[str, float] | None = None
@@ -255,8 +254,7 @@ def view(
     facts = {
         **known, **state, **times, "object": job.kind, "id": job.id, "status": job.status,
         "seconds": f"{known['seconds']:g}", "size": f"{known['width']}x{known['height']}",
-        "preview": bool(live and live.preview), "queue_position": position,
-        "resumed": max(0, job.attempt - 1)}
+        "queue_position": position, "resumed": max(0, job.attempt - 1)}
     return (Film if job.kind == "film" else Video)(**facts).model_dump()
 
 

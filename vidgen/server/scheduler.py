@@ -24,9 +24,8 @@ from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
 from vidgen.server.responses import Live, view
-from vidgen.server.runner import CANCELLED, OPEN, PAUSED, MemoryFull, Runner
 from vidgen.server.settings import Settings
-from vidgen.server.types import QueuedJob
+from vidgen.server.types import CANCELLED, OPEN, PAUSED, MemoryFull, QueuedJob
 
 _GB = 1 << 30
 LOOK_S, SWEEP_S = 1.0, 10.0
@@ -49,7 +48,6 @@ class Scheduler:
         self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
         self._lock = threading.RLock()
         self._woken, self._bell = Pipe(duplex=False)
-        self._work = pickle.dumps(Runner(settings.model))
         self._pool: LocalPool | None = None
         self._running: Live | None = None
         self._broken: str | None = None
@@ -60,6 +58,9 @@ class Scheduler:
 
     def start(self) -> None:
         """Queue interrupted jobs of an earlier run again, and start the thread."""
+        from vidgen.server.making import Runner  # loads torch
+
+        self._work = pickle.dumps(Runner(self.settings.model))
         for job_id in self.jobs.recover():
             self._remove(job_id)
         self._thread.start()

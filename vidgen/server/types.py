@@ -18,6 +18,8 @@ from vidgen.core.errors import InputError, OptionError, OutputError, VidgenError
 Kind = Literal["video", "film"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 UNFINISHED = ("queued", "in_progress")
+OPEN, CANCELLED, PAUSED = "open", "cancelled", "paused"
+"""Kind of the worker's first job; reasons to stop a job."""
 NAMES = {
     "frames": "num_frames", "negative": "negative_prompt", "steps": "num_inference_steps",
     "guidance": "guidance_scale", "shift": "flow_shift", "image": "image_reference",
@@ -102,6 +104,10 @@ class Upload:
         return f"the file {self.name!r}"
 
 
+class MemoryFull(VidgenError):
+    """A job ran out of memory."""
+
+
 class ApiError(VidgenError):
     """Error response; `code` is for programs, `param` is the field that caused it."""
 
@@ -127,8 +133,8 @@ def refusal(error: VidgenError, code: str = "invalid_request") -> ApiError:
     return ApiError(400, code, str(error), NAMES.get(option, option) or None)
 
 
-def from_vidgen(error: VidgenError) -> ApiError:
-    """Return any error of vidgen as a response."""
+def from_vidgen(error: Exception) -> ApiError:
+    """Return any error as a response; the text of unexpected ones stays in the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
