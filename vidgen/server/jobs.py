@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,6 @@ CREATE TABLE IF NOT EXISTS audit (
     action TEXT NOT NULL, job TEXT NOT NULL, detail TEXT NOT NULL
 );
 """
-
-_JSON = ("request", "spec", "result")
 
 
 class ServiceClock:
@@ -118,7 +115,7 @@ class Jobs:
         """
         with self._transaction():
             if (known := self._known(call, fingerprint)) is not None:
-                return _job_of(known), False
+                return QueuedJob(**known), False
             owners = [owner for (owner,) in self._all(
                 "SELECT owner FROM jobs WHERE status IN ('queued', 'in_progress')")]
             for limit, count in ((most, len(owners)), (most_of_owner, owners.count(call.owner))):
@@ -133,12 +130,12 @@ class Jobs:
                 "?, ?) RETURNING *", job_id, kind, call.owner, self.clock(), json.dumps(request),
                 json.dumps(spec), expected_s, call.idempotency_key, fingerprint, call.is_retry)
             self._note(call.owner, "created", job_id, {"kind": kind, **request})
-            return _job_of(row), True
+            return QueuedJob(**row), True
 
     def get(self, job_id: str, owner: str | None = None) -> QueuedJob | None:
         """Return a job by its id; None if it doesn't exist or belongs to another owner."""
         row = self._one("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
-        return None if row is None or owner not in (None, row["owner"]) else _job_of(row)
+        return None if row is None or owner not in (None, row["owner"]) else QueuedJob(**row)
 
     def page(
         self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
@@ -161,11 +158,11 @@ class Jobs:
         rows = self._all(
             f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
             f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1)
-        return [_job_of(row) for row in rows[:limit]], len(rows) > limit
+        return [QueuedJob(**row) for row in rows[:limit]], len(rows) > limit
 
     def waiting(self) -> list[QueuedJob]:
         """Return the unfinished jobs, in the queue's order."""
-        return [_job_of(row) for row in self._all(
+        return [QueuedJob(**row) for row in self._all(
             "SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') ORDER BY number")]
 
     def counts(self) -> dict[str, int]:
@@ -184,7 +181,7 @@ class Jobs:
                 return None
             action = "resumed" if row["attempt"] > 1 else "started"
             self._note(row["owner"], action, row["id"], {})
-            return _job_of(row)
+            return QueuedJob(**row)
 
     def put_back(self, job: QueuedJob, *, died: bool = False) -> None:
         """Queue a claimed job again, at its old position; `died` counts a crash of its process."""
@@ -305,11 +302,3 @@ class Jobs:
             finally:
                 if self._database.in_transaction:
                     self._run("ROLLBACK")
-
-
-_COLUMNS = [each.name for each in fields(QueuedJob)]
-
-
-def _job_of(row: sqlite3.Row) -> QueuedJob:
-    values = {name: row[name] for name in _COLUMNS}
-    return QueuedJob(**values | {name: json.loads(values[name]) for name in _JSON})

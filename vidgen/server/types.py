@@ -7,11 +7,14 @@ Clients get errors in OpenAI's envelope with an HTTP status, never a traceback:
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator
 
 from vidgen.core.errors import InputError, OptionError, OutputError, VidgenError
 
@@ -26,6 +29,7 @@ NAMES = {
     "last_image": "last_image_reference", "video": "video_reference", "audio": "audio_reference",
 }
 """Names in bodies of options of `Request`; other options keep their names."""
+_Parsed = Annotated[dict[str, Any], BeforeValidator(json.loads)]
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -44,8 +48,7 @@ class Call:
     arrived_at: float = 0.0
 
 
-@dataclass(frozen=True)
-class QueuedJob:
+class QueuedJob(BaseModel, frozen=True):
     """Job in the queue; times are Unix seconds.
 
     Attributes:
@@ -62,9 +65,9 @@ class QueuedJob:
     owner: str
     status: Status
     created_at: float
-    request: dict[str, Any]
-    spec: dict[str, Any]
-    result: dict[str, Any]
+    request: _Parsed
+    spec: _Parsed
+    result: _Parsed
     started_at: float | None = None
     completed_at: float | None = None
     expires_at: float | None = None
