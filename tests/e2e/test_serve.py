@@ -24,7 +24,7 @@ def test_the_official_client_makes_a_clip(made, client, tmp_path):
     assert made.expires_at > made.completed_at
     more = made.model_extra
     assert (more["seed"], more["num_inference_steps"], more["num_frames"]) == (7, 4, 9)
-    assert {"prompt", "sample", "write"} <= more["stage_durations"].keys()
+    assert more["inference_time_s"] > 0
     assert more["peak_memory_mb"] > 50
     content = client.videos.download_content(made.id).content
     (tmp_path / "made.mp4").write_bytes(content)

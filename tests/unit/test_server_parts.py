@@ -320,7 +320,7 @@ def ask_file(tmp_path):
 
     def ask(**headers):
         async def answer():
-            transport = httpx.ASGITransport(JobFile(path, "video/mp4", "a.mp4"))
+            transport = httpx.ASGITransport(JobFile(path, "a.mp4"))
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
                 named = {name.replace("_", "-"): value for name, value in headers.items()}
                 return await client.get("/", headers=named)

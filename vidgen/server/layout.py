@@ -49,14 +49,17 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
     rb"\x00\x01\x00\x00|OTTO|true": ("font", ".ttf"),
 }
 """Media and suffixes by patterns of a file's first bytes; the first match counts."""
-_CONTENTS: dict[Kind, dict[str, tuple[str, str]]] = {
-    "video": {"video": (VIDEO, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
-              "recipe": (RECIPE, "application/json")},
-    "film": {"video": (FILM, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
-             "storyboard": (STORYBOARD, "text/html"), "vtt": ("film.vtt", "text/vtt"),
-             "srt": ("film.srt", "application/x-subrip")},
+CONTENTS: dict[Kind, dict[str, str]] = {
+    "video": {"video": VIDEO, "thumbnail": THUMBNAIL, "recipe": RECIPE},
+    "film": {"video": FILM, "thumbnail": THUMBNAIL, "storyboard": STORYBOARD, "vtt": "film.vtt",
+             "srt": "film.srt"},
 }
-"""(file, media type) of each kind of job, by variant."""
+"""Files of each kind of job, by variant."""
+MEDIA_TYPES = {
+    ".mp4": "video/mp4", ".webp": "image/webp", ".json": "application/json", ".html": "text/html",
+    ".vtt": "text/vtt", ".srt": "application/x-subrip",
+}
+"""Media types of the files, by suffix."""
 
 
 def lay_down(body: FilmRequest, folder: Path) -> Path:
@@ -110,12 +113,6 @@ def take_over(before: Path, folder: Path) -> None:
 def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
     """Return the file of a film's shot, or of its take with a seed."""
     return folder / SHOTS / (f"{shot}.mp4" if seed is None else f"{shot}.{seed}.mp4")
-
-
-def content_of(folder: Path, kind: Kind, variant: str) -> tuple[Path, str]:
-    """Return the file of a variant and its media type."""
-    name, media = _CONTENTS[kind][variant]
-    return folder / name, media
 
 
 def without_folders(text: str, data: Path) -> str:

@@ -15,7 +15,6 @@ import re
 import resource
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -136,7 +135,7 @@ def _failure(error: Exception) -> VidgenError:
 
 
 class JobReporter:
-    """Forwards a job's events for clients to `on_event`, and measures its stages.
+    """Forwards a job's events for clients to `on_event`, and measures the job.
 
     Once `clock` is set, progress also has its fraction and the time left. `on_event` raises
     `Cancelled` to stop the job.
@@ -145,8 +144,7 @@ class JobReporter:
     def __init__(self, on_event: OnEvent) -> None:
         self.clock: Clock | None = None
         self._on_event, self._last_event_s = on_event, 0.0
-        self._stage, self._durations = "", defaultdict[str, float](float)
-        self._start_s = self._since_s = time.monotonic()
+        self._start_s = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
@@ -156,7 +154,6 @@ class JobReporter:
         """Forward an event, but not every frame's progress."""
         if event["event"] == "progress":
             stage, done, total = event["stage"], event["done"], event["total"]
-            self._enter(stage)
             if self.clock is not None and stage not in ("assemble", "finish"):
                 event = event | self.clock(stage, done, total, event.get("clip", 1))
             too_early = time.monotonic() - self._last_event_s < PROGRESS_PAUSE_S
@@ -174,19 +171,9 @@ class JobReporter:
                         "image": f"data:image/webp;base64,{image}"})
 
     def facts(self) -> dict[str, Any]:
-        """Return the seconds of each stage and of the job, and its peak memory."""
-        self._enter("")
-        return {
-            "stage_durations": {name: round(s, 3) for name, s in self._durations.items() if name},
-            "inference_time_s": round(time.monotonic() - self._start_s, 3),
-            "peak_memory_mb": round(_peak_memory() / 1e6, 1),
-        }
-
-    def _enter(self, stage: str) -> None:
-        if stage != self._stage:
-            now = time.monotonic()
-            self._durations[self._stage] += now - self._since_s
-            self._stage, self._since_s = stage, now
+        """Return the seconds of the job, and its peak memory."""
+        return {"inference_time_s": round(time.monotonic() - self._start_s, 3),
+                "peak_memory_mb": round(_peak_memory() / 1e6, 1)}
 
 
 def _peak_memory() -> int:

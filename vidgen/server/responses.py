@@ -50,7 +50,6 @@ class _JobAnswer(_Answer):
     queue_position: int | None
     resumed: int
     checks: dict[str, Any] | None = None
-    stage_durations: dict[str, float] | None = None
     inference_time_s: float | None = None
     peak_memory_mb: float | None = None
     recipe_sha256: str | None = None

@@ -35,7 +35,7 @@ from vidgen.server.access import (
     service_of,
 )
 from vidgen.server.hub import Event
-from vidgen.server.layout import content_of, shot_file
+from vidgen.server.layout import CONTENTS, MEDIA_TYPES, shot_file
 from vidgen.server.requests import loras_in
 from vidgen.server.schema import (
     EditRequest,
@@ -56,7 +56,6 @@ RETRY_MS = 1000
 _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     206: {"description": "a range of the file"}, 304: {"description": "the file hasn't changed"},
     416: {"description": "the range is outside the file"}}
-_SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
 videos = APIRouter(prefix="/v1/videos", tags=["videos"], responses=responses.ERRORS)
 films = APIRouter(prefix="/v1/films", tags=["films"], responses=responses.ERRORS)
 others = APIRouter(tags=["service"], responses=responses.ERRORS)
@@ -75,9 +74,10 @@ class JobFile(FileResponse):
     A browser shows the file, or with `download` saves it as `name`.
     """
 
-    def __init__(self, path: Path, media_type: str, name: str, *, download: bool = False) -> None:
-        super().__init__(path, media_type=media_type, filename=name, stat_result=path.stat(),
-                         content_disposition_type="attachment" if download else "inline")
+    def __init__(self, path: Path, name: str, *, download: bool = False) -> None:
+        super().__init__(path, media_type=MEDIA_TYPES[path.suffix], filename=name,
+                         content_disposition_type="attachment" if download else "inline",
+                         stat_result=path.stat())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response; ApiError if the range is outside the file."""
@@ -178,11 +178,11 @@ def require_completed(job: QueuedJob) -> None:
 def content(request: Request, job: QueuedJob, variant: str, *, download: bool = False) -> Response:
     """Return a file of a completed job; ApiError if the job isn't, or has no such file."""
     require_completed(job)
-    path, media = content_of(service_of(request).settings.job_folder(job.id), job.kind, variant)
+    path = service_of(request).settings.job_folder(job.id) / CONTENTS[job.kind][variant]
     if not path.is_file():
         raise ApiError(404, "not_found", f"the {job.kind} has no {variant}", "variant")
     name = f"{job.id}{path.suffix}" if variant == "video" else f"{job.id}-{variant}{path.suffix}"
-    return JobFile(path, media, name, download=download)
+    return JobFile(path, name, download=download)
 
 
 async def events_of(
@@ -317,9 +317,8 @@ def download_shot(
     path = shot if take is None or is_only else shot_file(folder, shot_id, take)
     if not path.is_file():
         raise ApiError(404, "not_found", f"the shot has no take with seed {take}", "take")
-    suffix, media = _SHOT[variant]
-    file = path.with_suffix(suffix)
-    return JobFile(file, media, file.name)
+    file = path.with_suffix(".mp4" if variant == "video" else ".webp")
+    return JobFile(file, file.name)
 
 
 @others.get("/v1/models", response_model=responses.Listing[responses.Model])
