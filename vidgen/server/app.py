@@ -35,6 +35,7 @@ from vidgen.core.errors import InputError, OutputError, VidgenError
 from vidgen.core.runtime import lock_file
 from vidgen.server import routes
 from vidgen.server.access import service_of
+from vidgen.server.body import check_size
 from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
@@ -260,7 +261,7 @@ class Guard:
                     "owner": state.get("owner")})
 
     def _check(self, scope: Scope) -> None:
-        """Refuse requests from other sites or to other hosts, and more than can be active."""
+        """Refuse requests from other sites, to other hosts, too large ones, and too many."""
         if self._num_inside > MAX_REQUESTS and scope["path"] not in _PROBES:
             raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are active; retry in a "
                            "moment", headers={"Retry-After": "1"})
@@ -269,10 +270,11 @@ class Guard:
         if self._service.settings.is_loopback and not _LOCAL.fullmatch(host):
             raise ApiError(403, "wrong_host", "this service answers only to localhost")
         if scope["method"] not in _SAFE:
-            origin = headers.get("origin")
-            is_foreign = bool(origin) and origin.partition("://")[2] != host
+            origin = headers.get("origin", "")
+            is_foreign = origin != "" and origin.partition("://")[2] != host
             if is_foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
                 raise ApiError(403, "wrong_origin", "requests from other sites' pages are refused")
+        check_size(int(headers.get("content-length", "0")), self._service.settings.upload_bytes)
 
 
 class JsonFormatter(logging.Formatter):

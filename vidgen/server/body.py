@@ -58,11 +58,8 @@ async def read_body(request: Request, uploads: Path, max_bytes: int) -> dict[str
 
 async def _chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     stream, taken = request.stream(), 0
-    promised = int(request.headers.get("content-length", "0"))
     while True:
-        if max(taken, promised) > max_bytes:
-            raise ApiError(413, "too_large", f"the request has more than {max_bytes} bytes; send "
-                           "a smaller one", headers={"Connection": "close"})
+        check_size(taken, max_bytes)
         try:
             chunk = await asyncio.wait_for(anext(stream, None), PATIENCE_S)
         except TimeoutError:
@@ -74,6 +71,13 @@ async def _chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
             return
         taken += len(chunk)
         yield chunk
+
+
+def check_size(num_bytes: int, limit: int) -> None:
+    """Raise ApiError if a body has more bytes than the limit."""
+    if num_bytes > limit:
+        raise ApiError(413, "too_large", f"the request has more than {limit} bytes; send a "
+                       "smaller one", headers={"Connection": "close"})
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
