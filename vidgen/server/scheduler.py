@@ -19,7 +19,7 @@ from typing import Any
 
 from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError
 from vidgen.pipeline.workers import types as workers
-from vidgen.pipeline.workers.pool import LocalPool, LocalWorker, Message
+from vidgen.pipeline.workers.pool import LocalWorker, Message
 from vidgen.server.hub import Event, Hub, Metrics
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
@@ -48,7 +48,7 @@ class Scheduler:
         self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
         self._lock = threading.RLock()
         self._woken, self._bell = Pipe(duplex=False)
-        self._pool: LocalPool | None = None
+        self._child: LocalWorker | None = None
         self._running: Live | None = None
         self._broken: str | None = None
         self._is_ready = self._is_draining = self._is_over = False
@@ -131,10 +131,6 @@ class Scheduler:
         while self._running is not None and time.monotonic() < until and self._is_ready:
             time.sleep(0.05)
 
-    @property
-    def _child(self) -> LocalWorker | None:
-        return self._pool.workers[0] if self._pool else None
-
     def _run(self) -> None:
         while not self._is_over:
             for work in (self._look_after_child, self._begin_next, self._sweep, self._listen):
@@ -145,17 +141,17 @@ class Scheduler:
                 except Exception:
                     log.exception("the scheduler failed")
                     time.sleep(LOOK_S)
-        if self._pool is not None:
-            self._pool.end(2.0)
+        if self._child is not None:
+            self._child.stop()
+            self._child.end(2.0)
 
     def _look_after_child(self) -> None:
         now = time.monotonic()
         with self._lock:
-            if self._pool is None and now >= self._start_s and not self._is_draining:
+            if self._child is None and now >= self._start_s and not self._is_draining:
                 self._last_message_s = now
-                pool = LocalPool(self._work, 1, workers.WorkerOptions().num_threads)
-                pool.start()
-                self._pool = pool
+                threads = workers.WorkerOptions().num_threads
+                self._child = LocalWorker(1, self._work, threads, {"OMP_NUM_THREADS": str(threads)})
             child, live = self._child, self._running
             silent = now - self._last_message_s > SILENCE_S
             stuck = live is not None and now - live.stop_sent_s > STOP_PATIENCE_S
@@ -169,22 +165,22 @@ class Scheduler:
 
     def _listen(self) -> None:
         """Handle the process's messages; wait up to a second for one, or for a new job."""
-        pool, child = self._pool, self._child
-        wait([self._woken, *([child.connection] if child else [])], LOOK_S)
+        child = self._child
+        ready = wait([self._woken, *([child.connection] if child else [])], LOOK_S)
         while self._woken.poll():
             self._woken.recv_bytes()
-        for worker, message in pool.listen(0.0) if pool else ():
-            self._take(worker, message)
+        if child is not None and child.connection in ready:
+            self._take(child, child.receive())
 
     def _begin_next(self) -> None:
         with self._lock:
-            if self._running or not self._is_ready or self._is_draining or self._pool is None:
+            if self._running or not self._is_ready or self._is_draining or self._child is None:
                 return
             job = self.jobs.claim()
             if job is None:
                 return
             self._running = Live(job)
-            self._pool.workers[0].begin(workers.Job(job.id, {
+            self._child.begin(workers.Job(job.id, {
                 "kind": job.kind, "spec": job.spec,
                 "folder": str(self.settings.job_folder(job.id))}))
         log.info("started", extra={"job": job.id, "attempt": job.attempt})
@@ -262,7 +258,7 @@ class Scheduler:
     def _on_lost(self, fate: str) -> None:
         """Queue the job of a dead process again, unless it has crashed too many processes."""
         with self._lock:
-            self._pool, self._is_ready = None, False
+            self._child, self._is_ready = None, False
             self._start_s = time.monotonic() + PAUSES_S[min(self._deaths, len(PAUSES_S) - 1)]
             self._deaths += 1
             live = self._running
