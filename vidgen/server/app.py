@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import secrets
 import socket
@@ -153,15 +152,20 @@ def _hold(data: Path) -> AbstractContextManager[object]:
 def _bound(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # not socket.create_server: asyncio sets TCP_NODELAY only if the protocol is given
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
     except OSError as error:
         raise InputError(f"host {host!r} isn't an address: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port), family=family,
-                                    dualstack_ipv6=family == socket.AF_INET6)
+        listener.bind(address)
     except OSError as error:
-        raise InputError(f"can't listen on {host}:{port}: {os.strerror(error.errno or 0)}; give "
-                         "another --port") from None
+        listener.close()
+        raise InputError(f"can't listen on {host}:{port}: {error.strerror}; give another --port"
+                         ) from None
+    return listener
 
 
 def make_app(service: Service) -> ASGIApp:
