@@ -60,7 +60,7 @@ class ChainSettings:
 def windows_of(engine: Engine, settings: ChainSettings) -> Windows:
     """Where the windows of a model's clips begin and end."""
     strides = engine.vae_config.strides
-    size = window_size(engine.folder, strides)
+    size = window_size(engine.folder)
     return Windows(size, settings.overlap, settings.windows, strides.t)
 
 

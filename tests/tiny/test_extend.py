@@ -205,8 +205,8 @@ def test_the_tail_survives_its_recipe_and_stays_small(engine, short):
     recipe["model"]["sha256"] = "0" * 64
     assert read_tail(recipe, engine.folder) is None
     huge = torch.zeros(1, 16, 1, 1, 1).expand(1, 16, 3, 300, 300)
-    assert make_tail(huge, 3, 0) is None
-    assert make_tail(huge[..., :150], 3, 0)["shape"][1] == 1
+    assert make_tail(huge, 3, 0, colours_of(huge)) is None
+    assert make_tail(huge[..., :150], 3, 0, colours_of(huge))["shape"][1] == 1
 
 
 @pytest.mark.parametrize("change", [

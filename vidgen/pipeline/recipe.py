@@ -79,23 +79,19 @@ def plan_facts(plan: Plan | DiffusersPlan) -> dict[str, Any]:
     return asdict(plan) | {"fps": str(plan.fps)}
 
 
-def request_facts(request: Request) -> dict[str, Any]:
-    """Return a request with hashes instead of files, as JSON data."""
-    return {
+def identity(request: Request, **loading: Any) -> str:
+    """Return the address of one clip of a given seed: a hash of everything that determines it.
+
+    `loading` holds the engine's loading options, with the model's content hash as `model`.
+    """
+    facts = {
+        "vidgen": __version__, "loading": loading,
         "prompt": request.prompt, "request": asked_options(request),
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": [[r["option"], r["sha256"]] for r in read_inputs(request).records],
         "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
                   for choice in map(parse_option, request.lora)],
     }
-
-
-def identity(request: Request, **loading: Any) -> str:
-    """Return the address of one clip of a given seed: a hash of everything that determines it.
-
-    `loading` holds the engine's loading options, with the model's content hash as `model`.
-    """
-    facts = {"vidgen": __version__, "loading": loading, **request_facts(request)}
     if asked_backend() != "auto":
         facts["attention"] = asked_backend()
     for option in ("first_frame_model", "audio_model"):

@@ -21,7 +21,6 @@ from vidgen.pipeline.settings import settled_value
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.core.shapes import Strides
     from vidgen.media.ending import Ending
     from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
@@ -79,20 +78,19 @@ def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
             and not request.reference)
 
 
-def window_size(folder: ModelFolder, strides: Strides) -> int:
+def window_size(folder: ModelFolder) -> int:
     """Return the latent frames of the longest clip that a model was trained on."""
-    return 1 + (folder.defaults.max_frames - 1) // strides.t
+    return 1 + (folder.defaults.max_frames - 1) // folder.components["vae"].config.strides.t
 
 
 def windows_after(
     begun: Beginning, plan: Plan, request: Request, folder: ModelFolder
 ) -> list[tuple[int, int]]:
     """Return [start, stop) of the windows after `begun`, in latent frames from its first."""
-    strides = folder.components["vae"].config.strides
-    size, given, total = window_size(folder, strides), begun.num_given, plan.latents.num_frames
+    size, given, total = window_size(folder), begun.num_given, plan.latents.num_frames
     if given:
         missing = plan.kept_frames - begun.num_reached
-        total = given + max(math.ceil(missing / strides.t), 0)
+        total = given + max(math.ceil(missing / folder.components["vae"].config.strides.t), 0)
     overlap = min(int(settled_value("overlap", request, folder)), size - 1)
     return split_windows(given, total, size, min(overlap, given or overlap))
 
@@ -112,7 +110,7 @@ def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple
 
 
 def make_tail(
-    latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None,
+    latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor,
     anchor: Tensor | None = None, rate: int = 1,
 ) -> dict[str, Any] | None:
     """Return the recipe's record of a clip's last latents, from which the clip can continue.
@@ -123,7 +121,7 @@ def make_tail(
         latents: the clip's last ones, [1, C, F, h, w]; `rate` of them per latent frame shown.
         num_latents: latent frames of the whole clip, before temporal upsampling.
         frames_ahead: frames at the end that were generated but not kept.
-        colours: the windows' target, [2, C]; None: the colours of `latents`.
+        colours: the windows' target, [2, C].
         anchor: the clip's first latent frame, [1, C, 1, h, w], for models that refer to it.
         rate: factor of temporal upsampling.
     """
@@ -135,8 +133,7 @@ def make_tail(
         return None
     kept = {} if anchor is None else {"anchor": _text(anchor[0])}
     return kept | {"shape": [*latents[0, :, -count:].shape], "num_latents": num_latents,
-                   "frames_ahead": frames_ahead,
-                   "colours": _text(colours_of(latents) if colours is None else colours),
+                   "frames_ahead": frames_ahead, "colours": _text(colours),
                    "data": _text(latents[0, :, -count:])}
 
 

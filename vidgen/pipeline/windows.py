@@ -93,7 +93,7 @@ class WindowedClip:
     ) -> None:
         self.engine, self.plan, self.request, self.inputs = engine, plan, request, inputs
         self._stride_t = engine.vae_config.strides.t
-        size = tail.window_size(engine.folder, engine.vae_config.strides)
+        size = tail.window_size(engine.folder)
         if request.prefix is not None or plan.latents.num_frames > size:
             _check(plan, request, engine.folder, size)
         self.latents, self._count = torch.zeros(0), 0  # latent frames so far

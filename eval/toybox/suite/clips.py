@@ -65,7 +65,7 @@ class Maker:
     def __init__(self, bench: Benchmark, engine: Engine, plan: Plan) -> None:
         self.bench, self.engine, self.plan = bench, engine, plan
         strides = engine.vae_config.strides
-        size = window_size(engine.folder, strides)
+        size = window_size(engine.folder)
         overlap = min(int(own_value("overlap", engine.folder)), size - 1)
         self.windows = Windows(size, overlap, bench.windows, strides.t)
 
