@@ -277,9 +277,6 @@ class _Clip:
         self.frame_tokens = math.prod(self.grid) // self.dit.patch_size**2
         longest = max(len(text.encode()) for text in (plan.prompt, plan.negative))
         self.text_tokens = min(longest // 4 + 2, self.dit.text_len)  # about four bytes each
-        self.image_tokens = 0
-        if "image_encoder" in folder.components:
-            self.image_tokens = folder.components["image_encoder"].config.num_tokens
         self.longest = max((window.frames for window in self.passes.windows), default=0)
         drawn = max((window.drawn for window in self.passes.windows), default=0)
         self.tokens = drawn * self.frame_tokens + self.followed(self.longest)
@@ -290,9 +287,7 @@ class _Clip:
         loads = sum(map(self.load_s, self.folder.components))
         yield "load", BUILDING_S + loads * (self.setup.offload == "none"), 0, ()
         yield "text", *self.text(sounds), ("text_encoder",)
-        roles: list[Role] = ["vae"] if self.passes.encoded else []
-        roles += ["image_encoder"] if roles and self.image_tokens else []
-        yield "prepare", *self.prepare(), roles
+        yield "prepare", *self.prepare(), ("vae",) if self.passes.encoded else ()
         audio = bool(self.request.follow_audio)
         alone = boundary_of(self.folder, self.plan, has_audio=audio) is None
         yield "denoise", *self.denoise(), EXPERTS[: 1 if alone else 2] * len(windows)
@@ -323,9 +318,6 @@ class _Clip:
             # the clip as floats, twice while it is scaled, and in the VAE's dtype
             each = 9 + self.loader.dtype_of("vae").itemsize
             live = max(live, held + 3 * frames * self.pixels * each)
-        if self.passes.encoded and self.image_tokens:
-            encoder = self.folder.components["image_encoder"]
-            seconds += network_flops(encoder, self.image_tokens).seconds(self.rates)
         return seconds, live
 
     def denoise(self) -> tuple[float, int]:
@@ -346,7 +338,7 @@ class _Clip:
         vae, windows = self.folder.components["sound_vae"], self.passes.windows
         takes = drawn_at_once(self.plan.sound_candidates,
                               is_seen=ONSET_DETECTOR in self.folder.components)
-        whole, sounds = self.sound_latents(self.passes.decoded), self.sound_latents(self.longest)
+        whole, sounds = map(self.sound_latents, (self.passes.decoded, self.longest))
         decoded = network_flops(vae, whole * vae.config.frames_per_token, without="encoder.")
         seconds = (1 if takes == 1 else 1 + takes) * decoded.seconds(self.rates)
         plan = sound_plan(self.plan, self.folder.defaults)
@@ -382,7 +374,7 @@ class _Clip:
 
     def pass_s(self, frames: int) -> float:
         seconds = transformer_flops(
-            self.dit, frames, self.frame_tokens, self.text_tokens, image_tokens=self.image_tokens,
+            self.dit, frames, self.frame_tokens, self.text_tokens,
             sound_tokens=self.followed(frames)).seconds(self.rates)
         read_s = self.folder.components["transformer"].tensors.num_bytes / LOAD_BYTES_PER_S
         if self.setup.offload == "block":  # a GPU computes while blocks load

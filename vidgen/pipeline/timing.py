@@ -68,15 +68,15 @@ NOMINAL = Flops(60e9, 60e9, 60e9)
 
 
 def transformer_flops(
-    config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
-    sound_tokens: int = 0, seen: int = 0,
+    config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, sound_tokens: int = 0,
+    seen: int = 0,
 ) -> Flops:
     """Count one forward pass over `frames` latent frames, stills included, and sound tokens.
 
-    All tokens also attend to `seen` tokens of an earlier pass.
+    All tokens also attend to `seen` tokens of an earlier pass. Image features aren't counted.
     """
     width, tokens = config.hidden_dim, frames * frame_tokens
-    keys, context = tokens + sound_tokens + seen, text_tokens + 1 + image_tokens
+    keys, context = tokens + sound_tokens + seen, text_tokens + 1
     layers, controls = config.num_layers + len(config.control_layers), len(config.control_layers)
     linear = layers * (tokens * (6 * width + 2 * config.ffn_dim) + 2 * context * width)
     if config.audio is not None:
