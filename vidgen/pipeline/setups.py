@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -77,9 +77,8 @@ def choose(
     made = partial(estimate, folder, plan, request, count=count)
     with attention_by(asked.attention):
         for setups in _allowed(asked, device, dtype, tiles):
-            cut = setups if asked.tiles == "auto" else []
-            for found in chain(map(made, setups), (_tiled(each, plan, have, made) for each in cut)):
-                if found is not None and found.peak_bytes <= have:
+            for found in _estimates(setups, plan, have, made, cut=asked.tiles == "auto"):
+                if found.peak_bytes <= have:
                     if first is None:
                         return found
                     return replace(found, choice=f"chose {found.setup.words}: {first.setup.words} "
@@ -87,8 +86,13 @@ def choose(
                                    "free")
                 first = first or found
         assert first is not None
-        fits = [*_other_setups(first.setup, plan, have, made),
-                *_smaller_clips(first.setup, folder, plan, request, have)]
+        fits = list[str]()
+        for other in other_setups(first.setup):
+            small = (each for each in _estimates([other], plan, have, made, cut=True)
+                     if each.peak_bytes <= have)
+            fits += [f"{each.setup.words} ({size_text(each.peak_bytes)})"
+                     for each in islice(small, 1)]
+        fits += _smaller_clips(first.setup, folder, plan, request, have)
     stage = max(first.stages, key=lambda stage: stage.bytes)
     raise ModelError(f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
                      f"{size_text(stage.bytes)} on {device} in stage {stage.name!r} "
@@ -116,26 +120,19 @@ def _given_tiles(given: str, latents: LatentShape) -> Tiles | None:
     return Tiles(rows, columns) if rows * columns > 1 else None
 
 
-def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
-    """Return the estimate with the largest tiles that fit; None if none do or tiles are given."""
+def _estimates(
+    setups: Sequence[Setup], plan: Plan, have: int, made: Made, *, cut: bool
+) -> Iterator[Estimate]:
+    """Yield the setups' estimates; with `cut`, also those with the largest tiles that fit."""
+    def fits(setup: Setup) -> bool:
+        return made(setup).peak_bytes <= have
+
+    yield from map(made, setups)
     choices = [*grids(plan.latents.height, plan.latents.width)]
-
-    def fits(tiles: Tiles) -> bool:
-        return made(replace(setup, tiles=tiles)).peak_bytes <= have
-
-    if setup.tiles is not None or not choices or not fits(choices[-1]):
-        return None
-    return made(replace(setup, tiles=choices[bisect_left(choices, True, key=fits)]))
-
-
-def _other_setups(setup: Setup, plan: Plan, have: int, made: Made) -> Iterator[str]:
-    """Yield setups that fit, in words; those that change results come last."""
-    for other in other_setups(setup):
-        found: Estimate | None = made(other)
-        if found is not None and found.peak_bytes > have:
-            found = _tiled(other, plan, have, made)
-        if found is not None:
-            yield f"{found.setup.words} ({size_text(found.peak_bytes)})"
+    for setup in setups if cut and choices else ():
+        tiled = [replace(setup, tiles=tiles) for tiles in choices]
+        if setup.tiles is None and fits(tiled[-1]):
+            yield made(tiled[bisect_left(tiled, True, key=fits)])
 
 
 def _smaller_clips(
