@@ -177,7 +177,7 @@ def test_conditions_are_the_same_after_a_stop(engine, out):
     with pytest.raises(Cancelled):
         go(engine, out, False, stop_at(1), **options)
     assert torch.equal(go(engine, out, **options).latents, expected)
-    with pytest.raises(InputError, match=r"inputs was .* is"):
+    with pytest.raises(InputError, match=r"inputs.* was .* is"):
         go(engine, out, image=255 - picture, reference=[picture])
 
 
