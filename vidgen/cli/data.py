@@ -12,8 +12,6 @@ from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from vidgen.training.config import DataConfig
-    from vidgen.training.data.survey import Selection
-    from vidgen.weights.folder import ModelFolder
 
 DESCRIPTION = (
     "Check videos and pictures with captions for fine-tuning, or compute their latents once. The "
@@ -43,18 +41,34 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check all files, then report on them or encode them."""
-    from vidgen.training.data.survey import open_trainable, survey
+    from vidgen.core.runtime import choose_device, size_text
+    from vidgen.training.data.survey import as_data, as_text, open_trainable, survey
 
+    is_check = args.action == "check"
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers is {args.workers}; give 1 or more")
-    if args.output and args.action == "check":
+    if args.output and is_check:
         raise InputError("--output has no meaning for data check; leave it out")
     config, model = settings(args)
     folder = open_trainable(model)
     known = survey(config, folder, report, workers=args.workers or os.cpu_count() or 1)
-    if args.action == "check":
-        return _report_check(known, config, args, report)
-    return _cache(known, config, folder, model, args, report)
+    if is_check:
+        data = as_data(known, config)
+        report.result(data, as_text(data))
+        return int(data["totals"]["dropped"] > 0)
+    from vidgen.training.data.cache import make_cache
+
+    for file in known.files:
+        if file.dropped is not None:
+            report.note(f"{file.name} is left out: {file.dropped}")
+    made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
+                      device=choose_device().type)
+    lines = [f"{name}: {why}" for name, why in made["failed"].items()]
+    lines.append(
+        f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "
+        f"{made['captions']} captions, {size_text(made['bytes'])}")
+    report.result(made, "\n".join(lines))
+    return int(bool(made["failed"]))
 
 
 def settings(args: Namespace) -> tuple[DataConfig, str]:
@@ -92,31 +106,3 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
             place = f"{build(DataConfig, data, source).folders[0].path.rstrip('/')}.cache"
         data["cache"] = place
     return build(DataConfig, data, source), args.model or str(run.get("model") or "toybox")
-
-
-def _report_check(known: Selection, config: DataConfig, args: Namespace, report: Report) -> int:
-    from vidgen.training.data.survey import as_data, as_text
-
-    data = as_data(known, config)
-    report.result(data, "" if args.json else as_text(data))
-    return int(data["totals"]["dropped"] > 0)
-
-
-def _cache(
-    known: Selection, config: DataConfig, folder: ModelFolder, model: str, args: Namespace,
-    report: Report,
-) -> int:
-    from vidgen.core.runtime import choose_device, size_text
-    from vidgen.training.data.cache import make_cache
-
-    for file in known.files:
-        if file.dropped is not None:
-            report.note(f"{file.name} is left out: {file.dropped}")
-    made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
-                      device=choose_device().type)
-    lines = [f"{name}: {why}" for name, why in made["failed"].items()]
-    lines.append(
-        f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "
-        f"{made['captions']} captions, {size_text(made['bytes'])}")
-    report.result(made, "\n".join(lines))
-    return int(bool(made["failed"]))

@@ -128,12 +128,9 @@ class RunConfig:
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay is {self.ema_decay}; give a number in [0, 1)")
         if self.dtype == "auto":
-            object.__setattr__(self, "dtype", self._fastest_dtype())
-
-    def _fastest_dtype(self) -> str:
-        if self.device.startswith("cuda"):  # this machine may only plan the run, without a GPU
-            return "bf16"
-        return best_dtype(choose_device(self.device))
+            is_gpu = self.device.startswith("cuda")  # may not be here, if the run is only planned
+            best = "bf16" if is_gpu else best_dtype(choose_device(self.device))
+            object.__setattr__(self, "dtype", best)
 
     def micro_batches(self, _step: int) -> tuple[int, int]:
         """Return the number of micro-batches per rank at a step, and of samples in each."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -188,11 +188,12 @@ def _cut(file: MediaFile, group: str, config: DataConfig, geometry: Geometry) ->
         file.dropped = f"the picture is {flaws[0]}" if flaws else None
         stretches = [] if flaws else [(0, 1, 1)]
     else:
-        possible, file.dropped = _windows(facts, config, geometry)
-        stretches = _spread(possible, config.windows)
-        if len(stretches) < len(possible):
-            file.notes.append(f"{len(stretches)} of {len(possible)} possible items are used "
-                              f"(windows: {config.windows})")
+        stretches, file.dropped = _windows(facts, config, geometry)
+        possible, most = len(stretches), config.windows
+        if most != "all" and most < possible:
+            places = (np.arange(most) + 0.5) * possible / most  # evenly spread
+            stretches = [stretches[int(place)] for place in places]
+            file.notes.append(f"{most} of {possible} possible items are used (windows: {most})")
     captions = tuple(f"{config.prefix} {text}".strip() for text in file.captions or ("",))
     file.items += [Item(file.folder, file.name, file.path, facts.sha256, Bucket(*size, length),
                         start, end, captions, group) for start, end, length in stretches]
@@ -227,15 +228,6 @@ def _windows(
     remedy = f"; set frames to {most} to use it" if most > 1 else ""
     return [], (f"its longest stretch{around} has {longest} frames at {float(geometry.fps):g} fps, "
                 f"but the shortest bucket has {lengths[0]}{remedy}")
-
-
-def _spread(
-    windows: list[tuple[int, int, int]], most: int | Literal["all"]
-) -> list[tuple[int, int, int]]:
-    if most == "all" or len(windows) <= most:
-        return windows
-    places = (np.arange(most) + 0.5) * len(windows) / most
-    return [windows[int(place)] for place in places]
 
 
 def _stretches(facts: FileFacts, config: DataConfig) -> Iterator[tuple[int, int]]:
