@@ -138,7 +138,7 @@ def test_what_is_fetched_and_what_is_not(site, monkeypatch):
         fetch(f"{site}/a.png", 1000)
     for url in ("file:///etc/passwd", "ftp://example.org/", "http://", "http://[", "gopher://x",
                 "http://user:key@example.org/", "http://127.1:80/a", "http://0x7f000001/",
-                "http://localhost/", "http://[::1]/"):
+                "http://localhost/", "http://[::1]/", f"http://{'a' * 70}/"):
         with pytest.raises(InputError):
             fetch(url, 1000)
 
