@@ -105,7 +105,7 @@ def test_sound_that_a_model_cannot_make_is_refused(engine, tiny_model, tmp_path,
     ({"audio": "x.wav", "audio_model": "m"}, "are both given"),
     ({"say": [(-1, "hi")]}, "say is -1"),
     ({"say": ["  "]}, "give the text"),
-    ({"say": [(1, 2, 3)]}, "give texts or pairs"),
+    ({"say": [(1, 2, 3)]}, "texts or pairs"),
     ({"say": [(0.0, "@no.wav")]}, "no.wav does not exist"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(engine, options, message):
