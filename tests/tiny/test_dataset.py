@@ -21,7 +21,7 @@ from vidgen.cli.main import main
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import best_dtype
 from vidgen.media.clip import Clip
-from vidgen.models.image import prepare_image
+from vidgen.models.image import encode_image
 from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.codec import encode_pixels
@@ -340,10 +340,9 @@ def test_wan_models_get_what_their_conditions_need(data, tmp_path, variant):
         assert torch.allclose(batch["both"], encode_pixels(parts, known), atol=1e-4)
     for name, frame in (("image", frames[0]), ("image_last", frames[8])):
         if name in names:
-            with parts.use("image_encoder") as encoder:
-                shown = prepare_image(torch.from_numpy(frame), encoder.config)
-                with torch.no_grad():
-                    expected = encoder(shown)
+            with parts.use("image_encoder") as encoder, torch.no_grad():
+                expected = encode_image(encoder, frame, parts.folder.image_processor,
+                                        parts.device)
             assert torch.allclose(batch[name], expected, atol=1e-4)
 
 

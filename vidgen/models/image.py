@@ -1,9 +1,7 @@
-"""The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower.
+"""The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower, by transformers.
 
-It is a vision transformer (Dosovitskiy et al. 2021) trained as CLIP (Radford et al. 2021). Modules
-have the names of transformers' `CLIPVisionModel`, so that its weights load without renaming. The
-DiT uses the states before the last layer; that layer and the norm after it never run, but keep
-their weights so that a model folder is loaded and saved completely.
+The DiT uses the states before the last layer; that layer and the norm after it keep their weights
+so that a model folder is loaded and saved completely.
 
 Axes: B batch, S side of the square input in pixels, P patches, D width.
 """
@@ -11,16 +9,21 @@ Axes: B batch, S side of the square input in pixels, P patches, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vidgen.core.errors import InputError, ModelError
-from vidgen.ops.attention import attention
+from vidgen.core.errors import ModelError
 
 Activation = Literal["gelu", "quick_gelu"]
+IMAGE_NAMES = {
+    "image_size": "image_size", "patch_size": "patch_size", "hidden_dim": "hidden_size",
+    "ffn_dim": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "activation": "hidden_act", "eps": "layer_norm_eps",
+}
+"""transformers' names of the fields of `ImageConfig`."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,6 @@ class ImageConfig:
     num_heads: int
     activation: Activation = "gelu"
     eps: float = 1e-5
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "hidden_dim", "ffn_dim", "num_heads"):
@@ -61,113 +62,48 @@ class ImageConfig:
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
-class _Embeddings(nn.Module):
-    def __init__(self, config: ImageConfig) -> None:
-        super().__init__()
-        width, patch = config.hidden_dim, config.patch_size
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding(config.num_tokens, width)
+def image_encoder(config: ImageConfig) -> nn.Module:
+    """Build transformers' `CLIPVisionModel` (Radford et al. 2021), with untrained weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # takes seconds
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        whole = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
+    settings = {theirs: getattr(config, ours) for ours, theirs in IMAGE_NAMES.items()}
+    encoder: nn.Module = CLIPVisionModel(CLIPVisionConfig(**settings))
+    # no file holds these indices, so they must not be on the meta device
+    indices = torch.arange(config.num_tokens, device="cpu")[None]
+    encoder.get_submodule("embeddings").register_buffer("position_ids", indices, persistent=False)
+    return encoder
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(width, width) for _ in range(4)
-        )
+def image_processor(size: int, folder: Path | None = None) -> Any:
+    """Return the `CLIPImageProcessor` of a folder; None: CLIP's own, for pictures of a size."""
+    from transformers import CLIPImageProcessor
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+    if folder is not None:
+        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    square = {"height": size, "width": size}
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square)
 
 
-class _FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.activation = activation
+def encode_image(
+    encoder: Any, picture: Any, folder: Path | None, device: torch.device
+) -> Tensor:
+    """Encode a picture, uint8 [H, W, 3], to features [1, 1 + P, D] in the weights' dtype.
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        # quick_gelu: x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016, section 2)
-        return self.fc2(F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid())
+    `folder` is that of its processor, as in `image_processor`.
 
-
-class _Layer(nn.Module):
-    def __init__(self, config: ImageConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_dim, config.eps)
-        self.self_attn = _Attention(config.hidden_dim, config.num_heads)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_dim, config.eps)
-        self.mlp = _FeedForward(config.hidden_dim, config.ffn_dim, config.activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class ImageEncoder(nn.Module):
-    """CLIP's vision tower up to the states before its last layer."""
-
-    def __init__(self, config: ImageConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = _Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_dim, config.eps)  # transformers' spelling
-        layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
-        self.post_layernorm = nn.LayerNorm(config.hidden_dim, config.eps)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images [B, 3, S, S] of `prepare_image` to features [B, 1 + P, D].
-
-        They are `hidden_states[-2]` of transformers' model, in the weights' dtype.
-
-        Raises:
-            InputError: the images don't have the encoder's size.
-        """
-        size = self.config.image_size
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
-            raise InputError(
-                f"the image encoder takes [B, 3, {size}, {size}], not {list(pixels.shape)}; "
-                "use prepare_image"
-            )
-        pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        *layers, _ = self.encoder["layers"].children()
-        for layer in layers:
-            x = layer(x)
-        return x
-
-
-def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """Convert a picture, uint8 [H, W, 3], to the encoder's input, float32 [1, 3, S, S] on the CPU.
-
-    As in transformers' `CLIPImageProcessor`, the shorter side is resized to S (bicubic), the centre
-    square is cropped, and channels are normalised.
+    Raises:
+        ModelError: the processor's settings are invalid, or give another size than the encoder's.
     """
-    import numpy as np
-    from PIL import Image
-
-    size = config.image_size
-    height, width, _ = pixels.shape
-    longer = int(size * max(height, width) / min(height, width))
-    new_width, new_height = (size, longer) if width <= height else (longer, size)
-    picture = Image.fromarray(pixels.cpu().numpy()).resize(
-        (new_width, new_height), Image.Resampling.BICUBIC
-    )
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    square = torch.from_numpy(np.array(picture)[top : top + size, left : left + size])
-    normal = (square / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
-    return normal.permute(2, 0, 1)[None].contiguous()
+    embeddings, size = encoder.embeddings, encoder.config.image_size
+    try:
+        prepared = image_processor(size, folder)(
+            picture, input_data_format="channels_last", return_tensors="pt")
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(f"the image processor in {folder} can't be used: {error}") from error
+    pixels = prepared.pixel_values.to(device, embeddings.patch_embedding.weight.dtype)
+    if pixels.shape != (1, 3, size, size):
+        raise ModelError(f"the image processor in {folder} gives {list(pixels.shape)}, but this "
+                         f"image encoder takes [1, 3, {size}, {size}]")
+    embeddings.position_ids = embeddings.position_ids.to(device)
+    states: Tensor = encoder(pixels, output_hidden_states=True).hidden_states[-2]
+    return states

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from vidgen.models.audio import AudioVAE
     from vidgen.models.dit import SpacetimeDiT
-    from vidgen.models.image import ImageEncoder
     from vidgen.models.lora import Adapter
     from vidgen.models.onset_detector import OnsetDetector
     from vidgen.models.text import UMT5Encoder
@@ -87,8 +86,6 @@ class ModelLoader:
     def use(self, role: ExpertRole) -> AbstractContextManager[SpacetimeDiT]: ...
     @overload
     def use(self, role: Literal["text_encoder"]) -> AbstractContextManager[UMT5Encoder]: ...
-    @overload
-    def use(self, role: Literal["image_encoder"]) -> AbstractContextManager[ImageEncoder]: ...
     @overload
     def use(self, role: Literal["sound_vae"]) -> AbstractContextManager[AudioVAE]: ...
     @overload

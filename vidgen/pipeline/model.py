@@ -24,7 +24,7 @@ from vidgen.diffusion.flow import draw_noise
 from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit_types import DiTConfig
-from vidgen.models.image import prepare_image
+from vidgen.models.image import encode_image
 from vidgen.models.text import NOTHING, TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
@@ -152,9 +152,8 @@ class OpenedModel:
         """Return image features [1, S, D] of one picture, or of two if the model reads two."""
         count = 1 if self.dit_config.image_positions is None else 2
         with self.loader.use("image_encoder") as encoder:
-            seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
-            dtype = next(encoder.parameters()).dtype
-            features = [encoder(pixels.to(self.device, dtype)) for pixels in seen]
+            features = [encode_image(encoder, picture, self.folder.image_processor, self.device)
+                        for picture in pictures[:count]]
         return torch.cat(features, dim=1)
 
     def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
@@ -13,7 +14,7 @@ from vidgen.models.audio import AudioVAE
 from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
-from vidgen.models.image import ImageConfig, ImageEncoder
+from vidgen.models.image import ImageConfig, image_encoder
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.models.text import TextConfig, UMT5Encoder
 from vidgen.models.vae import CausalVAE, VAEConfig
@@ -40,9 +41,9 @@ Config = (VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig | Ve
           | OnsetDetectorConfig)
 Config_co = TypeVar("Config_co", bound=Config, covariant=True)
 
-CLASSES: dict[Role, type[nn.Module]] = {
+CLASSES: dict[Role, Callable[[Any], nn.Module]] = {
     "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
-    "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
+    "text_encoder": UMT5Encoder, "image_encoder": image_encoder, "sound_vae": AudioVAE,
     "verifier": Verifier, "onset_detector": OnsetDetector,
 }
 CONFIG_TYPES: dict[Role, type[Config]] = {

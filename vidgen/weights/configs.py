@@ -14,7 +14,7 @@ from typing import Any
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit_types import DiTConfig
-from vidgen.models.image import ImageConfig
+from vidgen.models.image import IMAGE_NAMES, ImageConfig
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
@@ -42,11 +42,6 @@ _TEXT_NAMES = {
     "num_layers": "num_layers", "num_heads": "num_heads",
     "num_buckets": "relative_attention_num_buckets",
     "max_distance": "relative_attention_max_distance", "eps": "layer_norm_epsilon",
-}
-_IMAGE_NAMES = {
-    "image_size": "image_size", "patch_size": "patch_size", "hidden_dim": "hidden_size",
-    "ffn_dim": "intermediate_size", "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads", "activation": "hidden_act", "eps": "layer_norm_eps",
 }
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_DIM = 128
@@ -214,17 +209,11 @@ def text_from_transformers(settings: Mapping[str, Any]) -> TextConfig:
     return build(TextConfig, values, "the text encoder's config.json")
 
 
-def image_from_transformers(
-    settings: Mapping[str, Any], processor: Mapping[str, Any] | None = None
-) -> ImageConfig:
+def image_from_transformers(settings: Mapping[str, Any]) -> ImageConfig:
     """Return the config from `config.json` of transformers' `CLIPVisionModel`.
 
-    Args:
-        processor: `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's defaults.
-
     Raises:
-        ModelError: another architecture, a missing setting, or a processor that `prepare_image`
-            doesn't reproduce.
+        ModelError: another architecture, or a missing setting.
     """
     model_type = settings.get("model_type")
     if model_type != "clip_vision_model" or settings.get("num_channels", 3) != 3:
@@ -233,12 +222,7 @@ def image_from_transformers(
             f"{settings.get('num_channels', 3)} channels; only 'clip_vision_model' with 3 is "
             "supported"
         )
-    values = _required(settings, _IMAGE_NAMES, "image encoder")
-    if processor is not None:
-        _require_clip_processor(processor, values["image_size"])
-        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-            if theirs in processor:
-                values[ours] = processor[theirs]
+    values = _required(settings, IMAGE_NAMES, "image encoder")
     try:
         return build(ImageConfig, values, "the image encoder's config.json")
     except InputError as error:
@@ -252,28 +236,10 @@ def _required(settings: Mapping[str, Any], names: Mapping[str, str], what: str) 
         raise ModelError(f"the {what}'s config.json lacks the field {error}") from None
 
 
-def _require_clip_processor(processor: Mapping[str, Any], size: int) -> None:
-    """Raise ModelError for processor settings that `prepare_image` doesn't reproduce."""
-    square = {"height": size, "width": size}
-    supported: dict[str, tuple[Any, ...]] = {
-        "size": ({"shortest_edge": size}, size),
-        "crop_size": (square, size),
-        "resample": (3,),  # bicubic
-        "rescale_factor": (1 / 255,),
-        **{f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")},
-    }
-    for key, allowed in supported.items():
-        if key in processor and processor[key] not in allowed:
-            raise ModelError(
-                f"the image processor's {key} is {processor[key]!r}; only {allowed[0]!r} is "
-                "supported with this image encoder"
-            )
-
-
 def encoder_to_transformers(config: TextConfig | ImageConfig) -> dict[str, Any]:
     """Return `config.json` of transformers' `UMT5EncoderModel` or `CLIPVisionModel`."""
     if isinstance(config, ImageConfig):
-        names = {theirs: getattr(config, ours) for ours, theirs in _IMAGE_NAMES.items()}
+        names = {theirs: getattr(config, ours) for ours, theirs in IMAGE_NAMES.items()}
         return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **names,
                 "num_channels": 3}
     return {

@@ -21,7 +21,7 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, check_output
 from vidgen.models.dit_types import DiTConfig
-from vidgen.models.image import ImageConfig
+from vidgen.models.image import ImageConfig, image_processor
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 from vidgen.weights.component import OWN_ROLES, Component, Config, extra_in, table_of
@@ -254,13 +254,6 @@ def _write_processor(folder: Path, source: ModelFolder) -> bool:
     if source.image_processor is not None:
         shutil.copytree(source.image_processor, folder / "image_processor")
         return True
-    config = source.components["image_encoder"].config
-    side = config.image_size
-    write_json(folder / "image_processor" / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "resample": 3,
-        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
-        "image_mean": list(config.mean), "image_std": list(config.std), "rescale_factor": 1 / 255,
-        "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-        "do_convert_rgb": True,
-    })  # fmt: skip
+    size = source.components["image_encoder"].config.image_size
+    image_processor(size).save_pretrained(folder / "image_processor")
     return True

@@ -178,7 +178,7 @@ IMAGE_KEYS: tuple[Names, ...] = (
         Names("encoder.layers.{i}", "encoder.layers.{i}", "visual.transformer.{i}"), _IMAGE_LAYER
     ),
 )
-"""Names of `ImageEncoder`; `split_clip` first splits Wan's fused `to_qkv` into these three."""
+"""Names of CLIP's vision tower; `split_clip` first splits Wan's fused `to_qkv` into these three."""
 
 
 _FUSED = ".attn.to_qkv."

@@ -201,7 +201,7 @@ def _open(
         if noted is not None:
             config = config_from(CONFIG_TYPES[role], noted, NOTE)
         else:
-            config = _config(role, spelling, path, folder, stored)
+            config = _config(role, spelling, folder, stored)
         components[role] = assemble(role, config, stored, spelling)
     if layout != "vidgen":
         _require(path, components)
@@ -290,16 +290,12 @@ def _expert_folders(path: Path) -> dict[Role, Path]:
     return {"transformer": path}
 
 
-def _config(
-    role: Role, spelling: Spelling, path: Path, folder: Path, stored: Tensors
-) -> Config:
+def _config(role: Role, spelling: Spelling, folder: Path, stored: Tensors) -> Config:
     """Return a component's architecture, from its config or its tensors' shapes."""
     if role == "text_encoder" and spelling != "wan":
         return text_from_transformers(read_config(folder))
     if role == "image_encoder" and spelling != "wan":
-        processor = _processor(path)
-        settings = None if processor is None else read_json(processor / "preprocessor_config.json")
-        return image_from_transformers(read_config(folder), settings)
+        return image_from_transformers(read_config(folder))
     if spelling == "vidgen":
         config: Config = config_of(CONFIG_TYPES[role], folder)
         return config

@@ -34,7 +34,7 @@ from vidgen.diffusion.temporal_upsampling import LatentRate
 from vidgen.media.read import fit, load_image
 from vidgen.media.types import Frames
 from vidgen.media.video_reader import TimedFrame, VideoReader
-from vidgen.models.image import prepare_image
+from vidgen.models.image import encode_image
 from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
 from vidgen.models.vae import VAEConfig
@@ -194,8 +194,8 @@ class ItemEncoder:
             made["both"] = self._encode([first, *[grey] * (count - 2), last], bucket)
         for name, picture in (("image", first), ("image_last", last))[: self.extras.num_images]:
             with self._pixels.use("image_encoder") as encoder:
-                pixels = prepare_image(torch.from_numpy(picture), encoder.config)
-                made[name] = encoder(pixels.to(self.device))[0].float().cpu()
+                features = encode_image(encoder, picture, self.folder.image_processor, self.device)
+                made[name] = features[0].float().cpu()
         return made
 
     def grey(self, bucket: Bucket) -> Tensor:
