@@ -29,6 +29,7 @@ from vidgen.weights.keymap import (
     vae_keys,
 )
 from vidgen.weights.load import check_fit, load_module
+from vidgen.weights.quantize import quiet_torchao
 from vidgen.weights.store import Tensors, Weights
 
 ExpertRole = Literal["transformer", "transformer_2"]
@@ -90,7 +91,8 @@ class Component(Generic[Config_co]):
 
     def build(self) -> nn.Module:
         """Build the module with untrained weights."""
-        return CLASSES[self.role](self.config)
+        with quiet_torchao():  # transformers, which has the image encoder, imports it
+            return CLASSES[self.role](self.config)
 
     def check_sizes(self) -> None:
         """Raise ModelError if the config has a size that is too large for the files' tensors.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidgen.core.errors import ModelError
 from vidgen.models.presets import DIT_PRESETS, IMAGE_PRESETS, TEXT_PRESETS, VAE_PRESETS
-from vidgen.weights.component import CLASSES, Component, Components, Config, Role
+from vidgen.weights.component import Component, Components, Config, Role
 from vidgen.weights.family import VARIANTS
 from vidgen.weights.folder import ModelFolder, list_embedded
 from vidgen.weights.store import Lazy, Tensors
@@ -121,7 +121,7 @@ def _component(role: Role, config: Config) -> Component[Config]:
     # text encoders are published in bfloat16, all other components in float32
     dtype = torch.bfloat16 if role == "text_encoder" else torch.float32
     with torch.device("meta"):
-        state = CLASSES[role](config).to(dtype).state_dict()
+        state = Component(role, config, Tensors()).build().to(dtype).state_dict()
     return Component(role, config, Tensors(
         {name: Lazy(value, partial(_refuse, name)) for name, value in state.items()}))
 
