@@ -76,12 +76,12 @@ def image_encoder(config: ImageConfig) -> nn.Module:
 
 def image_processor(size: int, folder: Path | None = None) -> Any:
     """Return the `CLIPImageProcessor` of a folder; None: CLIP's own, for pictures of a size."""
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil  # the same pixels with torchvision or without
 
     if folder is not None:
-        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     square = {"height": size, "width": size}
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square)
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
 
 
 def encode_image(
