@@ -56,11 +56,6 @@ class ImageConfig:
                 f"2 layers or more and one of {get_args(Activation)}"
             )
 
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the output: one for the whole image and one for each patch."""
-        return 1 + (self.image_size // self.patch_size) ** 2
-
 
 def image_encoder(config: ImageConfig) -> nn.Module:
     """Build transformers' `CLIPVisionModel` (Radford et al. 2021), with untrained weights."""
@@ -69,7 +64,8 @@ def image_encoder(config: ImageConfig) -> nn.Module:
     settings = {theirs: getattr(config, ours) for ours, theirs in IMAGE_NAMES.items()}
     encoder: nn.Module = CLIPVisionModel(CLIPVisionConfig(**settings))
     # no file holds these indices, so they must not be on the meta device
-    indices = torch.arange(config.num_tokens, device="cpu")[None]
+    num_tokens = 1 + (config.image_size // config.patch_size) ** 2
+    indices = torch.arange(num_tokens, device="cpu")[None]
     encoder.get_submodule("embeddings").register_buffer("position_ids", indices, persistent=False)
     return encoder
 
