@@ -117,7 +117,9 @@ def _told(report: Report) -> Callable[[dict[str, Any]], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return as_exit_code(arguments, _run)
+    with as_exit_code(arguments) as codes:
+        codes.append(_run(arguments))
+    return codes[-1]
 
 
 def _run(arguments: Sequence[str]) -> int:

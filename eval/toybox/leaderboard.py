@@ -236,7 +236,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; exit codes as everywhere."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return as_exit_code(arguments, _run)
+    with as_exit_code(arguments) as codes:
+        codes.append(_run(arguments))
+    return codes[-1]
 
 
 def _run(arguments: Sequence[str]) -> int:

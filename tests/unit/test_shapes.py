@@ -5,8 +5,8 @@ import pytest
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import (
     Strides,
+    check_num_frames,
     latent_shape,
-    nearest_num_frames,
     num_frames_for_seconds,
     size_for_aspect,
 )
@@ -51,8 +51,10 @@ def test_unreachable_sizes_name_the_value_the_limit_and_what_would_work(video, p
 
 
 def test_nearest_frame_counts_surround_the_wish():
-    for wish in range(1, 40):
-        below, above = nearest_num_frames(wish, TOYBOX)
+    for wish in filter(lambda count: count % 4 != 1, range(1, 40)):
+        with pytest.raises(InputError, match=f"{wish} frames can't be made") as error:
+            check_num_frames(wish, TOYBOX)
+        below, above = map(int, str(error.value).split("the nearest are ")[1].split(" and "))
         assert below <= wish < above
         assert below % 4 == above % 4 == 1
 

@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
@@ -25,6 +26,8 @@ from vidgen.core.errors import InputError, VidgenError, nearest
 from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from vidgen.cli.options import Parser
 
 VERBS = {
@@ -54,15 +57,28 @@ _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENO
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return as_exit_code(arguments, _run)
+    with as_exit_code(arguments) as codes:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print_line(overview(), sys.stdout, "stdout")
+            codes.append(0 if arguments else 2)
+        elif arguments[0] in ("-V", "--version"):
+            print_line(f"vidgen {__version__}", sys.stdout, "stdout")
+        else:
+            module, args = _parsed(*arguments)
+            with Report(as_json=args.json, events=args.events) as report:
+                codes.append(module.run(args, report))
+    return codes[-1]
 
 
-def as_exit_code(arguments: Sequence[str], work: Callable[[Sequence[str]], int]) -> int:
-    """Prepare the process for a command line, run it, and turn its errors into exit codes.
+@contextmanager
+def as_exit_code(arguments: Sequence[str]) -> Iterator[list[int]]:
+    """Prepare the process for a command line, and turn the error that ends it into an exit code.
+
+    Yields:
+        List of exit codes, to which the work's is appended, or that of its error; first 0.
 
     Args:
         arguments: the command line; with `--json` an error is also printed as JSON.
-        work: called with it; returns 0 for done, 1 for failed or 2 for wrong usage.
     """
     _mend_streams()
     _wait_briefly()
@@ -71,23 +87,24 @@ def as_exit_code(arguments: Sequence[str], work: Callable[[Sequence[str]], int])
     logging.addLevelName(logging.WARNING, "warning")
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _interrupt)
+    codes = [0]
     try:
-        return work(arguments)
+        yield codes
     except VidgenError as error:
-        return _failed(arguments, str(error), error.exit_code)
+        codes.append(_failed(arguments, str(error), error.exit_code))
     except KeyboardInterrupt:
-        return _failed(arguments, "interrupted", INTERRUPTED,
-                       "Stopped. No incomplete files were left.")
+        codes.append(_failed(arguments, "interrupted", INTERRUPTED,
+                             "Stopped. No incomplete files were left."))
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         _drop_stdout()
-        return 1
+        codes.append(1)
     except OSError as error:
         if error.errno not in _PATHS:
             raise
         reason = f"{error.filename}: {error.strerror}; give another path"
-        return _failed(arguments, reason, InputError.exit_code)
+        codes.append(_failed(arguments, reason, InputError.exit_code))
     except SystemExit as error:  # argparse's --help
-        return int(error.code or 0)
+        codes.append(int(error.code or 0))
 
 
 def overview() -> str:
@@ -142,30 +159,22 @@ def _wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def _run(words: Sequence[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print_line(overview(), sys.stdout, "stdout")
-        return 0 if words else 2
-    if words[0] in ("-V", "--version"):
-        print_line(f"vidgen {__version__}", sys.stdout, "stdout")
-        return 0
-    verb, *arguments = words
+def _parsed(verb: str, *words: str) -> tuple[ModuleType, Namespace]:
+    """Return a verb's module and its options; `events` is None where the verb writes none."""
     if verb not in VERBS:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
-    module, parser = verb_parser(verb, arguments)
-    args = parser.parse(arguments)
-    args.words = arguments
+    module, parser = verb_parser(verb, words)
+    args = parser.parse(words)
+    args.words, args.events = words, getattr(args, "events", None)
     if verb in ("generate", "extend", "sweep") and given_rank() is not None:
         raise InputError(f"vidgen {verb} starts its processes itself; use --devices N instead of "
                          "torchrun")
-    events = getattr(args, "events", None)
-    if events not in (None, "-") and events == getattr(args, "output", None):
-        raise InputError(f"output and events are both {events}; give one of them another name")
+    if args.events not in (None, "-") and args.events == getattr(args, "output", None):
+        raise InputError(f"output and events are both {args.events}; give one of them another "
+                         "name")
     if verb == "train" and (given_rank() or (0,))[0]:
-        events = None  # only the main rank writes them
-    with Report(as_json=args.json, events=events) as report:
-        code: int = module.run(args, report)
-        return code
+        args.events = None  # only the main rank writes them
+    return module, args
 
 
 def _failed(arguments: Sequence[str], reason: str, code: int, line: str | None = None) -> int:

@@ -185,16 +185,14 @@ def choose_devices(loading: Loading, journals: Sequence[Journal]) -> Loading:
 
     If all clips are finished, one device is enough.
     """
-    count, shard = loading.devices, loading.shard
     if journals and all(journal.finished for journal in journals):
         return loading.replace(devices=1, shard=False)
     kept = ((journal.recipe or {}).get("devices") for journal in journals)
     earlier: dict[str, Any] = next(filter(None, kept), {})
-    if count is None:
-        count = earlier.get("count", 1)
-    if shard is None:
-        shard = earlier.get("shard", False)
-    return loading.replace(devices=count, shard=shard)
+    count, shard = loading.devices, loading.shard
+    return loading.replace(
+        devices=earlier.get("count", 1) if count is None else count,
+        shard=earlier.get("shard", False) if shard is None else shard)
 
 
 def share_threads(count: int | None, threads: int) -> None:

@@ -33,12 +33,7 @@ Fault = Literal["unknown", "missing", "invalid"]
 
 
 class OptionError(InputError):
-    """Invalid option of a request.
-
-    Args:
-        option: name of the option; empty for a conflict of several.
-        kind: "unknown" or "missing" for the option itself, "invalid" for its value.
-    """
+    """Invalid option of a request; `option` is its name, empty for a conflict of several."""
 
     def __init__(self, text: str, option: str = "", kind: Fault = "invalid") -> None:
         super().__init__(text)

@@ -18,49 +18,34 @@ _COLORS = ("#2471a3", "#c0392b", "#1e8449", "#b7950b", "#7d3c98", "#566573")
 
 @dataclass(frozen=True)
 class Cell:
-    """Cell of a table; line breaks in its texts are kept.
-
-    Attributes:
-        title: tooltip of the text.
-        below: small print below the text.
-        marks: warnings after the text.
-    """
+    """Cell of a table; line breaks in its texts are kept."""
 
     text: str
-    title: str = ""
-    small: str = ""
-    below: str = ""
-    marks: Sequence[str] = ()
+    title: str = ""  # tooltip
+    small: str = ""  # small print after the text
+    below: str = ""  # small print below it
+    marks: Sequence[str] = ()  # warnings after the text
 
 
 @dataclass(frozen=True)
 class Table:
-    """Table of a page.
-
-    Attributes:
-        words: numbers of the columns with text, which is aligned left; column 0 always has text.
-    """
+    """Table of a page."""
 
     heads: Sequence[Cell | str]
     rows: Sequence[Sequence[Cell | str]]
-    words: Sequence[int] = ()
+    words: Sequence[int] = ()  # columns of text, aligned left, besides column 0
     caption: str = ""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Line chart with one colour for each line and a legend.
-
-    Attributes:
-        lines: (name, points (x, y)) of each line; a chart without points is not drawn.
-        is_faded: draw the chart pale, as less important.
-    """
+    """Line chart with one colour for each line and a legend; not drawn without points."""
 
     title: str
-    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]  # (name, points (x, y)) of each
     width: int = 320
     height: int = 180
-    is_faded: bool = False
+    is_faded: bool = False  # pale, as less important
 
     @property
     def bounds(self) -> tuple[float, float, float, float] | None:

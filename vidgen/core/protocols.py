@@ -18,17 +18,11 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class KeyTokens:
-    """Known still images, which join the tokens of a clip at real-valued time positions.
+    """Known still images, which join the tokens of a clip at real-valued time positions."""
 
-    Attributes:
-        latents: [B, C, K, h, w], each still encoded alone, normalised like the clip's latents.
-        positions: [B, K] float32, on RoPE's axis of latent frames; may be fractional or negative.
-        valid: [B, K] bool; attention ignores invalid stills. None: all are valid.
-    """
-
-    latents: Tensor
-    positions: Tensor
-    valid: Tensor | None = None
+    latents: Tensor  # [B, C, K, h, w], each still encoded alone, normalised like the clip's latents
+    positions: Tensor  # [B, K] float32, on RoPE's axis of latent frames; fractional or negative too
+    valid: Tensor | None = None  # [B, K] bool; attention ignores invalid stills. None: all are
 
     @property
     def num_keys(self) -> int:
@@ -38,36 +32,24 @@ class KeyTokens:
 
 @dataclass(frozen=True)
 class SamplerState:
-    """State of a sampler between two steps; resuming from it is bit-equal.
-
-    Attributes:
-        latents: [B, C, F, h, w] float32 at sigmas[step].
-        history: the sampler's values of earlier steps, tensors shaped like `latents`.
-        cache: tensors of the model's step cache, by name; samplers leave it empty.
-    """
+    """State of a sampler between two steps; resuming from it is bit-equal."""
 
     step: int
-    latents: Tensor
-    history: tuple[Tensor, ...] = ()
+    latents: Tensor  # [B, C, F, h, w] float32 at sigmas[step]
+    history: tuple[Tensor, ...] = ()  # values of earlier steps, shaped like `latents`
+    # tensors of the model's step cache, by name; samplers leave it empty
     cache: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Report of a sampler after a step.
-
-    Attributes:
-        sigma: noise level at the start of the step.
-        sigma_next: noise level at its end, that of `state.latents`.
-        denoised: [B, C, F, h, w], the model's current estimate of the clean latents, for previews.
-        state: state to resume from after this step.
-    """
+    """Report of a sampler after a step."""
 
     num_steps: int
-    sigma: float
-    sigma_next: float
-    denoised: Tensor
-    state: SamplerState
+    sigma: float  # noise level at the start of the step
+    sigma_next: float  # noise level at its end, that of `state.latents`
+    denoised: Tensor  # [B, C, F, h, w], the model's estimate of the clean latents, for previews
+    state: SamplerState  # to resume from after this step
 
     @property
     def step(self) -> int:

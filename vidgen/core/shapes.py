@@ -81,10 +81,10 @@ def check_num_frames(num_frames: int, strides: Strides) -> None:
     """Raise InputError unless `num_frames` is 1 more than a multiple of the temporal stride."""
     check_number("frames", num_frames, 1, whole=True)
     if (num_frames - 1) % strides.t:
-        below, above = nearest_num_frames(num_frames, strides)
+        below = (num_frames - 1) // strides.t * strides.t + 1
         raise InputError(
             f"{num_frames} frames can't be made: the count must be 1 more than a multiple of "
-            f"{strides.t}; the nearest are {below} and {above}"
+            f"{strides.t}; the nearest are {below} and {below + strides.t}"
         )
 
 
@@ -97,12 +97,6 @@ def check_size(name: str, value: int, multiple: int) -> None:
             f"a {name} of {value} pixels can't be made: it must be a multiple of {multiple}; "
             f"the nearest are {below} and {above}"
         )
-
-
-def nearest_num_frames(num_frames: int, strides: Strides) -> tuple[int, int]:
-    """Return the two possible frame counts around `num_frames`, which may be the lower one."""
-    below = max(num_frames - 1, 0) // strides.t * strides.t + 1
-    return below, below + strides.t
 
 
 def nearest_sizes(value: int, multiple: int) -> tuple[int, int]:
