@@ -21,7 +21,7 @@ from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by
 from vidgen.diffusion.flow import draw_noise
-from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
+from vidgen.diffusion.samplers import sample, sample_with_scheduler
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import encode_image
@@ -258,8 +258,8 @@ class OpenedModel:
         model = devices.denoising if devices else partial(denoising, regional=regional)
         with model(self.loader, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is None:
-                latents = sample_state(plan.sampler, denoise, state, sigmas, on_step=on_step,
-                                       resume=resume)
+                latents = sample(plan.sampler, denoise, state.begin(), sigmas, fresh=state.fresh,
+                                 on_step=on_step, project=state.project, resume=resume)
             else:
                 latents = sample_with_scheduler(
                     denoise, state.begin(), scheduler, plan.num_steps, strength=plan.strength,
