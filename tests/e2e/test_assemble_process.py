@@ -56,7 +56,7 @@ def copy(made, tmp_path) -> Path:
     return Path(shutil.copytree(made[0], tmp_path / "copy"))
 
 
-def test_the_command_makes_the_film_and_what_lies_beside_it(made):
+def test_the_command_makes_the_film_and_its_other_files(made):
     folder, told = made
     assert {path.name for path in folder.iterdir()} == {
         "film.yaml", "m.wav", "film.shots", "film.mp4", "film.srt", "film.vtt", "film.otio",
@@ -126,7 +126,7 @@ def test_a_file_in_the_way_is_not_replaced_unasked(tmp_path, tiny_model, capsys)
     assert not (tmp_path / "film.shots").exists()
 
 
-def test_a_changed_shot_is_told_and_rendered_again_once_it_is_removed(copy, tiny_model, capsys):
+def test_a_changed_shot_is_reported_and_rendered_again_once_it_is_removed(copy, tiny_model, capsys):
     told = make(copy, tiny_model)
     one, three = (Path(told["shots"][n]["path"]) for n in (0, 2))
     kept = one.read_bytes()

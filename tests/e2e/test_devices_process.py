@@ -61,7 +61,7 @@ def sampling(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str],
     ("interrupt", 130, "Stopped."),
     ("command", -9, ""),
 ])  # fmt: skip
-def test_nothing_is_left_behind(
+def test_nothing_is_left_over(
     tiny_model: Path, tmp_path: Path, victim: str, code: int, said: str
 ) -> None:
     with sampling(tiny_model, tmp_path) as (process, workers):

@@ -59,7 +59,7 @@ def test_killed_at_any_change_it_goes_on(
 
 @pytest.mark.skipif(not can_mount(), reason="needs root or user namespaces to mount a small disk")
 @pytest.mark.parametrize("pages", [1, 4, 7])
-def test_a_full_disk_is_told_and_nothing_is_half_written(
+def test_a_full_disk_is_reported_and_nothing_is_half_written(
     server: ForkServer, data: Path, tiny_model: Path, tmp_path: Path, pages: int
 ) -> None:
     disk = tmp_path / "disk"

@@ -51,7 +51,7 @@ def finish(*words):
     return json.loads(out)
 
 
-def test_killed_twice_a_film_goes_on_and_has_the_same_frames(tmp_path, tiny_model, monkeypatch):
+def test_killed_twice_a_film_continues_and_has_the_same_frames(tmp_path, tiny_model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("film.yaml").write_text(FILM)
     command = ["film.yaml", "--model", tiny_model, "-o"]

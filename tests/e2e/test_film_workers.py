@@ -141,7 +141,7 @@ def test_by_ray_with_an_actor_killed_the_film_is_the_same(
     assert_same(tmp_path, straight)
 
 
-def test_a_cluster_that_is_not_there_is_told(tmp_path, tiny_model, monkeypatch):
+def test_a_cluster_that_is_not_there_is_reported(tmp_path, tiny_model, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
     Path("film.yaml").write_text("shots: [{prompt: a cat, steps: 1}]")

@@ -91,7 +91,7 @@ def test_remix_changes_a_word_and_replay_nothing(made, served, client, tmp_path)
     assert not np.array_equal(frames[0], frames[1])
 
 
-def test_a_clip_goes_on_from_itself_and_from_a_file(made, served, client, tmp_path):
+def test_a_clip_continues_from_itself_and_from_a_file(made, served, client, tmp_path):
     body = {"prompt": "it goes on", "seconds": "0.5", "video": {"id": made.id}}
     own = client.post("/videos/extensions", body=body, cast_to=Video)
     content = client.videos.download_content(made.id).content
@@ -209,7 +209,7 @@ def test_cancel_and_delete_free_the_process(served):
     assert served.finished(served.create("a cat")["id"])["status"] == "completed"
 
 
-def test_the_page_is_asked_for_anew_so_that_an_upgrade_shows(served):
+def test_the_page_is_asked_for_again_so_that_an_upgrade_shows(served):
     for path in ("/", "/studio/main.js"):
         page = served.http.get(path)
         assert page.headers["cache-control"] == "no-cache"

@@ -44,7 +44,7 @@ def frames(served, job, path):
     return Clip.from_file(path).frames
 
 
-def test_killed_while_it_denoises_it_goes_on_there(served, tmp_path):
+def test_killed_while_it_denoises_it_continues_there(served, tmp_path):
     job, waiting = served.create(**LONG), served.create("a cat", seed=1)
     wait_for(is_at_step(served, job, 30))
     children = served.children()
@@ -66,7 +66,7 @@ def test_killed_while_it_denoises_it_goes_on_there(served, tmp_path):
     assert actions == ["completed", "resumed", "started", "created"]
 
 
-def test_a_film_killed_goes_on_in_the_shot_at_work(served, tmp_path):
+def test_a_film_killed_continues_in_the_shot_at_work(served, tmp_path):
     shots = [{"id": "one", "prompt": "a cat", "frames": 9, "steps": 2},
              {"id": "two", "prompt": "a red car", "frames": 17, "steps": 120}]
     film = served.http.post("/v1/films", json={"script": {"shots": shots}}).json()
@@ -96,7 +96,7 @@ def test_a_film_killed_goes_on_in_the_shot_at_work(served, tmp_path):
     assert np.array_equal(*made)
 
 
-def test_told_to_stop_it_puts_the_job_by_and_the_process_at_work_may_be_killed(served):
+def test_when_stopped_it_returns_the_job_and_the_process_at_work_may_be_killed(served):
     job = served.create(**{**LONG, "num_frames": 49})  # not done before it is looked at
     wait_for(is_at_step(served, job, 20))
     assert served.stop() == 0

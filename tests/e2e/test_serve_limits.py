@@ -120,7 +120,7 @@ def test_the_embedded_model_is_served_with_its_page(tmp_path):
 
 
 @pytest.mark.skipif(not faults.can_mount(), reason="needs a mount of its own")
-def test_a_full_disk_is_told_and_gets_over(tiny_model, tmp_path):
+def test_a_full_disk_is_reported_and_gets_over(tiny_model, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     with Served(tiny_model, data, "--reserve-mb", "0.1",

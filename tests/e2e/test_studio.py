@@ -197,7 +197,7 @@ def test_a_word_is_left_as_it_was(page):
     expect(page.locator(".stage .prompt")).to_have_text("a red car bounces")
 
 
-def test_a_clip_goes_on_and_is_downloaded(page, served, tmp_path):
+def test_a_clip_continues_and_is_downloaded(page, served, tmp_path):
     make(page, "a red car bounces", seed=5)
     press(page, "e")
     dialog = page.get_by_role("dialog")
@@ -364,7 +364,7 @@ def test_a_link_followed_while_the_page_begins_takes_the_focus_along(page):
     assert_focused(page, "Jobs")
 
 
-def test_a_film_is_written_made_and_one_shot_of_it_made_anew(page, served):
+def test_a_film_is_written_made_and_one_shot_of_it_made_again(page, served):
     press(page, "2")
     page.get_by_label("Title").fill("A red car")
     page.get_by_label("What is seen").fill("a red car bounces")

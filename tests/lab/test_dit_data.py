@@ -138,7 +138,7 @@ def test_windows_of_a_clip_are_shown_its_first_frame(plain: DiTData) -> None:
             assert not same(state.clean[row, :, :1], firsts[mine][0])  # from inside the clip
 
 
-def test_what_windows_go_on_from_may_be_noisy(plain: DiTData) -> None:
+def test_what_windows_continue_from_may_be_noisy(plain: DiTData) -> None:
     windows = replace(plain, window_share=1.0)
     levels = []
     for clear, noisy in zip(

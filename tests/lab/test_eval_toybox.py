@@ -178,7 +178,7 @@ def test_the_sheet_shows_the_clips(results: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_killed_run_goes_on_and_ends_alike(
+def test_a_killed_run_continues_and_ends_alike(
     results: Path, tiny_model: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "r.json"
@@ -315,7 +315,7 @@ def test_toybox_results_stand_on_a_leaderboard(
     (["--seeds", "2000"], "seeds is 2000; give 1000 or fewer"),
     (["--workers", "0"], "workers is 0; give a whole number"),
 ])
-def test_wrong_commands_are_told(
+def test_wrong_commands_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert main(["-o", str(tmp_path / "r.json"), *words]) == 2

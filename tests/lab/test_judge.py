@@ -279,7 +279,7 @@ def test_the_program_learns_and_resumes_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_frames_can_go_on_alone_from_a_released_judge(tmp_path: Path, judge: Judge) -> None:
+def test_frames_can_continue_alone_from_a_released_judge(tmp_path: Path, judge: Judge) -> None:
     save_module(judge.state_dict(), TINY, tmp_path / "released", torch.bfloat16)
     task, run = make_task(tmp_path / "run", init=str(tmp_path / "released"), part="frames",
                           model=dump(JudgeConfig()))  # fmt: skip

@@ -61,7 +61,7 @@ def run_file(folder: Path, **cache: Any) -> str:
 
 
 @pytest.mark.long
-def test_a_run_goes_on_where_it_was(
+def test_a_run_continues_where_it_was(
     program: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, run = tmp_path / "r.jsonl", run_file(tmp_path, shard_size=51)

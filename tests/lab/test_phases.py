@@ -97,7 +97,7 @@ def test_a_phase_has_its_own_rate_and_warm_up() -> None:
 
 
 @pytest.mark.parametrize("cut", [3, 6, 8])
-def test_a_run_stopped_in_any_phase_goes_on_bit_for_bit(tmp_path: Path, cut: int) -> None:
+def test_a_run_stopped_in_any_phase_continues_bit_for_bit(tmp_path: Path, cut: int) -> None:
     straight, stopped = make_run(tmp_path / "straight"), make_run(tmp_path / "stopped")
     task = Regression(straight)
     train(task, straight)
@@ -178,7 +178,7 @@ def start_vae(config: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.long
-def test_a_killed_program_goes_on_bit_for_bit(server: ForkServer, tmp_path: Path) -> None:
+def test_a_killed_program_continues_bit_for_bit(server: ForkServer, tmp_path: Path) -> None:
     configs = []
     for name in ("straight", "killed"):
         configs.append(tmp_path / f"{name}.yaml")

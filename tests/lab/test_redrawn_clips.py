@@ -38,7 +38,7 @@ def anew(plain: CacheConfig, tiny_model: Path, folder: Path, *strengths: float) 
     return replace(plain, folder=str(folder), redrawn=Redrawn(str(tiny_model), strengths))
 
 
-def test_clips_are_drawn_anew_and_stills_stay(
+def test_clips_are_redrawn_and_stills_stay(
     plain: CacheConfig, tiny_model: Path, redrawer: Redrawer, tmp_path: Path
 ) -> None:
     before = made(plain, None)
@@ -65,7 +65,7 @@ def test_less_noise_leaves_more_of_a_clip(
     assert 0 < little < much
 
 
-def test_a_clip_drawn_anew_does_not_depend_on_those_beside_it(redrawer: Redrawer) -> None:
+def test_a_clip_redrawn_does_not_depend_on_those_next_to_it(redrawer: Redrawer) -> None:
     torch.manual_seed(1)
     latents = torch.randn(2, redrawer.engine.vae_config.latent_channels, 2, 4, 4)
     both = redrawer.latents(latents, ["a cat", "a dog"], [1, 2], 0.5)
@@ -140,7 +140,7 @@ def test_a_guess_may_know_first_frames(redrawer: Redrawer) -> None:
     assert torch.equal(told[:, :, :1], latents[:, :, :1])
 
 
-def test_stills_alone_are_not_drawn_anew(plain: CacheConfig) -> None:
+def test_stills_alone_are_not_redrawn(plain: CacheConfig) -> None:
     with pytest.raises(InputError, match="stills_only"):
         replace(plain, stills_only=True, redrawn=Redrawn("toybox", (0.5,)))
     with pytest.raises(InputError, match="settled is of clips"):

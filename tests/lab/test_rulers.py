@@ -105,7 +105,7 @@ def test_true_bounces_are_parabolas_of_one_gravity() -> None:
     assert fall.spread < 0.02
 
 
-def test_changing_gravity_and_crooked_arcs_are_told() -> None:
+def test_changing_gravity_and_crooked_arcs_are_reported() -> None:
     changing = fit_arcs(course_of([1.6, 2.2, 3.0]), 12.0)
     assert changing.spread is not None
     assert changing.spread > 0.15

@@ -6,7 +6,7 @@ from train.toybox.runs import load_run
 from vidgen.core.errors import InputError
 
 
-def test_a_run_goes_on_from_another_file(tmp_path):
+def test_a_run_continues_from_another_file(tmp_path):
     def write(name, text):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)

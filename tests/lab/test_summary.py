@@ -50,7 +50,7 @@ def test_a_figure_has_its_interval_chance_and_ceilings(result):
     assert result["scores"]["judge"]["nothing"]["value"] == 0.95
 
 
-def test_wrong_answers_are_told(result):
+def test_wrong_answers_are_reported(result):
     assert result["confusions"]["text"]["sprite"] == {"car": {"cat": 1}}
 
 

@@ -54,7 +54,7 @@ def test_silence_and_steady_sound_have_no_onsets() -> None:
     assert [t for t in found[1] if t > 0.03] == []
 
 
-def test_a_quiet_onset_beside_a_loud_one_needs_a_lower_share() -> None:
+def test_a_quiet_onset_next_to_a_loud_one_needs_a_lower_share() -> None:
     sound = tone_at([0.5]) + 0.2 * tone_at([1.2])
     counts = [len(find_onsets(sound, SAMPLE_RATE, share)[0]) for share in (0.9, 0.1)]
     assert counts == [1, 2]
@@ -119,7 +119,7 @@ def test_the_window_is_the_itus() -> None:
     assert not match_times(seen, seen + LATE_S + 1e-3)
 
 
-def test_a_delay_is_told_as_bias_and_shuffling_as_the_floor() -> None:
+def test_a_delay_is_reported_as_bias_and_shuffling_as_the_floor() -> None:
     draws = np.random.default_rng(3)
     seen = [np.sort(draws.uniform(0.3, 2.3, 3)) for _ in range(40)]
     score = score_sync(seen, [times + 0.02 for times in seen], 2.667)

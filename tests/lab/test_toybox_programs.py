@@ -226,7 +226,7 @@ def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: P
 
 @pytest.mark.long
 @pytest.mark.parametrize(("part", "oversampling"), [("encoder", 1), ("all", 2)])
-def test_a_vae_goes_on_learning_while_latents_keep_their_meaning(
+def test_a_vae_continues_learning_while_latents_keep_their_meaning(
     tiny_model: Path, tmp_path: Path, program: Program, part: str, oversampling: int
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
@@ -330,7 +330,7 @@ def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"part": "encoder"}, {"part": "decoder"}, {"keep": 0.1}, {"encoder_dim": 48}]
 )
-def test_a_part_that_goes_on_needs_what_was_released(settings: dict[str, object]) -> None:
+def test_a_part_that_continues_needs_what_was_released(settings: dict[str, object]) -> None:
     vae = load_program("train/toybox/vae.py")
     run = PhasedRun("run", phases=(Phase(1, 9, 1),))
     loss = vae.VAELoss(keep=settings.pop("keep", 0.0))

@@ -109,14 +109,14 @@ def test_marks_of_turning_motions_are_where_the_track_says(motion: str) -> None:
 
 
 @pytest.mark.long
-def test_voices_can_be_told_apart_by_their_spectra() -> None:
+def test_voices_can_be_distinguished_by_their_spectra() -> None:
     known = bands(synthesize([in_room(sprite, seed=1) for sprite in VOICES], 25))
     asked = bands(synthesize([in_room(sprite, seed=2) for sprite in VOICES], 25))
     nearest = torch.cdist(asked, known).argmin(1)
     assert (nearest == torch.arange(len(VOICES))).float().mean() > 0.95
 
 
-def test_ambiences_can_be_told_apart_by_their_spectra() -> None:
+def test_ambiences_can_be_distinguished_by_their_spectra() -> None:
     def heard(seed: int) -> torch.Tensor:
         scenes = [Scene(seed, (Actor("star"),), p, times_in(p)[0]) for p in PLACES]
         sounds = np.stack([ambient_sound(scene, 48_000, SAMPLE_RATE) for scene in scenes])

@@ -159,7 +159,7 @@ def test_sounds_of_shots_cross_in_their_transition(make, tmp_path):
     assert measure(samples, RATE).lufs == pytest.approx(-16, abs=0.7)
 
 
-def test_music_goes_on_over_shots_and_ends_at_none(make, tmp_path):
+def test_music_continues_over_shots_and_ends_at_none(make, tmp_path):
     save(tmp_path / "m.wav", tone(1.5, 600), codec="pcm_s16le")
     keys = ("", "music: m.wav", "", "music: none", "")
     samples = heard(make(shots_text(*keys), [24] * 5).output)
@@ -168,7 +168,7 @@ def test_music_goes_on_over_shots_and_ends_at_none(make, tmp_path):
     assert level(samples, 7.1, 10) < 1e-3
 
 
-def test_music_that_ends_too_early_is_told(make, tmp_path):
+def test_music_that_ends_too_early_is_reported(make, tmp_path):
     save(tmp_path / "m.wav", tone(1.5, 600), codec="pcm_s16le")
     made = make(shots_text("music: {file: m.wav, loop: false}", ""), [24, 24])
     assert any("m.wav lasts 1.50 s" in each and "loop: true repeats it" in each
@@ -189,7 +189,7 @@ def test_music_goes_down_under_narration_and_the_film_has_one_loudness(make, tmp
     assert [each["start_s"] for each in Clip.from_file(made.output).captions] == [3.0]
 
 
-def test_a_film_without_sound_has_no_track_and_words_for_sound_are_told(make):
+def test_a_film_without_sound_has_no_track_and_words_for_sound_are_reported(make):
     made = make(shots_text("sound: thunder", "music: {prompt: a slow waltz}"), [12, 12])
     assert {each["type"] for each in probe(made.output)["streams"]} <= {"video", "data"}
     assert any("the sound of s0 is described in words" in each for each in made.told.notes)
@@ -237,7 +237,7 @@ TEXTS = shots_text("caption: 'less < more & {braces}'", "caption: [{text: one, d
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv"])
-def test_texts_are_a_track_that_others_can_read_and_files_beside(make, suffix):
+def test_texts_are_a_track_that_others_can_read_and_files(make, suffix):
     made = make(TEXTS, [24, 24, 24], name=f"film{suffix}")
     assert made.film["copied_frames"] == 72
     with av.open(str(made.output)) as container:
@@ -315,7 +315,7 @@ def test_other_codecs_by_name(make, monkeypatch, name, codec, stream):
     assert make(text, [70, 20], name=name).output.read_bytes() == content
 
 
-def test_a_shot_that_is_missing_or_was_changed_is_told_and_nothing_is_written(make, tmp_path):
+def test_a_shot_that_is_missing_or_was_changed_is_reported_and_nothing_is_written(make, tmp_path):
     made = make(shots_text("", ""), [20, 20])
     before = made.output.read_bytes()
     path = made.shots[1].path
@@ -329,7 +329,7 @@ def test_a_shot_that_is_missing_or_was_changed_is_told_and_nothing_is_written(ma
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_shot_of_another_length_than_told_is_refused(make, tmp_path):
+def test_a_shot_of_another_length_than_planned_is_refused(make, tmp_path):
     made = make(shots_text("", ""), [20, 20])
     wrong = [made.shots[0], replace(made.shots[1], num_frames=30)]
     for kind in ("", "transition: dissolve"):

@@ -116,7 +116,7 @@ def test_scores_depend_on_distance_alone_even_at_fractions():
     assert abs(score(0.25, 3.0) - score(0.25, 3.5)) > 1e-3
 
 
-def test_sound_tokens_tell_their_neighbours_apart():
+def test_sound_tokens_distinguish_their_neighbours():
     at = torch.arange(4.0)
     table = sound_rope_table(at / 20, at, 64)[0]  # twenty to a latent frame
     coarse = rope_table(at[None] / 20, 1, 1, 64)[0]

@@ -153,7 +153,7 @@ def test_folders_that_make_no_sound_are_refused(engine, tiny_model, tmp_path):
         engine.generate(PROMPT, **OPTIONS, audio_model=str(tmp_path))
 
 
-def test_a_damaged_model_is_told_of(engine, model, tmp_path):
+def test_a_damaged_model_is_reported(engine, model, tmp_path):
     (tmp_path / "model_index.json").write_text((model("stable-audio") / "model_index.json")
                                                .read_text())
     with pytest.raises(ModelError, match="can't be loaded as StableAudioPipeline"):

@@ -69,7 +69,7 @@ def test_a_stream_equals_the_whole(vae: AudioVAE, parts: list[int]) -> None:
         torch.testing.assert_close(heard, whole, atol=1e-5, rtol=0)
 
 
-def test_streams_go_on_from_their_caches(vae: AudioVAE) -> None:
+def test_streams_continue_from_their_caches(vae: AudioVAE) -> None:
     latents, cache = vae.encode(noise(4000)), StreamCache()
     parts = [*vae.stream_decode([latents[:, :, :3]], cache)]
     parts += [*vae.stream_decode([latents[:, :, 3:]], cache)]

@@ -141,7 +141,7 @@ def noting(steps: list[int]) -> Any:
 @pytest.mark.parametrize(("frames", "count"), [
     (9, 2), (9, 3), (9, 4), (9, 5), (33, 3), (33, 5), (33, 7), (33, 9), (33, 11), (33, 12),
 ])
-def test_stopped_anywhere_it_goes_on_with_the_candidates_left(
+def test_stopped_anywhere_it_continues_with_the_candidates_left(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, patience: float,
     frames: int,
 ) -> None:
@@ -186,7 +186,7 @@ def test_a_candidate_that_was_given_up_is_not_gone_on_with(
     assert torch.equal(again.latents, whole.latents)
 
 
-def test_what_goes_on_has_to_show_what_its_beginning_shows() -> None:
+def test_what_continues_has_to_show_what_its_beginning_shows() -> None:
     class Seeing:
         """Sees a cat, label 0, where the first latent is 1, a car where it is 2."""
 
@@ -262,7 +262,7 @@ def test_a_verifier_stays_as_it_is_in_every_layout(folder: Path, tmp_path: Path)
     ({"labels": [["cat"], []]}, "is not a valid config: label 1 has no name"),
     ({"latent_channels": 5}, "the verifier reads latents of 5 channels, but the VAE's have 4"),
 ])
-def test_a_verifier_of_another_model_is_told_of(
+def test_a_verifier_of_another_model_is_reported(
     folder: Path, tmp_path: Path, changed: dict[str, Any], told: str
 ) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))

@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_file_at_the_same_time(cli, monkeypatch):
     assert Path("a.mkv").read_bytes() == Path("b.mkv").read_bytes()
 
 
-def test_a_link_stays_a_link_and_is_not_replaced_untold(cli):
+def test_a_link_stays_a_link_and_is_not_replaced_silently(cli):
     Path("real").mkdir()
     Path("x.mp4").symlink_to("real/y.mp4")
     command = ("generate", "a cat", "--frames", "5", "--steps", "1", "-o", "x.mp4")
@@ -129,7 +129,7 @@ def test_events_tell_how_far_it_is(cli):
     assert [e["time"] for e in events] == sorted(e["time"] for e in events)
 
 
-def test_events_may_go_to_stdout_but_not_beside_json(cli):
+def test_events_may_go_to_stdout_but_not_with_json(cli):
     code, out, _ = cli("generate", "a cat", "--seed", 5, "--events", "-", "-o", "x.mp4")
     assert code == 0
     assert json.loads(out.splitlines()[0])["event"] == "progress"
@@ -239,7 +239,7 @@ def test_bad_input_is_refused_with_one_line_and_no_file(cli, arguments, message)
 
 
 @pytest.mark.parametrize("verb", ["generate", "plan"])
-def test_a_known_frame_behind_the_end_is_refused_by_its_time(cli, tiny_model, verb):
+def test_a_known_frame_after_the_end_is_refused_by_its_time(cli, tiny_model, verb):
     Image.new("RGB", (32, 32)).save("x.png")
     code, _, err = cli(verb, "a", "--model", tiny_model, "--frame", "9=x.png")
     assert code == 2
@@ -270,7 +270,7 @@ def test_json_gives_one_object_where_a_verb_fails_too(cli):
     assert "none.mp4 does not exist" in told["error"]
 
 
-def test_a_full_device_for_the_result_is_told(cli, monkeypatch):
+def test_a_full_device_for_the_result_is_reported(cli, monkeypatch):
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr("sys.stdout", full)
         code, _, err = cli("models")
@@ -279,7 +279,7 @@ def test_a_full_device_for_the_result_is_told(cli, monkeypatch):
     assert "error: stdout can't be written: No space left on device" in err
 
 
-def test_an_existing_output_is_kept_unless_told(cli):
+def test_an_existing_output_is_kept_without_overwrite(cli):
     Path("x.mp4").write_bytes(b"precious")
     code, _, err = cli("generate", "a cat", "-o", "x.mp4")
     assert code == 2

@@ -37,7 +37,7 @@ def frames_of(path: Path) -> list[np.ndarray]:
         return [*reader]
 
 
-def test_a_clip_goes_on_and_on_by_its_own_recipe(short, tmp_path):
+def test_a_clip_is_continued_repeatedly_by_its_own_recipe(short, tmp_path):
     longer, longest = tmp_path / "longer.mp4", tmp_path / "longest.mp4"
     facts = extend(short, "--seconds", 1, "-o", longer)
     assert facts["num_frames"] == 31
@@ -54,7 +54,7 @@ def test_a_clip_goes_on_and_on_by_its_own_recipe(short, tmp_path):
         assert recipe["plan"][name] == before["plan"][name]
 
 
-def test_guidance_towards_given_frames_goes_on_too(short):
+def test_guidance_towards_given_frames_continues_too(short):
     recipe = read_recipe(short)
     assert "image_guidance" not in own_options(recipe)["settings"]
     recipe["plan"]["guidance"] |= {"scale": 4.0, "known_scale": 3.0, "reach": 5}
@@ -80,7 +80,7 @@ def test_the_same_command_gives_the_same_file_but_for_its_marks(short, tmp_path)
     assert all(map(np.array_equal, frames_of(one), frames_of(two)))
 
 
-def test_a_foreign_clip_needs_a_prompt_and_goes_on_from_its_pixels(
+def test_a_foreign_clip_needs_a_prompt_and_continues_from_its_pixels(
     short, tmp_path, tiny_model, capsys
 ):
     bare = tmp_path / "bare.mp4"
@@ -124,7 +124,7 @@ def test_a_cache_and_devices_are_recorded_and_a_cache_goes_on(short, tmp_path):
     (["--seconds", "1", "--set", "overlap=9"], "overlap is 9"),
     (["--seconds", "1", "--set", "colour_hold=2"], "colour_hold is 2"),
 ])
-def test_mistakes_are_told(short, capsys, tmp_path, monkeypatch, words, message):
+def test_mistakes_are_reported(short, capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     words = [str(short) if word == "SELF" else word for word in words]
     assert main(["extend", str(short), *words]) == 2
@@ -189,7 +189,7 @@ def test_sound_stays_where_frames_are_encoded_once_more(short, tmp_path):
     assert not {f["kind"] for f in facts["checks"]["findings"]} & {"sound-length", "silence"}
 
 
-def test_a_picture_goes_on_at_its_recipes_rate_or_at_the_models(tiny_model, tmp_path):
+def test_a_picture_continues_at_its_recipes_rate_or_at_the_models(tiny_model, tmp_path):
     engine = load(tiny_model, dtype="fp32")
     engine.generate("a cat", frames=1, steps=1, seed=1, fps=8).save(tmp_path / "a.png")
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "b.png")

@@ -77,7 +77,7 @@ def test_killed_with_9_and_resumed_equals_straight(run_file, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_interrupt_is_told_from_an_end_of_minutes(run_file, tmp_path):
+def test_an_interrupt_is_distinguished_from_an_end_of_minutes(run_file, tmp_path):
     path = run_file("run", run={"steps": 1_000_000, "checkpoint_minutes": 0, "minutes": 60,
                                 "validate_every": 1_000_000})
     process = start("-m", "vidgen", "train", "-c", str(path), "--json")

@@ -350,7 +350,7 @@ def test_single_frames_and_missing_stills_leave_their_share_to_the_rest():
     assert "mask" not in conditions_of(narrow)
 
 
-def test_stills_behind_the_end_of_a_cut_clip_are_left_out():
+def test_stills_after_the_end_of_a_cut_clip_are_left_out():
     state = training_conditions(
         torch.zeros(200, 1, 3, 4, 6),
         torch.Generator().manual_seed(3),

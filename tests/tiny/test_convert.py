@@ -69,7 +69,7 @@ def test_a_wan_release_comes_back_from_a_round(variant: str, tmp_path: Path) -> 
     assert_same(tensors(result), tensors(source))
 
 
-def test_what_only_wans_own_programs_load_is_kept_or_told_of(
+def test_what_only_wans_own_programs_load_is_kept_or_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = build_original(tmp_path / "source", "i2v")
@@ -128,7 +128,7 @@ def test_facts_come_back_through_any_layout(first: str, second: str, tmp_path: P
     assert_same(tensors(back.path), tensors(source))
 
 
-def test_measures_of_other_weights_stay_behind(tmp_path: Path, caplog) -> None:
+def test_measures_of_other_weights_are_left_out(tmp_path: Path, caplog) -> None:
     source = build_tiny_model(tmp_path / "tiny")
     (source / "magnitudes.json").write_text("{}")
     record_files(source, ["magnitudes.json"])

@@ -39,7 +39,7 @@ def test_rounded_times_are_no_variable_rate(tmp_path, suffix):
     assert (facts.num_frames, facts.is_variable, facts.fps) == (25, False, 24)
 
 
-def test_a_variable_rate_is_told_with_every_time(tmp_path):
+def test_a_variable_rate_is_reported_with_every_time(tmp_path):
     times = [0, 100, 130, 400, 440, 480, 1000, 1010]
     facts = probe_file(film(tmp_path / "a.mkv", moving(8), times_ms=times))
     assert facts.is_variable
@@ -94,7 +94,7 @@ def test_a_turned_film_has_the_size_that_is_seen(tmp_path):
     assert (facts.size, facts.rotation % 180) == ((48, 64), 90)
 
 
-def test_hdr_and_pixels_that_are_not_square_are_told(tmp_path):
+def test_hdr_and_pixels_that_are_not_square_are_reported(tmp_path):
     hdr = film(tmp_path / "a.mkv", moving(9), pix_fmt="yuv420p10le", transfer=16, primaries=9)
     facts = probe_file(hdr)
     assert facts.is_hdr

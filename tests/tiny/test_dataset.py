@@ -211,7 +211,7 @@ def test_a_cache_of_another_model_is_refused(cache, tmp_path):
         open_dataset(replace(cache, sizes=("48x32",)), wan)
 
 
-def test_changed_files_are_told_and_only_they_are_encoded_anew(data, tiny_model, tmp_path):
+def test_changed_files_are_reported_and_only_they_are_encoded_again(data, tiny_model, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for path in data.iterdir():
@@ -252,7 +252,7 @@ def test_items_of_one_film_are_encoded_at_the_nearest_frames(tiny_model, tmp_pat
         assert torch.allclose(made, encode_pixels(parts, video), atol=1e-5)
 
 
-def test_a_disk_too_small_for_a_cache_is_told_before_anything_is_encoded(
+def test_a_disk_too_small_for_a_cache_is_reported_before_anything_is_encoded(
     data, tiny_model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
@@ -261,7 +261,7 @@ def test_a_disk_too_small_for_a_cache_is_told_before_anything_is_encoded(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_damaged_and_missing_entries_are_told(cache, tiny_model, tmp_path):
+def test_damaged_and_missing_entries_are_reported(cache, tiny_model, tmp_path):
     shutil.copytree(cache.cache, tmp_path / "copy")
     config = replace(cache, cache=str(tmp_path / "copy"))
     dataset = open_dataset(config, tiny_model, batch_size=1)
@@ -402,7 +402,7 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
         (["check", ".", "--model", "nothing"], "neither an embedded model"),
     ],
 )
-def test_mistakes_are_told(argv, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_reported(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["data", *argv]) == 2
     assert message in capsys.readouterr().err

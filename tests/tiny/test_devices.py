@@ -181,7 +181,7 @@ def test_two_devices_spare_the_steps_of_one(
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 @pytest.mark.parametrize("cache", ["first-block:100", "forecast:100"])
-def test_a_clip_with_a_cache_goes_on_in_the_middle_of_a_window(
+def test_a_clip_with_a_cache_continues_in_the_middle_of_a_window(
     both: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, guidance: float
 ) -> None:
     monkeypatch.setattr(journal, "PATIENCE", 0)

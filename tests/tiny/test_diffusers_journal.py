@@ -150,7 +150,7 @@ def test_a_label_stays_on_the_opening(engine: Open, out: Path) -> None:
     assert_same(out, whole)
 
 
-def test_a_picture_goes_on_too(engine: Open, tmp_path: Path) -> None:
+def test_a_picture_continues_too(engine: Open, tmp_path: Path) -> None:
     out, options = tmp_path / "x.png", {"size": "32x32", "frames": 1}
     expected = make(engine("sdxl"), "sdxl", **options).frames
     clip = make(engine("sdxl"), "sdxl", Journal(out), **options)

@@ -68,7 +68,7 @@ def test_the_command_line_replays_them(
     assert result["differences"] == {}
 
 
-def test_a_clip_is_made_anew_from_its_reimagined_one(
+def test_a_clip_is_made_again_from_its_reimagined_one(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     engine = open_diffusers_model(models("cogvideox"))

@@ -211,7 +211,7 @@ def test_audio_can_be_kept_from_seeing_the_video():
     assert (run(inputs[0], louder).video - video).abs().max() > 1e-4
 
 
-def test_the_video_can_be_kept_from_seeing_audio_which_is_then_made_behind_it():
+def test_the_video_can_be_kept_from_seeing_audio_which_is_then_made_after_it():
     model, (latents, timestep, context) = make_model(WITH_AUDIO), make_inputs()
     behind = replace(make_sound(), is_seen=False)
     stills = make_stills([[5.0], [5.0]])

@@ -94,7 +94,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return load(build_tiny_model(folder, sound=True), dtype="fp32")
 
 
-def test_an_edited_clip_goes_on_from_what_it_shows(
+def test_an_edited_clip_continues_from_what_it_shows(
     engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = tmp_path / "a.mp4"
@@ -114,7 +114,7 @@ def test_an_edited_clip_goes_on_from_what_it_shows(
     (("-ss", "0.4", "-crf", "4"), {}, "has 12 of the 17 frames that its recipe records"),
     ((), {"fps": 8}, "holds latents of another size or frame rate than requested"),
 ])
-def test_latents_that_do_not_suit_are_told_of(
+def test_latents_that_do_not_suit_are_reported(
     engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...],
     asked: dict[str, int], why: str,
 ) -> None:
@@ -151,7 +151,7 @@ def test_latents_that_reach_on_are_shown_without_another_window(
     assert not caplog.text
 
 
-def test_a_beginning_that_leaves_nothing_is_told_before_time_is_foreseen(
+def test_a_beginning_that_leaves_nothing_is_reported_before_time_is_foreseen(
     engine: Engine, tmp_path: Path
 ) -> None:
     engine.generate("a cat", seed=1, steps=1, frames=17).save(tmp_path / "a.mp4")

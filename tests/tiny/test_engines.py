@@ -251,7 +251,7 @@ def test_muon_is_refused_under_zero(double):
     assert "optim.muon_lr" in double["muon"]
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_on_one(double, folder):
+def test_a_checkpoint_of_two_ranks_continues_on_one(double, folder):
     [found] = run_ranks(1, on_one_rank, folder, launched=True, timeout_s=600)
     for name, curve in found.items():  # steps 4, 5, 6: losses, norms, the score in the end
         straight = double[f"{name}-full"]

@@ -86,7 +86,7 @@ def test_a_student_may_leave_low_noise_to_the_second_expert(
     assert (both.frames != plain[1].frames).any()
 
 
-def test_an_adapter_of_the_expert_that_rests_is_told_of(
+def test_an_adapter_of_the_expert_that_rests_is_reported(
     engines: tuple[Engine, Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, both = engines

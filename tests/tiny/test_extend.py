@@ -98,7 +98,7 @@ def test_a_longer_clip_begins_as_the_shorter_one(engine):
     assert torch.equal(one, two[:, :, : one.shape[2]])
 
 
-def test_a_run_goes_on_behind_the_windows_that_are_done(engine):
+def test_a_run_continues_after_the_windows_that_are_done(engine):
     long, kept = begin(engine, frames=37, settings={"overlap": 1}), []
     whole, _ = denoise(engine, long, keep=lambda latents: kept.append(latents.clone()))
     assert torch.equal(kept[-1], whole)
@@ -139,7 +139,7 @@ def test_stills_are_met_in_the_window_they_fall_into(engine):
     assert positions[2] == [(40 - 6 * 4 + 1.5) / 4, reference]
 
 
-def test_a_file_goes_on_from_the_latents_in_its_recipe(engine, short, tmp_path):
+def test_a_file_continues_from_the_latents_in_its_recipe(engine, short, tmp_path):
     long = begin(engine, prefix=str(short), seconds=6, seed=2)
     assert long.begun.hand_over == "latents"
     latents, _ = denoise(engine, long)
@@ -160,7 +160,7 @@ def test_a_file_goes_on_from_the_latents_in_its_recipe(engine, short, tmp_path):
     assert torch.equal(again.colours, long.begun.colours.half().float())
 
 
-def test_frames_behind_a_file_are_those_of_one_decode_of_all_latents(engine, short):
+def test_frames_added_to_a_file_are_those_of_one_decode_of_all_latents(engine, short):
     long = begin(engine, prefix=str(short), seconds=6, seed=2)
     whole = replace(long.begun, latents=make(engine, seconds=47 / 12).latents)
     exact = WindowedClip(engine, long.plan, long.request, long.inputs, whole)
@@ -172,7 +172,7 @@ def test_frames_behind_a_file_are_those_of_one_decode_of_all_latents(engine, sho
     assert np.abs(frames.astype(int) - clip.frames[47:].astype(int)).max() <= 1
 
 
-def test_a_file_without_latents_goes_on_from_its_frames(engine, short, tmp_path, caplog):
+def test_a_file_without_latents_continues_from_its_frames(engine, short, tmp_path, caplog):
     bare = tmp_path / "bare.mkv"
     clip = Clip.from_file(short)
     Clip(clip.chunks, replace(clip.info, recipe=None)).save(bare)

@@ -115,7 +115,7 @@ def test_a_shot_that_continues_holds_what_an_extension_adds(rendered, tiny_model
     path.unlink()
 
 
-def test_a_chain_goes_on_from_latents_whatever_lies_between(rendered):
+def test_a_chain_continues_from_latents_whatever_lies_between(rendered):
     shots = {shot["id"]: shot for shot in rendered[1]["shots"]}
     four, three = (read_recipe(shots[name]["path"]) for name in ("four", "three"))
     assert four["hand_over"] == three["hand_over"] == "latents"
@@ -224,7 +224,7 @@ def test_only_renders_a_shot_and_what_it_needs(tmp_path, tiny_model):
     assert len(list((tmp_path / "film.shots").glob("*.mp4"))) == 2
 
 
-def test_a_draft_is_fast_and_apart(film, tiny_model, monkeypatch):
+def test_a_draft_is_fast_and_separate(film, tiny_model, monkeypatch):
     monkeypatch.chdir(film)
     text = FILM.replace("defaults: {", "defaults: {steps: 30, ")
     Path("film.yaml").write_text(text)
@@ -345,7 +345,7 @@ def test_a_bad_shot_in_the_middle_names_itself(film, tiny_model, capsys):
     assert not (film / "more.mp4").exists()
 
 
-def test_files_beside_a_film_that_is_done_stay_as_they_are(film, tiny_model, capsys):
+def test_files_next_to_a_film_that_is_done_stay_as_they_are(film, tiny_model, capsys):
     command = ["script", film / "film.yaml", "-o", film / "film.mp4", "--model", tiny_model,
                "--storyboard", "--otio"]
     written = [film / f"film{suffix}" for suffix in (".srt", ".vtt", ".html", ".otio")]
@@ -403,7 +403,7 @@ def test_shots_that_are_there_are_counted_when_one_is_interrupted(
     assert "Run the same command to continue." in err
 
 
-def test_a_film_goes_on_as_any_clip_does_and_its_script_makes_it_again(film, tiny_model, capsys):
+def test_a_film_continues_as_any_clip_does_and_its_script_makes_it_again(film, tiny_model, capsys):
     whole = film / "film.mp4"
     assert main(["extend", str(whole), "--seconds", "0.25"]) == 2
     assert "film.mp4 records no prompt; give --prompt" in capsys.readouterr().err

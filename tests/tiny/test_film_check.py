@@ -41,7 +41,7 @@ def limited(model: Path, folder: Path, *tasks: str) -> Path:
     ("prompt: x, duration: 3000}\n  - {id: b, prompt: x, duration: 700, continue_from: a",
      "line 3: shot 'b': it lasts 3700 s with the shot that it continues"),
 ])
-def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, shot, message):
+def test_what_cannot_be_made_is_reported_beforehand(tmp_path, tiny_model, capsys, shot, message):
     prompt = "" if "prompt" in shot else "prompt: x, "
     script = tmp_path / "film.yaml"
     script.write_text(f"shots:\n  - {{id: a, {prompt}{shot}}}\n")
@@ -60,7 +60,7 @@ def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, sh
     ("shots: [{id: a, prompt: x}, {id: b, prompt: x, first_frame: {shot: a}}]",
      "doesn't support image"),
 ])
-def test_what_a_model_never_learned_is_told_beforehand(
+def test_what_a_model_never_learned_is_reported_beforehand(
     tmp_path, tiny_model, capsys, text, message
 ):
     (tmp_path / "film.yaml").write_text(text)
@@ -95,7 +95,7 @@ def test_a_model_without_references_says_how_characters_are_kept(tmp_path, tiny_
     (["long.yaml", "--check"], "line 2: shot 'a': the caption"),
     (["long.yaml"], "lines, but a picture of 32x32 has room for 2"),
 ])
-def test_wrong_commands_are_told(tmp_path, tiny_model, capsys, monkeypatch, words, message):
+def test_wrong_commands_are_reported(tmp_path, tiny_model, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     Path("film.yaml").write_text("shots: [{id: one, prompt: a red car bounces}]")
     Path("hidden.yaml").write_text("shots: [{prompt: x, in_film: false}]")

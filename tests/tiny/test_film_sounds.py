@@ -103,7 +103,7 @@ def test_words_become_sound_once_and_are_heard_in_their_places(
     assert made(script) == second
 
 
-def test_without_a_model_for_it_words_are_told_and_make_no_sound(
+def test_without_a_model_for_it_words_are_reported_and_make_no_sound(
     script: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(script, tiny_model, None)) == 0

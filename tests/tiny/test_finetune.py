@@ -166,7 +166,7 @@ def test_all_weights_learn_and_a_whole_model_comes_out(kind, tiny_model, wan, cl
         assert bool(changed) == (role == trained), role
 
 
-def test_a_killed_or_stopped_run_goes_on_to_the_same_bits(tiny_model, clips, tmp_path):
+def test_a_killed_or_stopped_run_continues_to_the_same_bits(tiny_model, clips, tmp_path):
     """Killed with -9 it is in the tests of the command line; here by its minutes."""
     straight = make_config(tiny_model, clips, tmp_path / "straight", run={"steps": 5})
     finetune(straight)
@@ -266,7 +266,7 @@ def test_a_changed_run_is_refused_by_name_unless_that_is_accepted(tiny_model, cl
     assert finetune(changed, resume=True, accept_changes=True)["step"] == 2
 
 
-def test_what_fills_a_batch_up_is_told(tiny_model, clips, tmp_path):
+def test_what_fills_a_batch_up_is_reported(tiny_model, clips, tmp_path):
     notes: list[dict] = []
     config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 1, "batch_size": 3})
     finetune(config, on_event=notes.append)
@@ -375,7 +375,7 @@ def test_an_expert_that_learned_nothing_fails_the_run_by_name(wan, clips, tmp_pa
         export(config, folder)
 
 
-def test_a_share_that_keeps_no_clip_is_told(tiny_model, clips, tmp_path):
+def test_a_share_that_keeps_no_clip_is_reported(tiny_model, clips, tmp_path):
     notes: list[dict] = []
     config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 1})
     finetune(replace(config, data=replace(config.data, held_out=1e-9)), on_event=notes.append)

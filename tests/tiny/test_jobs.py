@@ -60,7 +60,7 @@ COMMAND = ["generate", "a cat", "--seed", 5, "--frames", 33, "--steps", 3]
     ("on_step", 2, "sample, step 2 of 3"), ("keep_latents", 1, "write, frame 0 of 33"),
     ("keep", 1, "write, frame 13 of 33"),
 ])
-def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, calls, where):
+def test_an_interrupted_clip_continues_by_the_same_command(cli, stopped, method, calls, where):
     assert cli(*COMMAND, "-o", "straight.mkv")[0] == 0
     code, _, err = stopped(method, calls, *COMMAND, "-o", "x.mkv")
     assert code == 130
@@ -82,7 +82,7 @@ def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, c
     assert json.loads(again)["clips"] == json.loads(out)["clips"]
 
 
-def test_a_clip_goes_on_with_the_attention_that_it_began_with(cli, stopped):
+def test_a_clip_continues_with_the_attention_that_it_began_with(cli, stopped):
     other = ("--attention", "reference")
     assert cli(*COMMAND, *other, "-o", "straight.mkv")[0] == 0
     assert stopped("on_step", 2, *COMMAND, *other, "-o", "x.mkv")[0] == 130
@@ -96,7 +96,7 @@ def test_a_clip_goes_on_with_the_attention_that_it_began_with(cli, stopped):
     assert 'attention was "reference", is "sdpa"' in err
 
 
-def test_a_clip_that_began_without_kernels_goes_on_without(cli, stopped, monkeypatch):
+def test_a_clip_that_began_without_kernels_continues_without(cli, stopped, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(native, "why_not", lambda: "no compiler was found")
         stopped("on_step", 2, *COMMAND, "-o", "x.mkv")
@@ -189,7 +189,7 @@ def test_of_several_clips_the_finished_ones_stay(cli, stopped):
     assert [Clip.from_file(name).recipe["plan"]["seed"] for name in files()] == seeds
 
 
-def test_overwrite_starts_anew(cli, stopped):
+def test_overwrite_starts_again(cli, stopped):
     stopped("on_step", 1, *COMMAND, "-o", "x.mkv")
     code, _, err = cli(*COMMAND, "-o", "x.mkv", "--steps", 2, "--overwrite")
     assert (code, files()) == (0, ["x.mkv"]), err

@@ -124,7 +124,7 @@ def test_stopped_between_steps(engine, out, sampler, step):
 @pytest.mark.parametrize(("step", "told"), [
     (2, "sample, step 2 of 3"), (3, "sample, step 3 of 3"), (5, "sample, window 2, step 2 of 3"),
 ])
-def test_a_long_clip_goes_on_in_its_window(tiny_model, out, step, told):
+def test_a_long_clip_continues_in_its_window(tiny_model, out, step, told):
     engine = load(str(tiny_model), device="cpu", dtype="fp32")
     expected = engine.generate(PROMPT, **LONG).latents
     with pytest.raises(Cancelled):
@@ -231,7 +231,7 @@ def test_killed_after_the_file_and_before_the_end_is_done(engine, out, monkeypat
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mkv", ".gif"])
-def test_other_formats_go_on_too(engine, tmp_path, suffix):
+def test_other_formats_continue_too(engine, tmp_path, suffix):
     out, whole = tmp_path / f"x{suffix}", tmp_path / f"whole{suffix}"
     engine.generate(PROMPT, **LONG).save(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -332,7 +332,7 @@ def test_a_removed_segment_is_made_again(engine, out, straight):
     assert content(out) == straight
 
 
-def test_an_unfinished_clip_is_told_of_and_can_start_anew(engine, out):
+def test_an_unfinished_clip_is_reported_and_can_start_again(engine, out):
     with pytest.raises(Cancelled):
         go(engine, out, False, stop_at(2))
     with pytest.raises(OutputError, match=r"step 2 of 3.*--resume .*--overwrite starts again"):
@@ -466,7 +466,7 @@ def test_several_clips_have_a_journal_each(engine, tmp_path):
         engine.generate(PROMPT, journal=Journal(paths[0], overwrite=True), count=2)
 
 
-def test_windows_of_a_long_clip_are_kept_apart(out):
+def test_windows_of_a_long_clip_are_kept_separate(out):
     recipe = {"plan": {"num_steps": 3, "kept_frames": 33}}
     done = torch.randn(1, 4, 7, 2, 2)
     state = SamplerState(2, torch.randn(1, 4, 3, 2, 2), (torch.randn(1, 4, 3, 2, 2),))

@@ -103,7 +103,7 @@ def test_original_names_and_shapes_are_those_of_wans_own_classes(name: str) -> N
 
 
 @pytest.mark.parametrize("name", TRUE)
-def test_architectures_are_told_from_the_published_shapes(name: str) -> None:
+def test_architectures_are_inferred_from_the_published_shapes(name: str) -> None:
     (role, config), split = TRUE[name], split_clip(original(name))
     shapes = {key: tuple(lazy.likeness.shape) for key, lazy in split.items()}
     if role == "vae":

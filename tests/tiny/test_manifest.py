@@ -106,7 +106,7 @@ def test_an_inputs_manifest_is_kept_as_an_ingredient(
     assert (kept["digital_source_type"], kept["c2pa"]) == (GENERATED, "valid")
 
 
-def test_a_tampered_input_stays_tampered_and_a_broken_one_is_told_of(tmp_path, signing, caplog):
+def test_a_tampered_input_stays_tampered_and_a_broken_one_is_reported(tmp_path, signing, caplog):
     data = bytearray(write_signed(signing, tmp_path / "in.png").read_bytes())
     data[-40] ^= 1
     (tmp_path / "in.png").write_bytes(data)
@@ -216,7 +216,7 @@ def test_a_bad_list_of_trusted_certificates_is_no_tampering(tmp_path, signing, c
         read_marks(path, tmp_path / "roots.pem")
 
 
-def test_a_key_of_another_certificate_leaves_nothing_behind(tmp_path, signing):
+def test_a_key_of_another_certificate_leaves_nothing(tmp_path, signing):
     (tmp_path / "other").mkdir()
     other = Signing(signing.certificates, make_signing(tmp_path / "other").key)
     with pytest.raises(OutputError, match="can't be signed"):

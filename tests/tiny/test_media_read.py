@@ -352,7 +352,7 @@ def test_a_contact_sheet_shows_every_picture_with_its_label(tmp_path):
     assert (sheet < 60).all(-1).sum() > 20
 
 
-def test_a_label_goes_on_over_empty_ones_in_its_row(tmp_path):
+def test_a_label_continues_over_empty_ones_in_its_row(tmp_path):
     grey = [np.full((40, 60, 3), 200, np.uint8)] * 4
     written = {}
     for behind in ("", "x"):

@@ -262,7 +262,7 @@ def test_no_sound_is_made_that_a_file_cant_hold(engine, tmp_path, monkeypatch, n
     assert bool(made) == name.endswith(".mp4")
 
 
-def test_a_clip_that_is_kept_or_re_imagined_is_heard_anew(engine, tmp_path):
+def test_a_clip_that_is_kept_or_re_imagined_is_heard_again(engine, tmp_path):
     engine.generate("a cat", **WORDS, audio="none").save(tmp_path / "seen.mp4")
     sounds = []
     for strength in (0, 0.5):
@@ -289,7 +289,7 @@ def moved_by(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["engine", "looking"])
-def test_sound_goes_on_through_windows_and_through_kills(model, request, tmp_path, monkeypatch):
+def test_sound_continues_through_windows_and_through_kills(model, request, tmp_path, monkeypatch):
     engine, moved = request.getfixturevalue(model), moved_by(monkeypatch)
     words = WORDS | {"frames": 33, "settings": {"audio_candidates": 2}}
     if model == "looking":  # in every window something else is seen
@@ -312,7 +312,7 @@ def test_sound_goes_on_through_windows_and_through_kills(model, request, tmp_pat
     assert np.array_equal(clip.frames, straight.frames)
 
 
-def test_an_extension_goes_on_from_what_was_heard(engine, tmp_path):
+def test_an_extension_continues_from_what_was_heard(engine, tmp_path):
     engine.generate("a cat", **WORDS).save(tmp_path / "a.mp4")
     longer = engine.generate("a cat", seed=3, steps=2, prefix=tmp_path / "a.mp4", seconds=2)
     assert longer.sound_rate == 16_000

@@ -321,7 +321,7 @@ def test_a_mask_keeps_the_rest(engine: Engine, tmp_path: Path) -> None:
     assert torch.equal(clip.latents[..., 2:], state.clean[..., 2:])
 
 
-def test_noise_that_is_drawn_anew_follows_from_the_seed_alone(
+def test_noise_that_is_redrawn_follows_from_the_seed_alone(
     engine: Engine, tmp_path: Path
 ) -> None:
     def made(**options: Any) -> torch.Tensor:
@@ -493,7 +493,7 @@ def test_options_change_a_request(engine: Engine) -> None:
     assert (clip.num_frames, clip.recipe["plan"]["seed"]) == (5, 3)
 
 
-def test_a_clip_goes_on_from_another(engine: Engine, tmp_path: Path) -> None:
+def test_a_clip_continues_from_another(engine: Engine, tmp_path: Path) -> None:
     source = tmp_path / "source.mkv"
     engine.generate(PROMPT, seed=9, frames=9).save(source)
     clip = engine.generate(PROMPT, seed=1, prefix=str(source), frames=17)

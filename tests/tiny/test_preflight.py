@@ -221,7 +221,7 @@ def test_an_expert_that_rests_is_not_counted(kind, options, experts, tmp_path, r
     assert loaded - kept == pytest.approx(read / timing.LOAD_BYTES_PER_S)
 
 
-def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch):
+def test_an_engine_is_estimated_quickly_and_measures_nothing(tiny_model, monkeypatch):
     monkeypatch.setattr(timing, "_measure", lambda *_: pytest.fail("measured"))
     engine = load(str(tiny_model), dtype="fp32")
     request = Request.of("a cat", {"seed": 1})
@@ -337,7 +337,7 @@ def test_a_plan_refuses_what_the_engine_does(tiny_model, options, message):
             plan()
 
 
-def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys):
+def test_a_long_run_is_reported_before_it_begins_and_not_refused(tiny_model, capsys):
     def told(count=1, **options):
         made = [estimate(*planned(tiny_model, **options), FP32, count=count)]
         with Report(as_json=True, events=None) as report:

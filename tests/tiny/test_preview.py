@@ -98,7 +98,7 @@ def test_the_embedded_models_previews_look_like_its_clips() -> None:
     assert float(psnr(shown[None].transpose(1, 2), small[None].transpose(1, 2))) > 20
 
 
-def test_an_animation_lies_beside_the_output_until_that_is_done(
+def test_an_animation_is_next_to_the_output_until_that_is_done(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x.mp4"

@@ -89,7 +89,7 @@ def test_known_words_numbers_and_tokens_are_never_touched(tokenizer: PromptToken
     ["platypus", "zebra", "goat", "mouse", "sheep", "fox", "hen", "cart", "lamp", "moose", "newt",
      "she", "him", "zu", "кот"],
 )
-def test_what_is_unknown_but_no_slip_is_left_alone_and_told(
+def test_what_is_unknown_but_no_slip_is_left_alone_and_reported(
     tokenizer: PromptTokenizer, word: str
 ) -> None:
     assert tokenizer.readings(f"a {word} bounces") == {}
@@ -159,7 +159,7 @@ def test_synonyms_of_the_grammar_are_the_models_words_and_each_leads_to_one(
     assert {part for known in table for part in known.split()} <= set(vocabulary())
 
 
-def test_a_word_met_too_seldom_is_told_when_read_and_known_when_not(taught: Path) -> None:
+def test_a_rare_word_is_reported_when_it_is_replaced(taught: Path) -> None:
     tokenizer = PromptTokenizer(taught)
     (told,) = tokenizer.remarks("a stallion", tokenizer.readings("a stallion"))
     assert told == "the model reads 'stallion' as 'horse'"

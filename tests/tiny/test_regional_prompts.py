@@ -93,7 +93,7 @@ def test_only_what_names_several_things_is_bound(engine: Engine) -> None:
     assert 0 < float((half - free).norm()) < float((bound - free).norm())
 
 
-def test_each_thing_is_told_by_what_it_does_and_by_how_it_looks(engine: Engine) -> None:
+def test_each_thing_is_described_by_what_it_does_and_by_how_it_looks(engine: Engine) -> None:
     config = engine.folder.components[VERIFIER].config
     texts = list[list[str]]()
 
@@ -111,7 +111,7 @@ def test_each_thing_is_told_by_what_it_does_and_by_how_it_looks(engine: Engine) 
     assert regional_prompts(config, [ONE, "snow"], 1.0, encode) is None
 
 
-def test_how_things_look_is_told_where_it_is_settled(engine: Engine) -> None:
+def test_how_things_look_is_described_where_it_is_settled(engine: Engine) -> None:
     asked = list[str]()
 
     def told(name: str) -> Denoise:
@@ -139,7 +139,7 @@ def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None
         assert torch.equal(latents_of(engine, TWO, **known), free)
 
 
-def test_what_is_not_told_apart_is_not_planned_to_be(engine: Engine) -> None:
+def test_things_that_are_not_distinguished_are_not_planned(engine: Engine) -> None:
     picture = np.full((64, 64, 3), 90, np.uint8)
     for known in ({"image": picture}, {"reference": [picture]}, {"frame": [(0.5, picture)]}):
         assert engine.plan(Request.of(TWO, OPTIONS | known), Inputs()).binding == 0
@@ -181,7 +181,7 @@ def _sigmas(plan: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_stopped_anywhere_it_goes_on_bound(
+def test_stopped_anywhere_it_continues_bound(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     monkeypatch.setattr(journal, "PATIENCE", 0)

@@ -126,7 +126,7 @@ def test_attention_is_computed_by_the_same_again(
     assert result["identical"]
 
 
-def test_extended_clips_are_replayed_with_all_they_go_on_from(
+def test_extended_clips_are_replayed_with_all_they_continue_from(
     engine: Engine, replay: Replay
 ) -> None:
     engine.generate(PROMPT, seed=5, seconds=1).save("one.mp4")
@@ -342,7 +342,7 @@ def test_another_model_is_refused_unless_it_will_do(
     assert result["identical"]  # a note makes no other frames
 
 
-def test_what_differs_is_told_where_frames_do(
+def test_what_differs_is_reported_where_frames_do(
     engine: Engine, replay: Replay, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = engine.generate(PROMPT, seed=5)

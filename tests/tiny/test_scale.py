@@ -179,7 +179,7 @@ def test_models_stand_on_one_page_by_what_they_share(
     (["leaderboard", "-o", "r.html", "--results", "prompts.txt"], "holds no results"),
     (["leaderboard", "-o", "r.html", "--results", "none.json"], "can't be read"),
 ])
-def test_wrong_commands_are_told(
+def test_wrong_commands_are_reported(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], words: list[str], message: str,
 ) -> None:  # fmt: skip

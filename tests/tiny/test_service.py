@@ -43,7 +43,7 @@ def seen(service, job):
     return service.scheduler.view(service.jobs.get(job.id))
 
 
-def test_who_waits_hears_that_others_leave_the_queue(service):
+def test_waiting_clients_see_that_others_leave_the_queue(service):
     running, ahead = service.clip("create", LONG, ANN), service.clip("create", LONG, ANN)
     waiting = service.clip("create", LONG, BOB)
     wait_for(lambda: (seen(service, running)["step"] or 0) > 5)  # so that its pace is known
@@ -102,7 +102,7 @@ def test_while_many_are_checked_others_are_answered(service, monkeypatch):
     assert {answer.status_code for answer in answers} == {400}
 
 
-def test_more_requests_than_can_be_answered_are_told_so(service, monkeypatch):
+def test_more_requests_than_can_be_answered_are_reported(service, monkeypatch):
     async def answers(*paths):
         transport = httpx.ASGITransport(make_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:

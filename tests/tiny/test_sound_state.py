@@ -24,7 +24,7 @@ def make_state(**known):
     return replace(state, sound=sound)
 
 
-def test_packed_and_apart_again():
+def test_packed_and_unpacked():
     state = make_state()
     begun = state.begin()
     assert begun.shape == (2, 4 * 3 * 16 + 5 * 7)

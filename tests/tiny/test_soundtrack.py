@@ -224,7 +224,7 @@ def extended(capsys, head, out, *more):
     return told(capsys, "extend", head, "--seconds", 0.5, "-o", out, *more)
 
 
-def test_a_clip_that_goes_on_keeps_its_sound_then_falls_silent(engine, bed, tmp_path, capsys):
+def test_a_clip_that_continues_keeps_its_sound_then_falls_silent(engine, bed, tmp_path, capsys):
     head = engine.generate(PROMPT, **OPTIONS, audio=bed, audio_loop=True).save(tmp_path / "a.mp4")
     data = extended(capsys, head, tmp_path / "b.mp4")
     assert data["sound"] is True
@@ -238,7 +238,7 @@ def test_a_clip_that_goes_on_keeps_its_sound_then_falls_silent(engine, bed, tmp_
                           Clip.from_file(head).frames)
 
 
-def test_a_clip_that_goes_on_takes_other_sound_or_none(engine, bed, tmp_path, capsys):
+def test_a_clip_that_continues_takes_other_sound_or_none(engine, bed, tmp_path, capsys):
     head = engine.generate(PROMPT, **OPTIONS, audio=bed).save(tmp_path / "a.mp4")
     assert extended(capsys, head, tmp_path / "b.mp4", "--audio", "none")["sound"] is False
     assert read_sound(tmp_path / "b.mp4") is None

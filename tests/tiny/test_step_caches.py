@@ -111,7 +111,7 @@ def test_a_resumed_run_equals_a_whole_one(
         assert torch.equal(clip.latents, expected)
 
 
-def test_each_window_begins_its_cache_anew_and_goes_on_inside(
+def test_each_window_begins_its_cache_again_and_continues_inside(
     engine: Engine, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "PATIENCE", 0)
@@ -128,7 +128,7 @@ def test_each_window_begins_its_cache_anew_and_goes_on_inside(
     assert passes.count(max(passes)) == 1 + 2 * 3  # no more than was left
 
 
-def test_a_job_goes_on_with_its_own_cache(engine: Engine, tmp_path: Path) -> None:
+def test_a_job_continues_with_its_own_cache(engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "x.mp4"
 
     with pytest.raises(Cancelled):
@@ -198,7 +198,7 @@ def test_a_step_is_spared_in_all_its_passes_or_in_none() -> None:
     ]
 
 
-def test_another_expert_is_told_nothing() -> None:
+def test_another_expert_gets_nothing() -> None:
     caches = StepCaches(lambda _: FirstBlock(0.5), boundary=0.5)
     computed = []
     for sigma in (0.9, 0.5, 0.4, 0.3):

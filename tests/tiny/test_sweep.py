@@ -175,7 +175,7 @@ def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> 
     assert list(Path().iterdir()) == []
 
 
-def test_what_the_checks_found_is_told_and_strict_fails(sweep: Sweep) -> None:
+def test_what_the_checks_found_is_reported_and_strict_fails(sweep: Sweep) -> None:
     words = ("a cat", "--seed", 5, "--over", "steps=1,2", "--image", "a.png", "-o", "s.png")
     Image.new("RGB", (32, 32)).save("a.png")  # a tiny model of random weights can't draw black
     code, result, err = sweep(*words)

@@ -170,7 +170,7 @@ def test_a_given_picture_is_resized_in_bytes() -> None:
     assert (given - shown).abs().mean() < 1
 
 
-def test_a_network_of_the_wrong_shape_is_told(networks: dict[str, Path]) -> None:
+def test_a_network_of_the_wrong_shape_is_reported(networks: dict[str, Path]) -> None:
     frame = pan(0)[0]
     with pytest.raises(ModelError, match="raft gave"):
         Networks({"raft": networks["amt"]}).raft(frame[:30], frame[:30])

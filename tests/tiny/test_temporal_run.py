@@ -49,7 +49,7 @@ def results(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return output
 
 
-def test_the_better_folder_is_told_and_by_how_much(results: Path) -> None:
+def test_the_better_folder_is_reported_and_by_how_much(results: Path) -> None:
     told = json.loads(results.read_text())
     (found,) = told["comparisons"]
     assert found["verdict"] == "good is steadier"
@@ -152,7 +152,7 @@ def test_a_folder_of_damaged_files_has_its_results_and_page(tmp_path: Path) -> N
     assert "No clip could be measured" in (tmp_path / "r.html").read_text()
 
 
-def test_still_clips_are_told(tmp_path: Path) -> None:
+def test_still_clips_are_reported(tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()
     save(clips / "still-0.mp4", np.repeat(pan(0)[:1], 9, axis=0))

@@ -144,7 +144,7 @@ def test_listening_to_a_finer_picture_gives_what_passing_both_gives(
     assert np.abs(listened - both).max() < 1e-4 * np.abs(both).max()
 
 
-def test_steps_count_through_and_go_on_from_any() -> None:
+def test_steps_count_through_and_continue_from_any() -> None:
     told: list[StepInfo] = []
     sigmas, state = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), a_state()
 
@@ -235,7 +235,7 @@ def test_a_clip_to_edit_is_given_at_the_rate_that_is_drawn(engine: Engine, tmp_p
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
-def test_a_clip_that_is_edited_goes_on_between_steps(
+def test_a_clip_that_is_edited_continues_between_steps(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float
 ) -> None:
     """Behind the first of eight steps; the lower strength begins below the boundary."""
@@ -353,7 +353,7 @@ def test_windows_are_shown_what_was_made_at_both_rates(
 @pytest.mark.parametrize(("first", "then", "hand_over"), [
     (2, 2, "latents"), (2, 1, "latents"), (1, 2, "latents"), (None, 2, "pixels"),
 ])  # fmt: skip
-def test_a_clip_goes_on_from_one_of_any_rate(
+def test_a_clip_continues_from_one_of_any_rate(
     engine: Engine, tmp_path: Path, first: int | None, then: int, hand_over: str
 ) -> None:
     begin = made(engine, frames=17, settings={"oversampling": first or 1}, audio="generate")

@@ -128,7 +128,7 @@ def test_tiles_are_chosen_only_where_the_whole_does_not_fit(tiny_model: Path) ->
         chosen(need("block", Tiles(8, 8)) // 2)
 
 
-def test_a_clip_that_was_cut_goes_on_cut(
+def test_a_clip_that_was_cut_continues_cut(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"seed": 3, "size": "256x256", "frames": 9, "steps": 1, "guidance": 1.0}
@@ -156,7 +156,7 @@ def test_a_clip_that_was_cut_goes_on_cut(
             request, journal=Journal(tmp_path / "clip.mkv", resume=True))
 
 
-def test_what_tiles_keep_lies_in_files_and_a_full_disk_is_told(
+def test_what_tiles_keep_lies_in_files_and_a_full_disk_is_reported(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = torch.randn(1, 4, 6, 8, 12)

@@ -224,7 +224,7 @@ def test_one_run_is_at_work_in_a_folder_at_a_time(tmp_path: Path) -> None:
     train(Regression(run), run)
 
 
-def test_incomplete_and_damaged_checkpoints_are_passed_over_or_told(tmp_path: Path) -> None:
+def test_incomplete_and_damaged_checkpoints_are_passed_over_or_reported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     train(Regression(run), run)
     target = latest_checkpoint(tmp_path / "run")

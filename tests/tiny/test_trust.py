@@ -45,7 +45,7 @@ def test_a_clip_has_its_time_and_id_from_the_engine_on(engine, tmp_path):
     assert read_marks(first.save(tmp_path / "again.webm")).id == marks.id
 
 
-def test_a_clip_that_goes_on_keeps_its_stamp(engine, tmp_path, monkeypatch):
+def test_a_clip_that_continues_keeps_its_stamp(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0)
     out = tmp_path / "a.mp4"
     with pytest.raises(Cancelled):
@@ -133,7 +133,7 @@ def test_all_of_a_command_is_judged_before_any_of_it_is_made(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_certificate_that_cannot_sign_is_told_of_before_the_work(tiny_model, monkeypatch):
+def test_a_certificate_that_cannot_sign_is_reported_before_the_work(tiny_model, monkeypatch):
     monkeypatch.setenv("VIDGEN_C2PA_CERTIFICATE", "mine.pem")
     with pytest.raises(InputError, match="VIDGEN_C2PA_KEY"):
         load(str(tiny_model))

@@ -112,7 +112,7 @@ def test_stream_decoding_equals_whole_decoding(rated):
 
 
 @torch.no_grad()
-def test_streams_go_on_from_a_kept_cache(vae):
+def test_streams_continue_from_a_kept_cache(vae):
     video = random_video(1 + 4 * vae.strides.t)
     whole = vae.encode(video)
     cache = StreamCache()
@@ -173,7 +173,7 @@ def test_latent_frames_lie_closer_at_a_finer_rate(rate):
 
 
 @torch.no_grad()
-def test_frames_in_motion_are_told_apart_at_a_finer_rate():
+def test_frames_in_motion_are_distinguished_at_a_finer_rate():
     vae, video = make("tiny"), random_video(9)
     finer = vae.at_rate(2).encode(video)
     assert finer.shape[2] == 5

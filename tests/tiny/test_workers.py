@@ -45,7 +45,7 @@ def gone(pids, seconds: float = 20.0) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_jobs_come_behind_those_they_need(tmp_path, workers):
+def test_jobs_come_after_those_they_need(tmp_path, workers):
     jobs = [Job(f"{n}", ("square", n), tuple(f"{m}" for m in range(max(0, n - 2), n)))
             for n in range(6)]
     workers = WorkerOptions(workers, threads=1)
@@ -179,7 +179,7 @@ def test_a_functions_results_come_by_their_keys(workers):
         list(results_of(Script.read, {"x": "none.yaml", "y": "none.yml"}, workers, print))
 
 
-def test_work_that_cannot_be_sent_or_opened_is_told():
+def test_work_that_cannot_be_sent_or_opened_is_reported():
     jobs = [Job("a", ("square", 2))]
     with pytest.raises(InputError, match="can't be sent to other processes"):
         list(run_jobs(jobs, lambda *_: None, WorkerOptions(2, threads=1), quiet))

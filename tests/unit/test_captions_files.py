@@ -36,7 +36,7 @@ def test_captions_are_read_by_their_mark_or_a_given_encoding(tmp_path, text, enc
         (bytes(11_000_000), "auto", "over 10 MB"),
     ],
 )
-def test_text_that_cannot_be_read_is_told_with_the_remedy(tmp_path, content, given, message):
+def test_text_that_cannot_be_read_is_reported_with_the_remedy(tmp_path, content, given, message):
     path = tmp_path / "x.txt"
     path.write_bytes(content)
     with pytest.raises(Unreadable, match=message):
@@ -69,7 +69,7 @@ def test_captions_of_a_row(tmp_path, row, captions):
      (r'{"file": "a.mp4", "text": "\ud83d"}', "half of a character"),
      ("[" * 100_000, "is not valid JSON")],
 )
-def test_lines_without_a_caption_are_told(tmp_path, line, message):
+def test_lines_without_a_caption_are_reported(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(line)
     with pytest.raises(Unreadable, match=message):
@@ -105,7 +105,7 @@ def test_a_csv_keeps_every_caption_whole(tmp_path, sign):
     assert not notes
 
 
-def test_what_a_csv_has_no_column_for_is_told(tmp_path):
+def test_what_a_csv_has_no_column_for_is_reported(tmp_path):
     sheet = tmp_path / "list.csv"
     sheet.write_text("file,caption\na.mp4,a car,\nb.mp4,a cat, red\n")
     with pytest.raises(Unreadable, match=r"line 3 has more values than .* double quotes"):
@@ -134,7 +134,7 @@ def test_only_ends_of_lines_part_rows(tmp_path):
         assert not notes
 
 
-def test_a_folder_is_searched_and_what_is_odd_is_told(tmp_path):
+def test_a_folder_is_searched_and_what_is_odd_is_reported(tmp_path):
     root = tmp_path / "data"
     (root / "sub" / ".hidden").mkdir(parents=True)
     for name in ("a.mp4", "B.MOV", "sub/c.png", "sub/.d.mp4", "sub/.hidden/e.mp4", "f.webm"):

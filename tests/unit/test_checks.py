@@ -100,7 +100,7 @@ def test_contrast_that_falls_is_a_drift():
 @pytest.mark.parametrize(
     ("fps", "period", "is_found"), [(12, 2, True), (30, 8, True), (30, 12, False), (60, 6, True)]
 )
-def test_more_than_three_flashes_a_second_are_told_at_any_rate(fps, period, is_found):
+def test_more_than_three_flashes_a_second_are_reported_at_any_rate(fps, period, is_found):
     frames = clip("pan", 2 * fps)
     bright = (np.arange(len(frames)) % period < period // 2).reshape(-1, 1, 1, 1)
     frames = np.where(bright, 255 - (255 - frames) // 4, frames).astype(np.uint8)
@@ -121,7 +121,7 @@ def test_flashes_in_a_small_part_or_between_bright_shades_are_none():
     assert "flash" not in kinds(bright)
 
 
-def test_red_flashes_at_the_same_luminance_are_told():
+def test_red_flashes_at_the_same_luminance_are_reported():
     frames = np.full((24, 72, 96, 3), (0, 95, 0), dtype=np.uint8)
     frames[::2] = (170, 0, 0)
     assert kinds(frames) >= {"red-flash"}
@@ -208,7 +208,7 @@ def test_chunks_of_any_size_give_the_same_findings():
 
 
 @pytest.mark.parametrize("stop", [1, 13, 15, 20, 28, 29])
-def test_checks_that_are_stopped_go_on_from_what_they_had_seen(stop):
+def test_checks_that_are_stopped_continue_from_what_they_had_seen(stop):
     """A fault that begins on one side of the stop and ends on the other is one fault still."""
     frames = planted.frozen(planted.drift(planted.spike(clip("pan"), 0.2), 0.2), 8)
     frames[24:] = planted.flash(frames[24:], 0.8)
@@ -331,7 +331,7 @@ def test_a_faulty_output_is_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["flash", "spike", "frozen", "drift"])
-def test_a_fault_is_found_behind_h264(tmp_path, kind):
+def test_a_fault_is_found_after_h264(tmp_path, kind):
     plant, strengths = planted.PLANTS[kind]
     frames = plant(clip("disc", 33), strengths[-1])
     path = write_clip(tmp_path / "clip.mp4", [frames], ClipInfo(FPS, (96, 72), 33))

@@ -100,7 +100,7 @@ def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path):
     ("name: x\ninner: {flag: true}", r"2: inner: unknown key 'flag'; it belongs next to 'inner'"),
     ("name: x\nparts: [{fps: 3}]", r"line 2: parts\[0\]: unknown key 'fps'; .* next to 'parts'"),
 ])
-def test_a_key_in_another_place_is_told_where_it_belongs(text, told, tmp_path):
+def test_a_key_in_another_place_is_reported_where_it_belongs(text, told, tmp_path):
     with pytest.raises(InputError, match=told):
         build(Outer, read(tmp_path, text), "run.yaml")
 

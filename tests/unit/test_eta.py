@@ -95,7 +95,7 @@ def test_what_an_earlier_run_did_takes_no_time():
     assert clock("write b.mp4", 5, 5, 2) == {"fraction": 1, "eta_s": 0}
 
 
-def test_clips_beside_each_other_count_by_what_they_take():
+def test_clips_in_parallel_count_by_what_they_take():
     hand = Hand()
     clock = Clock([estimated(), estimated(), estimated()], now=hand)
     assert clock("prompt", 0, 1, 1) == {"fraction": 0.0, "eta_s": 360}

@@ -212,7 +212,7 @@ def test_captions_stay_until_the_next_one_or_the_next_shot():
     assert as_frames([Cue("x", 1.0, 1.01)], timeline) == [Burnt("x", 12, 13)]
 
 
-def test_a_caption_behind_its_shot_is_refused():
+def test_a_caption_after_its_shot_is_refused():
     timeline = placed([shot("a", caption=(Caption("late", 1.0),))], [12])
     with pytest.raises(InputError, match=r"shot 'a': caption 'late' begins at 1 s, but the shot"):
         captions_of(timeline)
@@ -297,7 +297,7 @@ def test_a_title_that_does_not_fit_is_refused():
         burner.check_room(timeline)
 
 
-def test_a_font_without_a_sign_is_told(tmp_path):
+def test_a_font_without_a_sign_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"no font here has the sign '\\U0010fffd'"):
         Burner([Burnt("a \U0010fffd", 0, 1)], (64, 48), None)
     (tmp_path / "x.ttf").write_bytes(b"no font")

@@ -103,7 +103,7 @@ def test_entries_of_files_that_are_gone_are_dropped(cache, tmp_path) -> None:
     assert list(json.loads(cache.read_text())) == [str(new)]
 
 
-def test_a_content_hash_tells_names_and_contents_apart(tmp_path) -> None:
+def test_a_content_hash_distinguishes_names_and_contents(tmp_path) -> None:
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
     both = Files(tmp_path, {"a": "", "b": ""}).content_hash

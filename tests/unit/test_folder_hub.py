@@ -37,7 +37,7 @@ def store(cache: Path, hub_id: str, model: Path) -> Path:
 
 
 @pytest.mark.parametrize("text", ["Wan-AI/Wan2.1-T2V-1.3B", "a/b"])
-def test_ids_are_told_from_names_and_paths(text: str) -> None:
+def test_ids_are_inferred_from_names_and_paths(text: str) -> None:
     assert is_hub_id(text)
 
 

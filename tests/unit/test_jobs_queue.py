@@ -127,7 +127,7 @@ def test_a_retry_finds_what_its_first_try_began(jobs):
     assert added(jobs, is_retry=True, fingerprint="f2")[1]
 
 
-def test_a_first_try_that_comes_in_behind_its_retry(jobs):
+def test_a_first_try_that_comes_in_after_its_retry(jobs):
     arrived_at = jobs.clock()
     retried = add(jobs, is_retry=True, arrived_at=jobs.clock())
     assert added(jobs, arrived_at=arrived_at) == (retried, False)
@@ -188,7 +188,7 @@ def test_a_file_of_another_version_or_kind(tmp_path):
         Jobs(path)
 
 
-def test_a_full_disk_is_told_and_nothing_is_half_done(jobs):
+def test_a_full_disk_is_reported_and_nothing_is_half_done(jobs):
     job = add(jobs)
     pages = jobs._run("PRAGMA page_count").fetchone()[0]
     jobs._run(f"PRAGMA max_page_count={pages}")
@@ -220,7 +220,7 @@ while True:
 """
 
 
-def test_killed_at_any_moment_it_forgets_nothing_it_told(tmp_path):
+def test_killed_at_any_moment_it_forgets_nothing_it_answered(tmp_path):
     path, told = tmp_path / "jobs.sqlite3", []
     for pause in (0.3, 0.05, 0.1, 0.15):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)],

@@ -38,7 +38,7 @@ def test_without_a_compiler_there_is_a_remedy(monkeypatch, tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags", [["sse4_2"], ["avx2"], ["fma"]])
-def test_other_processors_are_told_of(monkeypatch, flags):
+def test_other_processors_are_reported(monkeypatch, flags):
     monkeypatch.setattr(native, "_cpu_flags", lambda: flags)
     assert "neither AVX512 nor AVX2 with FMA" in native.why_not()
 

@@ -72,7 +72,7 @@ def test_its_answer_is_the_mean_of_those_for_clips_smeared_over_time() -> None:
     assert not torch.allclose(detector.expected(latents), detector(latents).sigmoid(), atol=1e-5)
 
 
-def test_what_is_smeared_is_drawn_towards_the_frames_beside_it() -> None:
+def test_smeared_frames_are_drawn_towards_their_neighbours() -> None:
     flash = torch.tensor([0.0, 0, 1, 0, 0]).view(1, 1, 5, 1, 1)
     assert smeared(flash, 0.5).flatten().tolist() == [0, 0.25, 0.5, 0.25, 0]
     assert smeared(flash, 0.0).equal(flash)

@@ -66,7 +66,7 @@ def quiet(checkout, *command, **options):
     return subprocess.Popen(["bash", checkout / "scripts" / "quiet", *command], **options)
 
 
-def test_training_stands_still_during_the_command_and_goes_on_after(checkout):
+def test_training_stands_still_during_the_command_and_continues_after(checkout):
     wait_until_counting(checkout)
     run = quiet(checkout, "sleep", "1.5")
     wait_for(lambda: state(checkout) == "T")
@@ -81,7 +81,7 @@ def test_the_commands_exit_code_is_passed_on(checkout):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_training_goes_on_even_if_quiet_is_killed(checkout, number):
+def test_training_continues_even_if_quiet_is_killed(checkout, number):
     run = quiet(checkout, "sleep", "2", start_new_session=True)
     wait_for(lambda: state(checkout) == "T")
     os.killpg(run.pid, number)

@@ -55,7 +55,7 @@ def test_things_keep_their_names_while_they_move_and_what_is_seen_of_them_change
     assert float((shares[1] * other).sum() / other.sum()) > 0.95
 
 
-def test_what_is_one_thing_or_none_is_not_told_apart() -> None:
+def test_what_is_one_thing_or_none_is_not_distinguished() -> None:
     assert float(regions(*looks((at(8, 8), 0.5, 0.4))).sum()) == 0
     assert float(regions(*looks((torch.zeros(FRAMES, SIDE, SIDE), 0.5, 0.4))).sum()) == 0
 

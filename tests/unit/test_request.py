@@ -123,7 +123,7 @@ def test_a_misspelt_option_names_the_nearest():
     ("num_inference_steps", "steps"), ("guidance_scale", "guidance"), ("height", "size"),
     ("generator", "seed"), ("negative_prompt", "negative"), ("flow_shift", "shift"),
 ])
-def test_what_other_programs_call_an_option_is_told_by_our_name(theirs, ours):
+def test_what_other_programs_call_an_option_is_reported_by_our_name(theirs, ours):
     with pytest.raises(InputError, match=f"unknown option '{theirs}'; did you mean '{ours}'"):
         Request.of("a cat", {theirs: 1})
 

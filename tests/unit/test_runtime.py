@@ -123,7 +123,7 @@ def test_a_folder_that_is_replaced_is_whole_at_any_moment(tmp_path, exchanges):
     assert int(told.stdout) > 10
 
 
-def test_an_existing_output_is_refused_unless_told(tmp_path):
+def test_an_existing_output_is_refused_without_overwrite(tmp_path):
     path = tmp_path / "a.mp4"
     check_output(path)
     path.touch()

@@ -189,7 +189,7 @@ def test_the_order_follows_the_script_but_for_what_shots_need(tmp_path):
     ("shots: &s [*s]", "is not YAML: line 1"),
     ("project: &p {defaults: *p}\nshots: [{prompt: x}]", "line 1: found unconstructable recursive"),
 ])
-def test_a_mistake_is_told_with_its_place_and_remedy(tmp_path, text, message):
+def test_a_mistake_is_reported_with_its_place_and_remedy(tmp_path, text, message):
     with pytest.raises(InputError) as caught:
         read(tmp_path, text)
     assert message in str(caught.value)
@@ -214,13 +214,13 @@ def test_aliases_may_repeat_but_not_without_end(tmp_path):
     ("j.json", '{"shots": [\n{"prompt": "x", "sed": 3}]}', "line 2: shots[0]: unknown key 'sed'"),
     ("k.json", '{"version": 1,\n "version": 1}', "line 2: the key 'version' appears"),
 ])
-def test_mistakes_of_other_formats_are_told(tmp_path, name, text, message):
+def test_mistakes_of_other_formats_are_reported(tmp_path, name, text, message):
     with pytest.raises(InputError) as caught:
         read(tmp_path, text, name)
     assert message in str(caught.value)
 
 
-def test_a_missing_or_binary_script_is_told(tmp_path):
+def test_a_missing_or_binary_script_is_reported(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         Script.read(tmp_path / "none.yaml")
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00\x80")

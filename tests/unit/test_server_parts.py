@@ -264,7 +264,7 @@ def test_fields_are_options_of_a_request(tmp_path):
     ({"generate_sound": False, "audio_reference": "data:,"}, "audio_reference", "both given"),
     ({"generate_sound": True, "audio_reference": "data:,"}, "audio_reference", "both given"),
 ])
-def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param, told):
+def test_fields_that_do_not_go_together_are_reported_without_the_body(fields, param, told):
     with pytest.raises(ApiError) as error:
         parse(VideoRequest, {"prompt": "a secret", **fields})
     assert (error.value.code, error.value.param) == ("invalid_value", param)
@@ -283,7 +283,7 @@ def test_unknown_fields_within_others_are_named_with_the_nearest():
         assert error.value.code == "unknown_parameter"
 
 
-def test_a_file_in_the_wrong_place_is_told_without_its_path(tmp_path):
+def test_a_file_in_the_wrong_place_is_reported_without_its_path(tmp_path):
     upload = Upload(tmp_path / "secret", "a.png", "5ec2e7", 7)
     for fields in ({"image_reference": [upload]}, {"prompt": upload}, {"seed": [upload]}):
         with pytest.raises(ApiError, match=r"the file 'a\.png'") as error:

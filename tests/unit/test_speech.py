@@ -34,7 +34,7 @@ def test_a_text_is_parted_into_sentences(text, sentences):
 
 
 @with_espeak
-def test_sentences_sound_exactly_when_they_are_told_to():
+def test_sentences_sound_exactly_at_their_times():
     said = speak([(1.0, "Good morning. How are you?"), (None, "Fine.")], "en-gb", 8 * RATE)
     assert [each.text for each in said.sentences] == ["Good morning.", "How are you?", "Fine."]
     assert said.sentences[0].start_s == 1.0
@@ -95,7 +95,7 @@ def test_a_text_without_words_is_refused():
         speak([(None, "...")], None, RATE)
 
 
-def test_without_espeak_the_way_to_it_is_told(monkeypatch, tmp_path):
+def test_without_espeak_its_installation_is_explained(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="install it with apt"):
         Voice("en")

@@ -12,7 +12,7 @@ from vidgen.pipeline.parallel.ipc import Division, divide, stretches
 @pytest.mark.parametrize("count", [1, 2, 9, 21, 100])
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("look_back", [1, 5])
-def test_stretches_lie_behind_each_other_and_take_equally_long(begin, count, ranks, look_back):
+def test_stretches_lie_one_after_another_and_take_equally_long(begin, count, ranks, look_back):
     found = stretches(begin, begin + count, ranks, look_back)
     assert [first for first, _ in found] == [begin, *(end for _, end in found[:-1])]
     assert found[-1][1] == begin + count

@@ -90,7 +90,7 @@ def test_scripts_may_say_what_the_engine_knows():
     assert listed("TRANSITIONS") == list(get_args(get_type_hints(Transition)["type"]))
 
 
-def test_the_page_of_keys_lists_what_the_studio_hears():
+def test_the_page_of_keys_lists_the_studios_shortcuts():
     page = (Path(__file__).parents[2] / "docs/howto/serve.md").read_text()
     table = page.partition("### Keys\n")[2].partition("## ")[0]
     for keys in re.findall(r"\{ keys: \[(.*?)\]", FILES["main.js"]):

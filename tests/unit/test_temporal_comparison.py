@@ -77,7 +77,7 @@ def test_a_value_and_a_difference_lie_in_their_intervals_whatever_clips_weigh():
     assert compared["low"] <= compared["difference"] <= compared["high"]
 
 
-def test_pairs_of_two_sizes_are_told():
+def test_pairs_of_two_sizes_are_reported():
     base = np.linspace(0.5, 0.9, 8)
     found = compare("a", rows(base, size=[64, 64]), "b", rows(base, size=[32, 32]))
     assert found["unlike"] == 8

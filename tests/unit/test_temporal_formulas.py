@@ -321,7 +321,7 @@ def test_the_gate_is_shut_for_what_hardly_moves(steps, moves):
     assert (measured.figures["steadiness"] > 0) is moves
 
 
-def test_without_opencv_it_is_told_what_to_install(monkeypatch):
+def test_without_opencv_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(InputError, match=r"vidgen\[eval\]"):
         FlowEstimator()

@@ -98,13 +98,13 @@ def test_all_captions_of_the_world_name_their_sprites() -> None:
     ("one big cat", {0: "one big cat"}),
     ("snow", {}),
 ])
-def test_each_thing_is_told_alone_with_what_is_said_of_it(
+def test_each_thing_is_described_alone(
     prompt: str, told: dict[int, str]
 ) -> None:
     assert CONFIG.prompts_of_each(prompt) == told
 
 
-def test_how_each_thing_looks_is_told_twice() -> None:
+def test_how_each_thing_looks_is_described_twice() -> None:
     assert CONFIG.looks_of_each("A red cat chases the little soccer ball; the cat hops") == {
         0: "a red cat and a red cat", 1: "the little soccer ball and the little soccer ball",
     }

@@ -75,7 +75,7 @@ def test_the_expert_answers_below_the_boundary(low: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_it_learns_the_steps_behind_the_boundary_alone(low_run: DistilRun) -> None:
+def test_it_learns_only_the_steps_below_the_boundary(low_run: DistilRun) -> None:
     fresh = DistilTask(low_run).validate(0, Path())
     assert fresh.keys() == {"velocity_0.83", "velocity_mean", "end"}
     taught = read_meta(latest_checkpoint(Path(low_run.run.folder)))["metrics"]

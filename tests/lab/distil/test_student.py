@@ -262,7 +262,7 @@ def test_a_replay_and_a_resumed_clip_are_the_same(
     assert "student" in capsys.readouterr().out
 
 
-def test_its_clips_are_judged_beside_the_models_own(model: Path, tmp_path: Path) -> None:
+def test_its_clips_are_compared_with_the_models_own(model: Path, tmp_path: Path) -> None:
     program = load_program("eval/toybox/steps.py")
     output = tmp_path / "few.json"
     arguments = ["steps.py", "few", "-o", str(output), "--model", str(model), "--prompts", "2",
@@ -300,7 +300,7 @@ def test_a_converted_model_takes_its_student_along(
     assert files[0][name] == files[1][name]
 
 
-def test_a_student_stays_behind_where_weights_change(engine: Engine, tmp_path: Path) -> None:
+def test_a_student_is_left_out_where_weights_change(engine: Engine, tmp_path: Path) -> None:
     view = engine.folder.components["transformer"].load(torch.float32, torch.device("cpu"))
     name, value = next(iter(view.state_dict().items()))
     convert(engine.folder, tmp_path / "tuned", "vidgen", changed={"transformer": {name: value + 1}})
