@@ -4,7 +4,7 @@
 
 Renders Toybox clips, plants faults of five grades in each, takes all measures of
 `vidgen eval temporal` and correlates mean measure and grade (Spearman); of late sound those of
-`eval.toybox.rulers.sync`, on clips of bouncing sprites. From 0.9 on, the right way
+`eval.toybox.metrics.sync`, on clips of bouncing sprites. From 0.9 on, the right way
 round, a measure ranks the fault; all others are shown as not ranking it. With --decoded the clips
 go through H.264 first. About 15 s a clip of 33 frames of 128x128 on one core.
 """
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from eval.toybox.judge import embedded_judge
-from eval.toybox.rulers.bounces import bounce_times
-from eval.toybox.rulers.sync import SyncScore, bouncing_scenes, score_sync
+from eval.toybox.metrics.bounces import bounce_times
+from eval.toybox.metrics.sync import SyncScore, bouncing_scenes, score_sync
 from train.toybox.world.cues import SAMPLE_RATE
 from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
@@ -156,7 +156,7 @@ PLANTS: dict[str, tuple[Plant, tuple[float, ...]]] = {
 
 
 SOUND_OFFSET, OFFSETS = "sound offset", (0, 0.02, 0.04, 0.06, 0.08, 0.1)
-"""Seconds by which sound is late, within what is still paired (`evaluation.rulers.sync.LATE_S`)."""
+"""Seconds by which sound is late, within what is still paired (`metrics.sync.LATE_S`)."""
 
 
 def encoded(frames: Any) -> Any:

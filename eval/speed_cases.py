@@ -372,7 +372,7 @@ def _pipeline_run(
         size = (width, height)
 
         # the work of diffusers' pipeline: each step guided, one frame rate, one clip, no sound
-        alone = {} if folder else {"oversampling": 1, "candidates": 1, "binding": 0}
+        alone = {} if folder else {"temporal_upsampling": 1, "candidates": 1, "regional_prompts": 0}
 
         def run() -> Any:
             return engine.generate(

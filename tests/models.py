@@ -63,10 +63,10 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
     return folder
 
 
-def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -> Path:
+def add_low_expert(folder: Path, boundary: float = 0.8, temporal_upsampling: int = 1) -> Path:
     """Give a tiny model a second expert, in int8 and deaf, for noise levels below `boundary`."""
     told = open_model(str(folder))
-    finer = {"oversampling": oversampling} if oversampling > 1 else {}
+    finer = {"temporal_upsampling": temporal_upsampling} if temporal_upsampling > 1 else {}
     torch.manual_seed(1)
     dit = _transformer("tiny")
     save_module(dit.state_dict(), dit.config, folder / "transformer_2", torch.float32, 256)

@@ -44,8 +44,8 @@ COMMANDS: dict[str, str] = {
     "euler": f"generate {CAR} --frames 13 --steps 6 --sampler euler --shift 4 --guidance 3 "
              "--guidance-interval 0.2 0.9 --guidance-rescale 0.3 --negative 'a cat' --seed 7 "
              "--fps 10 --size 96x96 -o clip.mp4",
-    "unipc": f"generate {CAR} --frames 13 --steps 6 --sampler unipc --set oversampling=1 "
-             "--set candidates=1 --set binding=0 --seed 7 -o clip.mp4",
+    "unipc": f"generate {CAR} --frames 13 --steps 6 --sampler unipc --set temporal_upsampling=1 "
+             "--set candidates=1 --set regional_prompts=0 --seed 7 -o clip.mp4",
     "unknown-words": f"generate 'a crimson automobile hops in the sahara' {FEW}",
     "first-frame": f"generate {CAR} {FEW} --image %first.png",
     "first-and-last": f"generate {CAR} {FEW} --image %first.png --last-image %last.png",

@@ -1,1 +1,1 @@
-"""Judges, rulers and suites that measure the embedded model; `python -m eval.toybox`."""
+"""Judges, metrics and suites that measure the embedded model; `python -m eval.toybox`."""

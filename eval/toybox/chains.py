@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.toybox.generation import read_prompts, sampled, text_contexts
 from eval.toybox.judge import Judge, embedded_judge
-from eval.toybox.rulers.drift import Windows, looks, measure_drift
+from eval.toybox.metrics.drift import Windows, looks, measure_drift
 from train.toybox.world.render import render
 from train.toybox.world.scenes import Scene
 from vidgen.core.errors import InputError
@@ -131,7 +131,7 @@ class Chain:
             shown = video.shape[2]
             begun = Beginning(
                 latents, shown, 1 + (shown - 1) // t, colours=colours_of(latents),
-                hand_over="pixels", rate=LatentRate(self.plan.oversampling),
+                hand_over="pixels", rate=LatentRate(self.plan.temporal_upsampling),
             )
             stop = shown + (size - self.settings.overlap) * t
             long = WindowedClip(
@@ -142,10 +142,10 @@ class Chain:
 
     def _encode(self, video: Tensor) -> Tensor:
         """Latents at the rate that clips are drawn at, on the CPU."""
-        return self.engine.encode_video(video, rate=self.plan.oversampling).cpu()
+        return self.engine.encode_video(video, rate=self.plan.temporal_upsampling).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        parts = self.engine.decode_video(latents, rate=self.plan.oversampling)
+        parts = self.engine.decode_video(latents, rate=self.plan.temporal_upsampling)
         return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
     def _truth(self, num_frames: int) -> Tensor:

@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw
 
 from eval.toybox.chains import TRUTH, WAYS, ChainJob, ChainSettings, ChainWork, windows_of
 from eval.toybox.judge import embedded_judge
+from eval.toybox.metrics.drift import LOOKS
 from eval.toybox.rates import Rate
-from eval.toybox.rulers.drift import LOOKS
 from eval.toybox.suite.items import endless_prompts
 from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint

@@ -17,7 +17,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.flow import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
-from vidgen.models.tokenizer import read_as
+from vidgen.models.tokenizer import normalise_words
 from vidgen.pipeline.best_of_n import sample_best
 from vidgen.pipeline.denoise import RegionalPrompts, upsampling_of
 from vidgen.pipeline.engine import Engine
@@ -53,7 +53,7 @@ def generate_batch(
         state = condition.prefix(state, first)
     read = read_prompts(engine, prompts)
     latents = sampled(engine, plan, state, read, text_contexts(engine, plan, read))
-    return pixels(engine, latents, plan.oversampling)
+    return pixels(engine, latents, plan.temporal_upsampling)
 
 
 def sampled(
@@ -108,7 +108,7 @@ def generate_with_sound(
         own = own_sound(engine.loader, replace(plan, seed=seed), Request(prompt=read[row]))
         own.follow(picture[row : row + 1], sample, Journal(None))
         sounds.append(torch.from_numpy(own.decode()[0][:, 0]))
-    return pixels(engine, picture, plan.oversampling), torch.stack(sounds)
+    return pixels(engine, picture, plan.temporal_upsampling), torch.stack(sounds)
 
 
 @torch.no_grad()
@@ -123,9 +123,9 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
     return pixels(engine, latents, rate)
 
 
-def pixels(engine: Engine, latents: Tensor, oversampling: int = 1) -> Tensor:
+def pixels(engine: Engine, latents: Tensor, rate: int = 1) -> Tensor:
     """Video [B, 3, T, H, W] of latents [B, C, F, h, w], clamped, float32, on the CPU."""
-    parts = engine.decode_video(latents, rate=oversampling)
+    parts = engine.decode_video(latents, rate=rate)
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
 
@@ -145,12 +145,12 @@ def fresh_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState
 
 def read_prompts(engine: Engine, prompts: Sequence[str]) -> list[str]:
     """Prompts in words that the model knows, as people's are read."""
-    return [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
+    return [normalise_words(prompt, engine.tokenizer.replacements(prompt)) for prompt in prompts]
 
 
 def text_contexts(engine: Engine, plan: Plan, read: Sequence[str]) -> Contexts:
     """(context, lengths) of prompts as `read_prompts` gives them, and of the plan's negative."""
-    negative = read_as(plan.negative, dict(plan.readings))
+    negative = normalise_words(plan.negative, dict(plan.word_normalisation))
     fullest = sound_plan(plan, engine.folder.defaults) if SOUND in engine.folder.tasks else plan
     texts = [read] if fullest.guidance.is_off else [read, [negative] * len(read)]
     return [engine.encode_texts(part) for part in texts]

@@ -61,7 +61,7 @@ LEVELS = {
 GOAL_DB = 30.0
 MANY: dict[str, Any] = {"sampler": "unipc", "steps": 25, "shift": 3.0}
 """What step caches are measured against: by one path the embedded model gains nothing by more."""
-REFERENCE, STUDENT = "default", "student"
+REFERENCE, FEW_STEP = "default", "student"
 FEW: dict[str, dict[str, Any]] = {REFERENCE: {}, "unipc 25 shift 3": MANY} | {
     f"{sampler} {steps} shift {shift:g}": {"sampler": sampler, "steps": steps, "shift": shift}
     for sampler, shifts in (("unipc", (3.0, 5.0, 7.0, 9.0)), ("euler", (3.0, 5.0)))
@@ -116,7 +116,7 @@ def timed_clip(
 ) -> tuple[dict[str, Any], Tensor]:
     """Denoise one clip and decode it: its figures, and video [1, 3, T, H, W]."""
     engine = bench.engine
-    plan = replace(engine.plan(request, Inputs()), oversampling=1)
+    plan = replace(engine.plan(request, Inputs()), temporal_upsampling=1)
     state, sigmas = engine.prepare(plan, request, Inputs()), sigmas_of(plan)
     caches = make_caches(plan.cache, sigmas, plan.guidance)
     with denoising(engine.loader, plan, state, contexts, NO_LORAS, 1.0, caches) as denoise:
@@ -209,8 +209,8 @@ def _share(right: dict[str, bool], task: str) -> float:
 def run_few(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """Accuracy of every way to take few steps, against many."""
     bench = Bench.open(args)
-    student = bench.engine.folder.student
-    known = FEW | ({} if student is None else {STUDENT: {"steps": student.num_steps}})
+    student = bench.engine.folder.few_step
+    known = FEW | ({} if student is None else {FEW_STEP: {"steps": student.num_steps}})
     ways = {name: known[name] for name in known if name == REFERENCE or _is_asked(name, args.only)}
     rights = {}
     for name, options in ways.items():

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from eval.toybox.judge import JudgeFolder, embedded_judge
-from eval.toybox.rulers.sync import measure_ruler
+from eval.toybox.metrics.sync import measure_ruler
 from train.toybox.redrawing import Redrawer
 from train.toybox.sound_vae import load_sound_vae
 from train.toybox.world.captions import caption

@@ -70,7 +70,7 @@ def as_stored(factor: torch.Tensor) -> torch.Tensor:
 
 
 def released(
-    run: Path, model: Path, folder: Path, boundary: float | None = None, oversampling: int = 1
+    run: Path, model: Path, folder: Path, boundary: float | None = None, upsampling: int = 1
 ) -> Path:
     """A copy of a model with the delta that a run taught, and its own defaults again."""
     shutil.copytree(model, folder)
@@ -81,5 +81,5 @@ def released(
     info = json.loads((folder / "model.json").read_text())
     write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
                      tasks=tuple(info["tasks"]), defaults=replace(
-                         DEFAULTS, boundary=boundary, settings={"oversampling": oversampling}))
+                         DEFAULTS, boundary=boundary, settings={"temporal_upsampling": upsampling}))
     return folder

@@ -212,7 +212,7 @@ def learns_sound_alone(server: ForkServer, file: Path, model: Path, folder: Path
     init_dit(dit)
     save_module(dit.state_dict(), dit.config, out / "transformer", torch.bfloat16)
     save_module(dit.state_dict(), dit.config, out / "transformer_2", torch.bfloat16)
-    (out / "student").mkdir()
+    (out / "few_step").mkdir()
     before = load_file(out / "transformer" / "model.safetensors")
     learned = run_program(server,
         "train/toybox/dit.py", "-c", str(file), "--set", "part=sound", "--set",
@@ -226,7 +226,7 @@ def learns_sound_alone(server: ForkServer, file: Path, model: Path, folder: Path
     assert changed
     assert all("audio" in name for name in changed)
     assert (out / "transformer_2").is_dir()
-    assert (out / "student").is_dir()
+    assert (out / "few_step").is_dir()
 
 
 def keeps_all_that_it_was_taught(server: ForkServer, file: Path, folder: Path) -> None:

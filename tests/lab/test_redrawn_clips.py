@@ -74,7 +74,7 @@ def test_a_clip_redrawn_does_not_depend_on_those_next_to_it(redrawer: Redrawer) 
 
 
 def test_clips_at_the_rate_of_the_low_expert_are_drawn_at_it(tmp_path: Path) -> None:
-    model = add_low_expert(build_tiny_model(tmp_path / "finer"), oversampling=2)
+    model = add_low_expert(build_tiny_model(tmp_path / "finer"), temporal_upsampling=2)
     redrawer = Redrawer(str(model))
     latents = torch.randn(2, redrawer.engine.vae_config.latent_channels, 5, 4, 4)
     prompts, seeds = ["a cat", "a dog"], [1, 2]

@@ -1,4 +1,4 @@
-"""The rulers of `python -m eval.toybox` on renders whose truth is known, and on what is none."""
+"""The metrics of `python -m eval.toybox` on renders whose truth is known, and on what is none."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from eval.toybox.judge import Judge, embedded_judge
-from eval.toybox.rulers.drift import Windows, looks, measure_drift
-from eval.toybox.rulers.identity import identity_over_time, mean_answer, stranger_overlap
-from eval.toybox.rulers.paths import fit_path, path_of
-from eval.toybox.rulers.physics import fit_arcs, measure_fall
-from eval.toybox.rulers.sync import sync_intervals
-from eval.toybox.rulers.tracking import Sighting, sightings
+from eval.toybox.metrics.drift import Windows, looks, measure_drift
+from eval.toybox.metrics.identity import identity_over_time, mean_answer, stranger_overlap
+from eval.toybox.metrics.paths import fit_path, path_of
+from eval.toybox.metrics.physics import fit_arcs, measure_fall
+from eval.toybox.metrics.sync import sync_intervals
+from eval.toybox.metrics.tracking import Sighting, sightings
 from eval.toybox.suite.items import matched_triples
 from train.toybox.world.cast import SPRITES
 from train.toybox.world.render import render

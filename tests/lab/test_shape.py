@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.toybox.rulers.shape import ANGLES, drawings_of, shape_fit, stranger
+from eval.toybox.metrics.shape import ANGLES, drawings_of, shape_fit, stranger
 from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES, SPRITES
 from train.toybox.world.render import render
 from train.toybox.world.scenes import DIRECTIONS_FOR, MOTIONS, Actor, Scene, sample_scenes

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from eval.toybox.judge import NOTHING
-from eval.toybox.rulers.fidelity import measure_fidelity
-from eval.toybox.rulers.sync import bouncing_scenes
+from eval.toybox.metrics.fidelity import measure_fidelity
+from eval.toybox.metrics.sync import bouncing_scenes
 from eval.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, SoundJudgeFolder
 from eval.toybox.suite.listening import grade_sound, hollow_sound, judge_sounds
 from tests.programs import load_program

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from eval.toybox.judge import embedded_judge
-from eval.toybox.rulers.bounces import bounce_times, landings
-from eval.toybox.rulers.sync import (
+from eval.toybox.metrics.bounces import bounce_times, landings
+from eval.toybox.metrics.sync import (
     EARLY_S,
     LATE_S,
     bouncing_scenes,

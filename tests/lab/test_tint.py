@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.toybox.rulers.drift import Windows
-from eval.toybox.rulers.tint import shows_tints
+from eval.toybox.metrics.drift import Windows
+from eval.toybox.metrics.tint import shows_tints
 from eval.toybox.suite.clips import Made
 from eval.toybox.suite.items import Item
 from eval.toybox.suite.scoring import Scorer

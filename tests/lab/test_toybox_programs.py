@@ -33,7 +33,7 @@ from train.toybox.world.scenes import is_held_out, sample_scenes
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.words import read_synonyms
 from vidgen.pipeline.engine import load
-from vidgen.weights.folder import StudentConfig
+from vidgen.weights.folder import FewStepConfig
 from vidgen.weights.layouts import open_model
 
 Program = Callable[..., Ended]
@@ -106,7 +106,7 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     mixed = tmp_path / "mixed"
     shutil.copytree(out, mixed)
     release = ("release", "dit", "--run", str(run_file.parent / "run"), "--out", str(mixed))
-    student = mixed / "student" / "config.json"
+    student = mixed / "few_step" / "config.json"
     student.parent.mkdir()
     student.write_text("{}")
     kept = program(*release, "--mix", f"{tiny_model}=0.25", "--keep-students")
@@ -134,13 +134,13 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     trained = program("dit", "-c", str(run_file), *low)
     assert trained.returncode == 0, trained.stderr
     release = ("release", "dit", "--run", str(tmp_path / "low"), "--out", str(out))
-    (out / "student").mkdir()
+    (out / "few_step").mkdir()
     for boundary, options, stays in ((None, (), True), (0.9, ("--keep-students",), True),
                                      (0.9, (), False)):
-        student = StudentConfig("unipc", (1.0, 0.0), 3.0, boundary=boundary)
-        (out / "student" / "config.json").write_text(json.dumps(asdict(student)))
+        student = FewStepConfig("unipc", (1.0, 0.0), 3.0, boundary=boundary)
+        (out / "few_step" / "config.json").write_text(json.dumps(asdict(student)))
         assert program(*release, *options).returncode == 0
-        assert (out / "student").exists() == stays, "a student that has the old expert's steps goes"
+        assert (out / "few_step").exists() == stays, "a student with the old expert's steps goes"
     both = open_model(str(out))
     assert both.components.keys() - told.components.keys() == {"transformer_2"}
     assert (both.tasks, both.defaults) == (told.tasks, replace(told.defaults, boundary=0.9))

@@ -107,7 +107,7 @@ def test_a_verifier_is_taught_released_and_chooses(
     engine = load(str(out), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
     assert engine.folder.defaults.settings["candidates"] == 4
-    assert engine.folder.defaults.settings["binding"] == 1.0
+    assert engine.folder.defaults.settings["regional_prompts"] == 1.0
     known = engine.folder.components["verifier"].config
     assert [names[0] for names in known.labels] == list(SPRITE_NAMES)
     assert [words[0] for words in known.tints] == list(TINTS)

@@ -27,7 +27,7 @@ def both(model: str, target: Path, frames: int, steps: int) -> tuple[torch.Tenso
     engine = load(model, device="cpu", dtype="fp32")
     # without sound, at one frame rate, at all levels under guidance: WanPipeline knows no other
     given = {"seed": 3, "frames": frames, "steps": steps, "sampler": "unipc",
-             "guidance_interval": (0.0, 1.0), "settings": {"oversampling": 1}}
+             "guidance_interval": (0.0, 1.0), "settings": {"temporal_upsampling": 1}}
     clip = engine.generate(PROMPT, **given, audio="none")
     noise = draw_noise(3, LatentShape(*clip.latents.shape[1:]))
     pipe = WanPipeline.from_pretrained(target, torch_dtype=torch.float32)

@@ -68,9 +68,9 @@ def test_guidance_towards_given_frames_continues_too(short):
 
 def test_a_rate_that_was_asked_for_goes_on(short):
     recipe = read_recipe(short)
-    assert "oversampling" not in own_options(recipe)["settings"]
-    recipe["request"]["settings"] = {"oversampling": 1}
-    assert own_options(recipe)["settings"]["oversampling"] == 1
+    assert "temporal_upsampling" not in own_options(recipe)["settings"]
+    recipe["request"]["settings"] = {"temporal_upsampling": 1}
+    assert own_options(recipe)["settings"]["temporal_upsampling"] == 1
 
 
 def test_the_same_command_gives_the_same_file_but_for_its_marks(short, tmp_path):

@@ -77,9 +77,10 @@ WORDS = {
     "--image a.png --set refine=4 --set encode_passes=2":
         {"image": "a.png", "settings": {"refine": 4, "encode_passes": 2}},
     "--set overlap=2 --set colour_hold=0.25": {"settings": {"overlap": 2, "colour_hold": 0.25}},
-    "--set oversampling=2 --set candidates=3 --set binding=0.5 --set anchor=false":
-        {"settings": {"oversampling": 2, "candidates": 3, "binding": 0.5, "anchor": False}},
-    "--readings crimson=red": {"readings": "crimson=red"},
+    "--set temporal_upsampling=2 --set candidates=3 --set regional_prompts=0.5 --set anchor=false":
+        {"settings": {"temporal_upsampling": 2, "candidates": 3, "regional_prompts": 0.5,
+                      "anchor": False}},
+    "--word-normalisation crimson=red": {"word_normalisation": "crimson=red"},
     "--count 3 --strict --retry 2 --aigc ACME":
         {"count": 3, "strict": True, "retry": 2, "aigc": "ACME"},
     "--audio a.wav --audio-loop": {"audio": "a.wav", "audio_loop": True},

@@ -14,10 +14,10 @@ import pytest
 
 from tests.lora_models import make_adapter
 from tests.models import add_low_expert, build_tiny_model
-from train.toybox.model_files import record_files, write_student
+from train.toybox.model_files import record_files, write_few_step
 from vidgen.media.clip import Clip
 from vidgen.pipeline.engine import Engine, load
-from vidgen.weights.folder import STUDENT, StudentConfig
+from vidgen.weights.folder import FEW_STEP, FewStepConfig
 from vidgen.weights.lora import write_lora
 
 
@@ -26,7 +26,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
     """A model that makes sound and has a student; and one that also has a deaf second expert."""
     alone = build_tiny_model(tmp_path_factory.mktemp("models") / "alone", sound=True)
     with load(str(alone), dtype="fp32").loader.use("transformer") as dit:
-        write_student(make_adapter(dit), StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), alone)
+        write_few_step(make_adapter(dit), FewStepConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), alone)
     both = add_low_expert(Path(shutil.copytree(alone, alone.parent / "both")), 0.9)
     one, two = (load(str(folder), device="cpu", dtype="fp32") for folder in (alone, both))
     assert isinstance(one, Engine)
@@ -72,11 +72,11 @@ def test_a_student_may_leave_low_noise_to_the_second_expert(
     left = []
     for engine in engines:
         folder = Path(shutil.copytree(engine.folder.path, tmp_path / engine.folder.path.name))
-        student = engine.folder.student
+        student = engine.folder.few_step
         assert student is not None
         config = replace(student, boundary=0.5)  # its last step of three
-        (folder / STUDENT / "config.json").write_text(json.dumps(asdict(config)))
-        record_files(folder, [f"{STUDENT}/config.json"])
+        (folder / FEW_STEP / "config.json").write_text(json.dumps(asdict(config)))
+        record_files(folder, [f"{FEW_STEP}/config.json"])
         again = load(str(folder), device="cpu", dtype="fp32")
         assert isinstance(again, Engine)
         left.append(again)

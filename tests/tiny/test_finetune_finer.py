@@ -33,7 +33,7 @@ HIGH, LOW = EXPERTS
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = build_tiny_model(tmp_path_factory.mktemp("models") / "finer")
-    return add_low_expert(folder, 0.8, oversampling=2)
+    return add_low_expert(folder, 0.8, temporal_upsampling=2)
 
 
 @pytest.fixture(scope="module")

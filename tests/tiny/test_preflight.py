@@ -19,7 +19,7 @@ from PIL import Image
 from tests.lora_models import make_adapter
 from tests.models import build_tiny_model
 from tests.tiny.test_timing import RATES
-from train.toybox.model_files import write_student
+from train.toybox.model_files import write_few_step
 from vidgen.cli.main import main
 from vidgen.cli.report import Report, long_text
 from vidgen.core.errors import InputError, ModelError
@@ -36,7 +36,7 @@ from vidgen.pipeline.memory import KERNELS_BYTES, count_passes, estimate
 from vidgen.pipeline.plan import make_plan, require_own_model, settle
 from vidgen.pipeline.setups import choose, preflight
 from vidgen.pipeline.types import Setup
-from vidgen.weights.folder import DiffusersFolder, StudentConfig
+from vidgen.weights.folder import DiffusersFolder, FewStepConfig
 from vidgen.weights.layouts import open_model
 
 CPU = torch.device("cpu")
@@ -207,8 +207,8 @@ def test_guidance_towards_references_is_a_pass_more(tiny_model, tmp_path):
 ])  # fmt: skip
 def test_an_expert_that_rests_is_not_counted(kind, options, experts, tmp_path, request):
     folder = open_model(shutil.copytree(request.getfixturevalue(kind), tmp_path / "model"))
-    write_student(make_adapter(folder.components["transformer"].build()),
-                  StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), folder.path)
+    write_few_step(make_adapter(folder.components["transformer"].build()),
+                  FewStepConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), folder.path)
     asked = Request.of("a cat", {"seed": 1, **options})
     folder = open_model(str(folder.path))
     plan = make_plan(asked, folder)

@@ -33,7 +33,8 @@ from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.setups import preflight
 
 TWO, ONE = "a red car chases the cat", "a red car bounces"
-OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 4, "settings": {"binding": 1.0}}
+OPTIONS: dict[str, Any] = {
+    "seed": 3, "frames": 9, "steps": 4, "settings": {"regional_prompts": 1.0}}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,12 @@ def latents_of(engine: Engine, prompt: str, **options: Any) -> Tensor:
 
 
 def test_only_what_names_several_things_is_bound(engine: Engine) -> None:
-    bound, free = latents_of(engine, TWO), latents_of(engine, TWO, settings={"binding": 0})
+    bound, free = latents_of(engine, TWO), latents_of(engine, TWO, settings={"regional_prompts": 0})
     assert not torch.equal(bound, free)
-    assert torch.equal(latents_of(engine, ONE), latents_of(engine, ONE, settings={"binding": 0}))
+    assert torch.equal(latents_of(engine, ONE),
+                       latents_of(engine, ONE, settings={"regional_prompts": 0}))
     assert torch.equal(free, latents_of(engine, TWO, settings={}))  # models that don't say
-    half = latents_of(engine, TWO, settings={"binding": 0.5})
+    half = latents_of(engine, TWO, settings={"regional_prompts": 0.5})
     assert 0 < float((half - free).norm()) < float((bound - free).norm())
 
 
@@ -135,22 +137,23 @@ def test_how_things_look_is_described_where_it_is_settled(engine: Engine) -> Non
 def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None:
     picture = np.full((64, 64, 3), 90, np.uint8)
     for known in ({"image": picture}, {"frame": [(0.5, picture)]}):
-        free = latents_of(engine, TWO, **known, settings={"binding": 0})
+        free = latents_of(engine, TWO, **known, settings={"regional_prompts": 0})
         assert torch.equal(latents_of(engine, TWO, **known), free)
 
 
 def test_things_that_are_not_distinguished_are_not_planned(engine: Engine) -> None:
     picture = np.full((64, 64, 3), 90, np.uint8)
     for known in ({"image": picture}, {"reference": [picture]}, {"frame": [(0.5, picture)]}):
-        assert engine.plan(Request.of(TWO, OPTIONS | known), Inputs()).binding == 0
-    assert engine.plan(Request.of(TWO, OPTIONS), Inputs()).binding == 1.0
+        assert engine.plan(Request.of(TWO, OPTIONS | known), Inputs()).regional_prompts == 0
+    assert engine.plan(Request.of(TWO, OPTIONS), Inputs()).regional_prompts == 1.0
 
 
 def test_it_goes_with_guidance_off_with_step_caches_and_in_windows(engine: Engine) -> None:
     for options in ({"guidance": 1.0}, {"cache": "forecast:0.9", "steps": 8}, {"frames": 33}):
         bound = latents_of(engine, TWO, **options)
         assert torch.equal(bound, latents_of(engine, TWO, **options))
-        assert not torch.equal(bound, latents_of(engine, TWO, **options, settings={"binding": 0}))
+        free = latents_of(engine, TWO, **options, settings={"regional_prompts": 0})
+        assert not torch.equal(bound, free)
 
 
 def test_clips_of_a_batch_are_bound_as_they_are_alone(engine: Engine) -> None:
@@ -160,14 +163,14 @@ def test_clips_of_a_batch_are_bound_as_they_are_alone(engine: Engine) -> None:
     for row, text in enumerate(texts):
         alone = generate_batch(engine, plan, [text], [3 + row])
         assert torch.allclose(batch[row], alone[0], atol=1e-4)
-    free = generate_batch(engine, replace(plan, binding=0.0), texts, [3, 4, 5, 6])
+    free = generate_batch(engine, replace(plan, regional_prompts=0.0), texts, [3, 4, 5, 6])
     changed = [not torch.allclose(batch[row], free[row], atol=1e-4) for row in range(4)]
     assert changed == [True, False, True, False]
 
 
 def test_each_candidate_is_bound(engine: Engine) -> None:
     """None shows both for certain, so the second is as likely to be kept."""
-    asked = Request.of(TWO, OPTIONS | {"settings": {"binding": 1.0, "candidates": 2}})
+    asked = Request.of(TWO, OPTIONS | {"settings": {"regional_prompts": 1.0, "candidates": 2}})
     plan = engine.plan(asked, Inputs())
     with seeing_two(engine) as guesses:
         generate_batch(engine, plan, [TWO], [3])
@@ -194,19 +197,19 @@ def test_stopped_anywhere_it_continues_bound(
 
 
 def test_the_recipe_tells_and_replays_as_it_was(engine: Engine, tmp_path: Path) -> None:
-    with own_defaults(engine, settings={"binding": 0.75}):
+    with own_defaults(engine, settings={"regional_prompts": 0.75}):
         clip = engine.generate(TWO, **OPTIONS | {"settings": {}})
         asked = engine.generate(TWO, **OPTIONS)
         assert not isinstance(clip, list)
         assert not isinstance(asked, list)
         again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
-    assert clip.recipe["plan"]["binding"] == 0.75
+    assert clip.recipe["plan"]["regional_prompts"] == 0.75
     assert torch.equal(again.latents, clip.latents)
-    assert own_options(asked.recipe)["settings"]["binding"] == 1.0
-    assert "binding" not in own_options(clip.recipe)["settings"]
+    assert own_options(asked.recipe)["settings"]["regional_prompts"] == 1.0
+    assert "regional_prompts" not in own_options(clip.recipe)["settings"]
     old = asked.recipe
-    del old["plan"]["binding"]  # as recipes were before there was any
-    assert request_from_recipe(old, tmp_path).settings["binding"] == 0
+    del old["plan"]["regional_prompts"]  # as recipes were before there was any
+    assert request_from_recipe(old, tmp_path).settings["regional_prompts"] == 0
 
 
 def test_what_it_takes_is_foreseen(engine: Engine) -> None:
@@ -216,7 +219,7 @@ def test_what_it_takes_is_foreseen(engine: Engine) -> None:
         stages = preflight(engine.loader, plan, request, engine.asked).stages
         return next(stage.seconds for stage in stages if stage.name == "denoise")
 
-    free, one, two = seconds(TWO, settings={"binding": 0}), seconds(ONE), seconds(TWO)
+    free, one, two = seconds(TWO, settings={"regional_prompts": 0}), seconds(ONE), seconds(TWO)
     assert one == pytest.approx(free, rel=0.1), "but for the length of the prompts"
     plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
     passes = [2 if plan.guidance.scale_at(s) != 1 else 1 for s in _sigmas(plan)]
@@ -226,16 +229,16 @@ def test_what_it_takes_is_foreseen(engine: Engine) -> None:
 
 def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
-    with pytest.raises(InputError, match=r"binding is 1\.0, but tiny has no verifier"):
+    with pytest.raises(InputError, match=r"regional_prompts is 1\.0, but tiny has no verifier"):
         plain.generate(TWO, **OPTIONS)
     for changed, devices, why in (
         ({"video": "clip.mp4", "strength": 0.5}, 1, "starts from another"),
         ({}, 2, "one device per clip"),
     ):
         request = Request.of(TWO, OPTIONS | changed)
-        with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):
+        with pytest.raises(InputError, match=rf"regional_prompts is 1\.0, but .*{why}"):
             make_plan(request, engine.folder, devices=devices)
         free = make_plan(request.replace(settings={}), engine.folder, devices=devices)
-        assert free.binding == 0
-    with pytest.raises(InputError, match="binding is 2; give a number from 0 to 1"):
-        engine.generate(TWO, **OPTIONS | {"settings": {"binding": 2}})
+        assert free.regional_prompts == 0
+    with pytest.raises(InputError, match="regional_prompts is 2; give a number from 0 to 1"):
+        engine.generate(TWO, **OPTIONS | {"settings": {"regional_prompts": 2}})

@@ -291,7 +291,8 @@ def test_what_was_left_to_a_model_is_left_to_the_one_that_takes_its_place(
     engine: Engine, tiny_model: Path, tmp_path: Path
 ) -> None:
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, steps=3, fps=10).recipe))
-    recipe["plan"] |= {"candidates": 4, "binding": 1.0, "oversampling": 2, "negative": "a cat"}
+    recipe["plan"] |= {"candidates": 4, "regional_prompts": 1.0, "temporal_upsampling": 2,
+                       "negative": "a cat"}
     recipe["model"]["sha256"] = "0" * 64  # of one with a verifier and a finer rate
     with pytest.raises(InputError, match="tiny has no"):
         engine.generate(request_from_recipe(recipe, tmp_path))

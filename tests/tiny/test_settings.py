@@ -35,7 +35,7 @@ def folder(tiny_model: Path) -> ModelFolder:
     ({"candidates": 65}, "candidates is 65; give a whole number from 1 to 64"),
     ({"candidates": 1.5}, r"candidates is 1\.5; give a whole number from 1 to 64"),
     ({"candidates": True}, "candidates is True; give a whole number"),
-    ({"binding": 2}, "binding is 2; give a number from 0 to 1"),
+    ({"regional_prompts": 2}, "regional_prompts is 2; give a number from 0 to 1"),
     ({"refine": 9}, "refine needs image or first_frame_model; add it or leave refine out"),
 ])
 def test_what_does_not_suit_is_refused(
@@ -67,10 +67,11 @@ def test_a_model_lists_its_settings(
 
 
 def test_words_and_values_of_python_are_the_same() -> None:
-    words = ["audio-steps=4", "audio_delay=0.1", "anchor=false", "binding=1"]
-    values = {"audio_steps": 4, "audio_delay": 0.1, "anchor": False, "binding": 1, "refine": None}
+    words = ["audio-steps=4", "audio_delay=0.1", "anchor=false", "regional_prompts=1"]
+    values = {"audio_steps": 4, "audio_delay": 0.1, "anchor": False, "regional_prompts": 1,
+              "refine": None}
     one, other = (Request.of(PROMPT, {"settings": given}) for given in (words, values))
     assert one == other
     assert one.settings == {name: v for name, v in values.items() if v is not None}
     assert silenced(one.settings) == {
-        "audio": "none", "settings": {"anchor": False, "binding": 1}}
+        "audio": "none", "settings": {"anchor": False, "regional_prompts": 1}}

@@ -53,7 +53,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def finer(folder: Path) -> Engine:
     engine = load(str(folder), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
-    defaults = replace(engine.folder.defaults, settings={"oversampling": 2}, num_steps=4)
+    defaults = replace(engine.folder.defaults, settings={"temporal_upsampling": 2}, num_steps=4)
     engine.folder = replace(engine.folder, defaults=defaults)
     return engine
 
@@ -167,11 +167,11 @@ def test_steps_count_through_and_continue_from_any() -> None:
 
 
 def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
-    clip, plain = made(engine), made(engine, settings={"oversampling": 1})
+    clip, plain = made(engine), made(engine, settings={"temporal_upsampling": 1})
     assert clip.latents is not None
     assert clip.latents.shape[2] == 2 * plain.latents.shape[2] - 1
     assert clip.frames.shape == plain.frames.shape
-    assert clip.recipe["plan"]["oversampling"] == 2
+    assert clip.recipe["plan"]["temporal_upsampling"] == 2
     assert clip.recipe["plan"]["latents"] == plain.recipe["plan"]["latents"]
     whole = torch.cat(list(engine.decode_video(clip.latents, rate=2)), dim=2)[0]
     shown = ((whole.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
@@ -181,8 +181,8 @@ def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
 
 def test_given_frames_are_kept(engine: Engine) -> None:
     clip = made(engine, image=GIVEN, last_image=GIVEN)
-    plain = made(engine, image=GIVEN, last_image=GIVEN, settings={"oversampling": 1})
-    assert clip.recipe["plan"]["oversampling"] == 2
+    plain = made(engine, image=GIVEN, last_image=GIVEN, settings={"temporal_upsampling": 1})
+    assert clip.recipe["plan"]["temporal_upsampling"] == 2
     assert (clip.frames[0] == plain.frames[0]).all()
 
 
@@ -219,13 +219,13 @@ HALF[:, 16:] = 255
 def test_a_clip_to_edit_is_given_at_the_rate_that_is_drawn(engine: Engine, tmp_path: Path) -> None:
     given = a_video(tmp_path / "given.mkv")
     untouched = made(engine, video=given, strength=0.0)
-    assert untouched.recipe["plan"]["oversampling"] == 2
+    assert untouched.recipe["plan"]["temporal_upsampling"] == 2
     assert untouched.latents is not None
     assert untouched.latents.shape[2] == 9
     video = torch.from_numpy(Clip.from_file(given).frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
     encoded = engine.encode_video(video, rate=2)
     torch.testing.assert_close(untouched.latents, encoded.cpu(), rtol=0, atol=1e-4)
-    plain = made(engine, video=given, strength=0.0, settings={"oversampling": 1})
+    plain = made(engine, video=given, strength=0.0, settings={"temporal_upsampling": 1})
     assert plain.latents is not None
     assert plain.latents.shape[2] == 5
     changed = [made(engine, video=given, strength=s).latents for s in (0.25, 0.75, 1.0)]
@@ -257,7 +257,7 @@ def test_what_a_mask_keeps_is_kept_at_the_rate_that_is_drawn(
     given = a_video(tmp_path / "given.mkv")
     stills = {"frame": [(0.0, GIVEN)]} if begins else {}
     clip = made(engine, video=given, mask=HALF, **stills)
-    assert clip.recipe["plan"]["oversampling"] == 2
+    assert clip.recipe["plan"]["temporal_upsampling"] == 2
     kept = made(engine, video=given, strength=0.0)
     assert clip.latents is not None
     assert kept.latents is not None
@@ -317,7 +317,7 @@ def test_a_long_clip_is_drawn_finer_window_by_window(
     assert whole.latents is not None
     assert whole.latents.shape[2] == 21
     assert whole.frames.shape[0] == 41
-    plain = made(engine, frames=41, settings={"oversampling": 1})
+    plain = made(engine, frames=41, settings={"temporal_upsampling": 1})
     assert (whole.frames[1:] != plain.frames[1:]).any()
 
     out = tmp_path / "x.mp4"
@@ -356,37 +356,38 @@ def test_windows_are_shown_what_was_made_at_both_rates(
 def test_a_clip_continues_from_one_of_any_rate(
     engine: Engine, tmp_path: Path, first: int | None, then: int, hand_over: str
 ) -> None:
-    begin = made(engine, frames=17, settings={"oversampling": first or 1}, audio="generate")
+    begin = made(engine, frames=17, settings={"temporal_upsampling": first or 1}, audio="generate")
     if first is None:
         begin.info = replace(begin.info, recipe=None)
     begin.save(tmp_path / "a.mp4")
     clip = made(engine, prefix=tmp_path / "a.mp4", frames=33,
-                settings={"oversampling": then}, audio="generate")
+                settings={"temporal_upsampling": then}, audio="generate")
     assert clip.recipe["hand_over"] == hand_over
-    assert clip.recipe["plan"]["oversampling"] == then
+    assert clip.recipe["plan"]["temporal_upsampling"] == then
     clip.save(tmp_path / "b.mp4")
     frames = Clip.from_file(tmp_path / "b.mp4").frames
     assert len(frames) == 33
     assert (frames[:17] == Clip.from_file(tmp_path / "a.mp4").frames).all()
     assert clip.sound is not None
     assert len(clip.sound) == round(33 / 12 * clip.sound_rate)
-    again = made(engine, prefix=tmp_path / "b.mp4", frames=41, settings={"oversampling": then})
+    again = made(engine, prefix=tmp_path / "b.mp4", frames=41,
+                 settings={"temporal_upsampling": then})
     again.save(tmp_path / "c.mp4")
     assert Clip.from_file(tmp_path / "c.mp4").num_frames == 41
 
 
 def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
     setup, stages = Setup(torch.device("cpu"), "fp32"), []
-    for oversampling in (1, 2):
+    for temporal_upsampling in (1, 2):
         request = Request.of(PROMPT, {"seed": 1, "audio": "none", "last_image": GIVEN,
-                                      "settings": {"oversampling": oversampling},
+                                      "settings": {"temporal_upsampling": temporal_upsampling},
                                       "cache": "first-block"})
         plan = settle(engine.folder, request)
         made = estimate(engine.folder, plan, request, setup)
         stages.append({stage.name: stage for stage in made.stages})
         (window,) = count_passes(engine.folder, plan, request).windows
         assert window.frames == 4
-        assert window.drawn == (6 if oversampling == 2 else 4)  # a still stays one
+        assert window.drawn == (6 if temporal_upsampling == 2 else 4)  # a still stays one
     plain, finer = stages
     assert plain["denoise"].seconds < finer["denoise"].seconds < 2 * plain["denoise"].seconds
     assert plain["decode"].seconds < finer["decode"].seconds <= 2 * plain["decode"].seconds
@@ -401,19 +402,20 @@ def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
 def test_what_cannot_be_drawn_finer_is_drawn_as_it_is(
     engine: Engine, options: dict[str, Any], why: str
 ) -> None:
-    assert made(engine, **options).recipe["plan"]["oversampling"] == 1
-    with pytest.raises(InputError, match=f"oversampling is 2, but this clip {why}"):
-        made(engine, **options, settings={"oversampling": 2})
+    assert made(engine, **options).recipe["plan"]["temporal_upsampling"] == 1
+    with pytest.raises(InputError, match=f"temporal_upsampling is 2, but this clip {why}"):
+        made(engine, **options, settings={"temporal_upsampling": 2})
 
 
 def test_a_rate_that_a_model_does_not_draw_at_is_refused(
     engine: Engine, tiny_model: Path
 ) -> None:
-    with pytest.raises(InputError, match="oversampling is 3, but finer has temporal upsampling "
-                                         "by 2; give 1 or 2"):
-        made(engine, settings={"oversampling": 3})
+    with pytest.raises(InputError, match="temporal_upsampling is 3, but finer has temporal "
+                                         "upsampling by 2; give 1 or 2"):
+        made(engine, settings={"temporal_upsampling": 3})
     plain = load(str(tiny_model), device="cpu", dtype="fp32")
     with pytest.raises(InputError, match="has no temporal upsampling; leave it out"):
-        plain.generate(PROMPT, settings={"oversampling": 2})
-    with pytest.raises(InputError, match="oversampling is 0; give a whole number from 1 to 16"):
-        made(engine, settings={"oversampling": 0})
+        plain.generate(PROMPT, settings={"temporal_upsampling": 2})
+    with pytest.raises(InputError, match="temporal_upsampling is 0; give a whole number "
+                                         "from 1 to 16"):
+        made(engine, settings={"temporal_upsampling": 0})

@@ -133,7 +133,7 @@ def test_no_near_word_is_missed():
 )  # fmt: skip
 def test_two_slips_are_read_in_long_words_that_begin_alike(word, meant):
     tokenizer = PromptTokenizer(embedded_folder("toybox") / "tokenizer")
-    assert tokenizer.readings(word).get(word) == meant
+    assert tokenizer.replacements(word).get(word) == meant
 
 
 def test_slips_people_make_are_near_what_they_meant():

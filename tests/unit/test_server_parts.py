@@ -218,9 +218,10 @@ def test_fields_are_options_of_a_request(tmp_path):
     extra = {
         "sampler": "euler", "cache": "forecast", "fit": "pad", "guidance_low": 2.0,
         "guidance_rescale": 0.3, "label": "visible", "aigc": "ACME",
-        "readings": "crimson=red", "settings": {
+        "word_normalisation": "crimson=red", "settings": {
             "image_guidance": 1.5, "image_guidance_reach": 2, "reference_guidance": 0.5,
-            "refine": 3, "encode_passes": 2, "oversampling": 2, "candidates": 3, "binding": 0.5,
+            "refine": 3, "encode_passes": 2, "temporal_upsampling": 2, "candidates": 3,
+            "regional_prompts": 0.5,
             "audio_steps": 4, "audio_candidates": 2, "audio_delay": 0.1, "anchor": False,
         },
     }

@@ -17,7 +17,7 @@ from vidgen.core.runtime import atomic_path, atomic_write
 from vidgen.models.lora import Adapter
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.configs import read_json
-from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS, StudentConfig, write_info
+from vidgen.weights.folder import FEW_STEP, FEW_STEP_WEIGHTS, FewStepConfig, write_info
 from vidgen.weights.lora import spelled
 from vidgen.weights.store import SCALE
 
@@ -44,18 +44,18 @@ def save_module(
     atomic_write(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
 
 
-def write_student(
-    adapter: Adapter, config: StudentConfig, model: Path, part: ExpertRole = "transformer"
+def write_few_step(
+    adapter: Adapter, config: FewStepConfig, model: Path, part: ExpertRole = "transformer"
 ) -> None:
     """Write a delta, in int8, and its config into a model's folder, but not `model.json`.
 
     Raises:
         OutputError: it can't be written.
     """
-    folder = model / STUDENT
+    folder = model / FEW_STEP
     folder.mkdir(parents=True, exist_ok=True)
     tensors = spelled(adapter, "vidgen")
-    _write_tensors(tensors, folder / STUDENT_WEIGHTS[part], INT8_FROM, {"format": "pt"})
+    _write_tensors(tensors, folder / FEW_STEP_WEIGHTS[part], INT8_FROM, {"format": "pt"})
     atomic_write(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
 
 

@@ -5,7 +5,7 @@
     python -m train.toybox.onset_detector -c train/toybox/configs/onset_detector.yaml [--resume]
 
 It learns from training scenes alone, varied as what a generator draws varies, some of them drawn
-anew by one, and from nothing of the rulers that score clips. `train/toybox/release.py
+anew by one, and from nothing of the metrics that score clips. `train/toybox/release.py
 onset_detector` puts the averaged weights into a model folder.
 """
 

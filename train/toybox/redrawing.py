@@ -49,7 +49,7 @@ class Redrawer:
     @torch.no_grad()
     def latents(
         self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], strength: float,
-        oversampling: int = 1,
+        rate: int = 1,
     ) -> Tensor:
         """Draw clips anew from where the last `strength` of the model's steps begin.
 
@@ -58,7 +58,7 @@ class Redrawer:
             prompts: what is to be seen, B of them.
             seeds: of the noise, one each.
             strength: above 0, up to 1.
-            oversampling: how many there are for each latent frame at the model's own rate.
+            rate: how many there are for each latent frame at the model's own rate.
 
         Returns:
             Latents like those given, float32.
@@ -66,17 +66,18 @@ class Redrawer:
         Raises:
             InputError: a rate that the model doesn't draw at, at all or from there.
         """
-        if oversampling not in (1, self._plan.oversampling):
-            raise InputError(f"clips of {oversampling} times the model's frame rate can't be drawn "
-                             f"anew; it draws {self._plan.oversampling} latent frames for one")
-        plan = replace(self._plan_like(latents, oversampling), strength=strength)
+        if rate not in (1, self._plan.temporal_upsampling):
+            raise InputError(f"clips of {rate} times the model's frame rate can't be drawn "
+                             f"again; it draws {self._plan.temporal_upsampling} latent frames for "
+                             "one")
+        plan = replace(self._plan_like(latents, rate), strength=strength)
         sigmas, given = sigmas_of(plan), latents.to(self.engine.device)
         state = fresh_state(self.engine, plan, seeds)
-        if oversampling == 1:
+        if rate == 1:
             state = condition.video_at_strength(state, given, float(sigmas[0]))
         elif settles(plan, sigmas, self.engine.folder):
             raise InputError(f"strength is {strength}, from where the model draws clips at its own "
-                             f"frame rate alone; give less for {oversampling} times that")
+                             f"frame rate alone; give less for {rate} times that")
         else:
             state = replace(state, video_upsampled=given)
         contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
@@ -119,9 +120,9 @@ class Redrawer:
         latents = self.engine.encode_video(video, passes=self._plan.encode_passes)
         return pixels(self.engine, self.latents(latents, prompts, seeds, strength))
 
-    def _plan_like(self, latents: Tensor, oversampling: int = 1) -> Plan:
+    def _plan_like(self, latents: Tensor, rate: int = 1) -> Plan:
         """That of clips like those given, [B, C, F, h, w]."""
         F, h, w = latents.shape[2:]
-        frames = LatentRate(oversampling).num_shown(F)
+        frames = LatentRate(rate).num_shown(F)
         span = replace(self._plan.latents, num_frames=frames, height=h, width=w)
-        return replace(self._plan, latents=span, oversampling=oversampling)
+        return replace(self._plan, latents=span, temporal_upsampling=rate)

@@ -34,7 +34,7 @@ from torch import nn
 
 from train.toybox.distillation.config import LOW, DeltaConfig, TrajectoryConfig
 from train.toybox.distillation.delta import adapter_of
-from train.toybox.model_files import save_module, write_student
+from train.toybox.model_files import save_module, write_few_step
 from train.toybox.sound_vae import SOUND_VAE
 from train.toybox.tasks.dit_config import DiTData
 from train.toybox.tasks.tokenizer import train_tokenizer
@@ -64,8 +64,8 @@ from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.data.survey import open_trainable
 from vidgen.weights.configs import config_of, encoder_to_transformers
 from vidgen.weights.family import ModelDefaults
-from vidgen.weights.folder import STUDENT, StudentConfig, write_model_info
-from vidgen.weights.layouts import open_model, open_student
+from vidgen.weights.folder import FEW_STEP, FewStepConfig, write_model_info
+from vidgen.weights.layouts import open_few_step, open_model
 from vidgen.weights.store import open_tensors
 
 DEFAULTS = ModelDefaults(
@@ -82,7 +82,7 @@ TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "re
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/lab/experiments.md)
 INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
 SMALL_INT8_FROM = 1 << 13  # of small networks, which are off by as much as by bf16
-VERIFIED: dict[str, float] = {"candidates": 4, "binding": 1.0}
+VERIFIED: dict[str, float] = {"candidates": 4, "regional_prompts": 1.0}
 """What a model draws by that has a verifier (docs/lab/experiments.md, "a verifier")."""
 LOOKING: dict[str, float] = {"audio_candidates": 12}
 """And that has an onset detector ("somebody looks who listens")."""
@@ -173,16 +173,16 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     dit = DIT_PRESETS[settings["preset"]]
     if _is_low(settings):
         made = mixed(load_averages(run, "transformer"), LOW, mix, out)
-        student = open_student(out)
+        student = open_few_step(out)
         if student is not None and student.boundary is not None and not keep_students:
-            shutil.rmtree(out / STUDENT)
+            shutil.rmtree(out / FEW_STEP)
         save_module(made, dit, out / LOW, torch.bfloat16, INT8_FROM)
         return
     text = encoder_to_transformers(TEXT_PRESETS[settings["text_preset"]])
     made, words = (mixed(load_averages(run, part), part, mix, out)
                    for part in ("transformer", "text_encoder"))
     if not keep_students and settings["part"] != "sound":  # which leaves pictures as they were
-        shutil.rmtree(out / STUDENT, ignore_errors=True)
+        shutil.rmtree(out / FEW_STEP, ignore_errors=True)
     if settings["part"] == "all":  # the expert at low noise reads another text
         shutil.rmtree(out / LOW, ignore_errors=True)
     save_module(made, dit, out / "transformer", torch.bfloat16, INT8_FROM)
@@ -272,11 +272,11 @@ def release_student(run: Path, out: Path) -> None:
                          f"that of {out}; name the model it was taught on")
     trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
-    student = StudentConfig(
+    student = FewStepConfig(
         trajectories.sampler, tuple(trajectories.sigmas.tolist()), trajectories.guidance_scale,
         teacher.defaults.boundary if delta.has_other else None,
     )
-    write_student(adapter_of(factors), student, out, part)
+    write_few_step(adapter_of(factors), student, out, part)
 
 
 def release_verifier(run: Path, out: Path) -> None:
@@ -356,7 +356,7 @@ def oversampling_of(out: Path, part: str, run: Path | None) -> int:
         finest = max(cache.get("fps", CacheConfig.fps) for cache in settings["caches"])
         return int(finest // settings.get("fps", DiTData.fps))
     settings = _described(out).get("defaults", {}).get("settings", {})
-    before = int(settings.get("oversampling", 1))
+    before = int(settings.get("temporal_upsampling", 1))
     return before if (out / LOW).is_dir() else 1
 
 
@@ -413,7 +413,7 @@ def main() -> int:
         if all((options.out / part).exists() for part in PARTS):
             told = options.out, options.part, options.run
             finer = oversampling_of(*told)
-            own = {**DEFAULTS.settings, **({"oversampling": finer} if finer > 1 else {})}
+            own = {**DEFAULTS.settings, **({"temporal_upsampling": finer} if finer > 1 else {})}
             own |= VERIFIED if (options.out / VERIFIER).is_dir() else {}
             own |= LOOKING if (options.out / ONSET_DETECTOR).is_dir() else {}
             write_model_info(

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eval.toybox.rulers.fidelity import measure_fidelity
-from eval.toybox.rulers.sync import bouncing_scenes
+from eval.toybox.metrics.fidelity import measure_fidelity
+from eval.toybox.metrics.sync import bouncing_scenes
 from train.toybox.mel import log_mel, spectrogram
 from train.toybox.muon import Muon
 from train.toybox.phases import Phase, PhasedRun

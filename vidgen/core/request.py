@@ -290,8 +290,8 @@ class Request(Options):
         "none", PROMPT, "step cache, which skips most of the transformer at steps that change "
         "little: none, first-block, magnitude or forecast; a lower threshold is closer to the "
         "result without a cache", "METHOD[:THRESHOLD]")
-    readings: Annotated[str, _parsed(
-        values.check_readings,
+    word_normalisation: Annotated[str, _parsed(
+        values.check_word_normalisation,
         "give auto, none, or words and their replacements, such as bicylce=bicycle,taxi=car",
         AfterValidator)] = option(
         "auto", PROMPT, "replacement of words that the model doesn't know: auto takes the nearest "

@@ -168,13 +168,13 @@ def parse_cache(value: str) -> str:
     return value
 
 
-def check_readings(value: str) -> str:
-    """Return the value if `parse_readings` can parse it."""
-    parse_readings(value)
+def check_word_normalisation(value: str) -> str:
+    """Return the value if `parse_word_normalisation` can parse it."""
+    parse_word_normalisation(value)
     return value
 
 
-def parse_readings(value: str) -> dict[str, str] | None:
+def parse_word_normalisation(value: str) -> dict[str, str] | None:
     """Parse replacements of words, "bicylce=bicycle,taxi=car"; return them in lower case.
 
     The result is None for "auto" and empty for "none".

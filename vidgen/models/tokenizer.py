@@ -112,7 +112,7 @@ class PromptTokenizer:
         unknown = (word for word in self._ill_known(prompt) if word not in self.words)
         return [(word, self._reader.near(word)) for word in unknown]
 
-    def readings(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
+    def replacements(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return replacements for words of a prompt, by the word.
 
         They are taken from `asked`; None: for each unknown or rare word, the known word that is
@@ -124,12 +124,12 @@ class PromptTokenizer:
         read = {word: self._reader.read(word) for word in self._ill_known(prompt)}
         return {word: known for word, known in read.items() if known is not None}
 
-    def remarks(self, prompt: str, readings: Mapping[str, str]) -> list[str]:
+    def remarks(self, prompt: str, replacements: Mapping[str, str]) -> list[str]:
         """Return notes on a prompt's unknown and rare words, given their replacements."""
-        said = [f"reads {word!r} as {readings[word]!r}" if word in readings
+        said = [f"reads {word!r} as {replacements[word]!r}" if word in replacements
                 else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
                 for word in self._ill_known(prompt)
-                if word in readings or word not in self.words]  # fmt: skip
+                if word in replacements or word not in self.words]  # fmt: skip
         return [f"the model {remark}" for remark in said]
 
     def _ill_known(self, prompt: str) -> list[str]:
@@ -148,9 +148,9 @@ class PromptTokenizer:
         return min(1, (len(self._tokenizer.encode(word, add_special_tokens=False)) - 1) / 2)
 
 
-def read_as(prompt: str, readings: Mapping[str, str]) -> str:
-    """Replace words of a prompt by their readings for the model."""
-    return replace_words(clean_prompt(prompt), readings) if readings else prompt
+def normalise_words(prompt: str, replacements: Mapping[str, str]) -> str:
+    """Replace words of a prompt by their replacements for the model."""
+    return replace_words(clean_prompt(prompt), replacements) if replacements else prompt
 
 
 def _near(words: Sequence[str]) -> str:

@@ -124,11 +124,11 @@ class VAEConfig:
         if rate == 1:
             return (False,) * self.num_stages
         if self.stage_shortcuts:
-            raise InputError(f"oversampling is {rate}, but a VAE with stage shortcuts has "
+            raise InputError(f"temporal_upsampling is {rate}, but a VAE with stage shortcuts has "
                              "one rate; give 1")
         rates = [2**n for n in range(self.strides.t.bit_length())]
         if rate not in rates:
-            raise InputError(f"oversampling is {rate}; a VAE of {self.strides.t} frames a "
+            raise InputError(f"temporal_upsampling is {rate}; a VAE of {self.strides.t} frames a "
                              f"latent frame can take {', '.join(map(str, rates))}")
         left, steady = rates.index(rate), []
         for temporal in (*self.temporal_downsample, False):

@@ -48,9 +48,9 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(SPECIAL.sub(" ", text).lower())
 
 
-def replace_words(text: str, readings: Mapping[str, str]) -> str:
+def replace_words(text: str, replacements: Mapping[str, str]) -> str:
     """Replace words of a text, ignoring case; `<tokens>` stay unchanged."""
-    return _SPECIAL_OR_WORD.sub(lambda found: readings.get(found[0].lower(), found[0]), text)
+    return _SPECIAL_OR_WORD.sub(lambda found: replacements.get(found[0].lower(), found[0]), text)
 
 
 def near_words(

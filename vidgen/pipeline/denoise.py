@@ -65,8 +65,8 @@ def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:
     """Return the noise levels [num_steps + 1] of a plan, or of its diffusers scheduler."""
     if scheduler is not None:
         return scheduler_sigmas(scheduler, plan.num_steps, strength=plan.strength)
-    if plan.student is not None:
-        return torch.tensor(plan.student.sigmas)
+    if plan.few_step is not None:
+        return torch.tensor(plan.few_step.sigmas)
     lowest = 1e-3
     if plan.sampler == "euler":
         lowest = plan.shift * lowest / (1 + (plan.shift - 1) * lowest)
@@ -82,12 +82,12 @@ def sigma_split(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:
 
 def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
     """Return whether any step has the clip's frame rate; none has below the boundary."""
-    return plan.oversampling == 1 or sigma_split(plan, sigmas, folder) > 0
+    return plan.temporal_upsampling == 1 or sigma_split(plan, sigmas, folder) > 0
 
 
 def upsampling_of(folder: ModelFolder) -> int:
     """Return a model's factor of temporal upsampling, 1 if it has none."""
-    return int(own_value("oversampling", folder))
+    return int(own_value("temporal_upsampling", folder))
 
 
 def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | None:
@@ -100,7 +100,7 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, has_audio: bool) -> float | 
         return None
     if has_audio and folder.components["transformer_2"].config.audio is None:
         return None
-    return folder.defaults.boundary if plan.student is None else plan.student.boundary
+    return folder.defaults.boundary if plan.few_step is None else plan.few_step.boundary
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
@@ -197,7 +197,7 @@ def denoisers(
 
     With `ranks` each call runs on all ranks together and returns the same result on each.
     """
-    if plan.student is not None:
+    if plan.few_step is not None:
         loras = loras.plus(loader.deltas())
     if state.sound is not None:
         takes = state.sound.takes  # several sounds of a clip are adjacent in the batch

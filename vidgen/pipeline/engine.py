@@ -31,7 +31,7 @@ from vidgen.diffusion.state import LatentState
 from vidgen.media.clip import Clip
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
-from vidgen.models.tokenizer import read_as
+from vidgen.models.tokenizer import normalise_words
 from vidgen.pipeline.best_of_n import counted_on, sample_best
 from vidgen.pipeline.denoise import read_loras, sigmas_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
@@ -241,7 +241,7 @@ class _Making:
     def __post_init__(self) -> None:
         from vidgen.pipeline.windows import WindowedClip
 
-        self.prompt = read_as(self.plan.prompt, dict(self.plan.readings))
+        self.prompt = normalise_words(self.plan.prompt, dict(self.plan.word_normalisation))
         self.windowed = WindowedClip(self.model, self.plan, self.request, self.inputs)
 
     def clip(self, recipe: dict[str, Any]) -> Clip:
@@ -337,7 +337,7 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
         defaults = engine.folder.defaults
         options["image"] = np.full((defaults.height, defaults.width, 3), 128, np.uint8)
     request, inputs = engine.read(Request(prompt="a red car drives to the right", **options))
-    plan = replace(engine.plan(request, inputs), oversampling=1)
+    plan = replace(engine.plan(request, inputs), temporal_upsampling=1)
     caches = StepCaches(lambda _: Probe())
     engine.sample(plan, engine.prepare(plan, request, inputs), engine.encode_prompt(plan),
                   caches=caches)

@@ -215,7 +215,7 @@ class Conditions:
         rate.
         """
         if self.request.strength is not None:
-            clip, rate = self._whole_clip(), self.plan.oversampling
+            clip, rate = self._whole_clip(), self.plan.temporal_upsampling
             if settles:
                 state = condition.video_at_strength(state, self.encode(clip), start_sigma)
             if rate > 1:
@@ -231,8 +231,8 @@ class Conditions:
             encode = self.encode if moment else self.encode_first
             still = encode(self._fitted([picture]))
             state = condition.keyframe(state, still, moment, self.strides)
-        if self.request.mask is not None and self.plan.oversampling > 1:
-            latents, wanted = self._kept(state, self.plan.oversampling)
+        if self.request.mask is not None and self.plan.temporal_upsampling > 1:
+            latents, wanted = self._kept(state, self.plan.temporal_upsampling)
             latents[:, :, :1] = state.clean[:, :, :1]
             wanted[:, :, :1] = state.denoise_mask[:, :, :1]
             state = replace(state, known_upsampled=UpsampledKnown(latents, wanted))

@@ -22,9 +22,9 @@ from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
 from vidgen.pipeline.types import Offload, Setup
 from vidgen.weights.component import ExpertRole, Role, fp32_parts
-from vidgen.weights.folder import student_parts
+from vidgen.weights.folder import few_step_parts
 from vidgen.weights.load import trim_memory
-from vidgen.weights.lora import read_student
+from vidgen.weights.lora import read_few_step
 from vidgen.weights.quantize import Quantization, require_torchao
 from vidgen.weights.store import Weights
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
@@ -128,8 +128,8 @@ class ModelLoader:
         with self._lock:
             if self._deltas is None:
                 path, networks = self.folder.path, self.folder.components
-                self._deltas = {part: read_student(path, networks[part].config, part)
-                                for part in student_parts(path) if part in networks}
+                self._deltas = {part: read_few_step(path, networks[part].config, part)
+                                for part in few_step_parts(path) if part in networks}
             return self._deltas
 
     def lend(self, role: Role, module: nn.Module) -> None:

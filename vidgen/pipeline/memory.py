@@ -22,7 +22,7 @@ from vidgen.diffusion.state import sound_span
 from vidgen.media.ending import read_ending
 from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
 from vidgen.models.dit_types import DiTConfig
-from vidgen.models.tokenizer import read_as
+from vidgen.models.tokenizer import normalise_words
 from vidgen.models.vae import VAEConfig
 from vidgen.models.vae_tiles import AT_ONCE
 from vidgen.ops import native
@@ -92,10 +92,10 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     windows, encoded = list[Window](), list[tuple[int, int]]()
     made, total, shown = begun.num_given, spans[-1][1] if spans else begun.num_given, 0
     if begun.hand_over == "pixels":
-        encoded.append((1 + (begun.num_given - 1) * t, plan.oversampling))
+        encoded.append((1 + (begun.num_given - 1) * t, plan.temporal_upsampling))
     for start, stop in spans:
         frames, known = 1 + (stop - start - 1) * t, made - start
-        first = (begun.num_gone + start) * t
+        first = (begun.num_dropped + start) * t
         new = range(first + (1 + (known - 1) * t if known else 0), first + frames)
         inside = [at for seconds, _ in request.frame if (at := round(seconds * plan.fps)) in new]
         begins = not known and (request.begins_with_image or bool(request.first_frame_model))
@@ -109,9 +109,9 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         windows.append(Window(stop - start + stills, finer + stills,
                               *_num_passes(folder, plan, has_given=has_given), has_given))
         encoded += own
-        if known and plan.oversampling > 1:  # the earlier frames, at the other rate
-            past = max(tail.TAIL_FRAMES, (known + 1) * plan.oversampling)
-            encoded.append((1 + (past // plan.oversampling - 1) * t, 1))
+        if known and plan.temporal_upsampling > 1:  # the earlier frames, at the other rate
+            past = max(tail.TAIL_FRAMES, (known + 1) * plan.temporal_upsampling)
+            encoded.append((1 + (past // plan.temporal_upsampling - 1) * t, 1))
             shown += past
         if known and folder.conditioning == "control":  # the earlier frames, as a clip of their own
             encoded.append((frames, 1))
@@ -125,13 +125,13 @@ def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[in
     """Count forward passes of a window at or above the boundary, and below it."""
     guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
     sigmas, things, legible = sigmas_of(plan), 0, 0.0
-    if plan.binding and not has_given:
+    if plan.regional_prompts and not has_given:
         config = folder.components["verifier"].config
-        things = len(config.labels_in(read_as(plan.prompt, dict(plan.readings))))
+        things = len(config.labels_in(normalise_words(plan.prompt, dict(plan.word_normalisation))))
         things, legible = things * (things > 1), config.legible
     passes = [len(guidance.branches_at(sigma)) + things * (sigma < legible)
               for sigma in sigmas.tolist()[:-1]]
-    split = sigma_split(plan, sigmas, folder) if plan.oversampling > 1 else len(passes)
+    split = sigma_split(plan, sigmas, folder) if plan.temporal_upsampling > 1 else len(passes)
     return sum(passes[:split]), sum(passes[split:])
 
 
@@ -143,7 +143,7 @@ def _conditions(
     `in_place` stills are the window's first frame, `later` ones follow it.
     """
     references, still, once = len(request.reference), (1, 1), (frames, 1)
-    each = [once] if plan.oversampling == 1 else [once, (frames, plan.oversampling)]
+    each = [once] if plan.temporal_upsampling == 1 else [once, (frames, plan.temporal_upsampling)]
     whole = list[tuple[int, int]]()
     if request.strength is not None:
         whole += each if settles(plan, sigmas_of(plan), folder) else each[1:]
@@ -308,7 +308,7 @@ class _Clip:
     def prepare(self) -> tuple[float, int]:
         """Count the encoding of given pictures and clips."""
         passes, shown, live = self.plan.encode_passes, self.passes.shown, 0
-        seconds = self.vae_s(shown, self.plan.oversampling) if shown else 0.0
+        seconds = self.vae_s(shown, self.plan.temporal_upsampling) if shown else 0.0
         for frames, rate in self.passes.encoded:
             latents = 1 + (frames - 1) * rate // self.vae.strides.t
             seconds += passes * self.vae_s(latents, rate, decode=False)
@@ -359,10 +359,10 @@ class _Clip:
     def decode(self) -> tuple[float, int]:
         """Count decoding; the frames are encoded at the same time, which takes less."""
         plan = self.plan
-        seconds = self.vae_s(plan.rate.num_upsampled(self.passes.decoded), plan.oversampling)
-        live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
+        seconds = self.vae_s(plan.rate.num_upsampled(self.passes.decoded), plan.temporal_upsampling)
+        live = self.vae_bytes(plan.temporal_upsampling, decode=True, whole=plan.num_frames > 1)
         # a chunk's frames: as floats, as bytes, and queued for the encoder
-        live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
+        live += 3 * self.pixels * (self.vae.strides.t // plan.temporal_upsampling) * 12
         live += ENCODER_BYTES + ENCODER_BYTES_PER_PIXEL * self.pixels if self.on_cpu else 0
         return seconds, live
 

@@ -26,7 +26,7 @@ from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import encode_image
 from vidgen.models.text import NOTHING, TextEncoder
-from vidgen.models.tokenizer import PromptTokenizer, read_as
+from vidgen.models.tokenizer import PromptTokenizer, normalise_words
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline import codec
 from vidgen.pipeline.denoise import settles, sigma_split, sigmas_of
@@ -102,7 +102,7 @@ class OpenedModel:
         devices = 1 if self.devices is None else self.devices.size
         plan = make_plan(request, self.folder, inputs, self.tokenizer, devices)
         for text in (plan.prompt, plan.negative):
-            for remark in self.tokenizer.remarks(text, dict(plan.readings)):
+            for remark in self.tokenizer.remarks(text, dict(plan.word_normalisation)):
                 log.warning("%s", remark)
         return plan
 
@@ -159,7 +159,7 @@ class OpenedModel:
     def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:
         """Return (context [1, S, D], lengths [1]) of the prompt and, if guided, the negative."""
         prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
-        texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
+        texts = [normalise_words(prompt, dict(plan.word_normalisation)) for prompt in prompts]
         with ExitStack() as stack:
             if loras.tokens or any((text,) not in self._encoded for text in texts):
                 stack.enter_context(self.loader.use("text_encoder"))  # once for both
@@ -189,10 +189,11 @@ class OpenedModel:
         """Return the regional prompts of the things that normalised prompts name, or None."""
         from vidgen.pipeline.denoise import regional_prompts
 
-        if plan.binding == 0:
+        if plan.regional_prompts == 0:
             return None
         config, encode = self.folder.components["verifier"].config, self.encode_texts
-        return regional_prompts(config, read, plan.binding, partial(encode, learned=loras.tokens))
+        return regional_prompts(config, read, plan.regional_prompts,
+                                partial(encode, learned=loras.tokens))
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
@@ -241,12 +242,12 @@ class OpenedModel:
             plan = replace(plan, guidance=plan.guidance.of_clip(has_given=has_given))
             regional = regional if can_be_regional(state) else None
             sigmas = sigmas_of(plan, scheduler)
-            if plan.oversampling > 1:
+            if plan.temporal_upsampling > 1:
                 run = partial(OpenedModel.sample, self, plan, contexts=contexts,
                               scheduler=scheduler, loras=loras, remember=remember,
                               regional=regional)
                 return sample_upsampled(run, state, sigmas, sigma_split(plan, sigmas, self.folder),
-                                        plan.oversampling, self.vae_config.strides.t,
+                                        plan.temporal_upsampling, self.vae_config.strides.t,
                                         on_step=on_step, resume=resume)
         devices, caches = self.devices, caches or make_caches(plan.cache, sigmas, plan.guidance)
         if caches is not None and resume is not None and resume.cache:

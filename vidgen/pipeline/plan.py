@@ -18,12 +18,12 @@ from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.runtime import atomic_write, cache_folder
 from vidgen.core.shapes import latent_shape
 from vidgen.core.store import read_cache
-from vidgen.core.values import parse_readings
+from vidgen.core.values import parse_word_normalisation
 from vidgen.diffusion.cache import CacheChoice, Magnitudes
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.speech import Voice
-from vidgen.models.tokenizer import PromptTokenizer, read_as
+from vidgen.models.tokenizer import PromptTokenizer, normalise_words
 from vidgen.pipeline.denoise import (
     boundary_of,
     read_loras,
@@ -47,7 +47,7 @@ from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
     from vidgen.weights.family import ModelDefaults
-    from vidgen.weights.folder import ModelFolder, StudentConfig
+    from vidgen.weights.folder import FewStepConfig, ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def make_plan(
     check_settings(request, folder)
     defaults, vae = folder.defaults, folder.components["vae"].config
     patch, strides = folder.components["transformer"].config.patch_size, vae.strides
-    student, read = _student(request, folder), inputs or Inputs()
+    few_step, read = _few_step(request, folder), inputs or Inputs()
     fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
     own_length = defaults.num_frames, defaults.num_frames
     num_frames, kept = read.length(request, fps, strides) or own_length
@@ -101,18 +101,18 @@ def make_plan(
         negative=defaults.negative_prompt if request.negative is None else request.negative,
         seed=draw_seed() if request.seed is None else request.seed,
         width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
-        num_steps=student.num_steps if student else request.steps or defaults.num_steps,
+        num_steps=few_step.num_steps if few_step else request.steps or defaults.num_steps,
         shift=float(request.shift or defaults.shift),
-        sampler=student.sampler if student else _sampler(request.sampler or defaults.sampler),
-        guidance=Guidance() if student else _guidance(request, folder, devices),
+        sampler=few_step.sampler if few_step else _sampler(request.sampler or defaults.sampler),
+        guidance=Guidance() if few_step else _guidance(request, folder, devices),
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
-        fit=request.fit, latents=shape, student=student, cache=_cache(request, folder),
+        fit=request.fit, latents=shape, few_step=few_step, cache=_cache(request, folder),
         encode_passes=int(settled_value("encode_passes", request, folder)),
         refine_steps=int(settled_value("refine", request, folder)),
         **_sound_of(request, folder), **_candidates(request, folder, devices),
     )
-    plan = replace(plan, oversampling=_oversampling(plan, request, folder))
+    plan = replace(plan, temporal_upsampling=_oversampling(plan, request, folder))
     _warn_of_idle_loras(plan, request, folder)
     return plan if tokenizer is None else _with_readings(plan, request, tokenizer)
 
@@ -129,21 +129,23 @@ def settle(folder: ModelFolder, request: Request, devices: int | None = 1) -> Pl
     return make_plan(request, folder, inputs, tokenizer, devices)
 
 
-def _student(request: Request, folder: ModelFolder) -> StudentConfig | None:
+def _few_step(request: Request, folder: ModelFolder) -> FewStepConfig | None:
     """Return the model's distilled model if it fits the request, else None.
 
     It fits if the request has its step count and changes nothing else of sampling: no option of
     `SAMPLING`, no setting of sampling, no negative prompt, no step cache, no `strength` (which
     would begin between its noise levels), and no sound to follow.
     """
-    student = folder.student
+    few_step = folder.few_step
     asks_more = (
         any(map(request.has, SAMPLING))
         or any(SETTINGS[name].topic == "sampling" for name in request.settings)
         or request.negative not in (None, folder.defaults.negative_prompt)
         or request.cache != "none" or request.strength not in (None, 1) or request.follow_audio
     )
-    return None if student is None or request.steps != student.num_steps or asks_more else student
+    if few_step is None or request.steps != few_step.num_steps or asks_more:
+        return None
+    return few_step
 
 
 def _sampler(sampler: Any) -> str:
@@ -242,9 +244,9 @@ def _candidates(request: Request, folder: ModelFolder, devices: int | None) -> d
     elif request.strength not in (None, 1):
         why = "a clip that starts from another one shows the content of that one"
     alone = "regional prompts need one device per clip" if (devices or 1) > 1 else None
-    binding = settled_value("binding", request, folder, why or alone)
+    binding = settled_value("regional_prompts", request, folder, why or alone)
     return {"candidates": int(settled_value("candidates", request, folder, why)),
-            "binding": binding if words_alone(request) else 0.0}
+            "regional_prompts": binding if words_alone(request) else 0.0}
 
 
 def _cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
@@ -264,11 +266,11 @@ def _cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
 
 def _oversampling(plan: Plan, request: Request, folder: ModelFolder) -> int:
     """Return the factor of temporal upsampling below the model's boundary."""
-    own, requested = upsampling_of(folder), request.settings.get("oversampling")
+    own, requested = upsampling_of(folder), request.settings.get("temporal_upsampling")
     if requested not in (None, 1, own):
         remedy = ("has no temporal upsampling; leave it out" if own == 1 else
                   f"has temporal upsampling by {own}; give 1 or {own}")
-        raise InputError(f"oversampling is {requested}, but {folder.name} {remedy}")
+        raise InputError(f"temporal_upsampling is {requested}, but {folder.name} {remedy}")
     if requested == 1 or own == 1:
         return 1
     why = _hindrance(plan, request, folder)
@@ -276,7 +278,7 @@ def _oversampling(plan: Plan, request: Request, folder: ModelFolder) -> int:
         folder.components["vae"].config.steady_stages(own)
         return own
     if requested is not None:
-        raise InputError(f"oversampling is {requested}, but this clip {why}; leave it out")
+        raise InputError(f"temporal_upsampling is {requested}, but this clip {why}; leave it out")
     return 1
 
 
@@ -302,14 +304,14 @@ def _with_readings(plan: Plan, request: Request, tokenizer: PromptTokenizer) -> 
     Other models truncate it.
     """
     texts = {"prompt": plan.prompt, "negative": plan.negative}
-    given = parse_readings(request.readings)
+    given = parse_word_normalisation(request.word_normalisation)
     if given is None and request.lora:
         given = {}  # an unknown word may be one that an adapter learned
     readings = {word: known for text in texts.values()
-                for word, known in tokenizer.readings(text, given).items()}
+                for word, known in tokenizer.replacements(text, given).items()}
     for name, text in texts.items():
-        require_short(name, read_as(text, readings), tokenizer)
-    return replace(plan, readings=tuple(readings.items()))
+        require_short(name, normalise_words(text, readings), tokenizer)
+    return replace(plan, word_normalisation=tuple(readings.items()))
 
 
 def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:

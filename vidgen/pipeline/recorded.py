@@ -25,7 +25,7 @@ FACTS = {"vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "lor
 """Entries that frames or sound depend on; others vary between runs or repeat these."""
 _DECISIVE = FACTS - {"offload", "torchao", "encoder", "hand_over"}
 """Entries that must match to resume a job; `offload` may change after running out of memory."""
-_OF_THE_PICTURE = ("fit", "size", "fps", "readings")
+_OF_THE_PICTURE = ("fit", "size", "fps", "word_normalisation")
 """Settled options that another part of a clip doesn't take over."""
 
 
@@ -90,9 +90,10 @@ def recorded_tiles(plan: Mapping[str, Any]) -> str:
     return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
 
 
-def recorded_readings(plan: Mapping[str, Any]) -> str:
-    """Return the option `readings`, the normalised words of a recipe's plan."""
-    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"
+def recorded_word_normalisation(plan: Mapping[str, Any]) -> str:
+    """Return the option `word_normalisation`, the normalised words of a recipe's plan."""
+    pairs = plan.get("word_normalisation", ())
+    return ",".join(f"{word}={known}" for word, known in pairs) or "none"
 
 
 def settled_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,9 +107,9 @@ def settled_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if "class" in recipe["model"]:
         return options
     options |= {"steps": plan["num_steps"], "size": (plan["width"], plan["height"]),
-                "fps": plan["fps"], "readings": recorded_readings(plan),
+                "fps": plan["fps"], "word_normalisation": recorded_word_normalisation(plan),
                 "settings": recorded_settings(plan)}
-    if plan.get("student") is not None:
+    if plan.get("few_step") is not None:
         return options
     if not recipe.get("scheduler"):
         options |= {name: plan[name] for name in ("sampler", "shift")}
@@ -147,7 +148,7 @@ def own_options(
         settings |= {name: value for name, value in requested.get("settings", {}).items()
                      if name in SETTINGS and SETTINGS[name].topic in topics}
         own = {name: value for name, value in own.items() if name not in _OF_THE_PICTURE}
-        own |= {name: requested.get(name) for name in ("cache", "readings")}
+        own |= {name: requested.get(name) for name in ("cache", "word_normalisation")}
         own |= {"settings": settings,
                 "lora": [lora_option(lora["path"], lora) for lora in recipe.get("loras", ())]}
     return {name: value for name, value in own.items() if value not in (None, [], {})}

@@ -44,7 +44,8 @@ Record: TypeAlias = Mapping[str, Any]
 _MIN_HASH = 6
 _MANY = ("frame", "reference", "lora", "say")
 _REPLACES = {
-    "prompt": ("readings",), "negative": ("readings",),  # words of the recorded texts
+    # it replaces words of the recorded texts
+    "prompt": ("word_normalisation",), "negative": ("word_normalisation",),
     "guidance": ("guidance_low",), "seconds": ("frames",), "frames": ("seconds",),
     "image": ("first_frame_model",), "first_frame_model": ("image",), "audio": ("audio_model",),
     "audio_model": ("audio",),

@@ -68,15 +68,15 @@ SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in (
     Setting("encode_passes", "frames", int,
             "passes of the VAE over given frames, each closer to them; 1 is the usual encoding",
             low=1, high=100, served=10, off=1, recorded="encode_passes"),
-    Setting("oversampling", "drawing", int,
+    Setting("temporal_upsampling", "drawing", int,
             "factor of temporal upsampling, once the motion is settled; 1 is off, and "
-            "fastest", low=1, high=16, off=1, recorded="oversampling"),
+            "fastest", low=1, high=16, off=1, recorded="temporal_upsampling"),
     Setting("candidates", "drawing", int,
             "most candidates to draw until the verifier sees all that the prompt names",
             low=1, high=64, served=16, off=1, recorded="candidates"),
-    Setting("binding", "drawing", float,
+    Setting("regional_prompts", "drawing", float,
             "strength of regional prompts, one of each thing that the prompt names; 0 is off",
-            off=0.0, recorded="binding"),
+            off=0.0, recorded="regional_prompts"),
     Setting("anchor", "windows", bool,
             "condition later windows of a long clip on its first frame", task="anchor"),
     Setting("overlap", "windows", int, "latent frames that the windows of a long clip share",
@@ -161,9 +161,9 @@ def settled_value(
 
 def recorded_settings(plan: Mapping[str, Any]) -> dict[str, Value]:
     """Return the settings in a recipe's plan, without those that a distilled model fixes."""
-    facts, by_student = {**plan, **plan["guidance"]}, plan.get("student") is not None
+    facts, by_few_step = {**plan, **plan["guidance"]}, plan.get("few_step") is not None
     found = {each.name: facts.get(each.recorded, each.off) for each in SETTINGS.values()
-             if each.recorded and not (by_student and each.topic == "sampling")}
+             if each.recorded and not (by_few_step and each.topic == "sampling")}
     return {name: value for name, value in found.items()  # 0 sound steps: as many as the clip's
             if value is not None and value >= SETTINGS[name].low}
 

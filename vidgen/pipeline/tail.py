@@ -55,7 +55,7 @@ class Beginning:
         return self.rate.num_shown(self.latents.shape[2])
 
     @property
-    def num_gone(self) -> int:
+    def num_dropped(self) -> int:
         """Latent frames of the clip before those in `latents`."""
         return self.num_latents - self.num_given
 
@@ -151,7 +151,8 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
         tail, plan = recipe["tail"], recipe["plan"]
         latents = _tensor(tail["data"], tail["shape"])[None]
         anchor, (C, _, h, w) = tail.get("anchor"), tail["shape"]
-        num_latents, rate = int(tail["num_latents"]), LatentRate(int(plan.get("oversampling", 1)))
+        num_latents = int(tail["num_latents"])
+        rate = LatentRate(int(plan.get("temporal_upsampling", 1)))
         return Beginning(
             latents, int(plan["kept_frames"]) - int(recipe.get("head_frames", 0)), num_latents,
             int(tail["frames_ahead"]), _tensor(tail["colours"], [2, C]),

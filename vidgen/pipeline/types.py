@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vidgen.models.lora import Adapter
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.weights.component import ExpertRole, Role
-    from vidgen.weights.folder import DiffusersFolder, ModelFolder, StudentConfig
+    from vidgen.weights.folder import DiffusersFolder, FewStepConfig, ModelFolder
     from vidgen.weights.quantize import Quantization
 
 Offload = Literal["none", "stage", "block"]
@@ -155,7 +155,7 @@ class Plan:
     control_scale: float
     fit: Fit
     latents: LatentShape
-    readings: tuple[tuple[str, str], ...] = ()  # (word, replacement) pairs
+    word_normalisation: tuple[tuple[str, str], ...] = ()  # (word, replacement) pairs
     cache: CacheChoice | None = None
     tiles: Tiles | None = None  # of the VAE; None: no tiling
     refine_steps: int = 0  # of a given first frame's latents
@@ -163,17 +163,17 @@ class Plan:
     sound_steps: int = 0  # steps of the model's own sound; 0: as many as the clip's
     sound_candidates: int = 1  # sounds to generate; the best one is kept
     sound_delay_s: float = 0.0  # delay of the sound after the picture
-    student: StudentConfig | None = None  # distilled model in use, if any
-    oversampling: int = 1  # factor of temporal upsampling below the model's boundary
+    few_step: FewStepConfig | None = None  # distilled model in use, if any
+    temporal_upsampling: int = 1  # factor of temporal upsampling below the model's boundary
     candidates: int = 1  # most candidates of the clip, or of each window
-    binding: float = 0.0  # strength of `vidgen.diffusion.regional_prompts`
+    regional_prompts: float = 0.0  # strength of `vidgen.diffusion.regional_prompts`
 
     @property
     def rate(self) -> LatentRate:
         """Ratio of its finished latents to its latent frames."""
         from vidgen.diffusion.temporal_upsampling import LatentRate
 
-        return LatentRate(self.oversampling)
+        return LatentRate(self.temporal_upsampling)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class WindowedClip:
             if count > start:
                 state = self._show(state, self.latents[:, :, : upsampled(count)], start, count)
             if add_sound is not None:
-                state = add_sound(state, start + begun.num_gone, stop - start)
+                state = add_sound(state, start + begun.num_dropped, stop - start)
             yield own, state
 
     def add(self, state: LatentState, sampled: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class WindowedClip:
 
         def added(start: int = 0) -> Iterator[Frames]:
             begin = start + (skipped if begun.num_latents else 0)
-            videos = engine.decode_video(latents, begin, plan.tiles, plan.oversampling)
+            videos = engine.decode_video(latents, begin, plan.tiles, plan.temporal_upsampling)
             return first_frames(videos, plan.kept_frames - begun.num_frames - start)
 
         def whole(start: int = 0) -> Iterator[Frames]:
@@ -189,7 +189,7 @@ class WindowedClip:
         """Return a window's plan, and its state with the conditions that fall into it."""
         plan, request, begun, t = self.plan, self.request, self.begun, self._stride_t
         is_last = (start, stop) == self.windows[-1]
-        start, stop = start + begun.num_gone, stop + begun.num_gone
+        start, stop = start + begun.num_dropped, stop + begun.num_dropped
         first_frame = start * t
         if begun.num_latents:
             first_frame += begun.num_reached - 1 - (begun.num_latents - 1) * t
@@ -223,7 +223,7 @@ class WindowedClip:
         noise of their places; otherwise faults grow from window to window.
         """
         engine, rate, t = self.engine, self.begun.rate, self._stride_t
-        num_known, first, factor = count - start, start + self.begun.num_gone, rate.factor
+        num_known, first, factor = count - start, start + self.begun.num_dropped, rate.factor
         known, level = made[:, :, rate.num_upsampled(start) :], engine.folder.defaults.history_noise
         known = known.to(state.latents)
         past = made[:, :, -max(tail.TAIL_FRAMES, (num_known + 1) * factor) :]
@@ -280,9 +280,9 @@ class WindowedClip:
         if plan.kept_frames <= reached:
             log.warning("%s: its latents hold %d frames after its end; all new frames come from "
                         "these, so the prompt has no effect", request.prefix, ahead)
-        if begun.rate.factor == plan.oversampling:
+        if begun.rate.factor == plan.temporal_upsampling:
             return begun
-        latents = self._at_rate(begun.latents, begun.rate.factor, plan.oversampling)
+        latents = self._at_rate(begun.latents, begun.rate.factor, plan.temporal_upsampling)
         return replace(begun, latents=latents, rate=plan.rate)
 
     def _encode_end(self) -> Beginning:
@@ -294,7 +294,7 @@ class WindowedClip:
         count = 1 + (len(ending) - 1) // t * t
         video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
         latents = self.engine.encode_video(
-            video, plan.tiles, plan.encode_passes, plan.oversampling).cpu()
+            video, plan.tiles, plan.encode_passes, plan.temporal_upsampling).cpu()
         return Beginning(
             latents, total, 1 + math.ceil((total - 1) / t), colours=tail.colours_of(latents),
             hand_over="pixels", anchor=latents[:, :, :1], rate=plan.rate)

@@ -31,7 +31,7 @@ CONTINUED = ("prompt", "seconds", "negative", "seed", "steps", "guidance", "shif
 SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")
 """Options of any other clip, except files."""
 _EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "label", "aigc",
-          "readings", "settings")
+          "word_normalisation", "settings")
 MAX_SAID, MAX_LORAS, MAX_FILES = 100, 8, 100
 _VOICE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z0-9]+)*(?:\+[a-zA-Z0-9]+)?")
 

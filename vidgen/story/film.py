@@ -112,9 +112,9 @@ class FilmPlan:
                   for name in ("negative", "guidance", "sampler", "shift", "steps")}
         if self.draft:
             steps = self.folder.defaults.num_steps if option["steps"] is None else option["steps"]
-            few, student = min(DRAFT_STEPS, -(-steps // 2)), self.folder.student
-            if student is not None and all(v is None for k, v in option.items() if k != "steps"):
-                few = student.num_steps
+            few, few_step = min(DRAFT_STEPS, -(-steps // 2)), self.folder.few_step
+            if few_step is not None and all(v is None for k, v in option.items() if k != "steps"):
+                few = few_step.num_steps
             option["steps"] = min(steps, few)
         for name, key, part in (("image", "first_frame", 0),
                                 ("last_image", "last_frame", len(shot.prompt) - 1)):

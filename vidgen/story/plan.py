@@ -177,7 +177,7 @@ def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:
     tokenizer = PromptTokenizer(film.folder.tokenizer, _configs(film.folder)[1].text_len)
     prompts = dict.fromkeys(part.prompt for plan in plans for part in plan.takes[0].parts)
     remarks = dict.fromkeys(remark for prompt in prompts
-                            for remark in tokenizer.remarks(prompt, tokenizer.readings(prompt)))
+                            for remark in tokenizer.remarks(prompt, tokenizer.replacements(prompt)))
     return [*remarks]
 
 

@@ -18,7 +18,7 @@ from vidgen.core.errors import Cancelled, OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.media.join import ContinuedClip
 from vidgen.media.video_reader import VideoReader
-from vidgen.models.tokenizer import read_as
+from vidgen.models.tokenizer import normalise_words
 from vidgen.pipeline.best_of_n import VERIFIER, Verified, verify_video
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.journal.job import job_folder, remove_job
@@ -260,7 +260,7 @@ def verify_take(model: OpenedModel, path: Path, parts: Sequence[Part]) -> Iterat
         for part in parts:
             stretch = islice(frames, part.num_frames)
             whole = islice(stretch, 1 + (part.num_frames - 1) // stride * stride)
-            prompt = read_as(part.prompt, model.tokenizer.readings(part.prompt))
+            prompt = normalise_words(part.prompt, model.tokenizer.replacements(part.prompt))
             verified = verify_video(model.loader, (as_video(f[None]) for f in whole), prompt)
             for _ in stretch:  # frames that fill no latent frame
                 pass

@@ -31,7 +31,7 @@ from vidgen.weights.configs import (
     encoder_to_transformers,
     vae_to_diffusers,
 )
-from vidgen.weights.folder import STUDENT, DiffusersFolder, ModelFolder, write_model_info
+from vidgen.weights.folder import FEW_STEP, DiffusersFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, fuse_clip, rename
 from vidgen.weights.layouts import (
     CLIP_FILE,
@@ -68,8 +68,8 @@ def convert(
         to: "diffusers": for `from_pretrained` of diffusers' Wan pipelines. "wan": for Wan's own
             programs. "vidgen": vidgen's layout, with hashes.
         changed: tensors, by role and vidgen's name, that replace the files' and are cast to their
-            dtype; only with `to` "vidgen". The model's student and magnitudes are not copied then,
-            since they belong to the old weights.
+            dtype; only with `to` "vidgen". The few-step adapter and magnitudes belong to the old
+            weights and are not copied then.
 
     Returns:
         Tensors for which the target layout has no name, sorted.
@@ -106,8 +106,8 @@ def convert(
             else:
                 _write_part(folder, component, tensors, to, max_shard_bytes)
             component.tensors.release()
-        # the student and magnitudes belong to the source's weights
-        kept = _KEPT if changed else (*_KEPT, STUDENT, _MAGNITUDES)
+        # the few-step adapter and magnitudes belong to the source's weights
+        kept = _KEPT if changed else (*_KEPT, FEW_STEP, _MAGNITUDES)
         for path in (path for name in kept for path in source.path.glob(name)):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)

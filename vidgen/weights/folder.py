@@ -33,18 +33,18 @@ FORMAT_VERSION = 1
 HASHES = "hashes"
 MIN_BYTES = 1_000_000
 """Smaller files are hashed each time instead of cached."""
-STUDENT = "student"
-"""Folder of a model's few-step adapter (student)."""
-STUDENT_WEIGHTS: dict[ExpertRole, str] = {
+FEW_STEP = "few_step"
+"""Folder of a model's few-step adapter."""
+FEW_STEP_WEIGHTS: dict[ExpertRole, str] = {
     "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
 }
-"""Files of a student's weight deltas, by transformer; the second is optional."""
+"""Files of a few-step adapter's weights, by transformer; the second is optional."""
 _SETTLED_S = 2.0  # a file changed more recently may change again within its time stamp's precision
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """Sampling settings of a few-step adapter (student) with distilled guidance (Meng et al. 2023).
+class FewStepConfig:
+    """Sampling settings of a few-step adapter with distilled guidance (Meng et al. 2023).
 
     Args:
         sampler: sampler of its training, one of `SAMPLERS`.
@@ -123,7 +123,7 @@ class ModelFolder(Files):
         image_processor: the folder of the image encoder's processor, or None.
         variant: a key of `family.VARIANTS`, or None.
         given: the model's name as the user gave it, if it isn't the folder's.
-        student: settings of the model's few-step adapter, or None.
+        few_step: settings of the model's few-step adapter, or None.
     """
 
     name: str
@@ -137,7 +137,7 @@ class ModelFolder(Files):
     image_processor: Path | None = None
     variant: str | None = None
     given: str | None = None
-    student: StudentConfig | None = None
+    few_step: FewStepConfig | None = None
 
     @property
     def conditioning(self) -> Conditioning:
@@ -191,10 +191,10 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
     return hashes
 
 
-def student_parts(model: Path) -> tuple[ExpertRole, ...]:
-    """Return the transformers for which a model's student has weight deltas."""
-    return tuple(part for part, file in STUDENT_WEIGHTS.items()
-                 if (model / STUDENT / file).is_file())
+def few_step_parts(model: Path) -> tuple[ExpertRole, ...]:
+    """Return the transformers for which a model's few-step adapter has weights."""
+    return tuple(part for part, file in FEW_STEP_WEIGHTS.items()
+                 if (model / FEW_STEP / file).is_file())
 
 
 def embedded_folder(name: str) -> Path:

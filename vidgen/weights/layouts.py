@@ -43,11 +43,11 @@ from vidgen.weights.configs import (
 )
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
 from vidgen.weights.folder import (
+    FEW_STEP,
     FORMAT_VERSION,
-    STUDENT,
     DiffusersFolder,
+    FewStepConfig,
     ModelFolder,
-    StudentConfig,
     embedded_folder,
     list_embedded,
 )
@@ -216,13 +216,13 @@ def _open(
             f"{tokenizer / 'tokenizer.json'} is missing; copy it from the model's release or from "
             "google/umt5-xxl"
         )
-    student = path / STUDENT
+    few_step = path / FEW_STEP
     return ModelFolder(
         path=path, layout=layout, components=components, tokenizer=tokenizer,
         image_processor=_processor(path), given=given, **facts,
-        student=open_student(path),
+        few_step=open_few_step(path),
         files=info["files"] if layout == "vidgen" else _unhashed(path, [
-            path / "model_index.json", *student.glob("*"), *tokenizer.iterdir(),
+            path / "model_index.json", *few_step.glob("*"), *tokenizer.iterdir(),
             *(file for part in parts for file in (path / part).iterdir()
               if file.suffix != ".safetensors"),
             *(file for folder in _expert_folders(path).values() if layout == "wan"
@@ -231,10 +231,10 @@ def _open(
     )
 
 
-def open_student(model: Path) -> StudentConfig | None:
-    """Return the config of a model's student, or None; raise ModelError if it is damaged."""
-    folder = model / STUDENT
-    return config_of(StudentConfig, folder) if (folder / "config.json").is_file() else None
+def open_few_step(model: Path) -> FewStepConfig | None:
+    """Return the config of a model's few-step adapter, or None; ModelError: it is damaged."""
+    folder = model / FEW_STEP
+    return config_of(FewStepConfig, folder) if (folder / "config.json").is_file() else None
 
 
 def _check_info(path: Path, info: Mapping[str, Any]) -> None:

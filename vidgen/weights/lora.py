@@ -20,7 +20,7 @@ from vidgen.core.runtime import atomic_path
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS
+from vidgen.weights.folder import FEW_STEP, FEW_STEP_WEIGHTS
 from vidgen.weights.keymap import DIT_KEYS, Spelling, rename
 from vidgen.weights.lora_dialects import (
     DIALECTS,
@@ -181,13 +181,13 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     return adapter
 
 
-def read_student(model: Path, config: DiTConfig, part: ExpertRole = "transformer") -> Adapter:
-    """Read the student's weight deltas for one transformer from a model's folder.
+def read_few_step(model: Path, config: DiTConfig, part: ExpertRole = "transformer") -> Adapter:
+    """Read the few-step adapter's weights for one transformer from a model's folder.
 
     Raises:
         ModelError: the file is missing, damaged, or made for another transformer.
     """
-    return read_lora(model / STUDENT / STUDENT_WEIGHTS[part], config)
+    return read_lora(model / FEW_STEP / FEW_STEP_WEIGHTS[part], config)
 
 
 def expert_of(path: Path) -> Expert | None:

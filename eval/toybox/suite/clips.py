@@ -19,7 +19,7 @@ from eval.toybox.generation import (
     round_trip,
     sound_round_trip,
 )
-from eval.toybox.rulers.drift import Windows
+from eval.toybox.metrics.drift import Windows
 from eval.toybox.suite.items import SOURCES, Benchmark, Item
 from train.toybox.world.cues import SAMPLE_RATE
 from train.toybox.world.render import Rendered, render

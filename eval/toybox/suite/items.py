@@ -1,7 +1,7 @@
 """What `python -m eval.toybox` makes clips of: sources, their scenes, sentences and seeds.
 
 A source is scenes of one kind, `material`, brought into pictures in one `way`: generated, rendered
-(what the rulers make of perfection), or rendered and passed through the VAE (the best that a
+(what the metrics make of perfection), or rendered and passed through the VAE (the best that a
 generator behind it can reach).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from eval.toybox.rulers.sync import bouncing_scenes
+from eval.toybox.metrics.sync import bouncing_scenes
 from eval.toybox.suite.phrasings import read_phrasings
 from train.toybox.world.captions import caption, prompts
 from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES, SPRITES

@@ -1,8 +1,8 @@
-"""`python -m eval.toybox`: does a model show what the sentence says? Scored by judge and rulers.
+"""`python -m eval.toybox`: does a model show what the sentence says? Scored by judge and metrics.
 
 Sources of clips are named in `items.SOURCES`: what is generated stands beside the same
-scenes rendered, which is what the rulers make of perfection, and beside these behind the VAE, which
-is the best that a generator can reach.
+scenes rendered, which is what the metrics make of perfection, and those after the VAE, which is
+the best that a generator can reach.
 
 Each clip's scores are a line of `<output>.jsonl`, addressed by all that shaped them; a run that was
 killed finds them there and goes on. Clips are made in the same batches in every run; so, with the

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from eval.toybox.metrics.bounces import bounce_times
+from eval.toybox.metrics.drift import LOOKS, Windows, measure_drift
+from eval.toybox.metrics.identity import identity_over_time, mean_answer
+from eval.toybox.metrics.paths import fit_path, path_of
+from eval.toybox.metrics.physics import measure_fall
+from eval.toybox.metrics.shape import drawings_of, shape_fit, stranger
+from eval.toybox.metrics.tint import shows_tints
+from eval.toybox.metrics.tracking import sightings
 from eval.toybox.quality import psnr
-from eval.toybox.rulers.bounces import bounce_times
-from eval.toybox.rulers.drift import LOOKS, Windows, measure_drift
-from eval.toybox.rulers.identity import identity_over_time, mean_answer
-from eval.toybox.rulers.paths import fit_path, path_of
-from eval.toybox.rulers.physics import measure_fall
-from eval.toybox.rulers.shape import drawings_of, shape_fit, stranger
-from eval.toybox.rulers.tint import shows_tints
-from eval.toybox.rulers.tracking import sightings
 from eval.toybox.suite.items import SOURCES, Item
 from eval.toybox.suite.judging import answers, grade
 from eval.toybox.suite.listening import grade_sound

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from eval.toybox.metrics.drift import LOOKS
+from eval.toybox.metrics.identity import DISTANCES, stranger_overlap
+from eval.toybox.metrics.paths import path_of
+from eval.toybox.metrics.sync import score_sync, sync_intervals
 from eval.toybox.rates import Rate, guess_rate, median_interval
-from eval.toybox.rulers.drift import LOOKS
-from eval.toybox.rulers.identity import DISTANCES, stranger_overlap
-from eval.toybox.rulers.paths import path_of
-from eval.toybox.rulers.sync import score_sync, sync_intervals
 from eval.toybox.suite.items import CEILINGS
 from eval.toybox.suite.judging import answer_counts
 from eval.toybox.suite.weak_spots import weak_spots

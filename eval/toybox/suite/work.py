@@ -59,7 +59,7 @@ class Scored:
 
 
 class Studio:
-    """A benchmark's model, judges and rulers, opened.
+    """A benchmark's model, judges and metrics, opened.
 
     Args:
         bench: the settings.
@@ -73,7 +73,7 @@ class Studio:
         self.bench = bench
         engine = load(bench.model, dtype=bench.dtype)
         if not isinstance(engine, Engine):
-            raise InputError(f"{bench.model} is of another family, which the world's rulers can't "
+            raise InputError(f"{bench.model} is of another family, which the world's metrics can't "
                              "batch; score its clips with vidgen eval PROMPTS")
         self.engine = engine
         self._judge_folder = JudgeFolder(Path(bench.judge)) if bench.judge else embedded_judge()
@@ -113,7 +113,7 @@ class Studio:
     def _identity(self) -> dict[str, Any]:
         plan = asdict(self.plan)
         kept = ("negative", "width", "height", "num_frames", "num_steps", "shift", "sampler",
-                "guidance", "candidates", "binding")  # fmt: skip
+                "guidance", "candidates", "regional_prompts")  # fmt: skip
         return {
             "measures_version": MEASURES_VERSION,
             "world_version": WORLD_VERSION,
@@ -138,7 +138,7 @@ class Studio:
             own = self.bench.windows
         elif material == "sound":
             own = self.ear_sha256
-        read = self.engine.tokenizer.readings(item.prompt)
+        read = self.engine.tokenizer.replacements(item.prompt)
         address = json.dumps([self.identity, asdict(item), own, *read.items()], sort_keys=True)
         return hashlib.sha256(address.encode()).hexdigest()
 

@@ -25,8 +25,8 @@ from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS, student_parts
-from vidgen.weights.lora import read_student
+from vidgen.weights.folder import FEW_STEP, FEW_STEP_WEIGHTS, few_step_parts
+from vidgen.weights.lora import read_few_step
 
 BOUNDARY = 0.9  # its two steps begin at 1 and at 0.83
 PROMPT = "a red car bounces across the desert"
@@ -86,13 +86,13 @@ def test_it_learns_only_the_steps_below_the_boundary(low_run: DistilRun) -> None
 
 def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path: Path) -> None:
     folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY)
-    assert student_parts(folder) == ("transformer", "transformer_2")
-    first = f"{STUDENT}/{STUDENT_WEIGHTS['transformer']}"
+    assert few_step_parts(folder) == ("transformer", "transformer_2")
+    first = f"{FEW_STEP}/{FEW_STEP_WEIGHTS['transformer']}"
     assert (folder / first).read_bytes() == (model / first).read_bytes()
     engine = load(str(folder), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
-    assert engine.folder.student is not None
-    assert engine.folder.student.boundary == BOUNDARY
+    assert engine.folder.few_step is not None
+    assert engine.folder.few_step.boundary == BOUNDARY
     clip = engine.generate(PROMPT, seed=3, steps=2, audio="none")
     plan = engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs())
     (context,) = engine.encode_prompt(plan)
@@ -100,7 +100,7 @@ def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path:
     roles = ("transformer", "transformer_2")
     parts = {role: engine.folder.components[role] for role in roles}
     dits = {role: part.load(torch.float32, torch.device("cpu")) for role, part in parts.items()}
-    deltas = {role: read_student(folder, part.config, role)
+    deltas = {role: read_few_step(folder, part.config, role)
               for role, part in parts.items()}
 
     def by_hand(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_clips_are_made_by_both_parts(low_run: DistilRun, model: Path, tmp_path:
                             patch=dits[role].config.patch_size, whole=True)
 
     with torch.no_grad():
-        made = sample("unipc", by_hand, state.begin(), torch.tensor(engine.folder.student.sigmas))
+        made = sample("unipc", by_hand, state.begin(), torch.tensor(engine.folder.few_step.sigmas))
     torch.testing.assert_close(clip.latents, made, atol=1e-4, rtol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_its_clips_are_matched_at_the_rate_that_they_are_drawn_at(
     low: dict[str, Any], low_run: DistilRun, tmp_path: Path
 ) -> None:
     folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY,
-                      oversampling=2)
+                      upsampling=2)
     finer = low | {"teacher": str(folder), "delta": low["delta"] | {"begin_as": "student"}}
     match = {"follower_lr": 5e-3, "first_step": 1, "between": [0.1, 0.8]}
     trajectories = low["trajectories"] | {"folder": str(tmp_path / "trajectories"), "shards": 1}
@@ -151,7 +151,7 @@ def test_its_clips_are_matched_at_the_rate_that_they_are_drawn_at(
     assert isinstance(engine, Engine)
     request = Request(prompt=PROMPT, seed=3, steps=2)
     plan = engine.plan(request, Inputs())
-    assert plan.oversampling == 2
+    assert plan.temporal_upsampling == 2
     state, contexts = engine.prepare(plan, request, Inputs()), engine.encode_prompt(plan)
     with torch.no_grad():
         drawn = engine.sample(plan, state, contexts)
@@ -194,7 +194,7 @@ def test_the_other_part_is_taught_above_the_boundary(
                for name, part in task.other[1].low_rank.items())
     assert task.validate(0, Path()).keys() == {"gap", "following"}
     again = released(tmp_path / "above", folder, tmp_path / "again" / "tiny", BOUNDARY)
-    parts = [f"{STUDENT}/{file}" for file in (*STUDENT_WEIGHTS.values(), "config.json")]
+    parts = [f"{FEW_STEP}/{file}" for file in (*FEW_STEP_WEIGHTS.values(), "config.json")]
     same = [(again / part).read_bytes() == (folder / part).read_bytes() for part in parts]
     assert same == [False, True, True]
     for changes in ({"first_step": 1}, {"between": [0.5, 0.99]}):

@@ -19,7 +19,7 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.weights.lora import read_student
+from vidgen.weights.lora import read_few_step
 
 
 def matching(
@@ -48,7 +48,7 @@ def test_a_student_is_matched_with_its_teacher(
     assert after["following"] < before["following"], "it learns what the student's clips are like"
     folder = released(Path(config.run.folder), model, tmp_path / "tiny")
     learned = load_averages(Path(config.run.folder), "student")
-    adapter = read_student(folder, DIT_PRESETS["tiny"])
+    adapter = read_few_step(folder, DIT_PRESETS["tiny"])
     for path, part in adapter_of(learned).low_rank.items():
         assert torch.equal(adapter.low_rank[path].up, as_stored(part.up))
     assert not all(torch.equal(value, start[name]) for name, value in learned.items())

@@ -24,7 +24,7 @@ from train.toybox.distillation.data import HELD_OUT, draw_steps, open_shards, ta
 from train.toybox.distillation.delta import Delta, adapter_of
 from train.toybox.distillation.student import DistilTask
 from train.toybox.distillation.teacher import Teacher
-from train.toybox.model_files import write_student
+from train.toybox.model_files import write_few_step
 from train.toybox.phases import train
 from vidgen.cli.main import main
 from vidgen.core.config import build
@@ -46,9 +46,9 @@ from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import STUDENT, STUDENT_WEIGHTS, StudentConfig
+from vidgen.weights.folder import FEW_STEP, FEW_STEP_WEIGHTS, FewStepConfig
 from vidgen.weights.layouts import open_model
-from vidgen.weights.lora import read_student, write_lora
+from vidgen.weights.lora import read_few_step, write_lora
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "a red car bounces across the desert"
@@ -148,10 +148,10 @@ def test_it_learns_to_step_and_to_end_where_the_teacher_does(run: DistilRun) -> 
 def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> None:
     folder = open_model(str(model))
     sigmas = run.trajectories.sigmas
-    assert folder.student == StudentConfig("unipc", tuple(sigmas.tolist()), 3.0)
-    assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
-    assert f"{STUDENT}/{STUDENT_WEIGHTS['transformer']}" in folder.files
-    adapter = read_student(model, folder.components["transformer"].config)
+    assert folder.few_step == FewStepConfig("unipc", tuple(sigmas.tolist()), 3.0)
+    assert torch.equal(torch.tensor(folder.few_step.sigmas), sigmas)
+    assert f"{FEW_STEP}/{FEW_STEP_WEIGHTS['transformer']}" in folder.files
+    adapter = read_few_step(model, folder.components["transformer"].config)
     learned = adapter_of(load_averages(Path(run.run.folder), "student"))
     assert adapter.low_rank.keys() == learned.low_rank.keys()
     for path, part in adapter.low_rank.items():
@@ -164,24 +164,24 @@ def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> 
 
 def test_a_delta_lies_in_half_of_its_bytes(tmp_path: Path) -> None:
     adapter = make_adapter(make_dit(DIT_PRESETS["toybox-low"]), rank=16)
-    write_student(adapter, StudentConfig("euler", (1.0, 0.5, 0.0), 3.0), tmp_path)
+    write_few_step(adapter, FewStepConfig("euler", (1.0, 0.5, 0.0), 3.0), tmp_path)
     numbers = sum(part.down.numel() + part.up.numel() for part in adapter.low_rank.values())
-    assert (tmp_path / STUDENT / STUDENT_WEIGHTS["transformer"]).stat().st_size < 1.3 * numbers
+    assert (tmp_path / FEW_STEP / FEW_STEP_WEIGHTS["transformer"]).stat().st_size < 1.3 * numbers
 
 
 def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model: Path) -> None:
     clip = engine.generate(PROMPT, seed=3, steps=2)
-    student = engine.folder.student
+    student = engine.folder.few_step
     plan = clip.info.recipe["plan"]
-    assert plan["student"] == {
+    assert plan["few_step"] == {
         "sampler": "unipc", "sigmas": student.sigmas, "guidance_scale": 3.0,
         "boundary": None,
     }
     assert (plan["sampler"], plan["guidance"]["scale"]) == ("unipc", 1.0)
     plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
-    assert plain.info.recipe["plan"]["student"] is None
+    assert plain.info.recipe["plan"]["few_step"] is None
     assert not torch.equal(plain.latents, clip.latents)
-    adapter = read_student(model, engine.dit_config)
+    adapter = read_few_step(model, engine.dit_config)
     made = engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs())
     (context, lengths), = engine.encode_prompt(made)
     state = engine.prepare(made, Request(prompt=PROMPT, seed=3), Inputs())
@@ -207,7 +207,7 @@ def test_what_a_student_does_not_know_is_left_to_the_model(
     engine: Engine, asked: dict[str, Any]
 ) -> None:
     plan = engine.plan(Request(prompt=PROMPT, seed=1, **({"steps": 2} | asked)), Inputs())
-    assert plan.student is None
+    assert plan.few_step is None
     assert plan.sampler == asked.get("sampler", engine.folder.defaults.sampler)
     assert not plan.guidance.is_off
 
@@ -226,7 +226,7 @@ def test_its_clips_are_heard_by_the_model_itself(engine: Engine) -> None:
 def test_a_first_frame_stands_and_adapters_add_up(engine: Engine, tmp_path: Path) -> None:
     picture = torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8).numpy()
     clip = engine.generate(PROMPT, seed=3, steps=2, image=picture)
-    assert clip.info.recipe["plan"]["student"] is not None
+    assert clip.info.recipe["plan"]["few_step"] is not None
     shown = engine.encode_video(
         torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1)
     torch.testing.assert_close(clip.latents[:, :, :1], shown)
@@ -237,7 +237,7 @@ def test_a_first_frame_stands_and_adapters_add_up(engine: Engine, tmp_path: Path
     none = engine.generate(PROMPT, seed=3, steps=2, lora=[f"{tmp_path / 'own.safetensors'}:0"])
     assert not torch.equal(both.latents, plain.latents)
     assert torch.equal(none.latents, plain.latents)
-    assert both.info.recipe["plan"]["student"] is not None
+    assert both.info.recipe["plan"]["few_step"] is not None
     assert len(both.info.recipe["loras"]) == 1
 
 
@@ -253,7 +253,7 @@ def test_a_replay_and_a_resumed_clip_are_the_same(
     assert torch.equal(clip.latents, engine.generate(PROMPT, seed=3, steps=2).latents)
     clip.save(path)
     recipe = read_recipe(path)
-    assert recipe["plan"]["student"]["guidance_scale"] == 3
+    assert recipe["plan"]["few_step"]["guidance_scale"] == 3
     assert own_options(recipe).keys().isdisjoint({"sampler", "shift", "guidance"})
     code = main(["replay", str(path), "-o", str(tmp_path / "again.mkv"), "--json"])
     assert code == 0
@@ -273,7 +273,7 @@ def test_its_clips_are_compared_with_the_models_own(model: Path, tmp_path: Path)
     found = json.loads(output.read_text())
     assert found["options"] == {"default": {}, "student": {"steps": 2}}
     assert found["few"]["default"]["all"]["change"] == 0
-    assert set(found["few"]["student"]) == {"sprite", "motion", "place", "camera", "all"}
+    assert set(found["few"]["few_step"]) == {"sprite", "motion", "place", "camera", "all"}
 
 
 @pytest.mark.long
@@ -287,7 +287,7 @@ def test_a_converted_model_takes_its_student_along(
     clip = engine.generate(PROMPT, seed=3, steps=2, audio="none")
     for folder in (there, back):
         other = load(str(folder), device="cpu", dtype="fp32")
-        assert other.folder.student == engine.folder.student
+        assert other.folder.few_step == engine.folder.few_step
         made = other.generate(PROMPT, seed=3, steps=2, audio="none")
         torch.testing.assert_close(made.latents, clip.latents, atol=1e-5, rtol=1e-4)
         for role in ("transformer", "text_encoder"):
@@ -296,7 +296,7 @@ def test_a_converted_model_takes_its_student_along(
             assert one.keys() == two.keys()
             assert all(torch.equal(one[name], two[name]) for name in one)
     files = [each.folder.files for each in (other, engine)]
-    name = f"{STUDENT}/{STUDENT_WEIGHTS['transformer']}"
+    name = f"{FEW_STEP}/{FEW_STEP_WEIGHTS['transformer']}"
     assert files[0][name] == files[1][name]
 
 
@@ -353,7 +353,7 @@ def test_bad_settings_and_files_are_refused(
         open_shards(build(DistilRun, {**settings, "trajectories": {
             **settings["trajectories"], "guidance_scale": 2.0}}, "run"))
     shutil.copytree(model, tmp_path / "model")
-    config = tmp_path / "model" / STUDENT / "config.json"
+    config = tmp_path / "model" / FEW_STEP / "config.json"
     for changes, message in (({"sigmas": [1.0, 0.5, 0.6, 0.0]}, "must fall from 1 to 0"),
                              ({"sampler": "heun"}, "sampler is 'heun'; give one of euler")):
         known = {"sampler": "unipc", "sigmas": [1.0, 0.5, 0.0], "guidance_scale": 3.0}

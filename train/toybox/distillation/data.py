@@ -30,9 +30,9 @@ from vidgen.models.dit_types import DiTConfig
 from vidgen.training.data.survey import open_trainable
 from vidgen.training.engines.distributed import own_device
 from vidgen.training.task import generator_of
-from vidgen.weights.folder import STUDENT, ModelFolder
+from vidgen.weights.folder import FEW_STEP, ModelFolder
 from vidgen.weights.load import read_tensors
-from vidgen.weights.lora import read_student
+from vidgen.weights.lora import read_few_step
 
 HELD_OUT = 0
 """The shard of clips kept aside, under text alone; those to learn from follow."""
@@ -53,7 +53,7 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
     if LOW in folder.components and folder.family != "toybox":
         raise InputError(f"{folder.name} has two transformers, each for some noise levels alone; "
                          "the student is a delta of one that knows all of them")
-    if config.delta.above and folder.student and folder.student.boundary is None:
+    if config.delta.above and folder.few_step and folder.few_step.boundary is None:
         raise InputError(f"delta.above is true, but the student of {folder.name!r} has no part for "
                          "its expert; leave it out")
     device = own_device(config.run.device)
@@ -85,7 +85,7 @@ class TrajectoryShards:
             _check_steps(config, folder)
         kept = {name: value for name, value in asdict(config).items()
                 if name not in ("folder", "shards")}
-        roles = ("transformer", "text_encoder", *[STUDENT] * config.by_student, *[LOW] * has_low)
+        roles = ("transformer", "text_encoder", *[FEW_STEP] * config.by_student, *[LOW] * has_low)
         weights = [folder.path / role / "model.safetensors" for role in roles]
         self.shards = LatentShards(config.folder, kept | {
             "guidance_interval": [*config.guidance_interval],
@@ -100,7 +100,7 @@ class TrajectoryShards:
         if self.config.by_student:
             config = self.folder.components["transformer"].config
             assert isinstance(config, DiTConfig)
-            student = read_student(self.folder.path, config)
+            student = read_few_step(self.folder.path, config)
         return Teacher(self.folder, self.device, dtype, student, has_low=self.has_low)
 
     def missing(self) -> list[int]:
@@ -164,7 +164,7 @@ class TrajectoryShards:
 
 
 def _check_steps(config: TrajectoryConfig, folder: ModelFolder) -> None:
-    student = folder.student
+    student = folder.few_step
     if student is None:
         what = "trajectories.by_student" if config.by_student else "one part of the student alone"
         raise InputError(f"{what}: {folder.name!r} has no student; release one first, or leave it "

@@ -15,8 +15,8 @@ from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.training.finetune.model import target_paths
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import ModelFolder, student_parts
-from vidgen.weights.lora import read_student
+from vidgen.weights.folder import ModelFolder, few_step_parts
+from vidgen.weights.lora import read_few_step
 
 
 class Delta(nn.Module):
@@ -88,8 +88,8 @@ def delta_of(folder: ModelFolder, config: DiTConfig, part: ExpertRole) -> Adapte
     Raises:
         InputError: it has none for that transformer.
     """
-    if part not in student_parts(folder.path):
+    if part not in few_step_parts(folder.path):
         whose = "" if part == "transformer" else f" of its {part}"
         raise InputError(f"delta.begin_as is 'student', but {folder.name!r} has no student{whose}; "
                          "release one first, or leave it out")
-    return read_student(folder.path, config, part)
+    return read_few_step(folder.path, config, part)

@@ -43,7 +43,7 @@ from vidgen.diffusion.state import LatentState
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.optim import build_optimizers
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.lora import read_student
+from vidgen.weights.lora import read_few_step
 
 BatchT = TypeVar("BatchT")
 
@@ -70,7 +70,7 @@ class DeltaTask(ABC, Generic[BatchT]):
         if config.delta.has_other:
             role: ExpertRole = "transformer" if part == LOW else LOW
             other = load_dit(folder, role, torch.float32, self.device)
-            self.other = other, read_student(folder.path, other.config, role)
+            self.other = other, read_few_step(folder.path, other.config, role)
             self.boundary = boundary_of(folder)
             above = int((self.sigmas >= self.boundary).sum())
             self.own = self.own[above:] if part == LOW else self.own[:above]

@@ -6,7 +6,7 @@
         windows/00000 ...    latents of the finished windows of a long clip
         tried.safetensors    the best candidate of a clip or window so far
         made.safetensors     a diffusers pipeline's frames and sound
-        heard.safetensors    the sound's latents of the finished windows
+        sound_latents.safetensors    the sound's latents of the finished windows
         sound.safetensors    the clip's sound, made by its own or a text-to-audio model
         segments/00000 ...   encoded segments of the picture, and the state of its checks
         lock                 held by the process that works on the clip
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 4
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
-MADE, SOUND, HEARD = "made.safetensors", "sound.safetensors", "heard.safetensors"
+MADE, SOUND, SOUND_LATENTS = "made.safetensors", "sound.safetensors", "sound_latents.safetensors"
 TRIED = "tried.safetensors"
 WINDOWS, SEGMENTS = "windows", "segments"
 

@@ -352,8 +352,9 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:
             request = request.replace(seed=recipe["plan"]["seed"] - index)
-        if request.readings == "auto" and "readings" in recipe.get("plan", ()):
-            request = request.replace(readings=recorded.recorded_readings(recipe["plan"]))
+        if request.word_normalisation == "auto" and "word_normalisation" in recipe.get("plan", ()):
+            known = recorded.recorded_word_normalisation(recipe["plan"])
+            request = request.replace(word_normalisation=known)
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:
             _use_threads(threads, journal)

@@ -35,7 +35,7 @@ from vidgen.media.onsets import Times, find_onsets, pair_times
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.models.onset_detector import part_times
 from vidgen.pipeline.best_of_n import best_of
-from vidgen.pipeline.journal.job import HEARD
+from vidgen.pipeline.journal.job import SOUND_LATENTS
 from vidgen.pipeline.tail import Beginning, no_beginning
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class OwnSound:
     latents: Tensor  # generated or given so far, [1, C, K], on the CPU
     windows: Sequence[tuple[int, int]]  # [start, stop) of each, in the picture's latent frames
     rate: LatentRate  # of the finished picture's latents
-    num_gone: int = 0  # latent frames of the clip before the first of the windows'
+    num_dropped: int = 0  # latent frames of the clip before the first of the windows'
     begins: int = 0  # index of the first of `latents` in the clip
     earlier: tuple[Samples, int] | None = None  # samples [N, c], rate of the continued clip's sound
     starts_s: Fraction = Fraction(0)  # end of the continued clip
@@ -153,12 +153,12 @@ class OwnSound:
         `sample` denoises the candidates of a window, given its number. The journal keeps the sound
         of all windows but the last.
         """
-        kept = journal.kept_arrays(HEARD, "latents")
+        kept = journal.kept_arrays(SOUND_LATENTS, "latents")
         if kept is not None:
             self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
             self.late_s, self.met = kept[1]["lateness"]
         for number, (start, stop) in enumerate(self.windows):
-            begin, end, _ = self._span(self.num_gone + start, stop - start)
+            begin, end, _ = self._span(self.num_dropped + start, stop - start)
             if self.latents.shape[2] and self._ends >= end:
                 continue  # generated before a kill
             made = self._best(picture, number, sample)
@@ -169,14 +169,14 @@ class OwnSound:
             self.late_s, self.met = self.late_s + made.late_s, self.met + made.met
             if number + 1 < len(self.windows):
                 facts = {"begins": self.begins, "lateness": [self.late_s, self.met]}
-                journal.keep_arrays(HEARD, {"latents": self.latents.numpy()}, facts)
+                journal.keep_arrays(SOUND_LATENTS, {"latents": self.latents.numpy()}, facts)
 
     def _best(
         self, picture: Tensor, number: int, sample: Callable[[LatentState, int], Tensor]
     ) -> Kept:
         """Return the best of a window's candidates."""
         config, most, (start, stop) = self._config, self.plan.sound_candidates, self.windows[number]
-        first, count, rate = self.num_gone + start, stop - start, self.rate.after(start)
+        first, count, rate = self.num_dropped + start, stop - start, self.rate.after(start)
         seen = slice(self.rate.num_upsampled(start), self.rate.num_upsampled(stop))
         shown = picture[:, :, seen].to(self.loader.device)
 
@@ -276,14 +276,14 @@ def own_sound(
     config, begun = loader.folder.components["sound_vae"].config, begun or no_beginning(plan)
     windows = [(0, plan.latents.num_frames)] if windows is None else windows
     nothing = torch.zeros(1, config.latent_channels, 0)
-    own = OwnSound(loader, plan, nothing, windows, begun.rate, begun.num_gone)
+    own = OwnSound(loader, plan, nothing, windows, begun.rate, begun.num_dropped)
     if not begun.num_latents:
         return own
     own.starts_s = begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
     if own.earlier is not None:
         samples, rate = own.earlier
-        own.begins = own._span(own.num_gone, 1)[0]
+        own.begins = own._span(own.num_dropped, 1)[0]
         known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
         first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
         heard = samples[first : round(own.starts_s * rate)]
@@ -298,12 +298,12 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
     It starts from pure noise; guidance treats the finished picture as given frames. A distilled
     model has learned pictures only, so the model itself denoises the sound of its clips.
     """
-    if plan.student is not None:
+    if plan.few_step is not None:
         known = defaults.settings.get("image_guidance")
-        plan = replace(plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
+        plan = replace(plan, few_step=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
                        shift=defaults.shift, guidance=Guidance(defaults.guidance_scale,
                                                                known_scale=known))
-    return replace(plan, strength=1.0, cache=None, oversampling=1,
+    return replace(plan, strength=1.0, cache=None, temporal_upsampling=1,
                    num_steps=plan.sound_steps or plan.num_steps)
 
 

@@ -353,7 +353,7 @@ class Sheets:
             "seed": settings.seed + index, "steps": settings.steps, "guidance": settings.guidance,
             "size": settings.size or (largest.width, largest.height),
             "frames": settings.frames or largest.num_frames, "fps": self._dataset.fps,
-            "lora": list(loras), "audio": "none", "readings": "none",
+            "lora": list(loras), "audio": "none", "word_normalisation": "none",
         }
         if latents is not None:
             frames = torch.cat(list(engine.decode_video(latents)), dim=2)[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from eval.toybox.rulers.sync import match_times
+from eval.toybox.metrics.sync import match_times
 from train.toybox.mel import log_mel
 from train.toybox.world.cues import SAMPLE_RATE
 from vidgen.media.onsets import Times, find_onsets

@@ -16,9 +16,9 @@ from train.toybox.world.captions import vocabulary
 from train.toybox.world.synonyms import grammar_synonyms
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.core.values import parse_readings
+from vidgen.core.values import parse_word_normalisation
 from vidgen.media.probe import read_recipe
-from vidgen.models.tokenizer import PromptTokenizer, read_as
+from vidgen.models.tokenizer import PromptTokenizer, normalise_words
 from vidgen.models.words import ENGLISH, WordReader, english_words, replace_words, synonyms
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.replay import request_from_recipe
@@ -73,15 +73,15 @@ def test_slips_are_read_as_what_was_meant(tokenizer: PromptTokenizer) -> None:
     texts = [p.text for p in read_phrasings(200) if p.kind == "typos"]
     unknown = {word for text in texts for word, _ in tokenizer.unknown_words(text)}
     assert meant.keys() == unknown
-    right = sum(tokenizer.readings(word).get(word) == known for word, known in meant.items())
+    right = sum(tokenizer.replacements(word).get(word) == known for word, known in meant.items())
     assert right >= 0.9 * len(meant)
 
 
 def test_known_words_numbers_and_tokens_are_never_touched(tokenizer: PromptTokenizer) -> None:
     text = "A <subject_0> and THE king's 3 cars, 4k: <carr> it's in r2d2"
     known = tokenizer.words - tokenizer.rare_words.keys()
-    assert tokenizer.readings(" ".join([text, *known])) == {"cars": "car"}
-    assert read_as("a <carr> carr", {"carr": "car"}) == "a <carr> car"
+    assert tokenizer.replacements(" ".join([text, *known])) == {"cars": "car"}
+    assert normalise_words("a <carr> carr", {"carr": "car"}) == "a <carr> car"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_known_words_numbers_and_tokens_are_never_touched(tokenizer: PromptToken
 def test_what_is_unknown_but_no_slip_is_left_alone_and_reported(
     tokenizer: PromptTokenizer, word: str
 ) -> None:
-    assert tokenizer.readings(f"a {word} bounces") == {}
+    assert tokenizer.replacements(f"a {word} bounces") == {}
     (remark,) = tokenizer.remarks(f"a {word} bounces", {})
     assert remark.startswith(f"the model doesn't know the word {word!r}")
 
@@ -101,12 +101,12 @@ def test_names_are_no_slips(tokenizer: PromptTokenizer) -> None:
     names = (ENGLISH / "names.txt").read_text().split()
     assert names == sorted(set(names))
     # of a name that is a word, too, as hazel and wade are, the word is meant
-    read = {name: tokenizer.readings(name).get(name) for name in names
+    read = {name: tokenizer.replacements(name).get(name) for name in names
             if name not in tokenizer.words}
     meant = {name: known for name, known in read.items() if known is not None}
     assert meant.items() <= synonyms().items(), "mary isn't a mare"
     assert len(meant) < 10
-    assert tokenizer.readings("Mary and Eric bounce, as Tim's dog does") == {}
+    assert tokenizer.replacements("Mary and Eric bounce, as Tim's dog does") == {}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_names_are_no_slips(tokenizer: PromptTokenizer) -> None:
 def test_synonyms_and_other_forms_are_read(
     tokenizer: PromptTokenizer, word: str, known: str | None
 ) -> None:
-    assert tokenizer.readings(word).get(word) == known
+    assert tokenizer.replacements(word).get(word) == known
 
 
 def test_synonyms_lead_to_known_words_and_each_to_one(tokenizer: PromptTokenizer) -> None:
@@ -146,7 +146,7 @@ def test_a_synonym_that_the_model_lacks_is_not_read() -> None:
 def test_words_met_too_seldom_are_read_as_the_grammars(
     taught: Path, word: str, known: str | None
 ) -> None:
-    assert PromptTokenizer(taught).readings(word).get(word.lower()) == known
+    assert PromptTokenizer(taught).replacements(word).get(word.lower()) == known
 
 
 def test_synonyms_of_the_grammar_are_the_models_words_and_each_leads_to_one(
@@ -161,7 +161,7 @@ def test_synonyms_of_the_grammar_are_the_models_words_and_each_leads_to_one(
 
 def test_a_rare_word_is_reported_when_it_is_replaced(taught: Path) -> None:
     tokenizer = PromptTokenizer(taught)
-    (told,) = tokenizer.remarks("a stallion", tokenizer.readings("a stallion"))
+    (told,) = tokenizer.remarks("a stallion", tokenizer.replacements("a stallion"))
     assert told == "the model reads 'stallion' as 'horse'"
     assert tokenizer.remarks("a stallion", {}) == []
     assert tokenizer.unknown_words("a stallion") == []
@@ -190,41 +190,41 @@ def test_a_clip_of_slips_is_that_of_the_words_meant(
     slipped.save(tmp_path / "slipped.mp4")
     recipe = read_recipe(tmp_path / "slipped.mp4")
     assert recipe["plan"]["prompt"] == SLIPPED
-    assert recipe["plan"]["readings"] == [list(pair) for pair in READ]
+    assert recipe["plan"]["word_normalisation"] == [list(pair) for pair in READ]
     request = request_from_recipe(recipe, tmp_path)
-    assert parse_readings(request.readings) == dict(READ)
+    assert parse_word_normalisation(request.word_normalisation) == dict(READ)
     assert torch.equal(engine.generate(request).latents, slipped.latents)
     other = request_from_recipe(recipe, tmp_path, changes={"prompt": "a carr"})
-    assert (other.prompt, other.readings) == ("a carr", "auto")
+    assert (other.prompt, other.word_normalisation) == ("a carr", "auto")
 
 
 def test_a_recipe_from_before_readings_is_replayed_as_written(
     engine: Engine, tmp_path: Path
 ) -> None:
-    written = engine.generate(SLIPPED, seed=1, readings="none")
+    written = engine.generate(SLIPPED, seed=1, word_normalisation="none")
     assert not torch.equal(written.latents, engine.generate(PROMPT, seed=1).latents)
     written.save(tmp_path / "written.mp4")
     recipe = read_recipe(tmp_path / "written.mp4")
-    del recipe["plan"]["readings"], recipe["request"]["readings"]
-    assert request_from_recipe(recipe, tmp_path).readings == "none"
+    del recipe["plan"]["word_normalisation"], recipe["request"]["word_normalisation"]
+    assert request_from_recipe(recipe, tmp_path).word_normalisation == "none"
 
 
 def test_readings_can_be_given(engine: Engine) -> None:
-    given = engine.generate("a rde zorb bounces", seed=1, readings="zorb=car, rde=red")
-    plain = engine.generate("a red car bounces", seed=1, readings="none")
+    given = engine.generate("a rde zorb bounces", seed=1, word_normalisation="zorb=car, rde=red")
+    plain = engine.generate("a red car bounces", seed=1, word_normalisation="none")
     assert torch.equal(given.latents, plain.latents)
 
 
 @pytest.mark.parametrize("value", ["", "car", "a=b=c", "red car=bus", "=car", "car="])
 def test_readings_that_are_none_are_refused(value: object) -> None:
     with pytest.raises(InputError, match="give auto, none, or words"):
-        Request(prompt=PROMPT, readings=value)
+        Request(prompt=PROMPT, word_normalisation=value)
 
 
 def test_a_model_of_all_language_gets_prompts_as_written(
     tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "words", frozenset())
-    assert tokenizer.readings(SLIPPED) == {}
+    assert tokenizer.replacements(SLIPPED) == {}
     assert tokenizer.remarks(SLIPPED, {}) == []
-    assert read_as("a&amp;b  c", {}) == "a&amp;b  c"
+    assert normalise_words("a&amp;b  c", {}) == "a&amp;b  c"

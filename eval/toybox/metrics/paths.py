@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.toybox.rulers.tracking import Array, Sighting, asked_camera
+from eval.toybox.metrics.tracking import Array, Sighting, asked_camera
 from train.toybox.world.motion import Clock, actor_tracks, frame_sides
 from train.toybox.world.scenes import DIRECTIONS_FOR, MOTIONS, PACED_MOTIONS, SPEEDS, Actor, Scene
 

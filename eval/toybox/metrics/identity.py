@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.toybox.rulers.tracking import Sighting
+from eval.toybox.metrics.tracking import Sighting
 
 DISTANCES = (1, 2, 4, 8, 16)
 _KEPT = 0.01  # shares below which a clip's mean answer isn't written down

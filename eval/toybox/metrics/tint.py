@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from eval.toybox.rulers.shape import drawings_of, shape_fit
+from eval.toybox.metrics.shape import drawings_of, shape_fit
 from train.toybox.world.scenes import TINTS, Actor, Scene
 
 

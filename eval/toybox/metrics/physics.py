@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from eval.toybox.judge import Judge
-from eval.toybox.rulers.bounces import SQUASH_S, heights, landings
-from eval.toybox.rulers.tracking import Array, asked_camera
+from eval.toybox.metrics.bounces import SQUASH_S, heights, landings
+from eval.toybox.metrics.tracking import Array, asked_camera
 from train.toybox.world.scenes import Scene
 
 FEWEST = 5  # frames that an arc needs, two more than a parabola has freedom

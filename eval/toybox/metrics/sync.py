@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.toybox.judge import Judge
-from eval.toybox.rulers.bounces import bounce_times
+from eval.toybox.metrics.bounces import bounce_times
 from train.toybox.world.captions import CLASSES
 from train.toybox.world.cues import SAMPLE_RATE, sound_cues
 from train.toybox.world.render import render
