@@ -61,7 +61,7 @@ LEVELS = {
 GOAL_DB = 30.0
 MANY: dict[str, Any] = {"sampler": "unipc", "steps": 25, "shift": 3.0}
 """What step caches are measured against: by one path the embedded model gains nothing by more."""
-REFERENCE, FEW_STEP = "default", "student"
+REFERENCE, STUDENT = "default", "student"
 FEW: dict[str, dict[str, Any]] = {REFERENCE: {}, "unipc 25 shift 3": MANY} | {
     f"{sampler} {steps} shift {shift:g}": {"sampler": sampler, "steps": steps, "shift": shift}
     for sampler, shifts in (("unipc", (3.0, 5.0, 7.0, 9.0)), ("euler", (3.0, 5.0)))
@@ -210,7 +210,7 @@ def run_few(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, 
     """Accuracy of every way to take few steps, against many."""
     bench = Bench.open(args)
     student = bench.engine.folder.few_step
-    known = FEW | ({} if student is None else {FEW_STEP: {"steps": student.num_steps}})
+    known = FEW | ({} if student is None else {STUDENT: {"steps": student.num_steps}})
     ways = {name: known[name] for name in known if name == REFERENCE or _is_asked(name, args.only)}
     rights = {}
     for name, options in ways.items():

@@ -259,7 +259,7 @@ def test_a_replay_and_a_resumed_clip_are_the_same(
     assert code == 0
     assert json.loads(capsys.readouterr().out)["identical"]
     assert main(["inspect", str(path)]) == 0
-    assert "student" in capsys.readouterr().out
+    assert "few_step" in capsys.readouterr().out
 
 
 def test_its_clips_are_compared_with_the_models_own(model: Path, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_its_clips_are_compared_with_the_models_own(model: Path, tmp_path: Path)
     found = json.loads(output.read_text())
     assert found["options"] == {"default": {}, "student": {"steps": 2}}
     assert found["few"]["default"]["all"]["change"] == 0
-    assert set(found["few"]["few_step"]) == {"sprite", "motion", "place", "camera", "all"}
+    assert set(found["few"]["student"]) == {"sprite", "motion", "place", "camera", "all"}
 
 
 @pytest.mark.long
@@ -304,7 +304,7 @@ def test_a_student_is_left_out_where_weights_change(engine: Engine, tmp_path: Pa
     view = engine.folder.components["transformer"].load(torch.float32, torch.device("cpu"))
     name, value = next(iter(view.state_dict().items()))
     convert(engine.folder, tmp_path / "tuned", "vidgen", changed={"transformer": {name: value + 1}})
-    assert open_model(str(tmp_path / "tuned")).student is None
+    assert open_model(str(tmp_path / "tuned")).few_step is None
 
 
 def test_a_student_of_other_weights_is_not_released(

@@ -15,7 +15,6 @@ from vidgen.diffusion.flow import make_sigmas
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import FEW_STEP
 
 LOW: ExpertRole = "transformer_2"
 SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at
@@ -112,8 +111,8 @@ class DeltaConfig:
             raise InputError(f"delta.rank is {self.rank}; it must be at least 1")
         if not self.targets:
             raise InputError("delta.targets is empty; name parts of layers' names")
-        if self.begin_as not in (None, FEW_STEP):
-            raise InputError(f"delta.begin_as is {self.begin_as!r}; give {FEW_STEP}, or leave it "
+        if self.begin_as not in (None, "student"):
+            raise InputError(f"delta.begin_as is {self.begin_as!r}; give student, or leave it "
                              "out")
         if self.above and self.part == LOW:
             raise InputError(f"delta.part is {LOW!r} and delta.above is true, but the expert "
