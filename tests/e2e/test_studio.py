@@ -372,7 +372,7 @@ def test_a_film_is_written_made_and_one_shot_of_it_made_again(page, served):
     page.keyboard.type("a cat moves")
     page.locator(".shot").nth(1).get_by_label("Takes").fill("2")
     page.get_by_role("button", name="Check").click()
-    expect(page.locator(".told")).to_contain_text("2 shots, 1.5 s at 32x32")
+    expect(page.locator(".messages")).to_contain_text("2 shots, 1.5 s at 32x32")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".result video")).to_be_visible()
     expect(page.locator(".badge")).to_have_text(["made", "made"])

@@ -262,9 +262,9 @@ def test_texts_are_burnt_in_where_that_is_wanted(make):
     assert (made.frames[:80] == frames(made.shots[0].path)).all()
     assert psnr(made.frames[80:, :24], bare[:, :24]) > 33
     assert psnr(made.frames[80:, 24:], bare[:, 24:]) < 20
-    beside = make("project: {finish: {captions: sidecar}}\n" + shots_text("caption: HELLO"), [24])
-    assert beside.film["copied_frames"] == 24
-    assert "HELLO" in beside.output.with_suffix(".vtt").read_text()
+    sidecar = make("project: {finish: {captions: sidecar}}\n" + shots_text("caption: HELLO"), [24])
+    assert sidecar.film["copied_frames"] == 24
+    assert "HELLO" in sidecar.output.with_suffix(".vtt").read_text()
 
 
 def test_scenes_are_chapters_and_the_recipe_tells_all(make):

@@ -33,7 +33,7 @@ class Table:
 
     heads: Sequence[Cell | str]
     rows: Sequence[Sequence[Cell | str]]
-    words: Sequence[int] = ()  # columns of text, aligned left, besides column 0
+    words: Sequence[int] = ()  # columns of text, aligned left, other than column 0
     caption: str = ""
 
 

@@ -362,7 +362,7 @@ class Request(Options):
     audio_prompt: str | None = option(
         None, SOUND, "prompt for --audio-model; default: PROMPT", "TEXT", max_length=MAX_PROMPT)
     say: Annotated[tuple[Any, ...], _parsed(
-        values.parse_said, "give a list of texts or pairs (seconds, text)")] = option(
+        values.parse_speech, "give a list of texts or pairs (seconds, text)")] = option(
         (), SOUND, "speech at a time, or after the previous line; @FILE is recorded speech; "
         "repeatable", "[SECONDS=]TEXT|@FILE", basic=True)
     voice: str | None = option(

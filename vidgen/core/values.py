@@ -126,16 +126,16 @@ def parse_frames(value: Any) -> tuple[tuple[float, Picture], ...]:
     return tuple((_seconds("frame", at), parse_picture(picture)) for at, picture in value)
 
 
-def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
+def parse_speech(value: Any) -> tuple[tuple[float | None, str], ...]:
     """Return pairs (seconds or None, text) of texts to speak."""
-    said = []
+    lines = []
     for each in (value,) if isinstance(value, str) else value:
         at, text = (None, each) if isinstance(each, str) else each
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"say contains {quoted(text)}; give the text to speak")
         check_text("say", text, MAX_PROMPT)
-        said.append((_seconds("say", at), text))
-    return tuple(said)
+        lines.append((_seconds("say", at), text))
+    return tuple(lines)
 
 
 def parse_loras(value: Any) -> tuple[str, ...]:

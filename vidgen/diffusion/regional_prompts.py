@@ -41,7 +41,7 @@ CLEAREST = 2.0
 LEAST = 1e-3
 """Smallest share of a name."""
 OVER_TIME = (1.0, 2.0, 1.0)
-"""Weights of neighbouring frames in a middle; a wider window lags behind fast things."""
+"""Weights of neighbouring frames in a middle; a wider window lags fast things."""
 
 
 def with_regions(

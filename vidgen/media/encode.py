@@ -108,7 +108,7 @@ def encode_picture(
                 count += 1
             for packet in encoder.encode(picture):
                 pts, dts = cast("tuple[int, int]", (packet.pts, packet.dts))
-                # a short last segment reorders less, but decoding goes on at the same pace
+                # a short last segment reorders less, but decoding continues at the same pace
                 if delay is None:  # x265 leaves dts unset where it has too few frames to reorder
                     delay = pts - dts if 0 <= pts - dts <= _MOST_REORDERED else 0
                 encoded = bytes(packet), start + pts, start + number - delay, packet.is_keyframe

@@ -25,9 +25,9 @@ from vidgen.media.video_reader import VideoReader
 ENDING = "ending"
 """Key in the recipe of the last frame's cells, in base64."""
 LIMIT = 8.0
-"""Difference of the last frame's cells from the recipe's, as a root mean square in levels. Of 24
-renders other encoders change it by 3 to 5 (H.264 at CRF 35, VP9 at 50), by 7 at worst (MPEG-4);
-mirrored ones differ by 9 and more, a hue turned by 20 degrees by 10, another moment by 20."""
+"""Difference of the last frame's cells from the recipe's, as a root mean square in levels. In
+24 renders other encoders change it by 3 to 5 (H.264 at CRF 35, VP9 at 50), at worst by 7 (MPEG-4);
+a mirrored frame differs by 9 or more, a hue turned by 20 degrees by 10, another moment by 20."""
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class Freezes:
         """Take a frame's change of each cell [y, x], in levels."""
         most = float(moved.max())
         if most < STILL:
-            if self._edges:  # after a run: a cut, then rest again
+            if self._edges:  # after a run: a cut, then a still picture
                 self._settle()
             if self._run is None:
                 self._run = Span(index, index, most)
@@ -204,7 +204,7 @@ class Freezes:
 
 
 def _at_edge(changed: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
-    """Return whether all changed cells [y, x] lie in the outer fifth at one side."""
+    """Return True if all changed cells [y, x] are in the outer fifth at one side."""
     for where, count in zip(np.nonzero(changed), changed.shape, strict=True):
         if where.max() < 0.2 * count or where.min() >= 0.8 * count:
             return True

@@ -126,11 +126,11 @@ class PromptTokenizer:
 
     def remarks(self, prompt: str, replacements: Mapping[str, str]) -> list[str]:
         """Return notes on a prompt's unknown and rare words, given their replacements."""
-        said = [f"reads {word!r} as {replacements[word]!r}" if word in replacements
-                else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
-                for word in self._ill_known(prompt)
-                if word in replacements or word not in self.words]  # fmt: skip
-        return [f"the model {remark}" for remark in said]
+        remarks = [f"reads {word!r} as {replacements[word]!r}" if word in replacements
+                   else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
+                   for word in self._ill_known(prompt)
+                   if word in replacements or word not in self.words]  # fmt: skip
+        return [f"the model {remark}" for remark in remarks]
 
     def _ill_known(self, prompt: str) -> list[str]:
         """Return words that the training captions contained never or too rarely."""

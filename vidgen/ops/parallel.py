@@ -40,7 +40,7 @@ class Ranks:
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """Concatenate all ranks' tensors of this shape."""
-        # every rank goes on with the same whole: each one's gradient is its own stretch of it
+        # every rank continues with the same whole: each one's gradient is its own stretch of it
         joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
         out: Tensor = _Moved.apply(x, joined, lambda grad: own(grad) * self.size)
         return out

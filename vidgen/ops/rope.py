@@ -1,7 +1,7 @@
 """Rotary positions over time, rows and columns (Su et al. 2021, eq. 34), with Wan's split.
 
-Pairs are neighbours (2i, 2i + 1). Of d/2 angles the last 2 * (d // 6) belong to rows and columns in
-equal parts, the rest to time. Positions are real numbers; tables are computed in float64.
+Pairs are neighbours (2i, 2i + 1). The last 2 * (d // 6) of d/2 angles belong to rows and columns in
+equal parts, the others to time. Positions are real numbers; tables are computed in float64.
 
 Axes: B batch, F latent frames, h w patch rows and columns, N sound tokens, L tokens, H heads,
 d head width.

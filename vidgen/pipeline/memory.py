@@ -344,10 +344,10 @@ class _Clip:
         plan = sound_plan(self.plan, self.folder.defaults)
         passes = sum(len(plan.guidance.branches_at(s)) for s in sigmas_of(plan).tolist()[:-1])
         for window in windows:
-            heard = transformer_flops(
+            sound_flops = transformer_flops(
                 self.dit, 0, 0, self.text_tokens, sound_tokens=self.sound_latents(window.frames),
                 seen=window.drawn * self.frame_tokens)
-            seconds += self.pass_s(window.drawn) + passes * takes * heard.seconds(self.rates)
+            seconds += self.pass_s(window.drawn) + passes * takes * sound_flops.seconds(self.rates)
         # keys and values of the picture, copied for each take
         layer = 2 * self.tokens * self.dit.hidden_dim * self.dtype.itemsize
         listening = self.dit.num_layers * layer + max(

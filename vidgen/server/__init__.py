@@ -1,1 +1,1 @@
-"""The service: the engine behind an HTTP API, with a queue of jobs that aren't lost."""
+"""The service: an HTTP API to the engine, with a queue of jobs that aren't lost."""

@@ -32,7 +32,7 @@ SHAPED = (*CONTINUED, "frames", "fps", "size", "strength", "say", "voice")
 """Options of any other clip, except files."""
 _EXTRA = ("sampler", "cache", "fit", "guidance_low", "guidance_rescale", "label", "aigc",
           "word_normalisation", "settings")
-MAX_SAID, MAX_LORAS, MAX_FILES = 100, 8, 100
+MAX_LINES, MAX_LORAS, MAX_FILES = 100, 8, 100
 _VOICE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z0-9]+)*(?:\+[a-zA-Z0-9]+)?")
 
 
@@ -90,14 +90,14 @@ def _reference(value: Any) -> Upload | str | dict[str, str]:
     raise ValueError("give a file, a data: or https: URL, or {\"id\": a video's}")
 
 
-def _spoken(said: tuple[tuple[float | None, str], ...]) -> tuple[tuple[float | None, str], ...]:
+def _spoken(lines: tuple[tuple[float | None, str], ...]) -> tuple[tuple[float | None, str], ...]:
     """Check texts to speak; refuse too many, and file names on the service's machine."""
-    for _, text in said:
+    for _, text in lines:
         if text.startswith(OWN_FILE):
             raise InputError(f"say has {quoted(text)}; give the text to speak")
-    if len(said) > MAX_SAID:
-        raise InputError(f"say has {len(said)} texts; give at most {MAX_SAID}")
-    return said
+    if len(lines) > MAX_LINES:
+        raise InputError(f"say has {len(lines)} texts; give at most {MAX_LINES}")
+    return lines
 
 
 def _language(voice: str) -> str:
@@ -120,7 +120,7 @@ _SENT: dict[str, tuple[Any, ...]] = {
                     {**_TEXT, "pattern": "^[0-9]{1,9}/[0-9]{1,9}$"}, _NULL),),
     "size": (_any_of({**_TEXT, "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"}, _NULL),),
     "say": (BeforeValidator(_listed), AfterValidator(_spoken), _any_of(_TEXT, {
-        "type": "array", "maxItems": MAX_SAID, "items": {"anyOf": [_TEXT, {
+        "type": "array", "maxItems": MAX_LINES, "items": {"anyOf": [_TEXT, {
             "type": "array", "prefixItems": [_NUMBER, _TEXT], "minItems": 2, "maxItems": 2}]},
     }, _NULL)),
     "voice": (AfterValidator(_language), _any_of(

@@ -1,7 +1,7 @@
 """Rendered shots into one film: picture, sound, texts, chapters and recipe, in a stream.
 
 A shot that is encoded as the film and shown unchanged is copied from key frame to key frame. The
-rest is encoded in pieces of closed groups of pictures, which lie next to the output until all are
+rest is encoded in pieces of closed groups of pictures, which are next to the output until all are
 joined. So memory is bounded, the same shots give the same file, and a film whose writing was killed
 is written again from the start.
 
@@ -83,7 +83,7 @@ def assemble(
     with _workplace(output) as folder:
         pieces = pieces_of(edit.timeline, _burnt(edit), _parts(edit, shots, folder))
         stretches = _written(edit, shots, pieces, folder, on_frames)
-        sound, heard = _sound(edit, shots)
+        sound, sound_notes = _sound(edit, shots)
         recipe = _recipe(edit, shots, pieces, sound)
         texts = TextTrack(one_at_a_time(edit.tracked), output.suffix.lower()) if (
             edit.tracked) else None
@@ -91,7 +91,7 @@ def assemble(
     files = text_files(edit)
     for path, text in files.items():
         atomic_write(path, text.encode())
-    return Assembled(tuple(files), recipe, (*notes, *heard))
+    return Assembled(tuple(files), recipe, (*notes, *sound_notes))
 
 
 @contextmanager

@@ -140,16 +140,16 @@ def make_edit(
         described, timeline = describe(timeline)
     captions = captions_of(timeline)
     narrated = narrate(timeline)
-    said = narrated.cues if narrated else []
+    spoken = narrated.cues if narrated else []
     burnt = titles_of(timeline)
-    tracked = {"track": [*captions, *said], "burn": said, "beside": []}[finish.captions]
+    tracked = {"track": [*captions, *spoken], "burn": spoken, "sidecar": []}[finish.captions]
     if finish.captions == "burn":
         burnt += as_frames(captions, timeline)
     font = None if finish.font is None else script.file(finish.font)
     with located(f"{script.path}: texts"):
         burner = Burner(burnt, film.size, font)
     burner.check_room(timeline)
-    return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
+    return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *spoken]),
                 _ordered(tracked), burner, tuple(described))
 
 

@@ -221,7 +221,7 @@ class Finish:
     codec: Annotated[
         str | None, "h264, h265, vp9, prores or ffv1; default that of the film's suffix"] = None
     captions: Annotated[
-        Literal["track", "burn", "beside"],
+        Literal["track", "burn", "sidecar"],
         "as a track of the file, burnt into the picture, or only in files next to it"] = "track"
     titles: Annotated[bool, "whether the film's and the scenes' titles are burnt in"] = False
     font: Annotated[

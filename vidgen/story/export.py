@@ -180,8 +180,8 @@ def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
         yield "sound", shot.sound.effects or str(shot.sound.file)
     if shot.music is not None:
         yield "music", shot.music.prompt or str(shot.music.file)
-    for said in shot.narration:
-        yield "narration", f"{said.speaker}: {said.text}" if said.speaker else said.text
+    for line in shot.narration:
+        yield "narration", f"{line.speaker}: {line.text}" if line.speaker else line.text
     for caption in shot.caption:
         yield "caption", caption.text
 

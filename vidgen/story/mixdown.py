@@ -102,12 +102,12 @@ def narrate(timeline: Timeline) -> Narrated | None:
         InputError: texts that overlap or outlast the film, voices that can't be used.
     """
     script = timeline.script
-    said = [(placed, each) for placed in timeline.shots for each in placed.shot.narration]
-    if not said:
+    lines = [(placed, each) for placed in timeline.shots for each in placed.shot.narration]
+    if not lines:
         return None
     samples, voices = room(timeline.num_samples, 1), dict[str, Voice]()
     sentences, speakers, free = list[Sentence](), list[str | None](), 0.0
-    for placed, each in said:
+    for placed, each in lines:
         begin = _begin(timeline, placed, each, free if sentences else None)
         with located(script.where(placed.shot)):
             text, voice = _voiced(script, each, voices)
@@ -127,28 +127,28 @@ def narrate(timeline: Timeline) -> Narrated | None:
     return Narrated(samples, tuple(sentences), tuple(speakers), facts)
 
 
-def _begin(timeline: Timeline, placed: Placed, said: Narration, free: float | None) -> float:
+def _begin(timeline: Timeline, placed: Placed, line: Narration, free: float | None) -> float:
     """Return the time at which a text begins; `free` is the end of the previous one."""
     start = timeline.seconds(placed.start)
-    if said.at is None:
+    if line.at is None:
         return start if free is None else max(start, free + PAUSE_S)
-    begin = start + said.at
+    begin = start + line.at
     if free is not None and begin < free - 1e-9:
-        raise InputError(f"{timeline.script.where(placed.shot)}: narration {said.text!r} begins "
+        raise InputError(f"{timeline.script.where(placed.shot)}: narration {line.text!r} begins "
                          f"{free - begin:.2f} s before the previous one ends; place it at "
                          f"{free - start:.2f} s or later")
     return begin
 
 
-def _voiced(script: Script, said: Narration, voices: dict[str, Voice]) -> tuple[str, Voice | None]:
+def _voiced(script: Script, line: Narration, voices: dict[str, Voice]) -> tuple[str, Voice | None]:
     """Return a text as `spoken` takes it, and its voice, which is opened once."""
-    if said.text.startswith(OWN_FILE):
-        return f"{OWN_FILE}{script.file(Path(said.text.removeprefix(OWN_FILE)))}", None
-    speaker = script.characters.get(said.speaker or "")
-    name = said.voice or (speaker.voice if speaker else None)
+    if line.text.startswith(OWN_FILE):
+        return f"{OWN_FILE}{script.file(Path(line.text.removeprefix(OWN_FILE)))}", None
+    speaker = script.characters.get(line.speaker or "")
+    name = line.voice or (speaker.voice if speaker else None)
     if (name or "") not in voices:
         voices[name or ""] = Voice(name)
-    return said.text, voices[name or ""]
+    return line.text, voices[name or ""]
 
 
 def mixed(
@@ -163,13 +163,13 @@ def mixed(
         InputError: a file that can't be used.
     """
     script, bed = timeline.script, room(timeline.num_samples, 2)
-    notes, heard = list[str](), False
+    notes, has_sound = list[str](), False
     for index, (placed, path) in enumerate(zip(timeline.shots, paths, strict=True)):
         with located(script.where(placed.shot)):
             sound, own_notes = _of_shot(timeline, placed, path)
         notes += own_notes
         if sound is not None:
-            heard = True
+            has_sound = True
             _shape(sound, timeline, index)
             _add(bed, sound, timeline.sample(placed.start))
     for placed, end in music_spans(timeline):
@@ -177,11 +177,11 @@ def mixed(
         if music is not None and music.file not in (None, SILENCE):
             with located(script.where(placed.shot)):
                 notes += _add_music(bed, script, music, *map(timeline.sample, (placed.start, end)))
-            heard = True
+            has_sound = True
     if narrated is None:
-        return (bed if heard else None), notes
+        return (bed if has_sound else None), notes
     spans = [(each.start_s, each.end_s) for each in narrated.sentences]
-    return mix.lay_over(bed if heard else None, narrated.samples, spans), notes
+    return mix.lay_over(bed if has_sound else None, narrated.samples, spans), notes
 
 
 def _of_shot(timeline: Timeline, placed: Placed, path: Path) -> tuple[Samples | None, list[str]]:

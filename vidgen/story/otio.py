@@ -1,7 +1,7 @@
 """A film's edit for editing programs, by OpenTimelineIO, an optional package.
 
-Shots are clips of one video track; a cut lies in the middle of a transition, which reaches over it
-to both sides. Narration, music and sounds are audio tracks, captions markers.
+Shots are clips of one video track; a cut is in the middle of its transition. Narration, music and
+sounds are audio tracks, captions markers.
 """
 
 from __future__ import annotations

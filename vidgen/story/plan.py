@@ -1,8 +1,8 @@
 """From shots to requests, their addresses, and the time and memory that they take.
 
 A shot's address covers the request of each of its parts, the model's files, adapters, pictures, and
-the addresses of the shots that it goes on from or shows. So a change reaches all shots that depend
-on it, and nothing else.
+the addresses of the shots that it continues or shows. So a change reaches all shots that depend on
+it, and nothing else.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
                 request = film.request(shot, take.seed, index, part.num_frames)
                 enforce(policy, request)
             require_allowed(policy, "music", shot.music.prompt if shot.music else None, request)
-            for said in shot.narration:
-                require_allowed(policy, "speech", said.text, request)
+            for line in shot.narration:
+                require_allowed(policy, "speech", line.text, request)
 
 
 def estimates(

@@ -66,7 +66,7 @@ class Shot(Defaults):
         Path | ShotFrame | None, "a picture, or a frame of another shot"] = None
     last_frame: Annotated[
         Path | ShotFrame | None, "a picture, or a frame of another shot"] = None
-    continue_from: Annotated[str | None, "id of a shot whose last latents it goes on from"] = None
+    continue_from: Annotated[str | None, "id of the shot that this one continues"] = None
     in_film: Annotated[bool, "false for one that is made for other shots alone"] = True
     sound: Annotated[Sound | None, "noises and voices of the shot"] = None
     narration: Annotated[

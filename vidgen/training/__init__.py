@@ -1,1 +1,1 @@
-"""Training: the loop behind `vidgen train` and the programs in `train/`."""
+"""Training: the loop of `vidgen train` and the programs in `train/`."""

@@ -38,7 +38,7 @@ class AudioModel:
     offload: str  # "none", "stage" or "block"
 
     def facts(self) -> dict[str, Any]:
-        """Return all facts besides the seed that decide the sound, for the recipe."""
+        """Return all facts but the seed that decide the sound, for the recipe."""
         import diffusers
 
         own = defaults_of(getattr(diffusers, self.folder.class_name))

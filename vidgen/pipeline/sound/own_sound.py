@@ -2,7 +2,7 @@
 
 The picture is sampled first and doesn't depend on the sound. The same transformer then denoises the
 sound, with the finished picture as a condition. Sound latents have the clip's clock, not that of
-its windows: a window samples the latents heard while it is shown, given those before them.
+its windows: a window samples the latents that sound while it is shown, given those before them.
 
 Noise decides the moment of an impact that the picture leaves open. A model's onset detector
 predicts impacts from the picture alone; sounds are drawn until one matches them. Without impacts,
@@ -189,7 +189,7 @@ class OwnSound:
             return sound
 
         @torch.no_grad()
-        def hear(latents: Tensor) -> Tensor:
+        def decode(latents: Tensor) -> Tensor:
             with self.loader.use("sound_vae") as vae:
                 return vae.decode(latents, latents.shape[2] * config.samples_per_token)
 
@@ -201,7 +201,7 @@ class OwnSound:
             later_s = self.plan.sound_delay_s - begin / config.tokens_per_s
             impacts = replace(impacts, times=impacts.times + later_s,
                               new_from_s=max(0, self._ends - begin) / config.tokens_per_s)
-        return best_sound(draw, hear, config.sample_rate, most, impacts)
+        return best_sound(draw, decode, config.sample_rate, most, impacts)
 
     def add_to(
         self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)
@@ -286,9 +286,9 @@ def own_sound(
         own.begins = own._span(own.num_dropped, 1)[0]
         known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
         first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
-        heard = samples[first : round(own.starts_s * rate)]
-        if known > 0 and len(heard):
-            own.latents = _encode(loader, heard, rate)[:, :, :known]
+        before = samples[first : round(own.starts_s * rate)]
+        if known > 0 and len(before):
+            own.latents = _encode(loader, before, rate)[:, :, :known]
     return own
 
 
@@ -314,9 +314,9 @@ def _encode(loader: ModelLoader, samples: Samples, rate: int) -> Tensor:
     blocks = (samples[start : start + rate].mean(1, keepdims=True)
               for start in range(0, len(samples), rate))
     with loader.use("sound_vae") as vae:
-        heard = (torch.from_numpy(block[:, 0].copy())[None].to(loader.device)
+        given = (torch.from_numpy(block[:, 0].copy())[None].to(loader.device)
                  for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
-        return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
+        return torch.cat(list(vae.stream_encode(given)), dim=2).float().cpu()
 
 
 def impacts_seen(
@@ -348,14 +348,14 @@ def drawn_at_once(most: int, *, is_seen: bool) -> int:
 
 
 def best_sound(
-    draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
+    draw: Callable[[range], Tensor], decode: Callable[[Tensor], Tensor], rate: int, most: int,
     impacts: Impacts | None,
 ) -> Kept:
     """Draw at most `most` sounds for a picture until one matches it; return the best.
 
     Args:
         draw: generates the sounds of a range of numbers, [N, C, k].
-        hear: decodes them to [N, n], at `rate` samples per second.
+        decode: decodes them to [N, n], at `rate` samples per second.
         impacts: impacts in the picture, in the sounds' own time; None without a detector.
     """
     if most == 1:
@@ -363,13 +363,13 @@ def best_sound(
     at_once = drawn_at_once(most, is_seen=impacts is not None)
     if impacts is None or not impacts.any_seen:
         made = draw(range(at_once))
-        return Kept(made[most_agreed(hear(made), rate)])
+        return Kept(made[most_agreed(decode(made), rate)])
 
     def scored(takes: range) -> list[tuple[float, tuple[Tensor, Times]]]:
         sounds = draw(takes)
-        heard = find_onsets(hear(sounds).float().cpu(), rate)
+        onsets = find_onsets(decode(sounds).float().cpu(), rate)
         return [(impacts.fit(each), (sound, each))
-                for sound, each in zip(sounds, heard, strict=True)]
+                for sound, each in zip(sounds, onsets, strict=True)]
 
     sound, onsets = best_of(scored, most, impacts.enough, at_once=at_once).made
     return Kept(sound, *impacts.lateness(onsets))

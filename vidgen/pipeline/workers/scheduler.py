@@ -182,9 +182,9 @@ def _outcomes(
 def _messages(pool: WorkerPool, patience: Patience) -> list[tuple[WorkerHandle, Message]]:
     """Return the workers' messages, and ("lost", why) for workers that hang."""
     messages, now = [*pool.listen(0.5)], time.monotonic()
-    heard = {worker for worker, _ in messages}
+    responsive = {worker for worker, _ in messages}
     for worker in pool.workers:
-        if worker in heard:
+        if worker in responsive:
             worker.last_message_s = now
         elif worker.last_message_s is not None and now - worker.last_message_s > patience.silence:
             messages.append((worker, ("lost", f"it sent nothing for {patience.silence:g} s")))

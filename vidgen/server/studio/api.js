@@ -4,14 +4,14 @@ import { askForKey, authorization } from "./key.js";
 const TRIES = 3;
 const PAUSE_MS = 600;
 
-/** What the service answered instead of what was asked for. */
+/** An error that the service answered. */
 export class ApiError extends Error {
-  /** @param {number} status of HTTP; 0 where no answer came. @param {object} told the envelope. */
-  constructor(status, told) {
-    super(told.message);
+  /** @param {number} status of HTTP; 0 where no answer came. @param {object} answer the error envelope. */
+  constructor(status, answer) {
+    super(answer.message);
     this.status = status;
-    this.code = told.code;
-    this.param = told.param;
+    this.code = answer.code;
+    this.param = answer.param;
   }
 }
 
@@ -41,9 +41,9 @@ async function request(method, path, fields) {
   if (method === "POST") headers["Idempotency-Key"] = randomKey();
   const response = await send(path, { method, headers, body });
   if (response.status === 401 && (await askForKey())) return request(method, path, fields);
-  const told = await response.json().catch(() => null);
-  if (response.ok) return told;
-  throw new ApiError(response.status, told?.error ?? {
+  const answer = await response.json().catch(() => null);
+  if (response.ok) return answer;
+  throw new ApiError(response.status, answer?.error ?? {
     message: `the service answered ${response.status} ${response.statusText}`,
   });
 }

@@ -23,7 +23,7 @@ export class Clips {
     document.getElementById("gallery").append(this.gallery.element);
     this.ids = [];
     this.show([]);
-    listen((what, id) => this.hear(what, id));
+    listen((what, id) => this.onChange(what, id));
   }
 
   /** @param {string[]} ids of the one or two clips to be shown; none shows the newest. */
@@ -60,7 +60,7 @@ export class Clips {
     this.gallery.mark(this.ids);
   }
 
-  hear(what, id) {
+  onChange(what, id) {
     if (what === "gone" && this.ids.includes(id)) {
       const next = [...this.ids, this.gallery.neighbour(1), this.gallery.neighbour(-1)]
         .find((each) => each && each !== id);
@@ -90,7 +90,7 @@ export class Clips {
     this.place.firstChild.scrollIntoView({ block, behavior: "instant" });
   }
 
-  /** What is shown: one clip or two; both can be played and stepped through. */
+  /** The clip or pair of clips on the stage; both can be played and stepped through. */
   get shown() {
     return this.ids.length === 2 ? this.compare : this.stage;
   }

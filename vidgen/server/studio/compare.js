@@ -140,7 +140,7 @@ export class Compare {
     this.play.setAttribute("aria-label", this.play.title);
   }
 
-  /** Have nothing play behind another view. */
+  /** Pause while another view is shown. */
   rest() {
     for (const video of this.videos) video.pause();
   }

@@ -9,7 +9,7 @@ const PICTURES = "image/*";
 
 export class Composer {
   /**
-   * @param {object} model as `theModel` tells.
+   * @param {object} model as `theModel` returns it.
    * @param {(job: object) => void} onmade called with each clip that is queued.
    */
   constructor(model, onmade) {
@@ -87,10 +87,10 @@ export class Composer {
     if (this.model.makes_sound) options.splice(1, 0, ["generate", "The model’s own"]);
     this.sound = h("select", { name: "sound", onchange: () => this.showSound() },
       options.map(([value, words]) => h("option", { value }, words)));
-    this.said = h("div.pair.say", {},
+    this.speech = h("div.pair.say", {},
       field("Words to speak", h("input", { name: "say", autocomplete: "off" })),
       field("Voice", h("input", { name: "voice", placeholder: "en-gb", autocomplete: "off", spellcheck: "false" })));
-    return h("div.stack", {}, field("Sound", this.sound), this.said, this.track.element);
+    return h("div.stack", {}, field("Sound", this.sound), this.speech, this.track.element);
   }
 
   drawMore() {
@@ -117,7 +117,7 @@ export class Composer {
   }
 
   showSound() {
-    this.said.hidden = this.sound.value !== "say";
+    this.speech.hidden = this.sound.value !== "say";
     this.track.element.hidden = this.sound.value !== "file";
   }
 
@@ -205,7 +205,7 @@ export class Composer {
   async send() {
     if (this.submit.getAttribute("aria-disabled") === "true") return;
     clearFormError(this.form);
-    // A disabled button would lose the focus, so it is only said to be.
+    // A disabled button would lose the focus, so it is only marked as disabled.
     this.submit.setAttribute("aria-disabled", "true");
     try {
       const job = await post("/v1/videos", this.fields());

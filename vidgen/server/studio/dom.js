@@ -2,7 +2,7 @@
 
 /**
  * Make an element.
- * @param {string} tag with classes behind dots: "a.card.wide".
+ * @param {string} tag with classes after dots: "a.card.wide".
  * @param {object} attributes: `onclick` and the like are listeners, true stands for a bare
  *     attribute, false and null for none; `value` and `checked` are properties.
  * @param {...(Node|string|null|false)} children
@@ -21,7 +21,7 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** A picture of the sprite; the words beside it tell its meaning. */
+/** A picture of the sprite; the words next to it give its meaning. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("class", "icon");
@@ -32,7 +32,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button with a picture and words; without `words` its `label` is heard and shown on hover. */
+/** A button with a picture and words; without `words` its `label` is read by screen readers and shown on hover. */
 export function button({ symbol, words, label, ...attributes }) {
   return h(
     "button",

@@ -49,7 +49,7 @@ export class DropZone {
     });
   }
 
-  /** Take a file, or with null the one that is there away. */
+  /** Take a file; null removes the present one. */
   take(file) {
     if ((this.file || this.given) && !file) announce(`${this.label} removed`);
     this.file = file;

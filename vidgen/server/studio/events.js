@@ -1,4 +1,4 @@
-// What happens on the server, as it happens: one stream of events for all jobs.
+// One stream of the server's events, for all jobs.
 import { get } from "./api.js";
 import { drop, jobOf, put, refresh, setPreview, update } from "./store.js";
 
@@ -32,11 +32,11 @@ export function follow(onconnection) {
   on("deleted", ({ id }) => drop(id));
 }
 
-/** A film's next shot began, so the one before is there. */
+/** A film's next shot began, so the one before is finished. */
 async function lookAgain(id) {
   try {
     put(await get(`/v1/films/${id}`));
   } catch {
-    // gone meanwhile; its own event tells
+    // deleted meanwhile; its own event follows
   }
 }

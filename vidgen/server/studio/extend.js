@@ -1,4 +1,4 @@
-// Asking for a clip to go on.
+// A dialog to extend a clip.
 import { post } from "./api.js";
 import { openDialog } from "./dialog.js";
 import { field, h } from "./dom.js";
@@ -6,7 +6,7 @@ import { put } from "./store.js";
 import { clearFormError, showFormError } from "./tell.js";
 import { lengthOf } from "./words.js";
 
-/** Ask how a clip is to go on; the longer one, queued, or null. */
+/** Ask for an extension's prompt and length; return the queued clip, or null. */
 export async function askToExtend(job) {
   const length = h("input", {
     name: "seconds", type: "number", min: 0.1, step: "any", value: "2", inputmode: "decimal",

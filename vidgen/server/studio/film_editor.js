@@ -1,4 +1,4 @@
-// A film's script as cards, one a shot, and as text; checked, made, and made anew where it changed.
+// A film's script as cards, one a shot, and as text; checked, and made; changed shots are made again.
 import { post } from "./api.js";
 import { confirmDialog } from "./dialog.js";
 import { button, field, h, icon } from "./dom.js";
@@ -27,7 +27,7 @@ export class FilmEditor {
   draw() {
     this.head = h("div.film-head");
     this.list = h("ol.shots", { "aria-label": "Shots" });
-    this.told = h("div.told", { role: "status" });
+    this.messages = h("div.messages", { role: "status" });
     this.text = h("textarea.source", { rows: 16, spellcheck: "false", "aria-label": "The script as JSON", oninput: () => this.readText() });
     this.source = h("details", { ontoggle: () => this.writeText() }, h("summary", {}, "As text"), h("div.stack", {}, this.text));
     this.makeWords = h("span", {}, "Make film");
@@ -40,7 +40,7 @@ export class FilmEditor {
       button({ symbol: "add", words: "Add a shot", class: "wide", onclick: () => this.add() }),
       this.source,
       h("div.finish.panel", {},
-        this.told,
+        this.messages,
         h("div", { "data-errors": true }),
         h("div.actions", {},
           this.main,
@@ -78,7 +78,7 @@ export class FilmEditor {
       h("div.pair", {}, text("seed", "Seed of the film", { type: "number", min: 0, step: 1 }), text("size", "Size", { placeholder: this.model.defaults.size })));
   }
 
-  /** Draw the whole script anew. */
+  /** Draw the whole script again. */
   drawAll() {
     this.drawHead();
     this.cards.clear();
@@ -93,7 +93,7 @@ export class FilmEditor {
     return card;
   }
 
-  /** One shot's card anew. */
+  /** Draw one shot's card again. */
   redraw(shot) {
     const old = this.cards.get(shot.id);
     const card = this.cardOf(shot);
@@ -101,21 +101,21 @@ export class FilmEditor {
     card.again.focus();
   }
 
-  /** Ids of the shots before one, from which it may go on. */
+  /** Ids of the shots before one, which it may continue. */
   others(shot) {
     return this.script.shots.slice(0, this.script.shots.indexOf(shot)).map((each) => each.id);
   }
 
-  /** Something was edited: say what is to be made, and keep it over a reload. */
+  /** After an edit: show the shots to make, and keep the script over a reload. */
   changed() {
     clearFormError(this.form);
-    this.told.replaceChildren(); // of the script as it was checked
+    this.messages.replaceChildren(); // of the script as it was checked
     this.mark();
     this.writeText();
     localStorage.setItem(STORE, JSON.stringify({ script: this.script, film: this.filmId }));
   }
 
-  /** Show what there is of each shot, and what the main button makes. */
+  /** Show each shot's state, and the main button's action. */
   mark() {
     const { film } = this;
     const changed = changedShots(this.script, this.before);
@@ -129,7 +129,7 @@ export class FilmEditor {
       || (isEnded && made.get(id)?.status !== "completed")).length;
     const isWhole = !isEnded || film.draft || count === this.script.shots.length;
     this.makeWords.textContent = isWhole ? "Make film"
-      : count === 0 ? "Join anew" : `Make ${count} ${changed.size ? "changed " : ""}${count === 1 ? "shot" : "shots"}`;
+      : count === 0 ? "Join again" : `Make ${count} ${changed.size ? "changed " : ""}${count === 1 ? "shot" : "shots"}`;
   }
 
   get isDirty() {
@@ -225,13 +225,13 @@ export class FilmEditor {
 
   async check() {
     clearFormError(this.form);
-    this.told.replaceChildren();
+    this.messages.replaceChildren();
     try {
       const found = await post("/v1/films/check", this.request());
       const words = `${found.shots.length} ${found.shots.length === 1 ? "shot" : "shots"}, `
         + `${Number(found.seconds).toFixed(1)} s at ${found.size}`
         + (found.expected_s ? `, about ${seconds(found.expected_s)} of work if all is new.` : ".");
-      this.told.replaceChildren(h("p", {}, words), ...found.notes.map((note) => h("p.warning", {}, note)));
+      this.messages.replaceChildren(h("p", {}, words), ...found.notes.map((note) => h("p.warning", {}, note)));
     } catch (error) {
       showFormError(this.form, error);
     }
@@ -242,7 +242,7 @@ export class FilmEditor {
     return this.render({ draft: this.film.draft });
   }
 
-  /** Have the film made; shots that are there and unchanged are taken over. */
+  /** Queue the film; finished, unchanged shots are reused. */
   async render({ draft = false } = {}) {
     clearFormError(this.form);
     try {
@@ -270,7 +270,7 @@ export class FilmEditor {
     }
   }
 
-  /** The film that is worked on went on. */
+  /** The film in the editor has progressed. */
   show(film) {
     this.film = film;
     this.mark();
@@ -289,11 +289,11 @@ export class FilmEditor {
     this.files.clear();
     this.film = this.filmId = null;
     this.before = null;
-    this.told.replaceChildren();
+    this.messages.replaceChildren();
     this.drawAll();
   }
 
-  /** What was edited when the page was left. */
+  /** Restore the script that was edited when the page was left. */
   restore() {
     let kept = null;
     try {

@@ -31,7 +31,7 @@ export class Films {
     document.getElementById("films").append(this.element);
     this.showFilm();
     if (this.editor.filmId) this.resume(this.editor.filmId);
-    listen((what, id) => this.hear(what, id));
+    listen((what, id) => this.onChange(what, id));
   }
 
   /** Open a film by its id; without one what was edited last stays. */
@@ -75,7 +75,7 @@ export class Films {
     this.editor.element.querySelector("textarea").focus();
   }
 
-  hear(what, id) {
+  onChange(what, id) {
     this.drawList();
     if (this.film?.id !== id) return;
     if (what === "gone") {

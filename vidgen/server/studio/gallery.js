@@ -84,7 +84,7 @@ export class Gallery {
     }
   }
 
-  /** The clip before or behind the one that is shown. */
+  /** The clip before or after the one that is shown. */
   neighbour(by) {
     const index = this.order.indexOf(this.current.at(-1));
     return this.order[Math.min(Math.max(index + by, 0), this.order.length - 1)];

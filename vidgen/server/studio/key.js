@@ -14,10 +14,10 @@ export function authorization() {
 
 /** At the page's start: use the key of this tab, or ask for one where one is needed. */
 export async function openSession() {
-  const told = await (await fetch("/v1/session", { headers: authorization() })).json();
-  if (!told.key_required) return;
+  const session = await (await fetch("/v1/session", { headers: authorization() })).json();
+  if (!session.key_required) return;
   const kept = sessionStorage.getItem(STORE);
-  if (kept ? !(await accepts(kept)) : !told.authenticated) await askForKey();
+  if (kept ? !(await accepts(kept)) : !session.authenticated) await askForKey();
 }
 
 /** Ask for a key until one is taken; several callers share one dialog. False: it was left. */

@@ -51,12 +51,12 @@ function open([name, ...rest], quietly, clips, films) {
   if (view === "films") films.open(rest[0], quietly);
 }
 
-/** Say how jobs go on, to those who listen. */
+/** Announce jobs to screen readers. */
 function narrate() {
   const narrator = new Narrator();
   listen((what, id) => {
     const job = jobOf(id);
-    if (job && (what === "status" || what === "progress")) narrator.hear(job);
+    if (job && (what === "status" || what === "progress")) narrator.narrate(job);
   });
 }
 

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 const PAUSE_MS = 2000;
 let asked = null;
 
-/** What the model can do: `id`, `defaults`, `limits`, `tasks`, `loras`, `makes_sound`, `voices`. */
+/** The model's abilities: `id`, `defaults`, `limits`, `tasks`, `loras`, `makes_sound`, `voices`. */
 export function theModel() {
   asked ??= ask();
   return asked;

@@ -1,4 +1,4 @@
-// How far a job is: a bar, words, and a button that ends it.
+// Progress of a job: a bar, words, and a button that stops it.
 import { post, remove } from "./api.js";
 import { confirmDialog } from "./dialog.js";
 import { button, h } from "./dom.js";
@@ -52,17 +52,17 @@ export async function deleteJob(job) {
   return true;
 }
 
-/** Say how a job goes on, to those who listen: its states, and each quarter. */
+/** Announce a job's states and quarters to screen readers. */
 export class Narrator {
   constructor() {
-    this.told = new Map();
+    this.reported = new Map();
   }
 
-  hear(job) {
+  narrate(job) {
     const quarter = job.status === "in_progress" ? Math.floor(job.progress / 25) : 0;
     const now = `${job.status} ${quarter}`;
-    const before = this.told.get(job.id);
-    this.told.set(job.id, now);
+    const before = this.reported.get(job.id);
+    this.reported.set(job.id, now);
     if (before === undefined && isFinished(job)) return; // it was so when the page was opened
     if (before === now) return;
     const name = job.object === "film" ? `The film ${job.title ?? ""}` : `“${job.prompt}”`;

@@ -1,4 +1,4 @@
-// Addresses behind the #: which view is shown, and where the focus goes.
+// Addresses after the #: which view is shown, and where the focus goes.
 
 const openedAt = location.hash;
 let onroute = null;

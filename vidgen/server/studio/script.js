@@ -1,6 +1,6 @@
-// A film's script as plain data: read, changed, told apart. Nothing here touches the page.
+// A film's script as plain data: read, changed, compared. Nothing here touches the page.
 
-/** What a script may say of these two; a test holds them to the engine's own lists. */
+/** Allowed values of these two; a test compares them with the engine's. */
 export const CAMERA_MOVES = [
   "static", "pan-left", "pan-right", "tilt-up", "tilt-down", "zoom-in", "zoom-out", "dolly-in",
   "dolly-out", "truck-left", "truck-right", "orbit-left", "orbit-right", "handheld",
@@ -8,7 +8,7 @@ export const CAMERA_MOVES = [
 export const TRANSITIONS = [
   "cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right", "slide-left", "slide-right",
 ];
-/** Of what may be said in short: the key that stands for the whole, and what the others are then. */
+/** Values that may be written in short: the key that stands for the whole, and what the others are then. */
 const SHORT = {
   camera: ["move", { strength: 0.5 }],
   transition: ["type", { duration: 0.5 }],
@@ -51,7 +51,7 @@ export function opened(script) {
   return made;
 }
 
-/** A shot with its prompts as a list, and all else as short as it can be said. */
+/** A shot with its prompts as a list, and all else as short as possible. */
 function openedShot(shot) {
   const made = { ...shot, prompt: promptsOf(shot.prompt) };
   if (made.in_film === true) delete made.in_film;
@@ -102,15 +102,14 @@ function isEmpty(value) {
   return typeof value === "object" && value !== null && Object.keys(value).length === 0;
 }
 
-/** What of a film's pixels hangs on the whole of it. */
+/** Project values that shape the pixels of every shot. */
 function frameOf(script) {
   const { fps, size, seed, style, defaults } = closed(script).project ?? {};
   return JSON.stringify([fps, size, seed, style, defaults, script.characters, script.places, script.scenes]);
 }
 
 /**
- * Ids of the shots that differ from how they were made, the new ones among them, and those that
- * go on from one of them.
+ * Ids of new and changed shots, and of those that continue one of them.
  * @param {object} now the editor's script.
  * @param {object|null} before as the film was made of, opened; null: nothing was made.
  */
@@ -128,18 +127,18 @@ export function changedShots(now, before) {
   return changed;
 }
 
-/** What of a shot shapes its pixels, in one order. */
+/** A shot's values that shape its pixels, in one order. */
 function seen(shot) {
   const { transition, caption, narration, music, sound, in_film, ...pixels } = closedShot(shot);
   return Object.fromEntries(Object.entries(pixels).sort(([a], [b]) => (a < b ? -1 : 1)));
 }
 
-/** Ids of the shots that a shot goes on from or shows a frame of. */
+/** Ids of the shots that a shot continues or shows a frame of. */
 export function needsOf(shot) {
   return [shot.continue_from, shot.first_frame?.shot, shot.last_frame?.shot].filter(Boolean);
 }
 
-/** Take a shot out, and what others say of it. */
+/** Remove a shot, and references to it. */
 export function withoutShot(script, id) {
   const shots = script.shots.filter((shot) => shot.id !== id);
   for (const shot of shots) {

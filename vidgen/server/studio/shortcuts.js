@@ -4,16 +4,16 @@ import { h, isTyping } from "./dom.js";
 
 const OFF = "vidgen.keys-off";
 
-/** Keys and what they do; `keys` are shown, `match` tells whether an event is meant. */
+/** Keys and their actions; `keys` are shown, `match` returns true for the key's event. */
 export class Shortcuts {
   /** @param {{key: string, words: string, run: Function, view?: string}[]} table */
   constructor(table, viewOf) {
     this.table = table;
     this.viewOf = viewOf;
-    addEventListener("keydown", (event) => this.hear(event));
+    addEventListener("keydown", (event) => this.onKey(event));
   }
 
-  hear(event) {
+  onKey(event) {
     if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
     const withControl = event.ctrlKey || event.metaKey;
     if (event.altKey || (!withControl && (isTyping(event.target) || localStorage.getItem(OFF)))) return;

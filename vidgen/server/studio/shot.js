@@ -14,7 +14,7 @@ const STATES = {
 export class ShotCard {
   /**
    * @param {object} shot of the script; it is changed in place.
-   * @param {object} editor told of what is done: `changed`, `move`, `copy`, `remove`, `redraw`,
+   * @param {object} editor notified of changes: `changed`, `move`, `copy`, `remove`, `redraw`,
    *     `renderAgain`, `attach(file)`; asked for `others(shot)`, ids of the shots before it.
    */
   constructor(shot, editor) {
@@ -46,7 +46,7 @@ export class ShotCard {
     });
     this.again = button({
       symbol: "replay", words: "New take", class: "small", onclick: () => this.newTake(),
-      title: "Draw a new seed for this shot and make it alone anew",
+      title: "Draw a new seed for this shot and make only this shot again",
     });
     return h("div.tools", {},
       this.again,
@@ -121,7 +121,7 @@ export class ShotCard {
       this.follows);
   }
 
-  /** Which shot it goes on from; drawn anew when the order changes. */
+  /** Choice of the shot that it continues; drawn again when the order changes. */
   drawFollows() {
     const others = this.editor.others(this.shot).map((id) => [id, id]);
     this.follows.replaceChildren(this.choice("Goes on from", [["", "nothing"], ...others],
@@ -159,7 +159,7 @@ export class ShotCard {
       picture.element));
   }
 
-  /** A seed that no take had yet, and this shot alone made anew. */
+  /** A seed that no take had yet, and only this shot made again. */
   newTake() {
     this.seed.querySelector("input").value = this.shot.seed = newSeed();
     this.editor.changed();

@@ -43,7 +43,7 @@ export class Stage {
     }
     const now = `${job.id} ${job.status}`;
     if (now !== this.shownDetails) {
-      // What had the focus may go: Cancel when a clip is done.
+      // the focused element may vanish: Cancel when a clip is done
       const hadFocus = this.details.contains(document.activeElement)
         || (isFinished(job) && document.activeElement === document.body);
       this.shownDetails = now;
@@ -93,7 +93,7 @@ export class Stage {
     return h("p.facts", {}, facts.filter(Boolean).join(" · "));
   }
 
-  /** The same request and seed with another prompt; shown beside this clip. */
+  /** The same request and seed with another prompt; shown next to this clip. */
   async change(prompt) {
     const made = await attempt(() => post(`/v1/videos/${this.job.id}/remix`, { prompt }));
     if (!made) return false;
@@ -129,7 +129,7 @@ export class Stage {
     video.currentTime = Math.min(Math.max(video.currentTime + by / rate(this.job.fps), 0), video.duration);
   }
 
-  /** Have nothing play behind another view. */
+  /** Pause while another view is shown. */
   rest() {
     this.media.video?.pause();
   }

@@ -1,4 +1,4 @@
-// What is known of all jobs, and who wants to hear when it changes.
+// Known state of all jobs, and listeners for its changes.
 import { get } from "./api.js";
 
 const PAGE = 24;
@@ -30,7 +30,7 @@ export function listen(listener) {
  * Take a whole job in.
  * @param {object} job
  * @param {object} options `isEvent`: it comes from the stream of events, which are in order. An
- *     answer may be older than what the stream told meanwhile; then it is left out.
+ *     answer may be older than the latest events of the stream; then it is left out.
  */
 export function put(job, { isEvent = false } = {}) {
   const before = jobs.get(job.id);
@@ -78,7 +78,7 @@ export async function refresh(kind) {
   takeIn(kind, page);
 }
 
-/** Read the page of older jobs behind those that are here. */
+/** Read the page of older jobs after the loaded ones. */
 export async function readMore(kind) {
   takeIn(kind, await get(`/v1/${kind}s?limit=${PAGE}&after=${pages[kind].last}`));
 }

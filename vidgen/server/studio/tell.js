@@ -1,4 +1,4 @@
-// What people are told: toasts for mistakes, a live region for progress, messages at fields.
+// Messages: toasts for mistakes, a live region for progress, messages at fields.
 import { button, h } from "./dom.js";
 
 const TOAST_MS = 9000;

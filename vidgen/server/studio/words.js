@@ -6,7 +6,7 @@ const STAGES = {
   assemble: "joining the shots", finish: "finishing",
 };
 
-/** Seconds as people say them. */
+/** Seconds as text. */
 export function seconds(value) {
   if (value == null) return "";
   if (value < 1) return "a moment";
@@ -15,7 +15,7 @@ export function seconds(value) {
   return `${(value / 3600).toFixed(1)} h`;
 }
 
-/** How long a clip or film is, in seconds with two digits at most. */
+/** Length of a clip or film, in seconds with at most two digits. */
 export const lengthOf = (job) => `${Number(Number(job.seconds).toFixed(2))} s`;
 
 /** Frames per second out of a fraction such as "24000/1001". */
@@ -24,7 +24,7 @@ export function rate(text) {
   return Number((over / under).toFixed(2));
 }
 
-/** How a job stands, in a few words. */
+/** State of a job, in a few words. */
 export function stateOf(job) {
   switch (job.status) {
     case "queued": {
@@ -44,7 +44,7 @@ export function stateOf(job) {
   }
 }
 
-/** How long a job still takes, or nothing. */
+/** Time left of a job, or nothing. */
 export function leftOf(job) {
   return job.eta_s == null ? "" : `${seconds(job.eta_s)} left`;
 }
@@ -52,7 +52,7 @@ export function leftOf(job) {
 export const splitWords = (text) => text.trim().split(/\s+/).filter(Boolean);
 
 /**
- * Which words two texts share, in order: their longest common subsequence.
+ * Mark the words that two texts share: their longest common subsequence.
  * @returns {[{word: string, same: boolean}[], {word: string, same: boolean}[]]}
  */
 export function diffWords(before, after) {
