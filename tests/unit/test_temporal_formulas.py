@@ -11,13 +11,13 @@ import pytest
 from eval.faults import spearman
 from tests.textures import texture
 from vidgen.core.errors import InputError
-from vidgen.evaluation.metrics.appearance import (
+from vidgen.evaluation.metrics.clip import (
     IdentityDrift,
     color_feature,
     gradient_feature,
+    measure_clip,
     sharpness,
 )
-from vidgen.evaluation.metrics.clip import measure_clip
 from vidgen.evaluation.metrics.flow import (
     FlowEstimator,
     check_flow_size,
@@ -231,7 +231,6 @@ def motion(frames, fps=12):
     meter = MotionMeter(FlowEstimator(), fps)
     for frame in frames:
         meter.feed(np.ascontiguousarray(frame))
-    meter.finish()
     return meter
 
 
@@ -252,11 +251,12 @@ def is_still(frames):
 def test_speed_is_in_short_sides_a_second():
     wide = texture(96, 160)
     pan = [wide[:, t : t + 96] for t in range(13)]
-    assert motion(pan).speed == pytest.approx(12 / 96, rel=0.1)
+    assert motion(pan).figures()["motion_speed"] == pytest.approx(12 / 96, rel=0.1)
     assert not is_still(pan)
-    assert motion([wide[:, :96]] * 5).speed == 0
+    assert motion([wide[:, :96]] * 5).figures()["motion_speed"] == 0
     assert is_still([wide[:, :96]] * 5)
-    assert motion([wide[:, :96], wide[:, 4:100]]).speed == pytest.approx(4 * 12 / 96, rel=0.1)
+    shifted = motion([wide[:, :96], wide[:, 4:100]]).figures()
+    assert shifted["motion_speed"] == pytest.approx(4 * 12 / 96, rel=0.1)
 
 
 def test_a_long_clip_takes_no_more_memory():

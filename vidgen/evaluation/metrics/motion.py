@@ -76,30 +76,27 @@ class MotionMeter:
         self._flickers: list[float] = []
         self._hidden: list[float] = []
         self._residues: list[float] = []
-        self._looks, self._last_look = max(1, round(fps / LOOKS_PER_S)), 0
+        self._looks = max(1, round(fps / LOOKS_PER_S))  # frames from one look to the next
         self._speeds: list[float] = []
         self.tracks: Tracks
 
     def feed(self, frame: Frames) -> None:
         """Take the next frame, uint8 [H, W, 3]."""
         grey = self._flows.grey(frame)
-        if not self._frames:
-            height, width = grey.shape
-            self._looked_at = grey
-            self.tracks = Tracks(height, width)
-        else:
+        if self._index:
             self._measure(frame, grey)
+        else:
+            self._looked_at, self.tracks = grey, Tracks(*grey.shape)
         self._grey, self._frames = grey, [*self._frames[-1:], frame]
-        if self._index - self._last_look == self._looks:
-            self._speeds.append(self._speed_since_look())
-            self._looked_at, self._last_look = grey, self._index
+        if self._index and self._index % self._looks == 0:
+            self._look(self._looks)
         self._index += 1
 
-    def _speed_since_look(self) -> float:
-        """Return the fastest twentieth's speed since the last look, in short sides per second."""
+    def _look(self, num_frames: int) -> None:
+        """Measure the fastest twentieth's speed since the last look, in short sides per second."""
         pixels = vbench.top_speed(self._flows.flow(self._looked_at, self._grey), vbench.DYNAMIC_TOP)
-        seconds = (self._index - self._last_look) / self._fps
-        return float(pixels / min(self._grey.shape) / seconds)
+        self._speeds.append(float(pixels / min(self._grey.shape) / (num_frames / self._fps)))
+        self._looked_at = self._grey
 
     def _measure(self, frame: Frames, grey: NDArray[np.uint8]) -> None:
         before = self._frames[-1]
@@ -125,23 +122,14 @@ class MotionMeter:
             picture[unmoved].astype(np.float32) for picture in (*self._frames, frame))
         self._flickers.append(float(np.abs(middle - (one + other) / 2).mean(dtype=np.float64)))
 
-    @property
-    def speed(self) -> float | None:
-        """Mean over looks of the fastest twentieth's speed, in short sides per second."""
-        return float(np.mean(self._speeds)) if self._speeds else None
-
-    def finish(self) -> None:
-        """End the clip; measure the speed now if it is shorter than the sampling interval."""
-        if not self._speeds and self._index > 1:
-            self._index -= 1
-            self._speeds.append(self._speed_since_look())
-
     def figures(self) -> Figures:
-        """Return all measures; None for those that a short or restless clip doesn't have."""
+        """Return all measures of a clip of two frames or more; None for those that it lacks."""
+        if not self._speeds:  # shorter than the interval of looks
+            self._look(self._index - 1)
         usual = float(np.median(self._residues))
         rest = self._residues[1:]
         return {
-            "motion_speed": self.speed,
+            "motion_speed": float(np.mean(self._speeds)),
             "warp_error": 1e4 * float(np.mean(self._errors)) if self._errors else None,
             "flicker": float(np.mean(self._flickers)) if self._flickers else None,
             "track_jerk": self.tracks.jerk,

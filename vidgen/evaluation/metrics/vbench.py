@@ -46,7 +46,6 @@ DYNAMIC_TOP, DYNAMIC_PIXELS, DYNAMIC_FPS = 0.05, 6.0, 8
 STATIC_TOP, STATIC_PIXELS = 0.02, 3.0
 
 
-
 @dataclass(frozen=True)
 class Measure:
     """Description of a measure."""
@@ -59,6 +58,7 @@ class Measure:
 
 
 _SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)
+
 
 def _vbench(name: str, about: str) -> Measure:
     better: Better = "neither" if name == "dynamic_degree" else "more"
