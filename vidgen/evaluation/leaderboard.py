@@ -39,45 +39,18 @@ class Entry:
     result: Mapping[str, Any]  # the whole content
 
     @property
-    def rows(self) -> dict[str, Mapping[str, Any]]:
-        """Scores by clip name."""
-        return by_name(self.folder)
-
-    @property
-    def headline(self) -> float:
-        """Value of the measure that orders entries."""
-        return float(self.folder["figures"].get(HEADLINE, {}).get("value", 0.0))
-
-    @property
     def conditions(self) -> dict[str, Any]:
         """Conditions that two entries must share to be ranked together."""
         suite, result = self.result["prompt_suite"], self.result
+        known = {clip["prompt"] for clip in self.folder["clips"]}
+        known |= {prompt_of(Path(name).stem) for name in self.folder["failed"]}
         return {
-            "prompts": f"{suite['name']} ({suite['sha256'][:12]})" if suite else self._prompts,
+            "prompts": f"{suite['name']} ({suite['sha256'][:12]})" if suite else
+            f"{len(known)} of no suite ({address_of(sorted(known))[:12]})",
             "fps": self.folder["fps"],
             "sizes": [f"{width}x{height}" for width, height in self.folder["sizes"]],
             "clips a prompt": len(result.get("generation", {}).get("seeds", ())) or None,
             "networks": result["networks"], "measures version": result["measures_version"]}
-
-    @property
-    def _prompts(self) -> str:
-        known = {clip["prompt"] for clip in self.folder["clips"]}
-        known |= {prompt_of(Path(name).stem) for name in self.folder["failed"]}
-        return f"{len(known)} of no suite ({address_of(sorted(known))[:12]})"
-
-    @property
-    def settings(self) -> str:
-        """Known settings of the generation, in which runs of one model may differ."""
-        made = self.result.get("generation", {})
-        known = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
-        return ", ".join(f"{name} {value}" for name, value in known.items())
-
-    @property
-    def model(self) -> str:
-        """Names of the models that generated the clips, with the first digits of their hashes."""
-        known = [(each["model"], each["model_sha256"]) for each in self.folder["models"]]
-        texts = dict.fromkeys(f"{name} {(sha or '')[:12]}".strip() for name, sha in known)
-        return ", ".join(texts) or "unknown"
 
 
 def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
@@ -127,26 +100,31 @@ def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(json.dumps(entry.conditions, sort_keys=True), []).append(entry)
-    return [_table(sorted(group, key=lambda entry: -entry.headline)) for group in groups.values()]
+    found = []
+    for group in groups.values():
+        group.sort(key=lambda e: -float(e.folder["figures"].get(HEADLINE, {}).get("value", 0.0)))
+        found.append({"conditions": group[0].conditions,
+                      "rows": [_row(entry, group[0]) for entry in group]})
+    return found
 
 
-def _table(group: Sequence[Entry]) -> dict[str, Any]:
-    first = group[0]
-    rows = []
-    for entry in group:
-        name, leader = str(entry.folder["name"]), str(first.folder["name"])
+def _row(entry: Entry, first: Entry) -> dict[str, Any]:
+    folder, made = entry.folder, entry.result.get("generation", {})
+    settings = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
+    models = dict.fromkeys(f"{each['model']} {(each['model_sha256'] or '')[:12]}".strip()
+                           for each in folder["models"])
+    name, leader = str(folder["name"]), str(first.folder["name"])
+    verdict = "the first"
+    if entry is not first:
         if name == leader:  # two runs of one model
             name, leader = f"{name} ({entry.file})", f"{leader} ({first.file})"
-        verdict = "the first" if entry is first else compare(
-            leader, first.rows, name, entry.rows)["verdict"]
-        rows.append({
-            "name": str(entry.folder["name"]), "model": entry.model, "file": entry.file,
-            "settings": entry.settings,
-            "clips": len(entry.folder["clips"]), "dynamic": entry.folder["dynamic"],
-            "figures": entry.folder["figures"], "failed": len(entry.folder["failed"]),
-            **{name: entry.folder[name] for name in SUBTOTALS}, "verdict": verdict,
-            "machine": entry.result["machine"]})
-    return {"conditions": first.conditions, "rows": rows}
+        verdict = compare(leader, by_name(first.folder), name, by_name(folder))["verdict"]
+    return {
+        "name": str(folder["name"]), "model": ", ".join(models) or "unknown", "file": entry.file,
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        "clips": len(folder["clips"]), "dynamic": folder["dynamic"], "figures": folder["figures"],
+        "failed": len(folder["failed"]), **{name: folder[name] for name in SUBTOTALS},
+        "verdict": verdict, "machine": entry.result["machine"]}
 
 
 def page(entries: Sequence[Entry]) -> str:

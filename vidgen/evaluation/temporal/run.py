@@ -201,23 +201,6 @@ def _measure(
         if not isinstance(scores, str):
             log.add([(key, scores)])
         on_event({"event": "progress", "stage": "measure", "done": done, "total": total})
-    for folder in folders:  # sorted by name
-        folder.scores = {item.name: _relevant(folder.scores[item.name], item, folder.suite)
-                         for item in folder.items if item.name in folder.scores}  # fmt: skip
-        folder.failed = dict(sorted(folder.failed.items()))
-
-
-def _relevant(
-    row: dict[str, Any], item: EvaluatedClip, suite: PromptSuite | None
-) -> dict[str, Any]:
-    """Return a clip's scores without the dimensions for which its prompt wasn't written."""
-    if suite is None:
-        return row
-    figures = {
-        name: value if (kind := name.removeprefix(PROXY)) not in DIMENSIONS
-        or suite.counts(item.prompt, kind) else None
-        for name, value in row["figures"].items()}
-    return {**row, "figures": figures}
 
 
 _networks: dict[tuple[tuple[str, str], ...], Networks] = {}
@@ -251,19 +234,29 @@ def measure(job: _Measuring, _on_event: OnEvent) -> dict[str, Any]:
 
 
 def _result(folder: Folder) -> dict[str, Any]:
-    rows = folder.scores
-    items = [item for item in folder.items if item.name in rows]
-    clips = [{"name": item.name, "path": str(item.path), "prompt": item.prompt,
-              "origin": item.origin, **rows[item.name]} for item in items]
+    clips = []
+    for item in folder.items:
+        if item.name in folder.scores:
+            row = folder.scores[item.name]
+            relevant = {name: value if _counts(folder.suite, item.prompt, name) else None
+                        for name, value in row["figures"].items()}
+            clips.append({"name": item.name, "path": str(item.path), "prompt": item.prompt,
+                          "origin": item.origin, **row, "figures": relevant})
     return {
-        "name": folder.name, "path": folder.path, "clips": clips, "failed": folder.failed,
-        "missing_prompts": folder.missing_prompts,
-        "fps": sorted({row["fps"] for row in rows.values()}),
-        "sizes": sorted({tuple(row["size"]) for row in rows.values()}),
-        "models": _distinct(item.origin for item in items),
-        "dynamic": sum(row["dynamic"] for row in rows.values()),
+        "name": folder.name, "path": folder.path, "clips": clips,
+        "failed": dict(sorted(folder.failed.items())), "missing_prompts": folder.missing_prompts,
+        "fps": sorted({clip["fps"] for clip in clips}),
+        "sizes": sorted({tuple(clip["size"]) for clip in clips}),
+        "models": _distinct(clip["origin"] for clip in clips),
+        "dynamic": sum(clip["dynamic"] for clip in clips),
         **figures(clips),
     }
+
+
+def _counts(suite: PromptSuite | None, prompt: str, measure: str) -> bool:
+    """Return whether a prompt was written for the dimension of VBench that is measured."""
+    dimension = measure.removeprefix(PROXY)
+    return suite is None or dimension not in DIMENSIONS or suite.counts(prompt, dimension)
 
 
 def _distinct(origins: Any) -> list[dict[str, Any]]:
