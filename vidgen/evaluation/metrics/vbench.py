@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -26,22 +26,6 @@ PROXY = "proxy_"
 DISTANCES = (1, 2, 4, 8, 16)
 """Distances of the measures of identity drift, in frames."""
 
-DIMENSIONS = {
-    "subject_consistency": (0.1462, 1.0, "the subject stays what it is"),
-    "background_consistency": (0.2615, 1.0, "the background stays what it is"),
-    "temporal_flickering": (
-        0.6293, 1.0, "neighbouring frames are alike, in clips that pass the static filter"),
-    "motion_smoothness": (0.706, 0.9975, "odd frames follow from even ones"),
-    "dynamic_degree": (0.0, 1.0, "whether there is large motion"),
-    "i2v_subject": (0.1462, 1.0, "the subject of the image is kept"),
-    "i2v_background": (0.2615, 1.0, "the look of the image is kept"),
-}
-"""{dimension: least and most by which a score is normalised, meaning of a high score}."""
-#: dimension -> its weight among the five that make the temporal subtotal.
-WEIGHTS = {
-    "subject_consistency": 1.0, "background_consistency": 1.0, "temporal_flickering": 1.0,
-    "motion_smoothness": 1.0, "dynamic_degree": 0.5,
-}  # fmt: skip
 DYNAMIC_TOP, DYNAMIC_PIXELS, DYNAMIC_FPS = 0.05, 6.0, 8
 STATIC_TOP, STATIC_PIXELS = 0.02, 3.0
 
@@ -55,24 +39,45 @@ class Measure:
     about: str  # meaning, one line
     possible: tuple[float, float] = (-math.inf, math.inf)  # range of a clip's values
     yes_no: bool = False  # whether a clip's value is 0 or 1
+    counts_still: bool = False  # whether comparisons include clips that don't move
+    # of VBench's dimensions: least and most by which a value is normalised, None for others;
+    # weight in the temporal subtotal; whether a folder's value is a mean over frames, not clips
+    scale: tuple[float, float] | None = None
+    weight: float = 0.0
+    by_frames: bool = False
 
 
 _SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)
-
-
-def _vbench(name: str, about: str) -> Measure:
-    better: Better = "neither" if name == "dynamic_degree" else "more"
-    return Measure(better, "", about, _SHARE, name == "dynamic_degree")
-
-
+_DIMENSIONS = {
+    "subject_consistency": Measure(
+        "more", "", "the subject stays what it is", _SHARE, scale=(0.1462, 1.0), weight=1.0,
+        by_frames=True),
+    "background_consistency": Measure(
+        "more", "", "the background stays what it is", _SHARE, scale=(0.2615, 1.0), weight=1.0,
+        by_frames=True),
+    "temporal_flickering": Measure(
+        "more", "", "neighbouring frames are alike, in clips that pass the static filter", _SHARE,
+        counts_still=True, scale=(0.6293, 1.0), weight=1.0),
+    "motion_smoothness": Measure(
+        "more", "", "odd frames follow from even ones", _SHARE, scale=(0.706, 0.9975), weight=1.0),
+    "dynamic_degree": Measure(
+        "neither", "", "whether there is large motion", _SHARE, yes_no=True, counts_still=True,
+        scale=(0.0, 1.0), weight=0.5),
+    "i2v_subject": Measure(
+        "more", "", "the subject of the image is kept", _SHARE, scale=(0.1462, 1.0)),
+    "i2v_background": Measure(
+        "more", "", "the look of the image is kept", _SHARE, scale=(0.2615, 1.0)),
+}
 MEASURES: dict[str, Measure] = {
-    **{name: _vbench(name, about) for name, (_, _, about) in DIMENSIONS.items()},
-    **{PROXY + name: _vbench(name, f"stand-in: {about}")
-       for name, (_, _, about) in DIMENSIONS.items()},
+    **_DIMENSIONS,
+    **{PROXY + name: replace(measure, about=f"stand-in: {measure.about}")
+       for name, measure in _DIMENSIONS.items()},
     "steadiness": Measure(
-        "more", "", "mean of the normalised consistencies and smoothness; 0 where nothing moves"),
+        "more", "", "mean of the normalised consistencies and smoothness; 0 where nothing moves",
+        counts_still=True),
     "motion_speed": Measure(
-        "neither", "sides/s", "what moves fastest, in short sides a second", _SIZE),
+        "neither", "sides/s", "what moves fastest, in short sides a second", _SIZE,
+        counts_still=True),
     "warp_error": Measure(
         "less", "x1e-4", "mean squared error of what the flow carries along", _SIZE),
     "flicker": Measure(
@@ -259,20 +264,23 @@ def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -
 
 
 def normalise(dimension: str, value: float) -> float:
-    """Return a score normalised by its dimension's range; not clipped, as in VBench."""
-    least, most, _ = DIMENSIONS[dimension]
-    return (value - least) / (most - least)
+    """Return a score normalised by its dimension's scale; not clipped, as in VBench."""
+    scale = MEASURES[dimension].scale
+    assert scale is not None
+    return (value - scale[0]) / (scale[1] - scale[0])
 
 
-def temporal_subtotal(scores: Mapping[str, float | None]) -> float | None:
+def temporal_subtotal(scores: Mapping[str, float | None], prefix: str = "") -> float | None:
     """Return the weighted mean of the five normalised temporal dimensions; None if one is missing.
 
-    It is not VBench's total, which includes picture quality and meaning.
+    `prefix` is that of their names in the scores. It is not VBench's total, which includes picture
+    quality and meaning.
     """
     total = 0.0
-    for name, weight in WEIGHTS.items():
-        value = scores.get(name)
+    weights = {name: kind.weight for name, kind in _DIMENSIONS.items() if kind.weight}
+    for name, weight in weights.items():
+        value = scores.get(prefix + name)
         if value is None:
             return None
         total += weight * normalise(name, value)
-    return total / sum(WEIGHTS.values())
+    return total / sum(weights.values())

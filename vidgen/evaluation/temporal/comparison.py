@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidgen.evaluation.metrics.vbench import (
-    DIMENSIONS,
     MEASURES,
     PROXY,
-    WEIGHTS,
+    Measure,
     normalise,
     temporal_subtotal,
 )
@@ -30,10 +29,6 @@ Features = Sequence[Sequence[float]]
 FEWEST_PAIRS = 6
 """Fewest pairs of clips, or prompts if several clips share one, for a verdict."""
 HEADLINE = "steadiness"
-#: Measures whose comparison includes clips that don't move.
-_UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "motion_speed",
-            "dynamic_degree", PROXY + "dynamic_degree")
-_BY_FRAMES = ("subject_consistency", "background_consistency")  # over frames, as in VBench
 
 
 def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -45,47 +40,35 @@ def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         dimensions is missing.
     """
     found: dict[str, dict[str, Any]] = {}
-    for measure in MEASURES:
+    for measure, kind in MEASURES.items():
         known = [row for row in clips if row["figures"].get(measure) is not None]
         if not known:
             continue
         values = [row["figures"][measure] for row in known]
-        dimension, weights = measure.removeprefix(PROXY), weights_of(measure, known)
-        value = fmean(values, weights)
-        low, high = _interval(measure, values, value, prompts_of(known), weights)
+        weights = _weights(kind, known)
+        value, prompts = fmean(values, weights), prompts_of(known)
+        if kind.yes_no:
+            low, high = rate_interval([bool(each) for each in values], prompts)
+        else:
+            low, high = mean_interval(values, groups=prompts, weights=weights)
+            if math.isfinite(low):
+                least, most = kind.possible  # values are rounded
+                low, high = max(low, min(least, value)), min(high, max(most, value))
         found[measure] = {
             "value": value, "low": low if math.isfinite(low) else None,
             "high": high if math.isfinite(high) else None, "total": len(values)}
-        if dimension in DIMENSIONS:
-            found[measure]["normalised"] = normalise(dimension, value)
+        if kind.scale:
+            found[measure]["normalised"] = normalise(measure, value)
     scores = {name: entry["value"] for name, entry in found.items()}
     return {
         "figures": found,
         "temporal_subtotal": temporal_subtotal(scores),
-        PROXY + "temporal_subtotal": temporal_subtotal(
-            {name: scores.get(PROXY + name) for name in WEIGHTS}),
+        PROXY + "temporal_subtotal": temporal_subtotal(scores, PROXY),
     }
 
 
-def _interval(
-    measure: str, values: Sequence[float], value: float, prompts: Sequence[str],
-    weights: Sequence[int] | None,
-) -> tuple[float, float]:
-    kind = MEASURES[measure]
-    if kind.yes_no:
-        return rate_interval([bool(each) for each in values], prompts)
-    low, high = mean_interval(values, groups=prompts, weights=weights)
-    if not math.isfinite(low):
-        return low, high
-    least, most = kind.possible
-    return max(low, min(least, value)), min(high, max(most, value))  # values are rounded
-
-
-def weights_of(measure: str, clips: Sequence[Mapping[str, Any]]) -> list[int] | None:
-    """Return the weight of each clip in a folder's value; None: all equal."""
-    if measure.removeprefix(PROXY) not in _BY_FRAMES:
-        return None
-    return [clip["num_frames"] - 1 for clip in clips]
+def _weights(kind: Measure, clips: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    return [clip["num_frames"] - 1 for clip in clips] if kind.by_frames else None
 
 
 def by_name(folder: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -114,8 +97,8 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
     shared = [clip for clip in rows if clip in others]
     moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
     measures = {}
-    for measure in MEASURES:
-        clips = shared if measure in _UNGATED else moving
+    for measure, kind in MEASURES.items():
+        clips = shared if kind.counts_still else moving
         known = [c for c in clips if None not in (
             rows[c]["figures"].get(measure), others[c]["figures"].get(measure))]  # fmt: skip
         if known:
@@ -143,8 +126,8 @@ def _compared(
     names: tuple[str, str],
 ) -> dict[str, Any]:
     ones, others = ([row["figures"][measure] for row in side] for side in (rows, other_rows))
-    prompts, better, (name, other) = prompts_of(rows), MEASURES[measure].better, names
-    mine, theirs = (weights_of(measure, side) for side in (rows, other_rows))
+    prompts, kind, (name, other) = prompts_of(rows), MEASURES[measure], names
+    mine, theirs = _weights(kind, rows), _weights(kind, other_rows)
     weights = None if mine is None or theirs is None else (mine, theirs)
     low, high = paired_interval(ones, others, groups=prompts, weights=weights)
     num_prompts = len(set(prompts))
@@ -153,10 +136,10 @@ def _compared(
         verdict = f"too few {unit} ({num_prompts} of {FEWEST_PAIRS})"
     elif low <= 0 <= high:
         verdict = "no significant difference"
-    elif better == "neither":
+    elif kind.better == "neither":
         verdict = "different"
     else:
-        verdict = f"{name if (low > 0) == (better == 'more') else other} is better"
+        verdict = f"{name if (low > 0) == (kind.better == 'more') else other} is better"
     return {"difference": fmean(ones, mine) - fmean(others, theirs), "low": low, "high": high,
             "pairs": len(ones), "prompts": num_prompts, "verdict": verdict}  # fmt: skip
 

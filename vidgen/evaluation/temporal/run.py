@@ -25,7 +25,7 @@ from vidgen.core.store import ScoreLog, address_of
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
-from vidgen.evaluation.metrics.vbench import DIMENSIONS, PROXY
+from vidgen.evaluation.metrics.vbench import MEASURES, PROXY
 from vidgen.evaluation.suite import (
     CLIP_SUFFIXES,
     EvaluatedClip,
@@ -255,8 +255,8 @@ def _result(folder: Folder) -> dict[str, Any]:
 
 def _counts(suite: PromptSuite | None, prompt: str, measure: str) -> bool:
     """Return whether a prompt was written for the dimension of VBench that is measured."""
-    dimension = measure.removeprefix(PROXY)
-    return suite is None or dimension not in DIMENSIONS or suite.counts(prompt, dimension)
+    return suite is None or not MEASURES[measure].scale or (
+        suite.counts(prompt, measure.removeprefix(PROXY)))
 
 
 def _distinct(origins: Any) -> list[dict[str, Any]]:
