@@ -5,7 +5,6 @@ import json
 import pytest
 
 from vidgen.core.errors import InputError
-from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
 from vidgen.evaluation.suite import (
     EvaluatedClip,
     PromptSuite,
@@ -14,6 +13,7 @@ from vidgen.evaluation.suite import (
     picture_of,
     prompt_of,
 )
+from vidgen.evaluation.temporal.run import network_hash, parse_networks
 
 
 def test_prompts_stand_in_names():

@@ -1,4 +1,13 @@
-"""VBench's feature networks with its preprocessing; `network_files` describes their files.
+"""VBench's feature networks, which users provide, with its preprocessing.
+
+dino       folder of a transformers ViT (facebook/dino-vitb16)
+clip       folder of a transformers CLIP (openai/clip-vit-base-patch32)
+dreamsim   TorchScript: pictures [1, 3, 224, 224] in [0, 1] -> features [1, D]
+raft       TorchScript: two pictures [1, 3, H, W], 0 to 255, sides divisible by 8 -> flow
+           [1, 2, H, W] in pixels (x, y)
+amt        TorchScript: two pictures [1, 3, H, W] in [0, 1], sides divisible by 16 -> the
+           picture between them, the same shape
+i3d        TorchScript: video [1, 3, 16, 224, 224] in [-1, 1] -> features [1, D]
 
 Axes: H W rows and columns, D values of a feature.
 """
@@ -18,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vidgen.core.errors import ModelError
-from vidgen.evaluation.metrics.network_files import FOLDERS
 from vidgen.media.types import Frames
 
 _SIDE, _I2V_SIDE = 224, 256
@@ -127,7 +135,7 @@ class Networks:
 
 
 def _load(name: str, path: Path) -> Any:
-    if name not in FOLDERS:
+    if path.is_file():
         return torch.jit.load(str(path), map_location="cpu").eval()
     if name == "dino":
         from transformers import ViTModel

@@ -7,6 +7,7 @@ thread, so the same files give the same numbers on any number of workers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -14,17 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, nearest
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint, sha256_file
 from vidgen.core.store import ScoreLog, address_of
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
-from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
 from vidgen.evaluation.metrics.vbench import MEASURES, PROXY
 from vidgen.evaluation.suite import (
     CLIP_SUFFIXES,
@@ -44,6 +44,26 @@ if TYPE_CHECKING:
 
 WHOLE = 0.9
 """Least share of the frames that a file states, below which it is cut off."""
+SCRIPT_SUFFIXES = (".pt", ".pth", ".jit", ".ts", ".torchscript")
+
+
+class Network(NamedTuple):
+    """Measures that use a network, and the description of its files."""
+
+    measures: tuple[str, ...]
+    given: str = "a TorchScript file"
+
+
+# the folders are those of transformers; `metrics.networks` describes the files
+NETWORKS: dict[str, Network] = {
+    "dino": Network(("subject_consistency", "i2v_subject"), "the folder of facebook/dino-vitb16"),
+    "clip": Network(("background_consistency",), "the folder of openai/clip-vit-base-patch32"),
+    "dreamsim": Network(("i2v_background",)),
+    "raft": Network(("temporal_flickering", "dynamic_degree")),
+    "amt": Network(("motion_smoothness",)),
+    "i3d": Network(("fvd", "kvd")),
+}
+FOLDERS = ("dino", "clip")
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ class TemporalRun:
     """
 
     videos: Sequence[str]  # folders of clips; each two are compared
-    networks: Sequence[str] = ()  # NAME=PATH of VBench's networks; see `metrics.network_files`
+    networks: Sequence[str] = ()  # NAME=PATH of VBench's networks; see `metrics.networks`
     images: str | None = None  # folder of the clips' first pictures
     # file of the prompts; None: the prompts of the clips found
     prompt_suite: str | None = None
@@ -140,6 +160,48 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
         "measures_version": MEASURES_VERSION, "networks": hashes, "folders": results,
         "comparisons": comparisons, "machine": versions,
     }
+
+
+def parse_networks(given: list[str]) -> dict[str, Path]:
+    """Return {name: path} of texts NAME=PATH; a folder may stand for the TorchScript in it.
+
+    Raises:
+        InputError: the network is unknown or given twice, or its files are missing.
+    """
+    found = {}
+    for text in given:
+        name, mark, place = text.partition("=")
+        path = Path(place)
+        if not mark or name not in NETWORKS:
+            raise InputError(f"network {text!r} isn't NAME=PATH; {nearest(name, NETWORKS)}")
+        if name in found:
+            raise InputError(f"network {name} is given twice; give one path")
+        if name in FOLDERS and not (path / "config.json").is_file():
+            raise InputError(
+                f"{name} must be a folder of transformers; {path}/config.json is missing")
+        found[name] = path if name in FOLDERS else _script(name, path)
+    return found
+
+
+def _script(name: str, path: Path) -> Path:
+    if path.is_file():
+        return path
+    scripts = sorted(p for p in path.glob("*") if p.suffix in SCRIPT_SUFFIXES and p.is_file())
+    if len(scripts) != 1:
+        raise InputError(
+            f"{name} must be a TorchScript file, or a folder that holds one; {path} "
+            + (f"holds {len(scripts)}: name one" if scripts else "is none and holds none"))
+    return scripts[0]
+
+
+def network_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, or of all files of a folder with their names."""
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _open(path: str, suite: PromptSuite | None, images: str | None) -> Folder:
