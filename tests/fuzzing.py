@@ -62,7 +62,8 @@ from vidgen.training.data.probe import probe_file
 from vidgen.weights.load import read_tensors
 from vidgen.weights.lora import read_lora
 from vidgen.weights.lora_dialects import DIALECTS
-from vidgen.weights.store import Tensors, find_files, open_tensors
+from vidgen.weights.store import find_files, open_tensors
+from vidgen.weights.tensors import Tensors
 
 CPU_S = 5
 WALL_S = 30.0  # threads that wait for each other take no processor time

@@ -15,7 +15,7 @@ from vidgen.models.image import ImageConfig, encode_image, image_encoder
 from vidgen.models.presets import IMAGE_PRESETS
 from vidgen.weights.configs import encoder_to_transformers, image_from_transformers
 from vidgen.weights.load import load_module
-from vidgen.weights.store import Tensors, held
+from vidgen.weights.tensors import Tensors, held
 
 TINY = IMAGE_PRESETS["tiny"]
 VIT_H = IMAGE_PRESETS["clip-vit-h"]

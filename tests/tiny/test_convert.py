@@ -24,7 +24,8 @@ from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.convert import convert
 from vidgen.weights.layouts import open_model
-from vidgen.weights.store import Lazy, derived, held, open_tensors
+from vidgen.weights.store import open_tensors
+from vidgen.weights.tensors import Lazy, derived, held
 from vidgen.weights.write import write_safetensors, write_shards
 
 LAYOUTS = ("vidgen", "diffusers", "wan")

@@ -39,7 +39,7 @@ from vidgen.weights.family import recognise
 from vidgen.weights.folder import DiffusersFolder, ModelFolder
 from vidgen.weights.keymap import fuse_clip, renamed, split_clip
 from vidgen.weights.layouts import open_model
-from vidgen.weights.store import Tensors, held
+from vidgen.weights.tensors import Tensors, held
 
 CLIP = ImageConfig(
     image_size=224, patch_size=14, hidden_dim=1280, ffn_dim=5120, num_layers=32, num_heads=16

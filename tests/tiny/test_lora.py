@@ -174,21 +174,6 @@ def test_streamed_blocks_take_adapters(dit, tmp_path):
     assert torch.equal(run(streamed), plain)
 
 
-@torch.no_grad()
-def test_quantised_weights_take_products_and_refuse_full_deltas():
-    quantisation = pytest.importorskip("torchao.quantization")
-    dit = make_dit()
-    quantisation.quantize_(dit, quantisation.Int8WeightOnlyConfig())
-    products = make_adapter(dit, diffs=("blocks.0.norm_cross.weight", "blocks.0.ffn.up.bias"))
-    plain = run(dit)
-    with attached(dit, [(products, 0.5)]):
-        assert error(run(dit), run(merged(make_dit(), [(products, 0.5)]))) < 0.05
-    assert torch.equal(run(dit), plain)
-    full = make_adapter(dit, diffs=("blocks.0.ffn.up.weight",))
-    with pytest.raises(ModelError, match="quantised"), attached(dit, [(full, 1.0)]):
-        pass
-
-
 def test_an_adapter_of_another_model_is_refused(dit):
     wide = make_dit(replace(TINY, num_heads=4, num_layers=3))
     with (

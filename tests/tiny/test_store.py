@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from train.toybox.model_files import in_int8
 from vidgen.core.errors import ModelError
-from vidgen.weights.store import Tensors, Weights, find_files, open_tensors
+from vidgen.weights.store import find_files, open_tensors
+from vidgen.weights.tensors import Tensors, Weights
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4).bfloat16(),

@@ -43,7 +43,8 @@ from vidgen.pipeline.denoise import velocity
 from vidgen.training.optim import build_optimizers, named_parameters
 from vidgen.weights.component import Role
 from vidgen.weights.load import load_module
-from vidgen.weights.store import Tensors, find_files, open_tensors
+from vidgen.weights.store import find_files, open_tensors
+from vidgen.weights.tensors import Tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -209,7 +209,7 @@ class Loading(Options):
         BeforeValidator(lambda value: None if value == "auto" else value)] = option(
         None, MODEL, "part of the model kept in memory: none keeps all, stage one stage, block two "
         "transformer blocks; default: the first that fits", basic=True)
-    quantize: Literal["int8"] | None = option(
+    quantize: Literal["int8", "fp8"] | None = option(
         None, MODEL, "store the weights of linear layers in 8 bits, in half the memory", basic=True)
     devices: int | None = option(
         None, MODEL, "number of devices to run on; default 1", "N", ge=1, le=MAX_DEVICES)

@@ -266,5 +266,5 @@ class SpacetimeDiT(nn.Module):
         bias = None
         if lengths is not None:
             context, bias = collapse_padding(context, lengths, self.config.text_len)
-        text = self.text_embed(context.to(compute_dtype(self.text_embed.up.weight)))
+        text = self.text_embed(context.to(compute_dtype(self.text_embed.up)))
         return Context(text, bias, None if image is None else self.image_embed(image))

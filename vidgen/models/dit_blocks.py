@@ -27,15 +27,16 @@ from vidgen.ops.norm import (
     modulated_norm,
 )
 from vidgen.ops.parallel import ulysses_attention
+from vidgen.ops.quantized import weight_dtype
 from vidgen.ops.rope import normed_heads
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with `weight`: autocast's if enabled, else its own."""
-    device = weight.device.type
+def compute_dtype(layer: nn.Linear) -> torch.dtype:
+    """Return the dtype of a layer's products: autocast's if enabled, else its weight's."""
+    device = layer.weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return weight_dtype(layer)
 
 
 class FeedForward(nn.Module):
@@ -87,7 +88,7 @@ class TimeEmbedding(nn.Module):
         angles = timestep.float()[..., None] * torch.exp(-math.log(1e4) / half * steps)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         with torch.autocast(timestep.device.type, enabled=False):
-            head = self.down(F.silu(self.up(waves.to(self.up.weight.dtype))))
+            head = self.down(F.silu(self.up(waves.to(weight_dtype(self.up)))))
             block = self.proj(F.silu(head)).unflatten(-1, (6, -1))
         return head.float(), block.float()
 
@@ -108,7 +109,7 @@ class ImageEmbedding(nn.Module):
         """Map features [B, S, image_dim] to [B, S, D]."""
         if self.positions is not None:
             features = features + self.positions
-        dtype = compute_dtype(self.ffn.up.weight)
+        dtype = compute_dtype(self.ffn.up)
         norm, out = self.norm_in, self.norm_out
         x = self.ffn(layer_norm(features, norm.weight, norm.bias, norm.eps).to(dtype))
         return layer_norm(x, out.weight, out.bias, out.eps).to(dtype)
@@ -222,7 +223,7 @@ class Block(nn.Module):
         cache: KVCache | None, layer: int,
     ) -> list[Stream]:
         """Return the updated streams: video, then audio, or only one of them."""
-        dtype = compute_dtype(self.ffn.up.weight)
+        dtype = compute_dtype(self.ffn.up)
         tables = [s.time.modulate(self.modulation, s.time.block) for s in streams]
         normed = [
             modulated_norm(s.tokens, shift, scale, self.eps, dtype)
@@ -269,7 +270,7 @@ class ControlBlock(Block):
         if self.proj_in is not None:
             control = video.tokens + self.proj_in(control).to(video.tokens.dtype)
         [out] = super().forward([Stream(control, video.time)], rope, layout, context, None, 0)
-        return self.proj_out(out.tokens.to(compute_dtype(self.proj_out.weight))), out.tokens
+        return self.proj_out(out.tokens.to(compute_dtype(self.proj_out))), out.tokens
 
 
 class Head(nn.Module):
@@ -286,5 +287,5 @@ class Head(nn.Module):
     def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
         """Map a stream's tokens [B, L, D] by `proj` to [B, L, channels], in the weights' dtype."""
         shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
-        dtype = proj.weight.dtype
+        dtype = weight_dtype(proj)
         return proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))

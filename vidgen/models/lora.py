@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from vidgen.core.errors import ModelError
 from vidgen.models.dit_blocks import PatchEmbedding
 from vidgen.ops.linear import plain
+from vidgen.ops.quantized import Quantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
         if layer is None or not _is_linear(layer):
             found.append(f"{path}: no linear layer")
             continue
-        out, *rest = _stored(layer, "weight").shape
+        out, *rest = _shape(layer)
         width, down, up = math.prod(rest), part.down, part.up
         if down.ndim < 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
             found.append(f"{path}: ranks of {list(down.shape)} and {list(up.shape)} differ")
@@ -72,10 +73,11 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
             given = f"{up.shape[0]}x{down[0].numel()}"
             found.append(f"{path}: {given} for {out}x{width}")
     for name, delta in adapter.deltas.items():
+        path, _, last = name.rpartition(".")
         if name not in parameters:
             found.append(f"{name}: no such parameter")
-        elif delta.shape != parameters[name].shape:
-            found.append(f"{name}: {list(delta.shape)} for {list(parameters[name].shape)}")
+        elif delta.shape != (shape := _shape(layers[path], last)):
+            found.append(f"{name}: {list(delta.shape)} for {list(shape)}")
     return found
 
 
@@ -89,7 +91,7 @@ def attached(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> It
     the same parameters. No other thread may run the module at the same time.
 
     Raises:
-        ModelError: an adapter doesn't fit the module, or has a full delta of a quantised weight.
+        ModelError: an adapter doesn't fit the module.
     """
     active = [(adapter, weight) for adapter, weight in adapters if weight]
     for adapter, _ in active:
@@ -145,6 +147,13 @@ def _stored(layer: nn.Module, name: str) -> Tensor:
     return dict(layer.named_parameters(recurse=False))[name]
 
 
+def _shape(layer: nn.Module, name: str = "weight") -> tuple[int, ...]:
+    """Return the shape of a parameter, for a quantised one that of its matrix."""
+    if name == "weight" and isinstance(layer, Quantized):
+        return layer.packing.shape
+    return tuple(_stored(layer, name).shape)
+
+
 def _gather(
     module: nn.Module, adapters: Sequence[tuple[Adapter, float]]
 ) -> dict[nn.Module, _Parts]:
@@ -158,28 +167,23 @@ def _gather(
             found[layer] = _Parts([*old.low_rank], {**old.deltas})
         return found[layer]
 
-    def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    def placed(tensor: Tensor, layer: nn.Module, name: str = "weight") -> Tensor:
         if tensor.requires_grad:  # a copy would keep its graph from one step to the next
             return tensor
+        like = _stored(layer, name)
+        dtype = layer.dtype if isinstance(layer, Quantized) else like.dtype
         streamed = like.is_meta  # streamed weights are loaded later, to the others' device
-        return tensor.to(resident if streamed else like.device, like.dtype)
+        return tensor.to(resident if streamed else like.device, dtype)
 
     for adapter, weight in adapters:
         for path, part in adapter.low_rank.items():
             layer = module.get_submodule(path)
-            base = _stored(layer, "weight")
-            down, up = placed(part.down.flatten(1), base), placed(part.up, base)
+            down, up = placed(part.down.flatten(1), layer), placed(part.up, layer)
             parts_of(layer).low_rank.append((down, up, weight * part.scale))
         for name, delta in adapter.deltas.items():
             path, _, last = name.rpartition(".")
             layer = module.get_submodule(path)
-            parameter = _stored(layer, last)
-            if type(parameter) not in (nn.Parameter, Tensor):
-                raise ModelError(
-                    f"LoRA {adapter.name!r} has a full delta of {name}, whose weights are "
-                    "quantised; load the model without quantisation"
-                )
-            change, deltas = placed(weight * delta.float(), parameter), parts_of(layer).deltas
+            change, deltas = placed(weight * delta.float(), layer, last), parts_of(layer).deltas
             deltas[last] = deltas[last] + change if last in deltas else change
     return found
 
@@ -199,7 +203,7 @@ def _adapted(base: type[nn.Module], deltas: frozenset[str], *, low_rank: bool) -
 
 def _summed(name: str) -> property:
     def read(layer: _Adapted) -> Tensor:
-        weight = plain(layer._parameters[name])
+        weight = plain(cast("nn.Module", layer), name)
         return weight + layer._parts.deltas[name].to(weight)
 
     return property(read)

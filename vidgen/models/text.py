@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import ModelError
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.ops.quantized import weight_dtype
 
 NOTHING: Mapping[Any, Tensor] = MappingProxyType({})
 _SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_heads")
@@ -109,7 +110,7 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return self.wo(hidden.to(self.wo.weight.dtype))
+        return self.wo(hidden.to(weight_dtype(self.wo)))
 
 
 class _Block(nn.Module):

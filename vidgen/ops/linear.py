@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vidgen.ops import native
+from vidgen.ops.quantized import Quantized
 
 _ROWS = 1024
 """Rows of tokens for which the layout is best; others work, too."""
@@ -63,19 +64,28 @@ def pack(module: nn.Module) -> int:
     for layer in module.modules():
         if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
             continue
-        weight = layer.weight
-        if weight.device.type != "cpu" or not packs(weight.dtype):
+        if layer.weight.device.type != "cpu" or not packs(layer.weight.dtype):
             continue
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        packed = packed_weight(layer.weight.detach())
         layer.weight = nn.Parameter(packed, requires_grad=False)
         layer.__class__ = PackedLinear
         count += 1
     return count
 
 
-def plain(weight: Tensor) -> Tensor:
-    """Return a weight, packed or not, as an ordinary tensor."""
-    return weight.to_dense() if weight.is_mkldnn else weight
+def packed_weight(weight: Tensor) -> Tensor:
+    """Return a weight in oneDNN's layout, for a `PackedLinear`."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return packed
+
+
+def plain(layer: nn.Module, name: str) -> Tensor:
+    """Return a layer's parameter, which may be packed or quantised, as an ordinary tensor."""
+    value = layer._parameters[name]
+    assert value is not None
+    if name == "weight" and isinstance(layer, Quantized):
+        return layer.widened()
+    return value.to_dense() if value.is_mkldnn else value
 
 
 def _gelu_linear(layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:

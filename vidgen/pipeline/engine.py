@@ -57,9 +57,9 @@ from vidgen.weights.folder import DiffusersFolder
 if TYPE_CHECKING:
     from vidgen.diffusion.cache import Magnitudes
     from vidgen.media.types import Samples
+    from vidgen.ops.quantized import Quantization
     from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.types import Estimate
-    from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def load(
         offload: "none" keeps all in memory, "stage" the running stage's networks, "block" two
             blocks of the transformer at a time; None or "auto": the first of them that fits each
             clip.
-        quantize: "int8" keeps linear layers' weights in 8 bits.
+        quantize: "int8" or "fp8" keeps the weights of linear layers in 8 bits.
         policy: refuses prompts; None: the word list named by VIDGEN_POLICY, if any.
         devices: number of devices that share the work, None is 1; see
             docs/howto/memory_and_devices.md.

@@ -20,14 +20,15 @@ from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
+from vidgen.ops.quantized import Quantization, check_quantization, quantized_bytes
 from vidgen.pipeline.types import Offload, Setup
 from vidgen.weights.component import ExpertRole, Role, fp32_parts
 from vidgen.weights.folder import few_step_parts
 from vidgen.weights.load import trim_memory
 from vidgen.weights.lora import read_few_step
-from vidgen.weights.quantize import Quantization, require_torchao
-from vidgen.weights.store import Weights
+from vidgen.weights.packed import Packed
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
+from vidgen.weights.tensors import Weights
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +54,7 @@ class ModelLoader:
     The transformers' blocks are sharded over the devices of `mesh`.
 
     Raises:
-        InputError: the options conflict, or quantisation isn't available.
+        InputError: an unknown option.
     """
 
     def __init__(
@@ -63,11 +64,7 @@ class ModelLoader:
     ) -> None:
         if offload not in get_args(Offload):
             raise InputError(f"offload is {offload!r}; {nearest(offload, get_args(Offload))}")
-        if quantize is not None:
-            require_torchao(dtype)
-            if offload == "block":
-                raise InputError("offload 'block' streams weights from their files and can't "
-                                 "quantize them; give offload 'stage', or leave quantize out")
+        check_quantization(quantize)
         assert mesh is None or not (quantize or offload == "block"), "refused by start_devices"
         if device.type == "cpu":
             reuse_freed_memory()
@@ -226,16 +223,21 @@ class ModelLoader:
 
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
         weights = self.weights(role, dtype)
-        if offload == "block" and role in STREAMED:
-            blocks = blocks_of(weights.tensors).values()
-            resident = weights.num_bytes(name for name in weights.tensors if not block_of(name))
-            return resident + 2 * max(map(weights.num_bytes, blocks), default=0)
-        total = weights.num_bytes()
         if self.mesh is not None and role in EXPERTS:
-            return total - self._elsewhere(weights)
-        if quantize == "int8":
-            total -= sum(_saved(weights, name) for name in weights.tensors)
-        return total
+            return weights.num_bytes() - self._elsewhere(weights)
+        sizes = {name: weights.num_bytes([name]) for name in weights.tensors}
+        if quantize != "none":
+            sizes |= {name: quantized_bytes(shape) for name in sizes
+                      if block_of(name) and name.endswith(".weight")
+                      and len(shape := weights.shape(name)) == 2
+                      and not isinstance(weights.tensors[name], Packed)}
+        if offload != "block" or role not in STREAMED:
+            return sum(sizes.values())
+        blocks = [sum(sizes[name] for name in names) for names in blocks_of(sizes).values()]
+        resident = sum(size for name, size in sizes.items() if not block_of(name))
+        # plain weights are quantised once and stay in the CPU's memory
+        kept = sum(blocks) if quantize != "none" and self.device.type == "cpu" else 0
+        return resident + 2 * max(blocks, default=0) + kept
 
     def weights(self, role: Role, dtype: torch.dtype) -> Weights:
         """Return a network's weights as stored, in the dtype in which they are used."""
@@ -254,8 +256,7 @@ def other_setups(setup: Setup) -> Iterator[Setup]:
     kinds: tuple[Quantization | None, ...] = (None, "int8")
     dtypes = ["fp32", "bf16"] if setup.dtype == "fp32" else [setup.dtype]
     for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
-        if quantize is None or (offload != "block" and dtype != "fp16"):
-            yield replace(setup, dtype=dtype, offload=offload, quantize=quantize)
+        yield replace(setup, dtype=dtype, offload=offload, quantize=quantize)
 
 
 def remedy(fits: Sequence[str]) -> str:
@@ -263,14 +264,6 @@ def remedy(fits: Sequence[str]) -> str:
     if fits:
         return f"these fit: {', or '.join(fits)}"
     return "no other setting fits: free memory or use a smaller model"
-
-
-def _saved(weights: Weights, name: str) -> int:
-    """Return the bytes that int8 saves of a block's matrix; scales take five bytes per row."""
-    shape, dtype = weights.shape(name), weights.dtype(name)
-    if len(shape) != 2 or not name.endswith(".weight") or not block_of(name):
-        return 0
-    return max(shape[0] * (shape[1] * (dtype.itemsize - 1) - 5), 0)
 
 
 def _empty(module: nn.Module) -> None:

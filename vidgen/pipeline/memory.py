@@ -267,8 +267,7 @@ class _Clip:
     def __init__(self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup) -> None:
         self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
         self.on_cpu, self.dtype = setup.device.type == "cpu", DTYPES[setup.dtype]
-        # without `quantize`, which needs torchao
-        self.loader = ModelLoader(folder, setup.device, self.dtype, setup.offload)
+        self.loader = ModelLoader(folder, setup.device, self.dtype, setup.offload, setup.quantize)
         self.vae: VAEConfig = folder.components["vae"].config
         self.dit: DiTConfig = folder.components["transformer"].config
         self.rates = known_rates(folder, setup.device, self.dtype) or NOMINAL

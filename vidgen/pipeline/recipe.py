@@ -44,7 +44,7 @@ def make_recipe(
     recipe["quantize"] = engine.quantize
     if engine.devices is not None:
         recipe["devices"] = engine.devices.facts(guided=not plan.guidance.is_off)
-    return recipe | ({"torchao": version("torchao")} if engine.quantize else {})
+    return recipe
 
 
 def make_diffusers_recipe(

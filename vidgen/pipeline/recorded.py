@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 FACTS = {"vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype",
          "offload", "quantize", "attention", "kernels", "device", "devices", "machine", "diffusers",
-         "transformers", "torchao", "encoder", "hand_over", "sound", "label"}
+         "transformers", "encoder", "hand_over", "sound", "label"}
 """Entries that frames or sound depend on; others vary between runs or repeat these."""
-_DECISIVE = FACTS - {"offload", "torchao", "encoder", "hand_over"}
+_DECISIVE = FACTS - {"offload", "encoder", "hand_over"}
 """Entries that must match to resume a job; `offload` may change after running out of memory."""
 _OF_THE_PICTURE = ("fit", "size", "fps", "word_normalisation")
 """Settled options that another part of a clip doesn't take over."""

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
     from vidgen.media.types import Frames
     from vidgen.models.lora import Adapter
+    from vidgen.ops.quantized import Quantization
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import DiffusersFolder, FewStepConfig, ModelFolder
-    from vidgen.weights.quantize import Quantization
 
 Offload = Literal["none", "stage", "block"]
 """Share of a model in memory at once: all, the running stage's networks, or two blocks."""

@@ -25,7 +25,7 @@ from vidgen.core.runtime import atomic_path, atomic_write, lock_file, sha256_fil
 from vidgen.training.engines.distributed import LostRankError, Place
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
-from vidgen.weights.store import Lazy, held
+from vidgen.weights.tensors import Lazy, held
 from vidgen.weights.write import write_safetensors
 
 STATE, META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"

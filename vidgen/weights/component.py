@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
@@ -29,8 +32,7 @@ from vidgen.weights.keymap import (
     vae_keys,
 )
 from vidgen.weights.load import check_fit, load_module
-from vidgen.weights.quantize import quiet_torchao
-from vidgen.weights.store import Tensors, Weights
+from vidgen.weights.tensors import Tensors, Weights
 
 ExpertRole = Literal["transformer", "transformer_2"]
 """A model's only transformer, or one of two experts for high and low noise."""
@@ -117,6 +119,26 @@ class Component(Generic[Config_co]):
         with torch.device("meta"):
             module = self.build()
         check_fit(module, Weights(self.tensors, torch.float32))
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Silence torchao's messages about unsupported hardware and deprecations.
+
+    Importing diffusers also imports torchao, if it is installed.
+    """
+    names = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Components(dict[Role, Component[Config]]):

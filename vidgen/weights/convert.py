@@ -42,7 +42,7 @@ from vidgen.weights.layouts import (
     VAE_FILES,
     WAN_TOKENIZER,
 )
-from vidgen.weights.store import Lazy, held
+from vidgen.weights.tensors import Lazy, held
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
     write_json,

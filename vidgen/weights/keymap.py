@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.store import Lazy, Tensors, derived
+from vidgen.weights.tensors import Lazy, Tensors, derived
 
 Spelling = Literal["vidgen", "diffusers", "wan"]
 

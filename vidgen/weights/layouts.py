@@ -61,7 +61,8 @@ from vidgen.weights.keymap import (
     split_clip,
 )
 from vidgen.weights.published import cached_model, fetch_model, is_hub_id
-from vidgen.weights.store import Tensors, find_files, open_tensors
+from vidgen.weights.store import find_files, open_tensors
+from vidgen.weights.tensors import Tensors
 
 ROLES: tuple[Role, ...] = get_args(Role)
 WAN_PIPELINES = (

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vidgen.core.errors import InputError, ModelError
+from vidgen.core.errors import ModelError
 from vidgen.ops.linear import pack, packs
-from vidgen.weights.quantize import Quantization, linears, quantize_layer
-from vidgen.weights.store import Tensors, Weights, find_files, open_tensors
-from vidgen.weights.stream import assign, blocks_of, stream_blocks
+from vidgen.ops.quantized import Quantization, check_quantization, hold_quantized
+from vidgen.weights.packed import Packed, quantized
+from vidgen.weights.store import find_files, open_tensors
+from vidgen.weights.stream import assign, block_of, blocks_of, stream_blocks
+from vidgen.weights.tensors import Tensors, Weights
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -75,8 +77,9 @@ def load_module(
     Raises:
         ModelError: missing or unexpected tensors, wrong shapes (the message names them), or an
             unreadable file.
-        InputError: `quantize` isn't possible, or is combined with `stream`.
+        InputError: an unknown `quantize`.
     """
+    check_quantization(quantize)
     tensors = open_tensors(find_files(source)) if isinstance(source, Path) else source
     weights, device = Weights(tensors, dtype, keep_fp32), torch.device(device)
     try:
@@ -88,22 +91,53 @@ def load_module(
             f"the config.json of {weights.place} is not a valid config: {reason}; copy it again"
         ) from error
     check_fit(module, weights)
-    if quantize and stream:
-        raise InputError("int8 weights can't be streamed block by block; give one of the two")
+    if mesh is not None and any(isinstance(lazy, Packed) for lazy in tensors.values()):
+        raise ModelError(f"{weights.place} has quantised weights, which can't be spread over "
+                         "devices; leave --shard out")
+    tensors = _hold_quantized(module, weights, quantize, keep=stream)
+    weights = Weights(tensors, dtype, keep_fp32)
     left = blocks_of(tensors) if stream or mesh is not None else {}
-    layers: dict[str, nn.Linear] = {}
-    change: Callable[[nn.Linear], Any] = pack
-    if quantize:
-        layers, change = linears(module), partial(quantize_layer, kind=quantize)
-    elif packed and device.type == "cpu" and packs(dtype):
-        layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    _fill(module, weights, set(chain.from_iterable(left.values())), device, layers, change, each)
+    packs_here = packed and device.type == "cpu" and packs(dtype)
+    layers = {name: layer for name, layer in module.named_modules()
+              if packs_here and type(layer) is nn.Linear}
+    _fill(module, weights, set(chain.from_iterable(left.values())), device, layers, each)
     module.eval().requires_grad_(requires_grad=False)
     if left and mesh is not None:
         _shard_blocks(module, weights, device, mesh)
     elif left:
-        stream_blocks(module, weights, device)
+        stream_blocks(module, weights, device, layers)
     return module
+
+
+def _hold_quantized(
+    module: nn.Module, weights: Weights, quantize: Quantization | None, *, keep: bool,
+) -> Tensors:
+    """Make the layers of quantised weights hold them as stored, and return the module's tensors.
+
+    With `quantize`, the weights of linear layers in blocks are quantised when they are read, or at
+    once if the module will `keep` reading them.
+    """
+    tensors = Tensors()
+    for name, lazy in weights.tensors.items():
+        path, _, last = name.rpartition(".")
+        layer = module.get_submodule(path)
+        packed = lazy if isinstance(lazy, Packed) else None
+        if packed is None and quantize and last == "weight" and block_of(name) and (
+                type(layer) is nn.Linear):
+            packed = quantized(lazy, quantize, at_once=keep)
+            weights.tensors.release()
+        if packed is None or last != "weight" or (
+                not hold_quantized(layer, packed.packing, weights.dtype(name))):
+            tensors[name] = lazy
+            continue
+        for part, stored in packed.parts.items():
+            like = stored.likeness
+            if part == "weight":
+                layer.weight = nn.Parameter(like, requires_grad=False)
+            else:
+                layer.register_buffer(part, like)
+            tensors[f"{path}.{part}"] = replace(stored, keeps_dtype=True)
+    return tensors
 
 
 def _shard_blocks(
@@ -141,12 +175,11 @@ def _shard_blocks(
 
 def _fill(
     module: nn.Module, weights: Weights, left: set[str], device: torch.device,
-    layers: Mapping[str, nn.Linear], change: Callable[[nn.Linear], Any],
-    each: Callable[[nn.Parameter], None] | None = None,
+    layers: Mapping[str, nn.Linear], each: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Load a module's weights except those `left` in the files, and `change` its `layers`.
+    """Load a module's weights except those `left` in the files, and pack its `layers`.
 
-    Each layer is changed as soon as it is loaded, so that at most one is in memory in both forms.
+    Each layer is packed as soon as it is loaded, so that at most one is in memory in both forms.
     """
     mapped = weights.stay_mapped and device.type == "cpu" and not layers
     parameters = {name for name, _ in module.named_parameters()}
@@ -156,11 +189,12 @@ def _fill(
             continue
         value = lazy.get()
         read += value.nbytes
-        assign(module, name, value.to(device, weights.dtype(name), copy=not mapped))
+        copy = lazy.is_mapped and not mapped
+        assign(module, name, value.to(device, weights.dtype(name), copy=copy))
         del value
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
-            change(layer)
+            pack(layer)
         if each is not None and name in parameters:
             each(module.get_parameter(name))
         if read > often and not mapped:  # free the mapped pages of weights that were copied

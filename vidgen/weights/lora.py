@@ -35,7 +35,8 @@ from vidgen.weights.lora_dialects import (
     other_method,
     parse_name,
 )
-from vidgen.weights.store import Tensors, open_tensors
+from vidgen.weights.store import open_tensors
+from vidgen.weights.tensors import Tensors
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from vidgen.models.presets import DIT_PRESETS, IMAGE_PRESETS, TEXT_PRESETS, VAE_
 from vidgen.weights.component import Component, Components, Config, Role
 from vidgen.weights.family import VARIANTS
 from vidgen.weights.folder import ModelFolder, list_embedded
-from vidgen.weights.store import Lazy, Tensors
+from vidgen.weights.tensors import Lazy, Tensors
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOT_THE_MODEL = ["*.mp4", "*.gif", "*.jpg", "*.jpeg", "*.png", "assets/*", "examples/*"]

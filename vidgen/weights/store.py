@@ -1,4 +1,4 @@
-"""Tensors in files, read on demand: one safetensors file, shards with an index, or a `.pth`.
+"""Open files of tensors: safetensors, shards with an index, GGUF, or a `.pth`.
 
 Files are memory-mapped: the operating system reads pages on first use, and may drop them again.
 """
@@ -6,23 +6,29 @@ Files are memory-mapped: the operating system reads pages on first use, and may 
 from __future__ import annotations
 
 import json
-import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from vidgen.core.errors import ModelError
+from vidgen.core.runtime import size_text
+from vidgen.ops.dequantize import GGUF_TYPES
+from vidgen.ops.quantized import Packing
+from vidgen.weights.packed import find_packed, packed
+from vidgen.weights.tensors import Lazy, Tensors, derived
 
 WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
 """Stems of transformers' and diffusers' weight files."""
 SCALE = "_scale"
 """Suffix, after an int8 matrix's name, of its scales' name, as in compressed-tensors."""
+_SAFETENSORS = (".safetensors", ".sft")
+_GGUF_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
@@ -67,11 +73,20 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return paths
 
 
+class _Opened(NamedTuple):
+    """An opened file: `packings` has the forms of GGUF's quantised tensors."""
+
+    names: tuple[str, ...]
+    read: Callable[[str], Tensor]
+    headers: Mapping[str, str] = {}
+    packings: Mapping[str, Packing] = {}
+
+
 class TensorFile:
     """A file of tensors, mapped from its first use until `close`; the next use maps it again.
 
     Args:
-        path: a safetensors file, or a `.pth` with a plain state dict. Pickles are read with
+        path: safetensors, GGUF, or a `.pth` with a plain state dict. Pickles are read with
             `weights_only`, so they can't run code.
 
     Raises:
@@ -80,177 +95,78 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened: tuple[tuple[str, ...], Callable[[str], Tensor]] | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all tensors, in the file's order."""
-        return self._open()[0]
+        self._opened: _Opened | None = None
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as stored, mapped."""
-        return self._open()[1](name)
+        return self.opened.read(name)
 
     def close(self) -> None:
         """Unmap the file, so that pages without a live tensor are freed."""
         self._opened = None
 
-    def _open(self) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
+    @property
+    def opened(self) -> _Opened:
+        """Contents of the file."""
         if self._opened is None:
             self._opened = _open(self.path)
         return self._opened
 
-
-@dataclass(frozen=True, eq=False)
-class Lazy:
-    """A tensor that is read or computed on demand.
-
-    Attributes:
-        likeness: an empty tensor of the same shape and dtype on the meta device.
-        get: return the tensor, on the CPU.
-        files: files from which `get` reads.
-        is_mapped: True if `get` returns a view of a mapped file.
-    """
-
-    likeness: Tensor
-    get: Callable[[], Tensor]
-    files: tuple[TensorFile, ...] = ()
-    is_mapped: bool = False
-
-
-def derived(make: Callable[..., Tensor], *parts: Lazy) -> Lazy:
-    """Return a tensor computed from others on demand: a part, a reshaped one, or several joined.
-
-    The result of a single mapped tensor counts as mapped, so `make` should return a view of it.
-    """
-    return Lazy(
-        make(*(part.likeness for part in parts)), lambda: make(*(part.get() for part in parts)),
-        tuple(dict.fromkeys(file for part in parts for file in part.files)),
-        is_mapped=len(parts) == 1 and parts[0].is_mapped,
-    )
-
-
-def held(value: Tensor, dtype: torch.dtype | None = None) -> Lazy:
-    """Wrap a tensor that is in memory; `get` returns it on the CPU, cast to `dtype` if given."""
-    dtype = dtype or value.dtype
-    like = torch.empty(value.shape, dtype=dtype, device="meta")
-    return Lazy(like, lambda: value.detach().to("cpu", dtype))
-
-
-class Tensors(dict[str, Lazy]):
-    """Tensors on demand, by name."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Paths of the files with the tensors."""
-        return tuple(file.path for file in self._files())
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors, in bytes."""
-        return sum(lazy.likeness.nbytes for lazy in self.values())
-
-    def release(self) -> None:
-        """Unmap the files until a tensor is read again."""
-        for file in self._files():
-            file.close()
-
-    def _files(self) -> Iterator[TensorFile]:
-        yield from dict.fromkeys(file for lazy in self.values() for file in lazy.files)
+    def tensors(self) -> dict[str, Lazy]:
+        """Return all tensors by name, in the file's order."""
+        found = {}
+        for name in self.opened.names:
+            lazy = Lazy(self.read(name).to("meta"), partial(self.read, name), (self,),
+                        is_mapped=True)
+            packing = self.opened.packings.get(name)
+            found[name] = lazy if packing is None else packed(packing, {"weight": lazy})
+        return found
 
 
 def open_tensors(paths: Iterable[Path]) -> Tensors:
     """Open the tensors of one component, from one or several files.
 
-    A matrix or kernel [n, ...] stored in int8 with scales [n, 1] is read as bfloat16.
+    Quantised weights are found and become one tensor each; see `weights.packed`. A matrix or
+    kernel [n, ...] stored by vidgen in int8 with bfloat16 scales [n, 1] is read as bfloat16.
 
     Raises:
         ModelError: an unreadable file, see `TensorFile`, or a tensor that is in two files.
     """
-    tensors = Tensors()
+    stored, headers = dict[str, Lazy](), dict[str, str]()
     for file in map(TensorFile, paths):
-        for name in file.names:
-            if name in tensors:
+        for name, lazy in file.tensors().items():
+            if name in stored:
                 raise ModelError(
-                    f"tensor {name} is in {tensors[name].files[0].path.name} and in "
+                    f"tensor {name} is in {stored[name].files[0].path.name} and in "
                     f"{file.path.name} of {file.path.parent}; keep only one model in the folder"
                 )
-            tensors[name] = Lazy(file.read(name).to("meta"), partial(file.read, name), (file,),
-                                 is_mapped=True)
-    for name, lazy in [*tensors.items()]:
-        like, scales = lazy.likeness, tensors.get(name + SCALE)
-        if like.dtype != torch.int8 or like.ndim < 2 or scales is None:
-            continue
-        if scales.likeness.shape == (len(like), 1):
-            tensors[name] = _dequantized(lazy, tensors.pop(name + SCALE))
-    return tensors
+            stored[name] = lazy
+        headers |= file.opened.headers
+    for name, lazy in [*stored.items()]:
+        like, scales = lazy.likeness, stored.get(name + SCALE)
+        if like.dtype == torch.int8 and like.ndim > 1 and scales is not None and (
+                scales.likeness.shape == (len(like), 1)
+                and scales.likeness.dtype == torch.bfloat16):
+            stored[name] = derived(_dequantized, lazy, stored.pop(name + SCALE))
+    return find_packed(file.path, stored, headers) if stored else Tensors()
 
 
-def _dequantized(rows: Lazy, scales: Lazy) -> Lazy:
-    like = torch.empty(rows.likeness.shape, dtype=torch.bfloat16, device="meta")
-
-    def dequantize() -> Tensor:
-        return (rows.get().flatten(1) * scales.get()).bfloat16().view(like.shape)
-
-    return Lazy(like, dequantize, tuple(dict.fromkeys(rows.files + scales.files)))
+def _dequantized(rows: Tensor, scales: Tensor) -> Tensor:
+    return (rows.flatten(1) * scales).bfloat16().view(rows.shape)
 
 
-class Weights:
-    """Tensors as a module's weights, and the dtypes to which the module casts them.
-
-    Args:
-        tensors: by the module's names.
-        dtype: dtype of floating-point weights in the module.
-        keep_fp32: name parts of the weights that stay float32.
-    """
-
-    def __init__(
-        self, tensors: Tensors, dtype: torch.dtype, keep_fp32: tuple[str, ...] = ()
-    ) -> None:
-        self.tensors, self._dtype, self._keep_fp32 = tensors, dtype, keep_fp32
-
-    @property
-    def place(self) -> Path:
-        """Path of the only file, or the folder of several."""
-        files = self.tensors.files
-        return files[0] if len(files) == 1 else files[0].parent
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight."""
-        return tuple(self.tensors[name].likeness.shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that a weight has in the module."""
-        stored = self.tensors[name].likeness.dtype
-        if not stored.is_floating_point:
-            return stored
-        return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
-
-    def num_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Return the size in the module, in bytes, of all weights or of those in `names`."""
-        chosen = self.tensors if names is None else names
-        return sum(self.dtype(name).itemsize * math.prod(self.shape(name)) for name in chosen)
-
-    @cached_property
-    def stay_mapped(self) -> bool:
-        """True if nearly all tensors are stored in the module's dtype, so that they stay mapped.
-
-        Otherwise all are copied, since one mapped tensor keeps its whole file's pages resident.
-        """
-        changed = sum(lazy.likeness.nbytes for name, lazy in self.tensors.items()
-                      if lazy.likeness.dtype != self.dtype(name) or not lazy.is_mapped)
-        return changed <= 0.05 * self.tensors.num_bytes
-
-
-def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
-    """Return the names of a file's tensors, and a function that reads one by its name."""
-    if not path.is_file():
-        raise ModelError(f"{path} is missing; copy it again")
+def _open(path: Path) -> _Opened:
+    """Map a file; see `TensorFile` for errors."""
+    _check_contents(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix in _SAFETENSORS:
             handle = safe_open(path, framework="pt", device="cpu")
-            return tuple(handle.keys()), handle.get_tensor
+            return _Opened(tuple(handle.keys()), handle.get_tensor, handle.metadata() or {})
+        if path.suffix == ".gguf":
+            return _open_gguf(path)
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except ModelError:
+        raise
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} contains more than tensors, or is damaged; vidgen reads only plain state "
@@ -263,4 +179,57 @@ def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"{path} is not a plain state dict of tensors; use the published weights")
-    return tuple(state), state.__getitem__
+    return _Opened(tuple(state), state.__getitem__)
+
+
+def _check_contents(path: Path) -> None:
+    """Raise ModelError if a file's first bytes show that it isn't a file of weights."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; copy it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not size:
+        raise ModelError(f"{path} is empty; copy it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull, or "
+                         "copy it again")
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise ModelError(f"{path} is a web page instead of weights, perhaps one that asks for a "
+                         "login; log in, accept the licence and download it again")
+    length = int.from_bytes(start[:8], "little")
+    if path.suffix in _SAFETENSORS and (size < 8 + length or start[8:9] != b"{"):
+        raise ModelError(f"{path} isn't a whole safetensors file: it has {size_text(size)}, its "
+                         f"header alone would have {size_text(length)}; copy it again")
+    if path.suffix == ".gguf" and start[:4] != b"GGUF":
+        raise ModelError(f"{path} isn't a GGUF file, which starts with GGUF; copy it again")
+
+
+def _open_gguf(path: Path) -> _Opened:
+    """Map a GGUF file; shapes are torch's, or those given by `comfy.gguf.orig_shape.NAME`.
+
+    Raises:
+        ModelError: the package gguf isn't installed, or a tensor has an unknown type.
+    """
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError:
+        raise ModelError(f"{path} is a GGUF file; run pip install 'vidgen[gguf]' to read it"
+                         ) from None
+    reader = GGUFReader(path, "c")
+    tensors: dict[str, Tensor] = {}
+    packings: dict[str, Packing] = {}
+    for each in reader.tensors:
+        name, kind, stored = each.name, each.tensor_type.name, torch.from_numpy(each.data)
+        field = reader.get_field(f"comfy.gguf.orig_shape.{name}")
+        sides = field.contents() if field else reversed(each.shape.tolist())
+        shape = tuple(int(side) for side in sides)
+        if kind in GGUF_TYPES:
+            packings[name] = Packing(kind, shape)
+        elif kind in _GGUF_FLOATS:
+            stored = stored.view(_GGUF_FLOATS[kind]).reshape(shape)
+        else:
+            raise ModelError(f"{path}: {name} has the type {kind}; vidgen reads "
+                             f"{', '.join((*_GGUF_FLOATS, *GGUF_TYPES))}")
+        tensors[name] = stored
+    return _Opened(tuple(tensors), tensors.__getitem__, packings=packings)

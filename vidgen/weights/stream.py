@@ -8,15 +8,18 @@ memory on a separate CUDA stream. Results equal those of a module in memory, bit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vidgen.ops.linear import PackedLinear, packed_weight
+
 if TYPE_CHECKING:
-    from vidgen.weights.store import Weights
+    from vidgen.weights.tensors import Weights
 
 _BLOCK = re.compile(r"(\D+\.\d+)\..+")
 _ALIGN = 256
@@ -66,12 +69,14 @@ class _Place(NamedTuple):
 class _Slot:
     """Memory for one block's weights, and on a GPU pinned memory to copy them from.
 
-    `arrived` and `left` mark the end of the last copy into the memory and of its last use.
+    `arrived` and `left` mark the end of the last copy into the memory and of its last use. Weights
+    in oneDNN's layout have memory of their own, `packed`.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.packed: dict[str, Tensor] = {}
         self.staging = self.memory
         if self.on_gpu:
             self.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -106,12 +111,21 @@ class BlockStream:
     Args:
         module: its blocks are on the meta device. They run one at a time; the next block is
             fetched ahead if their order is that of the previous pass.
+        packed: linear layers whose weights are packed, by path; see `ops.linear`.
     """
 
-    def __init__(self, module: nn.Module, weights: Weights, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, weights: Weights, device: torch.device,
+        packed: Mapping[str, nn.Linear] = {},
+    ) -> None:
         self._module, self._weights = module, weights
         blocks = blocks_of(weights.tensors)
-        self._places = [self._lay_out(names) for names in blocks.values()]
+        matrices = {f"{path}.weight" for path in packed}
+        self._packed = [[name for name in names if name in matrices] for names in blocks.values()]
+        self._places = [self._lay_out([name for name in names if name not in matrices])
+                        for names in blocks.values()]
+        for name in chain.from_iterable(self._packed):
+            packed[name.removesuffix(".weight")].__class__ = PackedLinear
         meta = module.state_dict(keep_vars=True)
         self._meta = [{name: meta[name] for name in names} for names in blocks.values()]
         self._after = [(i + 1) % len(blocks) for i in range(len(blocks))]
@@ -162,6 +176,8 @@ class BlockStream:
         self._inside = index
         for place in self._places[index]:
             assign(self._module, place.name, place.view(self._used.memory))
+        for name, value in self._used.packed.items():
+            assign(self._module, name, value)
         if self._last is not None:
             self._after[self._last] = index
         self._last = index
@@ -181,17 +197,24 @@ class BlockStream:
         slot.wait_staging()
         for place in self._places[index]:
             place.view(slot.staging).copy_(self._weights.tensors[place.name].get())
+        slot.packed = {}  # frees the earlier block's
+        for name in self._packed[index]:
+            value = self._weights.tensors[name].get().to(self._weights.dtype(name))
+            slot.packed[name] = packed_weight(value)
         self._weights.tensors.release()  # otherwise the file's pages stay in memory
         slot.send(self._side)
 
 
-def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> BlockStream:
+def stream_blocks(
+    module: nn.Module, weights: Weights, device: torch.device,
+    packed: Mapping[str, nn.Linear] = {},
+) -> BlockStream:
     """Stream the weights of a module's blocks, which are on the meta device.
 
     The caller closes the stream, which is also the module's attribute `block_stream`. A forward
     pass raises ModelError if a file can no longer be read.
     """
-    stream = BlockStream(module, weights, device)
+    stream = BlockStream(module, weights, device, packed)
     module.__dict__["block_stream"] = stream  # not registered as a submodule
     return stream
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vidgen.weights.store import Lazy
+from vidgen.weights.tensors import Lazy
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {

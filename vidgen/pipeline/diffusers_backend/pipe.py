@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from vidgen.core.errors import InputError, ModelError
 from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, DiffusersPlan, check_sides
+from vidgen.weights.component import quiet_torchao
 from vidgen.weights.folder import DiffusersFolder
-from vidgen.weights.quantize import quiet_torchao
 
 OnProgress = Callable[[int, int], None]
 """Called with the steps done and their total."""
@@ -166,7 +166,7 @@ def _lent(able: Abilities, plan: DiffusersPlan, scheduler: Any) -> Iterator[None
 
 def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
     import diffusers
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     version = diffusers.__version__
@@ -174,7 +174,7 @@ def _load(folder: DiffusersFolder, dtype: torch.dtype, loader: Any) -> Any:
         raise ModelError(f"{folder.path} is a {folder.class_name}, which diffusers {version} "
                          "doesn't have; install a newer diffusers")
     try:
-        with quiet_torchao(), _without_bars(logging, transformers_logging):
+        with quiet_torchao(), _without_bars(diffusers_logging, transformers_logging):
             pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
                 str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
             )

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
+    from vidgen.ops.quantized import Quantization
     from vidgen.pipeline.types import Contexts, Loras, Plan
-    from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
 

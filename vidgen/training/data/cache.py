@@ -48,7 +48,7 @@ from vidgen.training.data.probe import is_still
 from vidgen.training.data.survey import Selection, open_trainable, picks, track
 from vidgen.weights.component import Role
 from vidgen.weights.folder import ModelFolder, hash_files
-from vidgen.weights.store import held
+from vidgen.weights.tensors import held
 from vidgen.weights.write import write_safetensors
 
 FORMAT_VERSION = 1

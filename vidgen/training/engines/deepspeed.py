@@ -35,7 +35,7 @@ from vidgen.training.engines.engine import TrainingEngine
 from vidgen.training.optim import EMA, set_lr
 from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
-from vidgen.weights.store import Lazy, held
+from vidgen.weights.tensors import Lazy, held
 
 _WRITERS = ("PytorchStreamWriter", "inline_container")  # in torch.save's errors of writing
 _TAG = "zero"
