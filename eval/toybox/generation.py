@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.flow import draw_noise
+from vidgen.diffusion.samplers import sample
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import normalise_words
 from vidgen.pipeline.best_of_n import sample_best
@@ -24,6 +26,7 @@ from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.settings import SOUND, own_value
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
+from vidgen.pipeline.tail import no_beginning
 from vidgen.pipeline.types import Contexts, Plan
 
 
@@ -61,11 +64,11 @@ def sampled(
 ) -> Tensor:
     """Latents [B, C, F, h, w] of the best candidate of each clip."""
     if plan.candidates == 1:
-        told = engine.regional_prompts(plan, read)
+        told = engine.regional_prompts(plan, state, read)
         return engine.sample(plan, state, contexts, regional=told)
     made = list[Tensor]()
     for row, prompt in enumerate(read):
-        told = engine.regional_prompts(plan, [prompt])
+        told = engine.regional_prompts(plan, state, [prompt])
         own = [(text[row : row + 1], count[row : row + 1]) for text, count in contexts]
 
         def draw(
@@ -105,10 +108,16 @@ def generate_with_sound(
         def sample(state: LatentState, _window: int, texts: Contexts = texts) -> Tensor:
             return engine.sample(denoised, state, texts)
 
-        own = own_sound(engine.loader, replace(plan, seed=seed), Request(prompt=read[row]))
+        own = own_sound(engine.loader, replace(plan, seed=seed), Request(prompt=read[row]),
+                        [(0, plan.latents.num_frames)], no_beginning(plan))
         own.follow(picture[row : row + 1], sample, Journal(None))
         sounds.append(torch.from_numpy(own.decode()[0][:, 0]))
     return pixels(engine, picture, plan.temporal_upsampling), torch.stack(sounds)
+
+
+def sample_state(name: str, denoise: Denoise, state: LatentState, sigmas: Tensor) -> Tensor:
+    """Clean latents of a state by one of our samplers; packed where it has sound."""
+    return sample(name, denoise, state.begin(), sigmas, fresh=state.fresh, project=state.project)
 
 
 @torch.no_grad()

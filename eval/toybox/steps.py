@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eval.toybox.generation import generate_batch
+from eval.toybox.generation import generate_batch, sample_state
 from eval.toybox.judge import Judge, embedded_judge
 from eval.toybox.suite.judging import TASKS, grade
 from train.toybox.initial import init_dit
@@ -40,7 +40,6 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.core.store import ScoreLog
 from vidgen.diffusion.cache import make_caches
-from vidgen.diffusion.samplers import sample_state
 from vidgen.evaluation.statistics import paired_interval
 from vidgen.media.cells import psnr, ssim
 from vidgen.models.dit import SpacetimeDiT

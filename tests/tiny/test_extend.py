@@ -23,7 +23,7 @@ from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline import codec, windows
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.recipe import make_recipe
-from vidgen.pipeline.tail import colours_of, make_tail, read_tail, split_windows
+from vidgen.pipeline.tail import colours_of, make_tail, read_tail, split_windows, windows_after
 from vidgen.pipeline.windows import WindowedClip, hold_colours
 
 PROMPT = "a red car bounces across the desert"
@@ -163,9 +163,9 @@ def test_a_file_continues_from_the_latents_in_its_recipe(engine, short, tmp_path
 def test_frames_added_to_a_file_are_those_of_one_decode_of_all_latents(engine, short):
     long = begin(engine, prefix=str(short), seconds=6, seed=2)
     whole = replace(long.begun, latents=make(engine, seconds=47 / 12).latents)
-    exact = WindowedClip(engine, long.plan, long.request, long.inputs, whole)
-    latents, _ = denoise(engine, exact)
-    clip = exact.clip(latents, {})
+    long.begun, long.windows = whole, windows_after(whole, long.plan, long.request, engine.folder)
+    latents, _ = denoise(engine, long)
+    clip = long.clip(latents, {})
     with engine.loader.use("vae") as vae:
         decoded = vae.decode(latents).clamp(-1, 1)[0, :, 47:72]
     frames = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()

@@ -25,6 +25,7 @@ from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.sound import own_sound as own_sounds
 from vidgen.pipeline.sound.own_sound import Impacts
+from vidgen.pipeline.tail import no_beginning
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2}
 
@@ -87,12 +88,18 @@ def test_listening_to_a_picture_gives_what_passing_both_gives(engine, monkeypatc
     assert np.abs(listened - both).max() < 1e-4 * np.abs(both).max()
 
 
+def sound_of(engine, plan, request):
+    """The sound to make for a clip of one window."""
+    windows = [(0, plan.latents.num_frames)]
+    return own_sounds.own_sound(engine.loader, plan, request, windows, no_beginning(plan))
+
+
 def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
     def state(frames):
         request = Request.of("a cat", WORDS | {"frames": frames})
         plan = engine.plan(request, Inputs())
         prepared = engine.prepare(plan, request, Inputs())
-        own = own_sounds.own_sound(engine.loader, plan, request, None)
+        own = sound_of(engine, plan, request)
         return own.add_to(prepared, 0, plan.latents.num_frames).sound
 
     short, long = state(9), state(17)
@@ -200,7 +207,7 @@ def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine)
     at_once = engine.plan(Request.of("a cat", WORDS), Inputs())
     for each in (plan, at_once):
         prepared = engine.prepare(each, Request.of("a cat", WORDS), Inputs())
-        own = own_sounds.own_sound(engine.loader, each, Request.of("a cat", WORDS), None)
+        own = sound_of(engine, each, Request.of("a cat", WORDS))
         states.append(own.add_to(prepared, 0, each.latents.num_frames).sound)
     late, sharp = states
     assert sharp.start_s - late.start_s == pytest.approx(0.02)

@@ -123,9 +123,10 @@ def test_how_things_look_is_described_where_it_is_settled(engine: Engine) -> Non
 
         return denoise
 
-    bound = engine.regional_prompts(engine.plan(Request.of(TWO, OPTIONS), Inputs()), [TWO])
-    assert bound is not None
     latents = torch.zeros(1, engine.vae_config.latent_channels, 3, 8, 8)
+    plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
+    bound = engine.regional_prompts(plan, new_state(latents), [TWO])
+    assert bound is not None
     alone = [told(name) for name in ("car does", "cat does", "car looks", "cat looks")]
     with bound.applied(engine.loader, new_state(latents), told("all"), alone) as denoise:
         for level in (0.9, 0.8, 0.7, 0.5):
@@ -139,6 +140,25 @@ def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None
     for known in ({"image": picture}, {"frame": [(0.5, picture)]}):
         free = latents_of(engine, TWO, **known, settings={"regional_prompts": 0})
         assert torch.equal(latents_of(engine, TWO, **known), free)
+
+
+def test_later_windows_read_no_texts_for_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first frames are known, so they are not bound."""
+    read, encode = list[str](), engine.encode_texts
+
+    def encoded(texts: Sequence[str], *more: Any, **learned: Any) -> tuple[Tensor, Tensor]:
+        read.extend(texts)
+        return encode(texts, *more, **learned)
+
+    monkeypatch.setattr(engine, "encode_texts", encoded)
+    counts = list[int]()
+    for frames in (9, 33):
+        read.clear()
+        latents_of(engine, TWO, frames=frames)
+        counts.append(len(read))
+    assert counts[0] == counts[1] > 4
 
 
 def test_things_that_are_not_distinguished_are_not_planned(engine: Engine) -> None:

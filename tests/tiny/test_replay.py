@@ -32,6 +32,7 @@ from vidgen.media.write import write_clip
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import read_inputs
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.recorded import FACTS, differences
 from vidgen.pipeline.replay import (
     compare,
     loading_from_recipe,
@@ -357,6 +358,12 @@ def test_what_differs_is_reported_where_frames_do(
     out = capsys.readouterr().out
     assert "PSNR" in out
     assert f"machine.torch: {torch.__version__}, recorded 1.0" in out
+
+
+def test_differences_are_in_the_order_of_their_names() -> None:
+    names = sorted(FACTS - {"model", "inputs", "loras"})
+    found = differences(dict.fromkeys(names, "old"), dict.fromkeys(reversed(names), "new"))
+    assert [*found] == names
 
 
 def test_a_change_that_no_recorded_fact_shows_is_named(

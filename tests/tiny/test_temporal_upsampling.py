@@ -20,7 +20,7 @@ from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import keyframe, prefix, reference
 from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.samplers import sample_state
+from vidgen.diffusion.samplers import sample
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.diffusion.temporal_upsampling import (
     LatentRate,
@@ -151,9 +151,9 @@ def test_steps_count_through_and_continue_from_any() -> None:
     def run(
         state: LatentState, sigmas: Tensor, on_step: OnStep | None, resume: SamplerState | None
     ) -> Tensor:
-        return sample_state(
-            "euler", lambda latents, sigma: latents * sigma.view(-1, 1, 1, 1, 1), state, sigmas,
-            on_step=on_step, resume=resume,
+        return sample(
+            "euler", lambda latents, sigma: latents * sigma.view(-1, 1, 1, 1, 1), state.begin(),
+            sigmas, fresh=state.fresh, on_step=on_step, project=state.project, resume=resume,
         )
 
     whole = sample_upsampled(run, state, sigmas, 2, 2, 4, on_step=told.append)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
 from vidgen.diffusion.flow import add_noise, denoised_of, half_log_snr, shuffled, steps_for_strength
-
-if TYPE_CHECKING:
-    from vidgen.diffusion.state import LatentState
 
 Project = Callable[[Tensor], Tensor]
 Fresh = Callable[[int], Tensor]
@@ -74,15 +71,6 @@ def sample(
 def whole_timesteps(name: str) -> bool:
     """Return whether a sampler gives models integer timesteps, as diffusers' scheduler does."""
     return name in ("unipc", "UniPCMultistepScheduler")
-
-
-def sample_state(
-    name: str, denoise: Denoise, state: LatentState, sigmas: Tensor, *,
-    on_step: OnStep | None = None, resume: SamplerState | None = None,
-) -> Tensor:
-    """Sample a state with its known values; the result is packed where it has sound."""
-    return sample(name, denoise, state.begin(), sigmas, fresh=state.fresh, on_step=on_step,
-                  project=state.project, resume=resume)
 
 
 def _integrate(

@@ -308,7 +308,7 @@ class _Making:
             done, total = self.window + others, num_windows + others
             self.report("sample", done * num_steps + info.step, total * num_steps)
 
-        regional = model.regional_prompts(plan, [self.prompt], self.loras)
+        regional = model.regional_prompts(plan, state, [self.prompt], self.loras)
         sample = partial(model.sample, plan, contexts=self.contexts(), scheduler=scheduler,
                          loras=self.loras, remember=kept.keeps, regional=regional)
         if plan.candidates == 1:

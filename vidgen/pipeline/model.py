@@ -29,7 +29,15 @@ from vidgen.models.text import NOTHING, TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, normalise_words
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline import codec
-from vidgen.pipeline.denoise import settles, sigma_split, sigmas_of
+from vidgen.pipeline.denoise import (
+    RegionalPrompts,
+    can_be_regional,
+    denoising,
+    regional_prompts,
+    settles,
+    sigma_split,
+    sigmas_of,
+)
 from vidgen.pipeline.inputs import Conditions, Inputs
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.pipeline.policy import Policy
@@ -39,7 +47,6 @@ from vidgen.weights.folder import ModelFolder
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.pipeline.denoise import RegionalPrompts
     from vidgen.pipeline.parallel.devices import Devices
     from vidgen.pipeline.types import Setup
 
@@ -184,12 +191,13 @@ class OpenedModel:
         return made
 
     def regional_prompts(
-        self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
+        self, plan: Plan, state: LatentState, read: Sequence[str], loras: Loras = NO_LORAS
     ) -> RegionalPrompts | None:
-        """Return the regional prompts of the things that normalised prompts name, or None."""
-        from vidgen.pipeline.denoise import regional_prompts
+        """Return the regional prompts of the things that a state's normalised prompts name.
 
-        if plan.regional_prompts == 0:
+        None where they name too few, or frames of the state are known.
+        """
+        if plan.regional_prompts == 0 or not can_be_regional(state):
             return None
         config, encode = self.folder.components["verifier"].config, self.encode_texts
         return regional_prompts(config, read, plan.regional_prompts,
@@ -234,13 +242,11 @@ class OpenedModel:
         """
         from vidgen.diffusion.cache import carrying, make_caches
         from vidgen.diffusion.temporal_upsampling import sample_upsampled
-        from vidgen.pipeline.denoise import can_be_regional, denoising
 
         if sigmas is None:
             contexts = contexts[:1] if plan.guidance.is_off else contexts
             has_given = plan.strength == 1 and bool(state.has_given.all())
             plan = replace(plan, guidance=plan.guidance.of_clip(has_given=has_given))
-            regional = regional if can_be_regional(state) else None
             sigmas = sigmas_of(plan, scheduler)
             if plan.temporal_upsampling > 1:
                 run = partial(OpenedModel.sample, self, plan, contexts=contexts,

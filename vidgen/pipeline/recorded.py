@@ -46,7 +46,7 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the differing entries that frames may depend on, as both values by dotted name."""
     old, new = (flattened(_facts(each, names)) for each in (recipe, other))
-    pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
+    pairs = {name: (old.get(name), new.get(name)) for name in sorted({**old, **new})}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

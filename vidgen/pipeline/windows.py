@@ -75,10 +75,8 @@ def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
 class WindowedClip:
     """A clip that is sampled window by window, after the end of the file that it continues, if any.
 
-    Args:
-        begun: that end, if known; the latents of the file's recipe, else its last frames, encoded.
-
     Attributes:
+        begun: that end, from the latents of the file's recipe, else its last frames, encoded.
         windows: [start, stop) of each, in latent frames from the first of `begun`.
         latents: those of `begun` and of the windows sampled so far, [1, C, F, h, w] on the CPU.
 
@@ -87,17 +85,14 @@ class WindowedClip:
             latents in the file's recipe are damaged, or hold frames that are also given as stills.
     """
 
-    def __init__(
-        self, engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs,
-        begun: Beginning | None = None,
-    ) -> None:
+    def __init__(self, engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> None:
         self.engine, self.plan, self.request, self.inputs = engine, plan, request, inputs
         self._stride_t = engine.vae_config.strides.t
         size = tail.window_size(engine.folder)
         if request.prefix is not None or plan.latents.num_frames > size:
             _check(plan, request, engine.folder, size)
         self.latents, self._count = torch.zeros(0), 0  # latent frames so far
-        self.begun = begun or self._beginning()
+        self.begun = self._beginning()
         self.windows = tail.windows_after(self.begun, plan, request, engine.folder)
 
     def states(

@@ -44,6 +44,7 @@ from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
+from vidgen.pipeline.tail import no_beginning
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import FEW_STEP, FEW_STEP_WEIGHTS, FewStepConfig
@@ -216,7 +217,8 @@ def test_its_clips_are_heard_by_the_model_itself(engine: Engine) -> None:
     made = engine.generate(PROMPT, seed=3, steps=2)
     plan = sound_plan(engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs()),
                       engine.folder.defaults)
-    own = own_sound(engine.loader, plan, Request(prompt=PROMPT, seed=3), None)
+    own = own_sound(engine.loader, plan, Request(prompt=PROMPT, seed=3),
+                    [(0, plan.latents.num_frames)], no_beginning(plan))
     contexts = engine.encode_prompt(plan)
     assert len(contexts) == 2, "it is guided"
     own.follow(made.latents, lambda state, _: engine.sample(plan, state, contexts), Journal(None))

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eval.toybox.generation import sample_state
 from train.toybox.distillation.config import LOW, DistilRun
 from train.toybox.distillation.delta import Delta
 from train.toybox.distillation.student import DeltaTask
@@ -31,7 +32,6 @@ from train.toybox.phases import Phase
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import add_noise, denoised_of, draw_sigmas, squared_error, velocity_loss
-from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState
 from vidgen.diffusion.temporal_upsampling import LatentRate, upsampled_state
 from vidgen.pipeline.denoise import upsampling_of

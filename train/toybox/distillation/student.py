@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eval.toybox.generation import sample_state
 from train.toybox.distillation.config import LOW, DistilRun
 from train.toybox.distillation.data import (
     HELD_OUT,
@@ -38,7 +39,6 @@ from train.toybox.distillation.teacher import (
 from train.toybox.phases import Phase
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import squared_error
-from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.optim import build_optimizers

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from eval.toybox.generation import sample_state
 from train.toybox.distillation.config import LOW, TrajectoryConfig
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.guidance import Guidance, as_negative, guided
-from vidgen.diffusion.samplers import sample_state, whole_timesteps
+from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.state import LatentState
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, attached

@@ -36,7 +36,6 @@ from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.models.onset_detector import part_times
 from vidgen.pipeline.best_of_n import best_of
 from vidgen.pipeline.journal.job import SOUND_LATENTS
-from vidgen.pipeline.tail import Beginning, no_beginning
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.loader import ModelLoader
+    from vidgen.pipeline.tail import Beginning
     from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
 
@@ -269,12 +269,11 @@ def followed_sound(loader: ModelLoader, plan: Plan, bed: Samples) -> OwnSound:
 
 
 def own_sound(
-    loader: ModelLoader, plan: Plan, request: Request,
-    windows: Sequence[tuple[int, int]] | None = None, begun: Beginning | None = None,
+    loader: ModelLoader, plan: Plan, request: Request, windows: Sequence[tuple[int, int]],
+    begun: Beginning,
 ) -> OwnSound:
-    """Return the sound to generate for a clip of one window, or of several after `begun`."""
-    config, begun = loader.folder.components["sound_vae"].config, begun or no_beginning(plan)
-    windows = [(0, plan.latents.num_frames)] if windows is None else windows
+    """Return the sound to generate for a clip's windows after `begun`."""
+    config = loader.folder.components["sound_vae"].config
     nothing = torch.zeros(1, config.latent_channels, 0)
     own = OwnSound(loader, plan, nothing, windows, begun.rate, begun.num_dropped)
     if not begun.num_latents:
