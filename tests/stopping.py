@@ -26,13 +26,28 @@ def stop_at(done: int, stage: Stage = "sample", clip: int = 1) -> OnEvent:
 
 def stop_after(count: int, stages: Collection[Stage] = ("sample",)) -> OnEvent:
     """Stop after so many steps of some stages, of whichever candidate or window they are."""
-    told = list[Progress]()
+    steps = list[int]()
+    each = [noting(steps, stage) for stage in stages]
 
     def on_event(progress: Progress) -> None:
-        if progress.stage in stages:
-            told.append(progress)
-            if len(told) == count:
-                raise Cancelled("stopped")
+        before = len(steps)
+        for note in each:
+            note(progress)
+        if before < len(steps) == count:
+            raise Cancelled("stopped")
+
+    return on_event
+
+
+def noting(steps: list[int], stage: Stage = "sample") -> OnEvent:
+    """Note what is done after each step of a stage; where the stage begins is no step."""
+    told = list[int]()
+
+    def on_event(progress: Progress) -> None:
+        if progress.stage == stage:
+            if told and progress.done > told[-1]:
+                steps.append(progress.done)
+            told.append(progress.done)
 
     return on_event
 

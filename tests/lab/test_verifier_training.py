@@ -114,7 +114,7 @@ def test_a_verifier_is_taught_released_and_chooses(
     told: list[int] = []
     engine.generate("a cat", seed=1, frames=5, size="32x32", steps=2, on_event=lambda p:
                     told.append(p.total) if p.stage == "sample" else None)
-    assert told == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert told == [2, 2, 2, 4, 4, 4, 6, 6, 6, 8, 8, 8]
 
 
 def test_tints_are_taught_to_a_verifier_that_stays_as_it_is(

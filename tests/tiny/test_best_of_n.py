@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.toybox.generation import generate_batch
 from tests.models import add_verifier, build_tiny_model, own_defaults
-from tests.stopping import stop_after
+from tests.stopping import noting, stop_after
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.condition import prefix
@@ -30,6 +30,7 @@ from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.recorded import own_options
 from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.types import Progress
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
@@ -93,16 +94,16 @@ def test_of_all_that_do_not_satisfy_the_best_is_kept(
 ) -> None:
     made = candidates(engine, 4)
     assert all(not torch.equal(made[0], other) for other in made[1:])
-    told: list[tuple[int, int]] = []
+    told: list[Progress] = []
     with content_from(engine, NEVER) as verifier:
-        clip = engine.generate(PROMPT, **OPTIONS,
-                               settings={"candidates": 4}, on_event=lambda p: told.append(
-            (p.done, p.total)) if p.stage == "sample" else None)
+        clip = engine.generate(PROMPT, **OPTIONS, settings={"candidates": 4}, on_event=told.append)
         best = best_of(verifier, made)
     assert torch.equal(clip.latents, best)
     assert "none of 4 candidates clearly shows car: kept" in caplog.text
-    assert [done for done, _ in told] == list(range(1, 13))
-    assert [total for _, total in told] == [3] * 3 + [6] * 3 + [9] * 3 + [12] * 3
+    assert [(p.done, p.total, p.candidate, p.num_candidates)
+            for p in told if p.stage == "sample"] == [
+        (3 * number + step, 3 * number + 3, number + 1, 4)
+        for number in range(4) for step in range(4)]
 
 
 def test_drawing_ends_with_the_first_that_satisfies(engine: Engine) -> None:
@@ -131,10 +132,6 @@ def test_clips_of_a_batch_have_the_candidates_that_they_have_alone(engine: Engin
             assert torch.allclose(batch[row], alone[0], atol=1e-4)
         one = generate_batch(engine, replace(plan, candidates=1), texts, [3, 4, 5])
     assert torch.allclose(batch[2], one[2], atol=1e-4)
-
-
-def noting(steps: list[int]) -> Any:
-    return lambda p: steps.append(p.done) if p.stage == "sample" else None
 
 
 @pytest.mark.parametrize("patience", [0, 1e9])

@@ -119,7 +119,7 @@ def test_events_tell_how_far_it_is(cli):
     assert (code, out[:6]) == (0, "x.mp4:")
     events = [json.loads(line) for line in Path("e.jsonl").read_text().splitlines()]
     steps = [(e["done"], e["total"]) for e in events if e.get("stage") == "sample"]
-    assert steps == [(1, 2), (2, 2)]
+    assert steps == [(0, 2), (1, 2), (2, 2)]
     told = [e for e in events if e["event"] == "progress"]
     shares = [e["fraction"] for e in told]
     assert shares == sorted(shares)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models import add_low_expert, build_tiny_model
-from tests.stopping import stop_at
+from tests.stopping import noting, stop_at
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
@@ -199,7 +199,7 @@ def test_stopped_between_steps_it_goes_on(
         made(engine, sampler=sampler, journal=Journal(out), on_event=stop_at(step))
     steps: list[int] = []
     again = made(engine, sampler=sampler, journal=Journal(out, resume=True),
-                 on_event=lambda p: steps.append(p.done) if p.stage == "sample" else None)
+                 on_event=noting(steps))
     assert (again.frames == whole).all()
     assert step not in steps
 

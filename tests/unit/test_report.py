@@ -15,6 +15,23 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.parametrize("of_film", [False, True])
+def test_further_candidates_are_counted_in_the_line(monkeypatch, of_film):
+    shot = {"shot_number": 5, "num_shots": 7, "take": 2, "num_takes": 2} if of_film else {}
+    told = []
+    for candidate in (1, 2):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        with Report(as_json=False, events=None) as report:
+            report({"event": "progress", "stage": "sample", "done": 3, "total": 3 * candidate,
+                    "candidate": candidate, "num_candidates": 4, "fraction": 0.25, **shot})
+            report.result({}, "")
+        told.append(sys.stderr.getvalue())
+    line = "shot 5/7, take 2/2" if of_film else "sample"
+    assert line in told[0]
+    assert "candidate" not in told[0]
+    assert f"{line}, candidate 2/4" in told[1]
+
+
 @pytest.mark.parametrize("num_clips", [1, 2])
 def test_a_terminal_shows_how_far_each_stage_is(monkeypatch, capsys, num_clips):
     terminal = Terminal()

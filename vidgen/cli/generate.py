@@ -103,7 +103,7 @@ def run(args: Namespace, report: Report) -> int:
                     path, report, overwrite=True, marks=saving.marks)
                 again = request.replace(seed=seed)
                 clip = one_clip(engine.generate(again, **hooks(journals[index : index + 1])))
-                report.save(clip, path, number, overwrite=True)
+                report.save(clip, path, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
             results.append(outputs.clip_facts(clip, path, seeds[index], report,
                                               strict=saving.strict))

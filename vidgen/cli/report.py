@@ -2,7 +2,8 @@
 
 An event is a dict with the key "event":
     progress   stage, done, total of a stage; fraction and eta_s of the whole run where an estimate
-               exists; shot, shot_number, num_shots, take and num_takes in a film
+               exists; candidate and num_candidates (at most) of a clip; shot, shot_number,
+               num_shots, take and num_takes in a film
     note       text: something was chosen or left out
     written    path: an output that is complete
 Each line of the events file also has the Unix time at which it was written.
@@ -153,23 +154,25 @@ class Report:
     def _show(self, event: Mapping[str, Any]) -> None:
         """Advance the bars of a worker and of all work, that of a film, or that of a stage."""
         done, total, eta_s = event["done"], event["total"], event.get("eta_s")
-        percent = round(100 * event.get("fraction", 0.0))
+        percent, tried = round(100 * event.get("fraction", 0.0)), ""
+        if event.get("candidate", 1) > 1:
+            tried = f", candidate {event['candidate']}/{event['num_candidates']}"
         if "worker" in event:
             if "fraction" in event:
                 self._advance("all", "all", percent, 100, eta_s, f"{percent}%")
             key = f"worker {event['worker']}"
             names = (str(event[name]) for name in ("shot", "name", "stage") if name in event)
-            self._advance(key, f"{key}: {' '.join(names)}", done, total)
+            self._advance(key, f"{key}: {' '.join(names)}{tried}", done, total)
         elif "shot_number" in event:
             text = f"shot {event['shot_number']}/{event['num_shots']}"
             if event["num_takes"] > 1:
                 text += f", take {event['take']}/{event['num_takes']}"
-            self._advance("film", text, percent, 100, eta_s, f"{percent}%")
+            self._advance("film", text + tried, percent, 100, eta_s, f"{percent}%")
         elif total > 1:
             many = event.get("num_clips", 1) > 1
             many = many and not event["stage"].startswith("write ")  # which names the clip
             stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
-            self._advance(stage, stage, done, total, eta_s)
+            self._advance(stage, stage + tried, done, total, eta_s)
 
     def _advance(
         self, key: str, text: str, done: int, total: int, eta_s: float | None = None,

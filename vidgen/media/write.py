@@ -125,7 +125,8 @@ def write_clip(
         chunks: uint8 [t, H, W, 3] each, of any t.
         info: the clip's rate, size, sound and recipe.
         overwrite: whether to replace an existing file.
-        on_frames: called with the number of frames passed to the encoder so far.
+        on_frames: called with the number of frames passed to the encoder so far, by an earlier
+            run included, at the start and after each chunk.
         store: encoded segments of an earlier run, after which `chunks` begin; receives further
             ones. Unused by formats without segments.
         checker: receives every frame; its report goes into the recipe.
@@ -155,6 +156,8 @@ def _counted(
     count: int,
 ) -> Iterator[Frames]:
     """Yield chunks as contiguous arrays, and assert that they match the clip's description."""
+    if on_frames:
+        on_frames(count)
     for chunk in chunks:
         frames = np.ascontiguousarray(chunk if isinstance(chunk, np.ndarray) else chunk.cpu())
         width, height = info.size

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import StepInfo
+from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.core.request import Loading, Request
 from vidgen.core.runtime import attention_by, best_dtype, choose_device
 from vidgen.core.values import Attention
@@ -233,7 +233,7 @@ class _Making:
     contexts: Callable[[], Contexts]  # of the prompts, encoded at the first call
     track: Soundtrack
     kept: Journal  # its journal
-    report: Report  # called with a stage, the units done, and their total
+    report: Report
     glimpses: Glimpses  # previews of its steps
     window: int = 0  # number of the current one
     rejected: int = 0  # candidates so far
@@ -281,13 +281,15 @@ class _Making:
                         self.windowed.begun)
 
         def sample(state: LatentState, number: int) -> Tensor:
-            def on_step(info: StepInfo) -> None:
+            def report(step: int) -> None:
                 done, rounds = number + own.extra_rounds, len(own.windows) + own.extra_rounds
-                self.report("sound", done * info.num_steps + info.step, rounds * info.num_steps)
+                self.report("sound", done * num_steps + step, rounds * num_steps)
 
-            return self.model.sample(plan, state, self.contexts(), on_step, self.request.scheduler,
-                                     self.loras)
+            report(0)
+            return self.model.sample(plan, state, contexts, lambda info: report(info.step),
+                                     self.request.scheduler, self.loras)
 
+        contexts, num_steps = self.contexts(), len(sigmas_of(plan, self.request.scheduler)) - 1
         own.follow(latents, sample, self.kept)
         self.kept.keep_sound(*(made := own.decode()))
         return made
@@ -298,26 +300,32 @@ class _Making:
         num_steps = len(sigmas_of(plan, scheduler)) - 1
         num_windows = len(self.windowed.windows)
 
-        def on_step(info: StepInfo, candidate: int = 0) -> None:
+        def report(step: int, candidate: int) -> None:
+            others = self.rejected + candidate
+            before, total = (self.window + others) * num_steps, (num_windows + others) * num_steps
+            self.report("sample", before + step, total, candidate + 1, plan.candidates)
+
+        def on_step(info: StepInfo, candidate: int) -> None:
             kept.on_step(counted_on(info, candidate))
             seen = state.unpack(info.denoised)[0]
             apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
             shown = replace(info, denoised=seen[:, :, ::apart])
             self.glimpses.on_step(shown, state.num_references)
-            others = self.rejected + candidate
-            done, total = self.window + others, num_windows + others
-            self.report("sample", done * num_steps + info.step, total * num_steps)
+            report(info.step, candidate)
+
+        def begin(resume: SamplerState | None, candidate: int = 0) -> dict[str, Any]:
+            report(resume.step if resume else 0, candidate)
+            return {"on_step": partial(on_step, candidate=candidate), "resume": resume}
 
         regional = model.regional_prompts(plan, state, [self.prompt], self.loras)
         sample = partial(model.sample, plan, contexts=self.contexts(), scheduler=scheduler,
                          loras=self.loras, remember=kept.keeps, regional=regional)
         if plan.candidates == 1:
-            made = sample(state, on_step=on_step, resume=kept.take_state())
+            made = sample(state, **begin(kept.take_state()))
         else:
             made, rejected = sample_best(
                 model.loader, plan, state, self.prompt,
-                lambda state, candidate, resume: sample(
-                    state, on_step=partial(on_step, candidate=candidate), resume=resume),
+                lambda state, candidate, resume: sample(state, **begin(resume, candidate)),
                 kept, self.window, num_steps,
             )
             self.rejected += rejected

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -35,8 +34,15 @@ Contexts = Sequence[tuple["Tensor", "Tensor"]]
 """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative prompt."""
 
 Stage = Literal["prompt", "prepare", "sample", "sound"]
-Report = Callable[[Stage, int, int], None]
-"""Called with a stage, the number of units done, and their total."""
+
+
+class Report(Protocol):
+    """Function that reports a clip's progress; its arguments are those of `Progress`."""
+
+    def __call__(
+        self, stage: Stage, done: int, total: int, candidate: int = 1, num_candidates: int = 1
+    ) -> None:
+        """Report progress, also where a stage begins."""
 
 
 class Opened(Protocol):
@@ -72,22 +78,30 @@ class AnyEngine(Opened, Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress for `on_event`: `done` of `total` units in a stage of clip `clip` of `num_clips`."""
+    """Progress for `on_event`: `done` of `total` units in a stage of clip `clip` of `num_clips`.
+
+    A stage's first event is its start: `done` is then 0, or what an earlier run did. Each further
+    candidate in stage "sample" adds its steps to `total`.
+    """
 
     stage: Stage
     done: int
     total: int
     clip: int = 1
     num_clips: int = 1
+    candidate: int = 1
+    num_candidates: int = 1  # at most
 
 
 def reporter(
     on_event: Callable[[Progress], None] | None, clip: int, num_clips: int
 ) -> Report:
     """Return a function that reports the progress of one clip to `on_event`, if any."""
-    def report(stage: Stage, done: int, total: int) -> None:
+    def report(
+        stage: Stage, done: int, total: int, candidate: int = 1, num_candidates: int = 1
+    ) -> None:
         if on_event is not None:
-            on_event(Progress(stage, done, total, clip, num_clips))
+            on_event(Progress(stage, done, total, clip, num_clips, candidate, num_candidates))
 
     return report
 
@@ -254,7 +268,8 @@ class Clock:
         done: Collection[int] = (), now: Callable[[], float] = time.monotonic,
     ) -> None:
         each = made if isinstance(made, Sequence) else [made] * num_clips
-        shared = 1 if isinstance(made, Sequence) else num_clips
+        self._is_shared = not isinstance(made, Sequence)
+        shared = num_clips if self._is_shared else 1
         self._measured = all(one.measured for one in each)
         self._expected = {
             clip: {name: sum(each.seconds for each in one.stages if each.name == stage) / shared
@@ -271,15 +286,20 @@ class Clock:
         """Return "fraction", 0 to 1, and "eta_s", None while an unknown machine has done little.
 
         `stage` is "prompt", "prepare", "sample" or "sound" (without an estimate if another model
-        makes the sound); any other name counts as writing. `clip` is numbered from 1.
+        makes the sound); any other name counts as writing. `clip` is numbered from 1. An earlier
+        run did the units of a stage's first event, and the stages without events.
         """
-        name = stage if stage in _STAGES else "write"
+        names, name = list(_STAGES), stage if stage in _STAGES else "write"
+        if name == "prompt" and self._is_shared:  # encoded once for all clips
+            self._stage = dict.fromkeys(self._expected, name) | self._stage
         if (expected := self._expected.get(clip)) is not None:
             inside = expected[name] * min(done / max(total, 1), 1.0)
-            before = sum(expected[each] for each in takewhile(lambda each: each != name, _STAGES))
-            self._reached[clip] = before + inside
-            if self._stage.get(clip) != name:  # resumed inside this stage
-                self._stage[clip], self._given[clip] = name, self._given[clip] + inside
+            place = names.index(name)
+            self._reached[clip] = sum(expected[each] for each in names[:place]) + inside
+            if (last := self._stage.get(clip)) != name:
+                skipped = names[names.index(last) + 1 if last else 0 : place]
+                self._given[clip] += sum(expected[each] for each in skipped) + inside
+                self._stage[clip] = name
         whole = sum(sum(each.values()) for each in self._expected.values())
         reached = sum(self._reached.values())
         worked, left = reached - sum(self._given.values()), max(whole - reached, 0.0)

@@ -40,8 +40,9 @@ def write_request(
     own: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
     clip = engine.generate(
         request, journal=journal, **own,
-        on_event=lambda p: on_event({"event": "progress", "stage": p.stage, "done": p.done,
-                                     "total": p.total, **extra}),
+        on_event=lambda p: on_event({
+            "event": "progress", "stage": p.stage, "done": p.done, "total": p.total,
+            "candidate": p.candidate, "num_candidates": p.num_candidates, **extra}),
     )
     assert not isinstance(clip, list)
     clip = clip if cut is None else cut(clip)
