@@ -314,6 +314,17 @@ def test_a_clip_whose_seed_was_rolled_again_goes_on(cli, stopped, method, calls,
     assert "trying" not in cli(*RETRIED, "--resume")[2]
 
 
+def test_a_further_seed_is_announced_and_counted_to_its_end(cli, monkeypatch):
+    faulty = iter([False, True, False])  # the second clip
+    monkeypatch.setattr("vidgen.cli.outputs.is_faulty", lambda _: next(faulty))
+    command = [*RETRIED[:-6], "--retry", 1, "--count", 2, "-o", "x.mkv", "--events", "e.jsonl"]
+    assert cli(*command)[0] == 0
+    events = [json.loads(line) for line in Path("e.jsonl").read_text().splitlines()]
+    texts = [event["text"] for event in events if event["event"] == "note"]
+    assert any(text.endswith(" has a fault; trying seed 7") for text in texts)
+    assert [e for e in events if e["event"] == "progress"][-1]["fraction"] == 1
+
+
 def test_a_drawn_seed_that_was_rolled_again_is_found(cli, stopped):
     Image.radial_gradient("L").resize((32, 32)).convert("RGB").save("in.png")
     code, _, err = stopped("on_step", 5, *RETRIED[:2], *RETRIED[4:-2])
