@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.ops import dequantize
 
 Quantization = Literal["int8", "fp8"]
 """Quantisation of plain weights: 8 bits a number, with a float32 scale for each row."""
@@ -42,6 +41,8 @@ class Packing:
 
     def widen(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the matrix, from its parts by the names of a layer's parameter and buffers."""
+        from vidgen.ops import dequantize  # few models need it
+
         data = parts["weight"]
         if self.kind in dequantize.GGUF_TYPES:
             return dequantize.gguf(data, self.kind, (-1, *self.shape[1:]), dtype)

@@ -34,7 +34,6 @@ from vidgen.diffusion.guidance import (
     guided,
     unshown,
 )
-from vidgen.diffusion.regional_prompts import NO_LABEL, with_regions
 from vidgen.diffusion.samplers import scheduler_sigmas, whole_timesteps
 from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.models.dit_types import AudioTokens, KVCache
@@ -331,6 +330,8 @@ class RegionalPrompts:
         denoise_each: Sequence[Denoise],
     ) -> Iterator[Denoise]:
         """Yield the model with regional prompts; `denoise_each` are the models of `contexts`."""
+        from vidgen.diffusion.regional_prompts import with_regions
+
         count = self.labels.shape[1]
         with loader.use("verifier") as verifier:
             known = verifier.config
@@ -356,6 +357,8 @@ def regional_prompts(
 
     `prompts` are normalised; `encode` maps texts to (context [B, S, D], lengths [B]).
     """
+    from vidgen.diffusion.regional_prompts import NO_LABEL
+
     actions = [config.prompts_of_each(prompt) for prompt in prompts]
     most = max(map(len, actions))
     if most < 2:

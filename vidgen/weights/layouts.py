@@ -60,7 +60,6 @@ from vidgen.weights.keymap import (
     renamed,
     split_clip,
 )
-from vidgen.weights.published import cached_model, fetch_model, is_hub_id
 from vidgen.weights.store import find_files, open_tensors
 from vidgen.weights.tensors import Tensors
 
@@ -98,6 +97,8 @@ def open_model(model: str) -> ModelFolder | DiffusersFolder:
     known = list_embedded()
     if model in known:
         return open_folder(embedded_folder(model))
+    from vidgen.weights.published import is_hub_id
+
     if not Path(model).is_dir() and is_hub_id(model):
         return _open_from_hub(model)
     if not Path(model).is_dir():
@@ -124,6 +125,8 @@ copyreg.pickle(ModelFolder, _reduced)  # mapped files can't be pickled: another 
 
 def _open_from_hub(hub_id: str) -> ModelFolder | DiffusersFolder:
     """Open an earlier download; download missing files if it can't be opened."""
+    from vidgen.weights.published import cached_model, fetch_model
+
     cached = cached_model(hub_id)
     if cached is None:
         return open_folder(fetch_model(hub_id), hub_id)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import ModelError, nearest
-from vidgen.ops import dequantize
 from vidgen.ops.quantized import QUANTIZED, SCALE, WHOLE, Packing, Quantization, quantize
 from vidgen.weights.tensors import Lazy, Tensors, joined_files
 
@@ -38,7 +37,8 @@ _OF_INPUTS = (".scale_input", ".input_scale")
 """Scales of a product's other factor, which stays in floating point here."""
 _PLAIN = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
           "int8_tensorwise": torch.int8}
-_BLOCKS = {"mxfp8": dequantize.MX_BLOCK, "nvfp4": dequantize.NV_BLOCK}
+_BLOCKS = {"mxfp8": 32, "nvfp4": 16}
+"""Consecutive numbers of a row with a common scale."""
 _FORMATS = (*_PLAIN, *_BLOCKS)
 _KNOWN_FACTS = {"format", "full_precision_matrix_mult", "convrot", "convrot_groupsize"}
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -133,6 +133,8 @@ def _find(
     layers: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Packing, dict[str, Lazy]] | None:
     """Return the form and parts of a weight; None if it isn't quantised."""
+    from vidgen.ops.dequantize import fits
+
     layer, like = name.removesuffix(_WEIGHT), lazy.likeness
     if layer != name:
         facts = layers.get(layer)
@@ -143,7 +145,7 @@ def _find(
     for end in (_OLD_SCALE, _NEW_SCALE):
         scale = stored.get(layer + end)
         if (scale is not None and like.dtype in _NARROW and like.ndim > 1
-                and dequantize.fits(like.shape, scale.likeness.shape)):
+                and fits(like.shape, scale.likeness.shape)):
             return Packing("scaled", tuple(like.shape)), {"weight": lazy, SCALE: scale}
     return None
 
@@ -152,6 +154,8 @@ def _from_facts(
     path: Path, layer: str, lazy: Lazy, facts: Mapping[str, Any], stored: Mapping[str, Lazy],
 ) -> tuple[Packing, dict[str, Lazy]]:
     """Return the form and parts of a layer that the file describes."""
+    from vidgen.ops.dequantize import check_blocks, fits
+
     kind, unknown = str(facts.get("format")), sorted(facts.keys() - _KNOWN_FACTS)
     if kind not in _FORMATS:
         raise ModelError(f"{path}: the weights of {layer} have the format {kind!r}; "
@@ -187,8 +191,8 @@ def _from_facts(
     scales = stored[needed[SCALE]].likeness.shape
     try:
         if kind in _BLOCKS:
-            dequantize.check_blocks(scales, rows, shape[1] // _BLOCKS[kind])
-        elif not dequantize.fits(like.shape, scales):
+            check_blocks(scales, rows, shape[1] // _BLOCKS[kind])
+        elif not fits(like.shape, scales):
             raise ValueError(f"a scale of shape {list(scales)} for {list(shape)} numbers")
     except ValueError as error:
         raise ModelError(f"{path}: {layer} has {kind} weights with {error}; copy the file again"

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import size_text
-from vidgen.ops.dequantize import GGUF_TYPES
 from vidgen.ops.quantized import Packing
 from vidgen.weights.packed import find_packed, packed
 from vidgen.weights.tensors import Lazy, Tensors, derived
@@ -216,6 +215,8 @@ def _open_gguf(path: Path) -> _Opened:
     except ModuleNotFoundError:
         raise ModelError(f"{path} is a GGUF file; run pip install 'vidgen[gguf]' to read it"
                          ) from None
+    from vidgen.ops.dequantize import GGUF_TYPES
+
     reader = GGUFReader(path, "c")
     tensors: dict[str, Tensor] = {}
     packings: dict[str, Packing] = {}
