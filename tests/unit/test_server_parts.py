@@ -375,6 +375,8 @@ def test_names_in_brackets_say_where_fields_belong():
     assert _nested(pairs) == {
         "video": {"id": "v"}, "say": ["one", "two"], "files": ["x", "y"], "prompt": "z",
         "lora": [{"name": "a", "scale": "1"}, {"name": "b", "scale": "2"}]}
+    mixed = [("lora[]", "style:0.8"), ("lora[][name]", "a"), ("lora[][scale]", "2")]
+    assert _nested(mixed) == {"lora": ["style:0.8", {"name": "a", "scale": "2"}]}
     one_by_one = [pairs[index] for index in (1, 3, 2, 4)]
     assert _nested(one_by_one) == {"lora": _nested(pairs)["lora"]}
     for wrong, told in (

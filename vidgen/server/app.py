@@ -39,7 +39,7 @@ from vidgen.server.keys import Keys
 from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
 from vidgen.server.service import Service
-from vidgen.server.settings import KEYS, Settings
+from vidgen.server.settings import KEYS, LOOPBACK, Settings
 from vidgen.server.types import ApiError, from_vidgen
 
 STUDIO = Path(__file__).parent / "studio"
@@ -57,7 +57,8 @@ _HEADERS = {
 }
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SAFE = ("GET", "HEAD", "OPTIONS")
-_LOCAL = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]+)?", re.IGNORECASE)
+_LOCAL = re.compile("(?:{})(?::[0-9]+)?".format("|".join(
+    re.escape(f"[{host}]" if ":" in host else host) for host in LOOPBACK)), re.IGNORECASE)
 _CACHED = {"/v1/": "no-store", "/studio/": "no-cache"}
 _PROBES = ("/health", "/ready", "/metrics")
 MAX_REQUESTS = 500

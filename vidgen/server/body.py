@@ -214,7 +214,8 @@ def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         outer, is_list, key = match.groups()
         path: list[Any] = [outer]
         if is_list or outer == "files":
-            path.append(count[name])
+            # texts and objects are counted separately
+            path.append((key is not None, count[name]))
             count[name] += 1
         if key is not None:
             path.append(key)
@@ -226,7 +227,7 @@ def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ApiError(400, "malformed_body", f"the field {name!r} is given twice", name)
         inner[path[-1]] = value
     for name, inner in fields.items():
-        if isinstance(inner, dict) and 0 in inner:
+        if isinstance(inner, dict) and any(isinstance(step, tuple) for step in inner):
             fields[name] = rows = [*inner.values()]
             if len({frozenset(row) for row in rows if isinstance(row, dict)}) > 1:
                 # ambiguous: which value is of which object?

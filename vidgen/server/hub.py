@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, get_args
 
 from prometheus_client import (
@@ -16,6 +15,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    generate_latest,
 )
 
 from vidgen.server.types import Status
@@ -83,19 +83,15 @@ class Hub:
                 del self._streams[queue]
 
 
-def _count(counts: Callable[[], dict[str, int]], status: str) -> float:
-    return counts().get(status, 0)
-
-
 def _put(queue: EventQueue, event: Event | None) -> None:
     if event is None or event.name not in PASSING or queue.qsize() <= MAX_WAITING:
         queue.put_nowait(event)
 
 
 class Metrics:
-    """Prometheus metrics of one service; `counts` returns the number of jobs by status."""
+    """Prometheus metrics of one service."""
 
-    def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         kept: dict[str, Any] = {"namespace": "vidgen", "registry": self.registry}
         self.requests = Counter("http_requests", "Requests answered", ["method", "route", "status"],
@@ -105,7 +101,11 @@ class Metrics:
         self.step = Histogram("step_seconds", "One denoising step", buckets=_STEPS, **kept)
         self.memory = Gauge("job_peak_memory_bytes", "Peak memory of the last completed job",
                             **kept)
-        jobs = Gauge("jobs", "Jobs by status", ["status"], **kept)
-        for status in get_args(Status):
-            jobs.labels(status).set_function(partial(_count, counts, status))
+        self._jobs = Gauge("jobs", "Jobs by status", ["status"], **kept)
         ProcessCollector(registry=self.registry)  # of the web process
+
+    def text(self, counts: Mapping[str, int]) -> bytes:
+        """Return the metrics in Prometheus' text format, with the number of jobs by status."""
+        for status in get_args(Status):
+            self._jobs.labels(status).set(counts.get(status, 0))
+        return generate_latest(self.registry)

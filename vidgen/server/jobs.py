@@ -67,12 +67,15 @@ class Jobs:
     """The queue in an SQLite file, created if it doesn't exist; safe to use from any thread.
 
     Raises:
-        InputError: the file isn't a queue of this version.
+        InputError: the file isn't a queue of this version, or SQLite is too old.
         OutputError: the file can't be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        if sqlite3.sqlite_version_info < (3, 35):  # has no RETURNING
+            raise InputError("the queue needs SQLite 3.35, this Python has "
+                             f"{sqlite3.sqlite_version}; install a newer SQLite or Python")
         try:
             self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._database.row_factory = sqlite3.Row

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import ipaddress
 import socket
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -201,12 +202,15 @@ async def _fetch(url: str, max_bytes: int, allowed: Allowed) -> bytes:
     import httpx
 
     content = bytearray()
-    async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
+    # the system's authorities, not httpx's own list; no proxy of the environment
+    trusted = ssl.create_default_context()
+    async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False, verify=trusted) as client:
         for _ in range(MAX_REDIRECTS + 1):
             asked = _url(url)
-            address = await _address(asked.host, allowed)
+            host = asked.raw_host.decode()
+            address = await _address(host, allowed)
             async with client.stream(
-                "GET", asked.copy_with(host=address), extensions={"sni_hostname": asked.host},
+                "GET", asked.copy_with(host=address), extensions={"sni_hostname": host},
                 headers={"Host": asked.netloc.decode(), "Accept-Encoding": "identity"},
             ) as answer:
                 if answer.has_redirect_location:

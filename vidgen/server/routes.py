@@ -13,7 +13,6 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -403,7 +402,8 @@ def ready(request: Request) -> Any:
 @others.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request, owner: Owner) -> Response:  # noqa: ARG001
     """Return the metrics in Prometheus text format."""
-    return Response(generate_latest(service_of(request).metrics.registry),
+    service = service_of(request)
+    return Response(service.metrics.text(service.jobs.counts()),
                     media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -295,6 +295,8 @@ class Scheduler:
                 break
             except OutputError as problem:
                 log.error("%s", problem, extra={"job": job.id})
+                with suppress(OutputError):
+                    self._sweep()  # removing old clips may free the disk
                 time.sleep(LOOK_S)
         with self._lock:
             self._running, self._last_message_s = None, time.monotonic()

@@ -50,7 +50,7 @@ class Service:
         for name in ("videos", "films", UPLOADS):
             (settings.data / name).mkdir(parents=True, exist_ok=True)
         self.jobs, self.keys = Jobs(settings.data / DATABASE), Keys(settings.data / KEYS)
-        self.hub, self.metrics = Hub(), Metrics(self.jobs.counts)
+        self.hub, self.metrics = Hub(), Metrics()
         self.pace, self.num_active = Pace(settings.per_minute), Counter[str]()
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
         self.checked_at_once = anyio.CapacityLimiter(CHECKED_AT_ONCE)
