@@ -28,7 +28,7 @@ from vidgen.pipeline.codec import encode_pixels
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.loader import DTYPES, ModelLoader
 from vidgen.training.config import Bucket, DataConfig, FolderConfig
-from vidgen.training.data.cache import make_cache
+from vidgen.training.data.cache import component_hash, make_cache
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.data.survey import survey
 from vidgen.weights.layouts import open_model
@@ -307,6 +307,14 @@ def test_two_processes_make_the_same_cache(cache, tiny_model, tmp_path):
     assert one.keys() == two.keys()
     differing = [name for name in one if one[name] != two[name]]
     assert differing == []
+
+
+def test_latents_depend_on_the_image_processor(tmp_path):
+    folder = open_model(str(build_diffusers(tmp_path / "i2v", "i2v")))
+    before = component_hash(folder, "image_encoder")
+    settings = folder.image_processor / "preprocessor_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    assert component_hash(folder, "image_encoder") != before
 
 
 @pytest.mark.parametrize("variant", ["i2v", "flf2v", "vace", "ti2v-5b"])

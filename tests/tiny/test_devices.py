@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from vidgen.diffusion import cache
 from vidgen.diffusion.cache import Magnitudes, StepCaches, make_caches
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
+from vidgen.pipeline.codec import room_in_file
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.parallel import devices as devices_module
 from vidgen.pipeline.parallel.devices import Devices, start_devices
 from vidgen.pipeline.plan import write_magnitudes
 from vidgen.pipeline.replay import loading_from_recipe
@@ -122,6 +126,34 @@ def test_an_abandoned_clip_is_not_waited_for(
         chunks.close()
     shared = both.decode_video(LONG[:, :, :40].contiguous())
     assert all(map(torch.equal, one.decode_video(LONG[:, :, :40].contiguous()), shared))
+
+
+def test_frames_that_a_device_could_not_write_are_never_black(
+    both: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def gone(num_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        with room_in_file(num_bytes) as (name, room):
+            yield f"{name}-gone", room
+
+    with monkeypatch.context() as patch:
+        patch.setattr(devices_module, "room_in_file", gone)
+        with pytest.raises(DeviceError, match="of the frames was removed"):
+            list(both.decode_video(LONG))
+
+
+@pytest.mark.parametrize(("guidance", "rank", "is_sent"), [
+    (1, 1, False), (2, 1, False), (2, 2, True), (2, 3, False)])  # fmt: skip
+def test_one_rank_alone_sends_the_memory_of_step_caches(
+    guidance: int, rank: int, is_sent: bool
+) -> None:
+    worker = devices_module.DeviceWorker()
+    calls = []
+    worker._caches = SimpleNamespace(state=lambda: calls.append(1) or {"skips": torch.ones(1)})
+    worker._division = devices_module.ipc.Division(guidance, 2)
+    worker._channel = SimpleNamespace(rank=rank)
+    assert (worker.remember() is not None) == is_sent
+    assert calls == [1], "ranks that share a sequence join its parts"
 
 
 def test_a_clip_that_is_stopped_goes_on(both: Engine, tmp_path: Path) -> None:

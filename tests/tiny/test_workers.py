@@ -14,7 +14,8 @@ import pytest
 
 from tests.labour import Labour, Unloadable
 from vidgen.core.errors import Cancelled, InputError, VidgenError
-from vidgen.pipeline.workers.pool import LocalPool
+from vidgen.pipeline.workers import scheduler
+from vidgen.pipeline.workers.pool import LocalPool, WorkerPool
 from vidgen.pipeline.workers.scheduler import results_of, run_jobs
 from vidgen.pipeline.workers.types import Job, Outcome, Patience, WorkerOptions
 from vidgen.story.script import Script
@@ -206,3 +207,38 @@ def test_threads_are_divided_unless_somebody_said_how_many(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert WorkerOptions(4).num_threads == 8
     assert os.environ["OMP_NUM_THREADS"] == "8"
+
+
+def test_a_long_chain_fails_with_its_first_job(tmp_path):
+    jobs = [Job("0", ("refuse", "no"))]
+    jobs += [Job(f"{n}", ("square", n), (f"{n - 1}",)) for n in range(1, 1500)]
+    outcomes = list(run_jobs(jobs, Labour(tmp_path), WorkerOptions(threads=1), quiet))
+    assert [outcome.job.key for outcome in outcomes] == [str(n) for n in range(1500)]
+    assert str(outcomes[-1].error) == "it needs 1498, which could not be made"
+
+
+def test_workers_end_if_a_later_one_does_not_start():
+    ended: list[int] = []
+
+    class Started:
+        def __init__(self, number: int) -> None:
+            if number == 3:
+                raise KeyboardInterrupt
+            self.number = number
+
+        def end(self, _grace_s: float) -> None:
+            ended.append(self.number)
+
+    with pytest.raises(KeyboardInterrupt):
+        WorkerPool(Started, 3)
+    assert ended == [1, 2]
+
+
+def test_a_caller_that_leaves_closes_the_run(monkeypatch):
+    jobs = [Job("a", None), Job("b", None)]
+    run = (Outcome(job, 1) for job in jobs)
+    monkeypatch.setattr(scheduler, "_run_here", lambda *_: run)
+    outcomes = run_jobs(jobs, print, WorkerOptions(threads=1), quiet)
+    next(outcomes)
+    outcomes.close()
+    assert run.gi_frame is None

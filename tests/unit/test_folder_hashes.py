@@ -36,6 +36,12 @@ def write(path: Path, content: bytes, time_ns: int = OLD) -> Path:
     return path
 
 
+def test_a_name_that_is_not_utf8_is_remembered(read, tmp_path) -> None:
+    path = write(tmp_path / os.fsdecode(b"weights-\xff"), b"x" * folder.MIN_BYTES)
+    assert folder.hash_files([path]) == folder.hash_files([path])
+    assert len(read) == 1
+
+
 def test_a_file_is_read_once_and_again_when_size_or_time_change(read, tmp_path) -> None:
     path = write(tmp_path / "weights", b"x" * folder.MIN_BYTES)
     first = folder.hash_files([path])

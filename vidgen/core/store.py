@@ -68,8 +68,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.folder, error) from None
-        text = json.dumps(data, indent=1, ensure_ascii=False)
-        atomic_write(self._data_path(name), text.encode())
+        atomic_write(self._data_path(name), json.dumps(data, indent=1).encode())
 
     def _data_path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

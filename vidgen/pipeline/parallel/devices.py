@@ -71,7 +71,7 @@ class Devices:
         self._remembered: Mapping[str, Tensor] = {}
         self._pool = LocalPool(pickle.dumps(DeviceWorker()), size - 1, None)
         self._num_open = size - 1  # ranks that aren't ready, later orders that aren't done
-        self._answers: dict[int, Any] = {}  # the last result of an order by rank
+        self._answers: dict[Any, Any] = {}  # results of orders that return a key and a value
         self._end = weakref.finalize(self, _dissolve, self._pool)
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         self._finish()
@@ -155,8 +155,7 @@ class Devices:
             with self.together():  # ranks that share a sequence join its parts
                 own = caches.state()
             self._finish()
-            other = self._answers[division.sequence] if division.guidance == 2 else None
-            theirs = {} if other is None else pickle.loads(other)
+            theirs = pickle.loads(self._answers.pop("memory")) if division.guidance == 2 else {}
             self._remembered = {**theirs, **{name: each.cpu() for name, each in own.items()}}
         return {**self._remembered, **caches.state(numbers_only=True)}
 
@@ -180,13 +179,17 @@ class Devices:
                 yield from decode_latents(loader, latents, *mine, tiles, rate)
                 return
             with room_in_file(num_bytes * (latents.shape[2] - mine[1])) as (name, room):
+                places = []
                 for worker, first, end in theirs:
                     given = latents[:, :, max(0, first - back) : end].cpu()
                     place = (name, num_bytes * (first - mine[1]))
+                    places.append(place)
                     self._send(worker, "decode", loader.dtype, loader.offload, place, given,
                                min(first, back), tiles, rate)
                 yield from decode_latents(loader, latents, *mine, tiles, rate)
                 self._finish()
+                if not all(self._answers.pop(place, False) for place in places):
+                    raise DeviceError(f"the file {name} of the frames was removed; generate again")
                 for chunk in room.split(num_bytes):
                     yield chunk.view(dtype).view(shape)
 
@@ -245,8 +248,8 @@ class Devices:
                 is_cut |= kind == "lost"
                 if kind == "lost" and worker.process.returncode != LOST:
                     raise DeviceError(f"device {worker.number} of {self.size} failed: {details[0]}")
-                if kind == "done":
-                    self._answers[worker.number] = details[0]
+                if kind == "done" and details[0] is not None:
+                    self._answers.update([details[0]])
                 self._num_open -= kind in ("ready", "done")
             if is_cut:
                 raise dist.DistError("a device lost another one")
@@ -376,10 +379,13 @@ class DeviceWorker:
                 dist.send(velocity.contiguous(), dst=0)
 
     @torch.no_grad()
-    def remember(self) -> bytes:
-        """Return the memory of this rank's step caches, pickled."""
+    def remember(self) -> tuple[str, bytes] | None:
+        """Return the step caches' memory, pickled, on the negative group's first rank alone."""
         assert self._caches is not None
-        return pickle.dumps({name: each.cpu() for name, each in self._caches.state().items()})
+        state = self._caches.state()  # ranks that share a sequence join its parts
+        if self._division.guidance == 1 or self._channel.rank != self._division.sequence:
+            return None
+        return "memory", pickle.dumps({name: each.cpu() for name, each in state.items()})
 
     def end(self) -> None:
         """Finish denoising."""
@@ -389,20 +395,26 @@ class DeviceWorker:
     def decode(
         self, dtype: torch.dtype, offload: Offload, place: tuple[str, int],
         latents: Tensor, skipped: int, tiles: Tiles | None, rate: int,
-    ) -> None:
+    ) -> tuple[tuple[str, int], bool] | None:
         """Decode latents [B, C, F, h, w], except the first `skipped` latent frames, to a file.
 
-        `place` holds the file's name and the first frame's offset, in bytes. An abandoned clip's
-        file is removed, which ends the work.
+        `place` holds the file's name and the first frame's offset, in bytes; it is returned with
+        True when all is written. An abandoned clip's file is removed, which ends the work.
         """
         name, start = place
         loader = self._set_up(dtype, offload)
-        with suppress(FileNotFoundError):
+        try:
+            file = Path(name).open("r+b")  # noqa: SIM115
+        except FileNotFoundError:
+            return None
+        with file:
+            file.seek(start)
             for video in decode_latents(loader, latents, skipped, tiles=tiles, rate=rate):
+                if not os.fstat(file.fileno()).st_nlink:
+                    return None
                 made = video.contiguous().view(-1).view(torch.uint8).cpu()
-                with Path(name).open("r+b") as file:
-                    file.seek(start)
-                    start += file.write(made.numpy().data)
+                file.write(made.numpy().data)
+        return place, True
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> ModelLoader:
         old = self.loader

@@ -74,7 +74,13 @@ class WorkerPool:
 
     def __init__(self, start_worker: Callable[[int], Any], count: int) -> None:
         self._start_worker = start_worker
-        self.workers: list[Any] = [start_worker(number) for number in range(1, count + 1)]
+        self.workers: list[Any] = []
+        try:
+            for number in range(1, count + 1):
+                self.workers.append(start_worker(number))
+        except BaseException:
+            self.end()
+            raise
 
     def listen(self, seconds: float) -> list[tuple[Any, Message]]:
         """Return workers' messages, at most one of each, after up to `seconds`."""

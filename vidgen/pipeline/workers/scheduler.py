@@ -6,7 +6,8 @@ import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,8 +33,9 @@ def run_jobs(
     """
     queue = _Queue(jobs)
     run = _run_here if workers.is_here else _run_in_pool
-    for outcome in run(queue, work, workers, on_event):
-        yield from queue.finish(outcome)
+    with closing(run(queue, work, workers, on_event)) as outcomes:
+        for outcome in outcomes:
+            yield from queue.finish(outcome)
 
 
 def results_of(
@@ -69,37 +71,41 @@ class _Queue:
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self.left: dict[str, Job] = {}
-        self._begun = set[str]()
         for job in jobs:
             assert job.key not in self.left, job.key
             self.left[job.key] = job
+        self._waiting = dict(self.left)
 
     def take(self) -> Job | None:
         """Return the first job that can begin now."""
-        for job in self.left.values():
-            if job.key not in self._begun and self.left.keys().isdisjoint(job.needs):
-                self._begun.add(job.key)
-                return job
+        for job in self._waiting.values():
+            if self.left.keys().isdisjoint(job.needs):
+                return self._waiting.pop(job.key)
         return None
 
     def again(self, job: Job) -> None:
         """Put back a job that wasn't finished."""
-        self._begun.remove(job.key)
+        self._waiting = {job.key: job, **self._waiting}
 
     def finish(self, outcome: Outcome) -> Iterator[Outcome]:
         """Remove a job; yield its outcome and, if it failed, those of the jobs that need it."""
-        done = outcome.job
-        del self.left[done.key]
-        yield outcome
-        for job in [] if outcome.error is None else [*self.left.values()]:
-            if done.key in job.needs and job.key in self.left:
+        outcomes = [outcome]
+        while outcomes:
+            outcome = outcomes.pop()
+            done = outcome.job
+            if self.left.pop(done.key, None) is None:
+                continue  # it failed with another job that it needs
+            self._waiting.pop(done.key, None)
+            yield outcome
+            if outcome.error is not None:
                 text = f"it needs {done.name or done.key}, which could not be made"
-                yield from self.finish(Outcome(job, error=VidgenError(text)))
+                outcomes += [Outcome(job, error=VidgenError(text))
+                             for job in reversed(self.left.values()) if done.key in job.needs]
 
 
 def _run_here(
     queue: _Queue, work: Work, workers: WorkerOptions, on_event: OnEvent
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     import torch
 
     before, threads = torch.get_num_threads(), workers.num_threads
@@ -117,7 +123,7 @@ def _run_here(
 
 def _run_in_pool(
     queue: _Queue, work: Work, workers: WorkerOptions, on_event: OnEvent
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     try:
         content = pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -95,13 +95,15 @@ class Extras:
 
 
 def component_hash(folder: ModelFolder, role: Role) -> str | None:
-    """Return a hash of a network's files and config, and for the text encoder of its tokenizer."""
+    """Return a hash of a network's files and config, with its tokenizer or image processor."""
     component = folder.components.get(role)
     if component is None:
         return None
     files = list(component.tensors.files)
     if role == "text_encoder":
         files += sorted(folder.tokenizer.glob("*.json"))
+    if role == "image_encoder" and folder.image_processor is not None:
+        files.append(folder.image_processor / "preprocessor_config.json")
     parts = [*sorted(hash_files(files).values()), repr(component.config)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
