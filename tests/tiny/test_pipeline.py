@@ -177,7 +177,7 @@ def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     assert torch.equal(latents(other, frame=[(0, picture)]), nearer)
     ends = {"last_image": picture, "reference": [picture]}
     assert torch.equal(latents(other, **ends), latents(engine, **ends)), "no first frame"
-    cut = [Engine(each.folder, each.device, each.asked.replace(tiles="2x2"))
+    cut = [Engine(each.folder, each.device, each.loading.replace(tiles="2x2"))
            for each in (other, engine)]
     assert torch.equal(latents(cut[0], image=picture), latents(cut[1], image=picture))
     assert [r.message for r in caplog.records if "refine has no effect" in r.message]

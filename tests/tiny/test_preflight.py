@@ -229,7 +229,7 @@ def test_an_engine_is_estimated_quickly_and_measures_nothing(tiny_model, monkeyp
     times = []
     for _ in range(3):
         start = time.process_time()
-        made = preflight(engine.loader, plan, request, engine.asked)
+        made = preflight(engine.loader, plan, request, engine.loading)
         times.append(time.process_time() - start)
     assert min(times) < 0.05
     assert not made.measured
@@ -238,7 +238,7 @@ def test_an_engine_is_estimated_quickly_and_measures_nothing(tiny_model, monkeyp
 def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     engine = load(str(tiny_model), dtype="fp32")
     request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33})
-    asked = engine.asked.replace(tiles="none")
+    asked = engine.loading.replace(tiles="none")
     plan = engine.plan(*engine.read(request))
     have = estimate(*planned(tiny_model, size="128x128", frames=33), FP32).peak_bytes
     monkeypatch.setattr("vidgen.pipeline.setups.available_memory", lambda _: have)

@@ -236,7 +236,7 @@ def test_what_it_takes_is_foreseen(engine: Engine) -> None:
     def seconds(prompt: str, **options: Any) -> float:
         request = Request.of(prompt, OPTIONS | options)
         plan = engine.plan(request, Inputs())
-        stages = preflight(engine.loader, plan, request, engine.asked).stages
+        stages = preflight(engine.loader, plan, request, engine.loading).stages
         return next(stage.seconds for stage in stages if stage.name == "denoise")
 
     free, one, two = seconds(TWO, settings={"regional_prompts": 0}), seconds(ONE), seconds(TWO)

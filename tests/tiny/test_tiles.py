@@ -40,7 +40,7 @@ def engine(tiny_model: Path) -> Engine:
 
 
 def in_tiles(engine: Engine, tiles: str) -> Engine:
-    return Engine(engine.folder, CPU, engine.asked.replace(tiles=tiles))
+    return Engine(engine.folder, CPU, engine.loading.replace(tiles=tiles))
 
 
 def test_tiles_show_nowhere_but_in_the_plan(engine: Engine, tmp_path: Path) -> None:

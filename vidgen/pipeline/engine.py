@@ -100,12 +100,12 @@ def load(
 
     policy = policy or policy_from_environment()
     signer_info()  # refuse one that can't sign before a clip is made
-    asked = Loading(model=model, dtype=dtype, offload=offload,  # type: ignore[arg-type]
-                    quantize=quantize, devices=devices, shard=shard, tiles=tiles,
-                    attention=attention)
-    if shard and asked.offload is None:
-        asked = asked.replace(offload="stage")
-    folder, place = open_model(asked.model), choose_device(device)
+    loading = Loading(model=model, dtype=dtype, offload=offload,  # type: ignore[arg-type]
+                      quantize=quantize, devices=devices, shard=shard, tiles=tiles,
+                      attention=attention)
+    if shard and loading.offload is None:
+        loading = loading.replace(offload="stage")
+    folder, place = open_model(loading.model), choose_device(device)
     if isinstance(folder, DiffusersFolder):
         from vidgen.pipeline.diffusers_backend.engine import DiffusersEngine
 
@@ -116,11 +116,11 @@ def load(
             raise InputError(f"{option} works with the Wan family, not with {folder.class_name}; "
                              "leave it out")
         dtype = dtype or best_dtype(place)
-        return DiffusersEngine(folder, place, dtype, asked.offload or "none", policy=policy)
+        return DiffusersEngine(folder, place, dtype, loading.offload or "none", policy=policy)
     with attention_by(attention):  # in the processes of further devices, too
-        shared = start_devices(devices, place, shard=shard, offload=asked.offload,
+        shared = start_devices(devices, place, shard=shard, offload=loading.offload,
                                quantize=quantize)
-    return Engine(folder, place, asked, policy, shared)
+    return Engine(folder, place, loading, policy, shared)
 
 
 def load_own(model: str, otherwise: str, **loading: Any) -> Engine:
@@ -164,7 +164,7 @@ class Engine(OpenedModel):
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
 
         request = Request.of(prompt, options, count)
-        with attention_by(self.asked.attention):
+        with attention_by(self.loading.attention):
             journals = journals_of(journal, count)
             enforce(self.policy, request)
             request = recall(request, journals)
@@ -172,9 +172,9 @@ class Engine(OpenedModel):
             plan = self.plan(request, inputs)
             track = make_soundtrack(request, plan.kept_frames, plan.fps, self,
                                     has_sound=SOUND in self.folder.tasks)
-            tiles = recalled_tiles(journals) if self.asked.tiles == "auto" else None
-            asked = self.asked.replace(tiles=tiles) if tiles else self.asked
-            estimate = preflight(self.loader, plan, request, asked, count)
+            tiles = recalled_tiles(journals) if self.loading.tiles == "auto" else None
+            loading = self.loading.replace(tiles=tiles) if tiles else self.loading
+            estimate = preflight(self.loader, plan, request, loading, count)
             self.adopt(estimate.setup)
             if on_estimate is not None:
                 on_estimate(estimate)

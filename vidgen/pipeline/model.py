@@ -57,26 +57,26 @@ REMEMBERED = 32
 
 
 class OpenedModel:
-    """A model's networks on a device; options of `asked` that are None are chosen to fit.
+    """A model's networks on a device; options of `loading` that are None are chosen to fit.
 
     Raises:
         ModelError: files are damaged, or the weights don't fit the memory.
     """
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device, asked: Loading,
+        self, folder: ModelFolder, device: torch.device, loading: Loading,
         policy: Policy | None = None, devices: Devices | None = None,
     ) -> None:
         from vidgen.pipeline.setups import first_setup
 
         self.folder, self.device, self.policy, self.devices = folder, device, policy, devices
-        self.asked, self.quantize = asked, asked.quantize
+        self.loading, self.quantize = loading, loading.quantize
         self.vae_config: VAEConfig = folder.components["vae"].config
         self.dit_config: DiTConfig = folder.components["transformer"].config
         self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
         if devices is not None:
-            devices.open(folder, asked.quantize)
-        self._open(first_setup(folder, device, asked))
+            devices.open(folder, loading.quantize)
+        self._open(first_setup(folder, device, loading))
         self.loader.check()
         if self.offload == "none":  # report damaged files now
             for role in folder.components:
@@ -149,7 +149,7 @@ class OpenedModel:
     def _with_attention(self, made: Iterator[Tensor]) -> Iterator[Tensor]:
         """Advance an iterator under the attention back end that the model was loaded with."""
         while True:
-            with attention_by(self.asked.attention):
+            with attention_by(self.loading.attention):
                 if (next_one := next(made, None)) is None:
                     return
             yield next_one

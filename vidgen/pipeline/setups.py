@@ -29,24 +29,24 @@ SPARE = 0.25
 Made = Callable[[Setup], Estimate]
 
 
-def first_setup(folder: ModelFolder, device: torch.device, asked: Loading) -> Setup:
+def first_setup(folder: ModelFolder, device: torch.device, loading: Loading) -> Setup:
     """Choose the setup in which to open a model, by its weights and the free memory alone.
 
     If no setup fits, return the one that needs the least memory.
     """
     have = available_memory(device)
-    for setup in chain(*_allowed(asked, device, asked.dtype or best_dtype(device), None)):
+    for setup in chain(*_allowed(loading, device, loading.dtype or best_dtype(device), None)):
         weights = ModelLoader(folder, device, DTYPES[setup.dtype], setup.offload).needed_bytes(
-            quantize=asked.quantize or "none")
+            quantize=loading.quantize or "none")
         if have is None or weights <= (1 - SPARE) * have:
             break
     return setup
 
 
 def preflight(
-    loader: ModelLoader, plan: Plan, request: Request, asked: Loading, count: int = 1
+    loader: ModelLoader, plan: Plan, request: Request, loading: Loading, count: int = 1
 ) -> Estimate:
-    """Choose the options that `asked` leaves open for a loaded model; estimate `count` clips.
+    """Choose the options that `loading` leaves open for a loaded model; estimate `count` clips.
 
     Raises:
         ModelError: nothing fits the memory; the message lists settings that do.
@@ -55,14 +55,14 @@ def preflight(
     if have is not None:
         have += loader.elsewhere_bytes
         have += sum(loader.needed_bytes(role, offload="stage") for role in loader.resident)
-    return choose(loader.folder, plan, request, asked, loader.device, have, count=count)
+    return choose(loader.folder, plan, request, loading, loader.device, have, count=count)
 
 
 def choose(
-    folder: ModelFolder, plan: Plan, request: Request, asked: Loading, device: torch.device,
+    folder: ModelFolder, plan: Plan, request: Request, loading: Loading, device: torch.device,
     have: int | None, *, dtype: str | None = None, count: int = 1,
 ) -> Estimate:
-    """Choose the fastest setup that fits, among those that `asked` leaves open.
+    """Choose the fastest setup that fits, among those that `loading` leaves open.
 
     Offloading is tried before tiles, which take longer, and tiles before another dtype, which
     changes results. `have` is the device's free memory in bytes; None if unknown, then everything
@@ -72,12 +72,12 @@ def choose(
         ModelError: nothing fits the memory; the message lists settings that do.
     """
     have, first = sys.maxsize if have is None else have, None
-    dtype = dtype or asked.dtype or best_dtype(device)
-    tiles = _given_tiles(asked.tiles, plan.latents)
+    dtype = dtype or loading.dtype or best_dtype(device)
+    tiles = _given_tiles(loading.tiles, plan.latents)
     made = partial(estimate, folder, plan, request, count=count)
-    with attention_by(asked.attention):
-        for setups in _allowed(asked, device, dtype, tiles):
-            for found in _estimates(setups, plan, have, made, cut=asked.tiles == "auto"):
+    with attention_by(loading.attention):
+        for setups in _allowed(loading, device, dtype, tiles):
+            for found in _estimates(setups, plan, have, made, cut=loading.tiles == "auto"):
                 if found.peak_bytes <= have:
                     if first is None:
                         return found
@@ -100,13 +100,13 @@ def choose(
 
 
 def _allowed(
-    asked: Loading, device: torch.device, dtype: str, tiles: Tiles | None
+    loading: Loading, device: torch.device, dtype: str, tiles: Tiles | None
 ) -> Iterator[list[Setup]]:
-    """Yield the setups of each dtype that `asked` leaves open; those of `dtype` first."""
+    """Yield the setups of each dtype that `loading` leaves open; those of `dtype` first."""
     every: tuple[Offload, ...] = get_args(Offload)
-    offloads = (asked.offload,) if asked.offload else every[:2] if asked.quantize else every
-    for name in [dtype] if asked.dtype or dtype != "fp32" else ["fp32", "bf16"]:
-        yield [Setup(device, name, offload, asked.quantize, tiles) for offload in offloads]
+    offloads = (loading.offload,) if loading.offload else every
+    for name in [dtype] if loading.dtype or dtype != "fp32" else ["fp32", "bf16"]:
+        yield [Setup(device, name, offload, loading.quantize, tiles) for offload in offloads]
 
 
 def _given_tiles(given: str, latents: LatentShape) -> Tiles | None:
