@@ -30,7 +30,7 @@ def test_packed_layers_give_the_same_and_keep_their_weights(dtype):
     assert type(ffn.up) is PackedLinear
     limit = 1e-6 if dtype == torch.float32 else 5e-3
     assert ((ffn(x) - expected).norm() / expected.norm()) < limit
-    assert torch.equal(plain(ffn.up.weight), weight)
+    assert torch.equal(plain(ffn.up, "weight"), weight)
     assert next(ffn.parameters()).dtype == dtype
 
 
