@@ -186,7 +186,8 @@ def test_frames_in_motion_are_distinguished_at_a_finer_rate():
 @pytest.mark.parametrize(("name", "rate", "why"), [
     ("tiny", 3, "temporal_upsampling is 3; a VAE of 4 frames a latent frame can take 1, 2, 4"),
     ("patched", 4, "a VAE of 2 frames a latent frame can take 1, 2"),
-    ("shortcuts", 2, "temporal_upsampling is 2, but a VAE with stage shortcuts has one rate; give 1"),
+    ("shortcuts", 2, "temporal_upsampling is 2, but a VAE with stage shortcuts has one rate; "
+                     "give 1"),
 ])  # fmt: skip
 def test_a_rate_that_a_vae_cannot_take_is_refused(name, rate, why):
     with pytest.raises(InputError, match=why):
