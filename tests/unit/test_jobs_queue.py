@@ -12,7 +12,10 @@ from dataclasses import fields
 import pytest
 
 from vidgen.core.errors import InputError, OutputError
+from vidgen.server.hub import Hub, Metrics
 from vidgen.server.jobs import Jobs, ServiceClock
+from vidgen.server.scheduler import Scheduler
+from vidgen.server.settings import Settings
 from vidgen.server.types import ApiError, Call
 
 NEW = {"kind": "video", "request": {"prompt": "a car"}, "spec": {"options": {}},
@@ -39,6 +42,34 @@ def add(jobs, **given):
 def finish(jobs, job, **changes):
     return jobs.finish(job, **{"result": {"seconds": 1.0}, "num_bytes": 10, "keep_s": 60.0,
                                **changes})
+
+
+def test_an_old_sqlite_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    monkeypatch.setattr(sqlite3, "sqlite_version", "3.34.1")
+    with pytest.raises(InputError, match=r"3\.35.*3\.34\.1; install"):
+        Jobs(tmp_path / "jobs.sqlite3")
+
+
+def test_expired_clips_go_while_the_disk_is_full(jobs, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen.server.scheduler.LOOK_S", 0.0)
+    settings = Settings(data=tmp_path)
+    scheduler = Scheduler(settings, jobs, Hub(), Metrics())
+    old, running = add(jobs), add(jobs, fingerprint="f2")
+    finish(jobs, jobs.claim(), keep_s=-1.0)
+    jobs.delete(running)
+    folder = settings.job_folder(old.id)
+    folder.mkdir(parents=True)
+    tries = []
+
+    def write():
+        tries.append(folder.exists())
+        if folder.exists() and len(tries) < 5:
+            raise OutputError("no space is left")
+
+    scheduler._release(running, write)
+    assert tries == [True, False]
+    assert jobs.get(old.id) is None
 
 
 def test_first_come_first_served(jobs):

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import certifi
 import httpx
 import pytest
 
@@ -141,6 +142,34 @@ def test_what_is_fetched_and_what_is_not(site, monkeypatch):
                 "http://localhost/", "http://[::1]/", f"http://{'a' * 70}/"):
         with pytest.raises(InputError):
             fetch(url, 1000)
+
+
+def test_an_international_host_and_the_authorities_of_the_system(tmp_path, monkeypatch):
+    seen, begin = {}, httpx.AsyncClient.__init__
+
+    def answer(request):
+        seen.update(url=request.url, sni=request.extensions["sni_hostname"])
+        return httpx.Response(200, stream=httpx.ByteStream(b"x"))
+
+    async def address(host, _):
+        seen["host"] = host
+        return "127.0.0.1"
+
+    def start(client, *, verify=True, **options):
+        seen["verify"] = verify
+        begin(client, transport=httpx.MockTransport(answer), **options)
+
+    end = "-----END CERTIFICATE-----\n"
+    one = Path(certifi.where()).read_text().partition(end)[0] + end
+    (tmp_path / "one.pem").write_text(one)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "one.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    monkeypatch.setattr(httpx.AsyncClient, "__init__", start)
+    monkeypatch.setattr("vidgen.server.requests._address", address)
+    assert fetch("https://b\u00fccher.example/a.png", 10) == b"x"
+    assert (seen["host"], seen["sni"]) == ("xn--bcher-kva.example",) * 2
+    assert seen["url"].host == "127.0.0.1"
+    assert len(seen["verify"].get_ca_certs()) == 1
 
 
 def part(disposition: str) -> bytes:

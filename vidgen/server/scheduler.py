@@ -151,7 +151,7 @@ class Scheduler:
             if self._child is None and now >= self._start_s and not self._is_draining:
                 self._last_message_s = now
                 threads = workers.WorkerOptions().num_threads
-                self._child = LocalWorker(1, self._work, threads, {"OMP_NUM_THREADS": str(threads)})
+                self._child = LocalWorker(1, self._work, threads)
             child, live = self._child, self._running
             silent = now - self._last_message_s > SILENCE_S
             stuck = live is not None and now - live.stop_sent_s > STOP_PATIENCE_S

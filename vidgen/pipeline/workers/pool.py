@@ -117,10 +117,8 @@ class LocalPool(WorkerPool):
         self, work: bytes, count: int, threads: int | None, gpus: Sequence[str] = ()
     ) -> None:
         def start_worker(number: int) -> LocalWorker:
-            own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-            if gpus:
-                own["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
-            return LocalWorker(number, work, threads, own)
+            gpu = {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {}
+            return LocalWorker(number, work, threads, gpu)
 
         super().__init__(start_worker, count)
 
@@ -129,15 +127,16 @@ class LocalWorker(WorkerHandle):
     """Process of this machine with its own environment; it exits when this one does."""
 
     def __init__(
-        self, number: int, work: bytes, threads: int | None, own: Mapping[str, str]
+        self, number: int, work: bytes, threads: int | None, gpu: Mapping[str, str] = {}
     ) -> None:
         super().__init__(number)
+        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         handle = self._theirs.fileno()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vidgen.pipeline.workers.process", str(handle)],
             pass_fds=[handle], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=self._stderr, env=child_environment(**own),
+            stderr=self._stderr, env=child_environment(**own, **gpu),
         )
         self._theirs.close()
         self._lock = threading.Lock()
