@@ -295,7 +295,7 @@ class Scheduler:
                 break
             except OutputError as problem:
                 log.error("%s", problem, extra={"job": job.id})
-                with suppress(OutputError):
+                with suppress(OutputError, OSError):
                     self._sweep()  # removing old clips may free the disk
                 time.sleep(LOOK_S)
         with self._lock:
