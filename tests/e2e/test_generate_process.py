@@ -27,7 +27,8 @@ def start(folder, tiny_model, *options, **settings):
 def test_an_interrupted_run_leaves_130_and_its_journal(tmp_path, tiny_model, number):
     run = start(tmp_path, tiny_model, "--steps", "1000", "--events", "-")
     for line in run.stdout:
-        if json.loads(line)["stage"] == "sample":
+        event = json.loads(line)
+        if event["stage"] == "sample" and event["done"]:
             break
     run.send_signal(number)
     _, err = run.communicate(timeout=30)

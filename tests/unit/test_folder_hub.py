@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from tests.models import build_tiny_model
 from vidgen.cli.main import main
 from vidgen.core.errors import ModelError
-from vidgen.weights import layouts
+from vidgen.weights import published
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.published import is_hub_id, list_cached
@@ -59,7 +59,7 @@ def test_a_cached_model_is_opened_without_the_hub(
     cache: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = store(cache, ID, tiny_model)
-    monkeypatch.setattr(layouts, "fetch_model", lambda _: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(published, "fetch_model", lambda _: pytest.fail("the hub was asked"))
     model = open_model(ID)
     assert isinstance(model, ModelFolder)
     assert model.path == snapshot
@@ -83,7 +83,7 @@ def test_what_is_missing_of_a_cached_model_is_fetched(
         shutil.copy(tiny_model / "vae" / "model.safetensors", snapshot / "vae")
         return snapshot
 
-    monkeypatch.setattr(layouts, "fetch_model", fetch)
+    monkeypatch.setattr(published, "fetch_model", fetch)
     assert open_model(ID).path == snapshot
 
 
