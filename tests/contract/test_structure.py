@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 500
-MAX_LINES = 50_000
-MAX_FILES = 270
+MAX_LINES = 45_000
+MAX_FILES = 240
 
 
 @lru_cache
