@@ -85,14 +85,17 @@ class WindowedClip:
             latents in the file's recipe are damaged, or hold frames that are also given as stills.
     """
 
-    def __init__(self, engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> None:
+    def __init__(
+        self, engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs,
+        begun: Beginning | None = None,
+    ) -> None:
         self.engine, self.plan, self.request, self.inputs = engine, plan, request, inputs
         self._stride_t = engine.vae_config.strides.t
         size = tail.window_size(engine.folder)
         if request.prefix is not None or plan.latents.num_frames > size:
             _check(plan, request, engine.folder, size)
         self.latents, self._count = torch.zeros(0), 0  # latent frames so far
-        self.begun = self._beginning()
+        self.begun = begun or self._beginning()  # given: latents of any other origin
         self.windows = tail.windows_after(self.begun, plan, request, engine.folder)
 
     def states(
