@@ -1,4 +1,4 @@
-"""Captions as people write them, beside files and in tables."""
+"""Captions as people write them, next to files and in tables."""
 
 from __future__ import annotations
 

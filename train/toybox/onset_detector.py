@@ -4,8 +4,8 @@
         first: the clips it sees
     python -m train.toybox.onset_detector -c train/toybox/configs/onset_detector.yaml [--resume]
 
-It learns from training scenes alone, varied as what a generator draws varies, some of them drawn
-anew by one, and from nothing of the metrics that score clips. `train/toybox/release.py
+It learns only from training scenes, varied as a generator's clips vary, some of them redrawn by
+one, and from none of the metrics that score clips. `train/toybox/release.py
 onset_detector` puts the averaged weights into a model folder.
 """
 

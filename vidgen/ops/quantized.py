@@ -1,7 +1,7 @@
 """Layers whose weights stay quantised in memory, and the quantisation of plain weights.
 
 A layer holds the stored numbers as `weight`, and their scales as the buffers `weight_scale` and
-`weight_whole`. Its forward pass widens the weight to the dtype of its input. Every offload mode
+`weight_whole`. Its forward pass widens the weight to the dtype of the network. Every offload mode
 holds the same numbers, so results are equal bit for bit in all of them.
 """
 

@@ -120,15 +120,16 @@ def _hold_quantized(
     tensors = Tensors()
     for name, lazy in weights.tensors.items():
         path, _, last = name.rpartition(".")
-        layer = module.get_submodule(path)
-        packed = lazy if isinstance(lazy, Packed) else None
-        if packed is None and quantize and last == "weight" and block_of(name) and (
+        tensors[name] = lazy
+        if last != "weight" or not (quantize or isinstance(lazy, Packed)):
+            continue
+        layer, packed = module.get_submodule(path), lazy
+        if quantize and not isinstance(packed, Packed) and block_of(name) and (
                 type(layer) is nn.Linear):
             packed = quantized(lazy, quantize, at_once=keep)
             weights.tensors.release()
-        if packed is None or last != "weight" or (
+        if not isinstance(packed, Packed) or (
                 not hold_quantized(layer, packed.packing, weights.dtype(name))):
-            tensors[name] = lazy
             continue
         for part, stored in packed.parts.items():
             like = stored.likeness

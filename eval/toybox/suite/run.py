@@ -59,7 +59,7 @@ class ToyboxRun:
         self.bench, self.tell = bench, on_event
         self._work = ToyboxWork(bench).settled()
         self.studio = self._work.studio
-        patience = Patience(stall=math.inf)  # of a batch no progress is told
+        patience = Patience(stall=math.inf)  # a batch reports no progress
         self.workers = replace(workers, patience=patience)
         self.log = ScoreLog(output.with_name(output.name + ".jsonl"))
         self.items = {source: items_of(bench, source) for source in self.studio.sources}
